@@ -1,0 +1,62 @@
+"""Fine-tune language models with LoRA without forgetting what they knew.
+
+Two lines in a training script that works already::
+
+    curvature = retain.fit_curvature(trainer.model, "self", tokenizer=tokenizer)
+    trainer.add_callback(retain.RetentionCallback(curvature, strength=100.0))
+
+Names are imported on first use, so ``import retain`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retain.curvature.artifact import load_curvature
+    from retain.curvature.curvature import Curvature
+    from retain.curvature.estimate import fit_curvature
+    from retain.errors import RetainError
+    from retain.evaluation.forgetting import measure_forgetting
+    from retain.models.adapter import attach_lora
+    from retain.models.load import load_model
+    from retain.retention.laplace import Retention
+    from retain.training.callback import RetentionCallback
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Curvature",
+    "RetainError",
+    "Retention",
+    "RetentionCallback",
+    "__version__",
+    "attach_lora",
+    "fit_curvature",
+    "load_curvature",
+    "load_model",
+    "measure_forgetting",
+]
+
+_HOMES = {
+    "Curvature": "retain.curvature.curvature",
+    "RetainError": "retain.errors",
+    "Retention": "retain.retention.laplace",
+    "RetentionCallback": "retain.training.callback",
+    "attach_lora": "retain.models.adapter",
+    "fit_curvature": "retain.curvature.estimate",
+    "load_curvature": "retain.curvature.artifact",
+    "load_model": "retain.models.load",
+    "measure_forgetting": "retain.evaluation.forgetting",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'retain' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

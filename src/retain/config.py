@@ -1,0 +1,129 @@
+"""Configuration: what a YAML file or the command line may say, checked by pydantic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from retain.errors import ConfigError, unknown
+from retain.types import Update
+
+__all__ = ["AdapterConfig", "RunConfig", "TrainConfig", "read_config", "validate"]
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AdapterConfig(_Strict):
+    """The LoRA adapter."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | list[str] = "all-linear"
+    seed: int = 0
+
+
+class TrainConfig(_Strict):
+    """The optimisation."""
+
+    learning_rate: float = Field(5e-4, gt=0)
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int = -1
+    batch_size: int = Field(16, ge=1, description="rows an optimiser step")
+    accumulation: int = Field(1, ge=1, description="micro-batches an optimiser step")
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup: float = Field(0.05, ge=0, description="steps, or a share of all steps when below 1")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    max_length: int = Field(256, ge=2)
+    pad_multiple: int = Field(16, ge=1)
+    update: Update = "gradient"
+    seed: int = 0
+    save_steps: int = Field(0, ge=0)
+    gradient_checkpointing: bool = False
+    report_to: str = "none"
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainConfig:
+        if self.batch_size % self.accumulation:
+            raise ValueError("batch_size must be a multiple of accumulation")
+        return self
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows a forward pass."""
+        return self.batch_size // self.accumulation
+
+
+class RunConfig(_Strict):
+    """One training run: ``retain train --config run.yaml``."""
+
+    model: str = "smollm2-135m"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    data: str
+    out: str
+    method: Literal["none", "laplace"] = "laplace"
+    curvature: str | None = None
+    strength: float = Field(100.0, ge=0)
+    limit: int | None = Field(None, ge=1)
+    trust_remote_code: bool = False
+    adapter: AdapterConfig = AdapterConfig()
+    training: TrainConfig = TrainConfig()
+
+
+def read_config(path: str | Path, overrides: dict[str, Any], kind: type[Model]) -> Model:
+    """Reads a YAML file, lays `overrides` (dotted keys) over it, and checks the whole.
+
+    Raises:
+        ConfigError: no such file, no YAML, an unknown key or a value out of range.
+    """
+    found: Any = {}
+    if path:
+        try:
+            found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                "the configuration cannot be read", got=f"{path}: {str(error).splitlines()[0]}",
+                allowed="a YAML file", fix="check the path and the file",
+            ) from error
+        if not isinstance(found, dict):
+            raise ConfigError(
+                "the configuration is no mapping", got=type(found).__name__,
+                allowed="keys with values", fix="write 'key: value' lines",
+            )
+    for dotted, value in overrides.items():
+        if value is None:
+            continue
+        *parents, leaf = dotted.split(".")
+        here = found
+        for parent in parents:
+            here = here.setdefault(parent, {})
+        here[leaf] = value
+    return validate(found, kind)
+
+
+def validate(found: dict[str, Any], kind: type[Model]) -> Model:
+    """A configuration object from plain data; one line says what is wrong with it."""
+    try:
+        return kind.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"]]
+        if first["type"] == "extra_forbidden":
+            model: Any = kind
+            for part in where[:-1]:
+                model = model.model_fields[part].annotation
+            raise unknown("key", where[-1], model.model_fields) from error
+        raise ConfigError(
+            f"the value of {'.'.join(where) or 'the configuration'} is not accepted",
+            got="nothing" if first["type"] == "missing" else repr(first.get("input"))[:120],
+            allowed=first["msg"].removeprefix("Value error, "),
+            fix="change it in the file or on the command line",
+        ) from error

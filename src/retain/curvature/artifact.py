@@ -1,0 +1,150 @@
+"""Curvature files: safetensors, with a description and a digest in the header.
+
+The tensors are ``blocks/<layer>/<tensor>`` and ``anchor/<layer>/{B,A}``. A tensor that several
+blocks share is stored once; the description says who else reads it. The digest covers the
+description and each tensor's name, type, shape and bytes, so a flipped bit is found on loading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from retain.curvature.block import Block
+from retain.curvature.curvature import Curvature, CurvatureInfo
+from retain.curvature.diagonal import DiagonalBlock
+from retain.curvature.identity import IdentityBlock
+from retain.curvature.kronecker import KroneckerBlock
+from retain.errors import ArtifactError, OutputError
+
+__all__ = ["load_curvature", "save_curvature"]
+
+FORMAT = "retain.curvature/1"
+
+
+def save_curvature(curvature: Curvature, path: str | Path) -> Path:
+    """Writes a curvature file; an older file of that name stays until the new one is whole.
+
+    Raises:
+        OutputError: the place cannot be written, or the disk is full.
+    """
+    path = Path(path).expanduser()
+    tensors, alias = _flatten(curvature)
+    shapes = {name: list(block.shape) for name, block in curvature.blocks.items()}
+    described = {
+        "format": FORMAT, "info": curvature.info.to_dict(), "alias": alias, "shapes": shapes
+    }
+    text = json.dumps(described, sort_keys=True)
+    metadata = {"retain": text, "digest": _digest(text, tensors)}
+    scratch = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        os.close(handle)
+        save_file(tensors, scratch, metadata=metadata)
+        os.replace(scratch, path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            "the curvature cannot be written",
+            got=f"{path}: {error}",
+            allowed="a folder that can be written, with room on the disk",
+            fix="choose another path",
+        ) from error
+    finally:
+        if scratch and os.path.exists(scratch):
+            os.unlink(scratch)
+    return path
+
+
+def load_curvature(path: str | Path) -> Curvature:
+    """Reads a curvature file and checks its digest.
+
+    Raises:
+        ArtifactError: no such file, not a curvature file, truncated, or altered.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ArtifactError(
+            "no such curvature file", got=path, allowed="a file written by retain fit",
+            fix="check the path, or run retain fit",
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        text = metadata["retain"]
+        described = json.loads(text)
+        if described["format"] != FORMAT:
+            raise _damaged(path, f"format {described['format']!r}", f"format {FORMAT!r}")
+        if metadata["digest"] != _digest(text, tensors):
+            raise _damaged(path, "contents that do not match their digest", "an unaltered file")
+        return _rebuild(described, tensors)
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}", "a whole curvature file") from error
+
+
+def _damaged(path: Path, got: str, allowed: str) -> ArtifactError:
+    return ArtifactError(
+        "the curvature file is damaged or is none", got=f"{path}: {got}", allowed=allowed,
+        fix="fit it again, or copy it again",
+    )
+
+
+def _flatten(curvature: Curvature) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to store, and the names that stand for a tensor stored under another name."""
+    tensors: dict[str, Tensor] = {}
+    alias: dict[str, str] = {}
+    stored: dict[int, str] = {}
+    for layer, block in curvature.blocks.items():
+        for short, tensor in block.tensors().items():
+            name = f"blocks/{layer}/{short}"
+            known = stored.setdefault(tensor.data_ptr(), name)
+            if known == name:
+                tensors[name] = tensor.detach().cpu().contiguous()
+            else:
+                alias[name] = known
+    for layer, (b0, a0) in curvature.anchor.items():
+        tensors[f"anchor/{layer}/B"] = b0.detach().cpu().contiguous().clone()
+        tensors[f"anchor/{layer}/A"] = a0.detach().cpu().contiguous().clone()
+    return tensors, alias
+
+
+def _rebuild(described: dict[str, Any], tensors: dict[str, Tensor]) -> Curvature:
+    info = CurvatureInfo(**described["info"])
+    for name, known in described["alias"].items():
+        tensors[name] = tensors[known]
+    blocks: dict[str, Block] = {}
+    for layer, shape in described["shapes"].items():
+        get = f"blocks/{layer}/".__add__
+        if info.structure == "kfac":
+            blocks[layer] = KroneckerBlock(tensors[get("inputs")], tensors[get("outputs")])
+        elif info.structure == "diagonal":
+            blocks[layer] = DiagonalBlock(tensors[get("values")])
+        else:
+            blocks[layer] = IdentityBlock(tensors[get("scale")], (shape[0], shape[1]))
+    layers = {name.split("/")[1] for name in tensors if name.startswith("anchor/")}
+    anchor = {n: (tensors[f"anchor/{n}/B"], tensors[f"anchor/{n}/A"]) for n in sorted(layers)}
+    return Curvature(blocks, anchor, info)
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        digest.update(f"{name}:{t.dtype}:{tuple(t.shape)};".encode())
+        digest.update(t.contiguous().view(torch.uint8).numpy() if t.dim() else _scalar(t))
+    return digest.hexdigest()
+
+
+def _scalar(tensor: Tensor) -> bytes:
+    data: bytes = tensor.reshape(1).view(torch.uint8).numpy().tobytes()
+    return data

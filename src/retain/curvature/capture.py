@@ -1,0 +1,119 @@
+"""Hooks that hand out each layer's inputs and output gradients, and nothing else.
+
+No parameter gets a gradient: the graph begins at the outputs of the lowest hooked layers, so
+the backward pass ends there, and the model's own ``.grad`` fields are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retain.errors import CurvatureError
+from retain.models.adapter import unwrap
+
+__all__ = ["capture", "evaluating", "shared_inputs"]
+
+Receive = Callable[[str, Tensor, Tensor], None]
+
+
+@contextmanager
+def capture(model: nn.Module, layers: Mapping[str, nn.Module], receive: Receive) -> Iterator[None]:
+    """Calls ``receive(name, x, g)`` for each layer in each backward pass.
+
+    Works with gradient checkpointing of both kinds: a hook sits on the output tensor that the
+    gradient really flows through, whichever of the two forward passes made it.
+    """
+
+    def hook(name: str) -> Callable[..., Any]:
+        def forward(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                return None
+            x = args[0].detach()
+            replaced = None
+            if not output.requires_grad:
+                output = replaced = output.detach().requires_grad_()
+            output.register_hook(lambda g: receive(name, x, g.detach()))
+            return replaced
+
+        return forward
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    if getattr(unwrap(model), "is_gradient_checkpointing", False):
+        # A reentrant checkpoint passes gradients on only where its inputs ask for them.
+        embedding = unwrap(model).get_input_embeddings()  # type: ignore[operator]
+        handles.append(
+            embedding.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_())
+        )
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout), in which gradient checkpointing still works.
+
+    transformers checkpoints only layers that are in training mode, so those layers, and none of
+    the modules inside them, are put into it.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def shared_inputs(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Which layers read the same tensor: layer -> the first layer that reads it.
+
+    One forward pass without gradients finds out; all inputs are held until its end, so that no
+    memory is used twice.
+
+    Raises:
+        CurvatureError: a layer that runs not at all, or more than once, in one forward pass.
+    """
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _m, args: seen[name].append(args[0])
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    shared: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, inputs in seen.items():
+        if len(inputs) != 1:
+            raise CurvatureError(
+                "a layer does not run exactly once in a forward pass",
+                got=f"{len(inputs)} runs of {name}",
+                allowed="1",
+                fix="leave that layer out of the adapter's target_modules",
+            )
+        x = inputs[0]
+        key = (x.data_ptr(), x._version, tuple(x.shape), tuple(x.stride()))
+        shared[name] = first.setdefault(key, name)
+    return shared

@@ -1,0 +1,132 @@
+"""Tokenised examples and padded batches.
+
+A causal model's example of tokens s_0 .. s_n is kept as inputs s_0 .. s_{n-1} and targets
+s_1 .. s_n: the last token predicts nothing, so it is never fed. ``predict`` marks the targets
+that count (all of a text; the completion of a prompt). A classifier's example has one target,
+its label, and ``predict`` is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from retain.errors import SourceError
+
+__all__ = ["Batch", "Example", "batches", "collate"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised row.
+
+    Attributes:
+        tokens: input ids.
+        targets: the next token at each position (causal), or the one label (classification).
+        predict: which positions' targets count; empty for classification.
+        segments: BERT's token types, where the tokenizer gives them.
+    """
+
+    tokens: tuple[int, ...]
+    targets: tuple[int, ...]
+    predict: tuple[bool, ...] = ()
+    segments: tuple[int, ...] = ()
+
+    @property
+    def predictions(self) -> int:
+        """How many predictions the example asks for."""
+        return sum(self.predict) if self.predict else 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded batch.
+
+    Attributes:
+        inputs: arguments of the model: ``input_ids`` and ``attention_mask``, [batch, seq].
+        predict: [batch, seq], true where a target counts; None for classification.
+        targets: [predictions], row after row.
+        lengths: predictions of each row.
+        rows: the number of each row in its source.
+    """
+
+    inputs: dict[str, Tensor]
+    predict: Tensor | None
+    targets: Tensor
+    lengths: list[int]
+    rows: list[int] = field(default_factory=list)
+
+    @property
+    def mask(self) -> Tensor:
+        """[batch, seq], true where a token is no padding."""
+        return self.inputs["attention_mask"].bool()
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            {k: v.to(device) for k, v in self.inputs.items()},
+            None if self.predict is None else self.predict.to(device),
+            self.targets.to(device),
+            self.lengths,
+            self.rows,
+        )
+
+
+def collate(
+    examples: Sequence[Example], pad: int, rows: Sequence[int] = (), multiple: int = 1
+) -> Batch:
+    """Pads examples on the right to the longest of them (rounded up to a `multiple`)."""
+    longest = max(len(e.tokens) for e in examples)
+    width = -(-longest // multiple) * multiple
+    shape = (len(examples), width)
+    ids = torch.full(shape, pad, dtype=torch.long)
+    mask = torch.zeros(shape, dtype=torch.long)
+    segments = torch.zeros(shape, dtype=torch.long)
+    predict = torch.zeros(shape, dtype=torch.bool)
+    targets: list[int] = []
+    for i, e in enumerate(examples):
+        n = len(e.tokens)
+        ids[i, :n] = torch.tensor(e.tokens)
+        mask[i, :n] = 1
+        if e.segments:
+            segments[i, :n] = torch.tensor(e.segments)
+        if e.predict:
+            predict[i, :n] = torch.tensor(e.predict)
+            targets += [t for t, p in zip(e.targets, e.predict, strict=True) if p]
+        else:
+            targets += e.targets
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if examples[0].segments:
+        inputs["token_type_ids"] = segments
+    causal = bool(examples[0].predict)
+    return Batch(
+        inputs,
+        predict if causal else None,
+        torch.tensor(targets),
+        [e.predictions for e in examples],
+        list(rows),
+    )
+
+
+def batches(
+    examples: Sequence[Example], size: int, pad: int, *, multiple: int = 1
+) -> Iterator[Batch]:
+    """Batches of examples of like length, so that little is padding.
+
+    Raises:
+        SourceError: fewer examples than fill one batch, or none.
+    """
+    if size < 1 or len(examples) < size:
+        raise SourceError(
+            "the source is smaller than one batch" if examples else "the source is empty",
+            got=f"{len(examples)} examples, batch size {size}",
+            allowed=f"at least {max(size, 1)} examples and a batch size of at least 1",
+            fix="give more text, or a smaller batch size",
+        )
+    order = sorted(range(len(examples)), key=lambda i: (len(examples[i].tokens), i))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        yield collate([examples[i] for i in rows], pad, rows, multiple)

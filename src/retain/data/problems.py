@@ -1,0 +1,216 @@
+r"""Seeded grade-school word problems with worked answers.
+
+A question such as "Mia has 3 boxes with 4 pens each. She gives away 5 pens. How many pens are
+left?" has the answer ``"3*4=12\n12-5=7\n#### 7"``: one equation a line, then the result.
+
+The templates are data (``problems.toml``). Training and test problems share no template, and
+they share no numbers: `number_split` sends every collection of numbers to one side, whatever
+their order, and a template draws only from its own side.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from itertools import product
+from typing import Any, Literal, get_args
+
+from retain.errors import ConfigError, SourceError, unknown
+
+__all__ = ["Problem", "Split", "final_number", "number_split", "templates", "word_problems"]
+
+Split = Literal["train", "test"]
+
+_FILE = "problems.toml"
+_MARK = "####"
+_SMALLEST = 2  # no step of an answer comes out below this, so none is trivial
+_STEP = re.compile(r"(\w+) ([-+*/]) (\w+)")
+_NUMBER = re.compile(r"[ \t]*\$?[ \t]*(-?\d+(?:,\d{3})*)(?![\d,]*\.?\d)")
+_PRONOUNS = {
+    "she": {"she": "she", "She": "She", "her": "her", "Her": "Her"},
+    "he": {"she": "he", "She": "He", "her": "his", "Her": "His"},
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A word problem, its worked answer, and what both were made from.
+
+    Attributes:
+        template: name of the template.
+        question: the text of the problem.
+        answer: one equation a line, then ``#### result``.
+        result: the result as a number.
+        numbers: the numbers drawn for the template, in its order.
+    """
+
+    template: str
+    question: str
+    answer: str
+    result: int
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Template:
+    name: str
+    text: str
+    ranges: tuple[tuple[str, range], ...]
+    steps: tuple[tuple[str, str, str], ...]
+
+    def work(self, numbers: Sequence[int]) -> tuple[list[str], int] | None:
+        """The equations and the result, or None where a step does not come out well."""
+        values = {letter: n for (letter, _), n in zip(self.ranges, numbers, strict=True)}
+        lines, result = [], 0
+        for index, (left, operator, right) in enumerate(self.steps, start=1):
+            x, y = (int(t) if t.isdigit() else values[t] for t in (left, right))
+            result = values[f"s{index}"] = _calculate(x, operator, y)
+            if result < _SMALLEST:
+                return None
+            lines.append(f"{x}{operator}{y}={result}")
+        return lines, result
+
+    def fill(self, numbers: tuple[int, ...], words: Mapping[str, str]) -> Problem:
+        """The problem with these numbers and words."""
+        worked = self.work(numbers)
+        assert worked is not None, "only numbers that come out well are drawn"
+        lines, result = worked
+        drawn = {letter: str(n) for (letter, _), n in zip(self.ranges, numbers, strict=True)}
+        return Problem(
+            template=self.name,
+            question=self.text.format_map({**words, **drawn}),
+            answer="\n".join([*lines, f"{_MARK} {result}"]),
+            result=result,
+            numbers=numbers,
+        )
+
+
+def number_split(numbers: Iterable[int]) -> Split:
+    """The split that may use these numbers: test where their sum divides by 4, else train."""
+    return "test" if sum(numbers) % 4 == 0 else "train"
+
+
+def templates(split: Split) -> tuple[str, ...]:
+    """The names of the templates of a split."""
+    return tuple(template.name for template in _templates(_checked(split)))
+
+
+def word_problems(split: Split, count: int, seed: int = 0) -> list[Problem]:
+    """Word problems of a split, the same for the same arguments.
+
+    The templates take turns, in a new random order each round, until one runs out of numbers;
+    none repeats its numbers, so no question comes twice. With the same seed, a smaller count
+    gives the beginning of a larger one.
+
+    Args:
+        split: "train" or "test".
+        count: how many problems.
+        seed: seed of the random choices.
+
+    Raises:
+        ConfigError: for an unknown split or a negative count.
+        SourceError: if the split has fewer problems than asked for.
+    """
+    known = _templates(_checked(split))
+    if count < 0:
+        raise ConfigError("negative count of word problems", got=count, allowed="0 or more")
+    limit = sum(len(_drawable(template, split)) for template in known)
+    if count > limit:
+        raise SourceError(
+            f"too few {split} word problems",
+            got=f"count {count}",
+            allowed=f"at most {limit}",
+            fix="ask for fewer, or add templates",
+        )
+    rng = random.Random(f"{split}/{seed}")
+    supply = {t.name: rng.sample(pool, len(pool)) for t in known if (pool := _drawable(t, split))}
+    problems: list[Problem] = []
+    while len(problems) < count:
+        turn = [template for template in known if supply[template.name]]
+        rng.shuffle(turn)
+        problems += [t.fill(supply[t.name].pop(), _words(rng)) for t in turn]
+    return problems[:count]
+
+
+def final_number(text: str) -> int | None:
+    """The whole number after the first ``####``, or None where there is none.
+
+    Thousands commas, a dollar sign and a final period are allowed; what follows is ignored.
+    """
+    match = _NUMBER.match(text.partition(_MARK)[2])
+    return int(match[1].replace(",", "")) if match else None
+
+
+def _calculate(x: int, operator: str, y: int) -> int:
+    """The result of a step, or 0 for a division with a remainder."""
+    match operator:
+        case "+":
+            return x + y
+        case "-":
+            return x - y
+        case "*":
+            return x * y
+        case _:
+            return x // y if x % y == 0 else 0
+
+
+def _checked(split: Split) -> Split:
+    if split not in get_args(Split):
+        raise unknown("split", str(split), get_args(Split))
+    return split
+
+
+@cache
+def _data() -> dict[str, Any]:
+    return tomllib.loads(resources.files(__package__).joinpath(_FILE).read_text("utf-8"))
+
+
+@cache
+def _templates(split: Split) -> tuple[_Template, ...]:
+    return tuple(_template(entry) for entry in _data()[split])
+
+
+def _template(entry: Mapping[str, Any]) -> _Template:
+    """A template from its table in the file, checked for steps that cannot be worked."""
+    ranges = {
+        letter: range(low, high + 1, *stride)
+        for letter, (low, high, *stride) in entry["numbers"].items()
+    }
+    steps: list[tuple[str, str, str]] = []
+    for text in entry["steps"]:
+        known = {*ranges, *(f"s{index}" for index in range(1, len(steps) + 1))}
+        match = _STEP.fullmatch(text)
+        if match is None or not all(t.isdigit() or t in known for t in match.group(1, 3)):
+            raise SourceError(f"bad step in template {entry['name']} of {_FILE}", got=repr(text))
+        steps.append((match[1], match[2], match[3]))
+    return _Template(entry["name"], entry["text"], tuple(ranges.items()), tuple(steps))
+
+
+@cache
+def _drawable(template: _Template, split: Split) -> tuple[tuple[int, ...], ...]:
+    """All numbers a template may draw in a split.
+
+    They are on the side of the split, every step comes out well, and the result is none of them.
+    """
+    return tuple(
+        numbers
+        for numbers in product(*(values for _, values in template.ranges))
+        if number_split(numbers) == split
+        and (worked := template.work(numbers))
+        and worked[1] not in numbers
+    )
+
+
+def _words(rng: random.Random) -> dict[str, str]:
+    """Two people, the pronouns of the first, and two different words of each pool."""
+    people = [(name, kind) for kind, names in _data()["people"].items() for name in names]
+    (name, kind), (other, _) = rng.sample(people, 2)
+    words = {"name": name, "name2": other, **_PRONOUNS[kind]}
+    for pool, choices in _data()["pools"].items():
+        words[pool], words[f"{pool}2"] = rng.sample(choices, 2)
+    return words

@@ -1,0 +1,227 @@
+"""Read source text and training rows from a data set, a file, or the model itself.
+
+Rows are dictionaries. What they may hold:
+
+    input_ids                  tokens, ready made (and optionally ``label``)
+    prompt, completion         strings; only the completion counts as prediction
+    messages                   a chat, rendered by the tokenizer's template
+    text (or content, sentence)        plain text
+    text + text_pair, sentence1 + sentence2, premise + hypothesis, question + answer ...
+                               pairs for a classifier; ``label`` is its class
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retain.data.batches import Example
+from retain.errors import SourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Row", "encode", "read_rows"]
+
+Row = Mapping[str, Any]
+
+_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
+_SINGLE = ("text", "content", "sentence")
+_PAIRS = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "answer"),
+)
+
+
+def read_rows(source: str | Path | Iterable[Row], limit: int | None = None) -> list[Row]:
+    """The rows of a `datasets.Dataset`, a list of dictionaries or strings, or a file.
+
+    Args:
+        source: what to read; files by suffix: %s.
+        limit: read at most so many rows.
+
+    Raises:
+        SourceError: the file is missing, damaged, empty or of another kind.
+    """
+    if isinstance(source, str | Path):
+        rows = _read_file(Path(source).expanduser(), limit)
+    else:
+        rows = []
+        for row in source:
+            rows.append({"text": row} if isinstance(row, str) else row)
+            if limit is not None and len(rows) >= limit:
+                break
+    if not rows:
+        raise SourceError(
+            "the source is empty", got=f"0 rows in {_short(source)}", allowed="at least 1 row",
+            fix="give a data set or a file with text",
+        )
+    return rows
+
+
+def _read_file(path: Path, limit: int | None) -> list[Row]:
+    kind = next((s for s in sorted(_SUFFIXES, key=len, reverse=True) if path.name.endswith(s)), None)
+    if not path.is_file() or kind is None:
+        raise SourceError(
+            "no such source" if not path.is_file() else "a source of an unknown kind",
+            got=str(path),
+            allowed=f"'self', or a file ending in {', '.join(_SUFFIXES)}",
+            fix="check the path and the suffix",
+        )
+    try:
+        rows = _parse(path, kind, limit)
+    except (OSError, EOFError, ValueError, csv.Error) as error:
+        raise SourceError(
+            "the source cannot be read",
+            got=f"{path} ({type(error).__name__}: {str(error)[:120]})",
+            allowed=f"a sound {kind} file",
+            fix="repair or replace the file",
+        ) from error
+    return rows if limit is None else rows[:limit]
+
+
+def _parse(path: Path, kind: str, limit: int | None) -> list[Row]:
+    if kind in {".txt", ".md"}:
+        text = path.read_text(encoding="utf-8")
+        return [{"text": text, "pack": True}] if text.strip() else []
+    if kind in {".jsonl", ".jsonl.gz"}:
+        rows: list[Row] = []
+        opener = gzip.open if kind.endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                if limit is not None and len(rows) >= limit:
+                    break
+                if line.strip():
+                    rows.append(_row(json.loads(line)))
+        return rows
+    if kind == ".json":
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return [_row(r) for r in (found if isinstance(found, list) else [found])]
+    if kind == ".csv":
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    import pyarrow.parquet as parquet
+
+    return list(parquet.read_table(path).to_pylist())
+
+
+def _row(value: Any) -> Row:
+    if isinstance(value, str):
+        return {"text": value}
+    if not isinstance(value, dict):
+        raise ValueError(f"a row is a {type(value).__name__}, not an object")
+    return value
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    max_length: int,
+    causal: bool,
+) -> list[Example]:
+    """Tokenises rows, cut to `max_length` tokens; rows that predict nothing are left out.
+
+    Raises:
+        SourceError: the rows' columns are not known, or nothing is left.
+    """
+    if max_length < 2:
+        raise SourceError("max_length is too small", got=max_length, allowed="2 or more", fix="128")
+    examples: list[Example] = []
+    for row in rows:
+        examples += (
+            _causal(row, tokenizer, max_length) if causal else [_classify(row, tokenizer, max_length)]
+        )
+    if not examples:
+        raise SourceError(
+            "the source holds no text to predict",
+            got=f"{len(rows)} rows, all shorter than 2 tokens",
+            allowed="at least one row of 2 tokens",
+            fix="give more text",
+        )
+    return examples
+
+
+def _causal(
+    row: Row, tokenizer: PreTrainedTokenizerBase | None, max_length: int
+) -> list[Example]:
+    start = 0
+    if "input_ids" in row:
+        ids = list(row["input_ids"])
+    else:
+        tok = _need(tokenizer)
+        if "prompt" in row and "completion" in row:
+            prompt, full = tok(row["prompt"])["input_ids"], None
+            full = prompt + tok(row["completion"], add_special_tokens=False)["input_ids"]
+            ids, start = [*full, tok.eos_token_id], len(prompt)
+        elif "messages" in row:
+            ids = tok.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
+        else:
+            pair = _pair(row)
+            ids = tok("\n".join(pair) if pair else row[_single(row)])["input_ids"]
+    if row.get("pack"):
+        pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
+    else:
+        pieces = [ids[:max_length]]
+    return [
+        Example(
+            tuple(piece[:-1]),
+            tuple(piece[1:]),
+            tuple(position + 1 >= start for position in range(len(piece) - 1)),
+        )
+        for piece in pieces
+        if len(piece) >= 2 and len(piece) > start
+    ]
+
+
+def _classify(row: Row, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> Example:
+    label = row.get("label")
+    target = int(label) if label not in (None, "") else 0
+    if "input_ids" in row:
+        return Example(tuple(row["input_ids"][:max_length]), (target,))
+    pair = _pair(row)
+    texts = pair if pair else (row[_single(row)],)
+    out = _need(tokenizer)(*texts, truncation=True, max_length=max_length)
+    return Example(tuple(out["input_ids"]), (target,), (), tuple(out.get("token_type_ids", ())))
+
+
+def _pair(row: Row) -> tuple[str, str] | None:
+    return next(((row[a], row[b]) for a, b in _PAIRS if a in row and b in row), None)
+
+
+def _single(row: Row) -> str:
+    for name in _SINGLE:
+        if isinstance(row.get(name), str):
+            return name
+    raise SourceError(
+        "the source's columns are not known",
+        got=", ".join(map(str, row)) or "none",
+        allowed="text, prompt + completion, messages, input_ids, or a known pair of columns",
+        fix="rename the column that holds the text to 'text'",
+    )
+
+
+def _need(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise SourceError(
+            "text needs a tokenizer",
+            got="tokenizer=None",
+            allowed="the model's tokenizer, or rows with input_ids",
+            fix="pass tokenizer=..., or load the model by a name that has one",
+        )
+    return tokenizer
+
+
+def _short(source: object) -> str:
+    return str(source) if isinstance(source, str | Path) else type(source).__name__
+
+
+read_rows.__doc__ = (read_rows.__doc__ or "") % ", ".join(_SUFFIXES)

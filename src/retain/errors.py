@@ -1,0 +1,101 @@
+"""The exceptions of retain, one tree:
+
+    RetainError
+    ├── ConfigError            an unknown key, name or value in what the user wrote
+    ├── ModelError             a model or adapter that cannot be loaded or used
+    ├── SourceError            a data set or text that cannot be read, or is too small
+    ├── CurvatureError         a curvature that cannot be computed
+    │   ├── ArtifactError      a file that is damaged or not ours
+    │   └── MismatchError      a sound file that belongs to another model or adapter
+    ├── TrainingError          training that cannot go on (a loss that is not finite)
+    └── OutputError            a place that cannot be written
+
+Each carries one line that says what was wrong, what was got, what is allowed and how to
+mend it. The command line prints that line and exits with code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ArtifactError",
+    "ConfigError",
+    "CurvatureError",
+    "MismatchError",
+    "ModelError",
+    "OutputError",
+    "RetainError",
+    "SourceError",
+    "TrainingError",
+    "unknown",
+]
+
+
+class RetainError(Exception):
+    """Base of all errors that retain raises on purpose.
+
+    Args:
+        what: what is wrong, a short clause.
+        got: what was found.
+        allowed: what would have been accepted.
+        fix: what to do next.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self, what: str, *, got: object = None, allowed: object = None, fix: str | None = None
+    ) -> None:
+        self.what, self.got, self.allowed, self.fix = what, got, allowed, fix
+        parts = [what]
+        if got is not None:
+            parts.append(f"got: {got}")
+        if allowed is not None:
+            parts.append(f"allowed: {allowed}")
+        if fix is not None:
+            parts.append(f"fix: {fix}")
+        super().__init__(" ".join("; ".join(parts).split()))
+
+
+class ConfigError(RetainError):
+    """An unknown key, name or value in a configuration, a call or on the command line."""
+
+
+class ModelError(RetainError):
+    """A model or an adapter that cannot be found, loaded or used."""
+
+
+class SourceError(RetainError):
+    """A data set or text that cannot be read, is empty, or is too small."""
+
+
+class CurvatureError(RetainError):
+    """A curvature that cannot be computed."""
+
+
+class ArtifactError(CurvatureError):
+    """A curvature file that is truncated, altered, or not a curvature file."""
+
+
+class MismatchError(CurvatureError):
+    """A sound curvature that was measured on another base model, adapter or anchor."""
+
+
+class TrainingError(RetainError):
+    """Training that cannot go on, such as a loss that is not finite."""
+
+
+class OutputError(RetainError):
+    """A file or folder that cannot be written."""
+
+
+def unknown(kind: str, got: str, allowed: Iterable[str], **extra: str) -> ConfigError:
+    """A `ConfigError` for an unknown name, with the nearest known name where one is near."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
+    fix = f"did you mean {near[0]!r}?" if near else f"use one of the allowed {kind} names"
+    return ConfigError(
+        f"unknown {kind}", got=repr(got), allowed=", ".join(names), fix=extra.get("fix", fix)
+    )

@@ -1,0 +1,66 @@
+"""Multiple choice by likelihood: the option with the highest log-probability wins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from retain.data.batches import Example, batches
+from retain.models.heads import forward_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["rank_options"]
+
+
+def rank_options(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    options: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+    label: str = "ranking",
+) -> list[int]:
+    """The index of the most likely continuation of each prompt.
+
+    Args:
+        model: a causal model; it is put into evaluation mode for the while.
+        tokenizer: its tokenizer.
+        prompts: texts.
+        options: continuations of each prompt, with their leading spaces. The score of one is the
+            sum of its tokens' log-probabilities.
+        batch_size: continuations a pass.
+        progress: show a bar.
+        label: of the bar.
+    """
+    device = next(model.parameters()).device
+    examples, owner = [], []
+    for i, (prompt, choices) in enumerate(zip(prompts, options, strict=True)):
+        head = list(tokenizer(prompt)["input_ids"])
+        for j, choice in enumerate(choices):
+            ids = head + list(tokenizer(choice, add_special_tokens=False)["input_ids"])
+            predict = tuple(k + 1 >= len(head) for k in range(len(ids) - 1))
+            examples.append(Example(tuple(ids[:-1]), tuple(ids[1:]), predict))
+            owner.append((i, j))
+    scores = [[0.0] * len(choices) for choices in options]
+    pad = getattr(model.config, "pad_token_id", None) or 0
+    every = list(batches(examples, min(batch_size, len(examples)), pad, multiple=8))
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for batch in tqdm(every, desc=label, unit="batch", disable=not progress):
+            batch = batch.to(device)
+            logp = forward_logits(model, batch).float().log_softmax(-1)
+            picked = logp[torch.arange(len(batch.targets), device=device), batch.targets]
+            for row, part in zip(batch.rows, picked.split(batch.lengths), strict=True):
+                i, j = owner[row]
+                scores[i][j] = float(part.sum())
+    model.train(training)
+    return [max(range(len(s)), key=s.__getitem__) for s in scores]

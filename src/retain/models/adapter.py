@@ -1,0 +1,227 @@
+"""LoRA adapters through PEFT: attach one, and see its layers as plain matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from retain.errors import ConfigError, ModelError
+
+__all__ = [
+    "LoraSite",
+    "adapter_off",
+    "attach_lora",
+    "canonical",
+    "lora_sites",
+    "share_trainable",
+    "unwrap",
+]
+
+
+@dataclass(frozen=True)
+class LoraSite:
+    """One linear layer that carries a LoRA update ``dW = scaling * B @ A``.
+
+    Attributes:
+        name: the layer's name in the base model.
+        layer: PEFT's layer around the frozen weight, whose input is x and whose output is
+            ``W x + scaling * B A x``.
+        adapter: PEFT's name of the adapter.
+        scaling: PEFT's factor, ``alpha / r`` (or ``alpha / sqrt(r)`` for rsLoRA).
+    """
+
+    name: str
+    layer: LoraLayer
+    adapter: str
+    scaling: float
+
+    @property
+    def lora_a(self) -> nn.Linear:
+        """The module of A, whose weight has the shape [r, d_in]."""
+        module: nn.Linear = self.layer.lora_A[self.adapter]  # type: ignore[assignment]
+        return module
+
+    @property
+    def lora_b(self) -> nn.Linear:
+        """The module of B, whose weight has the shape [d_out, r]."""
+        module: nn.Linear = self.layer.lora_B[self.adapter]  # type: ignore[assignment]
+        return module
+
+    @property
+    def a(self) -> nn.Parameter:
+        """A, of the shape [r, d_in]."""
+        return self.lora_a.weight
+
+    @property
+    def b(self) -> nn.Parameter:
+        """B, of the shape [d_out, r]."""
+        return self.lora_b.weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the frozen weight."""
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[0]
+
+
+def attach_lora(
+    model: nn.Module,
+    *,
+    rank: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] = "all-linear",
+    seed: int = 0,
+) -> PeftModel:
+    """Puts a fresh LoRA adapter (B = 0) on a model; A is drawn from `seed`.
+
+    Args:
+        model: a base model of transformers.
+        rank: r.
+        alpha: numerator of the scaling, ``2 * rank`` by default.
+        dropout: on the adapter's input.
+        targets: PEFT's ``target_modules``: names, or ``all-linear``.
+        seed: of the draw of A. The global random state is left as it was.
+
+    Raises:
+        ConfigError: a rank below 1, or targets that the model does not have.
+    """
+    if rank < 1:
+        raise ConfigError("the LoRA rank is too small", got=rank, allowed="1 or more", fix="--rank 16")
+    kind = {True: "SEQ_CLS", False: None}["SequenceClassification" in type(model).__name__]
+    if "CausalLM" in type(model).__name__:
+        kind = "CAUSAL_LM"
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha if alpha is not None else 2 * rank,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type=kind,
+    )
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            peft = get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    except ValueError as error:
+        leaves = sorted(
+            {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        )
+        raise ConfigError(
+            "the adapter's targets are not in the model",
+            got=targets,
+            allowed=", ".join(["all-linear", *leaves]),
+            fix="name linear layers of this model",
+        ) from error
+    return peft  # type: ignore[return-value]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model under the wrappers of distributed training and compilation."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in {"DistributedDataParallel", "DataParallel"}:
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def canonical(name: str) -> str:
+    """A module's or parameter's name in the base model, without PEFT's wrappers."""
+    for prefix in ("base_model.model.", "module.", "_orig_mod."):
+        name = name.removeprefix(prefix)
+    return name.replace(".base_layer", "").replace(".original_module", "")
+
+
+def lora_sites(model: nn.Module, adapter: str | None = None) -> list[LoraSite]:
+    """The LoRA layers of a model, in the order of its modules.
+
+    Raises:
+        ModelError: no LoRA layer, a kind that is not linear, DoRA, or sharded weights.
+    """
+    model = unwrap(model)
+    sites = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        active = [adapter] if adapter else [a for a in layer.active_adapters if a in layer.lora_A]
+        if len(active) > 1:
+            raise ModelError(
+                "several adapters are active", got=active, allowed="one", fix="model.set_adapter(name)"
+            )
+        if not active or active[0] not in layer.lora_A:
+            if any(a in layer.lora_embedding_A for a in layer.active_adapters):
+                raise _unsupported(name, "an embedding")
+            continue
+        site = LoraSite(canonical(name), layer, active[0], float(layer.scaling[active[0]]))
+        if not isinstance(site.lora_a, nn.Linear):
+            raise _unsupported(name, type(site.lora_a).__name__)
+        if getattr(layer, "use_dora", {}).get(active[0]):
+            raise _unsupported(name, "DoRA")
+        _refuse_sharded(site)
+        sites.append(site)
+    if not sites:
+        raise ModelError(
+            "the model carries no LoRA adapter",
+            got=type(model).__name__,
+            allowed="a peft.PeftModel with LoRA on linear layers",
+            fix="retain.attach_lora(model) or peft.get_peft_model(model, LoraConfig(...))",
+        )
+    return sites
+
+
+def _unsupported(name: str, kind: str) -> ModelError:
+    return ModelError(
+        "a LoRA layer is of a kind that has no curvature here",
+        got=f"{kind} at {canonical(name)}",
+        allowed="plain LoRA on linear layers",
+        fix="leave that layer out of target_modules, or use plain LoRA",
+    )
+
+
+def _refuse_sharded(site: LoraSite) -> None:
+    for weight in (site.a, site.b):
+        if hasattr(weight, "ds_id") or weight.numel() == 0 or type(weight.data).__name__ == "DTensor":
+            raise ModelError(
+                "the adapter's weights are sharded (ZeRO-3 or FSDP)",
+                got=site.name,
+                allowed="whole LoRA weights on each process",
+                fix="use ZeRO-2 or DDP, or exclude the LoRA weights from sharding",
+            )
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
+    """The base model: the same modules with the adapter switched off."""
+    inner: Any = unwrap(model)
+    if not isinstance(inner, PeftModel):
+        raise ModelError(
+            "the model has no adapter to switch off",
+            got=type(inner).__name__,
+            allowed="a peft.PeftModel",
+            fix="measure the model that carries the adapter",
+        )
+    with inner.disable_adapter():
+        yield inner
+
+
+def share_trainable(model: nn.Module) -> tuple[int, int]:
+    """(trainable parameters, all parameters)."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, g in counts if g), sum(n for n, _ in counts)
+
+
+def as_matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as a plain matrix outside the graph."""
+    return weight.detach().to(dtype)

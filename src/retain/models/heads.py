@@ -1,0 +1,53 @@
+"""Run a model and get logits only where something is predicted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from retain.data.batches import Batch
+from retain.errors import ModelError
+from retain.models.adapter import unwrap
+
+__all__ = ["forward_logits", "is_causal"]
+
+
+def is_causal(model: nn.Module) -> bool:
+    """True for a causal language model, false for a sequence classifier.
+
+    Raises:
+        ModelError: a model without either head.
+    """
+    inner: Any = unwrap(model)
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    name = type(base).__name__
+    if "SequenceClassification" in name:
+        return False
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return True
+    raise ModelError(
+        "the model has no head that predicts",
+        got=name,
+        allowed="a ...ForCausalLM or ...ForSequenceClassification model",
+        fix="load an encoder with num_labels=...",
+    )
+
+
+def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of a batch's predictions, [predictions, classes], row after row.
+
+    A causal model's head is the widest layer by far, so it is run at the predicted positions
+    alone: they are picked out of the hidden states as these enter the head, as one matrix.
+    """
+    if batch.predict is None:
+        logits: Tensor = model(**batch.inputs).logits
+        return logits
+    inner: Any = unwrap(model)
+    head, predict = inner.get_output_embeddings(), batch.predict
+    handle = head.register_forward_pre_hook(lambda _m, args: (args[0][predict][None],))
+    try:
+        logits = model(**batch.inputs, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits[0]

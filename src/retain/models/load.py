@@ -1,0 +1,131 @@
+"""Load a base model by a built-in name, a hub id, a folder or a ``.gguf`` file."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from retain.errors import ModelError, unknown
+from retain.models.builtin import BUILTIN, cache_folder, convert_gguf, offline, resolve_builtin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["DTYPES", "LoadedModel", "load_model"]
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+class LoadedModel(NamedTuple):
+    """A base model in evaluation mode, its tokenizer, and the name it was asked for by."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    num_labels: int | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> LoadedModel:
+    """Loads a model with its tokenizer.
+
+    Args:
+        name: a built-in name (``smollm2-135m``, ``minilm-22m``), a hub id, a local folder, or a
+            ``.gguf`` file (converted once, see `retain.models.builtin`).
+        dtype: of the weights; a name in `DTYPES` or a `torch.dtype`.
+        device: where the model is put; a CUDA device when there is one, by default.
+        num_labels: gives an encoder (or decoder) a classification head of so many classes.
+            Without it a decoder gets its language-model head, and an encoder none.
+        trust_remote_code: run code that comes with the model. Off unless asked for.
+        **kwargs: passed on to ``from_pretrained``.
+
+    Raises:
+        ModelError: the model cannot be found or read.
+        ConfigError: an unknown dtype.
+    """
+    import transformers as tf
+
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise unknown("dtype", dtype, DTYPES)
+        dtype = DTYPES[dtype]
+    where = _resolve(str(name))
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": offline()}
+    bar = tf.utils.logging.is_progress_bar_enabled()
+    tf.utils.logging.disable_progress_bar()
+    try:
+        config = tf.AutoConfig.from_pretrained(where, **common)
+        causal = any("CausalLM" in a or "LMHead" in a for a in config.architectures or [])
+        auto: Any
+        if num_labels is not None:
+            auto, kwargs = tf.AutoModelForSequenceClassification, {"num_labels": num_labels} | kwargs
+        else:
+            auto = tf.AutoModelForCausalLM if causal else tf.AutoModel
+        model = auto.from_pretrained(where, dtype=dtype, use_safetensors=True, **common, **kwargs)
+        tokenizer = tf.AutoTokenizer.from_pretrained(where, **common)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise _not_found(str(name), error) from error
+    finally:
+        if bar:
+            tf.utils.logging.enable_progress_bar()
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).eval()
+    return LoadedModel(model, tokenizer, str(name))
+
+
+def _resolve(name: str) -> str:
+    """The folder or hub id that a name stands for."""
+    if name in BUILTIN:
+        return resolve_builtin(name)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(
+                "no such .gguf file", got=name, allowed="a path of a GGUF file", fix="check the path"
+            )
+        path = path.resolve()
+        tag = hashlib.sha256(f"{path}:{path.stat().st_mtime_ns}".encode()).hexdigest()[:12]
+        return str(convert_gguf(path, cache_folder() / f"{path.stem}-{tag}"))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                "the folder holds no model",
+                got=f"{name} without config.json",
+                allowed="a folder written by save_pretrained",
+                fix="give the folder that holds config.json and the safetensors files",
+            )
+        return str(path)
+    return name
+
+
+def _not_found(name: str, error: Exception) -> ModelError:
+    near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    off = " (the hub is switched off)" if offline() else ""
+    return ModelError(
+        "unknown model",
+        got=f"{name!r}{off}: {first[:160]}",
+        allowed=f"{', '.join(BUILTIN)}, a hub id, a folder, a .gguf file",
+        fix=f"{hint}check the name, the path, or the connection to the hub",
+    )

@@ -1,0 +1,105 @@
+"""Text that a model samples itself: the source for those who have none.
+
+Half of the rows continue from the start of a document, half from the start of a chat (where
+the tokenizer has a chat template), so that both the plain and the instructed side of the model
+speak. The adapter, if any, is off.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from retain.errors import SourceError
+from retain.models.adapter import adapter_off
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["sample_rows"]
+
+_MARK = "\x00"
+
+
+def sample_rows(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    count: int,
+    max_length: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    temperature: float = 1.0,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Rows of ``input_ids`` sampled from the base model.
+
+    Args:
+        model: a causal model, with or without an adapter.
+        tokenizer: tells where documents and chats begin.
+        count: rows.
+        max_length: tokens a row, the prefix included; a row ends early at the end of its text.
+        seed: of the draws. The global random state is left as it was.
+        batch_size: rows sampled at once.
+        temperature: 1 samples the model as it is.
+        progress: show a bar.
+
+    Raises:
+        SourceError: there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise SourceError(
+            "sampling needs a tokenizer", got="tokenizer=None", allowed="the model's tokenizer",
+            fix="pass tokenizer=...",
+        )
+    prefixes = _prefixes(tokenizer)
+    device = next(model.parameters()).device
+    rows: list[dict[str, Any]] = []
+    bar = tqdm(total=count, desc="self-samples", unit="row", disable=not progress)
+    was_training = model.training
+    off = adapter_off(model) if hasattr(model, "disable_adapter") else nullcontext()
+    devices = [device] if device.type == "cuda" else []
+    with off, torch.no_grad(), torch.random.fork_rng(devices), bar:
+        model.eval()
+        torch.manual_seed(seed)
+        for i, prefix in enumerate(prefixes):
+            share = count // len(prefixes) + (i < count % len(prefixes))
+            for start in range(0, share, batch_size):
+                size = min(batch_size, share - start)
+                ids = torch.tensor([prefix] * size, device=device)
+                out = model.generate(  # type: ignore[operator]
+                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True,
+                    temperature=temperature, top_k=0, top_p=1.0,
+                    max_new_tokens=max(2, max_length - len(prefix)),
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+                rows += [
+                    {"input_ids": _cut(r, len(prefix), tokenizer.eos_token_id)} for r in out.tolist()
+                ]
+                bar.update(size)
+    model.train(was_training)
+    return rows
+
+
+def _prefixes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Where a text may begin: a document's first token, and the user's side of a chat."""
+    start = tokenizer.bos_token_id
+    start = tokenizer.eos_token_id if start is None else start
+    prefixes = [[int(start)]]
+    if getattr(tokenizer, "chat_template", None):
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+        head = str(chat).partition(_MARK)[0]
+        prefixes.append(list(tokenizer(head, add_special_tokens=False)["input_ids"]))
+    return prefixes
+
+
+def _cut(ids: list[int], start: int, eos: int | None) -> list[int]:
+    """The row without what stands behind a repeated end token (the padding of generation)."""
+    end = len(ids)
+    while end > start + 2 and ids[end - 1] == eos and ids[end - 2] == eos:
+        end -= 1
+    return ids[:end]

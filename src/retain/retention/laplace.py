@@ -1,0 +1,158 @@
+"""Laplace retention: a quadratic force towards the anchor, once an optimiser step.
+
+Total loss = task loss + strength x predicted nats. Two ways to apply the force:
+
+- ``gradient``: its gradient is added to the task's, before the optimiser steps.
+- ``proximal``: after the optimiser has stepped, the step's own implicit problem is solved in
+  closed form, ``X = argmin 0.5/eta ||X - X'||^2 + strength * q(X)``, as AdamW decouples its
+  weight decay. It is stable for any strength. ``eta`` is the learning rate, over the mean
+  denominator of Adam where the optimiser is one (so that a strength means about the same
+  number of nats as in the other way).
+
+Both are computed in closed form, without an autograd graph, and do not depend on the batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from retain.curvature.curvature import Curvature
+from retain.errors import ConfigError, MismatchError, TrainingError, unknown
+from retain.types import UPDATES, Update
+
+__all__ = ["Retention"]
+
+
+class Retention:
+    """Holds a model near its anchor while it trains; for a plain PyTorch loop::
+
+        retention = Retention(model, curvature, strength=100.0)
+        for batch in loader:
+            model(**batch).loss.backward()
+            retention.step(optimizer)  # in place of optimizer.step()
+            optimizer.zero_grad()
+
+    Args:
+        model: a PEFT model with LoRA.
+        curvature: fitted on this model.
+        strength: how many nats of task loss one nat of predicted forgetting weighs. 0 is plain
+            training, bit for bit.
+        update: ``gradient`` or ``proximal``.
+        resuming: the adapter is expected to be away from the anchor already.
+
+    Raises:
+        MismatchError: the curvature is of another model; or, in adapter space, the adapter does
+            not start at the anchor.
+        ConfigError: a strength that is negative or not finite, or an unknown update.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        curvature: Curvature,
+        strength: float = 1.0,
+        *,
+        update: Update = "gradient",
+        resuming: bool = False,
+    ) -> None:
+        if update not in UPDATES:
+            raise unknown("update", update, UPDATES)
+        check_strength(strength)
+        self.curvature, self.strength, self.update = curvature, strength, update
+        self.sites = curvature.bind(model)
+        if curvature.info.space == "adapter" and not resuming and not curvature.at_anchor(self.sites):
+            raise MismatchError(
+                "the adapter does not start where the adapter-space curvature was fitted",
+                got="other values of A or B", allowed="the anchor's",
+                fix="curvature.load_anchor(model), or space='weight'",
+            )
+
+    def predicted(self) -> float:
+        """Predicted nats per source token at the present adapter."""
+        return self.curvature.pulls(self.sites)[0]
+
+    def step(self, optimizer: Optimizer) -> float:
+        """Steps the optimiser with the force applied, in place of ``optimizer.step()``.
+
+        Returns:
+            Predicted nats per source token (before the step for ``gradient``).
+        """
+        if self.update == "gradient":
+            nats = self.add_force()
+            optimizer.step()
+            return nats
+        optimizer.step()
+        return self.apply_proximal(optimizer)
+
+    def add_force(self) -> float:
+        """Adds ``strength * dq`` to each LoRA gradient; returns predicted nats.
+
+        Raises:
+            TrainingError: the adapter has left the finite numbers.
+        """
+        nats, pulls = self.curvature.pulls(self.sites)
+        _check_finite(nats)
+        if self.strength:
+            for parameter, gradient in pulls:
+                if not parameter.requires_grad:
+                    continue
+                force = (self.strength * gradient).to(parameter.dtype)
+                if parameter.grad is None:
+                    parameter.grad = force
+                else:
+                    parameter.grad.add_(force)
+        return nats
+
+    def apply_proximal(self, optimizer: Optimizer) -> float:
+        """Pulls the adapter back after a step of `optimizer`; returns predicted nats."""
+        if self.strength:
+            rates = _rates(optimizer)
+            for site in self.sites:
+                self.curvature.proximal(
+                    site,
+                    self.strength * rates.get(id(site.b), 0.0),
+                    self.strength * rates.get(id(site.a), 0.0),
+                )
+        nats = self.predicted()
+        _check_finite(nats)
+        return nats
+
+
+def check_strength(strength: float) -> None:
+    """Raises `ConfigError` unless the strength is a finite number, 0 or above."""
+    if not (isinstance(strength, int | float) and math.isfinite(strength) and strength >= 0):
+        raise ConfigError(
+            "the strength is no strength", got=strength, allowed="a finite number, 0 or above",
+            fix="strength=100",
+        )
+
+
+def _check_finite(nats: float) -> None:
+    if not math.isfinite(nats):
+        raise TrainingError(
+            "the adapter is no longer finite", got=f"{nats} predicted nats", allowed="finite numbers",
+            fix="lower the learning rate; the last checkpoint is untouched",
+        )
+
+
+def _rates(optimizer: Optimizer) -> dict[int, float]:
+    """The step length of each parameter: lr, over Adam's mean denominator where it has one."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the optimiser
+    rates: dict[int, float] = {}
+    for group in inner.param_groups:
+        lr = float(group["lr"])
+        for parameter in group["params"]:
+            state = inner.state.get(parameter, {})
+            second, count = state.get("exp_avg_sq"), state.get("step")
+            if second is None or count is None:
+                rates[id(parameter)] = lr
+                continue
+            beta, eps = group["betas"][1], group["eps"]
+            correction = 1.0 - beta ** float(count)
+            root = (second.detach().to(torch.float32) / correction).sqrt_()
+            rates[id(parameter)] = lr / (float(root.mean()) + eps)
+    return rates
