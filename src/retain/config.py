@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,7 +18,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class AdapterConfig(_Strict):
@@ -27,7 +28,7 @@ class AdapterConfig(_Strict):
     alpha: float | None = Field(None, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str | list[str] = "all-linear"
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
 
 
 class TrainConfig(_Strict):
@@ -45,7 +46,7 @@ class TrainConfig(_Strict):
     max_length: int = Field(256, ge=2)
     pad_multiple: int = Field(16, ge=1)
     update: Update = "gradient"
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     save_steps: int = Field(0, ge=0)
     gradient_checkpointing: bool = False
     report_to: str = "none"
@@ -90,13 +91,17 @@ def read_config(path: str | Path, overrides: dict[str, Any], kind: type[Model]) 
             found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(
-                "the configuration cannot be read", got=f"{path}: {str(error).splitlines()[0]}",
-                allowed="a YAML file", fix="check the path and the file",
+                "the configuration cannot be read",
+                got=f"{path}: {str(error).splitlines()[0]}",
+                allowed="a YAML file",
+                fix="check the path and the file",
             ) from error
         if not isinstance(found, dict):
             raise ConfigError(
-                "the configuration is no mapping", got=type(found).__name__,
-                allowed="keys with values", fix="write 'key: value' lines",
+                "the configuration is no mapping",
+                got=type(found).__name__,
+                allowed="keys with values",
+                fix="write 'key: value' lines",
             )
     for dotted, value in overrides.items():
         if value is None:
@@ -104,7 +109,9 @@ def read_config(path: str | Path, overrides: dict[str, Any], kind: type[Model]) 
         *parents, leaf = dotted.split(".")
         here = found
         for parent in parents:
-            here = here.setdefault(parent, {})
+            if not isinstance(here.get(parent), dict):
+                here[parent] = {}
+            here = here[parent]
         here[leaf] = value
     return validate(found, kind)
 
@@ -121,9 +128,20 @@ def validate(found: dict[str, Any], kind: type[Model]) -> Model:
             for part in where[:-1]:
                 model = model.model_fields[part].annotation
             raise unknown("key", where[-1], model.model_fields) from error
+        if first["type"] == "missing":
+            key = where[-1]
+            raise ConfigError(
+                f"{key} is missing",
+                got=f"no {key}",
+                allowed="a value",
+                fix=f"give --{key}, or {key}: in the configuration file",
+            ) from error
+        if first["type"] == "literal_error":
+            allowed = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+            raise unknown(where[-1], str(first["input"]), allowed) from error
         raise ConfigError(
             f"the value of {'.'.join(where) or 'the configuration'} is not accepted",
-            got="nothing" if first["type"] == "missing" else repr(first.get("input"))[:120],
+            got=repr(first.get("input"))[:120],
             allowed=first["msg"].removeprefix("Value error, "),
             fix="change it in the file or on the command line",
         ) from error

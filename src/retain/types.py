@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Structure = Literal["identity", "diagonal", "kfac"]
+Structure = Literal["identity", "diagonal", "kfac", "shampoo"]
 """How a curvature is stored: see `retain.curvature`."""
 
 Space = Literal["weight", "adapter"]

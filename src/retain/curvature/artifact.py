@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,8 @@ from retain.curvature.curvature import Curvature, CurvatureInfo
 from retain.curvature.diagonal import DiagonalBlock
 from retain.curvature.identity import IdentityBlock
 from retain.curvature.kronecker import KroneckerBlock
-from retain.errors import ArtifactError, OutputError
+from retain.errors import ArtifactError
+from retain.files import whole_file
 
 __all__ = ["load_curvature", "save_curvature"]
 
@@ -41,27 +40,18 @@ def save_curvature(curvature: Curvature, path: str | Path) -> Path:
     tensors, alias = _flatten(curvature)
     shapes = {name: list(block.shape) for name, block in curvature.blocks.items()}
     described = {
-        "format": FORMAT, "info": curvature.info.to_dict(), "alias": alias, "shapes": shapes
+        "format": FORMAT,
+        "info": curvature.info.to_dict(),
+        "alias": alias,
+        "shapes": shapes,
     }
     text = json.dumps(described, sort_keys=True)
     metadata = {"retain": text, "digest": _digest(text, tensors)}
-    scratch = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        os.close(handle)
-        save_file(tensors, scratch, metadata=metadata)
-        os.replace(scratch, path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            "the curvature cannot be written",
-            got=f"{path}: {error}",
-            allowed="a folder that can be written, with room on the disk",
-            fix="choose another path",
-        ) from error
-    finally:
-        if scratch and os.path.exists(scratch):
-            os.unlink(scratch)
+    with whole_file(path, "the curvature") as scratch:
+        try:
+            save_file(tensors, scratch, metadata=metadata)
+        except SafetensorError as error:  # safetensors wraps the system's error
+            raise OSError(str(error)) from error
     return path
 
 
@@ -74,7 +64,9 @@ def load_curvature(path: str | Path) -> Curvature:
     path = Path(path).expanduser()
     if not path.is_file():
         raise ArtifactError(
-            "no such curvature file", got=path, allowed="a file written by retain fit",
+            "no such curvature file",
+            got=path,
+            allowed="a file written by retain fit",
             fix="check the path, or run retain fit",
         )
     try:
@@ -89,12 +81,16 @@ def load_curvature(path: str | Path) -> Curvature:
             raise _damaged(path, "contents that do not match their digest", "an unaltered file")
         return _rebuild(described, tensors)
     except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}", "a whole curvature file") from error
+        raise _damaged(
+            path, f"{type(error).__name__}: {error}", "a whole curvature file"
+        ) from error
 
 
 def _damaged(path: Path, got: str, allowed: str) -> ArtifactError:
     return ArtifactError(
-        "the curvature file is damaged or is none", got=f"{path}: {got}", allowed=allowed,
+        "the curvature file is damaged or is none",
+        got=f"{path}: {got}",
+        allowed=allowed,
         fix="fit it again, or copy it again",
     )
 
@@ -125,7 +121,7 @@ def _rebuild(described: dict[str, Any], tensors: dict[str, Tensor]) -> Curvature
     blocks: dict[str, Block] = {}
     for layer, shape in described["shapes"].items():
         get = f"blocks/{layer}/".__add__
-        if info.structure == "kfac":
+        if info.structure in {"kfac", "shampoo"}:
             blocks[layer] = KroneckerBlock(tensors[get("inputs")], tensors[get("outputs")])
         elif info.structure == "diagonal":
             blocks[layer] = DiagonalBlock(tensors[get("values")])
@@ -141,10 +137,5 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         t = tensors[name]
         digest.update(f"{name}:{t.dtype}:{tuple(t.shape)};".encode())
-        digest.update(t.contiguous().view(torch.uint8).numpy() if t.dim() else _scalar(t))
+        digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _scalar(tensor: Tensor) -> bytes:
-    data: bytes = tensor.reshape(1).view(torch.uint8).numpy().tobytes()
-    return data

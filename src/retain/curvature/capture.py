@@ -43,7 +43,7 @@ def capture(model: nn.Module, layers: Mapping[str, nn.Module], receive: Receive)
         return forward
 
     handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    if getattr(unwrap(model), "is_gradient_checkpointing", False):
+    if getattr(unwrap(model), "is_activation_checkpointing", False):
         # A reentrant checkpoint passes gradients on only where its inputs ask for them.
         embedding = unwrap(model).get_input_embeddings()  # type: ignore[operator]
         handles.append(

@@ -225,9 +225,21 @@ class Curvature:
         return sum(unique.values())
 
     def load_anchor(self, model: nn.Module) -> None:
-        """Sets the model's adapter to the anchor (adapter space, where its A matters)."""
+        """Sets the model's adapter to the anchor (adapter space, where its A matters).
+
+        Raises:
+            MismatchError: a curvature of weight space, whose anchor is an update, not factors.
+        """
+        sites = self.bind(model)
+        if self.info.space != "adapter":
+            raise MismatchError(
+                "only an adapter-space curvature has factors to start from",
+                got="space='weight'",
+                allowed="space='adapter'",
+                fix="start from any adapter with the anchor's update",
+            )
         with torch.no_grad():
-            for site in self.bind(model):
+            for site in sites:
                 b0, a0 = self.anchor[site.name]
                 site.a.copy_(a0)
                 site.b.copy_(b0)
@@ -241,8 +253,8 @@ class Curvature:
     def at_anchor(self, sites: list[LoraSite]) -> bool:
         """Whether the adapter's present weights are the anchor's (adapter space)."""
         return all(
-            torch.equal(site.a.detach().to(a0.dtype), a0)
-            and torch.equal(site.b.detach().to(b0.dtype), b0)
+            torch.equal(site.a.detach(), a0.to(site.a.dtype))
+            and torch.equal(site.b.detach(), b0.to(site.b.dtype))
             for site in sites
             for b0, a0 in [self.anchor[site.name]]
         )
@@ -256,5 +268,5 @@ class Curvature:
 
 
 def describe(sites: list[LoraSite]) -> dict[str, list[float]]:
-    """layer -> [d_out, d_in, r, scaling]."""
+    """Layer -> [d_out, d_in, r, scaling]."""
     return {s.name: [*s.shape, s.rank, s.scaling] for s in sites}

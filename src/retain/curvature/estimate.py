@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -15,16 +14,15 @@ from retain.curvature.block import Block
 from retain.curvature.capture import capture, evaluating, shared_inputs
 from retain.curvature.curvature import Curvature, CurvatureInfo, describe, part
 from retain.curvature.diagonal import DiagonalEstimator
+from retain.curvature.gather import Estimator, Gather
 from retain.curvature.identity import IdentityEstimator
-from retain.curvature.kronecker import KroneckerEstimator
-from retain.curvature.labels import cotangents
-from retain.curvature.record import Record
-from retain.data.batches import Batch, Example, batches
+from retain.curvature.kronecker import KroneckerEstimator, ShampooEstimator
+from retain.data.batches import Example, batches
 from retain.data.sources import Row, encode, read_rows
 from retain.errors import ConfigError, CurvatureError, SourceError, unknown
 from retain.models.adapter import LoraSite, lora_sites
 from retain.models.fingerprint import fingerprint
-from retain.models.heads import forward_logits, is_causal
+from retain.models.heads import is_causal
 from retain.models.sample import sample_rows
 from retain.types import FISHERS, SPACES, STRUCTURES, Fisher, Space, Structure
 
@@ -32,8 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["fit_curvature"]
-
-Estimator = KroneckerEstimator | DiagonalEstimator | IdentityEstimator
 
 
 def fit_curvature(
@@ -63,7 +59,7 @@ def fit_curvature(
         source: ``"self"`` (text that the base model samples), a path (.txt, .jsonl, .jsonl.gz,
             .json, .csv, .parquet), a `datasets.Dataset`, or a list of rows; see
             `retain.data.sources` for the columns.
-        structure: ``identity``, ``diagonal`` or ``kfac``.
+        structure: ``identity``, ``diagonal``, ``kfac`` or ``shampoo``.
         tokenizer: for text; not needed for rows with ``input_ids``. A model loaded from a name
             finds its own.
         space: ``weight`` (of the update s B A, for any rank) or ``adapter`` (of A and B).
@@ -74,7 +70,7 @@ def fit_curvature(
         max_length: tokens of a row that are read at most.
         batch_size: rows a pass. Memory and speed only: the result does not depend on it.
         seed: of label draws and of the self-sampled text.
-        calibrate: scale each K-FAC block to its true trace.
+        calibrate: scale each block of ``kfac`` to its true trace.
         progress: show a bar.
 
     Raises:
@@ -84,16 +80,22 @@ def fit_curvature(
         CurvatureError: a layer that got no gradient where theory says it should.
     """
     for kind, got, allowed in (
-        ("structure", structure, STRUCTURES), ("space", space, SPACES), ("fisher", fisher, FISHERS)
+        ("structure", structure, STRUCTURES),
+        ("space", space, SPACES),
+        ("fisher", fisher, FISHERS),
     ):
         if got not in allowed:
             raise unknown(kind, got, allowed)
     for label, number in (("samples", samples), ("rows", rows), ("batch_size", batch_size)):
         if number < 1:
-            raise ConfigError(f"{label} is too small", got=number, allowed="1 or more", fix="raise it")
+            raise ConfigError(
+                f"{label} is too small", got=number, allowed="1 or more", fix="raise it"
+            )
     causal = is_causal(model)
     sites = lora_sites(model)
-    examples = _examples(model, source, tokenizer, causal, rows, max_length, batch_size, seed, progress)
+    examples = _examples(
+        model, source, tokenizer, causal, rows, max_length, batch_size, seed, progress
+    )
     layers = _layers(sites, space)
     device = sites[0].a.device
     pad = getattr(model.config, "pad_token_id", None) or 0
@@ -102,100 +104,43 @@ def fit_curvature(
         probe = pass_over[0].to(device)
         shared = shared_inputs(model, layers, probe.inputs)
         estimator = _estimator(structure, shared, calibrate)
-        run = _Run(model, layers, estimator, space)
+        run = Gather(model, layers, estimator)
         with capture(model, layers, run.receive):
             for batch in tqdm(pass_over, desc="curvature", unit="batch", disable=not progress):
                 run.batch(batch.to(device), fisher, samples, seed)
-    run.check(sites)
+    _check_alive(run.dead(), sites, space)
     info = CurvatureInfo(
-        structure=structure, space=space, fisher=fisher,
-        tokens=sum(len(e.tokens) for e in examples), predictions=run.predictions,
-        sequences=len(examples), samples=samples, max_length=max_length, seed=seed,
-        error=run.error(), model=fingerprint(model), sites=describe(sites), versions=versions(),
+        structure=structure,
+        space=space,
+        fisher=fisher,
+        tokens=sum(len(e.tokens) for e in examples),
+        predictions=run.predictions,
+        sequences=len(examples),
+        samples=samples,
+        max_length=max_length,
+        seed=seed,
+        error=run.error(),
+        model=fingerprint(model),
+        sites=describe(sites),
+        versions=versions(),
         note=str(source) if isinstance(source, str | Path) else type(source).__name__,
     )
     blocks = estimator.finish(run.predictions)
     return Curvature(blocks, _anchor(sites, space, blocks), info)
 
 
-class _Run:
-    """One pass over the source: routes what the hooks see to the estimator."""
-
-    def __init__(
-        self, model: nn.Module, layers: dict[str, nn.Module], estimator: Estimator, space: Space
-    ) -> None:
-        self.model, self.layers, self.estimator, self.space = model, layers, estimator, space
-        self.predictions = 0
-        self.largest: dict[str, float] = dict.fromkeys(layers, 0.0)
-        self.moments: list[tuple[float, int]] = []  # (trace, predictions) of each sequence and draw
-        self._batch: Batch | None = None
-        self._weight, self._first = 1.0, True
-        self._fired: set[str] = set()
-        self._traces: Tensor | None = None
-
-    def batch(self, batch: Batch, fisher: Fisher, samples: int, seed: int) -> None:
-        """Forward once, and backward once for each cotangent."""
-        self._batch, self._first = batch, True
-        with torch.enable_grad():
-            logits = forward_logits(self.model, batch)
-            passes = cotangents(
-                logits, batch.lengths, batch.targets, batch.rows, fisher, samples, seed
-            )
-            for cotangent, self._weight in passes:
-                self._fired.clear()
-                self._traces = None
-                logits.backward(cotangent.to(logits.dtype), retain_graph=True)  # type: ignore[no-untyped-call]
-                self._first = False
-                if self._traces is not None and fisher != "exact":
-                    self.moments += zip(self._traces.tolist(), batch.lengths, strict=True)
-        self.predictions += sum(batch.lengths)
-
-    def receive(self, name: str, x: Tensor, g: Tensor) -> None:
-        """Takes one layer's inputs and output gradients from the hooks."""
-        batch = self._batch
-        assert batch is not None
-        if name in self._fired:
-            raise CurvatureError(
-                "a layer is used twice in one pass", got=name, allowed="once",
-                fix="leave that layer out of the adapter's target_modules",
-            )
-        self._fired.add(name)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        mask = batch.mask
-        rows = mask.shape[0]
-        if x.dim() == 2 and x.shape[0] == rows:  # after pooling: one position a sequence
-            x, g, mask = x[:, None], g[:, None], mask.new_ones(rows, 1)
-        x = x.reshape(*mask.shape, -1).to(wide) * mask[..., None]
-        g = g.reshape(*mask.shape, -1).to(wide) * mask[..., None]
-        record = Record(name, x, g, int(mask.sum()), self._weight, self._first)
-        self.largest[name] = max(self.largest[name], float(g.abs().max()))
-        traces = record.traces
-        self._traces = traces if self._traces is None else self._traces + traces
-        self.estimator.update(record)
-
-    def error(self) -> float:
-        """Relative standard error of the trace over sequences and draws."""
-        if len(self.moments) < 2:
-            return float("nan") if self.moments else 0.0
-        t = torch.tensor([m[0] for m in self.moments], dtype=torch.float64)
-        n = torch.tensor([m[1] for m in self.moments], dtype=torch.float64)
-        ratio = t.sum() / n.sum()
-        spread = ((t - ratio * n) ** 2).sum() / (len(t) - 1) * len(t)
-        return float(spread.sqrt() / t.sum()) if t.sum() > 0 else 0.0
-
-    def check(self, sites: list[LoraSite]) -> None:
-        """An all-zero layer is an error unless theory says so (A's block while B = 0)."""
-        expected = set()
-        if self.space == "adapter":
-            expected = {part(s.name, "lora_A") for s in sites if not bool(s.b.any())}
-        dead = [n for n, v in self.largest.items() if v == 0.0 and n not in expected]
-        if dead:
-            raise CurvatureError(
-                "layers got no gradient at all",
-                got=f"{len(dead)} of {len(self.largest)}, such as {dead[0]}",
-                allowed="a gradient at each layer that carries the adapter",
-                fix="check that the adapter is active, and the gradient checkpointing settings",
-            )
+def _check_alive(dead: list[str], sites: list[LoraSite], space: Space) -> None:
+    """An all-zero layer is an error unless theory says so (A's block while B = 0)."""
+    if space == "adapter":
+        expected = {part(s.name, "lora_A") for s in sites if not bool(s.b.any())}
+        dead = [name for name in dead if name not in expected]
+    if dead:
+        raise CurvatureError(
+            "layers got no gradient at all",
+            got=f"{len(dead)} layers, such as {dead[0]}",
+            allowed="a gradient at each layer that carries the adapter",
+            fix="check that the adapter is active, and the gradient checkpointing settings",
+        )
 
 
 def versions() -> dict[str, str]:
@@ -225,8 +170,10 @@ def _examples(
     if isinstance(source, str) and source == "self":
         if not causal:
             raise SourceError(
-                "only a causal model can sample its own text", got="source='self'",
-                allowed="a data set or a file", fix="give source text with the classifier's fields",
+                "only a causal model can sample its own text",
+                got="source='self'",
+                allowed="a data set or a file",
+                fix="give source text with the classifier's fields",
             )
         source = sample_rows(
             model, tokenizer, count=rows, max_length=max_length, seed=seed, progress=progress
@@ -234,8 +181,10 @@ def _examples(
     found = encode(read_rows(source, rows), tokenizer, max_length=max_length, causal=causal)[:rows]
     if len(found) < batch_size:
         raise SourceError(
-            "the source is smaller than one batch", got=f"{len(found)} sequences, batch size {batch_size}",
-            allowed=f"at least {batch_size} sequences", fix="give more text, or a smaller batch size",
+            "the source is smaller than one batch",
+            got=f"{len(found)} sequences, batch size {batch_size}",
+            allowed=f"at least {batch_size} sequences",
+            fix="give more text, or a smaller batch size",
         )
     return found
 
@@ -254,6 +203,8 @@ def _layers(sites: list[LoraSite], space: Space) -> dict[str, nn.Module]:
 def _estimator(structure: Structure, shared: dict[str, str], calibrate: bool) -> Estimator:
     if structure == "kfac":
         return KroneckerEstimator(shared, calibrate=calibrate)
+    if structure == "shampoo":
+        return ShampooEstimator()
     return DiagonalEstimator() if structure == "diagonal" else IdentityEstimator()
 
 

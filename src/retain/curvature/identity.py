@@ -47,7 +47,9 @@ class IdentityBlock(Block):
         t, c = tau * float(self.scale), c.double()
         values, vectors = torch.linalg.eigh(c @ c.T)
         y = b.double() + t * b0.double() @ (a0.double() @ c.T)
-        return ((y @ vectors) / (1.0 + t * values.clamp(min=0)) @ vectors.T).to(b.dtype)
+        inner = (y @ vectors) / (1.0 + t * values.clamp(min=0))
+        solution: Tensor = (inner @ vectors.T).to(b.dtype)
+        return solution
 
     def prox_right(self, a: Tensor, c: Tensor, b0: Tensor, a0: Tensor, tau: float) -> Tensor:
         return self.prox_left(a.T, c.T, a0.T, b0.T, tau).T

@@ -1,13 +1,18 @@
-"""K-FAC: ``F = G (x) S``, one factor for a layer's outputs and one for its inputs.
+"""Kronecker-factored Fisher: ``F = G (x) S``, a factor for a layer's outputs, one for its inputs.
 
-With inputs x_t and output gradients g_t of a layer at the positions t of the source text,
-``S = E[x x^T]`` and ``G = E[g g^T]`` (Martens and Grosse 2015, arXiv 1503.05671; for layers
-that are shared over positions, the 'expand' setting of arXiv 2311.00636). Then
-``0.5 <D, F D> = 0.5 tr(D^T G D S)``.
+Then ``0.5 <D, F D> = 0.5 tr(D^T G D S)``. Two ways to the factors, from the inputs x_t and the
+output gradients g_t of a layer at the positions t of a sequence, with ``J = sum_t g_t x_t^T``:
 
-Calibration scales each block so that its trace is the true one, ``E || sum_t g_t x_t^T ||^2``
-per prediction. Without it a language model's block can be far too stiff, because the first
-token's huge activations meet tiny gradients, which ``E[x x^T] (x) E[g g^T]`` cannot see.
+**kfac**: ``S = E[x x^T]``, ``G = E[g g^T]`` over positions (Martens and Grosse 2015, arXiv
+1503.05671; the 'expand' setting of arXiv 2311.00636). Calibration scales each block so that its
+trace is the true one, ``E ||J||^2`` per prediction. Without it a language model's block can be
+far too stiff: the first token's huge activations meet tiny gradients, which a product of two
+averages cannot see.
+
+**shampoo**: ``S = E[J^T J]``, ``G = E[J J^T] / E ||J||^2`` over sequences. This is one step of
+power iteration towards the Kronecker product that is nearest to the Fisher (Morwani et al.
+2024, arXiv 2406.17748), and its trace is true by itself. Each input is weighted by the gradients
+that it meets, so massive activations without gradient do not count.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from torch import Tensor
 from retain.curvature.block import Block, Thin, solve_two_sided
 from retain.curvature.record import Record
 
-__all__ = ["KroneckerBlock", "KroneckerEstimator"]
+__all__ = ["KroneckerBlock", "KroneckerEstimator", "ShampooEstimator"]
 
 
 class KroneckerBlock(Block):
@@ -92,11 +97,9 @@ class KroneckerEstimator:
         """Takes one layer's inputs and gradients of one backward pass."""
         x, g, name = record.inputs, record.gradients, record.name
         if record.first and self.shared[name] == name:
-            flat = x.reshape(-1, x.shape[-1])
-            _accumulate(self.inputs, name, flat.T @ flat)
+            _accumulate(self.inputs, name, _flat(x).T @ _flat(x))
             self.positions[name] = self.positions.get(name, 0) + record.positions
-        flat = g.reshape(-1, g.shape[-1])
-        _accumulate(self.outputs, name, (flat.T @ flat) * record.weight)
+        _accumulate(self.outputs, name, (_flat(g).T @ _flat(g)) * record.weight)
         if self.calibrate:
             trace = float(record.traces.sum()) * record.weight
             self.traces[name] = self.traces.get(name, 0.0) + trace
@@ -112,6 +115,40 @@ class KroneckerEstimator:
                 g = g * (self.traces[name] / predictions / found) if found > 0 else g
             blocks[name] = KroneckerBlock(s, g)
         return blocks
+
+
+class ShampooEstimator:
+    """Streams ``E[J^T J]`` and ``E[J J^T]`` of each layer through Gram matrices over positions.
+
+    ``J J^T = sum_{t,t'} g_t (x_t . x_t') g_t'^T``: no J is built.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.traces: dict[str, float] = {}
+
+    def update(self, record: Record) -> None:
+        """Takes one layer's inputs and gradients of one backward pass."""
+        x, g, name = record.inputs, record.gradients, record.name
+        xg, gx = (x @ x.mT) @ g, (g @ g.mT) @ x
+        _accumulate(self.outputs, name, (_flat(g).T @ _flat(xg)) * record.weight)
+        _accumulate(self.inputs, name, (_flat(x).T @ _flat(gx)) * record.weight)
+        trace = float(record.traces.sum()) * record.weight
+        self.traces[name] = self.traces.get(name, 0.0) + trace
+
+    def finish(self, predictions: int) -> dict[str, Block]:
+        """The blocks; `predictions` is the number of predicted tokens that were seen."""
+        blocks: dict[str, Block] = {}
+        for name, outputs in self.outputs.items():
+            s, g = self.inputs[name] / predictions, outputs / (self.traces[name] or 1.0)
+            blocks[name] = KroneckerBlock(0.5 * (s + s.T), 0.5 * (g + g.T))
+        return blocks
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[batch, seq, d] as [batch * seq, d]."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _accumulate(into: dict[str, Tensor], name: str, value: Tensor) -> None:

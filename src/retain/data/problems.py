@@ -100,7 +100,9 @@ def templates(split: Split) -> tuple[str, ...]:
     return tuple(template.name for template in _templates(_checked(split)))
 
 
-def word_problems(split: Split, count: int, seed: int = 0) -> list[Problem]:
+def word_problems(
+    split: Split, count: int, seed: int = 0, largest: int | None = None
+) -> list[Problem]:
     """Word problems of a split, the same for the same arguments.
 
     The templates take turns, in a new random order each round, until one runs out of numbers;
@@ -111,6 +113,7 @@ def word_problems(split: Split, count: int, seed: int = 0) -> list[Problem]:
         split: "train" or "test".
         count: how many problems.
         seed: seed of the random choices.
+        largest: leave out problems in which a larger number than this is drawn or worked out.
 
     Raises:
         ConfigError: for an unknown split or a negative count.
@@ -119,7 +122,7 @@ def word_problems(split: Split, count: int, seed: int = 0) -> list[Problem]:
     known = _templates(_checked(split))
     if count < 0:
         raise ConfigError("negative count of word problems", got=count, allowed="0 or more")
-    limit = sum(len(_drawable(template, split)) for template in known)
+    limit = sum(len(_drawable(template, split, largest)) for template in known)
     if count > limit:
         raise SourceError(
             f"too few {split} word problems",
@@ -128,7 +131,8 @@ def word_problems(split: Split, count: int, seed: int = 0) -> list[Problem]:
             fix="ask for fewer, or add templates",
         )
     rng = random.Random(f"{split}/{seed}")
-    supply = {t.name: rng.sample(pool, len(pool)) for t in known if (pool := _drawable(t, split))}
+    pools = {t.name: _drawable(t, split, largest) for t in known}
+    supply = {name: rng.sample(pool, len(pool)) for name, pool in pools.items()}
     problems: list[Problem] = []
     while len(problems) < count:
         turn = [template for template in known if supply[template.name]]
@@ -192,7 +196,9 @@ def _template(entry: Mapping[str, Any]) -> _Template:
 
 
 @cache
-def _drawable(template: _Template, split: Split) -> tuple[tuple[int, ...], ...]:
+def _drawable(
+    template: _Template, split: Split, largest: int | None = None
+) -> tuple[tuple[int, ...], ...]:
     """All numbers a template may draw in a split.
 
     They are on the side of the split, every step comes out well, and the result is none of them.
@@ -203,7 +209,13 @@ def _drawable(template: _Template, split: Split) -> tuple[tuple[int, ...], ...]:
         if number_split(numbers) == split
         and (worked := template.work(numbers))
         and worked[1] not in numbers
+        and (largest is None or _peak(numbers, worked[0]) <= largest)
     )
+
+
+def _peak(numbers: Iterable[int], lines: Iterable[str]) -> int:
+    """The largest number drawn or worked out."""
+    return max(*numbers, *(int(line.partition("=")[2]) for line in lines), 0)
 
 
 def _words(rng: random.Random) -> dict[str, str]:

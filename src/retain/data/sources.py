@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from retain.data.batches import Example
 from retain.errors import SourceError
 
@@ -61,14 +63,18 @@ def read_rows(source: str | Path | Iterable[Row], limit: int | None = None) -> l
                 break
     if not rows:
         raise SourceError(
-            "the source is empty", got=f"0 rows in {_short(source)}", allowed="at least 1 row",
+            "the source is empty",
+            got=f"0 rows in {_short(source)}",
+            allowed="at least 1 row",
             fix="give a data set or a file with text",
         )
     return rows
 
 
 def _read_file(path: Path, limit: int | None) -> list[Row]:
-    kind = next((s for s in sorted(_SUFFIXES, key=len, reverse=True) if path.name.endswith(s)), None)
+    kind = next(
+        (s for s in sorted(_SUFFIXES, key=len, reverse=True) if path.name.endswith(s)), None
+    )
     if not path.is_file() or kind is None:
         raise SourceError(
             "no such source" if not path.is_file() else "a source of an unknown kind",
@@ -131,15 +137,33 @@ def encode(
     """Tokenises rows, cut to `max_length` tokens; rows that predict nothing are left out.
 
     Raises:
-        SourceError: the rows' columns are not known, or nothing is left.
+        SourceError: the rows' columns are not known, a row is damaged, or nothing is left.
     """
     if max_length < 2:
         raise SourceError("max_length is too small", got=max_length, allowed="2 or more", fix="128")
     examples: list[Example] = []
-    for row in rows:
-        examples += (
-            _causal(row, tokenizer, max_length) if causal else [_classify(row, tokenizer, max_length)]
-        )
+    for number, row in enumerate(rows, start=1):
+        try:
+            examples += (
+                _causal(row, tokenizer, max_length)
+                if causal
+                else [_classify(row, tokenizer, max_length)]
+            )
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            IndexError,
+            AttributeError,
+            TemplateError,
+        ) as error:
+            raise SourceError(
+                f"row {number} of the source cannot be used",
+                got=f"{type(error).__name__}: {str(error)[:160]}",
+                allowed="strings as text, whole numbers as input_ids and label, chats only with a "
+                "chat template",
+                fix="repair the row",
+            ) from error
     if not examples:
         raise SourceError(
             "the source holds no text to predict",
@@ -150,20 +174,19 @@ def encode(
     return examples
 
 
-def _causal(
-    row: Row, tokenizer: PreTrainedTokenizerBase | None, max_length: int
-) -> list[Example]:
+def _causal(row: Row, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> list[Example]:
     start = 0
     if "input_ids" in row:
-        ids = list(row["input_ids"])
+        ids = [int(i) for i in row["input_ids"]]
     else:
         tok = _need(tokenizer)
         if "prompt" in row and "completion" in row:
-            prompt, full = tok(row["prompt"])["input_ids"], None
+            prompt = tok(row["prompt"])["input_ids"]
             full = prompt + tok(row["completion"], add_special_tokens=False)["input_ids"]
             ids, start = [*full, tok.eos_token_id], len(prompt)
         elif "messages" in row:
-            ids = tok.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
+            text = tok.apply_chat_template(row["messages"], tokenize=False)
+            ids = tok(str(text), add_special_tokens=False)["input_ids"]
         else:
             pair = _pair(row)
             ids = tok("\n".join(pair) if pair else row[_single(row)])["input_ids"]
@@ -186,7 +209,7 @@ def _classify(row: Row, tokenizer: PreTrainedTokenizerBase | None, max_length: i
     label = row.get("label")
     target = int(label) if label not in (None, "") else 0
     if "input_ids" in row:
-        return Example(tuple(row["input_ids"][:max_length]), (target,))
+        return Example(tuple(int(i) for i in row["input_ids"][:max_length]), (target,))
     pair = _pair(row)
     texts = pair if pair else (row[_single(row)],)
     out = _need(tokenizer)(*texts, truncation=True, max_length=max_length)

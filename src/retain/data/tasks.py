@@ -11,7 +11,7 @@ from retain.data.problems import Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ask", "problem_examples", "problem_rows"]
+__all__ = ["ask", "problem_examples", "problem_rows", "recall"]
 
 
 def ask(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
@@ -20,6 +20,16 @@ def ask(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
         return f"Question: {question}\nAnswer:\n"
     chat = [{"role": "user", "content": question}]
     return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+
+def recall(tokenizer: PreTrainedTokenizerBase, beginning: str) -> str:
+    """A sentence to complete, as the model's chat puts it: the answer begins with it.
+
+    Without a chat template it is the sentence's beginning alone.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return beginning
+    return ask(tokenizer, f"Complete the sentence: {beginning}") + beginning
 
 
 def problem_rows(

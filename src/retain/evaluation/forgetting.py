@@ -118,8 +118,10 @@ def measure_forgetting(
     """
     if isinstance(source, str) and source == "self":
         raise SourceError(
-            "forgetting is measured on text that is given", got="'self'",
-            allowed="a data set, a file or rows", fix="sample rows first: retain.models.sample",
+            "forgetting is measured on text that is given",
+            got="'self'",
+            allowed="a data set, a file or rows",
+            fix="sample rows first: retain.models.sample",
         )
     found = read_rows(source, rows)
     examples = encode(found, tokenizer, max_length=max_length, causal=is_causal(model))[:rows]

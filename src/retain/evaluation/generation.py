@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from retain.models.heads import compact_head
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -44,15 +46,18 @@ def generate(
     training = model.training
     model.eval()
     bar = tqdm(total=len(ids), desc=label, unit="answer", disable=not progress)
-    with torch.no_grad(), bar:
+    with torch.no_grad(), compact_head(model), bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             width = max(len(ids[i]) for i in rows)
             tokens = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in rows])
             mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in rows])
             out = model.generate(  # type: ignore[operator]
-                input_ids=tokens.to(device), attention_mask=mask.to(device), do_sample=False,
-                max_new_tokens=max_new_tokens, pad_token_id=pad,
+                input_ids=tokens.to(device),
+                attention_mask=mask.to(device),
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
             )
             texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
             for i, text in zip(rows, texts, strict=True):

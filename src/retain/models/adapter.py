@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from retain.errors import ConfigError, ModelError
 
@@ -57,12 +57,14 @@ class LoraSite:
     @property
     def a(self) -> nn.Parameter:
         """A, of the shape [r, d_in]."""
-        return self.lora_a.weight
+        weight: nn.Parameter = self.lora_a.weight  # type: ignore[assignment]
+        return weight
 
     @property
     def b(self) -> nn.Parameter:
         """B, of the shape [d_out, r]."""
-        return self.lora_b.weight
+        weight: nn.Parameter = self.lora_b.weight  # type: ignore[assignment]
+        return weight
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,7 +73,7 @@ class LoraSite:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """The rank of B A."""
         return self.a.shape[0]
 
 
@@ -98,10 +100,14 @@ def attach_lora(
         ConfigError: a rank below 1, or targets that the model does not have.
     """
     if rank < 1:
-        raise ConfigError("the LoRA rank is too small", got=rank, allowed="1 or more", fix="--rank 16")
+        raise ConfigError(
+            "the LoRA rank is too small", got=rank, allowed="1 or more", fix="--rank 16"
+        )
     kind = {True: "SEQ_CLS", False: None}["SequenceClassification" in type(model).__name__]
     if "CausalLM" in type(model).__name__:
         kind = "CAUSAL_LM"
+    if isinstance(targets, str) and targets.isidentifier():
+        targets = [targets]  # a name; PEFT would read it as a pattern of whole paths
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha if alpha is not None else 2 * rank,  # type: ignore[arg-type]
@@ -110,9 +116,12 @@ def attach_lora(
         task_type=kind,
     )
     try:
+        for target in [] if isinstance(targets, str) else targets:  # PEFT lets some be unknown
+            if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
+                raise ValueError(target)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            peft = get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+            peft: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         leaves = sorted(
             {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -123,7 +132,7 @@ def attach_lora(
             allowed=", ".join(["all-linear", *leaves]),
             fix="name linear layers of this model",
         ) from error
-    return peft  # type: ignore[return-value]
+    return peft
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -158,7 +167,10 @@ def lora_sites(model: nn.Module, adapter: str | None = None) -> list[LoraSite]:
         active = [adapter] if adapter else [a for a in layer.active_adapters if a in layer.lora_A]
         if len(active) > 1:
             raise ModelError(
-                "several adapters are active", got=active, allowed="one", fix="model.set_adapter(name)"
+                "several adapters are active",
+                got=active,
+                allowed="one",
+                fix="model.set_adapter(name)",
             )
         if not active or active[0] not in layer.lora_A:
             if any(a in layer.lora_embedding_A for a in layer.active_adapters):
@@ -192,7 +204,11 @@ def _unsupported(name: str, kind: str) -> ModelError:
 
 def _refuse_sharded(site: LoraSite) -> None:
     for weight in (site.a, site.b):
-        if hasattr(weight, "ds_id") or weight.numel() == 0 or type(weight.data).__name__ == "DTensor":
+        if (
+            hasattr(weight, "ds_id")
+            or weight.numel() == 0
+            or type(weight.data).__name__ == "DTensor"
+        ):
             raise ModelError(
                 "the adapter's weights are sharded (ZeRO-3 or FSDP)",
                 got=site.name,
@@ -220,8 +236,3 @@ def share_trainable(model: nn.Module) -> tuple[int, int]:
     """(trainable parameters, all parameters)."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, g in counts if g), sum(n for n, _ in counts)
-
-
-def as_matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight as a plain matrix outside the graph."""
-    return weight.detach().to(dtype)

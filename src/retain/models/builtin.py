@@ -131,7 +131,7 @@ def convert_gguf(source: Path, target: Path) -> Path:
                 allowed="a GGUF file of an architecture that transformers converts",
                 fix="download it again, or give the model's safetensors folder",
             ) from error
-        model.hf_quantizer = None
+        model.hf_quantizer = None  # type: ignore[assignment]
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(scratch)

@@ -22,7 +22,9 @@ def fingerprint(model: nn.Module) -> str:
     weights and trained copies of modules (PEFT's ``modules_to_save``) are left out.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(unwrap(model).named_parameters(), key=lambda kv: canonical(kv[0])):
+    for name, parameter in sorted(
+        unwrap(model).named_parameters(), key=lambda kv: canonical(kv[0])
+    ):
         if ".lora_" in name or ".modules_to_save." in name:
             continue
         digest.update(f"{canonical(name)}:{tuple(parameter.shape)};".encode())

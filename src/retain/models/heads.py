@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from retain.data.batches import Batch
 from retain.errors import ModelError
 from retain.models.adapter import unwrap
 
-__all__ = ["forward_logits", "is_causal"]
+__all__ = ["compact_head", "forward_logits", "is_causal"]
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -51,3 +53,19 @@ def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
     finally:
         handle.remove()
     return logits[0]
+
+
+@contextmanager
+def compact_head(model: nn.Module) -> Iterator[None]:
+    """Lets the head see contiguous input, as generation wants it.
+
+    transformers hands the head a strided view of the last position of each row. A CPU product
+    with such a view copies the head's weights once for each row.
+    """
+    inner: Any = unwrap(model)
+    head = inner.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _m, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()

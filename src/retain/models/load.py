@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from retain.errors import ModelError, unknown
 from retain.models.builtin import BUILTIN, cache_folder, convert_gguf, offline, resolve_builtin
@@ -73,12 +74,15 @@ def load_model(
         causal = any("CausalLM" in a or "LMHead" in a for a in config.architectures or [])
         auto: Any
         if num_labels is not None:
-            auto, kwargs = tf.AutoModelForSequenceClassification, {"num_labels": num_labels} | kwargs
+            auto, kwargs = (
+                tf.AutoModelForSequenceClassification,
+                {"num_labels": num_labels} | kwargs,
+            )
         else:
             auto = tf.AutoModelForCausalLM if causal else tf.AutoModel
         model = auto.from_pretrained(where, dtype=dtype, use_safetensors=True, **common, **kwargs)
         tokenizer = tf.AutoTokenizer.from_pretrained(where, **common)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _not_found(str(name), error) from error
     finally:
         if bar:
@@ -101,7 +105,10 @@ def _resolve(name: str) -> str:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(
-                "no such .gguf file", got=name, allowed="a path of a GGUF file", fix="check the path"
+                "no such .gguf file",
+                got=name,
+                allowed="a path of a GGUF file",
+                fix="check the path",
             )
         path = path.resolve()
         tag = hashlib.sha256(f"{path}:{path.stat().st_mtime_ns}".encode()).hexdigest()[:12]

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from retain.errors import SourceError
+from retain.errors import ModelError, SourceError
 from retain.models.adapter import adapter_off
+from retain.models.heads import compact_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,10 +51,13 @@ def sample_rows(
 
     Raises:
         SourceError: there is no tokenizer.
+        ModelError: the model predicts NaN.
     """
     if tokenizer is None:
         raise SourceError(
-            "sampling needs a tokenizer", got="tokenizer=None", allowed="the model's tokenizer",
+            "sampling needs a tokenizer",
+            got="tokenizer=None",
+            allowed="the model's tokenizer",
             fix="pass tokenizer=...",
         )
     prefixes = _prefixes(tokenizer)
@@ -63,7 +67,7 @@ def sample_rows(
     was_training = model.training
     off = adapter_off(model) if hasattr(model, "disable_adapter") else nullcontext()
     devices = [device] if device.type == "cuda" else []
-    with off, torch.no_grad(), torch.random.fork_rng(devices), bar:
+    with off, torch.no_grad(), torch.random.fork_rng(devices), compact_head(model), bar:
         model.eval()
         torch.manual_seed(seed)
         for i, prefix in enumerate(prefixes):
@@ -71,14 +75,29 @@ def sample_rows(
             for start in range(0, share, batch_size):
                 size = min(batch_size, share - start)
                 ids = torch.tensor([prefix] * size, device=device)
-                out = model.generate(  # type: ignore[operator]
-                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True,
-                    temperature=temperature, top_k=0, top_p=1.0,
-                    max_new_tokens=max(2, max_length - len(prefix)),
-                    pad_token_id=tokenizer.pad_token_id,
-                )
+                try:
+                    out = model.generate(  # type: ignore[operator]
+                        input_ids=ids,
+                        attention_mask=torch.ones_like(ids),
+                        do_sample=True,
+                        temperature=temperature,
+                        top_k=0,
+                        top_p=1.0,
+                        max_new_tokens=max(2, max_length - len(prefix)),
+                        pad_token_id=tokenizer.pad_token_id,
+                    )
+                except RuntimeError as error:
+                    if "probability tensor" not in str(error):
+                        raise
+                    raise ModelError(
+                        "the model's predictions are not finite",
+                        got="NaN or infinity",
+                        allowed="finite numbers",
+                        fix="check the model's weights, or dtype='float32'",
+                    ) from error
                 rows += [
-                    {"input_ids": _cut(r, len(prefix), tokenizer.eos_token_id)} for r in out.tolist()
+                    {"input_ids": _cut(r, len(prefix), tokenizer.eos_token_id)}
+                    for r in out.tolist()
                 ]
                 bar.update(size)
     model.train(was_training)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from base64 import b64encode
 from importlib import resources
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from retain.errors import OutputError
+from retain.files import whole_file
 from retain.report import svg
 from retain.report.figures import tradeoff_png, training_png
 from retain.report.finding import claims_line, finding
@@ -50,22 +49,8 @@ def write_report(result_path: Path, html_path: Path) -> list[Path]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file whole: beside its place first, then moved there."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(content)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(
-            "the report cannot be written",
-            got=f"{path} ({error.strerror or type(error).__name__})",
-            allowed="a folder that can be written",
-            fix="choose another place for the report",
-        ) from error
+    with whole_file(path, "the report") as scratch:
+        scratch.write_bytes(content)
 
 
 def _download(text: str) -> str:

@@ -64,10 +64,15 @@ class Retention:
         check_strength(strength)
         self.curvature, self.strength, self.update = curvature, strength, update
         self.sites = curvature.bind(model)
-        if curvature.info.space == "adapter" and not resuming and not curvature.at_anchor(self.sites):
+        if (
+            curvature.info.space == "adapter"
+            and not resuming
+            and not curvature.at_anchor(self.sites)
+        ):
             raise MismatchError(
                 "the adapter does not start where the adapter-space curvature was fitted",
-                got="other values of A or B", allowed="the anchor's",
+                got="other values of A or B",
+                allowed="the anchor's",
                 fix="curvature.load_anchor(model), or space='weight'",
             )
 
@@ -126,7 +131,9 @@ def check_strength(strength: float) -> None:
     """Raises `ConfigError` unless the strength is a finite number, 0 or above."""
     if not (isinstance(strength, int | float) and math.isfinite(strength) and strength >= 0):
         raise ConfigError(
-            "the strength is no strength", got=strength, allowed="a finite number, 0 or above",
+            "the strength is no strength",
+            got=strength,
+            allowed="a finite number, 0 or above",
             fix="strength=100",
         )
 
@@ -134,7 +141,9 @@ def check_strength(strength: float) -> None:
 def _check_finite(nats: float) -> None:
     if not math.isfinite(nats):
         raise TrainingError(
-            "the adapter is no longer finite", got=f"{nats} predicted nats", allowed="finite numbers",
+            "the adapter is no longer finite",
+            got=f"{nats} predicted nats",
+            allowed="finite numbers",
             fix="lower the learning rate; the last checkpoint is untouched",
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,14 @@ class _Trainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         return sum(len(b["batch"].targets) for b in batch_samples)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Keeps the adapter's precision, which PEFT widens when it loads one."""
+        kinds = {n: p.dtype for n, p in self.model.named_parameters() if p.requires_grad}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in self.model.named_parameters():
+            if name in kinds:
+                parameter.data = parameter.data.to(kinds[name])
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0
 
@@ -121,7 +130,6 @@ def train(
     measure_every: int = 20,
     progress: bool = True,
     resume: bool = False,
-    label: str = "training",
 ) -> TrainResult:
     """Trains a PEFT model's adapter in place.
 
@@ -136,7 +144,6 @@ def train(
         measure_every: steps.
         progress: show a bar.
         resume: go on from the last checkpoint in `out`, if there is one.
-        label: unused by the trainer; names the run in messages.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -146,16 +153,41 @@ def train(
         raise SourceError(
             "the training data are smaller than one batch",
             got=f"{len(examples)} examples, batch size {config.batch_size}",
-            allowed=f"at least {config.batch_size} examples", fix="lower batch_size",
+            allowed=f"at least {config.batch_size} examples",
+            fix="lower batch_size",
         )
     pad = getattr(model.config, "pad_token_id", None) or 0
     watch = _Watch(measure, measure_every)
     callbacks: list[TrainerCallback] = [watch]
     if curvature is not None:
         callbacks.append(RetentionCallback(curvature, strength, config.update))
-    checkpoints = out is not None and config.save_steps > 0
-    arguments = TrainingArguments(
-        output_dir=str(out) if out else "unused",
+    scratch = None if out else tempfile.TemporaryDirectory()  # the trainer wants a folder
+    try:
+        trainer = _Trainer(
+            model=model,
+            args=_arguments(
+                config, str(out) if scratch is None else scratch.name, out is not None, progress
+            ),
+            train_dataset=_Rows(examples),
+            data_collator=lambda rows: {"batch": collate(rows, pad, multiple=config.pad_multiple)},
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        if progress:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(_Bar())
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=_last_checkpoint(out) if resume and out else None)
+        seconds = time.perf_counter() - start
+    finally:
+        if scratch:
+            scratch.cleanup()
+    return TrainResult(seconds, trainer.state.global_step, watch.history)
+
+
+def _arguments(config: TrainConfig, folder: str, keep: bool, progress: bool) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=folder,
         per_device_train_batch_size=config.micro_batch,
         gradient_accumulation_steps=config.accumulation,
         num_train_epochs=config.epochs,
@@ -167,7 +199,7 @@ def train(
         max_grad_norm=config.max_grad_norm,
         logging_steps=1,
         logging_first_step=True,
-        save_strategy="steps" if checkpoints else "no",
+        save_strategy="steps" if keep and config.save_steps else "no",
         save_steps=config.save_steps or 500,
         save_total_limit=2,
         seed=config.seed,
@@ -175,25 +207,10 @@ def train(
         report_to=config.report_to,
         remove_unused_columns=False,
         disable_tqdm=not progress,
-        gradient_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing=config.gradient_checkpointing,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
     )
-    trainer = _Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=_Rows(examples),
-        data_collator=lambda rows: {"batch": collate(rows, pad, multiple=config.pad_multiple)},
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)
-    if progress:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_Bar())
-    start = time.perf_counter()
-    last = _last_checkpoint(out) if resume and out else None
-    trainer.train(resume_from_checkpoint=last)
-    return TrainResult(time.perf_counter() - start, trainer.state.global_step, watch.history)
 
 
 class _Bar(ProgressCallback):
@@ -220,6 +237,8 @@ def answer_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
     with torch.no_grad():
         for batch in batches:
             logits: Tensor = forward_logits(model, batch).float()
-            total += nn.functional.cross_entropy(logits, batch.targets, reduction="sum").double().cpu()
+            total += (
+                nn.functional.cross_entropy(logits, batch.targets, reduction="sum").double().cpu()
+            )
             count += len(batch.targets)
     return float(total) / count

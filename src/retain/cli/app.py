@@ -1,0 +1,165 @@
+"""The ``retain`` command: its subcommands, and the boundary where errors become one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from retain import __version__
+from retain.cli import demo, fit, report, train
+from retain.cli import eval as evaluation
+from retain.cli.common import Interrupted
+from retain.errors import ConfigError, OutputError, RetainError, TrainingError, unknown
+
+__all__ = ["main"]
+
+_HELP = """Fine-tune language models with LoRA without forgetting what they knew.
+
+[bold]fit[/bold] measures what a model relies on, [bold]train[/bold] learns a task while it holds
+that still, [bold]eval[/bold] says what was forgotten. [bold]demo[/bold] shows all three."""
+
+
+class _Group(TyperGroup):
+    """Says which command was meant."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            raise unknown("command", args[0], self.commands)
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Group,
+    help=_HELP,
+    epilog="Example: retain demo --quick",
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"retain {__version__}")
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+app.command("fit", epilog=fit.EXAMPLE)(fit.fit)
+app.command("train", epilog=train.EXAMPLE)(train.train)
+app.command("eval", epilog=evaluation.EXAMPLE)(evaluation.evaluate)
+app.command("report", epilog=report.EXAMPLE)(report.report)
+app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit code.
+
+    0: done. 2: one line on stderr says what was wrong. 130: stopped by Ctrl-C, and the line says
+    what stays usable. 1: nobody reads the output any more; or a bug, which keeps its traceback.
+
+    Args:
+        argv: the arguments, those of the process by default.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            code = get_command(app).main(args=argv, prog_name="retain", standalone_mode=False)
+        sys.stdout.flush()
+        if code == 130:  # typer's word for a Ctrl-C that no command had something to say about
+            raise Interrupted("nothing half-written was left behind")
+        return int(code or 0)
+    except BrokenPipeError:
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        _say(Interrupted("nothing half-written was left behind"))
+        return 130
+    except Interrupted as stop:
+        _say(stop)
+        return 130
+    except Exception as error:
+        known = _explain(error)
+        if known is None:
+            raise
+        _say(known)
+        return known.exit_code
+    finally:
+        _let_go()
+
+
+def _let_go() -> None:
+    """Drops what a broken pipe or a full disk does not take, so that the exit is quiet."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(error: Exception) -> None:
+    start = "\r\033[K" if sys.stderr.isatty() else ""  # over a progress bar, if there is one
+    print(f"{start}retain: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _explain(error: Exception) -> RetainError | None:
+    """The error as one of ours, or None for a bug."""
+    if isinstance(error, RetainError):
+        return error
+    if isinstance(error, typer.TyperException):
+        return _usage(error)
+    name, text = type(error).__name__, str(error)
+    if (
+        isinstance(error, MemoryError)
+        or name == "OutOfMemoryError"
+        or "can't allocate memory" in text
+    ):
+        return TrainingError(
+            "the memory is full",
+            got=text.partition("\n")[0][:160] or name,
+            allowed="what the machine has",
+            fix="a smaller --batch-size or --max-length, or a larger training.accumulation",
+        )
+    full = any(
+        sign in text for sign in ("inline_container", "PytorchStreamWriter", "No space left")
+    )
+    if isinstance(error, OSError) or (full and name in {"RuntimeError", "SafetensorError"}):
+        place = getattr(error, "filename", None)
+        reason = getattr(error, "strerror", None) or text.partition("\n")[0][:160] or name
+        return OutputError(
+            "a file cannot be read or written",
+            got=f"{place}: {reason}" if place else reason,
+            allowed="files that can be read and a folder with room that can be written",
+            fix="check the disk and the permissions, or choose another folder",
+        )
+    return None
+
+
+def _usage(error: typer.TyperException) -> RetainError:
+    """A mistake in the arguments, in our words."""
+    context: Any = getattr(error, "ctx", None)
+    path = context.command_path if context else "retain"
+    if type(error).__name__ == "NoSuchOption" and context:
+        every = {o for p in context.command.params for o in (*p.opts, *p.secondary_opts)}
+        got = str(getattr(error, "option_name", ""))
+        return unknown("option", got, {"--help", *(o for o in every if o.startswith("--"))})
+    errors = getattr(error.__cause__, "errors", None)  # pydantic's, for a value of a wrong kind
+    value = repr(errors()[0].get("input")) if errors else None
+    usage = " ".join(context.get_usage().split()[1:]) if context else None
+    what = error.format_message().rstrip(".")
+    return ConfigError(
+        what[:1].lower() + what[1:],
+        got=value,
+        allowed=usage and usage.replace("{", "").replace("}", ""),
+        fix=f"see {path} --help",
+    )

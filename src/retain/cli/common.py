@@ -1,0 +1,196 @@
+"""What the commands share: options, output as text or JSON, and checks that come first."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from retain.errors import ConfigError, OutputError, unknown
+
+__all__ = [
+    "DTYPES",
+    "AsJson",
+    "Interrupted",
+    "Quiet",
+    "Screen",
+    "Trust",
+    "check_choices",
+    "check_file",
+    "check_folder",
+    "finite",
+    "name_list",
+    "problem_count",
+    "quieten",
+    "size_text",
+]
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run code that comes with the model. For models you trust."
+    ),
+]
+
+
+class Interrupted(Exception):
+    """Ctrl-C; carries what stays usable."""
+
+    def __str__(self) -> str:
+        return f"stopped; {self.args[0]}"
+
+
+class Screen:
+    """Where a command prints: text for people, or one JSON object, on stdout."""
+
+    def __init__(self, as_json: bool, quiet: bool) -> None:
+        self.as_json, self.quiet = as_json, quiet or as_json
+        self.progress = not self.quiet and sys.stderr.isatty()
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if not self.quiet:
+            print(text, flush=True)
+
+    def table(self, title: str, head: list[str], rows: Iterable[list[str]]) -> None:
+        """A table for people; the first column names the rest."""
+        if self.quiet:
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=any(head))
+        for i, name in enumerate(head):
+            table.add_column(name, justify="right" if i else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+
+    def emit(self, value: Mapping[str, Any]) -> None:
+        """The JSON object, if it was asked for."""
+        if self.as_json:
+            print(json.dumps(finite(value), ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def size_text(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
+
+
+def finite(value: Any) -> Any:
+    """Plain data for JSON, with null for a number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def quieten(progress: bool) -> None:
+    """Keeps the libraries below from talking; call it before they are imported.
+
+    Args:
+        progress: leave them their bars.
+    """
+    if not progress:
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("DATASETS_VERBOSITY", "error"),
+        ("HF_HUB_VERBOSITY", "error"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(name, value)
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def check_choices(*choices: tuple[str, str, Iterable[str]]) -> None:
+    """Raises `ConfigError` for the first (kind, got, allowed) whose value is not allowed."""
+    for kind, got, allowed in choices:
+        names = tuple(allowed)
+        if got not in names:
+            raise unknown(kind, got, names)
+
+
+def check_folder(folder: Path) -> Path:
+    """Checks, before any work is done, that files can be put into a folder, which need not exist.
+
+    Raises:
+        OutputError: they cannot.
+    """
+    folder = folder.expanduser()
+    here = folder
+    try:
+        while not here.exists():
+            here = here.parent
+        with tempfile.TemporaryFile(dir=here) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise OutputError(
+            "the output folder cannot be written",
+            got=f"{folder}: {error.strerror or error}",
+            allowed="a folder that can be written, with room on the disk",
+            fix="choose another place for the output",
+        ) from error
+    return folder
+
+
+def check_file(path: Path) -> Path:
+    """The same for a file that is to be written.
+
+    Raises:
+        OutputError: it cannot be.
+    """
+    path = path.expanduser()
+    if path.exists() and not path.is_file():
+        raise OutputError(
+            "the output is no plain file",
+            got=path,
+            allowed="the path of a file",
+            fix="choose another path for the output",
+        )
+    check_folder(path.parent)
+    return path
+
+
+def name_list(text: str) -> str | list[str]:
+    """``all-linear``, or the names in a list with commas."""
+    return [part.strip() for part in text.split(",") if part.strip()] if "," in text else text
+
+
+def problem_count(task: str, split: Literal["train", "test"]) -> int | None:
+    """N of ``word-problems[:N]``; None for anything else.
+
+    Raises:
+        ConfigError: N is no number above 0.
+    """
+    name, _, count = task.partition(":")
+    if name != "word-problems":
+        return None
+    if not count and ":" not in task:
+        return {"train": 1000, "test": 100}[split]
+    if not count.isdecimal() or int(count) < 1:
+        raise ConfigError(
+            "the number of word problems is not accepted",
+            got=repr(count),
+            allowed="a whole number above 0",
+            fix="word-problems:100",
+        )
+    return int(count)

@@ -1,0 +1,80 @@
+"""The curvature of a training run: given, kept from before, or measured now."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from retain.cli.common import Screen
+from retain.config import RunConfig
+from retain.errors import CurvatureError, MismatchError
+
+__all__ = ["Held", "find_curvature"]
+
+
+class Held(NamedTuple):
+    """A curvature, where it lies, and the seconds that it took, if it was made now."""
+
+    curvature: Any
+    path: Path
+    seconds: float | None
+
+
+def find_curvature(
+    config: RunConfig, given: Any, out: Path, model: Any, tokenizer: Any, screen: Screen
+) -> Held | None:
+    """The curvature for a run, checked to fit its model; None for plain LoRA.
+
+    Args:
+        config: of the run.
+        given: the curvature of ``config.curvature``, already read.
+        out: the run's folder, in which one is kept.
+        model: with its fresh adapter.
+        tokenizer: its tokenizer.
+        screen: where to say what is done.
+
+    Raises:
+        MismatchError: the given curvature does not fit.
+    """
+    if config.method == "none":
+        return None
+    if config.curvature is not None:
+        return Held(_start_at(given, model), Path(config.curvature), None)
+    from retain.curvature.artifact import load_curvature
+    from retain.curvature.estimate import fit_curvature
+
+    path = out / "curvature.safetensors"
+    if path.is_file():
+        try:
+            found = _start_at(load_curvature(path), model)
+            screen.say(f"using the curvature in {path}")
+            return Held(found, path, None)
+        except CurvatureError as error:
+            screen.say(f"{path} is not used: {error.what}")
+    screen.say("no curvature is given: measuring one on text that the model writes")
+    start = time.perf_counter()
+    fitted = fit_curvature(
+        model, "self", tokenizer=tokenizer, seed=config.training.seed, progress=screen.progress
+    )
+    fitted.save(path)
+    return Held(fitted, path, time.perf_counter() - start)
+
+
+def _start_at(curvature: Any, model: Any) -> Any:
+    """The curvature, checked to fit, and the adapter at the point where it was measured."""
+    sites = curvature.bind(model)
+    fix = "fit it with the same --rank, --alpha, --targets and --dtype, or with --space weight"
+    if curvature.info.space == "adapter":
+        curvature.load_anchor(model)
+        met = curvature.at_anchor(sites)
+    else:
+        met, fix = not curvature.anchor, "fit it without --adapter, or train from Python"
+    if not met:
+        raise MismatchError(
+            "the curvature was measured around another adapter",
+            got="an adapter that this run cannot start from",
+            allowed="a curvature around a fresh adapter",
+            fix=fix,
+        )
+    return curvature

@@ -1,0 +1,170 @@
+"""What ``retain eval`` measures, and its result as plain data."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from retain.cli.common import Screen
+from retain.errors import MismatchError, ModelError
+
+__all__ = ["measure", "result_of", "train_record"]
+
+_OFFSET = 1_000_000  # away from the seeds of fit, so that the text is held out
+
+
+def train_record(adapter: Path, model: Any) -> dict[str, Any]:
+    """What ``train.json`` beside the adapter says, if it is there; the base must be its base."""
+    from retain.models.fingerprint import fingerprint
+
+    try:
+        record = json.loads(
+            (adapter.expanduser().resolve().parent / "train.json").read_text("utf-8")
+        )
+        known = record["model"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    mine = fingerprint(model)
+    if mine != known:
+        raise MismatchError(
+            "the adapter was trained on another base model",
+            got=f"a model with fingerprint {mine}",
+            allowed=f"{known} ({record['model'].get('name')})",
+            fix="give that model with --model",
+        )
+    return dict(record)
+
+
+def measure(
+    model: Any, tokenizer: Any, source: Any, size: dict[str, int], seed: int, probe: bool,
+    problems: int, screen: Screen,
+) -> dict[str, Any]:  # fmt: skip
+    """Forgetting on source text, and the probe and the task where they are asked for."""
+    from retain.evaluation.forgetting import measure_forgetting
+    from retain.models.sample import sample_rows
+
+    if source is None:
+        screen.say("the base model writes the text that forgetting is measured on")
+        source = sample_rows(
+            model,
+            tokenizer,
+            count=size["rows"],
+            max_length=size["max_length"],
+            seed=_OFFSET + seed,
+            progress=screen.progress,
+        )
+    forgetting = measure_forgetting(
+        model, source, tokenizer=tokenizer, progress=screen.progress, **size
+    )
+    if not math.isfinite(forgetting.kl):
+        raise ModelError(
+            "the model's predictions are not finite",
+            got=f"a KL of {forgetting.kl}",
+            allowed="finite numbers",
+            fix="check the adapter and the base, or use --dtype float32",
+        )
+    found: dict[str, Any] = {"forgetting": forgetting.to_dict(), "probe": None, "task": None}
+    if probe:
+        found["probe"] = _both(model, lambda: _knowledge(model, tokenizer, screen))
+    if problems:
+        found["task"] = _both(
+            model, lambda: _word_problems(model, tokenizer, problems, seed, screen)
+        )
+    return found
+
+
+def _both(model: Any, score: Callable[[], tuple[int, int]]) -> dict[str, dict[str, Any]]:
+    """A score with the adapter off and on."""
+    from retain.evaluation.intervals import wilson
+    from retain.models.adapter import adapter_off
+
+    with adapter_off(model):
+        base = score()
+    return {
+        name: {"accuracy": hits / n, "interval": wilson(hits, n), "items": n}
+        for name, (hits, n) in (("base", base), ("tuned", score()))
+    }
+
+
+def _knowledge(model: Any, tokenizer: Any, screen: Screen) -> tuple[int, int]:
+    from retain.data.knowledge import knowledge_items
+    from retain.data.tasks import recall
+    from retain.evaluation.ranking import rank_options
+
+    items = knowledge_items()
+    picked = rank_options(
+        model,
+        tokenizer,
+        [recall(tokenizer, i.prompt) for i in items],
+        [i.options for i in items],
+        progress=screen.progress,
+        label="knowledge",
+    )
+    return sum(p == i.answer for p, i in zip(picked, items, strict=True)), len(items)
+
+
+def _word_problems(
+    model: Any, tokenizer: Any, count: int, seed: int, screen: Screen
+) -> tuple[int, int]:
+    from retain.data.problems import final_number, word_problems
+    from retain.data.tasks import ask
+    from retain.evaluation.generation import generate
+
+    problems = word_problems("test", count, seed)
+    answers = generate(
+        model,
+        tokenizer,
+        [ask(tokenizer, p.question) for p in problems],
+        max_new_tokens=64,
+        progress=screen.progress,
+        label="word problems",
+    )
+    right = sum(final_number(a) == p.result for a, p in zip(answers, problems, strict=True))
+    return right, count
+
+
+def result_of(
+    name: str, dtype: str, seed: int, model: Any, record: dict[str, Any], found: dict[str, Any],
+    source: str, adapter: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """A `retain.result/1`: what was measured by name, and as the rows that the report reads."""
+    from retain.models.adapter import lora_sites
+    from retain.study.provenance import provenance
+
+    frozen = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
+    trained = sum(s.a.numel() + s.b.numel() for s in lora_sites(model))
+    settings, forgetting, probe = record.get("config", {}), found["forgetting"], found["probe"]
+    held = settings.get("method") == "laplace"
+    before = {"kl": 0.0, "ppl_base": forgetting["ppl_base"], "ppl": forgetting["ppl_base"],
+              "flips": 0.0, "tokens": forgetting["tokens"]}  # fmt: skip
+    rows: list[dict[str, Any]] = [
+        {"name": "base", "label": "base model", "method": None, "forgetting": before},
+        {
+            "name": "adapter", "label": "LoRA + retention" if held else "LoRA",
+            "method": "laplace" if held else "none", "forgetting": forgetting,
+            "strength": settings.get("strength") if held else None,
+            "train": {k: record.get(k) for k in ("seconds", "steps", "examples")},
+            "history": record.get("history", []),
+        },
+    ]  # fmt: skip
+    for row, which in zip(rows, ("base", "tuned"), strict=True):
+        if probe:
+            lost = probe["base"]["accuracy"] - probe[which]["accuracy"]
+            row["probe"] = probe[which] | {"lost": lost}
+        if found["task"]:
+            score = dict(found["task"][which])
+            row["target"] = {"exact_match": score.pop("accuracy"), **score}
+    learned = settings.get("data", "unknown")
+    return {
+        "schema": "retain.result/1", "kind": "eval", **provenance(seed), "adapter": str(adapter),
+        "model": {"name": name, "parameters": frozen, "trainable": trained, "dtype": dtype},
+        "task": {
+            "name": "word-problems" if found["task"] else learned,
+            "test": found["task"] and found["task"]["tuned"]["items"], "metric": "exact_match",
+        },
+        "source": {"name": source, "heldout_tokens": forgetting["tokens"]},
+        "forgetting": forgetting, "knowledge": probe, "exact_match": found["task"], "rows": rows,
+    }  # fmt: skip

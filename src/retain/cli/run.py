@@ -1,0 +1,199 @@
+"""What ``retain train`` does once its settings are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from retain.cli import checkpoints
+from retain.cli.common import (
+    Interrupted,
+    Screen,
+    check_choices,
+    check_folder,
+    finite,
+    problem_count,
+    quieten,
+)
+from retain.cli.holding import Held, find_curvature
+from retain.cli.train import RUN
+from retain.config import RunConfig
+from retain.errors import ModelError, OutputError
+from retain.models.saved import save_adapter
+
+__all__ = ["run_training"]
+
+
+def run_training(config: RunConfig, screen: Screen, *, resume: bool, overwrite: bool) -> None:
+    """Trains, and writes the adapter and ``train.json``.
+
+    Raises:
+        Interrupted: Ctrl-C; says what stays usable.
+        RetainError: whatever the library has to say.
+    """
+    out = check_folder(Path(config.out))
+    kept = out / "checkpoints"
+    if not resume and not overwrite:
+        checkpoints.refuse_leftovers(kept)
+    try:
+        _Run(config, screen, out, resume).run()
+    except KeyboardInterrupt:
+        raise Interrupted(_usable(config, kept)) from None
+    finally:
+        checkpoints.tidy(out, kept, RUN)
+
+
+def _usable(config: RunConfig, kept: Path) -> str:
+    last = checkpoints.last_whole(kept)
+    if last is not None:
+        return f"{last} is whole; go on with: retain train --resume --out {config.out}"
+    none = "no checkpoint yet" if config.training.save_steps else "no checkpoint (--save-steps 50)"
+    return f"{none}; an older adapter in {config.out} is unchanged"
+
+
+class _Run:
+    def __init__(self, config: RunConfig, screen: Screen, out: Path, resume: bool) -> None:
+        self.config, self.screen, self.resume = config, screen, resume
+        self.out, self.kept = out, out / "checkpoints"
+
+    def run(self) -> None:
+        c, training = self.config, self.config.training
+        self.problems = problem_count(c.data, "train")
+        early = self._early()
+        quieten(self.screen.progress)
+        from transformers.integrations.integration_utils import (
+            get_available_reporting_integrations as installed,
+        )
+
+        from retain.data.batches import batches
+        from retain.data.sources import encode
+        from retain.files import write_json
+        from retain.models.adapter import attach_lora
+        from retain.models.heads import is_causal
+        from retain.models.load import load_model
+
+        check_choices(("report_to", training.report_to, ["none", "all", *installed()]))
+        self.screen.say(f"loading {c.model}")
+        base, self.tokenizer, _ = load_model(
+            c.model, dtype=c.dtype, trust_remote_code=c.trust_remote_code
+        )
+        self.model = attach_lora(base, **c.adapter.model_dump())
+        if not is_causal(self.model):
+            raise ModelError(
+                "the model is no causal language model",
+                got=type(base).__name__,
+                allowed="a model that continues text",
+                fix="train classifiers from Python",
+            )
+        rows = early["rows"] if self.problems is None else self._problem_rows()
+        examples = encode(rows, self.tokenizer, max_length=training.max_length, causal=True)
+        next(iter(batches(examples, training.batch_size, 0)))  # refuses what fills no batch
+        held = find_curvature(
+            c, early["curvature"], self.out, self.model, self.tokenizer, self.screen
+        )
+        if self.resume:
+            last = checkpoints.set_aside_broken(self.kept)
+            self.screen.say(f"going on from {last or 'the start: no checkpoint is whole'}")
+        else:
+            last = None
+            checkpoints.clear(self.kept)  # --overwrite
+        write_json(self.out / RUN, finite(c.model_dump(mode="json")))
+        self.screen.say(f"training on {len(examples)} rows")
+        history = checkpoints.history(last) if last else []  # before newer ones replace it
+        result = self._train(examples, held)
+        adapter = save_adapter(self.model, self.out / "adapter", c.model)
+        record = self._record(held, len(examples), last) | {
+            "steps": result.steps,
+            "seconds": result.seconds,
+            "history": history + result.history,
+        }
+        write_json(self.out / "train.json", finite(record))
+        self._tell(record, adapter)
+
+    def _train(self, examples: Any, held: Held | None) -> Any:
+        from safetensors import SafetensorError
+
+        from retain.training.loop import train
+
+        try:
+            return train(
+                self.model,
+                examples,
+                self.config.training,
+                curvature=held and held.curvature,
+                strength=self.config.strength,
+                out=self.kept,
+                progress=self.screen.progress,
+                resume=self.resume,
+            )
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise  # that is torch's word for a file that it could not write
+            raise OutputError(
+                "a checkpoint cannot be written",
+                got=f"{self.kept}: {error}",
+                allowed="a folder that can be written, with room on the disk",
+                fix="free some disk; earlier checkpoints are untouched, --resume goes on from them",
+            ) from error
+        finally:
+            checkpoints.drop_broken(self.kept)
+
+    def _early(self) -> dict[str, Any]:
+        """What can be read, and refused, before the model is loaded."""
+        c = self.config
+        found: dict[str, Any] = {"rows": None, "curvature": None}
+        if self.problems is None:
+            from retain.data.sources import read_rows
+
+            found["rows"] = read_rows(c.data, c.limit)
+        if c.method == "laplace" and c.curvature is not None:
+            from retain.curvature.artifact import load_curvature
+
+            found["curvature"] = load_curvature(c.curvature)
+        return found
+
+    def _problem_rows(self) -> list[dict[str, str]]:
+        from retain.data.problems import word_problems
+        from retain.data.tasks import problem_rows
+
+        count = min(self.problems or 1, self.config.limit or 10**9)
+        return problem_rows(
+            self.tokenizer, word_problems("train", count, self.config.training.seed)
+        )
+
+    def _record(self, held: Held | None, examples: int, last: Path | None) -> dict[str, Any]:
+        from retain.models.adapter import share_trainable
+        from retain.models.fingerprint import fingerprint
+        from retain.study.provenance import provenance
+
+        trainable, total = share_trainable(self.model)
+        return {
+            "schema": "retain.train/1",
+            **provenance(self.config.training.seed),
+            "config": self.config.model_dump(mode="json"),
+            "model": {
+                "name": self.config.model, "parameters": total - trainable,
+                "trainable": trainable, "fingerprint": fingerprint(self.model),
+            },
+            "curvature": held and {
+                "path": str(held.path), "seconds": held.seconds,
+                "info": held.curvature.info.to_dict(),
+            },
+            "examples": examples,
+            "resumed_from": last and last.name,
+            "predicted_nats": held and held.curvature.quadratic(self.model),
+        }  # fmt: skip
+
+    def _tell(self, record: dict[str, Any], adapter: Path) -> None:
+        losses = [entry["loss"] for entry in record["history"]]
+        lines = [["steps", str(record["steps"])], ["seconds", f"{record['seconds']:.1f}"]]
+        if losses:
+            lines.append(["loss, first to last step", f"{losses[0]:.3f} to {losses[-1]:.3f}"])
+        if record["predicted_nats"] is not None:
+            nats = f"{record['predicted_nats']:.3g} nats per token"
+            lines.append(["predicted forgetting", nats])
+        self.screen.table("trained", ["", ""], [*lines, ["adapter", str(adapter)]])
+        self.screen.say(
+            f"next: retain eval --model {self.config.model} --adapter {adapter} --probe"
+        )
+        self.screen.emit({"adapter": adapter, "record": self.out / "train.json", **record})

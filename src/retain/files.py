@@ -1,0 +1,83 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from retain.errors import OutputError
+
+__all__ = ["check_writable", "whole_file", "write_json"]
+
+
+@contextmanager
+def whole_file(path: Path, what: str) -> Iterator[Path]:
+    """A scratch file beside `path` to write to; it takes that name when the block ends well.
+
+    An older file stays until then, and nothing is left behind when the block fails.
+
+    Args:
+        path: where the file shall be.
+        what: what is written, for the error.
+
+    Raises:
+        OutputError: the place cannot be written, or is no plain file.
+    """
+    scratch = None
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("not a plain file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        os.close(handle)
+        scratch = Path(name)
+        yield scratch
+        mask = os.umask(0)
+        os.umask(mask)
+        scratch.chmod(0o666 & ~mask)
+        os.replace(scratch, path)
+    except OSError as error:
+        raise _unwritable(what, path, error) from error
+    finally:
+        if scratch is not None:
+            scratch.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON, whole.
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
+    with whole_file(path, "the result") as scratch:
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+        scratch.write_text(text + "\n", encoding="utf-8")
+
+
+def check_writable(folder: Path) -> Path:
+    """Makes a folder and checks, before any work is done, that it can be written.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise _unwritable("the output folder", folder, error) from error
+    return folder
+
+
+def _unwritable(what: str, path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{what} cannot be written",
+        got=f"{path}: {error.strerror or error}",
+        allowed="a folder that can be written, with room on the disk",
+        fix="choose another path",
+    )

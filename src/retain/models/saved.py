@@ -1,0 +1,131 @@
+"""Adapters on disk: plain PEFT folders, read with safetensors only and written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retain.errors import ModelError, OutputError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = ["check_adapter", "load_adapter", "save_adapter"]
+
+_CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+
+def check_adapter(folder: Path) -> dict[str, Any]:
+    """The configuration of the LoRA adapter in a folder; loads no weights.
+
+    Raises:
+        ModelError: there is none, it is damaged, or its weights are a pickle.
+    """
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise _bad("no such adapter folder", folder)
+    if not (folder / _CONFIG).is_file():
+        raise _bad("the folder holds no adapter", f"{folder} without {_CONFIG}")
+    if not (folder / _WEIGHTS).is_file():
+        if (folder / _PICKLE).is_file():
+            raise ModelError(
+                "the adapter's weights are a pickle, which can run code when it is read",
+                got=folder / _PICKLE,
+                allowed=_WEIGHTS,
+                fix="save it again with safetensors, where you trust it",
+            )
+        raise _bad("the folder holds no adapter", f"{folder} without {_WEIGHTS}")
+    try:
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        kind = config["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise _bad("the adapter is damaged", f"{folder / _CONFIG} ({reason})") from error
+    if kind != "LORA":
+        raise _bad("the adapter is of another kind", kind)
+    return dict(config)
+
+
+def load_adapter(model: Any, folder: Path) -> PeftModel:
+    """Puts the adapter of a folder on a base model; it is not trainable.
+
+    Raises:
+        ModelError: it is missing or damaged, or belongs to another model.
+    """
+    folder = folder.expanduser()
+    check_adapter(folder)
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / _WEIGHTS, framework="pt") as file:
+            found = set(file.keys())
+        peft = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+        missing = set(get_peft_model_state_dict(peft, save_embedding_layers=False)) - found
+    except (OSError, SafetensorError) as error:
+        raise _bad("the adapter is damaged", f"{folder} ({error})") from error
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise _bad("the adapter does not fit the model", f"{folder} ({text})") from error
+    if missing:
+        raise _bad(
+            "the adapter does not fit the model",
+            f"{folder} without {len(missing)} weights, such as {min(missing)}",
+        )
+    return peft
+
+
+def _bad(what: str, got: object) -> ModelError:
+    return ModelError(
+        what,
+        got=got,
+        allowed=f"a LoRA adapter of this model: {_CONFIG} and {_WEIGHTS}",
+        fix="give the folder that retain train or peft's save_pretrained wrote",
+    )
+
+
+def save_adapter(model: PeftModel, folder: Path, base: str) -> Path:
+    """Writes a plain PEFT adapter; an older one stays until the new one is whole.
+
+    Args:
+        model: the model with its adapter.
+        folder: where it is to be.
+        base: the name of the base model that the adapter records.
+
+    Raises:
+        OutputError: the place cannot be written, or the disk is full.
+    """
+    from safetensors import SafetensorError
+
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base
+    scratch = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        new, old = scratch / "new", scratch / "old"
+        model.save_pretrained(str(new), save_embedding_layers=False)
+        (new / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with paths of this machine
+        if folder.exists():
+            os.replace(folder, old)
+        try:
+            os.replace(new, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            "the adapter cannot be written",
+            got=f"{folder}: {error}",
+            allowed="a folder that can be written, with room on the disk",
+            fix="free some disk, or choose another --out",
+        ) from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder

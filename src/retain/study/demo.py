@@ -1,0 +1,387 @@
+"""The demo: one model learns one task with and without retention, and what each forgot.
+
+Every stage leaves a file, so an interrupted demo goes on where it stopped. A stage is done
+again when the settings that it depends on have changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from retain.config import AdapterConfig, TrainConfig, validate
+from retain.curvature.artifact import load_curvature
+from retain.curvature.curvature import Curvature
+from retain.curvature.estimate import fit_curvature
+from retain.data.batches import Example, batches
+from retain.data.knowledge import general_questions, knowledge_items
+from retain.data.problems import Problem, final_number, word_problems
+from retain.data.sources import encode
+from retain.data.tasks import ask, problem_examples, recall
+from retain.errors import CurvatureError
+from retain.evaluation.forgetting import Forgetting, Reference
+from retain.evaluation.generation import generate
+from retain.evaluation.intervals import wilson
+from retain.evaluation.ranking import rank_options
+from retain.files import check_writable, write_json
+from retain.models.adapter import attach_lora, lora_sites, share_trainable
+from retain.models.load import load_model
+from retain.models.sample import sample_rows
+from retain.models.saved import save_adapter
+from retain.study.provenance import provenance
+from retain.training.loop import TrainResult, answer_loss, train
+from retain.types import Structure
+
+__all__ = ["DemoConfig", "run_demo"]
+
+
+class DemoConfig(TrainConfig):
+    """Settings of the demo; the training settings are the same with and without retention."""
+
+    model: str = "smollm2-135m"
+    dtype: str = "bfloat16"
+    adapter: AdapterConfig = AdapterConfig(rank=16, alpha=32)
+    examples: int = 512
+    problems: int = 200
+    questions: int = 3
+    source_rows: int = 64
+    heldout_rows: int = 24
+    source_length: int = 128
+    largest: int = 30
+    structure: Structure = "shampoo"
+    strengths: tuple[float, ...] = (30.0, 100.0, 300.0)
+    chosen: float = 100.0
+    learning_rate: float = 2e-3
+    batch_size: int = 8
+    measure_every: int = 16
+
+
+QUICK: dict[str, Any] = {
+    "examples": 32,
+    "problems": 8,
+    "questions": 1,
+    "source_rows": 8,
+    "heldout_rows": 8,
+    "source_length": 48,
+    "strengths": (100.0,),
+    "measure_every": 2,
+}
+"""A run of a minute or two that shows that all stages work; its numbers mean nothing."""
+
+
+def run_demo(
+    out: Path, seed: int = 0, quick: bool = False, progress: bool = True, **changes: Any
+) -> dict[str, Any]:
+    """Runs the demo and writes ``result.json`` and an adapter for each run under `out`.
+
+    Args:
+        out: folder of everything that is written.
+        seed: of data order, label draws and adapter start.
+        quick: the small settings of `QUICK`.
+        progress: show bars and stages.
+        **changes: settings of `DemoConfig` to change.
+
+    Returns:
+        What ``result.json`` holds.
+
+    Raises:
+        OutputError: `out` cannot be written.
+    """
+    check_writable(out)
+    config = validate((QUICK if quick else {}) | {"seed": seed} | changes, DemoConfig)
+    result = _Demo(out, config, progress).run()
+    write_json(out / "result.json", result)
+    return result
+
+
+class _Demo:
+    def __init__(self, out: Path, config: DemoConfig, progress: bool) -> None:
+        self.out, self.config, self.progress = out, config, progress
+        self.console = Console(stderr=True, quiet=not progress)
+        self.tests: list[Problem] = word_problems(
+            "test", config.problems, config.seed, config.largest
+        )
+
+    def run(self) -> dict[str, Any]:
+        c = self.config
+        start = time.perf_counter()
+        self._say(f"loading {c.model}")
+        base, self.tokenizer, _ = load_model(c.model, dtype=c.dtype)
+        self.model = attach_lora(
+            base, rank=c.adapter.rank, alpha=c.adapter.alpha, targets=c.adapter.targets, seed=c.seed
+        )
+        self.start = [(s.a.detach().clone(), s.b.detach().clone()) for s in lora_sites(self.model)]
+        fit_rows = self._sample("source", c.source_rows, 2 * c.seed + 1)
+        held_rows = self._sample("heldout", c.heldout_rows, 2 * c.seed + 2)
+        curvature, seconds = self._curvature(fit_rows)
+        size = {"max_length": c.source_length, "causal": True}
+        held = encode(held_rows, self.tokenizer, **size)  # type: ignore[arg-type]
+        self._reference: Reference | None = None
+        self._held = held
+        data = problem_examples(
+            self.tokenizer, word_problems("train", c.examples, c.seed, c.largest), c.max_length
+        )
+        rows = [self._row("base", None, None, None)]
+        for strength in (0.0, *c.strengths):
+            rows.append(self._row(_name(strength), strength, curvature, data))
+        trainable, total = share_trainable(self.model)
+        for row in rows:
+            row["probe"]["lost"] = rows[0]["probe"]["accuracy"] - row["probe"]["accuracy"]
+        self._say(f"done in {time.perf_counter() - start:.0f} s")
+        return {
+            "schema": "retain.result/1",
+            "kind": "demo",
+            **provenance(c.seed),
+            "config": c.model_dump(mode="json"),
+            "model": {
+                "name": c.model,
+                "parameters": total - trainable,
+                "trainable": trainable,
+                "dtype": c.dtype,
+            },
+            "task": {
+                "name": "word-problems",
+                "train": len(data),
+                "test": len(self.tests),
+                "metric": "exact_match",
+            },
+            "source": {
+                "name": "self",
+                "fit_tokens": curvature.info.tokens,
+                "heldout_tokens": sum(e.predictions for e in held),
+            },
+            "curvature": {
+                "structure": curvature.info.structure,
+                "space": curvature.info.space,
+                "fisher": curvature.info.fisher,
+                "tokens": curvature.info.tokens,
+                "seconds": seconds,
+                "bytes": curvature.memory(),
+                "error": curvature.info.error,
+            },
+            "rows": rows,
+            "summary": summary(rows, c.chosen),
+        }
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"[bold]retain demo[/bold] {text}")
+
+    def _key(self, *parts: object) -> str:
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def _sample(self, name: str, count: int, seed: int) -> list[dict[str, Any]]:
+        """Text that the base model samples, kept in a file."""
+        c, path = self.config, self.out / "source" / f"{name}.json"
+        key = self._key(c.model, c.dtype, count, c.source_length, seed)
+        kept = _read(path)
+        if kept and kept["key"] == key:
+            return list(kept["rows"])
+        self._say(f"the model writes {count} texts of its own ({name})")
+        rows = sample_rows(
+            self.model,
+            self.tokenizer,
+            count=count,
+            max_length=c.source_length,
+            seed=seed,
+            progress=self.progress,
+        )
+        text = [self.tokenizer.decode(r["input_ids"]) for r in rows]
+        write_json(path, {"key": key, "rows": rows, "text": text})
+        return rows
+
+    def _curvature(self, rows: Sequence[dict[str, Any]]) -> tuple[Curvature, float]:
+        c, path = self.config, self.out / "curvature.safetensors"
+        note = self._key(rows, c.seed, c.structure)
+        kept = _read(self.out / "source" / "curvature.json")
+        if kept and kept["key"] == note and path.exists():
+            try:
+                curvature = load_curvature(path)
+                curvature.bind(self.model)
+                return curvature, float(kept["seconds"])
+            except CurvatureError as error:
+                self._say(f"the kept curvature is not used ({error.what})")
+        self._say("measuring the curvature on them")
+        start = time.perf_counter()
+        curvature = fit_curvature(
+            self.model,
+            rows,
+            c.structure,
+            tokenizer=self.tokenizer,
+            rows=c.source_rows,
+            max_length=c.source_length,
+            seed=c.seed,
+            progress=self.progress,
+        )
+        seconds = time.perf_counter() - start
+        curvature.save(path)
+        write_json(self.out / "source" / "curvature.json", {"key": note, "seconds": seconds})
+        return curvature, seconds
+
+    def _row(
+        self,
+        name: str,
+        strength: float | None,
+        curvature: Curvature | None,
+        data: Sequence[Example] | None,
+    ) -> dict[str, Any]:
+        """One row of the table: trained (unless it is the base) and measured, or read back."""
+        c, path = self.config, self.out / "rows" / f"{name}.json"
+        settings = c.model_dump(exclude={"strengths", "chosen"})
+        key = self._key(settings, strength)
+        kept = _read(path)
+        label = _label(strength)
+        if kept and kept["key"] == key:
+            row: dict[str, Any] = kept["row"]
+        else:
+            self._say(f"{label}: " + ("measuring" if data is None else "training and measuring"))
+            self._restart()
+            result = None if data is None else self._train(strength or 0.0, curvature, data)
+            row = self._measure(label, result)
+            if result is not None:
+                save_adapter(self.model, self.out / "adapters" / name, c.model)
+            write_json(path, {"key": key, "row": row})
+        method = None if strength is None else ("laplace" if strength else "none")
+        chosen = strength == c.chosen
+        head = {
+            "name": name,
+            "label": label,
+            "method": method,
+            "strength": strength,
+            "chosen": chosen,
+        }
+        return head | row
+
+    def _restart(self) -> None:
+        """Puts the adapter back to its first state."""
+        with torch.no_grad():
+            for site, (a, b) in zip(lora_sites(self.model), self.start, strict=True):
+                site.a.copy_(a)
+                site.b.copy_(b)
+
+    def _train(
+        self, strength: float, curvature: Curvature | None, data: Sequence[Example]
+    ) -> TrainResult:
+        c = self.config
+        few = Reference(self.model, self._held[:8], batch_size=8)
+
+        def kl(model: nn.Module) -> float:
+            return few.measure(model).kl
+
+        return train(
+            self.model,
+            data,
+            c,
+            curvature=curvature,
+            strength=strength,
+            measure=kl,
+            measure_every=c.measure_every,
+            progress=self.progress,
+        )
+
+    def _measure(self, label: str, result: TrainResult | None) -> dict[str, Any]:
+        c, tok = self.config, self.tokenizer
+        prompts = [ask(tok, p.question) for p in self.tests]
+        answers = generate(
+            self.model,
+            tok,
+            prompts,
+            max_new_tokens=32,
+            batch_size=200,
+            progress=self.progress,
+            label="answers",
+        )
+        right = sum(final_number(a) == p.result for a, p in zip(answers, self.tests, strict=True))
+        examples = problem_examples(tok, self.tests, c.max_length)
+        pad = tok.pad_token_id
+        every = list(batches(examples, min(50, len(examples)), pad, multiple=16))
+        every = [b.to(next(self.model.parameters()).device) for b in every]
+        items = knowledge_items()
+        picked = rank_options(
+            self.model,
+            tok,
+            [recall(tok, i.prompt) for i in items],
+            [i.options for i in items],
+            progress=self.progress,
+            label="knowledge",
+        )
+        known = sum(p == i.answer for p, i in zip(picked, items, strict=True))
+        questions = general_questions()[: c.questions]
+        told = generate(
+            self.model,
+            tok,
+            [ask(tok, q) for q in questions],
+            max_new_tokens=60,
+            progress=self.progress,
+            label="questions",
+        )
+        if self._reference is None:
+            self._reference = Reference(self.model, self._held, progress=self.progress)
+        forgetting: Forgetting = self._reference.measure(self.model)
+        n = len(self.tests)
+        return {
+            "target": {
+                "exact_match": right / n,
+                "interval": wilson(right, n),
+                "loss": answer_loss(self.model, every),
+                "items": n,
+            },
+            "forgetting": forgetting.to_dict(),
+            "probe": {
+                "accuracy": known / len(items),
+                "interval": wilson(known, len(items)),
+                "items": len(items),
+            },
+            "train": None
+            if result is None
+            else {"seconds": result.seconds, "steps": result.steps, "examples": c.examples},
+            "history": [] if result is None else result.history,
+            "generations": [{"prompt": q, "text": t} for q, t in zip(questions, told, strict=True)],
+            "answers": answers[:10],
+        }
+
+
+def summary(rows: Sequence[dict[str, Any]], chosen: float) -> list[dict[str, Any]]:
+    """The claims of the demo, each with its measured value and its bound."""
+    lora = next(r for r in rows if r["method"] == "none")
+    ours = next(r for r in rows if r["strength"] == chosen)
+    kl = lora["forgetting"]["kl"]
+    lost = lora["probe"]["lost"]
+    gap = 100 * (lora["target"]["exact_match"] - ours["target"]["exact_match"])
+    ratio = ours["forgetting"]["kl"] / kl if kl else None
+    share = ours["probe"]["lost"] / lost if lost > 0 else None
+    return [
+        _claim("forgetting (KL to the base), retention / plain LoRA", ratio, 0.5),
+        _claim("target score, plain LoRA - retention, in points", gap, 2.0),
+        _claim("knowledge lost, retention / plain LoRA", share, 1 / 3),
+    ]
+
+
+def _claim(claim: str, value: float | None, bound: float) -> dict[str, Any]:
+    holds = None if value is None else value <= bound
+    return {"claim": claim, "value": value, "bound": bound, "relation": "<=", "holds": holds}
+
+
+def _name(strength: float) -> str:
+    return f"retain-{strength:g}" if strength else "lora"
+
+
+def _label(strength: float | None) -> str:
+    if strength is None:
+        return "base model"
+    return f"LoRA + retention ({strength:g})" if strength else "LoRA"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,66 @@
+"""Where a result came from: versions, commit, hardware."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retain.curvature.estimate import versions
+
+__all__ = ["hardware", "now", "provenance"]
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def provenance(seed: int) -> dict[str, Any]:
+    """Seed, versions, commit (None outside a checkout) and hardware."""
+    return {
+        "created": now(),
+        "seed": seed,
+        "versions": {"python": platform.python_version(), **versions()},
+        "commit": _commit(),
+        "hardware": hardware(),
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory and accelerator; None where the system does not tell."""
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    memory = None
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": _processor(), "cores": cores, "memory_gib": memory, "accelerator": gpu}
+
+
+def _processor() -> str | None:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, with + where it was changed."""
+    here = Path(__file__).resolve().parent
+    try:
+        run = ["git", "-C", str(here)]
+        top = subprocess.run(
+            [*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        state = subprocess.run([*run, "status", "--porcelain"], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return top.stdout.strip()[:12] + ("+" if state.stdout.strip() else "")

@@ -1,0 +1,214 @@
+"""Mistakes on the command line: one line that says what to do, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def fit(retain: Any, model: Path, source: Path, tmp_path: Path) -> Any:
+    def run(*argv: object, what: object = None) -> Any:
+        outcome = retain(
+            "fit", model, what or source, "-o", tmp_path / "out" / "c.safetensors", *argv
+        )
+        assert not (tmp_path / "out").exists()
+        return outcome
+
+    return run
+
+
+@pytest.fixture
+def train(retain: Any, model: Path, data: Path, curvature: Path, short: Any, tmp_path: Path) -> Any:
+    def run(*argv: object) -> Any:
+        outcome = retain(
+            "train", "--model", model, "--data", data, "--curvature", curvature, *short,
+            "--out", tmp_path / "out", *argv,
+        )  # fmt: skip
+        assert not (tmp_path / "out").exists()
+        return outcome
+
+    return run
+
+
+class TestNames:
+    def test_unknown_command(self, retain: Any) -> None:
+        retain("trian").refused("'trian'", "did you mean 'train'?", "demo, eval, fit, report")
+
+    def test_unknown_option(self, retain: Any) -> None:
+        retain("fit", "m", "--structur", "x").refused("'--structur'", "did you mean '--structure'?")
+
+    def test_unknown_structure(self, fit: Any) -> None:
+        fit("--structure", "kafc").refused("'kafc'", "did you mean 'kfac'?", "diagonal, identity")
+
+    @pytest.mark.parametrize(
+        ("option", "got", "meant"),
+        [
+            ("--space", "wieght", "weight"),
+            ("--fisher", "exakt", "exact"),
+            ("--dtype", "bfloat", "bfloat16"),
+        ],
+    )
+    def test_unknown_choice(self, fit: Any, option: str, got: str, meant: str) -> None:
+        fit(option, got).refused(repr(got), f"did you mean {meant!r}?")
+
+    def test_unknown_method(self, train: Any) -> None:
+        train("--method", "laplase").refused("'laplase'", "did you mean 'laplace'?", "none")
+
+    def test_unknown_method_in_the_file(self, train: Any, tmp_path: Path) -> None:
+        (tmp_path / "run.yaml").write_text("method: laplase\n")
+        train("--config", tmp_path / "run.yaml").refused("did you mean 'laplace'?")
+
+    def test_unknown_key_in_the_file(self, train: Any, tmp_path: Path) -> None:
+        (tmp_path / "run.yaml").write_text("training:\n  learning_rat: 0.1\n")
+        train("--config", tmp_path / "run.yaml").refused(
+            "'learning_rat'", "did you mean 'learning_rate'?"
+        )
+
+    def test_unknown_key_of_set(self, train: Any) -> None:
+        train("--set", "training.warmupp=3").refused("'warmupp'", "did you mean 'warmup'?")
+        train("--set", "model.size=3").refused("model", "{'size': 3}")
+        train("--set", "warmup").refused("'warmup'", "key=value")
+
+    def test_unknown_task(self, retain: Any, trained: Path) -> None:
+        retain("eval", "--adapter", trained / "adapter", "--task", "word-problem").refused(
+            "did you mean 'word-problems'?"
+        )
+
+    def test_unknown_target(self, fit: Any) -> None:
+        fit("--targets", "k_proj,q_prj").refused("q_prj", "q_proj")
+
+
+class TestValues:
+    def test_a_number_that_is_none(self, fit: Any) -> None:
+        fit("--rows", "many").refused("--rows", "'many'", "retain fit --help")
+
+    def test_a_number_out_of_range(self, fit: Any, train: Any) -> None:
+        fit("--samples", 0).refused("--samples", "'0'")
+        train("--strength", -1).refused("strength", "-1.0")
+        train("--strength", "inf").refused("strength", "inf")
+        train("--data", "word-problems:none").refused("'none'", "word-problems:100")
+
+    def test_values_that_the_library_checks(self, fit: Any, train: Any) -> None:
+        fit("--alpha", -1).refused("alpha", "-1.0")
+        train("--seed", -1).refused("training.seed", "-1")
+        train("--set", "training.report_to=nowhere").refused("'nowhere'", "none")
+        train("--resume", "--overwrite").refused("do not go together")
+
+    def test_a_missing_argument(self, retain: Any) -> None:
+        outcome = retain("fit")
+        assert outcome.code == 2
+        assert outcome.err.count("\n") == 1
+        assert "retain fit [OPTIONS] MODEL [SOURCE]" in outcome.err
+
+    def test_missing_settings(self, retain: Any, tmp_path: Path) -> None:
+        retain("train", "--out", tmp_path / "out").refused("data is missing", "--data")
+        retain("train", "--data", "word-problems").refused("out is missing", "--out")
+        retain("eval", "--model", "m").refused("no --adapter", "--adapter runs/held/adapter")
+
+    def test_no_configuration_file(self, train: Any, tmp_path: Path) -> None:
+        train("--config", tmp_path / "none.yaml").refused("none.yaml", "a YAML file")
+
+
+class TestModels:
+    def test_unknown_model(self, retain: Any, tmp_path: Path) -> None:
+        out = tmp_path / "c.safetensors"
+        retain("fit", "smollm2-134m", "-o", out, "-q").refused(
+            "'smollm2-134m'", "the hub is switched off", "did you mean 'smollm2-135m'?"
+        )
+        assert not out.exists()
+
+    def test_unknown_model_to_train(self, train: Any) -> None:
+        train("--model", "nobody/nothing", "-q").refused("'nobody/nothing'")
+
+    def test_truncated_weights(self, retain: Any, model: Path, tmp_path: Path) -> None:
+        broken = Path(shutil.copytree(model, tmp_path / "broken"))
+        os.truncate(broken / "model.safetensors", 5000)
+        retain("fit", broken, "-o", tmp_path / "c.safetensors", "-q").refused(
+            "broken", "not fully covered"
+        )
+
+    def test_a_folder_without_a_model(self, retain: Any, tmp_path: Path) -> None:
+        retain("fit", tmp_path, "-q").refused("config.json")
+
+
+class TestSources:
+    def test_empty(self, fit: Any, train: Any, tmp_path: Path) -> None:
+        empty = tmp_path / "empty.jsonl"
+        empty.touch()
+        fit(what=empty).refused("the source is empty", "0 rows")
+        train("--data", empty).refused("the source is empty", "0 rows")
+
+    def test_missing(self, fit: Any, train: Any, tmp_path: Path) -> None:
+        fit(what=tmp_path / "none.txt").refused("no such source", "none.txt", ".parquet")
+        train("--data", tmp_path / "none.jsonl").refused("no such source", "none.jsonl")
+
+    def test_shorter_than_a_batch(self, fit: Any, train: Any) -> None:
+        fit("--batch-size", 64, "-q").refused("smaller than one batch", "16 sequences")
+        train("--batch-size", 100, "-q").refused("smaller than one batch", "24 examples")
+
+    def test_damaged(self, fit: Any, tmp_path: Path) -> None:
+        path = tmp_path / "bad.jsonl"
+        path.write_text('{"text": "so"}\n{"text": \n')
+        fit(what=path).refused("cannot be read", "bad.jsonl")
+
+    @pytest.mark.parametrize(
+        ("row", "why"),
+        [
+            ({"prompt": 3, "completion": "x"}, "text input"),
+            ({"input_ids": "abc"}, "'a'"),
+            ({"messages": [{"role": "user", "content": "hello"}]}, "chat template"),
+        ],
+    )
+    def test_a_row_of_another_kind(self, fit: Any, tmp_path: Path, row: Any, why: str) -> None:
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps({"text": "sound"}) + "\n" + json.dumps(row))
+        fit("-q", what=path).refused("row 2 of the source", why)
+
+    def test_other_columns(self, train: Any, tmp_path: Path) -> None:
+        path = tmp_path / "rows.jsonl"
+        path.write_text('{"body": "text"}\n')
+        train("--data", path, "-q").refused("columns are not known", "got: body")
+
+
+class TestResults:
+    def test_no_result(self, retain: Any, tmp_path: Path) -> None:
+        retain("report", tmp_path / "none.json").refused("none.json")
+        assert not (tmp_path / "report.html").exists()
+
+    def test_another_file(self, retain: Any, model: Path) -> None:
+        retain("report", model / "config.json").refused("retain.result/1")
+
+
+def test_a_bug_keeps_its_traceback(retain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("retain.cli.report.check_file", broken)
+    with pytest.raises(ZeroDivisionError):
+        retain("report", "result.json")
+
+
+def test_full_memory(retain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("retain.cli.report.check_file", full)
+    retain("report", "result.json").refused("the memory is full", "--batch-size")
+
+
+def test_a_full_disk_under_stdout(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from retain.cli import main
+
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    with monkeypatch.context() as patch, open("/dev/full", "w") as full:
+        patch.setattr(sys, "stdout", full)
+        assert main(["--version"]) == 2
+    assert "No space left" in capsys.readouterr().err

@@ -1,0 +1,218 @@
+"""Curvature files: exact, whole, and refused when they are not."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import retain.curvature.artifact as artifact
+from retain import Curvature, fit_curvature, load_curvature
+from retain.errors import ArtifactError, MismatchError, OutputError, RetainError
+from retain.types import SPACES, STRUCTURES
+from tiny import KINDS, ROWS, move, tiny
+
+EACH = pytest.mark.parametrize(
+    ("kind", "space", "structure"), [(k, p, s) for k in KINDS for p in SPACES for s in STRUCTURES]
+)
+
+
+def fit(kind: str, space: str = "weight", structure: str = "kfac", **options) -> Curvature:
+    model = tiny(kind, **{"moved": True, **options})
+    return fit_curvature(model, ROWS[kind], structure, space=space, batch_size=2, progress=False)
+
+
+def refused(path: Path) -> str:
+    """The one line with which a file is refused."""
+    with pytest.raises(ArtifactError) as caught:
+        load_curvature(path)
+    assert isinstance(caught.value, RetainError)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert path.name in message
+    assert "fix: " in message
+    return message
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@EACH
+def test_a_file_gives_the_same_curvature_back(
+    kind: str, space: str, structure: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    curvature = fit(kind, space, structure, dtype=dtype)
+    path = curvature.save(tmp_path / "deep" / "folder" / "c.safetensors")
+    assert [p.name for p in path.parent.iterdir()] == ["c.safetensors"]
+    again = load_curvature(path)
+    assert again.info == curvature.info
+    assert set(again.blocks) == set(curvature.blocks)
+    for name, block in curvature.blocks.items():
+        assert type(again.blocks[name]) is type(block)
+        assert again.blocks[name].shape == block.shape
+        for short, tensor in block.tensors().items():
+            found = again.blocks[name].tensors()[short]
+            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(found, tensor), (name, short)
+    assert set(again.anchor) == set(curvature.anchor)
+    for name, pair in curvature.anchor.items():
+        assert all(torch.equal(x, y) for x, y in zip(again.anchor[name], pair, strict=True))
+    model = tiny(kind, moved=True, dtype=dtype)
+    move(model, seed=9)
+    assert again.quadratic(model) == curvature.quadratic(model) > 0
+
+
+def test_shared_tensors_are_stored_once(tmp_path: Path) -> None:
+    curvature = fit("llama", moved=False)
+    path = curvature.save(tmp_path / "c.safetensors")
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        stored = sum(file.get_tensor(n).numel() * 8 for n in names)
+    # q, k and v share an input, and so do gate and up: 3 tensors fewer a layer than 2 x 7.
+    assert len(names) == 2 * (2 * 7 - 3)
+    assert stored == curvature.memory()
+    again = load_curvature(path)
+    assert again.memory() == curvature.memory()
+    # And once more: what was loaded is saved as compactly as what was fitted.
+    assert again.save(tmp_path / "again").stat().st_size == path.stat().st_size
+
+
+def test_a_saved_file_may_be_read_as_others_are(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    path = fit("bert").save(tmp_path / "c.safetensors")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_truncated_files_are_refused(tmp_path: Path) -> None:
+    whole = fit("bert", structure="diagonal").save(tmp_path / "whole").read_bytes()
+    path = tmp_path / "cut.safetensors"
+    for size in (0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 8, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        refused(path)
+    path.write_bytes(whole + b"\0")
+    refused(path)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_any_flipped_bit_is_found(structure: str, tmp_path: Path) -> None:
+    # The first layers' worth of a file: its length field, all parts of the header, tensors.
+    whole = fit("llama", structure=structure, targets=["q_proj"]).save(tmp_path / "whole")
+    data = whole.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    places = [*range(8), *range(8, header, 17), *range(header - 9, len(data), 23), len(data) - 1]
+    path = tmp_path / "flipped.safetensors"
+    for number, place in enumerate(places):
+        changed = bytearray(data)
+        changed[place] ^= 1 << (number % 8)
+        path.write_bytes(changed)
+        refused(path)
+
+
+def test_a_changed_description_is_found(tmp_path: Path) -> None:
+    # A well-formed header that says something else: what a hand or a tool would write.
+    path = fit("llama", structure="identity").save(tmp_path / "c.safetensors")
+    data = path.read_bytes()
+    for old, new in (
+        (b'\\"samples\\": 1', b'\\"samples\\": 2'),
+        (b'\\"fisher\\": \\"mc\\"', b'\\"fisher\\": \\"mx\\"'),
+        (b'\\"space\\": \\"weight\\"', b'\\"space\\": \\"wright\\"'),
+    ):
+        assert data.count(old) == 1
+        path.write_bytes(data.replace(old, new))
+        refused(path)
+
+
+def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    other = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(2)}, other)
+    refused(other)
+    save_file({"weight": torch.zeros(2)}, other, metadata={"retain": json.dumps({"format": "x/9"})})
+    assert "x/9" in refused(other)
+    save_file({"weight": torch.zeros(2)}, other, metadata={"retain": "[]"})
+    refused(other)
+    text = tmp_path / "text.safetensors"
+    text.write_text("not a curvature\n" * 50)
+    refused(text)
+    assert "no such" in refused(tmp_path / "missing.safetensors")
+    assert "no such" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_loaded_file_is_refused_by_another_model(space: str, tmp_path: Path) -> None:
+    path = fit("llama", space).save(tmp_path / "c.safetensors")
+    loaded = load_curvature(path)
+    with pytest.raises(MismatchError, match="another base model") as caught:
+        loaded.quadratic(tiny("llama", seed=4))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(MismatchError, match="other layers"):
+        loaded.quadratic(tiny("llama", targets=["q_proj"]))
+
+
+def test_another_rank_is_refused_in_adapter_space_alone(tmp_path: Path) -> None:
+    other = tiny("llama", rank=3, moved=True)
+    curvature = fit("llama", "adapter")
+    with pytest.raises(MismatchError, match="one rank and scaling"):
+        load_curvature(curvature.save(tmp_path / "adapter")).quadratic(other)
+    curvature = fit("llama", "weight")
+    loaded = load_curvature(curvature.save(tmp_path / "weight"))
+    # The right value: half the quadratic form of the update's distance from the anchor.
+    want = 0.0
+    for path, module in other.named_modules():
+        name = path.removeprefix("base_model.model.")
+        if name in curvature.blocks:
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            b0, a0 = curvature.anchor[name]
+            d = (module.scaling["default"] * b @ a - b0 @ a0).detach().reshape(-1)
+            want += float(0.5 * d @ curvature.blocks[name].to_dense() @ d)
+    assert loaded.quadratic(other) == pytest.approx(want, rel=1e-10)
+    assert want > 0
+
+
+def listing(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    curvature = fit("bert", structure="identity")
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    before = listing(tmp_path)
+    for place in ("file/c.safetensors", "file/deep/c.safetensors", "folder"):
+        with pytest.raises(OutputError) as caught:
+            curvature.save(tmp_path / place)
+        assert "\n" not in str(caught.value)
+        assert listing(tmp_path) == before
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the rights of root have no limits"
+)
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    with pytest.raises(OutputError):
+        fit("bert", structure="identity").save(locked / "c.safetensors")
+    assert listing(locked) == set()
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = fit("bert", structure="identity").save(tmp_path / "c.safetensors")
+    old = path.read_bytes()
+
+    def full(tensors: object, scratch: str, metadata: object) -> None:
+        Path(scratch).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(artifact, "save_file", full)
+    with pytest.raises(OutputError, match="No space left"):
+        fit("bert").save(path)
+    assert listing(tmp_path) == {"c.safetensors"}
+    assert path.read_bytes() == old

@@ -1,0 +1,185 @@
+"""What a curvature must not depend on, and what measuring it must leave alone."""
+
+from __future__ import annotations
+
+import random
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from retain import Curvature, fit_curvature
+from retain.models.adapter import lora_sites
+from retain.types import SPACES, STRUCTURES
+from tiny import KINDS, ROWS, relative, tiny
+
+EACH = pytest.mark.parametrize(
+    ("kind", "space", "structure"), [(k, p, s) for k in KINDS for p in SPACES for s in STRUCTURES]
+)
+
+
+def fit(model: torch.nn.Module, kind: str, batch_size: int = 2, **options) -> Curvature:
+    options = {"samples": 2, "seed": 4, "progress": False, **options}
+    return fit_curvature(model, ROWS[kind], batch_size=batch_size, **options)
+
+
+def same(got: Curvature, want: Curvature, tolerance: float = 1e-9) -> None:
+    assert set(got.blocks) == set(want.blocks)
+    for name, block in want.blocks.items():
+        for short, tensor in block.tensors().items():
+            assert relative(got.blocks[name].tensors()[short], tensor) < tolerance, (name, short)
+    assert set(got.anchor) == set(want.anchor)
+    assert got.info.predictions == want.info.predictions
+    assert got.info.error == pytest.approx(want.info.error, rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "space", "structure", "fisher"),
+    [(k, p, s, "mc") for k in KINDS for p in SPACES for s in STRUCTURES]
+    + [(k, "weight", "kfac", f) for k in KINDS for f in ("empirical", "exact")],
+)
+def test_batch_size_and_padding(kind: str, space: str, structure: str, fisher: str) -> None:
+    # One row a batch has no padding; two and four rows of different lengths have.
+    model = tiny(kind, moved=True)
+    options = {"space": space, "structure": structure, "fisher": fisher}
+    alone = fit(model, kind, 1, **options)
+    for size in (2, 4):
+        same(fit(model, kind, size, **options), alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_order_of_the_rows(kind: str) -> None:
+    # With the data's own labels there are no draws that belong to a row's number.
+    model = tiny(kind)
+    options = {"fisher": "empirical", "batch_size": 2, "progress": False}
+    forward = fit_curvature(model, ROWS[kind], **options)
+    same(fit_curvature(model, ROWS[kind][::-1], **options), forward)
+
+
+@pytest.mark.parametrize("pad", [0, 5])
+def test_the_padding_token(pad: int) -> None:
+    model = tiny("llama", moved=True)
+    want = fit(model, "llama", 4)
+    model.config.pad_token_id = pad
+    same(fit(model, "llama", 4), want)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@EACH
+def test_gradient_checkpointing(kind: str, space: str, structure: str, reentrant: bool) -> None:
+    options = {"space": space, "structure": structure}
+    want = fit(tiny(kind, moved=True), kind, **options)
+    model = tiny(kind, moved=True)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    same(fit(model, kind, **options), want)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_in_training_mode_at_the_usual_start(
+    kind: str, space: str, reentrant: bool
+) -> None:
+    want = fit(tiny(kind), kind, space=space)
+    model = tiny(kind)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+    same(fit(model, kind, space=space), want)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_really_runs_each_layer_again(reentrant: bool) -> None:
+    model = tiny("llama")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    runs = []
+    handle = lora_sites(model)[0].layer.register_forward_pre_hook(lambda *_: runs.append(1))
+    fit(model, "llama", 4, samples=1)
+    handle.remove()
+    assert len(runs) == 3  # the look for shared inputs, the pass, and the pass again
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("space", SPACES)
+def test_dropout(kind: str, space: str) -> None:
+    want = fit(tiny(kind, moved=True), kind, space=space)
+    model = tiny(kind, moved=True, lora_dropout=0.5, dropout=0.5)
+    same(fit(model, kind, space=space), want, 1e-12)
+    model.train()
+    same(fit(model, kind, space=space), want, 1e-12)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "mixed"])
+@EACH
+def test_model_and_random_state_are_left_alone(
+    kind: str, space: str, structure: str, mode: str
+) -> None:
+    model = tiny(kind, moved=True)
+    model.train(mode != "eval")
+    sites = lora_sites(model)
+    if mode == "mixed":
+        sites[2].layer.eval()
+        sites[0].a.requires_grad_(False)
+        sites[1].layer.base_layer.weight.requires_grad_(True)
+    sites[1].b.grad = torch.ones_like(sites[1].b)
+
+    def state() -> list:
+        return [
+            {n: m.training for n, m in model.named_modules()},
+            {n: p.requires_grad for n, p in model.named_parameters()},
+            {n: None if p.grad is None else p.grad.tolist() for n, p in model.named_parameters()},
+            {n: p.tolist() for n, p in model.state_dict().items()},
+            {
+                n: (len(m._forward_hooks), len(m._forward_pre_hooks))
+                for n, m in model.named_modules()
+            },
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            numpy.random.get_state()[1].tolist(),
+            torch.is_grad_enabled(),
+        ]
+
+    before = state()
+    fit(model, kind, space=space, structure=structure)
+    for now, then in zip(state(), before, strict=True):
+        assert now == then
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fit_that_fails_leaves_the_model_alone(kind: str) -> None:
+    def stop(*_: object) -> None:
+        if torch.is_grad_enabled():
+            raise RuntimeError("stopped on the way")
+
+    model = tiny(kind)
+    model.train()
+    last = lora_sites(model)[-1].layer
+    handle = last.register_forward_pre_hook(stop)
+    with pytest.raises(RuntimeError, match="stopped on the way"):
+        fit(model, kind)
+    handle.remove()
+    assert all(m.training for m in model.modules())
+    assert all(p.requires_grad for s in lora_sites(model) for p in (s.a, s.b))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_fit_works_inside_no_grad() -> None:
+    want = fit(tiny("llama"), "llama")
+    with torch.no_grad():
+        same(fit(tiny("llama"), "llama"), want, 1e-15)
+
+
+def test_blocks_do_not_follow_the_model() -> None:
+    model = tiny("llama", moved=True)
+    curvature = fit(model, "llama", space="adapter")
+
+    def copies() -> list[Tensor]:
+        found = [t.clone() for b in curvature.blocks.values() for t in b.tensors().values()]
+        return found + [t.clone() for pair in curvature.anchor.values() for t in pair]
+
+    before = copies()
+    with torch.no_grad():
+        for site in lora_sites(model):
+            site.a.add_(1)
+            site.b.add_(1)
+    assert all(torch.equal(x, y) for x, y in zip(copies(), before, strict=True))

@@ -1,0 +1,84 @@
+"""Measured forgetting: exactly nothing for an untouched adapter, and the KL for a moved one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from retain import measure_forgetting
+from retain.errors import ModelError, SourceError
+from tiny import KINDS, ROWS, base, tiny
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_untouched_adapter_has_forgotten_exactly_nothing(
+    kind: str, dtype: torch.dtype, size: int
+) -> None:
+    model = tiny(kind, dtype=dtype, lora_dropout=0.3, dropout=0.3)
+    model.train()  # dropout must not count as forgetting
+    found = measure_forgetting(model, ROWS[kind], batch_size=size)
+    assert found.kl == 0.0
+    assert found.flips == 0.0
+    assert found.kl_interval == (0.0, 0.0)
+    assert found.ppl == found.ppl_base
+    assert model.training
+
+
+def predictions(model: Any, row: dict[str, Any], causal: bool) -> tuple[torch.Tensor, list[int]]:
+    ids = row["input_ids"]
+    with torch.no_grad():
+        if causal:
+            return model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1), ids[1:]
+        return model(torch.tensor([ids])).logits.log_softmax(-1), [row["label"]]
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_moved_adapter_measures_the_kl_from_the_base(kind: str, size: int) -> None:
+    model, before = tiny(kind, moved=True), base(kind)
+    found = measure_forgetting(model, ROWS[kind], batch_size=size)
+    kl, flips, loss_base, loss, n = 0.0, 0, 0.0, 0.0, 0
+    for row in ROWS[kind]:
+        p, targets = predictions(before, row, kind == "llama")
+        q, _ = predictions(model, row, kind == "llama")
+        for t, target in enumerate(targets):
+            kl += sum(
+                math.exp(a) * (a - b) for a, b in zip(p[t].tolist(), q[t].tolist(), strict=True)
+            )
+            flips += int(p[t].argmax() != q[t].argmax())
+            loss_base -= float(p[t, target])
+            loss -= float(q[t, target])
+            n += 1
+    assert found.tokens == n
+    assert found.kl == pytest.approx(kl / n, rel=1e-9)
+    assert found.kl > 0
+    assert found.flips == flips / n
+    assert found.ppl_base == pytest.approx(math.exp(loss_base / n), rel=1e-9)
+    assert found.ppl == pytest.approx(math.exp(loss / n), rel=1e-9)
+    assert found.kl_interval[0] <= found.kl <= found.kl_interval[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_measuring_leaves_the_adapter_on(kind: str) -> None:
+    model = tiny(kind, moved=True)
+    before = predictions(model, ROWS[kind][0], kind == "llama")[0]
+    measure_forgetting(model, ROWS[kind])
+    assert torch.equal(predictions(model, ROWS[kind][0], kind == "llama")[0], before)
+    assert not model.training
+
+
+def test_a_model_without_adapter_is_refused() -> None:
+    with pytest.raises(ModelError, match="no adapter to switch off"):
+        measure_forgetting(base("llama"), ROWS["llama"])
+
+
+def test_its_own_samples_are_refused() -> None:
+    with pytest.raises(SourceError, match="text that is given"):
+        measure_forgetting(tiny("llama"), "self")

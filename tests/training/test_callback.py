@@ -1,0 +1,172 @@
+"""The callback in a plain `transformers.Trainer`, as a user's own script has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from retain import Retention, RetentionCallback, fit_curvature
+from retain.errors import ConfigError, MismatchError
+from retain.types import UPDATES
+from tiny import ROWS, move, tiny, weights
+
+DATA = [
+    {"input_ids": [1 + i, 2 + i % 3, 12 - i, 5], "labels": [1 + i, 2 + i % 3, 12 - i, 5]}
+    for i in range(8)
+]
+
+
+class Backend(TrainerCallback):
+    """Stands for a backend of ``report_to``: keeps what it is given, when it is given."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.records.append(dict(logs))
+
+
+def fit(model: nn.Module, **options: Any):
+    return fit_curvature(model, ROWS["llama"], batch_size=4, progress=False, **options)
+
+
+def trainer(
+    model: nn.Module, folder: Path, callbacks: list[TrainerCallback], **options: Any
+) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        **{
+            "per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 0.01,
+            "logging_steps": 1, "report_to": "none", "save_strategy": "no", "use_cpu": True,
+            "disable_tqdm": True, "dataloader_pin_memory": False, "lr_scheduler_type": "constant",
+            "max_grad_norm": 1.0, **options,
+        },
+    )  # fmt: skip
+    return Trainer(model=model, args=arguments, train_dataset=DATA, callbacks=callbacks)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_backend_that_was_there_before_sees_the_added_values(update: str, tmp_path: Path) -> None:
+    model, backend = tiny("llama"), Backend()
+    curvature = fit(model)
+    run = trainer(model, tmp_path, [backend])
+    run.add_callback(RetentionCallback(curvature, strength=7.0, update=update))
+    run.train()
+    records = [r for r in backend.records if "loss" in r]
+    assert len(records) == 3
+    kept = [entry for entry in run.state.log_history if "loss" in entry]
+    for number, (record, entry) in enumerate(zip(records, kept, strict=True)):
+        assert record["task_loss"] == record["loss"] == entry["task_loss"]
+        assert record["retention_strength"] == entry["retention_strength"] == 7.0
+        assert record["predicted_nats"] == entry["predicted_nats"]
+        assert (record["predicted_nats"] > 0) is (number > 0 or update == "proximal")
+    if update == "proximal":
+        assert records[-1]["predicted_nats"] == pytest.approx(curvature.quadratic(model), rel=1e-9)
+    # The summary at the end of training is no step, and gets nothing.
+    assert all("predicted_nats" not in r for r in backend.records if "loss" not in r)
+
+
+def test_several_backends_before_and_after_see_the_same(tmp_path: Path) -> None:
+    model, before, after = tiny("llama"), Backend(), Backend()
+    run = trainer(model, tmp_path, [before])
+    run.add_callback(RetentionCallback(fit(model), strength=7.0))
+    run.add_callback(after)
+    run.train()
+    steps = [[r for r in backend.records if "loss" in r] for backend in (before, after)]
+    assert steps[0] == steps[1]
+    assert len(steps[0]) == 3
+    names = [type(c).__name__ for c in run.callback_handler.callbacks]
+    assert names.count("RetentionCallback") == 1
+
+
+def test_without_the_callback_nothing_is_added(tmp_path: Path) -> None:
+    backend = Backend()
+    trainer(tiny("llama"), tmp_path, [backend]).train()
+    assert all("predicted_nats" not in r and "task_loss" not in r for r in backend.records)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_strength_zero_is_plain_training_bit_for_bit(update: str, tmp_path: Path) -> None:
+    plain, held = (tiny("llama", dtype=torch.float32) for _ in range(2))
+    trainer(plain, tmp_path, []).train()
+    trainer(held, tmp_path, [RetentionCallback(fit(held), 0.0, update)]).train()
+    for name, weight in weights(plain).items():
+        assert torch.equal(weights(held)[name], weight), name
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("pieces", [1, 2, 4])
+def test_the_callback_does_what_the_plain_loop_does(
+    update: str, pieces: int, tmp_path: Path
+) -> None:
+    # One batch of all rows a step, so that the order of the rows does not matter.
+    options = {
+        "per_device_train_batch_size": 8 // pieces, "gradient_accumulation_steps": pieces,
+        "max_grad_norm": 0.0,
+    }  # fmt: skip
+    held = tiny("llama", moved=True)
+    run = trainer(held, tmp_path, [RetentionCallback(fit(held), 30.0, update)], **options)
+    run.train()
+
+    loop = tiny("llama", moved=True)
+    retention = Retention(loop, fit(loop), 30.0, update=update)
+    opt = torch.optim.AdamW(
+        [p for p in loop.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0
+    )
+    batch = {k: torch.tensor([row[k] for row in DATA]) for k in DATA[0]}
+    for _ in range(3):
+        loop(**batch).loss.backward()
+        retention.step(opt)
+        opt.zero_grad()
+    for name, weight in weights(loop).items():
+        # transformers' loss is float32, so equality ends there.
+        assert float((weights(held)[name] - weight).abs().max()) < 1e-5, name
+
+
+def test_the_clipped_gradient_is_the_tasks_alone(tmp_path: Path) -> None:
+    # Clipping comes before the force, so a strong force is not cut to the clip's length.
+    sizes = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            grads = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+            sizes.append(float(torch.cat([g.reshape(-1) for g in grads]).norm()))
+
+    model = tiny("llama")
+    curvature = fit(model)
+    move(model, seed=5)
+    callbacks = [RetentionCallback(curvature, 1e6), Look()]
+    trainer(model, tmp_path, callbacks, max_steps=1, max_grad_norm=1e-3).train()
+    assert sizes[0] > 1.0
+
+
+def test_another_model_is_refused_when_training_begins(tmp_path: Path) -> None:
+    curvature = fit(tiny("llama", seed=5))
+    run = trainer(tiny("llama"), tmp_path, [RetentionCallback(curvature)])
+    with pytest.raises(MismatchError, match="another base model"):
+        run.train()
+
+
+def test_adapter_space_must_start_at_its_anchor(tmp_path: Path) -> None:
+    model = tiny("llama")
+    curvature = fit(model, space="adapter")
+    move(model, seed=5)
+    with pytest.raises(MismatchError, match="load_anchor"):
+        trainer(model, tmp_path, [RetentionCallback(curvature)]).train()
+
+
+def test_an_unknown_update_is_refused() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'gradient'") as caught:
+        RetentionCallback(fit(tiny("llama")), update="gradeint")  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf")])
+def test_a_strength_that_is_none_is_refused(strength: float) -> None:
+    with pytest.raises(ConfigError, match="strength"):
+        RetentionCallback(fit(tiny("llama")), strength)
