@@ -265,7 +265,13 @@ class TestDemo:
         monkeypatch.setattr("retain.study.demo.run_demo", run_demo)
         monkeypatch.setattr("retain.report.page.write_report", lambda _, page: [page])
         outcome = retain("demo", "--out", tmp_path, "--seed", 3, "--quick")
-        assert seen == {"out": tmp_path, "seed": 3, "quick": True, "progress": False}
+        assert seen == {
+            "out": tmp_path,
+            "seed": 3,
+            "quick": True,
+            "progress": False,
+            "verbose": True,
+        }
         assert "forgets less" in outcome.out
         assert "holds" in outcome.out
         assert f"report: {tmp_path / 'report.html'}" in outcome.out

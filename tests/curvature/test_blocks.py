@@ -202,10 +202,6 @@ def test_implicit_steps_are_finite_and_monotone_in_the_strength(
 def test_implicit_steps_go_no_further_than_the_nearest_minimum(
     which: str, anchored: int, structure: str, dtype: torch.dtype
 ) -> None:
-    # However strong the pull, it has no component along a direction in which the quadratic is
-    # flat, so the solution lies between the start and the minimum that is nearest to it. In
-    # float32 "flat" is known to rounding only, hence the factor; what must not happen is that
-    # rounding times a huge tau sends the adapter away.
     start, solve, pull, _ = problem(which, structure, anchored, seed=5, dtype=dtype, flat=True)
     basis = torch.eye(start.numel(), dtype=F64).reshape(-1, *start.shape)
     offset = pull(torch.zeros_like(start.double()))

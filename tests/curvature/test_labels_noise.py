@@ -63,8 +63,6 @@ def test_stated_error_is_the_spread_over_seeds(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stated_error_counts_the_texts_spread_however_many_draws(kind: str) -> None:
-    # With very many draws only the spread between the rows is left. Draws of one row are not
-    # independent rows, so more of them must not make this part of the error smaller.
     found = fit_curvature(
         tiny(kind), ROWS[kind], "diagonal", samples=128, batch_size=1, progress=False
     )

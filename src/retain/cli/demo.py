@@ -36,7 +36,13 @@ def demo(
         from retain.report.page import write_report
         from retain.study.demo import run_demo
 
-        result = run_demo(out=out, seed=seed, quick=quick, progress=screen.progress)
+        result = run_demo(
+            out=out,
+            seed=seed,
+            quick=quick,
+            progress=screen.progress,
+            verbose=not (quiet or as_json),
+        )
         page = write_report(out / "result.json", out / "report.html")[0]
     except KeyboardInterrupt:
         raise Interrupted(

@@ -19,6 +19,10 @@ from torch import Tensor
 __all__ = ["Block", "Thin", "solve_two_sided"]
 
 
+_FLAT = 1e-6
+"""Eigenvalues below this share of the largest are taken for rounding."""
+
+
 class Thin(NamedTuple):
     """Value and gradients of ``0.5 <L R, F (L R)>``.
 
@@ -90,14 +94,30 @@ class Block(ABC):
 
 
 def solve_two_sided(
-    p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor], y: Tensor, tau: float
+    p: tuple[Tensor, Tensor],
+    q: tuple[Tensor, Tensor],
+    y: Tensor,
+    tau: float,
+    pull: Tensor | None = None,
 ) -> Tensor:
-    """The solution X of ``X + tau P X Q = Y`` for P, Q given as (eigenvalues, eigenvectors).
+    """The solution X of ``X + tau P X Q = Y + tau U_p pull U_q^T``.
 
     Eigenvalues below zero, which only rounding makes, count as zero, so that the solution is
-    never longer than Y.
+    never longer than Y. The pull is dropped along eigenvectors whose eigenvalue is only
+    rounding: it vanishes there in exact arithmetic, and nothing would divide its error.
+
+    Args:
+        p: eigenvalues and eigenvectors of P.
+        q: the same of Q.
+        y: Y.
+        tau: at least 0.
+        pull: a term in the two bases, which is zero wherever P or Q is.
     """
     (dp, up), (dq, uq) = p, q
+    dp, dq = dp.clamp(min=0), dq.clamp(min=0)
     inner = up.T @ y @ uq
-    inner = inner / (1.0 + tau * dp.clamp(min=0)[:, None] * dq.clamp(min=0)[None, :])
+    if pull is not None:
+        alive = (dp > _FLAT * dp.max())[:, None] & (dq > _FLAT * dq.max())[None, :]
+        inner = inner + tau * pull * alive
+    inner = inner / (1.0 + tau * dp[:, None] * dq[None, :])
     return up @ inner @ uq.T

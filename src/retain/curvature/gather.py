@@ -39,7 +39,7 @@ class Gather:
         self.model, self.estimator = model, estimator
         self.predictions = 0
         self.largest: dict[str, float] = dict.fromkeys(layers, 0.0)
-        self.moments: list[tuple[float, int]] = []  # (trace, predictions) of each sequence and draw
+        self.moments: list[tuple[list[float], int]] = []  # a sequence's draws of the trace
         self._batch: Batch | None = None
         self._weight, self._first = 1.0, True
         self._fired: set[str] = set()
@@ -53,13 +53,17 @@ class Gather:
             passes = cotangents(
                 logits, batch.lengths, batch.targets, batch.rows, fisher, samples, seed
             )
+            draws: list[list[float]] = []
             for cotangent, self._weight in passes:
                 self._fired.clear()
                 self._traces = None
                 logits.backward(cotangent.to(logits.dtype), retain_graph=True)
                 self._first = False
                 if self._traces is not None and fisher != "exact":
-                    self.moments += zip(self._traces.tolist(), batch.lengths, strict=True)
+                    draws.append(self._traces.tolist())
+        if draws:
+            each = zip(*draws, strict=True)
+            self.moments += [(list(d), n) for d, n in zip(each, batch.lengths, strict=True)]
         self.predictions += sum(batch.lengths)
 
     def receive(self, name: str, x: Tensor, g: Tensor) -> None:
@@ -96,14 +100,23 @@ class Gather:
         self.estimator.update(record)
 
     def error(self) -> float:
-        """Relative standard error of the trace over sequences and draws."""
-        if len(self.moments) < 2:
-            return float("nan") if self.moments else 0.0
-        t = torch.tensor([m[0] for m in self.moments], dtype=torch.float64)
-        n = torch.tensor([m[1] for m in self.moments], dtype=torch.float64)
-        ratio = t.sum() / n.sum()
-        spread = ((t - ratio * n) ** 2).sum() / (len(t) - 1) * len(t)
-        return float(spread.sqrt() / t.sum()) if t.sum() > 0 else 0.0
+        """Relative standard error of the trace.
+
+        Over sequences, each with the mean of its draws (the ratio estimator); with a single
+        sequence, over its draws. NaN where one draw of one sequence is all there is, and 0 where
+        nothing is drawn.
+        """
+        if not self.moments:
+            return 0.0
+        if len(self.moments) == 1:
+            draws = torch.tensor(self.moments[0][0], dtype=torch.float64)
+            if len(draws) < 2:
+                return math.nan
+            return float(draws.std() / len(draws) ** 0.5 / draws.mean())
+        t = torch.tensor([sum(d) / len(d) for d, _ in self.moments], dtype=torch.float64)
+        n = torch.tensor([length for _, length in self.moments], dtype=torch.float64)
+        spread = ((t - t.sum() / n.sum() * n) ** 2).sum() / (len(t) - 1) * len(t)
+        return float(spread.sqrt() / t.sum())
 
     def dead(self) -> list[str]:
         """Layers that got no gradient at all."""

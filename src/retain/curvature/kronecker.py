@@ -58,13 +58,19 @@ class KroneckerBlock(Block):
 
     def prox_left(self, b: Tensor, c: Tensor, b0: Tensor, a0: Tensor, tau: float) -> Tensor:
         cs = c @ self.inputs
-        y = b + tau * (self.outputs @ b0) @ (a0 @ cs.T) if b0.shape[1] else b
-        return solve_two_sided(self._eigh("outputs"), _eigh(cs @ c.T), y, tau)
+        p, q = self._eigh("outputs"), _eigh(cs @ c.T)
+        pull = None
+        if b0.shape[1]:
+            pull = (p[0][:, None] * (p[1].T @ b0)) @ (a0 @ cs.T @ q[1])
+        return solve_two_sided(p, q, b, tau, pull)
 
     def prox_right(self, a: Tensor, c: Tensor, b0: Tensor, a0: Tensor, tau: float) -> Tensor:
         gc = self.outputs @ c
-        y = a + tau * (gc.T @ b0) @ (a0 @ self.inputs) if b0.shape[1] else a
-        return solve_two_sided(_eigh(c.T @ gc), self._eigh("inputs"), y, tau)
+        p, q = _eigh(c.T @ gc), self._eigh("inputs")
+        pull = None
+        if b0.shape[1]:
+            pull = (p[1].T @ gc.T @ b0) @ ((a0 @ q[1]) * q[0])
+        return solve_two_sided(p, q, a, tau, pull)
 
     def to_dense(self) -> Tensor:
         return torch.kron(self.outputs, self.inputs)

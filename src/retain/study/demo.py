@@ -57,8 +57,8 @@ class DemoConfig(TrainConfig):
     source_length: int = 128
     largest: int = 30
     structure: Structure = "shampoo"
-    strengths: tuple[float, ...] = (30.0, 100.0, 300.0)
-    chosen: float = 100.0
+    strengths: tuple[float, ...] = (3.0, 10.0, 30.0)
+    chosen: float = 10.0
     learning_rate: float = 2e-3
     batch_size: int = 8
     measure_every: int = 16
@@ -78,7 +78,12 @@ QUICK: dict[str, Any] = {
 
 
 def run_demo(
-    out: Path, seed: int = 0, quick: bool = False, progress: bool = True, **changes: Any
+    out: Path,
+    seed: int = 0,
+    quick: bool = False,
+    progress: bool = True,
+    verbose: bool = True,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Runs the demo and writes ``result.json`` and an adapter for each run under `out`.
 
@@ -86,7 +91,8 @@ def run_demo(
         out: folder of everything that is written.
         seed: of data order, label draws and adapter start.
         quick: the small settings of `QUICK`.
-        progress: show bars and stages.
+        progress: show bars.
+        verbose: say which stage has begun, on standard error.
         **changes: settings of `DemoConfig` to change.
 
     Returns:
@@ -97,15 +103,15 @@ def run_demo(
     """
     check_writable(out)
     config = validate((QUICK if quick else {}) | {"seed": seed} | changes, DemoConfig)
-    result = _Demo(out, config, progress).run()
+    result = _Demo(out, config, progress, verbose).run()
     write_json(out / "result.json", result)
     return result
 
 
 class _Demo:
-    def __init__(self, out: Path, config: DemoConfig, progress: bool) -> None:
+    def __init__(self, out: Path, config: DemoConfig, progress: bool, verbose: bool) -> None:
         self.out, self.config, self.progress = out, config, progress
-        self.console = Console(stderr=True, quiet=not progress)
+        self.console = Console(stderr=True, quiet=not verbose)
         self.tests: list[Problem] = word_problems(
             "test", config.problems, config.seed, config.largest
         )

@@ -84,6 +84,7 @@ class _Trainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Keeps the adapter's precision, which PEFT widens when it loads one."""
+        assert self.model is not None
         kinds = {n: p.dtype for n, p in self.model.named_parameters() if p.requires_grad}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name, parameter in self.model.named_parameters():
@@ -162,12 +163,11 @@ def train(
     if curvature is not None:
         callbacks.append(RetentionCallback(curvature, strength, config.update))
     scratch = None if out else tempfile.TemporaryDirectory()  # the trainer wants a folder
+    folder = scratch.name if scratch else str(out)
     try:
         trainer = _Trainer(
             model=model,
-            args=_arguments(
-                config, str(out) if scratch is None else scratch.name, out is not None, progress
-            ),
+            args=_arguments(config, folder, out is not None, progress),
             train_dataset=_Rows(examples),
             data_collator=lambda rows: {"batch": collate(rows, pad, multiple=config.pad_multiple)},
             callbacks=callbacks,
