@@ -30,6 +30,8 @@ def rank_options(
 ) -> list[int]:
     """The index of the most likely continuation of each prompt.
 
+    Options of one token share one pass of their prompt, as do options that differ in the last.
+
     Args:
         model: a causal model; it is put into evaluation mode for the while.
         tokenizer: its tokenizer.
@@ -41,14 +43,19 @@ def rank_options(
         label: of the bar.
     """
     device = next(model.parameters()).device
-    examples, owner = [], []
+    # (first predicted position, tokens of a pass) -> the options that are scored by that pass
+    rows: dict[tuple[int, tuple[int, ...]], list[tuple[int, int, list[int]]]] = {}
     for i, (prompt, choices) in enumerate(zip(prompts, options, strict=True)):
         head = list(tokenizer(prompt)["input_ids"])
         for j, choice in enumerate(choices):
-            ids = head + list(tokenizer(choice, add_special_tokens=False)["input_ids"])
-            predict = tuple(k + 1 >= len(head) for k in range(len(ids) - 1))
-            examples.append(Example(tuple(ids[:-1]), tuple(ids[1:]), predict))
-            owner.append((i, j))
+            ids = list(tokenizer(choice, add_special_tokens=False)["input_ids"])
+            tokens = tuple(head + ids[:-1])  # the last token is only predicted
+            rows.setdefault((len(head) - 1, tokens), []).append((i, j, ids))
+    examples = [
+        Example(tokens, (0,) * len(tokens), tuple(k >= first for k in range(len(tokens))))
+        for first, tokens in rows
+    ]
+    owners = list(rows.values())
     scores = [[0.0] * len(choices) for choices in options]
     pad = getattr(model.config, "pad_token_id", None) or 0
     every = list(batches(examples, min(batch_size, len(examples)), pad, multiple=8))
@@ -58,9 +65,8 @@ def rank_options(
         for batch in tqdm(every, desc=label, unit="batch", disable=not progress):
             batch = batch.to(device)
             logp = forward_logits(model, batch).float().log_softmax(-1)
-            picked = logp[torch.arange(len(batch.targets), device=device), batch.targets]
-            for row, part in zip(batch.rows, picked.split(batch.lengths), strict=True):
-                i, j = owner[row]
-                scores[i][j] = float(part.sum())
+            for row, part in zip(batch.rows, logp.split(batch.lengths), strict=True):
+                for i, j, ids in owners[row]:
+                    scores[i][j] = float(part[torch.arange(len(ids)), ids].sum())
     model.train(training)
     return [max(range(len(s)), key=s.__getitem__) for s in scores]
