@@ -49,7 +49,7 @@ class DemoConfig(TrainConfig):
     model: str = "smollm2-135m"
     dtype: str = "bfloat16"
     adapter: AdapterConfig = AdapterConfig(rank=16, alpha=32)
-    examples: int = 512
+    examples: int = 448
     problems: int = 200
     questions: int = 3
     source_rows: int = 64
