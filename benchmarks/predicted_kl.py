@@ -20,14 +20,16 @@ from peft import PeftModel
 import retain
 from retain.data.sources import encode
 from retain.evaluation.forgetting import Reference
+from retain.files import write_json
 from retain.models.adapter import lora_sites
 from retain.models.sample import sample_rows
-from retain.study.provenance import provenance, write_json
+from retain.study.provenance import provenance
+from retain.types import Structure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "predicted_kl.json"
 PAGE = ROOT / "docs" / "predicted-kl.md"
-CASES = (
+CASES: tuple[tuple[str, Structure, bool], ...] = (
     ("identity", "identity", True),
     ("diagonal", "diagonal", True),
     ("kfac, not calibrated", "kfac", False),
@@ -57,7 +59,7 @@ def main() -> None:
             fit,
             structure,
             tokenizer=tokenizer,
-            calibrate=calibrate,  # type: ignore[arg-type]
+            calibrate=calibrate,
         )
         seconds[name] = time.perf_counter() - start
     rows: list[dict[str, Any]] = []

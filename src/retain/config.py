@@ -67,12 +67,12 @@ class RunConfig(_Strict):
     """One training run: ``retain train --config run.yaml``."""
 
     model: str = "smollm2-135m"
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     data: str
     out: str
     method: Literal["none", "laplace"] = "laplace"
     curvature: str | None = None
-    strength: float = Field(100.0, ge=0)
+    strength: float = Field(10.0, ge=0)
     limit: int | None = Field(None, ge=1)
     trust_remote_code: bool = False
     adapter: AdapterConfig = AdapterConfig()

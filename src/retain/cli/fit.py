@@ -50,7 +50,7 @@ def fit(
     ),
     structure: Annotated[
         str, typer.Option(help=f"How detailed: {', '.join(STRUCTURES)}.")
-    ] = "kfac",
+    ] = "shampoo",
     space: Annotated[
         str,
         typer.Option(help="weight: fits an adapter of any rank. adapter: one adapter alone."),

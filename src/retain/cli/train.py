@@ -62,9 +62,7 @@ def train(
         int | None, typer.Option(help="Seed of the adapter's start (0).")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the order of the data (0).")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16 (bfloat16).")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (bfloat16).")] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most so many rows.")] = None,
     save_steps: Annotated[
         int | None, typer.Option(help="Keep a checkpoint every so many steps (0: none).")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from retain.errors import CurvatureError
 from retain.models.adapter import unwrap
 
-__all__ = ["capture", "evaluating", "shared_inputs"]
+__all__ = ["capture", "shared_inputs"]
 
 Receive = Callable[[str, Tensor, Tensor], None]
 
@@ -59,25 +59,6 @@ def capture(model: nn.Module, layers: Mapping[str, nn.Module], receive: Receive)
             parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout), in which gradient checkpointing still works.
-
-    transformers checkpoints only layers that are in training mode, so those layers, and none of
-    the modules inside them, are put into it.
-    """
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        for module in model.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                module.training = True
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def shared_inputs(

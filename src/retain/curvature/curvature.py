@@ -9,7 +9,7 @@ exactly zero (the output does not move with A there), so only B is held.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ class CurvatureInfo:
     """Where a curvature came from.
 
     Attributes:
-        structure: identity, diagonal or kfac.
+        structure: identity, diagonal, kfac or shampoo.
         space: weight or adapter.
         fisher: mc, empirical or exact.
         tokens: source tokens that were read.
@@ -262,9 +262,6 @@ class Curvature:
     def _dtype(self, site: LoraSite) -> torch.dtype:
         name = site.name if self.info.space == "weight" else part(site.name, "lora_B")
         return next(iter(self.blocks[name].tensors().values())).dtype
-
-    def __iter__(self) -> Iterator[tuple[str, Block]]:
-        return iter(self.blocks.items())
 
 
 def describe(sites: list[LoraSite]) -> dict[str, list[float]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from retain.curvature.block import Block
-from retain.curvature.capture import capture, evaluating, shared_inputs
+from retain.curvature.capture import capture, shared_inputs
 from retain.curvature.curvature import Curvature, CurvatureInfo, describe, part
 from retain.curvature.diagonal import DiagonalEstimator
 from retain.curvature.gather import Estimator, Gather
@@ -23,6 +23,7 @@ from retain.errors import ConfigError, CurvatureError, SourceError, unknown
 from retain.models.adapter import LoraSite, lora_sites
 from retain.models.fingerprint import fingerprint
 from retain.models.heads import is_causal
+from retain.models.modes import evaluating
 from retain.models.sample import sample_rows
 from retain.types import FISHERS, SPACES, STRUCTURES, Fisher, Space, Structure
 
@@ -35,7 +36,7 @@ __all__ = ["fit_curvature"]
 def fit_curvature(
     model: nn.Module,
     source: str | Path | Iterable[Row] = "self",
-    structure: Structure = "kfac",
+    structure: Structure = "shampoo",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     space: Space = "weight",
@@ -100,7 +101,7 @@ def fit_curvature(
     device = sites[0].a.device
     pad = getattr(model.config, "pad_token_id", None) or 0
     pass_over = list(batches(examples, batch_size, pad))
-    with evaluating(model):
+    with evaluating(model, checkpoint=True):
         probe = pass_over[0].to(device)
         shared = shared_inputs(model, layers, probe.inputs)
         estimator = _estimator(structure, shared, calibrate)

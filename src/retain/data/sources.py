@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from retain.data.batches import Example
+from retain.data.tokens import tokenize
 from retain.errors import SourceError
 
 if TYPE_CHECKING:
@@ -181,15 +182,16 @@ def _causal(row: Row, tokenizer: PreTrainedTokenizerBase | None, max_length: int
     else:
         tok = _need(tokenizer)
         if "prompt" in row and "completion" in row:
-            prompt = tok(row["prompt"])["input_ids"]
+            prompt = tokenize(tok, row["prompt"])
             full = prompt + tok(row["completion"], add_special_tokens=False)["input_ids"]
-            ids, start = [*full, tok.eos_token_id], len(prompt)
+            end = [] if tok.eos_token_id is None else [tok.eos_token_id]
+            ids, start = [*full, *end], len(prompt)
         elif "messages" in row:
             text = tok.apply_chat_template(row["messages"], tokenize=False)
             ids = tok(str(text), add_special_tokens=False)["input_ids"]
         else:
             pair = _pair(row)
-            ids = tok("\n".join(pair) if pair else row[_single(row)])["input_ids"]
+            ids = tokenize(tok, "\n".join(pair) if pair else row[_single(row)])
     if row.get("pack"):
         pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
     else:

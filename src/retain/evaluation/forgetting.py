@@ -21,11 +21,12 @@ from retain.data.sources import Row, encode, read_rows
 from retain.errors import SourceError
 from retain.models.adapter import adapter_off
 from retain.models.heads import forward_logits, is_causal
+from retain.models.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Forgetting", "Reference", "measure_forgetting"]
+__all__ = ["Forgetting", "Reference", "answer_loss", "measure_forgetting"]
 
 
 @dataclass(frozen=True)
@@ -139,14 +140,9 @@ def measure_forgetting(
 
 def _log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
     """[predictions, classes] in float32 at least."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = forward_logits(model, batch)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        logits = forward_logits(model, batch)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 class _Total:
@@ -179,3 +175,16 @@ class _Total:
 
 def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
+
+
+def answer_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """Mean cross-entropy in nats per predicted token."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            logits: Tensor = forward_logits(model, batch).float()
+            total += (
+                nn.functional.cross_entropy(logits, batch.targets, reduction="sum").double().cpu()
+            )
+            count += len(batch.targets)
+    return float(total) / count

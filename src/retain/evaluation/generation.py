@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from retain.data.tokens import tokenize
 from retain.models.heads import compact_head
+from retain.models.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,13 +42,11 @@ def generate(
     """
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id
-    ids = [list(tokenizer(p, add_special_tokens=False)["input_ids"]) for p in prompts]
+    ids = [tokenize(tokenizer, p) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     answers = [""] * len(ids)
-    training = model.training
-    model.eval()
     bar = tqdm(total=len(ids), desc=label, unit="answer", disable=not progress)
-    with torch.no_grad(), compact_head(model), bar:
+    with evaluating(model), torch.no_grad(), compact_head(model), bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             width = max(len(ids[i]) for i in rows)
@@ -56,6 +56,8 @@ def generate(
                 input_ids=tokens.to(device),
                 attention_mask=mask.to(device),
                 do_sample=False,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad,
             )
@@ -63,5 +65,4 @@ def generate(
             for i, text in zip(rows, texts, strict=True):
                 answers[i] = text
             bar.update(len(rows))
-    model.train(training)
     return answers

@@ -10,7 +10,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from retain.data.batches import Example, batches
+from retain.data.tokens import tokenize
 from retain.models.heads import forward_logits
+from retain.models.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +48,7 @@ def rank_options(
     # (first predicted position, tokens of a pass) -> the options that are scored by that pass
     rows: dict[tuple[int, tuple[int, ...]], list[tuple[int, int, list[int]]]] = {}
     for i, (prompt, choices) in enumerate(zip(prompts, options, strict=True)):
-        head = list(tokenizer(prompt)["input_ids"])
+        head = tokenize(tokenizer, prompt)
         for j, choice in enumerate(choices):
             ids = list(tokenizer(choice, add_special_tokens=False)["input_ids"])
             tokens = tuple(head + ids[:-1])  # the last token is only predicted
@@ -59,14 +61,11 @@ def rank_options(
     scores = [[0.0] * len(choices) for choices in options]
     pad = getattr(model.config, "pad_token_id", None) or 0
     every = list(batches(examples, min(batch_size, len(examples)), pad, multiple=8))
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch in tqdm(every, desc=label, unit="batch", disable=not progress):
             batch = batch.to(device)
             logp = forward_logits(model, batch).float().log_softmax(-1)
             for row, part in zip(batch.rows, logp.split(batch.lengths), strict=True):
                 for i, j, ids in owners[row]:
                     scores[i][j] = float(part[torch.arange(len(ids)), ids].sum())
-    model.train(training)
     return [max(range(len(s)), key=s.__getitem__) for s in scores]

@@ -161,6 +161,8 @@ def lora_sites(model: nn.Module, adapter: str | None = None) -> list[LoraSite]:
     """
     model = unwrap(model)
     sites = []
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -177,6 +179,8 @@ def lora_sites(model: nn.Module, adapter: str | None = None) -> list[LoraSite]:
                 raise _unsupported(name, "an embedding")
             continue
         site = LoraSite(canonical(name), layer, active[0], float(layer.scaling[active[0]]))
+        if layer is head:
+            raise _unsupported(name, "the output head")
         if not isinstance(site.lora_a, nn.Linear):
             raise _unsupported(name, type(site.lora_a).__name__)
         if getattr(layer, "use_dora", {}).get(active[0]):
@@ -213,7 +217,7 @@ def _refuse_sharded(site: LoraSite) -> None:
                 "the adapter's weights are sharded (ZeRO-3 or FSDP)",
                 got=site.name,
                 allowed="whole LoRA weights on each process",
-                fix="use ZeRO-2 or DDP, or exclude the LoRA weights from sharding",
+                fix="use DDP, or exclude the LoRA weights from sharding",
             )
 
 

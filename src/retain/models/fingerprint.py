@@ -18,7 +18,7 @@ def fingerprint(model: nn.Module) -> str:
     """A short hash of the base model under a model's adapter.
 
     It covers each frozen parameter's name, shape and 64 of its values, rounded to bfloat16 (so
-    that the same checkpoint loaded in another precision has the same fingerprint). Adapter
+    that the same checkpoint loaded in float32 or bfloat16 has the same fingerprint). Adapter
     weights and trained copies of modules (PEFT's ``modules_to_save``) are left out.
     """
     digest = hashlib.sha256()

@@ -94,6 +94,7 @@ def load_model(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).eval()
+    model.retain_tokenizer = tokenizer  # so that text needs no tokenizer=...
     return LoadedModel(model, tokenizer, str(name))
 
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from retain.errors import ModelError, SourceError
 from retain.models.adapter import adapter_off
 from retain.models.heads import compact_head
+from retain.models.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,13 +63,19 @@ def sample_rows(
         )
     prefixes = _prefixes(tokenizer)
     device = next(model.parameters()).device
+    ends = _ends(model, tokenizer)
     rows: list[dict[str, Any]] = []
     bar = tqdm(total=count, desc="self-samples", unit="row", disable=not progress)
-    was_training = model.training
     off = adapter_off(model) if hasattr(model, "disable_adapter") else nullcontext()
     devices = [device] if device.type == "cuda" else []
-    with off, torch.no_grad(), torch.random.fork_rng(devices), compact_head(model), bar:
-        model.eval()
+    with (
+        off,
+        evaluating(model),
+        torch.no_grad(),
+        torch.random.fork_rng(devices),
+        compact_head(model),
+        bar,
+    ):
         torch.manual_seed(seed)
         for i, prefix in enumerate(prefixes):
             share = count // len(prefixes) + (i < count % len(prefixes))
@@ -83,6 +90,8 @@ def sample_rows(
                         temperature=temperature,
                         top_k=0,
                         top_p=1.0,
+                        repetition_penalty=1.0,
+                        no_repeat_ngram_size=0,
                         max_new_tokens=max(2, max_length - len(prefix)),
                         pad_token_id=tokenizer.pad_token_id,
                     )
@@ -96,11 +105,10 @@ def sample_rows(
                         fix="check the model's weights, or dtype='float32'",
                     ) from error
                 rows += [
-                    {"input_ids": _cut(r, len(prefix), tokenizer.eos_token_id)}
+                    {"input_ids": _cut(r, len(prefix), tokenizer.pad_token_id, ends)}
                     for r in out.tolist()
                 ]
                 bar.update(size)
-    model.train(was_training)
     return rows
 
 
@@ -116,9 +124,17 @@ def _prefixes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return prefixes
 
 
-def _cut(ids: list[int], start: int, eos: int | None) -> list[int]:
-    """The row without what stands behind a repeated end token (the padding of generation)."""
+def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens at which the model's generation ends."""
+    config = getattr(model, "generation_config", None)
+    given = getattr(config, "eos_token_id", None)
+    given = tokenizer.eos_token_id if given is None else given
+    return set(given) if isinstance(given, list | tuple) else {int(given)}
+
+
+def _cut(ids: list[int], start: int, pad: int | None, ends: set[int]) -> list[int]:
+    """The row without its padding. Where the pad is an end token too, one of them stays."""
     end = len(ids)
-    while end > start + 2 and ids[end - 1] == eos and ids[end - 2] == eos:
+    while end > start + 2 and ids[end - 1] == pad and (pad not in ends or ids[end - 2] in ends):
         end -= 1
     return ids[:end]

@@ -114,10 +114,9 @@ def save_adapter(model: PeftModel, folder: Path, base: str) -> Path:
             os.replace(folder, old)
         try:
             os.replace(new, folder)
-        except OSError:
-            if old.exists():
+        finally:
+            if old.exists() and not folder.exists():  # whatever broke in, the older one stays
                 os.replace(old, folder)
-            raise
     except (OSError, SafetensorError) as error:
         raise OutputError(
             "the adapter cannot be written",

@@ -30,7 +30,7 @@ __all__ = ["Retention"]
 class Retention:
     """Holds a model near its anchor while it trains; for a plain PyTorch loop::
 
-        retention = Retention(model, curvature, strength=100.0)
+        retention = Retention(model, curvature, strength=10.0)
         for batch in loader:
             model(**batch).loss.backward()
             retention.step(optimizer)  # in place of optimizer.step()
@@ -54,7 +54,7 @@ class Retention:
         self,
         model: nn.Module,
         curvature: Curvature,
-        strength: float = 1.0,
+        strength: float = 10.0,
         *,
         update: Update = "gradient",
         resuming: bool = False,
@@ -134,7 +134,7 @@ def check_strength(strength: float) -> None:
             "the strength is no strength",
             got=strength,
             allowed="a finite number, 0 or above",
-            fix="strength=100",
+            fix="strength=10",
         )
 
 
@@ -157,8 +157,18 @@ def _rates(optimizer: Optimizer) -> dict[int, float]:
         for parameter in group["params"]:
             state = inner.state.get(parameter, {})
             second, count = state.get("exp_avg_sq"), state.get("step")
-            if second is None or count is None:
+            if second is None or count is None or "betas" not in group:
+                if "betas" in group and state:
+                    raise ConfigError(
+                        "the proximal update cannot read this optimiser's state",
+                        got=type(inner).__name__,
+                        allowed="SGD, Adam, AdamW and others with exp_avg_sq",
+                        fix="update='gradient'",
+                    )
                 rates[id(parameter)] = lr
+                continue
+            if not float(count):  # a gradient scaler skipped every step so far
+                rates[id(parameter)] = 0.0
                 continue
             beta, eps = group["betas"][1], group["eps"]
             correction = 1.0 - beta ** float(count)

@@ -27,7 +27,7 @@ from retain.data.problems import Problem, final_number, word_problems
 from retain.data.sources import encode
 from retain.data.tasks import ask, problem_examples, recall
 from retain.errors import CurvatureError
-from retain.evaluation.forgetting import Forgetting, Reference
+from retain.evaluation.forgetting import Forgetting, Reference, answer_loss
 from retain.evaluation.generation import generate
 from retain.evaluation.intervals import wilson
 from retain.evaluation.ranking import rank_options
@@ -37,7 +37,7 @@ from retain.models.load import load_model
 from retain.models.sample import sample_rows
 from retain.models.saved import save_adapter
 from retain.study.provenance import provenance
-from retain.training.loop import TrainResult, answer_loss, train
+from retain.training.loop import TrainResult, train
 from retain.types import Structure
 
 __all__ = ["DemoConfig", "run_demo"]
@@ -71,7 +71,7 @@ QUICK: dict[str, Any] = {
     "source_rows": 8,
     "heldout_rows": 8,
     "source_length": 48,
-    "strengths": (100.0,),
+    "strengths": (10.0,),
     "measure_every": 2,
 }
 """A run of a minute or two that shows that all stages work; its numbers mean nothing."""
@@ -112,6 +112,7 @@ class _Demo:
     def __init__(self, out: Path, config: DemoConfig, progress: bool, verbose: bool) -> None:
         self.out, self.config, self.progress = out, config, progress
         self.console = Console(stderr=True, quiet=not verbose)
+        self.commit = provenance(config.seed)["commit"]
         self.tests: list[Problem] = word_problems(
             "test", config.problems, config.seed, config.largest
         )
@@ -241,7 +242,7 @@ class _Demo:
         """One row of the table: trained (unless it is the base) and measured, or read back."""
         c, path = self.config, self.out / "rows" / f"{name}.json"
         settings = c.model_dump(exclude={"strengths", "chosen"})
-        key = self._key(settings, strength)
+        key = self._key(settings, strength, self.commit)
         kept = _read(path)
         label = _label(strength)
         if kept and kept["key"] == key:

@@ -57,6 +57,9 @@ def _commit() -> str | None:
     here = Path(__file__).resolve().parent
     try:
         run = ["git", "-C", str(here)]
+        subprocess.run(  # an installed package may lie inside somebody else's checkout
+            [*run, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True
+        )
         top = subprocess.run(
             [*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         )

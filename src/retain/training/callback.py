@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from retain.curvature.curvature import Curvature
-from retain.errors import TrainingError, unknown
+from retain.errors import ModelError, TrainingError, unknown
 from retain.models.adapter import unwrap
 from retain.retention.laplace import Retention, check_strength
 from retain.types import UPDATES, Update
@@ -36,7 +36,7 @@ class RetentionCallback(TrainerCallback):
     """
 
     def __init__(
-        self, curvature: Curvature, strength: float = 100.0, update: Update = "gradient"
+        self, curvature: Curvature, strength: float = 10.0, update: Update = "gradient"
     ) -> None:
         if update not in UPDATES:
             raise unknown("update", update, UPDATES)
@@ -49,6 +49,15 @@ class RetentionCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if getattr(args, "deepspeed", None) or type(kwargs.get("optimizer")).__name__.startswith(
+            "DeepSpeed"
+        ):
+            raise ModelError(
+                "DeepSpeed steps its optimiser inside the backward pass, where no force can act",
+                got="a DeepSpeed run",
+                allowed="one process, or DDP",
+                fix="train without DeepSpeed",
+            )
         model: nn.Module = unwrap(kwargs["model"])
         self.retention = Retention(
             model, self.curvature, self.strength, update=self.update, resuming=state.global_step > 0
@@ -68,7 +77,8 @@ class RetentionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.retention is not None
-        if self.update == "proximal":
+        skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
+        if self.update == "proximal" and not skipped:
             self._nats = self.retention.apply_proximal(kwargs["optimizer"])
 
     def on_log(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -57,6 +57,8 @@ class _Rows(Dataset[Example]):
 
 class _Trainer(Trainer):
     """Mean cross-entropy over a step's predictions, whatever its division into micro-batches."""
+
+    loss_is_scaled_for_ga = True
 
     def compute_loss(
         self,
@@ -186,7 +188,7 @@ def train(
 
 
 def _arguments(config: TrainConfig, folder: str, keep: bool, progress: bool) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=config.micro_batch,
         gradient_accumulation_steps=config.accumulation,
@@ -211,6 +213,8 @@ def _arguments(config: TrainConfig, folder: str, keep: bool, progress: bool) -> 
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # the head's hook does not split over devices
+    return arguments
 
 
 class _Bar(ProgressCallback):
@@ -228,17 +232,3 @@ def _last_checkpoint(out: Path) -> str | None:
     from transformers.trainer_utils import get_last_checkpoint
 
     return get_last_checkpoint(str(out)) if out.is_dir() else None
-
-
-def answer_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Mean cross-entropy in nats per predicted token."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    model.eval()
-    with torch.no_grad():
-        for batch in batches:
-            logits: Tensor = forward_logits(model, batch).float()
-            total += (
-                nn.functional.cross_entropy(logits, batch.targets, reduction="sum").double().cpu()
-            )
-            count += len(batch.targets)
-    return float(total) / count
