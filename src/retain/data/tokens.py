@@ -16,5 +16,5 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     A chat template writes the first token itself; tokenizers that add one would write it twice.
     """
     first = getattr(tokenizer, "bos_token", None)
-    rendered = bool(first) and text.startswith(str(first))
+    rendered = bool(first) and str(text).startswith(str(first))
     return list(tokenizer(text, add_special_tokens=not rendered)["input_ids"])

@@ -21,7 +21,6 @@ __all__ = ["DTYPES", "LoadedModel", "load_model"]
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
     "float64": torch.float64,
 }
 

@@ -248,10 +248,10 @@ class _Demo:
         if kept and kept["key"] == key:
             row: dict[str, Any] = kept["row"]
         else:
-            self._say(f"{label}: " + ("measuring" if data is None else "training and measuring"))
+            self._say(f"{name}: " + ("measuring" if data is None else "training and measuring"))
             self._restart()
             result = None if data is None else self._train(strength or 0.0, curvature, data)
-            row = self._measure(label, result)
+            row = self._measure(result)
             if result is not None:
                 save_adapter(self.model, self.out / "adapters" / name, c.model)
             write_json(path, {"key": key, "row": row})
@@ -293,7 +293,7 @@ class _Demo:
             progress=self.progress,
         )
 
-    def _measure(self, label: str, result: TrainResult | None) -> dict[str, Any]:
+    def _measure(self, result: TrainResult | None) -> dict[str, Any]:
         c, tok = self.config, self.tokenizer
         prompts = [ask(tok, p.question) for p in self.tests]
         answers = generate(
@@ -383,7 +383,7 @@ def _name(strength: float) -> str:
 def _label(strength: float | None) -> str:
     if strength is None:
         return "base model"
-    return f"LoRA + retention ({strength:g})" if strength else "LoRA"
+    return "LoRA + retention" if strength else "LoRA"
 
 
 def _read(path: Path) -> dict[str, Any] | None:
