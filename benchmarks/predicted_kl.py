@@ -123,8 +123,6 @@ def page(result: dict[str, Any]) -> str:
         kl = row["measured"]["kl"]
         cells = [f"{row['predicted'][n] / kl:.2f}" for n in names]
         lines.append(f"| {row['update']} | {kl:.2e} | " + " | ".join(cells) + " |")
-    cells = [f"{result['curvatures'][n]['seconds']:.0f}" for n in names]
-    lines.append("| seconds to fit | | " + " | ".join(cells) + " |")
     cells = [f"{result['curvatures'][n]['bytes'] / 2**20:.0f}" for n in names]
     lines.append("| MiB | | " + " | ".join(cells) + " |")
     hardware = result["hardware"]
@@ -133,6 +131,11 @@ def page(result: dict[str, Any]) -> str:
         "A random update is drawn as LoRA factors of rank 8, B and A Gaussian. The text and the label "
         f"draws leave a relative standard error of {result['curvatures']['kfac']['error']:.1%} in the "
         "trace of each curvature.",
+        "",
+        "The last rows are the honest ones. Along an update that training made, every structure is too "
+        "soft: the update is large, far from the quadratic's reach, and where retention was on, training "
+        "has gone where that very curvature sees least. Budgets must therefore be checked against "
+        "measured KL.",
         "",
         f"Commit {result['commit']}, torch {result['versions']['torch']}, {hardware['cores']} cores "
         f"({hardware['cpu']}), {result['created']}.",
