@@ -44,6 +44,7 @@ def measure(
 ) -> dict[str, Any]:  # fmt: skip
     """Forgetting on source text, and the probe and the task where they are asked for."""
     from retain.evaluation.forgetting import measure_forgetting
+    from retain.evaluation.probes import knowledge_score
     from retain.models.sample import sample_rows
 
     if source is None:
@@ -68,7 +69,9 @@ def measure(
         )
     found: dict[str, Any] = {"forgetting": forgetting.to_dict(), "probe": None, "task": None}
     if probe:
-        found["probe"] = _both(model, lambda: _knowledge(model, tokenizer, screen))
+        found["probe"] = _both(
+            model, lambda: knowledge_score(model, tokenizer, progress=screen.progress)
+        )
     if problems:
         found["task"] = _both(
             model, lambda: _word_problems(model, tokenizer, problems, seed, screen)
@@ -89,40 +92,14 @@ def _both(model: Any, score: Callable[[], tuple[int, int]]) -> dict[str, dict[st
     }
 
 
-def _knowledge(model: Any, tokenizer: Any, screen: Screen) -> tuple[int, int]:
-    from retain.data.knowledge import knowledge_items
-    from retain.data.tasks import recall
-    from retain.evaluation.ranking import rank_options
-
-    items = knowledge_items()
-    picked = rank_options(
-        model,
-        tokenizer,
-        [recall(tokenizer, i.prompt) for i in items],
-        [i.options for i in items],
-        progress=screen.progress,
-        label="knowledge",
-    )
-    return sum(p == i.answer for p, i in zip(picked, items, strict=True)), len(items)
-
-
 def _word_problems(
     model: Any, tokenizer: Any, count: int, seed: int, screen: Screen
 ) -> tuple[int, int]:
-    from retain.data.problems import final_number, word_problems
-    from retain.data.tasks import ask
-    from retain.evaluation.generation import generate
+    from retain.data.problems import word_problems
+    from retain.evaluation.probes import problem_score
 
     problems = word_problems("test", count, seed)
-    answers = generate(
-        model,
-        tokenizer,
-        [ask(tokenizer, p.question) for p in problems],
-        max_new_tokens=64,
-        progress=screen.progress,
-        label="word problems",
-    )
-    right = sum(final_number(a) == p.result for a, p in zip(answers, problems, strict=True))
+    right, _ = problem_score(model, tokenizer, problems, progress=screen.progress)
     return right, count
 
 

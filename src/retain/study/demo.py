@@ -17,64 +17,31 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from retain.config import AdapterConfig, TrainConfig, validate
+from retain.config import validate
 from retain.curvature.artifact import load_curvature
 from retain.curvature.curvature import Curvature
 from retain.curvature.estimate import fit_curvature
 from retain.data.batches import Example, batches
-from retain.data.knowledge import general_questions, knowledge_items
-from retain.data.problems import Problem, final_number, word_problems
+from retain.data.knowledge import general_questions
+from retain.data.problems import Problem, word_problems
 from retain.data.sources import encode
-from retain.data.tasks import ask, problem_examples, recall
+from retain.data.tasks import ask, problem_examples
 from retain.errors import CurvatureError
 from retain.evaluation.forgetting import Forgetting, Reference, answer_loss
 from retain.evaluation.generation import generate
 from retain.evaluation.intervals import wilson
-from retain.evaluation.ranking import rank_options
+from retain.evaluation.probes import knowledge_score, problem_score
 from retain.files import check_writable, write_json
 from retain.models.adapter import attach_lora, lora_sites, share_trainable
 from retain.models.load import load_model
 from retain.models.sample import sample_rows
 from retain.models.saved import save_adapter
+from retain.study.claims import summary
+from retain.study.demo_config import QUICK, DemoConfig
 from retain.study.provenance import provenance
 from retain.training.loop import TrainResult, train
-from retain.types import Structure
 
-__all__ = ["DemoConfig", "run_demo"]
-
-
-class DemoConfig(TrainConfig):
-    """Settings of the demo; the training settings are the same with and without retention."""
-
-    model: str = "smollm2-135m"
-    dtype: str = "bfloat16"
-    adapter: AdapterConfig = AdapterConfig(rank=16, alpha=32)
-    examples: int = 448
-    problems: int = 200
-    questions: int = 3
-    source_rows: int = 64
-    heldout_rows: int = 24
-    source_length: int = 128
-    largest: int = 30
-    structure: Structure = "shampoo"
-    strengths: tuple[float, ...] = (3.0, 10.0, 30.0)
-    chosen: float = 10.0
-    learning_rate: float = 2e-3
-    batch_size: int = 8
-    measure_every: int = 16
-
-
-QUICK: dict[str, Any] = {
-    "examples": 32,
-    "problems": 8,
-    "questions": 1,
-    "source_rows": 8,
-    "heldout_rows": 8,
-    "source_length": 48,
-    "strengths": (10.0,),
-    "measure_every": 2,
-}
-"""A run of a minute or two that shows that all stages work; its numbers mean nothing."""
+__all__ = ["run_demo"]
 
 
 def run_demo(
@@ -295,31 +262,14 @@ class _Demo:
 
     def _measure(self, result: TrainResult | None) -> dict[str, Any]:
         c, tok = self.config, self.tokenizer
-        prompts = [ask(tok, p.question) for p in self.tests]
-        answers = generate(
-            self.model,
-            tok,
-            prompts,
-            max_new_tokens=32,
-            batch_size=200,
-            progress=self.progress,
-            label="answers",
+        right, answers = problem_score(
+            self.model, tok, self.tests, max_new_tokens=32, progress=self.progress
         )
-        right = sum(final_number(a) == p.result for a, p in zip(answers, self.tests, strict=True))
         examples = problem_examples(tok, self.tests, c.max_length)
         pad = tok.pad_token_id
         every = list(batches(examples, min(50, len(examples)), pad, multiple=16))
         every = [b.to(next(self.model.parameters()).device) for b in every]
-        items = knowledge_items()
-        picked = rank_options(
-            self.model,
-            tok,
-            [recall(tok, i.prompt) for i in items],
-            [i.options for i in items],
-            progress=self.progress,
-            label="knowledge",
-        )
-        known = sum(p == i.answer for p, i in zip(picked, items, strict=True))
+        known, items = knowledge_score(self.model, tok, progress=self.progress)
         questions = general_questions()[: c.questions]
         told = generate(
             self.model,
@@ -342,9 +292,9 @@ class _Demo:
             },
             "forgetting": forgetting.to_dict(),
             "probe": {
-                "accuracy": known / len(items),
-                "interval": wilson(known, len(items)),
-                "items": len(items),
+                "accuracy": known / items,
+                "interval": wilson(known, items),
+                "items": items,
             },
             "train": None
             if result is None
@@ -353,27 +303,6 @@ class _Demo:
             "generations": [{"prompt": q, "text": t} for q, t in zip(questions, told, strict=True)],
             "answers": answers[:10],
         }
-
-
-def summary(rows: Sequence[dict[str, Any]], chosen: float) -> list[dict[str, Any]]:
-    """The claims of the demo, each with its measured value and its bound."""
-    lora = next(r for r in rows if r["method"] == "none")
-    ours = next(r for r in rows if r["strength"] == chosen)
-    kl = lora["forgetting"]["kl"]
-    lost = lora["probe"]["lost"]
-    gap = 100 * (lora["target"]["exact_match"] - ours["target"]["exact_match"])
-    ratio = ours["forgetting"]["kl"] / kl if kl else None
-    share = ours["probe"]["lost"] / lost if lost > 0 else None
-    return [
-        _claim("forgetting (KL to the base), retention / plain LoRA", ratio, 0.5),
-        _claim("target score, plain LoRA - retention, in points", gap, 2.0),
-        _claim("knowledge lost, retention / plain LoRA", share, 1 / 3),
-    ]
-
-
-def _claim(claim: str, value: float | None, bound: float) -> dict[str, Any]:
-    holds = None if value is None else value <= bound
-    return {"claim": claim, "value": value, "bound": bound, "relation": "<=", "holds": holds}
 
 
 def _name(strength: float) -> str:
