@@ -12,7 +12,7 @@ from typing import Any
 
 from retain.errors import OutputError
 
-__all__ = ["check_writable", "whole_file", "write_json"]
+__all__ = ["check_folder", "whole_file", "write_json"]
 
 
 @contextmanager
@@ -59,15 +59,18 @@ def write_json(path: Path, value: Any) -> None:
         scratch.write_text(text + "\n", encoding="utf-8")
 
 
-def check_writable(folder: Path) -> Path:
-    """Makes a folder and checks, before any work is done, that it can be written.
+def check_folder(folder: Path) -> Path:
+    """Checks, before any work is done, that files can be put into a folder, which need not exist.
 
     Raises:
-        OutputError: it cannot.
+        OutputError: they cannot.
     """
+    folder = folder.expanduser()
+    here = folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        while not here.exists():
+            here = here.parent
+        with tempfile.TemporaryFile(dir=here) as file:
             file.write(b"x")
     except OSError as error:
         raise _unwritable("the output folder", folder, error) from error

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from retain.errors import ConfigError, OutputError, unknown
+from retain.files import check_folder
 
 __all__ = [
     "DTYPES",
@@ -24,7 +24,6 @@ __all__ = [
     "Trust",
     "check_choices",
     "check_file",
-    "check_folder",
     "finite",
     "name_list",
     "problem_count",
@@ -129,31 +128,8 @@ def check_choices(*choices: tuple[str, str, Iterable[str]]) -> None:
             raise unknown(kind, got, names)
 
 
-def check_folder(folder: Path) -> Path:
-    """Checks, before any work is done, that files can be put into a folder, which need not exist.
-
-    Raises:
-        OutputError: they cannot.
-    """
-    folder = folder.expanduser()
-    here = folder
-    try:
-        while not here.exists():
-            here = here.parent
-        with tempfile.TemporaryFile(dir=here) as file:
-            file.write(b"x")
-    except OSError as error:
-        raise OutputError(
-            "the output folder cannot be written",
-            got=f"{folder}: {error.strerror or error}",
-            allowed="a folder that can be written, with room on the disk",
-            fix="choose another place for the output",
-        ) from error
-    return folder
-
-
 def check_file(path: Path) -> Path:
-    """The same for a file that is to be written.
+    """Checks, before any work is done, that a file can be written.
 
     Raises:
         OutputError: it cannot be.

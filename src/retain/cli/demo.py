@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from retain.cli.common import AsJson, Interrupted, Quiet, Screen, check_folder, quieten
+from retain.cli.common import AsJson, Interrupted, Quiet, Screen, quieten
+from retain.files import check_folder
 
 __all__ = ["EXAMPLE", "demo"]
 

@@ -10,7 +10,6 @@ from retain.cli.common import (
     Interrupted,
     Screen,
     check_choices,
-    check_folder,
     finite,
     problem_count,
     quieten,
@@ -19,6 +18,7 @@ from retain.cli.holding import Held, find_curvature
 from retain.cli.train import RUN
 from retain.config import RunConfig
 from retain.errors import ModelError, OutputError
+from retain.files import check_folder
 from retain.models.saved import save_adapter
 
 __all__ = ["run_training"]

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retain.data.batches import Batch
 from retain.errors import CurvatureError
 from retain.models.adapter import unwrap
+from retain.models.heads import forward_logits
 
 __all__ = ["capture", "shared_inputs"]
 
@@ -62,7 +64,7 @@ def capture(model: nn.Module, layers: Mapping[str, nn.Module], receive: Receive)
 
 
 def shared_inputs(
-    model: nn.Module, layers: Mapping[str, nn.Module], batch: Mapping[str, Tensor]
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch
 ) -> dict[str, str]:
     """Which layers read the same tensor: layer -> the first layer that reads it.
 
@@ -80,7 +82,7 @@ def shared_inputs(
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
         with torch.no_grad():
-            model(**batch)
+            forward_logits(model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -102,8 +102,7 @@ def fit_curvature(
     pad = getattr(model.config, "pad_token_id", None) or 0
     pass_over = list(batches(examples, batch_size, pad))
     with evaluating(model, checkpoint=True):
-        probe = pass_over[0].to(device)
-        shared = shared_inputs(model, layers, probe.inputs)
+        shared = shared_inputs(model, layers, pass_over[0].to(device))
         estimator = _estimator(structure, shared, calibrate)
         run = Gather(model, layers, estimator)
         with capture(model, layers, run.receive):

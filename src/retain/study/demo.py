@@ -31,7 +31,7 @@ from retain.evaluation.forgetting import Forgetting, Reference, answer_loss
 from retain.evaluation.generation import generate
 from retain.evaluation.intervals import wilson
 from retain.evaluation.probes import knowledge_score, problem_score
-from retain.files import check_writable, write_json
+from retain.files import check_folder, write_json
 from retain.models.adapter import attach_lora, lora_sites, share_trainable
 from retain.models.load import load_model
 from retain.models.sample import sample_rows
@@ -68,7 +68,7 @@ def run_demo(
     Raises:
         OutputError: `out` cannot be written.
     """
-    check_writable(out)
+    out = check_folder(out)
     config = validate((QUICK if quick else {}) | {"seed": seed} | changes, DemoConfig)
     result = _Demo(out, config, progress, verbose).run()
     write_json(out / "result.json", result)
