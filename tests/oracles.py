@@ -5,6 +5,10 @@ its predictions t and each class y one call of `torch.autograd.grad` gives the g
 ``log p_t(y)`` in the weights themselves: W (the frozen weight, which asks for a gradient for
 the while), A and B. From these single-token gradients all the Fishers are made as dense
 matrices, ``F = (1/N) sum weight * vec(J) vec(J)^T`` with vec row-major and N predictions.
+
+Some Fishers square the gradient of another function of the logits z. Its cotangent k in z sums
+to zero, so its gradient is ``sum_c k_c dz_t(c) = sum_c k_c dlog p_t(c)``: the same single-token
+gradients do.
 """
 
 from __future__ import annotations
@@ -24,9 +28,10 @@ __all__ = ["FACTORS", "Oracle", "calibrate", "kfac", "shampoo"]
 
 @dataclass
 class _Sequence:
-    """One sequence: its probabilities [T, classes], its labels [T] and all its gradients."""
+    """One sequence: its logits and probabilities [T, classes], labels [T] and all gradients."""
 
     row: int
+    logits: Tensor
     p: Tensor
     labels: Tensor
     inputs: dict[str, Tensor]
@@ -71,15 +76,17 @@ class Oracle:
             ]
         self.predictions = sum(len(s.p) for s in self.sequences)
 
-    def dense(self, space: str, fisher: str, samples: int = 1, seed: int = 0) -> dict[str, Tensor]:
+    def dense(
+        self, space: str, fisher: str, samples: int = 1, seed: int = 0, temperature: float = 2.0
+    ) -> dict[str, Tensor]:
         """Block of each weight, [d_out * d_in, d_out * d_in]."""
         blocks = {}
         for name in self.names[space]:
             size = self.shapes[name][0] * self.shapes[name][1]
             block = torch.zeros(size, size, dtype=torch.float64)
             for sequence in self.sequences:
-                for weight, labels in _passes(sequence, fisher, samples, seed):
-                    j = sum(sequence.in_weights[name][t, y] for t, y in labels).reshape(-1)
+                for weight, terms in _passes(sequence, fisher, samples, seed, temperature):
+                    j = _total(sequence.in_weights[name], terms).reshape(-1)
                     block += weight * torch.outer(j, j)
             blocks[name] = block / self.predictions
         return blocks
@@ -97,7 +104,12 @@ class Oracle:
 
 
 def kfac(
-    oracle: Oracle, space: str, fisher: str, samples: int = 1, seed: int = 0
+    oracle: Oracle,
+    space: str,
+    fisher: str,
+    samples: int = 1,
+    seed: int = 0,
+    temperature: float = 2.0,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """K-FAC before calibration: layer -> (S [d_in, d_in], G [d_out, d_out]).
 
@@ -114,16 +126,20 @@ def kfac(
             for x in sequence.inputs[name]:
                 s += torch.outer(x, x)
                 positions += 1
-            for weight, labels in _passes(sequence, fisher, samples, seed):
-                gradients = sum(sequence.at_outputs[name][t, y] for t, y in labels)
-                for at_position in gradients:
+            for weight, terms in _passes(sequence, fisher, samples, seed, temperature):
+                for at_position in _total(sequence.at_outputs[name], terms):
                     g += weight * torch.outer(at_position, at_position)
         factors[name] = (s / positions, g / oracle.predictions)
     return factors
 
 
 def shampoo(
-    oracle: Oracle, space: str, fisher: str, samples: int = 1, seed: int = 0
+    oracle: Oracle,
+    space: str,
+    fisher: str,
+    samples: int = 1,
+    seed: int = 0,
+    temperature: float = 2.0,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Shampoo's factors of the weights' own gradients J: layer -> (E[J^T J], E[J J^T])."""
     factors = {}
@@ -132,8 +148,8 @@ def shampoo(
         s = torch.zeros(d_in, d_in, dtype=torch.float64)
         g = torch.zeros(d_out, d_out, dtype=torch.float64)
         for sequence in oracle.sequences:
-            for weight, labels in _passes(sequence, fisher, samples, seed):
-                j = sum(sequence.in_weights[name][t, y] for t, y in labels)
+            for weight, terms in _passes(sequence, fisher, samples, seed, temperature):
+                j = _total(sequence.in_weights[name], terms)
                 s += weight * j.T @ j
                 g += weight * j @ j.T
         factors[name] = (s / oracle.predictions, g / oracle.predictions)
@@ -153,20 +169,46 @@ def calibrate(factors: tuple[Tensor, Tensor], dense: Tensor) -> Tensor:
 
 
 def _passes(
-    sequence: _Sequence, fisher: str, samples: int, seed: int
-) -> Iterator[tuple[float, list[tuple[int, int]]]]:
-    """The gradients that a Fisher squares: (weight, the (t, y) whose log p are summed)."""
+    sequence: _Sequence, fisher: str, samples: int, seed: int, temperature: float
+) -> Iterator[tuple[float, list[tuple[int, int, float]]]]:
+    """The gradients that a Fisher squares: (weight, the (t, c, k) of ``sum k log p_t(c)``)."""
     predictions, classes = sequence.p.shape
     if fisher == "exact":
         for t in range(predictions):
             for y in range(classes):
-                yield float(sequence.p[t, y]), [(t, y)]
+                yield float(sequence.p[t, y]), [(t, y, 1.0)]
     elif fisher == "empirical":
-        yield 1.0, list(enumerate(sequence.labels.tolist()))
-    else:
+        yield 1.0, [(t, y, 1.0) for t, y in enumerate(sequence.labels.tolist())]
+    elif fisher == "mc":
         for sample in range(samples):
             drawn = _draw(sequence.p, f"{seed}:{sequence.row}:{sample}")
-            yield 1.0 / samples, list(enumerate(drawn.tolist()))
+            yield 1.0 / samples, [(t, y, 1.0) for t, y in enumerate(drawn.tolist())]
+    elif fisher == "tempered":  # log softmax(z / T)_y, and y drawn from there too
+        p = (sequence.logits / temperature).softmax(-1)
+        for sample in range(samples):
+            drawn = _draw(p, f"{seed}:{sequence.row}:{sample}")
+            yield 1.0 / samples, _against(p, drawn.tolist(), 1.0 / temperature)
+    elif fisher == "reversed":  # log softmax(-z)_y, at the data's label
+        yield 1.0, _against((-sequence.logits).softmax(-1), sequence.labels.tolist(), 1.0)
+    else:
+        raise ValueError(fisher)
+
+
+def _against(q: Tensor, labels: list[int], scale: float) -> list[tuple[int, int, float]]:
+    """The terms of the cotangent ``scale * (e_y - q)`` at each prediction."""
+    terms = []
+    for t, y in enumerate(labels):
+        for c in range(q.shape[1]):
+            terms.append((t, c, scale * ((1.0 if c == y else 0.0) - float(q[t, c]))))
+    return terms
+
+
+def _total(gradients: Tensor, terms: list[tuple[int, int, float]]) -> Tensor:
+    """``sum k * gradients[t, c]``."""
+    total = torch.zeros_like(gradients[0, 0])
+    for t, c, k in terms:
+        total += k * gradients[t, c]
+    return total
 
 
 def _differentiate(
@@ -189,7 +231,8 @@ def _differentiate(
     for handle in handles:
         handle.remove()
     wide = torch.promote_types(logits.dtype, torch.float32)
-    log_p = (logits[0] if causal else logits).to(wide).log_softmax(-1)
+    z = (logits[0] if causal else logits).to(wide)
+    log_p = z.log_softmax(-1)
 
     keys = list(modules)
     wanted = [parameters[k] for k in keys] + [seen[k][1] for k in keys]
@@ -203,6 +246,7 @@ def _differentiate(
     shape = tuple(log_p.shape)
     return _Sequence(
         number,
+        z.detach().double(),
         log_p.detach().exp().double(),
         labels,
         {k: x.detach().reshape(-1, x.shape[-1]).double() for k, (x, _) in seen.items()},

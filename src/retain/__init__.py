@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from retain.curvature.artifact import load_curvature
     from retain.curvature.curvature import Curvature
     from retain.curvature.estimate import fit_curvature
+    from retain.curvature.merge import reanchored
     from retain.errors import RetainError
     from retain.evaluation.forgetting import measure_forgetting
     from retain.models.adapter import attach_lora
@@ -37,6 +38,7 @@ __all__ = [
     "load_curvature",
     "load_model",
     "measure_forgetting",
+    "reanchored",
 ]
 
 _HOMES = {
@@ -49,6 +51,7 @@ _HOMES = {
     "load_curvature": "retain.curvature.artifact",
     "load_model": "retain.models.load",
     "measure_forgetting": "retain.evaluation.forgetting",
+    "reanchored": "retain.curvature.merge",
 }
 
 

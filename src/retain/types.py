@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Structure = Literal["identity", "diagonal", "kfac", "shampoo"]
+Structure = Literal["identity", "diagonal", "kfac", "shampoo", "ekfac", "activation", "tridiagonal"]
 """How a curvature is stored: see `retain.curvature`."""
 
 Space = Literal["weight", "adapter"]
 """What a curvature is a function of: the update ``s B A`` of a weight, or ``(A, B)``."""
 
-Fisher = Literal["mc", "empirical", "exact"]
-"""Where the labels of a Fisher come from: sampled from the model, the data, or all of them."""
+Fisher = Literal["mc", "empirical", "exact", "tempered", "reversed"]
+"""Where the labels of a Fisher come from: see `retain.curvature.labels`."""
+
+Products = Literal["auto", "float32"]
+"""Precision of the factors' products: the hardware's fast units where it has them, or float32."""
 
 Update = Literal["gradient", "proximal"]
 """How the force is applied: added to the gradient, or as a proximal step after the optimiser's."""
@@ -20,3 +23,4 @@ STRUCTURES: tuple[str, ...] = get_args(Structure)
 SPACES: tuple[str, ...] = get_args(Space)
 FISHERS: tuple[str, ...] = get_args(Fisher)
 UPDATES: tuple[str, ...] = get_args(Update)
+PRODUCTS: tuple[str, ...] = get_args(Products)

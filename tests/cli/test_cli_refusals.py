@@ -39,13 +39,17 @@ def train(retain: Any, model: Path, data: Path, curvature: Path, short: Any, tmp
 
 class TestNames:
     def test_unknown_command(self, retain: Any) -> None:
-        retain("trian").refused("'trian'", "did you mean 'train'?", "demo, eval, fit, report")
+        retain("trian").refused(
+            "'trian'", "did you mean 'train'?", "demo, eval, fit, plan, report, train"
+        )
 
     def test_unknown_option(self, retain: Any) -> None:
         retain("fit", "m", "--structur", "x").refused("'--structur'", "did you mean '--structure'?")
 
     def test_unknown_structure(self, fit: Any) -> None:
-        fit("--structure", "kafc").refused("'kafc'", "did you mean 'kfac'?", "diagonal, identity")
+        fit("--structure", "kafc").refused(
+            "'kafc'", "did you mean 'kfac'?", "activation, diagonal, ekfac"
+        )
 
     @pytest.mark.parametrize(
         ("option", "got", "meant"),

@@ -2,61 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from retain.curvature.block import Block
-from retain.curvature.diagonal import DiagonalBlock
-from retain.curvature.identity import IdentityBlock
-from retain.curvature.kronecker import KroneckerBlock
+from random_blocks import BLOCKS, IN, OUT, SIDES, Random, dense_quadratic, vec
+from retain.curvature.eigen import EigenBlock
+from retain.curvature.factor import Factor, factor_from
 from tiny import relative
 
-F64 = torch.float64
-BLOCKS = ("identity", "diagonal", "kfac")
-TAUS = [10.0**k for k in range(-3, 13)]
-OUT, IN, RANK = 7, 5, 2
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 3))
 SEEDS = st.integers(0, 2**31 - 1)
-
-
-class Random:
-    """Draws of one seed."""
-
-    def __init__(self, seed: int, dtype: torch.dtype = F64) -> None:
-        self.generator, self.dtype = torch.Generator().manual_seed(seed), dtype
-
-    def matrix(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=F64).to(self.dtype)
-
-    def psd(self, size: int, rank: int) -> Tensor:
-        root = torch.randn(size, rank, generator=self.generator, dtype=F64)
-        return (root @ root.T / size).to(self.dtype)
-
-    def block(self, structure: str, d_out: int = OUT, d_in: int = IN, *, flat: bool = False):
-        """A random block; a `flat` one has directions that cost nothing (not the identity)."""
-        if structure == "identity":
-            return IdentityBlock(self.matrix().abs() + 0.1, (d_out, d_in))
-        if structure == "diagonal":
-            values = self.matrix(d_out, d_in).square()
-            if flat:
-                values[: d_out // 2] = 0
-                values[:, d_in // 2 :] = 0
-            return DiagonalBlock(values)
-        ranks = (max(1, d_in // 2), max(1, d_out // 2)) if flat else (d_in + 3, d_out + 3)
-        return KroneckerBlock(self.psd(d_in, ranks[0]), self.psd(d_out, ranks[1]))
-
-
-def vec(d: Tensor) -> Tensor:
-    return d.reshape(-1)
-
-
-def dense_quadratic(block: Block, d: Tensor) -> Tensor:
-    return 0.5 * vec(d) @ block.to_dense() @ vec(d)
 
 
 @pytest.mark.parametrize("structure", BLOCKS)
@@ -70,7 +27,7 @@ def test_thin_is_value_and_gradient_of_the_dense_quadratic(
     block = random.block(structure, d_out, d_in)
     left = random.matrix(d_out, k).requires_grad_()
     right = random.matrix(k, d_in).requires_grad_()
-    value = dense_quadratic(block, left @ right)
+    value = dense_quadratic(block.to_dense(), left @ right)
     value.backward()
     thin = block.thin(left.detach(), right.detach())
     assert relative(thin.value, value.detach()) < 1e-10
@@ -79,155 +36,49 @@ def test_thin_is_value_and_gradient_of_the_dense_quadratic(
     assert relative(block.quadratic((left @ right).detach()), value.detach()) < 1e-10
 
 
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("structure", BLOCKS)
 @settings(max_examples=25, deadline=None)
 @given(shape=SHAPES, seed=SEEDS)
 def test_matvec_trace_and_definiteness_of_the_dense_matrix(
-    structure: str, shape: tuple[int, int, int], seed: int
+    structure: str, flat: bool, shape: tuple[int, int, int], seed: int
 ) -> None:
     d_out, d_in, _ = shape
     random = Random(seed)
-    block, d = random.block(structure, d_out, d_in, flat=True), random.matrix(d_out, d_in)
+    block, d = random.block(structure, d_out, d_in, flat=flat), random.matrix(d_out, d_in)
     full = block.to_dense()
     assert full.shape == (d_out * d_in, d_out * d_in)
     assert relative(vec(block.matvec(d)), full @ vec(d)) < 1e-10
     assert block.trace() == pytest.approx(float(full.trace()), rel=1e-12)
-    assert torch.equal(full, full.T)
+    assert relative(full, full.T) < 1e-14 if structure == "ekfac" else torch.equal(full, full.T)
     assert float(torch.linalg.eigvalsh(full).min()) > -1e-12 * max(1.0, float(full.trace()))
 
 
 @pytest.mark.parametrize("structure", BLOCKS)
 def test_tensors_define_the_block_and_count_as_its_memory(structure: str) -> None:
     block = Random(0).block(structure)
-    again = type(block)(*block.tensors().values(), *[(OUT, IN)] * (structure == "identity"))
+
+    def copy(factor: Factor) -> Factor:
+        assert any(factor is known for known in block.factors().values())
+        return factor_from({end: t.clone() for end, t in factor.tensors().items()}, factor.size)
+
+    again = block.moved(copy, torch.clone)
+    assert type(again) is type(block)
     assert again.shape == block.shape == (OUT, IN)
     assert torch.equal(again.to_dense(), block.to_dense())
-    assert torch.equal(block.to(torch.device("cpu")).to_dense(), block.to_dense())
+    places = {t.data_ptr() for t in block.tensors().values()}
+    assert places.isdisjoint(t.data_ptr() for t in again.tensors().values())
     assert block.memory() == 8 * sum(t.numel() for t in block.tensors().values())
+    assert set(block.factors()) == ({"inputs", "outputs"} if structure in SIDES else set())
 
 
-# The three implicit steps. Each is tested as the problem that its docstring states:
-# X + tau * pull(X) = start, with the pull written with the dense matrix.
-
-
-def problem(which: str, structure: str, anchored: int, seed: int, dtype=F64, flat=False):
-    """(start, solve(tau), pull(X), quadratic(X)) of one of the three."""
-    random = Random(seed, dtype)
-    block = random.block(structure, flat=flat)
-    full = block.to_dense().double()
-    b0, a0 = random.matrix(OUT, anchored), random.matrix(anchored, IN)
-    anchor = (b0 @ a0).double()
-
-    def apply(d: Tensor) -> Tensor:
-        return (full @ vec(d)).reshape(OUT, IN)
-
-    if which == "prox":
-        start = random.matrix(OUT, IN)
-        return (
-            start, lambda tau: block.prox(start, tau),
-            apply, lambda x: dense_quadratic_of(full, x),
-        )  # fmt: skip
-    if which == "left":
-        start, c = random.matrix(OUT, RANK), random.matrix(RANK, IN)
-        wide = c.double()
-        return (
-            start, lambda tau: block.prox_left(start, c, b0, a0, tau),
-            lambda x: apply(x @ wide - anchor) @ wide.T,
-            lambda x: dense_quadratic_of(full, x @ wide - anchor),
-        )  # fmt: skip
-    start, c = random.matrix(RANK, IN), random.matrix(OUT, RANK)
-    wide = c.double()
-    return (
-        start, lambda tau: block.prox_right(start, c, b0, a0, tau),
-        lambda x: wide.T @ apply(wide @ x - anchor),
-        lambda x: dense_quadratic_of(full, wide @ x - anchor),
-    )  # fmt: skip
-
-
-def dense_quadratic_of(full: Tensor, d: Tensor) -> float:
-    return float(0.5 * vec(d) @ full @ vec(d))
-
-
-IMPLICIT = pytest.mark.parametrize(
-    ("which", "anchored"),
-    [("prox", 0), ("left", 0), ("left", 2), ("left", 3), ("right", 0), ("right", 2), ("right", 3)],
-)
-
-
-@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("c", [0.0, 1.0, 2.5])
 @pytest.mark.parametrize("structure", BLOCKS)
-@IMPLICIT
-def test_implicit_steps_solve_their_equation(
-    which: str, anchored: int, structure: str, flat: bool
-) -> None:
-    start, solve, pull, _ = problem(which, structure, anchored, seed=3, flat=flat)
-    # The pull is affine in X, so its matrix gives the exact solution by a dense solve.
-    basis = torch.eye(start.numel(), dtype=F64).reshape(-1, *start.shape)
-    offset = pull(torch.zeros_like(start))
-    linear = torch.stack([vec(pull(e) - offset) for e in basis], 1)
-    for tau in [0.0, *TAUS[:7]]:
-        system = torch.eye(len(linear), dtype=F64) + tau * linear
-        want = torch.linalg.solve(system, vec(start - tau * offset)).reshape(start.shape)
-        got = solve(tau)
-        assert got.shape == start.shape
-        assert relative(got, want) < 1e-8, tau
-        residual = got + tau * pull(got) - start
-        size = float(start.abs().max() + tau * offset.abs().max() + tau * pull(got).abs().max())
-        assert float(residual.abs().max()) < 1e-10 * size, tau
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("structure", BLOCKS)
-@IMPLICIT
-def test_implicit_steps_are_finite_and_monotone_in_the_strength(
-    which: str, anchored: int, structure: str, flat: bool, dtype: torch.dtype
-) -> None:
-    start, solve, _, quadratic = problem(which, structure, anchored, seed=4, dtype=dtype, flat=flat)
-    assert relative(solve(0.0), start) < 10 * torch.finfo(dtype).eps
-    values = [quadratic(start.double())]
-    for tau in TAUS:
-        x = solve(tau)
-        assert x.dtype == dtype
-        assert bool(x.isfinite().all()), tau
-        values.append(quadratic(x.double()))
-    slack = (1e-12 if dtype == F64 else 1e-5) * values[0]
-    for before, after in pairwise(values):
-        assert after <= before + slack
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("structure", ["diagonal", "kfac"])
-@IMPLICIT
-def test_implicit_steps_go_no_further_than_the_nearest_minimum(
-    which: str, anchored: int, structure: str, dtype: torch.dtype
-) -> None:
-    start, solve, pull, _ = problem(which, structure, anchored, seed=5, dtype=dtype, flat=True)
-    basis = torch.eye(start.numel(), dtype=F64).reshape(-1, *start.shape)
-    offset = pull(torch.zeros_like(start.double()))
-    linear = torch.stack([vec(pull(e) - offset) for e in basis], 1)
-    linear = 0.5 * (linear + linear.T)
-    values, vectors = torch.linalg.eigh(linear)
-    free = vectors[:, values < 1e-5 * values.max()]
-    assert free.shape[1] >= 1
-    away = torch.linalg.pinv(linear, rtol=1e-5, hermitian=True) @ vec(pull(start.double()))
-    bound = 1.001 * float(away.norm())
-    if dtype != F64:
-        bound = 1.5 * (bound + float(start.norm()))
-    for tau in TAUS:
-        step = vec(solve(tau).double() - start.double())
-        assert float(step.norm()) <= bound, tau
-        if dtype == F64 and tau <= 1e9:
-            assert float((free.T @ step).abs().max()) < 1e-4 * float(start.abs().max()), tau
-
-
-@pytest.mark.parametrize("structure", BLOCKS)
-@IMPLICIT
-def test_implicit_steps_shrink_distances(which: str, anchored: int, structure: str) -> None:
-    # A proximal map of a convex function moves no point further than the start allows:
-    # q(X) + |X - start|^2 / (2 tau) is at most its value at the start.
-    start, solve, _, quadratic = problem(which, structure, anchored, seed=6)
-    for tau in TAUS:
-        x = solve(tau)
-        reached = quadratic(x) + float((x - start).square().sum()) / (2 * tau)
-        assert reached <= quadratic(start) * (1 + 1e-9)
+def test_a_multiple_keeps_what_may_be_shared(structure: str, c: float) -> None:
+    block = Random(1).block(structure)
+    before = block.to_dense()
+    times = block.scaled(c)
+    assert relative(times.to_dense(), c * before) < 1e-14
+    assert torch.equal(block.to_dense(), before)
+    if structure in SIDES or isinstance(block, EigenBlock):
+        assert times.inputs is block.inputs

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
+from torch import nn
 
+from quadratics import dense_quadratic
 from retain import Curvature, fit_curvature
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, SourceError
 from retain.models.adapter import lora_sites
+from retain.models.sites import LinearSite, find_sites
 from retain.types import SPACES, STRUCTURES
 from tiny import KINDS, ROWS, base, move, relative, tiny
 
@@ -17,23 +22,9 @@ EACH = pytest.mark.parametrize(
 )
 
 
-def dense_quadratic(curvature: Curvature, model: torch.nn.Module) -> torch.Tensor:
-    """The quadratic in the model's own A and B, written with dense blocks, for autograd."""
-    total = torch.zeros((), dtype=torch.float64)
-    for site in lora_sites(model):
-        if curvature.info.space == "weight":
-            d = site.scaling * site.b @ site.a
-            if site.name in curvature.anchor:
-                b0, a0 = curvature.anchor[site.name]
-                d = d - b0 @ a0
-            moves = {site.name: d}
-        else:
-            b0, a0 = curvature.anchor[site.name]
-            moves = {f"{site.name}.lora_A": site.a - a0, f"{site.name}.lora_B": site.b - b0}
-        for name, d in moves.items():
-            v = d.reshape(-1)
-            total = total + 0.5 * v @ curvature.blocks[name].to_dense() @ v
-    return total
+@cache
+def fitted(kind: str, moved: bool, space: str, structure: str) -> Curvature:
+    return fit_curvature(tiny(kind, moved=moved), ROWS[kind], structure, space=space, **FIT)
 
 
 @pytest.mark.parametrize("anchored", [False, True])
@@ -41,8 +32,7 @@ def dense_quadratic(curvature: Curvature, model: torch.nn.Module) -> torch.Tenso
 def test_value_and_pulls_are_those_of_the_dense_quadratic(
     kind: str, space: str, structure: str, anchored: bool
 ) -> None:
-    model = tiny(kind, moved=anchored)
-    curvature = fit_curvature(model, ROWS[kind], structure, space=space, **FIT)
+    model, curvature = tiny(kind, moved=anchored), fitted(kind, anchored, space, structure)
     assert bool(curvature.anchor) is (anchored or space == "adapter")
     move(model, seed=9)
     value = dense_quadratic(curvature, model)
@@ -59,8 +49,7 @@ def test_value_and_pulls_are_those_of_the_dense_quadratic(
 @pytest.mark.parametrize("anchored", [False, True])
 @EACH
 def test_value_is_zero_at_the_anchor(kind: str, space: str, structure: str, anchored: bool) -> None:
-    model = tiny(kind, moved=anchored)
-    curvature = fit_curvature(model, ROWS[kind], structure, space=space, **FIT)
+    model, curvature = tiny(kind, moved=anchored), fitted(kind, anchored, space, structure)
     nats, pulls = curvature.pulls(lora_sites(model))
     exact = space == "adapter" or not anchored
     assert abs(nats) <= (0.0 if exact else 1e-14)
@@ -73,8 +62,7 @@ def test_value_is_zero_at_the_anchor(kind: str, space: str, structure: str, anch
 def test_weight_space_does_not_see_how_the_update_is_split(
     kind: str, structure: str, anchored: bool
 ) -> None:
-    model = tiny(kind, moved=anchored)
-    curvature = fit_curvature(model, ROWS[kind], structure, **FIT)
+    model, curvature = tiny(kind, moved=anchored), fitted(kind, anchored, "weight", structure)
     move(model, seed=9)
     before = curvature.quadratic(model)
     random = torch.Generator().manual_seed(0)
@@ -96,53 +84,6 @@ def test_adapter_space_does_see_how_the_update_is_split() -> None:
             site.b.mul_(2)
             site.a.div_(2)
     assert curvature.quadratic(model) > 0
-
-
-@EACH
-@pytest.mark.parametrize("anchored", [False, True])
-def test_proximal_step_is_a_minimum_in_each_half(
-    kind: str, space: str, structure: str, anchored: bool
-) -> None:
-    model = tiny(kind, moved=anchored)
-    curvature = fit_curvature(model, ROWS[kind], structure, space=space, **FIT)
-    move(model, seed=9)
-    tau_b, tau_a = 0.7, 1.3
-    site = lora_sites(model)[1]
-    a, b = site.a.detach().clone(), site.b.detach().clone()
-    curvature.proximal(site, tau_b, tau_a)
-    new_a, new_b = site.a.detach().clone(), site.b.detach().clone()
-
-    def pull(which: str) -> torch.Tensor:
-        model.zero_grad()
-        dense_quadratic(curvature, model).backward()
-        return (site.a if which == "a" else site.b).grad
-
-    # First B at the old A, then A at the new B.
-    with torch.no_grad():
-        site.a.copy_(a)
-    assert relative(new_b - b, -tau_b * pull("b")) < 1e-9
-    with torch.no_grad():
-        site.a.copy_(new_a)
-    if space == "adapter" and not anchored and structure != "identity":
-        assert relative(new_a, a) < 1e-14
-    else:
-        assert relative(new_a - a, -tau_a * pull("a")) < 1e-9
-
-
-@pytest.mark.parametrize("anchored", [False, True])
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_proximal_step_never_makes_the_quadratic_grow(
-    structure: str, space: str, anchored: bool
-) -> None:
-    model = tiny("llama", moved=anchored)
-    curvature = fit_curvature(model, ROWS["llama"], structure, space=space, **FIT)
-    for power in range(-3, 13):
-        move(model, seed=power + 3)
-        before = curvature.quadratic(model)
-        for site in lora_sites(model):
-            curvature.proximal(site, 10.0**power, 10.0**power)
-        assert 0 <= curvature.quadratic(model) + 1e-12 <= before + 1e-12
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -178,11 +119,28 @@ def test_adapter_space_refuses_another_rank() -> None:
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("anchored", [False, True])
 def test_weight_space_fits_any_rank(structure: str, anchored: bool) -> None:
-    curvature = fit_curvature(tiny("llama", moved=anchored), ROWS["llama"], structure, **FIT)
+    curvature = fitted("llama", anchored, "weight", structure)
     for rank in (1, 3):
         other = tiny("llama", rank=rank, moved=True)
         want = dense_quadratic(curvature, other).detach()
         assert relative(curvature.quadratic(other), want) < 1e-10
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_layers_of_several_ranks_and_anchors(structure: str) -> None:
+    model = tiny("llama", targets=["q_proj", "v_proj", "down_proj"])
+    sites = lora_sites(model)
+    with torch.no_grad():
+        for site in sites[:2]:
+            site.b.add_(0.3)
+    curvature = fit_curvature(model, ROWS["llama"], structure, **FIT)
+    assert list(curvature.anchor) == [site.name for site in sites[:2]]
+    move(model, seed=9)
+    value = dense_quadratic(curvature, model)
+    value.backward()
+    nats, pulls = curvature.pulls(sites)
+    assert relative(nats, value.detach()) < 1e-10
+    assert all(relative(gradient, p.grad) < 1e-10 for p, gradient in pulls)
 
 
 def test_load_anchor_brings_the_adapter_back() -> None:
@@ -195,19 +153,21 @@ def test_load_anchor_brings_the_adapter_back() -> None:
     assert curvature.quadratic(model) == 0.0
 
 
-def test_shared_inputs_are_kept_once() -> None:
-    model = tiny("llama")
-    curvature = fit_curvature(model, ROWS["llama"], "kfac", **FIT)
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "activation", "tridiagonal"])
+def test_shared_inputs_are_kept_once(structure: str) -> None:
+    curvature = fitted("llama", False, "weight", structure)
     blocks = curvature.blocks
     for layer in range(2):
         at = f"model.layers.{layer}."
-        attention = {blocks[f"{at}self_attn.{n}_proj"].inputs.data_ptr() for n in "qkv"}
-        mlp = {blocks[f"{at}mlp.{n}_proj"].inputs.data_ptr() for n in ("gate", "up")}
-        others = {
-            blocks[f"{at}{n}"].inputs.data_ptr() for n in ("self_attn.o_proj", "mlp.down_proj")
-        }
+        attention = {id(blocks[f"{at}self_attn.{n}_proj"].inputs) for n in "qkv"}
+        mlp = {id(blocks[f"{at}mlp.{n}_proj"].inputs) for n in ("gate", "up")}
+        others = {id(blocks[f"{at}{n}"].inputs) for n in ("self_attn.o_proj", "mlp.down_proj")}
         assert (len(attention), len(mlp), len(attention | mlp | others)) == (1, 1, 4)
     every = sum(block.memory() for block in blocks.values())
+    for (i, j), link in curvature.links.items():
+        shared = blocks[i].inputs is blocks[j].inputs
+        assert shared is (link.inputs is blocks[i].inputs.dense())
+        every += 8 * (link.outputs.numel() + (0 if shared else link.inputs.numel()))
     assert curvature.memory() == every - 2 * 8 * (2 * 8 * 8 + 8 * 8)
 
 
@@ -221,6 +181,13 @@ def test_shared_inputs_are_kept_once() -> None:
         ({"samples": 0}, "samples is too small"),
         ({"rows": 0}, "rows is too small"),
         ({"batch_size": 0}, "batch_size is too small"),
+        ({"rank": 0}, "rank is too small"),
+        ({"rank": 2, "structure": "ekfac"}, "keeps no sketches"),
+        ({"share": 0.0}, "the share is no share"),
+        ({"share": 1.5}, "the share is no share"),
+        ({"temperature": 0.0}, "the temperature is no temperature"),
+        ({"temperature": float("nan")}, "the temperature is no temperature"),
+        ({"calibrate": False, "share": 0.5}, "no true scale"),
     ],
 )
 def test_unknown_names_and_small_numbers_are_refused(options: dict, hint: str) -> None:
@@ -230,9 +197,56 @@ def test_unknown_names_and_small_numbers_are_refused(options: dict, hint: str) -
     assert "\n" not in str(caught.value)
 
 
-def test_a_base_model_without_adapter_is_refused() -> None:
+def test_a_frozen_model_without_adapter_is_refused() -> None:
     with pytest.raises(ModelError, match="no LoRA adapter"):
-        fit_curvature(base("llama"), ROWS["llama"], **FIT)
+        fit_curvature(base("llama").requires_grad_(False), ROWS["llama"], **FIT)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_model_without_adapter_has_the_curvature_of_its_weights(
+    kind: str, structure: str
+) -> None:
+    # That of a LoRA update in weight space, at W in place of at zero.
+    model = base(kind)
+    curvature = fit_curvature(model, ROWS[kind], structure, **FIT)
+    sites = find_sites(model)
+    assert all(isinstance(site, LinearSite) for site in sites)
+    want = fitted(kind, False, "weight", structure)
+    assert list(curvature.blocks) == list(want.blocks) == list(curvature.anchor)
+    dense = curvature.to_dense()
+    assert relative(dense, want.to_dense()) < 1e-9
+    assert curvature.quadratic(model) == 0.0
+
+    shift(model, seed=9)
+    value = dense_quadratic(curvature, model, dense)
+    value.backward()
+    nats, pulls = curvature.pulls(sites)
+    assert nats > 0 and relative(nats, value.detach()) < 1e-10
+    assert [id(p) for p, _ in pulls] == [id(site.weight) for site in sites]
+    for parameter, gradient in pulls:
+        assert relative(gradient, parameter.grad) < 1e-10
+    curvature.load_anchor(model)
+    assert curvature.at_anchor(sites)
+    assert curvature.quadratic(model) == 0.0
+
+
+def shift(model: nn.Module, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for site in find_sites(model):
+            step = torch.randn(site.weight.shape, generator=random, dtype=torch.float64)
+            site.weight.add_(0.1 * step)
+
+
+def test_adapter_space_refuses_a_model_without_adapter() -> None:
+    with pytest.raises(CurvatureError, match="plain LoRA factors"):
+        fit_curvature(base("llama"), ROWS["llama"], space="adapter", **FIT)
+
+
+def test_a_trained_model_and_an_adapter_do_not_share_a_curvature() -> None:
+    with pytest.raises(MismatchError, match="no weights to hold"):
+        fitted("llama", False, "weight", "kfac").quadratic(base("llama"))
 
 
 def test_a_source_smaller_than_a_batch_is_refused() -> None:

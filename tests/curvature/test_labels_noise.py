@@ -74,7 +74,7 @@ def test_stated_error_counts_the_texts_spread_however_many_draws(kind: str) -> N
     assert found.info.error > 0.8 * between
 
 
-@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+@pytest.mark.parametrize("fisher", ["mc", "empirical", "tempered", "reversed"])
 def test_stated_error_of_one_draw_of_one_row_is_unknown(fisher: str) -> None:
     assert math.isnan(fit("llama", 1, fisher=fisher).info.error)
 

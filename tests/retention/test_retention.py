@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from quadratics import dense_quadratic
 from retain import Curvature, Retention, fit_curvature
 from retain.data.batches import collate
 from retain.data.sources import encode
@@ -58,19 +59,6 @@ def run(
         opt.zero_grad()
 
 
-def autograd_quadratic(curvature: Curvature, model: nn.Module) -> torch.Tensor:
-    total = torch.zeros((), dtype=torch.float64)
-    for site in lora_sites(model):
-        b0, a0 = curvature.anchor.get(site.name, (site.b[:, :0], site.a[:0]))
-        if curvature.info.space == "weight":
-            moves = {site.name: site.scaling * site.b @ site.a - b0 @ a0}
-        else:
-            moves = {f"{site.name}.lora_A": site.a - a0, f"{site.name}.lora_B": site.b - b0}
-        for name, d in moves.items():
-            total = total + 0.5 * d.reshape(-1) @ curvature.blocks[name].to_dense() @ d.reshape(-1)
-    return total
-
-
 @pytest.mark.parametrize("anchored", [False, True])
 @EACH
 def test_force_is_the_gradient_of_strength_times_the_quadratic(
@@ -81,7 +69,7 @@ def test_force_is_the_gradient_of_strength_times_the_quadratic(
     retention = Retention(model, curvature, strength=37.0)
     move(model, seed=5)
     task = loss_of(model, kind)
-    quadratic = autograd_quadratic(curvature, model)
+    quadratic = dense_quadratic(curvature, model)
     trainable = [p for s in lora_sites(model) for p in (s.a, s.b)]
     want = torch.autograd.grad(task + 37.0 * quadratic, trainable)
     loss_of(model, kind).backward()
@@ -151,9 +139,16 @@ def ends_of(
 
 @pytest.mark.parametrize(
     ("kind", "space", "structure", "dtype"),
-    [("llama", p, s, torch.float64) for p in SPACES for s in STRUCTURES]
-    + [("bert", "weight", s, torch.float64) for s in STRUCTURES]
-    + [("llama", "weight", s, torch.float32) for s in STRUCTURES],
+    [
+        (k, p, s, d)
+        for k, p, d in (
+            ("llama", "weight", torch.float64),
+            ("llama", "adapter", torch.float64),
+            ("bert", "weight", torch.float64),
+            ("llama", "weight", torch.float32),
+        )
+        for s in STRUCTURES
+    ],
 )
 def test_proximal_is_finite_and_monotone_in_the_strength(
     kind: str, space: str, structure: str, dtype: torch.dtype
@@ -188,6 +183,8 @@ def test_proximal_is_near_the_gradient_way_for_a_small_step(
     kind: str, space: str, structure: str, optimizer: type
 ) -> None:
     # From the same point one small step of plain gradient descent is the same to first order.
+    if structure == "tridiagonal":
+        pytest.skip("its proximal step is that of a bound without the links")
     # (Adam divides the gradient entry by entry, so there only the direction can be compared.)
     model = tiny(kind, moved=True)
     curvature = fit(tiny(kind), kind, structure, space)

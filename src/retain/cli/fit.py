@@ -21,6 +21,7 @@ from retain.cli.common import (
     quieten,
     size_text,
 )
+from retain.curvature.settings import SKETCHES, check_settings
 from retain.types import FISHERS, SPACES, STRUCTURES, Fisher, Space, Structure
 
 if TYPE_CHECKING:
@@ -58,10 +59,28 @@ def fit(
     fisher: Annotated[
         str,
         typer.Option(
-            help="Labels: mc (drawn from the model), exact (all) or empirical (the data's)."
+            help="Labels: mc (drawn from the model), exact (all), empirical (the data's), or, for "
+            "models that are sure of everything, tempered or reversed."
         ),
     ] = "mc",
-    samples: Annotated[int, typer.Option(min=1, help="Label draws a token, for mc.")] = 1,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Label draws a token, for mc and tempered.")
+    ] = 1,
+    temperature: Annotated[float, typer.Option(help="Of tempered labels.")] = 2.0,
+    factor_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Sketch wide factors by so many directions each ({', '.join(SKETCHES)}).",
+        ),
+    ] = None,
+    share: Annotated[
+        float, typer.Option(help="Share of the texts that enters each layer's products.")
+    ] = 1.0,
+    save_every: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds between savings of an unfinished fit."),
+    ] = 60.0,
     rows: Annotated[int, typer.Option(min=1, help="Read at most so many texts.")] = 128,
     max_length: Annotated[int, typer.Option(min=2, help="Cut texts to so many tokens.")] = 128,
     batch_size: Annotated[
@@ -95,8 +114,13 @@ def fit(
         ("fisher", fisher, FISHERS),
         ("dtype", dtype, DTYPES),
     )
+    check_settings(
+        structure, space, fisher, "auto", samples, rows, batch_size, factor_rank, share,
+        temperature, True,
+    )  # fmt: skip
     screen = Screen(as_json, quiet)
     output = check_file(output)
+    partial = output.with_name(f"{output.name}.partial")
     if adapter is not None:
         from retain.models.saved import check_adapter
 
@@ -109,6 +133,7 @@ def fit(
     )
     quieten(screen.progress)
     from retain.curvature.estimate import fit_curvature
+    from retain.curvature.partial import forget
     from retain.data.sources import read_rows
     from retain.models.load import load_model
 
@@ -132,12 +157,19 @@ def fit(
             max_length=max_length,
             batch_size=batch_size,
             seed=seed,
+            rank=factor_rank,
+            share=share,
+            temperature=temperature,
+            partial=partial,
+            save_every=save_every,
             progress=screen.progress,
         )
         seconds = time.perf_counter() - start
         curvature.save(output)
+        forget(partial)
     except KeyboardInterrupt:
-        raise Interrupted(f"{output} was not written or changed") from None
+        kept = f"; the same command goes on from {partial}" if partial.is_file() else ""
+        raise Interrupted(f"{output} was not written or changed{kept}") from None
     info, size = curvature.info, output.stat().st_size
     screen.say(
         f"{structure} curvature of {len(info.sites)} layers from {info.tokens:,} tokens in "

@@ -1,8 +1,9 @@
 """Curvature files: safetensors, with a description and a digest in the header.
 
-The tensors are ``blocks/<layer>/<tensor>`` and ``anchor/<layer>/{B,A}``. A tensor that several
-blocks share is stored once; the description says who else reads it. The digest covers the
-description and each tensor's name, type, shape and bytes, so a flipped bit is found on loading.
+The tensors are ``blocks/<layer>/<tensor>``, ``anchor/<layer>/{B,A}`` (or ``/W``) and
+``links/<number>/<tensor>``. A tensor that several blocks share is stored once; the description says
+who else reads it. The digest covers the description and each tensor's name, type, shape and bytes,
+so a flipped bit is found on loading.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from retain.curvature.block import Block
-from retain.curvature.curvature import Curvature, CurvatureInfo
+from retain.curvature.curvature import Curvature
 from retain.curvature.diagonal import DiagonalBlock
+from retain.curvature.eigen import EigenBlock
+from retain.curvature.factor import Factor, factor_from
 from retain.curvature.identity import IdentityBlock
+from retain.curvature.info import CurvatureInfo
 from retain.curvature.kronecker import KroneckerBlock
+from retain.curvature.link import Link
 from retain.errors import ArtifactError
 from retain.files import whole_file
 
@@ -44,8 +49,9 @@ def save_curvature(curvature: Curvature, path: str | Path) -> Path:
         "info": curvature.info.to_dict(),
         "alias": alias,
         "shapes": shapes,
+        "links": [[i, j, link.weight] for (i, j), link in curvature.links.items()],
     }
-    text = json.dumps(described, sort_keys=True)
+    text = json.dumps(described)  # in the order of the blocks
     metadata = {"retain": text, "digest": _digest(text, tensors)}
     with whole_file(path, "the curvature") as scratch:
         try:
@@ -97,39 +103,68 @@ def _damaged(path: Path, got: str, allowed: str) -> ArtifactError:
 
 def _flatten(curvature: Curvature) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors to store, and the names that stand for a tensor stored under another name."""
+    named: dict[str, Tensor] = {}
+    for layer, block in curvature.blocks.items():
+        named |= {f"blocks/{layer}/{short}": t for short, t in block.tensors().items()}
+    for number, link in enumerate(curvature.links.values()):
+        named |= {f"links/{number}/inputs": link.inputs, f"links/{number}/outputs": link.outputs}
     tensors: dict[str, Tensor] = {}
     alias: dict[str, str] = {}
     stored: dict[int, str] = {}
-    for layer, block in curvature.blocks.items():
-        for short, tensor in block.tensors().items():
-            name = f"blocks/{layer}/{short}"
-            known = stored.setdefault(tensor.data_ptr(), name)
-            if known == name:
-                tensors[name] = tensor.detach().cpu().contiguous()
-            else:
-                alias[name] = known
-    for layer, (b0, a0) in curvature.anchor.items():
-        tensors[f"anchor/{layer}/B"] = b0.detach().cpu().contiguous().clone()
-        tensors[f"anchor/{layer}/A"] = a0.detach().cpu().contiguous().clone()
+    for name, tensor in named.items():
+        known = stored.setdefault(tensor.data_ptr(), name)
+        if known == name:
+            tensors[name] = tensor.detach().cpu().contiguous()
+        else:
+            alias[name] = known
+    for layer, kept in curvature.anchor.items():
+        for short, tensor in zip(_anchor_names(len(kept)), kept, strict=True):
+            tensors[f"anchor/{layer}/{short}"] = tensor.detach().cpu().contiguous().clone()
     return tensors, alias
+
+
+def _anchor_names(count: int) -> tuple[str, ...]:
+    return ("B", "A") if count == 2 else ("W",)
 
 
 def _rebuild(described: dict[str, Any], tensors: dict[str, Tensor]) -> Curvature:
     info = CurvatureInfo(**described["info"])
-    for name, known in described["alias"].items():
+    alias: dict[str, str] = described["alias"]
+    for name, known in alias.items():
         tensors[name] = tensors[known]
+    known_factors: dict[tuple[str, ...], Factor] = {}
+
+    def factor(prefix: str, size: int) -> Factor:
+        """One object for all blocks that read the same tensors."""
+        ends = ("", ".scale", ".vectors", ".diagonal", ".bound")
+        names = [prefix + end for end in ends if prefix + end in tensors]
+        key = tuple(sorted(alias.get(n, n) for n in names))
+        if key not in known_factors:
+            found = {n.removeprefix(prefix): tensors[n] for n in names}
+            known_factors[key] = factor_from(found, size)
+        return known_factors[key]
+
     blocks: dict[str, Block] = {}
-    for layer, shape in described["shapes"].items():
+    for layer, (d_out, d_in) in described["shapes"].items():
         get = f"blocks/{layer}/".__add__
-        if info.structure in {"kfac", "shampoo"}:
-            blocks[layer] = KroneckerBlock(tensors[get("inputs")], tensors[get("outputs")])
-        elif info.structure == "diagonal":
+        if info.structure == "diagonal":
             blocks[layer] = DiagonalBlock(tensors[get("values")])
+        elif info.structure == "identity":
+            blocks[layer] = IdentityBlock(tensors[get("scale")], (d_out, d_in))
+        elif info.structure == "ekfac":
+            blocks[layer] = EigenBlock(*(tensors[get(n)] for n in ("inputs", "outputs", "values")))
         else:
-            blocks[layer] = IdentityBlock(tensors[get("scale")], (shape[0], shape[1]))
-    layers = {name.split("/")[1] for name in tensors if name.startswith("anchor/")}
-    anchor = {n: (tensors[f"anchor/{n}/B"], tensors[f"anchor/{n}/A"]) for n in sorted(layers)}
-    return Curvature(blocks, anchor, info)
+            sides = factor(get("inputs"), d_in), factor(get("outputs"), d_out)
+            blocks[layer] = KroneckerBlock(*sides)
+    links = {
+        (i, j): Link(tensors[f"links/{n}/inputs"], tensors[f"links/{n}/outputs"], weight)
+        for n, (i, j, weight) in enumerate(described.get("links", []))
+    }
+    anchor: dict[str, tuple[Tensor, ...]] = {}
+    for layer in sorted({name.split("/")[1] for name in tensors if name.startswith("anchor/")}):
+        names = _anchor_names(1 if f"anchor/{layer}/W" in tensors else 2)
+        anchor[layer] = tuple(tensors[f"anchor/{layer}/{short}"] for short in names)
+    return Curvature(blocks, anchor, info, links)
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:

@@ -11,16 +11,17 @@ and the thin methods never build it (but for the diagonal, whose cost is that of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-__all__ = ["Block", "Thin", "solve_two_sided"]
+from retain.curvature.factor import Factor
 
+__all__ = ["Block", "MoveFactor", "Thin"]
 
-_FLAT = 1e-6
-"""Eigenvalues below this share of the largest are taken for rounding."""
+MoveFactor = Callable[[Factor], Factor]
+"""Maps a factor to the same one elsewhere; one that several blocks share, to one and the same."""
 
 
 class Thin(NamedTuple):
@@ -43,12 +44,16 @@ class Block(ABC):
     shape: tuple[int, int]
 
     @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that define the block, by short names."""
+    def factors(self) -> dict[str, Factor]:
+        """The parts of the block that other blocks may share, by short names."""
 
     @abstractmethod
-    def to(self, device: torch.device) -> Block:
-        """The same block on another device."""
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that define the block, by short names."""
+
+    @abstractmethod
+    def moved(self, move: MoveFactor, tensor: Callable[[Tensor], Tensor]) -> Block:
+        """The same block with each factor and each other tensor mapped."""
 
     @abstractmethod
     def matvec(self, d: Tensor) -> Tensor:
@@ -84,6 +89,10 @@ class Block(ABC):
     def trace(self) -> float:
         """The trace of F."""
 
+    @abstractmethod
+    def scaled(self, c: float) -> Block:
+        """``c F``; c is at least 0. Factors that may be shared stay as they are."""
+
     def quadratic(self, d: Tensor) -> Tensor:
         """``0.5 <D, F D>`` in nats per prediction, a scalar tensor."""
         return 0.5 * (d * self.matvec(d)).sum()
@@ -91,33 +100,3 @@ class Block(ABC):
     def memory(self) -> int:
         """Bytes that the block's tensors take."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
-
-
-def solve_two_sided(
-    p: tuple[Tensor, Tensor],
-    q: tuple[Tensor, Tensor],
-    y: Tensor,
-    tau: float,
-    pull: Tensor | None = None,
-) -> Tensor:
-    """The solution X of ``X + tau P X Q = Y + tau U_p pull U_q^T``.
-
-    Eigenvalues below zero, which only rounding makes, count as zero, so that the solution is
-    never longer than Y. The pull is dropped along eigenvectors whose eigenvalue is only
-    rounding: it vanishes there in exact arithmetic, and nothing would divide its error.
-
-    Args:
-        p: eigenvalues and eigenvectors of P.
-        q: the same of Q.
-        y: Y.
-        tau: at least 0.
-        pull: a term in the two bases, which is zero wherever P or Q is.
-    """
-    (dp, up), (dq, uq) = p, q
-    dp, dq = dp.clamp(min=0), dq.clamp(min=0)
-    inner = up.T @ y @ uq
-    if pull is not None:
-        alive = (dp > _FLAT * dp.max())[:, None] & (dq > _FLAT * dq.max())[None, :]
-        inner = inner + tau * pull * alive
-    inner = inner / (1.0 + tau * dp[:, None] * dq[None, :])
-    return up @ inner @ uq.T

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from retain.data.batches import Batch
 from retain.errors import CurvatureError
 from retain.models.adapter import unwrap
-from retain.models.heads import forward_logits
+from retain.models.heads import forward_body
 
-__all__ = ["capture", "shared_inputs"]
+__all__ = ["capture", "shared_inputs", "watch"]
 
 Receive = Callable[[str, Tensor, Tensor], None]
 
@@ -63,6 +63,21 @@ def capture(model: nn.Module, layers: Mapping[str, nn.Module], receive: Receive)
             handle.remove()
 
 
+@contextmanager
+def watch(layers: Mapping[str, nn.Module], receive: Receive) -> Iterator[None]:
+    """Calls ``receive(name, x, y)`` for each layer in each forward pass, y being its output."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _m, args, y: receive(name, args[0].detach(), y.detach())
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def shared_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch
 ) -> dict[str, str]:
@@ -82,7 +97,7 @@ def shared_inputs(
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
         with torch.no_grad():
-            forward_logits(model, batch)
+            forward_body(model, batch)
     finally:
         for handle in handles:
             handle.remove()

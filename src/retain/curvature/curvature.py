@@ -5,71 +5,35 @@ Two spaces. In **weight** space a block acts on the update of a layer's weight,
 product is split, nor on the rank. In **adapter** space there is a block for A and one for B, at
 the anchor (A_0, B_0), as in arXiv 2512.17720: at the usual start, B_0 = 0, the block of A is
 exactly zero (the output does not move with A there), so only B is held.
+
+It is a linear operator: ``matvec``, ``quadratic``, ``to_dense``, ``a + b``, ``c * a``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from retain.curvature.block import Block
-from retain.errors import MismatchError
-from retain.models.adapter import LoraSite, lora_sites
+from retain.curvature.factor import DenseFactor, Factor
+from retain.curvature.info import CurvatureInfo, describe, part
+from retain.curvature.link import Link
+from retain.curvature.moves import Moves, place
+from retain.curvature.stack import Stack, stacks
+from retain.errors import ConfigError, MismatchError
+from retain.models.adapter import LoraSite
 from retain.models.fingerprint import fingerprint
-from retain.types import Fisher, Space, Structure
+from retain.models.sites import LinearSite, Site, find_sites
 
-__all__ = ["Curvature", "CurvatureInfo", "Pull", "part"]
+__all__ = ["Anchor", "Curvature", "Pull"]
 
-
-def part(site: str, which: str) -> str:
-    """Name of a block in adapter space; `which` is ``lora_A`` or ``lora_B``."""
-    return f"{site}.{which}"
-
-
-@dataclass(frozen=True)
-class CurvatureInfo:
-    """Where a curvature came from.
-
-    Attributes:
-        structure: identity, diagonal, kfac or shampoo.
-        space: weight or adapter.
-        fisher: mc, empirical or exact.
-        tokens: source tokens that were read.
-        predictions: predictions among them; the curvature is a mean over these.
-        sequences: source rows.
-        samples: label draws for each prediction (mc).
-        max_length: longest row, in tokens.
-        seed: of the label draws.
-        error: relative standard error of the whole trace, from text and label draws.
-        model: fingerprint of the base model.
-        sites: layer -> [d_out, d_in, r, scaling].
-        versions: of the libraries.
-        note: free text, such as the source's name.
-    """
-
-    structure: Structure
-    space: Space
-    fisher: Fisher
-    tokens: int
-    predictions: int
-    sequences: int
-    samples: int
-    max_length: int
-    seed: int
-    error: float
-    model: str
-    sites: dict[str, list[float]]
-    versions: dict[str, str] = field(default_factory=dict)
-    note: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data for JSON."""
-        return asdict(self)
+Anchor = Mapping[str, tuple[Tensor, ...]]
+"""Layer -> (B_0 with the scaling in it, A_0), or (W_0,) where the weight itself is trained."""
 
 
 class Pull(NamedTuple):
@@ -84,18 +48,22 @@ class Curvature:
 
     Args:
         blocks: layer (weight space) or `part` (adapter space) -> block.
-        anchor: layer -> (B_0 with the scaling in it, A_0). In weight space a layer without an
-            entry is anchored at the base weight. In adapter space each layer has one.
+        anchor: see `Anchor`. In weight space a LoRA layer without an entry is anchored at the
+            base weight. In adapter space, and for full fine-tuning, each layer has one.
         info: where the curvature came from.
+        links: (i, j) -> what ties two neighbouring blocks (``tridiagonal``).
     """
 
     def __init__(
         self,
         blocks: Mapping[str, Block],
-        anchor: Mapping[str, tuple[Tensor, Tensor]],
+        anchor: Anchor,
         info: CurvatureInfo,
+        links: Mapping[tuple[str, str], Link] | None = None,
     ) -> None:
         self.blocks, self.anchor, self.info = dict(blocks), dict(anchor), info
+        self.links = dict(links or {})
+        self._stacks: list[Stack] | None = None
 
     def __repr__(self) -> str:
         i = self.info
@@ -104,27 +72,78 @@ class Curvature:
             f"{i.tokens} tokens, {self.memory() / 2**20:.1f} MiB)"
         )
 
-    def quadratic(self, model: nn.Module) -> float:
-        """Predicted ``KL(anchor || model)`` in nats per source token.
+    def matvec(self, d: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """F d, for displacements by block name: each of its block's shape."""
+        self._check_names(d)
+        out = {name: block.matvec(d[name]) for name, block in self.blocks.items()}
+        for (i, j), link in self.links.items():
+            out[i] = out[i] + link.matvec(d[j])
+            out[j] = out[j] + link.transposed(d[i])
+        return out
+
+    def quadratic(self, at: nn.Module | Mapping[str, Tensor]) -> float:
+        """Predicted ``KL(anchor || model)`` in nats per source token: ``0.5 d^T F d``.
+
+        Args:
+            at: a model, or displacements by block name.
 
         Raises:
             MismatchError: the curvature belongs to another base model or adapter.
         """
-        return self.pulls(self.bind(model))[0]
+        if isinstance(at, nn.Module):
+            return self.pulls(self.bind(at))[0]
+        moved = self.matvec(at)
+        return 0.5 * sum(float((at[name] * fd).sum()) for name, fd in moved.items())
 
-    def bind(self, model: nn.Module) -> list[LoraSite]:
-        """The model's LoRA layers, checked to be those of this curvature.
+    def to_dense(self) -> Tensor:
+        """F as one matrix on the row-major vectors of all blocks in order; for small ones."""
+        sizes = [b.shape[0] * b.shape[1] for b in self.blocks.values()]
+        dense: Tensor = torch.block_diag(*(b.to_dense() for b in self.blocks.values()))
+        ends = dict(zip(self.blocks, torch.tensor(sizes).cumsum(0).tolist(), strict=True))
+        spans = {n: slice(ends[n] - size, ends[n]) for n, size in zip(ends, sizes, strict=True)}
+        for (i, j), link in self.links.items():
+            dense[spans[i], spans[j]] = link.to_dense()
+            dense[spans[j], spans[i]] = dense[spans[i], spans[j]].T
+        return dense
+
+    def __add__(self, other: Curvature) -> Curvature:
+        """Both quadratics at once, at the memory of one; see `retain.curvature.merge`."""
+        from retain.curvature.merge import merge
+
+        return merge(self, other) if isinstance(other, Curvature) else NotImplemented
+
+    def __mul__(self, c: float) -> Curvature:
+        if not isinstance(c, int | float):
+            return NotImplemented
+        if not (math.isfinite(c) and c >= 0):
+            raise ConfigError(
+                "a curvature cannot be multiplied by this",
+                got=c,
+                allowed="a finite number, 0 or above: a penalty must not pay for drift",
+                fix="multiply by a weight of at least 0",
+            )
+        blocks = {name: block.scaled(c) for name, block in self.blocks.items()}
+        links = {
+            pair: Link(link.inputs, c * link.outputs, link.weight)
+            for pair, link in self.links.items()
+        }
+        return Curvature(blocks, self.anchor, self.info, links)
+
+    __rmul__ = __mul__
+
+    def bind(self, model: nn.Module) -> list[Site]:
+        """The model's layers, checked to be those of this curvature.
 
         The curvature moves to the device of the layers.
 
         Raises:
             MismatchError: another base model, other layers, or (adapter space) another rank.
         """
-        sites = lora_sites(model)
-        found = describe(sites)
-        want = self.info.sites
+        sites: list[Site] = list(find_sites(model))
+        found, want = describe(sites), self.info.sites
+        whole = isinstance(sites[0], LinearSite)  # whose base weights are those that train
         mine, theirs = fingerprint(model), self.info.model
-        if mine != theirs:
+        if mine != theirs and not whole:
             raise MismatchError(
                 "the curvature belongs to another base model",
                 got=f"a model with fingerprint {mine}",
@@ -139,6 +158,13 @@ class Curvature:
                 allowed=f"the {len(want)} layers it was fitted on",
                 fix="use the same target_modules, or fit the curvature again",
             )
+        if whole and any(len(self.anchor.get(name, ())) != 1 for name in want):
+            raise MismatchError(
+                "the curvature knows no weights to hold a fully trained model at",
+                got="one that was fitted on a LoRA model",
+                allowed="one that was fitted on the plain model",
+                fix="fit the curvature on this model",
+            )
         if self.info.space == "adapter":
             for name, shape in want.items():
                 if found[name][2:] != shape[2:]:
@@ -148,101 +174,123 @@ class Curvature:
                         allowed=f"r={shape[2]:g}, scaling={shape[3]:g}",
                         fix="use that rank, or fit with space='weight', which fits any rank",
                     )
-        self.to(sites[0].a.device)
+        self.to(place(sites[0]).device)
         return sites
 
     def to(self, device: torch.device) -> Curvature:
-        """Moves the tensors to a device, in place."""
+        """Moves the tensors to a device, in place; what was shared stays shared."""
         held = next(iter(next(iter(self.blocks.values())).tensors().values())).device
-        if held != device:
-            self.blocks = {n: b.to(device) for n, b in self.blocks.items()}
-            self.anchor = {n: (b.to(device), a.to(device)) for n, (b, a) in self.anchor.items()}
+        if held == device:
+            return self
+        factors: dict[int, Factor] = {}
+        tensors: dict[int, Tensor] = {}
+
+        def tensor(t: Tensor) -> Tensor:
+            return tensors.setdefault(id(t), t.to(device))
+
+        def factor(f: Factor) -> Factor:
+            if id(f) not in factors:
+                factors[id(f)] = f.to(device)
+                if isinstance(f, DenseFactor):
+                    tensors[id(f.matrix)] = factors[id(f)].dense()
+            return factors[id(f)]
+
+        self.blocks = {n: b.moved(factor, tensor) for n, b in self.blocks.items()}
+        self._stacks = None
+        self.links = {
+            pair: Link(tensor(link.inputs), tensor(link.outputs), link.weight)
+            for pair, link in self.links.items()
+        }
+        self.anchor = {n: tuple(t.to(device) for t in kept) for n, kept in self.anchor.items()}
         return self
 
-    def pulls(self, sites: list[LoraSite]) -> tuple[float, list[Pull]]:
-        """The quadratic and its gradient in each LoRA parameter, in closed form.
+    def pulls(self, sites: Sequence[Site]) -> tuple[float, list[Pull]]:
+        """The quadratic and its gradient in each trained parameter, in closed form.
 
         In weight space, with ``F`` a layer's block: ``dB = s F(D) A^T`` and ``dA = s B^T F(D)``.
         """
-        values: list[Tensor] = []
-        pulls: list[Pull] = []
         with torch.no_grad():
-            for site in sites:
-                dtype = self._dtype(site)
-                a, b = site.a.detach().to(dtype), site.b.detach().to(dtype)
-                if self.info.space == "adapter":
-                    b0, a0 = self.anchor[site.name]
-                    for which, p, d in (("lora_A", site.a, a - a0), ("lora_B", site.b, b - b0)):
-                        fd = self.blocks[part(site.name, which)].matvec(d)
-                        values.append(0.5 * (d * fd).sum())
-                        pulls.append(Pull(p, fd))
+            moves = Moves.of(self, sites)
+            values, thin = self._thin(moves)
+            full = {n: self.blocks[n].matvec(d) for n, d in moves.full.items()}
+            values += [0.5 * (d * full[n]).sum() for n, d in moves.full.items()]
+            for (i, j), link in self.links.items():
+                if i in full:
+                    di, dj = moves.full[i], moves.full[j]
+                    forward = link.matvec(dj)
+                    values.append((di * forward).sum())
+                    full[i], full[j] = full[i] + forward, full[j] + link.transposed(di)
                     continue
-                s, r = site.scaling, site.rank
-                left, right = s * b, a
-                if site.name in self.anchor:
-                    b0, a0 = self.anchor[site.name]
-                    left, right = torch.cat([left, -b0], 1), torch.cat([right, a0], 0)
-                thin = self.blocks[site.name].thin(left, right)
+                (li, ri), (lj, rj) = moves.thin[i], moves.thin[j]
+                p, q = link.forward(lj, rj)
+                lp, rq = li.T @ p, ri @ q.T
+                values.append((lp * rq).sum())
+                thin[i] = (thin[i][0] + p @ rq.T, thin[i][1] + lp @ q)
+                p, q = link.backward(li, ri)
+                thin[j] = (thin[j][0] + p @ (q @ rj.T), thin[j][1] + (lj.T @ p) @ q)
+            pulls: list[Pull] = []
+            for site in sites:
+                if isinstance(site, LinearSite):
+                    pulls.append(Pull(site.weight, full[site.name]))
+                elif self.info.space == "adapter":
+                    pulls.append(Pull(site.a, full[part(site.name, "lora_A")]))
+                    pulls.append(Pull(site.b, full[part(site.name, "lora_B")]))
+                else:
+                    left, right = thin[site.name]
+                    pulls.append(Pull(site.b, site.scaling * left[:, : site.rank]))
+                    pulls.append(Pull(site.a, right[: site.rank]))
+            return float(torch.stack(values).sum()), pulls
+
+    def _thin(self, moves: Moves) -> tuple[list[Tensor], dict[str, tuple[Tensor, Tensor]]]:
+        """Values and gradients of the thin moves, like layers together."""
+        values: list[Tensor] = []
+        out: dict[str, tuple[Tensor, Tensor]] = {}
+        if self._stacks is None:
+            # A link may share a block's factor, which must stay where it is.
+            self._stacks = [] if self.links or not moves.thin else stacks(self.blocks)
+        for stack in self._stacks:
+            if stack.fits(moves.thin):
+                value, found = stack.thin(moves.thin)
+                values.append(value)
+                out |= found
+        for name, (left, right) in moves.thin.items():
+            if name not in out:
+                thin = self.blocks[name].thin(left, right)
                 values.append(thin.value)
-                pulls.append(Pull(site.b, s * thin.left[:, :r]))
-                pulls.append(Pull(site.a, thin.right[:r]))
-        return float(torch.stack(values).sum()), pulls
-
-    def proximal(self, site: LoraSite, tau_b: float, tau_a: float) -> None:
-        """One implicit step of the quadratic on a layer, in place: first B, then A.
-
-        Each half solves its own convex problem exactly, so the quadratic never grows, whatever
-        the steps: ``X = argmin 0.5 ||X - X'||^2 + tau q(X)``.
-
-        Args:
-            site: the layer.
-            tau_b: step times strength for B.
-            tau_a: the same for A.
-        """
-        dtype = self._dtype(site)
-        with torch.no_grad():
-            a, b = site.a.detach().to(dtype), site.b.detach().to(dtype)
-            if self.info.space == "adapter":
-                b0, a0 = self.anchor[site.name]
-                block_a = self.blocks[part(site.name, "lora_A")]
-                block_b = self.blocks[part(site.name, "lora_B")]
-                new_b, new_a = b0 + block_b.prox(b - b0, tau_b), a0 + block_a.prox(a - a0, tau_a)
-            else:
-                block, s = self.blocks[site.name], site.scaling
-                b0, a0 = self.anchor.get(site.name, (b[:, :0], a[:0]))
-                new_b = block.prox_left(b, s * a, b0, a0, tau_b)
-                new_a = block.prox_right(a, s * new_b, b0, a0, tau_a)
-            if site.b.requires_grad:
-                site.b.copy_(new_b)
-            if site.a.requires_grad:
-                site.a.copy_(new_a)
+                out[name] = (thin.left, thin.right)
+        return values, out
 
     def memory(self) -> int:
-        """Bytes that the blocks and the anchor take; shared tensors count once."""
+        """Bytes that the blocks, links and the anchor take; shared tensors count once."""
         tensors = [t for b in self.blocks.values() for t in b.tensors().values()]
-        tensors += [t for pair in self.anchor.values() for t in pair]
+        tensors += [t for link in self.links.values() for t in (link.inputs, link.outputs)]
+        tensors += [t for kept in self.anchor.values() for t in kept]
         unique = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
         return sum(unique.values())
 
     def load_anchor(self, model: nn.Module) -> None:
-        """Sets the model's adapter to the anchor (adapter space, where its A matters).
+        """Sets the model to the anchor: the adapter in adapter space, where its A matters, or the
+        weights of a fully trained model.
 
         Raises:
             MismatchError: a curvature of weight space, whose anchor is an update, not factors.
         """
         sites = self.bind(model)
-        if self.info.space != "adapter":
-            raise MismatchError(
-                "only an adapter-space curvature has factors to start from",
-                got="space='weight'",
-                allowed="space='adapter'",
-                fix="start from any adapter with the anchor's update",
-            )
         with torch.no_grad():
             for site in sites:
-                b0, a0 = self.anchor[site.name]
-                site.a.copy_(a0)
-                site.b.copy_(b0)
+                if isinstance(site, LinearSite):
+                    site.weight.copy_(self.anchor[site.name][0])
+                elif self.info.space == "adapter":
+                    b0, a0 = self.anchor[site.name]
+                    site.a.copy_(a0)
+                    site.b.copy_(b0)
+                else:
+                    raise MismatchError(
+                        "only an adapter-space curvature has factors to start from",
+                        got="space='weight'",
+                        allowed="space='adapter'",
+                        fix="start from any adapter with the anchor's update",
+                    )
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, whole or not at all; see `retain.curvature.artifact`."""
@@ -250,20 +298,24 @@ class Curvature:
 
         return save_curvature(self, path)
 
-    def at_anchor(self, sites: list[LoraSite]) -> bool:
-        """Whether the adapter's present weights are the anchor's (adapter space)."""
-        return all(
-            torch.equal(site.a.detach(), a0.to(site.a.dtype))
-            and torch.equal(site.b.detach(), b0.to(site.b.dtype))
-            for site in sites
-            for b0, a0 in [self.anchor[site.name]]
-        )
+    def at_anchor(self, sites: Sequence[Site]) -> bool:
+        """Whether the present factors (adapter space) or full weights are the anchor's."""
+        for site in sites:
+            kept = self.anchor[site.name]
+            held = (site.b, site.a) if isinstance(site, LoraSite) else (site.weight,)
+            if not all(
+                torch.equal(p.detach(), t.to(p.dtype)) for p, t in zip(held, kept, strict=True)
+            ):
+                return False
+        return True
 
-    def _dtype(self, site: LoraSite) -> torch.dtype:
-        name = site.name if self.info.space == "weight" else part(site.name, "lora_B")
-        return next(iter(self.blocks[name].tensors().values())).dtype
-
-
-def describe(sites: list[LoraSite]) -> dict[str, list[float]]:
-    """Layer -> [d_out, d_in, r, scaling]."""
-    return {s.name: [*s.shape, s.rank, s.scaling] for s in sites}
+    def _check_names(self, d: Mapping[str, Tensor]) -> None:
+        odd = [n for n, b in self.blocks.items() if n not in d or tuple(d[n].shape) != b.shape]
+        if odd or len(d) != len(self.blocks):
+            raise MismatchError(
+                "the displacements are not those of the blocks",
+                got=f"{len(d)} displacements, the first that is missing or odd is "
+                f"{(odd or sorted(set(d) - set(self.blocks)))[0]}",
+                allowed=f"{len(self.blocks)} of them by block name, each of its block's shape",
+                fix="see curvature.blocks",
+            )

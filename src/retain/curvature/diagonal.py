@@ -7,13 +7,20 @@ squared gradient of a whole batch's mean is something else, and no Fisher.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+
 import torch
 from torch import Tensor
 
-from retain.curvature.block import Block, Thin
+from retain.curvature.block import Block, MoveFactor, Thin
+from retain.curvature.estimator import Estimator, Fitted, calibration
+from retain.curvature.factor import Factor
 from retain.curvature.record import Record
 
-__all__ = ["DiagonalBlock", "DiagonalEstimator"]
+__all__ = ["DiagonalBlock", "DiagonalEstimator", "solve_rows", "squares"]
+
+_CHUNK = 1 << 23
+"""Most entries of gradient matrices that are held at a time."""
 
 
 class DiagonalBlock(Block):
@@ -27,28 +34,31 @@ class DiagonalBlock(Block):
         self.values = values
         self.shape = (values.shape[0], values.shape[1])
 
+    def factors(self) -> dict[str, Factor]:
+        return {}
+
     def tensors(self) -> dict[str, Tensor]:
         return {"values": self.values}
 
-    def to(self, device: torch.device) -> DiagonalBlock:
-        return DiagonalBlock(self.values.to(device))
+    def moved(self, move: MoveFactor, tensor: Callable[[Tensor], Tensor]) -> DiagonalBlock:
+        return DiagonalBlock(tensor(self.values))
 
     def matvec(self, d: Tensor) -> Tensor:
         return self.values * d
 
     def thin(self, left: Tensor, right: Tensor) -> Thin:
-        d = left @ right
-        fd = self.values * d
-        return Thin(0.5 * (d * fd).sum(), fd @ right.T, left.T @ fd)
+        fd = (left @ right).mul_(self.values)
+        fd_r = fd @ right.T
+        return Thin(0.5 * (left * fd_r).sum(), fd_r, left.T @ fd)
 
     def prox(self, d: Tensor, tau: float) -> Tensor:
         return d / (1.0 + tau * self.values)
 
     def prox_left(self, b: Tensor, c: Tensor, b0: Tensor, a0: Tensor, tau: float) -> Tensor:
-        return _solve_rows(self.values, b, c, b0 @ a0, tau)
+        return solve_rows(self.values, b, c, b0 @ a0, tau)
 
     def prox_right(self, a: Tensor, c: Tensor, b0: Tensor, a0: Tensor, tau: float) -> Tensor:
-        return _solve_rows(self.values.T, a.T, c.T, (b0 @ a0).T, tau).T
+        return solve_rows(self.values.T, a.T, c.T, (b0 @ a0).T, tau).T
 
     def to_dense(self) -> Tensor:
         return torch.diag(self.values.reshape(-1))
@@ -56,28 +66,33 @@ class DiagonalBlock(Block):
     def trace(self) -> float:
         return float(self.values.sum())
 
+    def scaled(self, c: float) -> DiagonalBlock:
+        return DiagonalBlock(c * self.values)
 
-class DiagonalEstimator:
-    """Streams V of each layer; see `Record` for what arrives."""
 
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
+class DiagonalEstimator(Estimator):
+    """Streams V of each layer."""
 
     def update(self, record: Record) -> None:
-        """Takes one layer's inputs and gradients of one backward pass."""
-        for x, g in zip(record.inputs, record.gradients, strict=True):  # a sequence at a time
-            square = (g.T @ x).square_().mul_(record.weight)
-            if record.name in self.values:
-                self.values[record.name] += square
-            else:
-                self.values[record.name] = square
+        for square in squares(record.gradients, record.inputs):
+            self.add(record.name, square.mul_(record.weight))
 
-    def finish(self, predictions: int) -> dict[str, Block]:
-        """The blocks; `predictions` is the number of predicted tokens that were seen."""
-        return {name: DiagonalBlock(v / predictions) for name, v in self.values.items()}
+    def finish(self, predictions: int, traces: Mapping[str, float]) -> Fitted:
+        blocks: dict[str, Block] = {}
+        for name in self.layout.shared:
+            v = self.state[name]
+            blocks[name] = DiagonalBlock(v * calibration(float(v.sum()), traces[name]))
+        return Fitted(blocks)
 
 
-def _solve_rows(values: Tensor, b: Tensor, c: Tensor, d0: Tensor, tau: float) -> Tensor:
+def squares(g: Tensor, x: Tensor) -> Iterator[Tensor]:
+    """Parts of ``sum over sequences of (sum_t g_t x_t^T)^2``, [d_out, d_in] each."""
+    rows = max(1, _CHUNK // (g.shape[-1] * x.shape[-1]))
+    for some_g, some_x in zip(g.split(rows), x.split(rows), strict=True):
+        yield (some_g.mT @ some_x).square_().sum(0)
+
+
+def solve_rows(values: Tensor, b: Tensor, c: Tensor, d0: Tensor, tau: float) -> Tensor:
     """Solves ``x_i (I + tau c diag(v_i) c^T) = b_i + tau (v_i * d0_i) c^T`` for each row i.
 
     One r x r system a row, in float64: its smallest eigenvalue is 1, so it is sound for any tau.

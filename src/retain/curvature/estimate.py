@@ -7,30 +7,50 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from retain.curvature.block import Block
-from retain.curvature.capture import capture, shared_inputs
-from retain.curvature.curvature import Curvature, CurvatureInfo, describe, part
+from retain.curvature.activation import NOISY_ROWS, ActivationEstimator, nats_of_noise
+from retain.curvature.capture import capture, shared_inputs, watch
+from retain.curvature.curvature import Curvature
 from retain.curvature.diagonal import DiagonalEstimator
-from retain.curvature.gather import Estimator, Gather
+from retain.curvature.eigen import EigenEstimator
+from retain.curvature.estimator import Estimator, Layout
+from retain.curvature.gather import Gather
 from retain.curvature.identity import IdentityEstimator
+from retain.curvature.info import CurvatureInfo, describe, part
 from retain.curvature.kronecker import KroneckerEstimator, ShampooEstimator
-from retain.data.batches import Example, batches
+from retain.curvature.moves import anchor_of, place
+from retain.curvature.partial import Partial, fit_key, kept_rows
+from retain.curvature.settings import check_settings
+from retain.curvature.tridiagonal import TridiagonalEstimator
+from retain.data.batches import Batch, Example, batches, collate
 from retain.data.sources import Row, encode, read_rows
-from retain.errors import ConfigError, CurvatureError, SourceError, unknown
-from retain.models.adapter import LoraSite, lora_sites
+from retain.errors import CurvatureError, SourceError
+from retain.models.adapter import LoraSite, row_scales
 from retain.models.fingerprint import fingerprint
 from retain.models.heads import is_causal
 from retain.models.modes import evaluating
 from retain.models.sample import sample_rows
-from retain.types import FISHERS, SPACES, STRUCTURES, Fisher, Space, Structure
+from retain.models.sites import LinearSite, Site, find_sites
+from retain.types import Fisher, Products, Space, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["fit_curvature"]
+
+ESTIMATORS: dict[str, type[Estimator]] = {
+    "identity": IdentityEstimator,
+    "diagonal": DiagonalEstimator,
+    "kfac": KroneckerEstimator,
+    "shampoo": ShampooEstimator,
+    "ekfac": EigenEstimator,
+    "activation": ActivationEstimator,
+    "tridiagonal": TridiagonalEstimator,
+}
+"""A structure's estimator: what a new one adds."""
 
 
 def fit_curvature(
@@ -46,69 +66,114 @@ def fit_curvature(
     max_length: int = 128,
     batch_size: int = 8,
     seed: int = 0,
+    rank: int | None = None,
+    share: float = 1.0,
+    temperature: float = 2.0,
     calibrate: bool = True,
+    products: Products = "auto",
+    partial: str | Path | None = None,
+    save_every: float = 60.0,
     progress: bool = True,
 ) -> Curvature:
     """Measures how much a model's predictions on source text rely on each weight direction.
 
     The Fisher information at the model's present adapter, which becomes the anchor, for the
-    layers that carry LoRA. It is a mean over predicted tokens, so ``curvature.quadratic(model)``
-    predicts ``KL(anchor || model)`` in nats per token of the source.
+    layers that carry LoRA (of a plain model: its trainable linear layers). It is a mean over
+    predicted tokens, so ``curvature.quadratic(model)`` predicts ``KL(anchor || model)`` in nats
+    per token of the source.
 
     Args:
-        model: a PEFT model with LoRA on linear layers; a causal or sequence-classification head.
+        model: a PEFT model with LoRA on linear layers, or a plain one to be trained in full; a
+            causal or sequence-classification head.
         source: ``"self"`` (text that the base model samples), a path (.txt, .jsonl, .jsonl.gz,
             .json, .csv, .parquet), a `datasets.Dataset`, or a list of rows; see
             `retain.data.sources` for the columns.
-        structure: ``identity``, ``diagonal``, ``kfac`` or ``shampoo``.
+        structure: see `retain.types.Structure` and docs/curvature.md.
         tokenizer: for text; not needed for rows with ``input_ids``. A model loaded from a name
             finds its own.
         space: ``weight`` (of the update s B A, for any rank) or ``adapter`` (of A and B).
         fisher: ``mc`` (labels sampled from the model), ``empirical`` (the data's labels; a
-            sequence's own gradient is squared) or ``exact`` (all labels).
-        samples: draws of each label (``mc``).
+            sequence's own gradient is squared), ``exact`` (all labels), ``tempered`` or
+            ``reversed``; see `retain.curvature.labels`. ``activation`` uses no labels.
+        samples: draws of each label (``mc``, ``tempered``).
         rows: rows of the source that are read at most.
         max_length: tokens of a row that are read at most.
         batch_size: rows a pass. Memory and speed only: the result does not depend on it.
-        seed: of label draws and of the self-sampled text.
-        calibrate: scale each block of ``kfac`` to its true trace.
+        seed: of label draws, of noise (``activation``) and of the self-sampled text.
+        rank: keep each side of a factor that is at least twice as wide as a sketch of this rank
+            (``kfac``, ``shampoo``, ``activation``); see `retain.curvature.sketch`.
+        share: of the sequences that enter a layer's products, rounded to one in n. Each layer reads
+            others, and its trace comes from all. ``info.share_error`` tells the error.
+        temperature: of ``tempered``.
+        calibrate: scale each block of ``kfac`` and ``tridiagonal`` to its true trace.
+        products: ``auto`` lets the factors' products use the hardware's bfloat16 or TF32 units,
+            with sums in float32, where it has fast ones.
+        partial: a file to keep unfinished sums in. A fit with the same settings goes on from it,
+            to the same result; delete it when the curvature is saved.
+        save_every: least seconds between two savings of it.
         progress: show a bar.
 
     Raises:
-        ConfigError: an unknown structure, space or Fisher, or a number out of range.
+        ConfigError: an unknown structure, space or Fisher, a number out of range, or settings that
+            exclude each other.
         SourceError: text that is missing, empty or smaller than one batch.
         ModelError: a model without LoRA or without a head that predicts.
         CurvatureError: a layer that got no gradient where theory says it should.
+        OutputError: the unfinished sums cannot be written.
     """
-    for kind, got, allowed in (
-        ("structure", structure, STRUCTURES),
-        ("space", space, SPACES),
-        ("fisher", fisher, FISHERS),
-    ):
-        if got not in allowed:
-            raise unknown(kind, got, allowed)
-    for label, number in (("samples", samples), ("rows", rows), ("batch_size", batch_size)):
-        if number < 1:
-            raise ConfigError(
-                f"{label} is too small", got=number, allowed="1 or more", fix="raise it"
-            )
+    check_settings(
+        structure, space, fisher, products, samples, rows, batch_size, rank, share, temperature,
+        calibrate,
+    )  # fmt: skip
     causal = is_causal(model)
-    sites = lora_sites(model)
+    sites = _sites(model, space)
     examples = _examples(
-        model, source, tokenizer, causal, rows, max_length, batch_size, seed, progress
+        model, source, tokenizer, causal, rows, max_length, batch_size, seed, partial, progress
     )
-    layers = _layers(sites, space)
-    device = sites[0].a.device
+    every = min(max(1, round(1 / share)), len(examples))
+    estimating = ESTIMATORS[structure]
+    layers = _layers(sites, space if estimating.backward else "weight")
+    device = place(sites[0]).device
     pad = getattr(model.config, "pad_token_id", None) or 0
     pass_over = list(batches(examples, batch_size, pad))
-    with evaluating(model, checkpoint=True):
-        shared = shared_inputs(model, layers, pass_over[0].to(device))
-        estimator = _estimator(structure, shared, calibrate)
-        run = Gather(model, layers, estimator)
-        with capture(model, layers, run.receive):
-            for batch in tqdm(pass_over, desc="curvature", unit="batch", disable=not progress):
-                run.batch(batch.to(device), fisher, samples, seed)
-    _check_alive(run.dead(), sites, space)
+    settings = {
+        "structure": structure, "space": space, "fisher": fisher, "samples": samples,
+        "seed": seed, "rank": rank, "every": every, "temperature": temperature,
+        "calibrate": calibrate, "products": products, "batch_size": batch_size,
+        "model": fingerprint(model), "sites": describe(sites), "max_length": max_length,
+    }  # fmt: skip
+    weights = [t for s in sites if isinstance(s, LoraSite) for t in (s.a, s.b)]
+    unfinished = Partial(partial, fit_key(settings, examples, weights), save_every)
+    with evaluating(model, checkpoint=estimating.backward):
+        scales = row_scales(sites) if space == "weight" else {}
+        layout = Layout(
+            shared_inputs(model, layers, collate(examples[:1], pad, [0]).to(device)),
+            rank,
+            calibrate,
+            _adapters(sites) if space == "adapter" and not estimating.backward else {},
+            scales,
+        )
+        run = Gather(
+            model,
+            layers,
+            estimating(layout),
+            every=every,
+            precision=products,
+            scales=scales,
+        )
+        _read(
+            run, model, layers, pass_over, unfinished, device,
+            (fisher, samples, seed, temperature), progress,
+        )  # fmt: skip
+        if estimating.backward:
+            _check_alive(run.dead(), sites, space)
+            traces = {name: float(t) / run.predictions for name, t in run.traces.items()}
+        else:
+            some = range(min(len(examples), NOISY_ROWS))
+            noisy = collate([examples[i] for i in some], pad, list(some)).to(device)
+            gamma = nats_of_noise(model, layers, noisy, seed)
+            traces = dict.fromkeys(layers, gamma)
+    fitted = run.estimator.finish(run.predictions, traces)
     info = CurvatureInfo(
         structure=structure,
         space=space,
@@ -124,15 +189,56 @@ def fit_curvature(
         sites=describe(sites),
         versions=versions(),
         note=str(source) if isinstance(source, str | Path) else type(source).__name__,
+        rank=rank,
+        share=1 / every,
+        share_error=run.share_error(),
+        temperature=temperature if fisher == "tempered" else 1.0,
     )
-    blocks = estimator.finish(run.predictions)
-    return Curvature(blocks, _anchor(sites, space, blocks), info)
+    curvature = Curvature(fitted.blocks, {}, info, fitted.links)
+    curvature.anchor = anchor_of(curvature, sites)
+    return curvature
 
 
-def _check_alive(dead: list[str], sites: list[LoraSite], space: Space) -> None:
+def _read(
+    run: Gather,
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    pass_over: list[Batch],
+    unfinished: Partial,
+    device: torch.device,
+    labels: tuple[Fisher, int, int, float],
+    progress: bool,
+) -> None:
+    """Reads the source as often as the estimator asks, from where an earlier run stopped."""
+    done = unfinished.load(run, device)
+    total = len(pass_over) * run.estimator.passes
+    bar = tqdm(
+        total=total,
+        initial=run.passes * len(pass_over) + done,
+        desc="curvature",
+        unit="batch",
+        disable=not progress,
+    )
+    backward = run.estimator.backward
+    hooks = capture(model, layers, run.receive) if backward else watch(layers, run.receive)
+    with bar, hooks:
+        while run.passes < run.estimator.passes:
+            for number in range(done, len(pass_over)):
+                run.batch(pass_over[number].to(device), *labels)
+                bar.update()
+                if number + 1 < len(pass_over):
+                    unfinished.save(run, number + 1)
+            done = 0
+            run.turn()
+            unfinished.save(run, 0, force=run.estimator.passes > 1)
+
+
+def _check_alive(dead: list[str], sites: Sequence[Site], space: Space) -> None:
     """An all-zero layer is an error unless theory says so (A's block while B = 0)."""
     if space == "adapter":
-        expected = {part(s.name, "lora_A") for s in sites if not bool(s.b.any())}
+        lora = [s for s in sites if isinstance(s, LoraSite)]
+        expected = {part(s.name, "lora_A") for s in lora if not bool(s.b.any())}
+        expected |= {part(s.name, "lora_B") for s in lora if not bool(s.a.any())}
         dead = [name for name in dead if name not in expected]
     if dead:
         raise CurvatureError(
@@ -164,6 +270,7 @@ def _examples(
     max_length: int,
     batch_size: int,
     seed: int,
+    partial: str | Path | None,
     progress: bool,
 ) -> Sequence[Example]:
     tokenizer = tokenizer or getattr(model, "retain_tokenizer", None)
@@ -175,8 +282,13 @@ def _examples(
                 allowed="a data set or a file",
                 fix="give source text with the classifier's fields",
             )
-        source = sample_rows(
-            model, tokenizer, count=rows, max_length=max_length, seed=seed, progress=progress
+        what = [fingerprint(model), rows, max_length, seed]
+        source = kept_rows(
+            partial,
+            what,
+            lambda: sample_rows(
+                model, tokenizer, count=rows, max_length=max_length, seed=seed, progress=progress
+            ),
         )
     found = encode(read_rows(source, rows), tokenizer, max_length=max_length, causal=causal)[:rows]
     if len(found) < batch_size:
@@ -189,36 +301,37 @@ def _examples(
     return found
 
 
-def _layers(sites: list[LoraSite], space: Space) -> dict[str, nn.Module]:
+def _sites(model: nn.Module, space: Space) -> list[Site]:
+    sites: list[Site] = list(find_sites(model))
+    if space == "adapter" and (
+        isinstance(sites[0], LinearSite) or any(s.dora for s in sites if isinstance(s, LoraSite))
+    ):
+        raise CurvatureError(
+            "adapter space needs plain LoRA factors",
+            got="a fully trained model" if isinstance(sites[0], LinearSite) else "DoRA",
+            allowed="plain LoRA",
+            fix="space='weight'",
+        )
+    return sites
+
+
+def _layers(sites: Sequence[Site], space: Space) -> dict[str, nn.Module]:
     """The modules to hook: the whole layer, or A and B inside it."""
     if space == "weight":
         return {s.name: s.layer for s in sites}  # type: ignore[misc]
     layers: dict[str, nn.Module] = {}
     for site in sites:
+        assert isinstance(site, LoraSite)
         layers[part(site.name, "lora_A")] = site.lora_a
         layers[part(site.name, "lora_B")] = site.lora_b
     return layers
 
 
-def _estimator(structure: Structure, shared: dict[str, str], calibrate: bool) -> Estimator:
-    if structure == "kfac":
-        return KroneckerEstimator(shared, calibrate=calibrate)
-    if structure == "shampoo":
-        return ShampooEstimator()
-    return DiagonalEstimator() if structure == "diagonal" else IdentityEstimator()
-
-
-def _anchor(
-    sites: list[LoraSite], space: Space, blocks: dict[str, Block]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The present adapter. In weight space, layers with no update need no entry."""
-    anchor = {}
+def _adapters(sites: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Layer -> (B, A, scaling), at least in float32."""
+    found = {}
     for site in sites:
-        name = site.name if space == "weight" else part(site.name, "lora_B")
-        dtype = next(iter(blocks[name].tensors().values())).dtype
-        a, b = site.a.detach().to(dtype, copy=True), site.b.detach().to(dtype, copy=True)
-        if space == "adapter":
-            anchor[site.name] = (b, a)
-        elif bool(b.any()):
-            anchor[site.name] = (site.scaling * b, a)
-    return anchor
+        assert isinstance(site, LoraSite)
+        dtype = torch.promote_types(site.a.dtype, torch.float32)
+        found[site.name] = (site.b.detach().to(dtype), site.a.detach().to(dtype), site.scaling)
+    return found

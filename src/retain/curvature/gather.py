@@ -4,70 +4,99 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from retain.curvature.block import Block
+from retain.curvature.estimator import Estimator, products
 from retain.curvature.labels import cotangents
-from retain.curvature.record import Record
+from retain.curvature.record import Record, Source
 from retain.data.batches import Batch
 from retain.errors import CurvatureError
-from retain.models.heads import forward_logits
-from retain.types import Fisher
+from retain.models.heads import forward_body, forward_logits
+from retain.types import Fisher, Products
 
-__all__ = ["Estimator", "Gather"]
-
-
-class Estimator(Protocol):
-    """What turns a stream of records into blocks."""
-
-    def update(self, record: Record) -> None:
-        """Takes one layer's inputs and gradients of one backward pass."""
-
-    def finish(self, predictions: int) -> dict[str, Block]:
-        """The blocks; `predictions` is the number of predicted tokens that were seen."""
+__all__ = ["Gather"]
 
 
 class Gather:
-    """One pass over a source."""
+    """Passes over a source.
+
+    With a share of 1/n each sequence enters the products of every n-th layer, in turn, so that
+    the layers' sampling errors are not those of the same few sequences. Traces, to which each
+    block is scaled in the end, come from all sequences.
+
+    Args:
+        model: in evaluation mode.
+        layers: the modules that are hooked, by name.
+        estimator: takes the records.
+        every: n; 1 reads all.
+        precision: of the products.
+        scales: layer -> [d_out], by which gradients are multiplied (DoRA's rows).
+    """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], estimator: Estimator
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        estimator: Estimator,
+        *,
+        every: int = 1,
+        precision: Products = "auto",
+        scales: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model, self.estimator = model, estimator
-        self.predictions = 0
-        self.largest: dict[str, float] = dict.fromkeys(layers, 0.0)
+        self.every, self.precision, self.scales = every, precision, scales or {}
+        self.offset = {name: 0 if estimator.together else n for n, name in enumerate(layers)}
+        self.predictions, self.passes = 0, 0
+        self.traces: dict[str, Tensor] = {}
+        self.shares: dict[str, Tensor] = {}  # of the chosen sequences: count, sum, sum of squares
         self.moments: list[tuple[list[float], int]] = []  # a sequence's draws of the trace
         self._batch: Batch | None = None
         self._weight, self._first = 1.0, True
         self._fired: set[str] = set()
-        self._traces: Tensor | None = None
+        self._sources: dict[str, tuple[Source, set[str]]] = {}
+        self._total: Tensor | None = None
 
-    def batch(self, batch: Batch, fisher: Fisher, samples: int, seed: int) -> None:
+    def batch(
+        self, batch: Batch, fisher: Fisher, samples: int, seed: int, temperature: float
+    ) -> None:
         """Forward once, and backward once for each cotangent."""
         self._batch, self._first = batch, True
+        if not self.estimator.backward:
+            self._fired.clear()
+            with torch.no_grad():
+                forward_body(self.model, batch)
+            self.predictions += sum(batch.lengths)
+            return
+        draws: list[list[float]] = []
         with torch.enable_grad():
             logits = forward_logits(self.model, batch)
-            passes = cotangents(
-                logits, batch.lengths, batch.targets, batch.rows, fisher, samples, seed
+            ways = cotangents(
+                logits, batch.lengths, batch.targets, batch.rows, fisher, samples, seed, temperature
             )
-            draws: list[list[float]] = []
-            for cotangent, self._weight in passes:
+            for cotangent, self._weight in ways:
                 self._fired.clear()
-                self._traces = None
+                self._total = None
                 logits.backward(cotangent.to(logits.dtype), retain_graph=True)
                 self._first = False
-                if self._traces is not None and fisher != "exact":
-                    draws.append(self._traces.tolist())
-        if draws:
+                if self._total is not None:
+                    self._check(self._total)
+                    draws.append(self._total.tolist())
+        if self.passes:
+            return
+        if fisher != "exact":
             each = zip(*draws, strict=True)
             self.moments += [(list(d), n) for d, n in zip(each, batch.lengths, strict=True)]
         self.predictions += sum(batch.lengths)
 
+    def turn(self) -> None:
+        """Ends one pass over the source."""
+        self.estimator.turn(self.passes)
+        self.passes += 1
+
     def receive(self, name: str, x: Tensor, g: Tensor) -> None:
-        """Takes one layer's inputs and output gradients from the hooks."""
+        """Takes one layer's inputs and output gradients (or outputs) from the hooks."""
         batch = self._batch
         assert batch is not None
         if name in self._fired:
@@ -78,26 +107,59 @@ class Gather:
                 fix="leave that layer out of the adapter's target_modules",
             )
         self._fired.add(name)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        mask = batch.mask
-        rows = mask.shape[0]
-        if x.dim() == 2 and x.shape[0] == rows:  # after pooling: one position a sequence
-            x, g, mask = x[:, None], g[:, None], mask.new_ones(rows, 1)
-        x = x.reshape(*mask.shape, -1).to(wide) * mask[..., None]
-        g = g.reshape(*mask.shape, -1).to(wide) * mask[..., None]
-        record = Record(name, x, g, int(mask.sum()), self._weight, self._first)
-        largest = float(g.abs().max())
-        if not math.isfinite(largest):
+        if name in self.scales and self.estimator.backward:
+            g = g * self.scales[name].to(g.dtype)
+        source = self._source(name, x, batch)
+        chosen = self._chosen(name, batch.rows) if self.every > 1 else None
+        record = Record(name, source, _rows(g, batch.mask), self._weight, self._first, chosen)
+        with products(self.precision):
+            if self.estimator.backward:
+                self._trace(record)
+            if chosen is None or chosen:
+                self.estimator.update(record.narrowed())
+
+    def _source(self, name: str, x: Tensor, batch: Batch) -> Source:
+        """The layer's input, made once for all layers that share it."""
+        first = self.estimator.layout.shared[name]
+        if first not in self._sources:
+            sharing = {n for n, f in self.estimator.layout.shared.items() if f == first}
+            found = _rows(x, batch.mask)
+            mask = batch.mask
+            if found.shape[:2] == mask.shape:
+                counts = tuple(mask.sum(1).tolist())
+            else:
+                counts = (1,) * len(found)
+            self._sources[first] = (Source(found, counts), sharing)
+        source, waiting = self._sources[first]
+        waiting.discard(name)
+        if not waiting:
+            del self._sources[first]
+        return source
+
+    def _chosen(self, name: str, rows: list[int]) -> tuple[int, ...]:
+        offset = self.offset[name]
+        return tuple(i for i, row in enumerate(rows) if (row + offset) % self.every == 0)
+
+    def _trace(self, record: Record) -> None:
+        traces = record.traces.double()
+        self._total = traces if self._total is None else self._total + traces
+        if self.passes:
+            return
+        name = record.name
+        self.traces[name] = self.traces.get(name, 0.0) + traces.sum() * record.weight
+        if record.chosen:
+            some = traces[list(record.chosen)] * record.weight
+            found = torch.stack([some.new_tensor(len(some)), some.sum(), some.square().sum()])
+            self.shares[name] = self.shares[name] + found if name in self.shares else found
+
+    def _check(self, total: Tensor) -> None:
+        if not bool(total.isfinite().all()):
             raise CurvatureError(
                 "the model's gradients are not finite",
-                got=f"NaN or infinity at {name}",
+                got="NaN or infinity in a backward pass",
                 allowed="finite numbers",
                 fix="check the model's weights, or load it with dtype='float32'",
             )
-        self.largest[name] = max(self.largest[name], largest)
-        traces = record.traces
-        self._traces = traces if self._traces is None else self._traces + traces
-        self.estimator.update(record)
 
     def error(self) -> float:
         """Relative standard error of the trace.
@@ -118,6 +180,60 @@ class Gather:
         spread = ((t - t.sum() / n.sum() * n) ** 2).sum() / (len(t) - 1) * len(t)
         return float(spread.sqrt() / t.sum())
 
+    def share_error(self) -> float:
+        """Relative standard error of the whole trace, were it taken from the chosen share alone.
+
+        Each layer's chosen sequences are a sample of all: its mean has the variance
+        ``(1 - 1/every) * var / count``. Layers count as independent, which they nearly are, each
+        having other sequences; the estimators that must see the same ones are summed as one.
+        """
+        if self.every == 1 or not self.traces:
+            return 0.0
+        spread, total = [], sum(float(t) for t in self.traces.values())
+        for count, first, second in (t.tolist() for t in self.shares.values()):
+            variance = max(second - first**2 / count, 0.0) / max(count - 1, 1.0)
+            spread.append(self.every * math.sqrt(variance * count * (1 - 1 / self.every)))
+        if self.estimator.together:
+            return sum(spread) / total
+        return math.hypot(*spread) / total
+
     def dead(self) -> list[str]:
         """Layers that got no gradient at all."""
-        return [name for name, value in self.largest.items() if value == 0.0]
+        return [name for name, value in self.traces.items() if float(value) == 0.0]
+
+    def state(self) -> dict[str, Tensor]:
+        """All that has been gathered, for a file."""
+        kept = {f"estimator/{k}": t for k, t in self.estimator.state.items()}
+        kept |= {f"traces/{k}": t for k, t in self.traces.items()}
+        kept |= {f"shares/{k}": t for k, t in self.shares.items()}
+        kept["predictions"] = torch.tensor(self.predictions)
+        kept["passes"] = torch.tensor(self.passes)
+        kept["lengths"] = torch.tensor([n for _, n in self.moments])
+        kept["draws"] = torch.tensor([d for d, _ in self.moments], dtype=torch.float64)
+        return kept
+
+    def load(self, kept: Mapping[str, Tensor], device: torch.device) -> None:
+        """Goes on from a `state`."""
+        for key, t in kept.items():
+            kind, _, name = key.partition("/")
+            if kind == "estimator":
+                whole = name.endswith(".fill") or not t.is_floating_point()
+                self.estimator.state[name] = t if whole else t.to(device)
+            elif kind in ("traces", "shares"):
+                getattr(self, kind)[name] = t.to(device)
+        self.predictions, self.passes = int(kept["predictions"]), int(kept["passes"])
+        draws, lengths = kept["draws"].tolist(), kept["lengths"].tolist()
+        self.moments = [(d, n) for d, n in zip(draws, lengths, strict=True)]
+
+
+def _rows(t: Tensor, mask: Tensor) -> Tensor:
+    """[batch, seq, d], at least in float32, zero where padded.
+
+    After pooling there is one position a sequence.
+    """
+    wide = torch.promote_types(t.dtype, torch.float32)
+    rows = mask.shape[0]
+    if t.dim() == 2 and t.shape[0] == rows and mask.shape[1] != 1:
+        return t[:, None].to(wide)
+    t = t.reshape(*mask.shape, -1).to(wide)
+    return t if bool(mask.all()) else t * mask[..., None]

@@ -6,10 +6,14 @@ number of nats here as in the other structures, for a displacement of no particu
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
-from retain.curvature.block import Block, Thin
+from retain.curvature.block import Block, MoveFactor, Thin
+from retain.curvature.estimator import Estimator, Fitted
+from retain.curvature.factor import Factor
 from retain.curvature.record import Record
 
 __all__ = ["IdentityBlock", "IdentityEstimator"]
@@ -26,11 +30,14 @@ class IdentityBlock(Block):
     def __init__(self, scale: Tensor, shape: tuple[int, int]) -> None:
         self.scale, self.shape = scale, shape
 
+    def factors(self) -> dict[str, Factor]:
+        return {}
+
     def tensors(self) -> dict[str, Tensor]:
         return {"scale": self.scale}
 
-    def to(self, device: torch.device) -> IdentityBlock:
-        return IdentityBlock(self.scale.to(device), self.shape)
+    def moved(self, move: MoveFactor, tensor: Callable[[Tensor], Tensor]) -> IdentityBlock:
+        return IdentityBlock(tensor(self.scale), self.shape)
 
     def matvec(self, d: Tensor) -> Tensor:
         return self.scale * d
@@ -60,22 +67,21 @@ class IdentityBlock(Block):
     def trace(self) -> float:
         return float(self.scale) * self.shape[0] * self.shape[1]
 
+    def scaled(self, c: float) -> IdentityBlock:
+        return IdentityBlock(c * self.scale, self.shape)
 
-class IdentityEstimator:
-    """Streams the true trace of each layer; see `Record` for what arrives."""
 
-    def __init__(self) -> None:
-        self.traces: dict[str, float] = {}
-        self.like: dict[str, tuple[Tensor, tuple[int, int]]] = {}
+class IdentityEstimator(Estimator):
+    """Needs the traces alone, which are gathered in any case."""
 
     def update(self, record: Record) -> None:
-        """Takes one layer's inputs and gradients of one backward pass."""
-        name, x, g = record.name, record.inputs, record.gradients
-        self.traces[name] = self.traces.get(name, 0.0) + float(record.traces.sum()) * record.weight
-        self.like[name] = (x.new_zeros(()), (g.shape[-1], x.shape[-1]))
+        if record.name not in self.state:
+            shape = (record.gradients.shape[-1], record.inputs.shape[-1])
+            self.state[record.name] = record.gradients.new_tensor(shape)
 
-    def finish(self, predictions: int) -> dict[str, Block]:
-        """The blocks; `predictions` is the number of predicted tokens that were seen."""
-        entries = sum(shape[0] * shape[1] for _, shape in self.like.values())
-        mean = sum(self.traces.values()) / predictions / entries
-        return {n: IdentityBlock(z + mean, shape) for n, (z, shape) in self.like.items()}
+    def finish(self, predictions: int, traces: Mapping[str, float]) -> Fitted:
+        shapes = {n: (int(t[0]), int(t[1])) for n, t in self.state.items()}
+        mean = sum(traces.values()) / sum(a * b for a, b in shapes.values())
+        like = next(iter(self.state.values()))
+        scale = like.new_tensor(mean)  # one tensor: a fit's size does not grow with the layers
+        return Fitted({n: IdentityBlock(scale, shapes[n]) for n in self.layout.shared})

@@ -17,11 +17,16 @@ that it meets, so massive activations without gradient do not count.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
-from retain.curvature.block import Block, Thin, solve_two_sided
+from retain.curvature.block import Block, MoveFactor, Thin
+from retain.curvature.estimator import Estimator, Fitted, calibration, flat
+from retain.curvature.factor import DenseFactor, Factor
 from retain.curvature.record import Record
+from retain.curvature.sketch import sketched
 
 __all__ = ["KroneckerBlock", "KroneckerEstimator", "ShampooEstimator"]
 
@@ -30,140 +35,131 @@ class KroneckerBlock(Block):
     """F(D) = G D S.
 
     Args:
-        inputs: S, [d_in, d_in]; may be shared by several blocks.
-        outputs: G, [d_out, d_out], which carries the block's scale.
+        inputs: S, of size d_in; may be shared by several blocks.
+        outputs: G, of size d_out, which carries the block's scale.
     """
 
-    def __init__(self, inputs: Tensor, outputs: Tensor) -> None:
-        self.inputs, self.outputs = inputs, outputs
-        self.shape = (outputs.shape[0], inputs.shape[0])
-        self._eigen: dict[str, tuple[Tensor, Tensor]] = {}
+    def __init__(self, inputs: Factor | Tensor, outputs: Factor | Tensor) -> None:
+        self.inputs = DenseFactor(inputs) if isinstance(inputs, Tensor) else inputs
+        self.outputs = DenseFactor(outputs) if isinstance(outputs, Tensor) else outputs
+        self.shape = (self.outputs.size, self.inputs.size)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def factors(self) -> dict[str, Factor]:
         return {"inputs": self.inputs, "outputs": self.outputs}
 
-    def to(self, device: torch.device) -> KroneckerBlock:
-        return KroneckerBlock(self.inputs.to(device), self.outputs.to(device))
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{k}{end}": t for k, f in self.factors().items() for end, t in f.tensors().items()}
+
+    def moved(self, move: MoveFactor, tensor: Callable[[Tensor], Tensor]) -> KroneckerBlock:
+        return KroneckerBlock(move(self.inputs), move(self.outputs))
 
     def matvec(self, d: Tensor) -> Tensor:
-        return self.outputs @ d @ self.inputs
+        return self.inputs.matmul(self.outputs.matmul(d).T).T
 
     def thin(self, left: Tensor, right: Tensor) -> Thin:
-        gl, rs = self.outputs @ left, right @ self.inputs
+        gl, rs = self.outputs.matmul(left), self.inputs.matmul(right.T).T
         outer, inner = left.T @ gl, rs @ right.T
         return Thin(0.5 * (outer * inner.T).sum(), gl @ inner, outer @ rs)
 
     def prox(self, d: Tensor, tau: float) -> Tensor:
-        return solve_two_sided(self._eigh("outputs"), self._eigh("inputs"), d, tau)
+        # One side is diagonalised, and the other solves a shifted system for each of its vectors.
+        if isinstance(self.inputs, DenseFactor) and (
+            self.inputs.size <= self.outputs.size or not isinstance(self.outputs, DenseFactor)
+        ):
+            values, vectors = self.inputs.eigen()
+            y = d @ vectors
+            return self.outputs.solve(y, tau * values, torch.zeros_like(y)) @ vectors.T
+        values, vectors = self.outputs.eigen()
+        y = d.T @ vectors
+        return vectors @ self.inputs.solve(y, tau * values, torch.zeros_like(y)).T
 
     def prox_left(self, b: Tensor, c: Tensor, b0: Tensor, a0: Tensor, tau: float) -> Tensor:
-        cs = c @ self.inputs
-        p, q = self._eigh("outputs"), _eigh(cs @ c.T)
-        pull = None
-        if b0.shape[1]:
-            pull = (p[0][:, None] * (p[1].T @ b0)) @ (a0 @ cs.T @ q[1])
-        return solve_two_sided(p, q, b, tau, pull)
+        return _prox(self.outputs, self.inputs, b, c, b0, a0, tau)
 
     def prox_right(self, a: Tensor, c: Tensor, b0: Tensor, a0: Tensor, tau: float) -> Tensor:
-        gc = self.outputs @ c
-        p, q = _eigh(c.T @ gc), self._eigh("inputs")
-        pull = None
-        if b0.shape[1]:
-            pull = (p[1].T @ gc.T @ b0) @ ((a0 @ q[1]) * q[0])
-        return solve_two_sided(p, q, a, tau, pull)
+        return _prox(self.inputs, self.outputs, a.T, c.T, a0.T, b0.T, tau).T
 
     def to_dense(self) -> Tensor:
-        return torch.kron(self.outputs, self.inputs)
+        return torch.kron(self.outputs.dense(), self.inputs.dense())
 
     def trace(self) -> float:
-        return float(self.outputs.trace() * self.inputs.trace())
+        return self.outputs.trace() * self.inputs.trace()
 
-    def _eigh(self, side: str) -> tuple[Tensor, Tensor]:
-        if side not in self._eigen:  # once: a proximal run asks at each step
-            self._eigen[side] = _eigh(getattr(self, side))
-        return self._eigen[side]
+    def scaled(self, c: float) -> KroneckerBlock:
+        return KroneckerBlock(self.inputs, self.outputs.scaled(c))
 
 
-class KroneckerEstimator:
-    """Streams S, G and the true trace of each layer; see `Record` for what arrives.
+def _prox(g: Factor, s: Factor, b: Tensor, c: Tensor, b0: Tensor, a0: Tensor, tau: float) -> Tensor:
+    """The X of ``X + tau G (X c - b0 a0) S c^T = b``."""
+    cs = s.matmul(c.T).T
+    q, v = DenseFactor(cs @ c.T).eigen()
+    alive = q > 1e-6 * q.max()  # where q vanishes, so does the anchor's pull
+    pull = tau * b0 @ ((a0 @ cs.T @ v) * alive)
+    return g.solve(b @ v, tau * q, pull) @ v.T
 
-    Args:
-        shared: layer -> the layer whose input it shares (itself, when it shares none).
-        calibrate: scale each block to its true trace.
-    """
 
-    def __init__(self, shared: dict[str, str], *, calibrate: bool = True) -> None:
-        self.shared, self.calibrate = shared, calibrate
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-        self.positions: dict[str, int] = {}
-        self.traces: dict[str, float] = {}
+class KroneckerEstimator(Estimator):
+    """Streams S and G of each layer."""
 
     def update(self, record: Record) -> None:
-        """Takes one layer's inputs and gradients of one backward pass."""
-        x, g, name = record.inputs, record.gradients, record.name
-        if record.first and self.shared[name] == name:
-            _accumulate(self.inputs, name, _flat(x).T @ _flat(x))
-            self.positions[name] = self.positions.get(name, 0) + record.positions
-        _accumulate(self.outputs, name, (_flat(g).T @ _flat(g)) * record.weight)
-        if self.calibrate:
-            trace = float(record.traces.sum()) * record.weight
-            self.traces[name] = self.traces.get(name, 0.0) + trace
+        name, shared = record.name, self.layout.shared
+        if record.first and shared[name] == name:
+            self.moment(f"inputs/{name}", flat(record.inputs))
+            self.add(f"positions/{name}", torch.tensor(record.source.positions))
+        self.moment(f"outputs/{name}", flat(record.gradients), record.weight)
 
-    def finish(self, predictions: int) -> dict[str, Block]:
-        """The blocks; `predictions` is the number of predicted tokens that were seen."""
-        means = {name: s / self.positions[name] for name, s in self.inputs.items()}
+    def finish(self, predictions: int, traces: Mapping[str, float]) -> Fitted:
+        shared = self.layout.shared
+        inputs = {
+            name: self.factor(f"inputs/{name}", 1 / float(self.state[f"positions/{name}"]))
+            for name in shared
+            if shared[name] == name
+        }
         blocks: dict[str, Block] = {}
-        for name, total in self.outputs.items():
-            s, g = means[self.shared[name]], total / predictions
-            if self.calibrate:
-                found = float(s.trace() * g.trace())
-                g = g * (self.traces[name] / predictions / found) if found > 0 else g
-            blocks[name] = KroneckerBlock(s, g)
-        return blocks
+        for name, first in shared.items():
+            blocks[name] = self.block(name, inputs[first], predictions, traces)
+        return Fitted(blocks)
+
+    def block(
+        self, name: str, s: Factor, predictions: int, traces: Mapping[str, float]
+    ) -> KroneckerBlock:
+        """One layer's block, calibrated if wanted."""
+        g = self.factor(f"outputs/{name}", 1.0)
+        found = s.trace() * g.trace()
+        if self.layout.calibrate:
+            return KroneckerBlock(s, g.scaled(calibration(found, traces[name])))
+        return KroneckerBlock(s, g.scaled(1 / predictions))
 
 
-class ShampooEstimator:
+class ShampooEstimator(Estimator):
     """Streams ``E[J^T J]`` and ``E[J J^T]`` of each layer through Gram matrices over positions.
 
-    ``J J^T = sum_{t,t'} g_t (x_t . x_t') g_t'^T``: no J is built.
+    ``J J^T = sum_{t,t'} g_t (x_t . x_t') g_t'^T``: no J is built. For a sketch the rows are
+    those of ``(x x^T)^(1/2) g``, whose squares sum to the same.
     """
 
-    def __init__(self) -> None:
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-        self.traces: dict[str, float] = {}
-
     def update(self, record: Record) -> None:
-        """Takes one layer's inputs and gradients of one backward pass."""
         x, g, name = record.inputs, record.gradients, record.name
-        xg, gx = (x @ x.mT) @ g, (g @ g.mT) @ x
-        _accumulate(self.outputs, name, (_flat(g).T @ _flat(xg)) * record.weight)
-        _accumulate(self.inputs, name, (_flat(x).T @ _flat(gx)) * record.weight)
-        trace = float(record.traces.sum()) * record.weight
-        self.traces[name] = self.traces.get(name, 0.0) + trace
+        gram_x, gram_g = record.grams
+        self._side(f"outputs/{name}", g, gram_x, record.weight)
+        self._side(f"inputs/{name}", x, gram_g, record.weight)
 
-    def finish(self, predictions: int) -> dict[str, Block]:
-        """The blocks; `predictions` is the number of predicted tokens that were seen."""
+    def _side(self, key: str, rows: Tensor, gram: Tensor, weight: float) -> None:
+        if sketched(rows.shape[-1], self.layout.rank):
+            self.moment(key, flat(_root(gram) @ rows), weight)
+        else:
+            self.product(key, flat(rows), flat(gram @ rows), weight)
+
+    def finish(self, predictions: int, traces: Mapping[str, float]) -> Fitted:
         blocks: dict[str, Block] = {}
-        for name, outputs in self.outputs.items():
-            s, g = self.inputs[name] / predictions, outputs / (self.traces[name] or 1.0)
-            blocks[name] = KroneckerBlock(0.5 * (s + s.T), 0.5 * (g + g.T))
-        return blocks
+        for name in self.layout.shared:
+            s, g = self.factor(f"inputs/{name}", 1.0), self.factor(f"outputs/{name}", 1.0)
+            s = s.scaled(calibration(s.trace(), traces[name]))
+            blocks[name] = KroneckerBlock(s, g.scaled(calibration(g.trace(), 1.0)))
+        return Fitted(blocks)
 
 
-def _flat(x: Tensor) -> Tensor:
-    """[batch, seq, d] as [batch * seq, d]."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def _accumulate(into: dict[str, Tensor], name: str, value: Tensor) -> None:
-    if name in into:
-        into[name] += value
-    else:
-        into[name] = value
-
-
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(matrix.double() if matrix.shape[0] <= 64 else matrix)
-    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+def _root(gram: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(gram)
+    root: Tensor = values.clamp(min=0).sqrt()[..., None] * vectors.mT
+    return root

@@ -7,6 +7,15 @@ At a prediction with probabilities p the gradient of ``log p_y`` in the logits i
   gradient's mean, and on data that the model does not fit it can point elsewhere
   (Kunstner et al. 2019, arXiv 1905.12558; van de Ven 2025, arXiv 2502.11756).
 - ``exact``: every y, weighted by p_y. One backward pass for each position and class.
+
+A model that is sure of its answers has almost no Fisher: sampled labels are those it predicts, and
+their gradients vanish. Two ways out:
+
+- ``tempered``: the Fisher of ``p_T = softmax(z / T)``: y is drawn from p_T, and the gradient is
+  that of ``log p_T(y)``, ``(e_y - p_T) / T``. In nats of the tempered model; T = 1 is ``mc``.
+- ``reversed``: y is the label in the data and the gradient in the logits is
+  ``e_y - softmax(-z)``, the logits' signs being reversed in the probabilities alone (arXiv
+  2603.18596). It is large exactly where the model is sure and right. Not in nats.
 """
 
 from __future__ import annotations
@@ -34,18 +43,20 @@ def cotangents(
     fisher: Fisher,
     samples: int,
     seed: int,
+    temperature: float = 1.0,
 ) -> Iterator[tuple[Tensor, float]]:
     """Gradients to send back from the logits, each with its weight in the expectation.
 
     Args:
         logits: [predictions, classes], one sequence's predictions after the other's.
         lengths: predictions of each sequence, in order; they sum to ``predictions``.
-        targets: [predictions], the data's labels (used by ``empirical`` alone).
+        targets: [predictions], the data's labels (for ``empirical`` and ``reversed``).
         rows: number of each sequence in the source; with `seed` it fixes the sequence's draws,
             whatever batch the sequence is in.
         fisher: whose labels.
-        samples: draws for each prediction (``mc``).
+        samples: draws for each prediction (``mc``, ``tempered``).
         seed: of the draws.
+        temperature: T of ``tempered``.
 
     Yields:
         (cotangent [predictions, classes], weight)
@@ -55,16 +66,19 @@ def cotangents(
     """
     logits = logits.detach()
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    p = wide.softmax(-1)
+    heat = temperature if fisher == "tempered" else 1.0
+    p = (wide / heat if heat != 1 else wide).softmax(-1)
     if fisher == "empirical":
         yield _at(p, targets), 1.0
-    elif fisher == "mc":
+    elif fisher == "reversed":
+        yield _at((-wide).softmax(-1), targets), 1.0
+    elif fisher in ("mc", "tempered"):
         for sample in range(samples):
             parts = [
                 _draw(part, f"{seed}:{row}:{sample}")
                 for part, row in zip(p.split(lengths), rows, strict=True)
             ]
-            yield _at(p, torch.cat(parts)), 1.0 / samples
+            yield _at(p, torch.cat(parts)) / heat, 1.0 / samples
     else:
         classes, longest = p.shape[-1], max(lengths)
         if classes * longest > EXACT_LIMIT:

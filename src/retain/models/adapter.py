@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
 
 from retain.errors import ConfigError, ModelError
 
@@ -20,6 +21,7 @@ __all__ = [
     "attach_lora",
     "canonical",
     "lora_sites",
+    "row_scales",
     "share_trainable",
     "unwrap",
 ]
@@ -75,6 +77,11 @@ class LoraSite:
     def rank(self) -> int:
         """The rank of B A."""
         return self.a.shape[0]
+
+    @property
+    def dora(self) -> bool:
+        """Whether the layer is DoRA: ``W' = m (W + s B A) / ||W + s B A||``, row by row."""
+        return bool(getattr(self.layer, "use_dora", {}).get(self.adapter))
 
 
 def attach_lora(
@@ -157,7 +164,7 @@ def lora_sites(model: nn.Module, adapter: str | None = None) -> list[LoraSite]:
     """The LoRA layers of a model, in the order of its modules.
 
     Raises:
-        ModelError: no LoRA layer, a kind that is not linear, DoRA, or sharded weights.
+        ModelError: no LoRA layer, a kind that is not linear, or sharded weights.
     """
     model = unwrap(model)
     sites = []
@@ -183,8 +190,6 @@ def lora_sites(model: nn.Module, adapter: str | None = None) -> list[LoraSite]:
             raise _unsupported(name, "the output head")
         if not isinstance(site.lora_a, nn.Linear):
             raise _unsupported(name, type(site.lora_a).__name__)
-        if getattr(layer, "use_dora", {}).get(active[0]):
-            raise _unsupported(name, "DoRA")
         _refuse_sharded(site)
         sites.append(site)
     if not sites:
@@ -195,6 +200,21 @@ def lora_sites(model: nn.Module, adapter: str | None = None) -> list[LoraSite]:
             fix="retain.attach_lora(model) or peft.get_peft_model(model, LoraConfig(...))",
         )
     return sites
+
+
+def row_scales(sites: Sequence[Any]) -> dict[str, Tensor]:
+    """The rows' factors ``m / ||W + s B A||`` of DoRA layers, [d_out] each.
+
+    PEFT takes the norm for a constant, so a row of the update acts on the output times its factor.
+    """
+    scales = {}
+    for site in sites:
+        if getattr(site, "dora", False):
+            magnitude = site.layer.lora_magnitude_vector[site.adapter].weight.detach()
+            weight = dequantize_module_weight(site.layer.get_base_layer()).detach()
+            whole = weight + site.scaling * (site.b @ site.a).detach()
+            scales[site.name] = magnitude / whole.norm(dim=1)
+    return scales
 
 
 def _unsupported(name: str, kind: str) -> ModelError:

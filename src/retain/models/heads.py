@@ -12,7 +12,7 @@ from retain.data.batches import Batch
 from retain.errors import ModelError
 from retain.models.adapter import unwrap
 
-__all__ = ["compact_head", "forward_logits", "is_causal"]
+__all__ = ["compact_head", "forward_body", "forward_logits", "is_causal"]
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -53,6 +53,20 @@ def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
     finally:
         handle.remove()
     return logits[0]
+
+
+def forward_body(model: nn.Module, batch: Batch) -> None:
+    """Runs a model for its hooks' sake: a causal head sees one position alone."""
+    if batch.predict is None:
+        model(**batch.inputs)
+        return
+    inner: Any = unwrap(model)
+    head = inner.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _m, args: (args[0][:1, :1],))
+    try:
+        model(**batch.inputs, use_cache=False)
+    finally:
+        handle.remove()
 
 
 @contextmanager

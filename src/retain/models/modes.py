@@ -14,6 +14,9 @@ __all__ = ["evaluating"]
 def evaluating(model: nn.Module, *, checkpoint: bool = False) -> Iterator[None]:
     """Evaluation mode (no dropout); afterwards each module's mode is what it was.
 
+    4-bit layers of bitsandbytes stay in training mode, which is nothing to them but this: on a CPU
+    their first evaluation repacks them for inference, and no gradient passes them any more.
+
     Args:
         model: any module.
         checkpoint: let gradient checkpointing work. transformers checkpoints only layers that
@@ -23,8 +26,9 @@ def evaluating(model: nn.Module, *, checkpoint: bool = False) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     try:
         model.eval()
-        for module in model.modules() if checkpoint else ():
-            if getattr(module, "gradient_checkpointing", False):
+        for module in model.modules():
+            four_bit = type(module).__name__ == "Linear4bit"
+            if four_bit or (checkpoint and getattr(module, "gradient_checkpointing", False)):
                 module.training = True
         yield
     finally:

@@ -21,7 +21,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from retain.curvature.curvature import Curvature
+from retain.curvature.moves import proximal
 from retain.errors import ConfigError, MismatchError, TrainingError, unknown
+from retain.models.sites import LinearSite, check_held
 from retain.types import UPDATES, Update
 
 __all__ = ["Retention"]
@@ -37,7 +39,7 @@ class Retention:
             optimizer.zero_grad()
 
     Args:
-        model: a PEFT model with LoRA.
+        model: a PEFT model with LoRA, or a plain one whose curvature was fitted on it.
         curvature: fitted on this model.
         strength: how many nats of task loss one nat of predicted forgetting weighs. 0 is plain
             training, bit for bit.
@@ -45,8 +47,9 @@ class Retention:
         resuming: the adapter is expected to be away from the anchor already.
 
     Raises:
-        MismatchError: the curvature is of another model; or, in adapter space, the adapter does
-            not start at the anchor.
+        MismatchError: the curvature is of another model; or, in adapter space and in full
+            fine-tuning, the model does not start at the anchor.
+        ModelError: pre-trained weights train beside the LoRA that nothing would hold.
         ConfigError: a strength that is negative or not finite, or an unknown update.
     """
 
@@ -64,21 +67,28 @@ class Retention:
         check_strength(strength)
         self.curvature, self.strength, self.update = curvature, strength, update
         self.sites = curvature.bind(model)
-        if (
-            curvature.info.space == "adapter"
-            and not resuming
-            and not curvature.at_anchor(self.sites)
-        ):
+        whole = isinstance(self.sites[0], LinearSite)
+        if not whole:
+            check_held(model)
+        exact = whole or curvature.info.space == "adapter"
+        if exact and not resuming and not curvature.at_anchor(self.sites):
             raise MismatchError(
-                "the adapter does not start where the adapter-space curvature was fitted",
-                got="other values of A or B",
+                "the model does not start where the curvature was fitted",
+                got="other values of " + ("its weights" if whole else "A or B"),
                 allowed="the anchor's",
-                fix="curvature.load_anchor(model), or space='weight'",
+                fix="curvature.load_anchor(model)" + ("" if whole else ", or space='weight'"),
             )
 
     def predicted(self) -> float:
         """Predicted nats per source token at the present adapter."""
         return self.curvature.pulls(self.sites)[0]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained weights that are held."""
+        found: list[nn.Parameter] = []
+        for site in self.sites:
+            found += [site.weight] if isinstance(site, LinearSite) else [site.a, site.b]
+        return found
 
     def step(self, optimizer: Optimizer) -> float:
         """Steps the optimiser with the force applied, in place of ``optimizer.step()``.
@@ -94,10 +104,10 @@ class Retention:
         return self.apply_proximal(optimizer)
 
     def add_force(self) -> float:
-        """Adds ``strength * dq`` to each LoRA gradient; returns predicted nats.
+        """Adds ``strength * dq`` to each gradient; returns predicted nats.
 
         Raises:
-            TrainingError: the adapter has left the finite numbers.
+            TrainingError: the weights have left the finite numbers.
         """
         nats, pulls = self.curvature.pulls(self.sites)
         _check_finite(nats)
@@ -105,23 +115,17 @@ class Retention:
             for parameter, gradient in pulls:
                 if not parameter.requires_grad:
                     continue
-                force = (self.strength * gradient).to(parameter.dtype)
                 if parameter.grad is None:
-                    parameter.grad = force
+                    parameter.grad = (self.strength * gradient).to(parameter.dtype)
                 else:
-                    parameter.grad.add_(force)
+                    parameter.grad.add_(gradient, alpha=self.strength)
         return nats
 
     def apply_proximal(self, optimizer: Optimizer) -> float:
         """Pulls the adapter back after a step of `optimizer`; returns predicted nats."""
         if self.strength:
-            rates = _rates(optimizer)
-            for site in self.sites:
-                self.curvature.proximal(
-                    site,
-                    self.strength * rates.get(id(site.b), 0.0),
-                    self.strength * rates.get(id(site.a), 0.0),
-                )
+            steps = {key: self.strength * rate for key, rate in _rates(optimizer).items()}
+            proximal(self.curvature, self.sites, steps)
         nats = self.predicted()
         _check_finite(nats)
         return nats
@@ -141,7 +145,7 @@ def check_strength(strength: float) -> None:
 def _check_finite(nats: float) -> None:
     if not math.isfinite(nats):
         raise TrainingError(
-            "the adapter is no longer finite",
+            "the weights are no longer finite",
             got=f"{nats} predicted nats",
             allowed="finite numbers",
             fix="lower the learning rate; the last checkpoint is untouched",

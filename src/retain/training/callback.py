@@ -102,7 +102,7 @@ class RetentionCallback(TrainerCallback):
 
     def _check_gradients(self, step: int) -> None:
         assert self.retention is not None
-        grads = [p.grad for s in self.retention.sites for p in (s.a, s.b) if p.grad is not None]
+        grads = [p.grad for p in self.retention.parameters() if p.grad is not None]
         if grads and not bool(torch.stack([g.isfinite().all() for g in grads]).all()):
             raise TrainingError(
                 "the loss or its gradient is not finite",

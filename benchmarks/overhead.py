@@ -1,0 +1,394 @@
+"""What a curvature costs: against a plain forward and backward pass, and against other libraries.
+
+    python benchmarks/overhead.py [--repeats 5] [--rows 32] [--dtype float32] [--no-peers]
+
+Everything is measured in one process, in turns, so that what else the machine does falls on all
+alike; a ratio is the median over repeats of the ratio to the baseline of the same repeat. Writes
+benchmarks/results/overhead.json, docs/images/overhead.png and the tables of docs/overhead.md.
+
+The other libraries are optional: see `peers` for how to install them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from peers import peers
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+import retain
+from retain.files import write_json
+from retain.models.adapter import lora_sites
+from retain.models.sample import sample_rows
+from retain.study.provenance import provenance
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from matplotlib.patches import Patch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "overhead.json"
+FIGURE = ROOT / "docs" / "images" / "overhead.png"
+PAGE = ROOT / "docs" / "overhead.md"
+LENGTH, RANK, STEP_ROWS = 128, 8, 4
+
+FITS: dict[str, dict[str, Any]] = {
+    "diagonal, adapter space": {"structure": "diagonal", "space": "adapter"},
+    "diagonal, a quarter": {"structure": "diagonal", "share": 0.25},
+    "diagonal": {"structure": "diagonal"},
+    "kfac, a quarter": {"structure": "kfac", "share": 0.25},
+    "kfac": {"structure": "kfac"},
+    "kfac, adapter space": {"structure": "kfac", "space": "adapter"},
+    "shampoo": {"structure": "shampoo"},
+    "tridiagonal": {"structure": "tridiagonal"},
+    "tridiagonal, adapter space": {"structure": "tridiagonal", "space": "adapter"},
+    "activation": {"structure": "activation"},
+    "ekfac": {"structure": "ekfac"},
+    "kfac, rank 64": {"structure": "kfac", "rank": 64},
+}
+STEPS: dict[str, dict[str, Any]] = {
+    "diagonal, adapter space": {"structure": "diagonal", "space": "adapter"},
+    "diagonal": {"structure": "diagonal"},
+    "kfac": {"structure": "kfac"},
+    "kfac, rank 64": {"structure": "kfac", "rank": 64},
+    "shampoo": {"structure": "shampoo"},
+    "shampoo, rank 64": {"structure": "shampoo", "rank": 64},
+    "tridiagonal": {"structure": "tridiagonal"},
+}
+TARGETS = {
+    ("fit", "diagonal, adapter space"): 1.08,
+    ("fit", "diagonal, a quarter"): 1.08,
+    ("fit", "kfac"): 1.30,
+    ("fit", "tridiagonal"): 1.50,
+    ("fit", "activation"): 0.60,
+    ("step", "diagonal, adapter space"): 1.02,
+    ("step", "kfac"): 1.05,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args()
+    base, tokenizer, _ = retain.load_model(args.model, dtype=args.dtype)
+    model = retain.attach_lora(base, rank=RANK)
+    tokens = _tokens(model, tokenizer, args.rows)
+    result = {
+        "model": args.model,
+        "dtype": args.dtype,
+        "rank": RANK,
+        "tokens": tokens.numel(),
+        "step_tokens": STEP_ROWS * LENGTH,
+        "repeats": args.repeats,
+        **provenance(0),
+        "fit": _fits(model, tokens, args.repeats, not args.no_peers),
+        "error": _errors(model, tokens),
+        "step": _steps(model, tokens, args.repeats),
+    }
+    write_json(args.out, result)
+    if args.out == RESULT:
+        write_page(result)
+    for kind in ("fit", "step"):
+        for name, row in result[kind].items():
+            bound = TARGETS.get((kind, name))
+            said = "" if bound is None else f"  (at most {bound}: {row['ratio'] <= bound})"
+            print(f"{kind:5}{name:32}{row['ratio']:8.3f}{said}")
+    print(result["error"])
+
+
+def _tokens(model: nn.Module, tokenizer: Any, rows: int) -> Tensor:
+    """Text that the model writes itself, cut into rows of one length, [rows, LENGTH]."""
+    text = sample_rows(model, tokenizer, count=2 * rows, max_length=LENGTH, seed=0, progress=True)
+    stream = [token for row in text for token in row["input_ids"]]
+    stream = (stream * 4)[: rows * LENGTH]
+    return torch.tensor(stream).reshape(rows, LENGTH)
+
+
+def _fits(model: nn.Module, tokens: Tensor, repeats: int, with_peers: bool) -> dict[str, Any]:
+    batches = list(tokens.split(8))
+    rows = [{"input_ids": row.tolist()} for row in tokens]
+
+    def plain() -> None:
+        model.train()
+        for batch in batches:
+            model(input_ids=batch, labels=batch).loss.backward()
+            model.zero_grad()
+
+    def ours(options: dict[str, Any]) -> Callable[[], object]:
+        return lambda: retain.fit_curvature(model, rows, progress=False, batch_size=8, **options)
+
+    ways: dict[str, tuple[str, Callable[[], object]]] = {
+        "forward and backward": ("baseline", plain)
+    }
+    ways |= {name: ("retain", ours(options)) for name, options in FITS.items()}
+    for peer in peers() if with_peers else ():
+        if peer.version is not None:
+            run = peer.run
+            name = f"{peer.name} ({peer.structure})"
+            ways[name] = ("peer", lambda run=run: run(model, batches))  # type: ignore[misc]
+    return _measure(ways, repeats)
+
+
+def _steps(model: nn.Module, tokens: Tensor, repeats: int) -> dict[str, Any]:
+    """A training step of 512 tokens with AdamW, without and with the force."""
+    rows = [{"input_ids": row.tolist()} for row in tokens[:8]]
+    batch = tokens[:STEP_ROWS]
+    start = {k: v.clone() for k, v in model.state_dict().items() if "lora_" in k}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step(retention: retain.Retention | None) -> Callable[[], object]:
+        def run() -> None:
+            model.train()
+            model(input_ids=batch, labels=batch).loss.backward()
+            if retention is None:
+                optimizer.step()
+            else:
+                retention.step(optimizer)
+            optimizer.zero_grad()
+
+        return run
+
+    found: dict[str, Any] = {}
+    for name, options in STEPS.items():  # two at a time, or all factors would be held at once
+        model.load_state_dict(start, strict=False)
+        curvature = retain.fit_curvature(model, rows, progress=False, **options)
+        retention = retain.Retention(model, curvature, strength=1.0)
+        pair = _measure(
+            {"plain LoRA": ("baseline", step(None)), name: ("retain", step(retention))},
+            2 * repeats + 1,
+        )
+        pair[name]["factors"] = curvature.memory()
+        found.setdefault("plain LoRA", pair["plain LoRA"])
+        found[name] = pair[name]
+        del curvature, retention
+    return found
+
+
+def _measure(
+    ways: dict[str, tuple[str, Callable[[], object]]], repeats: int
+) -> dict[str, dict[str, Any]]:
+    """Seconds, their ratio to the first way's, and the most memory beyond what was held before."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    peaks: dict[str, list[int]] = {name: [] for name in ways}
+    bar = tqdm(total=(repeats + 1) * len(ways))
+    for repeat in range(repeats + 1):
+        for name, (_, run) in ways.items():
+            bar.set_description(name)
+            gc.collect()
+            _trim()
+            with _Peak() as peak:
+                start = time.perf_counter()
+                kept = run()
+                took = time.perf_counter() - start
+            del kept
+            if repeat:  # the first is for warming up
+                seconds[name].append(took)
+                peaks[name].append(peak.bytes)
+            bar.update()
+    bar.close()
+    first = next(iter(ways))
+    return {
+        name: {
+            "kind": kind,
+            "seconds": seconds[name],
+            "median": statistics.median(seconds[name]),
+            "ratio": statistics.median(
+                a / b for a, b in zip(seconds[name], seconds[first], strict=True)
+            ),
+            "peak_bytes": int(statistics.median(peaks[name])),
+        }
+        for name, (kind, _) in ways.items()
+    }
+
+
+class _Peak:
+    """The most resident memory that a block takes beyond what was there before (Linux)."""
+
+    def __enter__(self) -> _Peak:
+        self.bytes, self._before, self._on = 0, _resident(), True
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._on = False
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while self._on:
+            self.bytes = max(self.bytes, _resident() - self._before)
+            time.sleep(0.02)
+
+
+def _resident() -> int:
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * 4096
+
+
+def _trim() -> None:
+    """Gives freed memory back, so that the next reading begins at the bottom."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _errors(model: nn.Module, tokens: Tensor) -> dict[str, Any]:
+    """Quadratics from a share, and from fast products, against all tokens in plain float32."""
+    rows = [{"input_ids": row.tolist()} for row in tokens]
+    start = {k: v.clone() for k, v in model.state_dict().items() if "lora_" in k}
+    ways: dict[str, dict[str, Any]] = {
+        "kfac, float32": {"structure": "kfac", "products": "float32"},
+        "kfac": {"structure": "kfac"},
+        "kfac, a half": {"structure": "kfac", "share": 0.5},
+        "kfac, a quarter": {"structure": "kfac", "share": 0.25},
+        "kfac, rank 64": {"structure": "kfac", "rank": 64},
+        "diagonal, float32": {"structure": "diagonal", "products": "float32"},
+        "diagonal, a quarter": {"structure": "diagonal", "share": 0.25},
+        "shampoo, float32": {"structure": "shampoo", "products": "float32"},
+        "shampoo": {"structure": "shampoo"},
+        "shampoo, a quarter": {"structure": "shampoo", "share": 0.25},
+        "shampoo, rank 64": {"structure": "shampoo", "rank": 64},
+    }
+    values: dict[str, dict[str, float]] = {}
+    stated = {}
+    moved: dict[str, dict[str, Tensor]] = {}
+    for name, options in tqdm(ways.items(), desc="errors"):
+        model.load_state_dict(start, strict=False)
+        curvature = retain.fit_curvature(model, rows, progress=False, **options)
+        stated[name] = curvature.info.share_error
+        if not moved:
+            moved = {"random": _random(model, start), "trained": _trained(model, tokens, start)}
+        values[name] = {}
+        for kind, weights in moved.items():
+            model.load_state_dict(weights, strict=False)
+            values[name][kind] = curvature.quadratic(model)
+        del curvature
+    model.load_state_dict(start, strict=False)
+    return {
+        name: {
+            "against": (against := f"{name.partition(',')[0]}, float32"),
+            **{kind: value / values[against][kind] - 1 for kind, value in found.items()},
+            "stated_share_error": stated[name],
+        }
+        for name, found in values.items()
+        if not name.endswith("float32")
+    }
+
+
+def _random(model: nn.Module, start: dict[str, Tensor]) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return {
+        k: v + 0.01 * torch.randn(v.shape, generator=random).to(v.dtype) if "lora_B" in k else v
+        for k, v in start.items()
+    }
+
+
+def _trained(model: nn.Module, tokens: Tensor, start: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Ten steps of plain LoRA on text in another order."""
+    model.load_state_dict(start, strict=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    batch = tokens[:STEP_ROWS].flip(1)
+    for _ in range(10):
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert any(bool(site.b.any()) for site in lora_sites(model))
+    return {k: v.clone() for k, v in model.state_dict().items() if "lora_" in k}
+
+
+def write_page(result: dict[str, Any]) -> None:
+    """The tables and the figure."""
+    hardware, versions = result["hardware"], result["versions"]
+    lines = [
+        "# What a curvature costs",
+        "",
+        "Written by `benchmarks/overhead.py`; the numbers are in `benchmarks/results/overhead.json`.",
+        "",
+        f"{result['model']} in {result['dtype']} with LoRA r = {result['rank']} on all linear layers, "
+        f"{result['tokens']:,} tokens in rows of {LENGTH}, {result['repeats']} repeats in turns; "
+        f"{hardware['cpu']}, {hardware['cores']} cores; torch {versions['torch']}; "
+        f"commit {result['commit']}.",
+        "",
+        "![Cost over a plain forward and backward pass](images/overhead.png)",
+        "",
+        "## Measuring a curvature, over a plain forward and backward pass",
+        "",
+        "A call of `fit_curvature` with everything in it; the other libraries measure the curvature "
+        "of the LoRA weights, as retain does in adapter space. Memory is the most beyond the loaded "
+        "model.",
+        "",
+        *_table(result["fit"], "fit"),
+        "",
+        f"## A training step of {result['step_tokens']} tokens with the force, over plain LoRA",
+        "",
+        *_table(result["step"], "step"),
+        "",
+        "## What is lost on the way",
+        "",
+        "The predicted nats of a small random update and of one that plain LoRA made, relative to "
+        "those from all tokens in plain float32 products.",
+        "",
+        "| curvature | random | trained | stated error of the share |",
+        "|---|---|---|---|",
+    ]
+    for name, row in result["error"].items():
+        lines.append(
+            f"| {name} | {row['random']:+.2%} | {row['trained']:+.2%} | "
+            f"{row['stated_share_error']:.1%} |"
+        )
+    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _figure(result)
+
+
+def _table(rows: dict[str, Any], kind: str) -> list[str]:
+    lines = ["| | seconds | ratio | bound | peak memory |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        bound = TARGETS.get((kind, name))
+        told = "" if bound is None else f"{bound:.2f}"
+        lines.append(
+            f"| {name} | {row['median']:.2f} | {row['ratio']:.2f} | {told} | "
+            f"{row['peak_bytes'] / 2**30:.2f} GiB |"
+        )
+    return lines
+
+
+def _figure(result: dict[str, Any]) -> None:
+    rows = sorted(result["fit"].items(), key=lambda kv: kv[1]["ratio"], reverse=True)
+    colors = {"baseline": "#8a8f98", "retain": "#2a7f62", "peer": "#c4703f"}
+    figure, axis = pyplot.subplots(figsize=(8, 0.34 * len(rows) + 1.3), layout="constrained")
+    names = [name for name, _ in rows]
+    ratios = [row["ratio"] for _, row in rows]
+    axis.barh(names, ratios, color=[colors[row["kind"]] for _, row in rows], height=0.7)
+    for y, ratio in enumerate(ratios):
+        axis.text(ratio + 0.04, y, f"{ratio:.2f}", va="center", fontsize=9)
+    axis.axvline(1, color="#444", linewidth=0.8, linestyle=":")
+    axis.set_xlim(0, max(ratios) * 1.1)
+    axis.set_xlabel("time over a plain forward and backward pass over the same tokens")
+    axis.spines[["top", "right"]].set_visible(False)
+    patches = [Patch(color=c) for c in colors.values()]
+    axis.legend(
+        patches, ["plain pass", "retain", "other libraries"], frameon=False, loc="upper right"
+    )
+    FIGURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURE, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

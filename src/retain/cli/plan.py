@@ -1,0 +1,149 @@
+"""``retain plan``: what a curvature of a model will cost, before any weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from retain.cli.common import AsJson, Quiet, Screen, Trust, check_choices, name_list, quieten
+from retain.curvature.plan import PLANNED, SEQUENCE, Cost, cost
+
+if TYPE_CHECKING:
+    from retain.models.skeleton import Outline
+
+__all__ = ["EXAMPLE", "plan"]
+
+EXAMPLE = "Example: retain plan meta-llama/Meta-Llama-3-8B --factor-rank 256"
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A built-in name (smollm2-135m), a hub id, a folder, a config.json or a .gguf "
+            "file. Only the configuration is read.",
+        ),
+    ],
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
+    targets: Annotated[
+        str, typer.Option(help="Layers that get an adapter: all-linear, or names with commas.")
+    ] = "all-linear",
+    factor_rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sketch Kronecker factors by so many directions each."),
+    ] = None,
+    structure: Annotated[str, typer.Option(help=f"all, or one of {', '.join(PLANNED)}.")] = "all",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a training step.")] = 512,
+    num_labels: Annotated[
+        int | None, typer.Option(min=2, help="A classifier with so many classes.")
+    ] = None,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what a curvature will cost: memory, time to fit, work a training step."""
+    check_choices(("structure", structure, ("all", *PLANNED)))
+    screen = Screen(as_json, quiet)
+    quieten(False)
+    from retain.models.skeleton import load_skeleton, outline
+
+    found = outline(
+        load_skeleton(model, num_labels=num_labels, trust_remote_code=trust_remote_code),
+        rank=rank,
+        targets=name_list(targets),
+    )
+    costs = {
+        name: cost(name, found, rank=rank, factor_rank=factor_rank, tokens=tokens)
+        for name in (PLANNED if structure == "all" else (structure,))
+    }
+    notes = list(found.notes)
+    if missing := [name for name, c in costs.items() if c is None]:
+        notes.append(f"no sketches: {', '.join(missing)}")
+    adapter = sum(rank * sum(shape) for shape in found.layers.values())
+    inputs = len(set(found.shared.values()))
+    screen.say(
+        f"{model}: {found.kind}, {_count(found.parameters)} weights, none loaded\n"
+        f"{len(found.layers)} LoRA layers of rank {rank} ({_count(adapter)} weights), "
+        f"{inputs} distinct inputs{_sharing(found)}"
+    )
+    factors = "whole factors" if factor_rank is None else f"factor rank {factor_rank}"
+    screen.table(
+        f"\nWhat a curvature costs, {factors}",
+        ["structure", "stored", "fitting", "passes", "step work", "step reads"],
+        [_row(name, c) for name, c in costs.items()],
+    )
+    screen.say(
+        "\n".join(
+            [
+                "passes: work of the fit, in forward and backward passes over the source",
+                f"step: what the force adds to a step of {tokens:,} tokens, and reads in it",
+                "All by arithmetic on shapes, in float32; nothing was measured.",
+                *(f"note: {note}" for note in notes),
+            ]
+        )
+    )
+    screen.emit(
+        {
+            "model": model,
+            "kind": found.kind,
+            "parameters": found.parameters,
+            "linear_work": found.linear,
+            "head_work": found.head,
+            "targets": targets,
+            "rank": rank,
+            "factor_rank": factor_rank,
+            "tokens": tokens,
+            "sequence": SEQUENCE,
+            "adapter_parameters": adapter,
+            "distinct_inputs": inputs,
+            "layers": {
+                name: {"d_out": d_out, "d_in": d_in, "input": found.shared[name]}
+                for name, (d_out, d_in) in found.layers.items()
+            },
+            "structures": {name: asdict(c) if c else None for name, c in costs.items()},
+            "notes": notes,
+        }
+    )
+
+
+def _row(name: str, found: Cost | None) -> list[str]:
+    if found is None:
+        return [name, *["-"] * 5]
+    return [
+        name,
+        _size(found.stored_bytes),
+        _size(found.fitting_bytes),
+        f"{found.passes:.2f}",
+        _percent(100 * found.step_overhead),
+        _size(found.step_reads),
+    ]
+
+
+def _sharing(found: Outline) -> str:
+    """Which layers read one tensor, by the last parts of their names."""
+    groups: dict[str, list[str]] = {}
+    for name, first in found.shared.items():
+        groups.setdefault(first, []).append(name.rsplit(".", 1)[-1])
+    kinds = dict.fromkeys(" ".join(g) for g in groups.values() if len(g) > 1)
+    return "\nshared inputs: " + "; ".join(kinds) if kinds else ""
+
+
+def _percent(share: float) -> str:
+    return f"{share:.{2 if share < 1 else 1 if share < 10 else 0}f} %"
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return str(number)
+
+
+def _size(size: int) -> str:
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 2**power:
+            return f"{size / 2**power:.{2 if power == 30 else 1}f} {unit}"
+    return f"{size} B"

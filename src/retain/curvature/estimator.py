@@ -1,0 +1,157 @@
+"""What turns a stream of records into blocks: the base of every structure's estimator.
+
+All that an estimator has gathered is in one dictionary of tensors, so that a fit which was
+stopped goes on from a file. Sums are kept in float32 (float64 for a float64 model).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from retain.curvature.block import Block
+from retain.curvature.factor import DenseFactor, Factor
+from retain.curvature.link import Link
+from retain.curvature.record import Record
+from retain.curvature.sketch import sketch_finish, sketch_update, sketched
+from retain.types import Products
+
+__all__ = ["Estimator", "Fitted", "Layout", "products"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What an estimator is told of the layers before it starts.
+
+    Attributes:
+        shared: layer -> the layer whose input it shares (itself, when it shares none), in the
+            order of the modules.
+        rank: of sketched factors, or None for whole ones.
+        calibrate: scale each block of ``kfac`` and ``tridiagonal`` to its true trace.
+        adapters: layer -> (B, A, scaling) for a pull-back to adapter space; empty otherwise.
+        rows: layer -> the factors of its rows (DoRA), for estimators that see no gradients.
+    """
+
+    shared: Mapping[str, str]
+    rank: int | None = None
+    calibrate: bool = True
+    adapters: Mapping[str, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Blocks by name, and the links between them."""
+
+    blocks: dict[str, Block]
+    links: dict[tuple[str, str], Link] = field(default_factory=dict)
+
+
+class Estimator(ABC):
+    """Streams records into `state`; the blocks come out at the end."""
+
+    passes: ClassVar[int] = 1
+    """How often the source is read."""
+    backward: ClassVar[bool] = True
+    """Whether gradients are needed."""
+    together: ClassVar[bool] = False
+    """Whether all layers must see the same sequences when only a share is read."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.state: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def update(self, record: Record) -> None:
+        """Takes one layer's inputs and gradients of one pass."""
+
+    def turn(self, number: int) -> None:
+        """Called when a pass over the source has ended, with its number from 0."""
+        return
+
+    @abstractmethod
+    def finish(self, predictions: int, traces: Mapping[str, float]) -> Fitted:
+        """The blocks.
+
+        Args:
+            predictions: the number of predicted tokens that were seen.
+            traces: layer -> ``E || sum_t g_t x_t^T ||^2`` per prediction, over all sequences.
+        """
+
+    def add(self, key: str, value: Tensor) -> None:
+        """Adds to a sum."""
+        if key in self.state:
+            self.state[key] += value
+        else:
+            self.state[key] = value.clone()
+
+    def product(self, key: str, left: Tensor, right: Tensor, weight: float = 1.0) -> None:
+        """Adds ``weight * left^T right`` for rows [n, a] and [n, b]."""
+        if key in self.state:
+            self.state[key].addmm_(left.T, right, alpha=weight)
+        else:
+            self.state[key] = (left.T @ right) * weight
+
+    def moment(self, key: str, rows: Tensor, weight: float = 1.0) -> None:
+        """Adds ``weight * rows^T rows``, to a sketch where the side is wide."""
+        rank = self.layout.rank
+        if rank is not None and sketched(rows.shape[1], rank):
+            sketch_update(self.state, key, rows * weight**0.5, rank)
+        else:
+            self.product(key, rows, rows, weight)
+
+    def factor(self, key: str, scale: float) -> Factor:
+        """``scale`` times what `moment` has summed, which is gone then: it may be large."""
+        if key in self.state:
+            return DenseFactor(self.state.pop(key).mul_(scale))
+        assert self.layout.rank is not None
+        dtype = self.state[f"{key}.buffer"].dtype
+        return sketch_finish(self.state, key, self.layout.rank, scale, dtype)
+
+
+def flat(x: Tensor) -> Tensor:
+    """[batch, seq, d] as [batch * seq, d]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def calibration(found: float, true: float) -> float:
+    """What brings a trace to its true value; 0 for a layer without any gradient."""
+    return true / found if found > 0 else 0.0
+
+
+@contextmanager
+def products(kind: Products) -> Iterator[None]:
+    """Float32 matrix products by the hardware's bfloat16 or TF32 units, summed in float32.
+
+    ``auto`` uses them where they are faster: on a CPU with AMX tiles, and on a GPU.
+    Only the factors' own products are inside; the model runs as it always does.
+    """
+    if kind != "auto" or not _HAS_BF16:
+        yield
+        return
+    torch_backends: Any = torch.backends
+    backends = [(torch_backends.mkldnn.matmul, "bf16"), (torch_backends.cuda.matmul, "tf32")]
+    before = [backend.fp32_precision for backend, _ in backends]
+    try:
+        for backend, precision in backends:
+            backend.fp32_precision = precision
+        yield
+    finally:
+        for (backend, _), precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def _has_bf16() -> bool:
+    if torch.cuda.is_available():
+        return True
+    # AVX512-BF16 alone gains little or nothing: the conversion of the operands eats it.
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+_HAS_BF16 = _has_bf16()

@@ -1,0 +1,119 @@
+"""A fit that was stopped goes on from a file: all sums, and how far it had come.
+
+The file belongs to one fit exactly: its key covers the model, the adapter, the source's tokens and
+every setting that the sums depend on. It is written whole or not at all, so a process that is
+killed while writing leaves the one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from retain.curvature.gather import Gather
+from retain.data.batches import Example
+from retain.files import whole_file, write_json
+
+__all__ = ["Partial", "fit_key", "forget", "kept_rows"]
+
+
+class Partial:
+    """Saves a `Gather` from time to time, and puts it back.
+
+    Args:
+        path: of the file, or None for none.
+        key: of the fit.
+        seconds: least time between two saves.
+    """
+
+    def __init__(self, path: str | Path | None, key: str, seconds: float) -> None:
+        self.path = None if path is None else Path(path).expanduser()
+        self.key, self.seconds = key, seconds
+        self._last = time.monotonic()
+
+    def load(self, run: Gather, device: torch.device) -> int:
+        """Puts what was gathered into `run`; returns how many batches of its pass are done.
+
+        A file of another fit, or one that cannot be read, counts as none.
+        """
+        if self.path is None or not self.path.is_file():
+            return 0
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                if (file.metadata() or {}).get("retain") != self.key:
+                    return 0
+                kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError):
+            return 0
+        done = int(kept.pop("done"))
+        run.load(kept, device)
+        return done
+
+    def save(self, run: Gather, done: int, *, force: bool = False) -> None:
+        """Writes the file if it is time.
+
+        Raises:
+            OutputError: the place cannot be written, or the disk is full.
+        """
+        if self.path is None or not (force or time.monotonic() - self._last >= self.seconds):
+            return
+        kept: dict[str, Tensor] = {k: t.cpu().contiguous() for k, t in run.state().items()}
+        kept["done"] = torch.tensor(done)
+        with whole_file(self.path, "the unfinished curvature") as scratch:
+            try:
+                save_file(kept, scratch, metadata={"retain": self.key})
+            except SafetensorError as error:  # safetensors wraps the system's error
+                raise OSError(str(error)) from error
+        self._last = time.monotonic()
+
+
+def kept_rows(
+    partial: str | Path | None, what: Sequence[Any], make: Callable[[], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Sampled text, kept beside an unfinished fit (``<partial>.text``), which needs it again.
+
+    Args:
+        partial: the fit's file, or None to keep nothing.
+        what: all that the text depends on.
+        make: makes it.
+    """
+    if partial is None:
+        return make()
+    path = Path(f"{partial}.text").expanduser()
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["of"] == list(what):
+            return list(known["rows"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    rows = make()
+    write_json(path, {"of": list(what), "rows": rows})
+    return rows
+
+
+def forget(partial: str | Path) -> None:
+    """Deletes what an unfinished fit has left."""
+    for path in (Path(partial).expanduser(), Path(f"{partial}.text").expanduser()):
+        path.unlink(missing_ok=True)
+
+
+def fit_key(
+    settings: Mapping[str, Any], examples: Sequence[Example], weights: Sequence[Tensor]
+) -> str:
+    """A digest of everything that a fit's sums depend on."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for e in examples:
+        digest.update(repr((e.tokens, e.targets, e.predict, e.segments)).encode())
+    for weight in weights:
+        data = weight.detach().cpu().contiguous()
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

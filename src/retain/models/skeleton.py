@@ -1,0 +1,285 @@
+"""A model without its weights: on the meta device, where a tensor has a shape and no memory."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retain.errors import CurvatureError, ModelError
+from retain.models.adapter import LoraSite, attach_lora, lora_sites
+from retain.models.builtin import BUILTIN, cache_folder, offline, resolve_builtin
+
+__all__ = ["Outline", "load_skeleton", "outline"]
+
+_TOKENS = 8
+"""Length of the sequence that finds out who shares an input."""
+
+_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a plan needs to know of a model.
+
+    Attributes:
+        kind: the model's class.
+        parameters: of the base model.
+        linear: multiply-adds a token of all its linear layers, the head among them; of a mixture
+            of experts, those of the experts that a token meets.
+        head: those of the language-model head; 0 for a classifier.
+        layers: LoRA layer -> (d_out, d_in), in the order of the modules.
+        shared: LoRA layer -> the first layer with the same input (itself, when it is the first).
+        pooled: LoRA layers that see one position of a sequence.
+        notes: what could not be found out.
+    """
+
+    kind: str
+    parameters: int
+    linear: int
+    head: int
+    layers: dict[str, tuple[int, int]]
+    shared: dict[str, str]
+    pooled: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+
+def load_skeleton(
+    name: str | Path, *, num_labels: int | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """Builds a model from its configuration alone, all tensors on the meta device.
+
+    Args:
+        name: a built-in name, a folder with a ``config.json``, such a file itself, a ``.gguf``
+            file, or a hub id (of which the configuration alone is fetched, and nothing when
+            ``HF_HUB_OFFLINE`` is set).
+        num_labels: a classifier with so many classes. Without it a decoder gets its
+            language-model head, and an encoder a classifier with the classes it is configured
+            for (2, where nothing is said).
+        trust_remote_code: run code that comes with the model. Off unless asked for.
+
+    Raises:
+        ModelError: the configuration cannot be found or read, or transformers knows no model
+            with a head that predicts for it.
+    """
+    import transformers as tf
+    from huggingface_hub.errors import StrictDataclassError
+
+    where, extra = _locate(str(name))
+    trust = {"trust_remote_code": trust_remote_code}
+    try:
+        config = tf.AutoConfig.from_pretrained(where, local_files_only=offline(), **trust, **extra)
+    except (*_BROKEN, StrictDataclassError) as error:
+        raise _unreadable(str(name), error) from error
+    if num_labels is None and any("Conditional" in a for a in config.architectures or []):
+        raise ModelError(
+            "the model is neither a decoder nor an encoder",
+            got=f"{name}: {', '.join(config.architectures)}",
+            allowed="a decoder, or an encoder with a sequence-classification head",
+            fix="give another model, or --num-labels for a classifier",
+        )
+    causal = num_labels is None and _is_decoder(config)
+    auto: Any = tf.AutoModelForCausalLM if causal else tf.AutoModelForSequenceClassification
+    if num_labels is not None:
+        config.num_labels = num_labels
+    try:
+        with torch.device("meta"):
+            model: nn.Module = auto.from_config(config, **trust)
+    except (*_BROKEN, StrictDataclassError) as error:
+        raise ModelError(
+            "no model can be built from the configuration",
+            got=f"{name} ({config.model_type}): {_short(error)}",
+            allowed="a decoder, or an encoder with a sequence-classification head",
+            fix="check config.json, or give --num-labels for a classifier",
+        ) from error
+    return model.eval()
+
+
+def outline(
+    model: nn.Module, *, rank: int = 16, targets: str | Sequence[str] = "all-linear"
+) -> Outline:
+    """Puts LoRA on a skeleton, as training would, and reads off what a plan needs.
+
+    Args:
+        model: of `load_skeleton`; it carries the adapter afterwards.
+        rank: r.
+        targets: PEFT's ``target_modules``: names, or ``all-linear``.
+
+    Raises:
+        ConfigError: targets that the model does not have.
+        ModelError: layers that PEFT or a curvature cannot handle.
+        CurvatureError: a layer that runs not at all, or more than once, in one forward pass.
+    """
+    kind, parameters = type(model).__name__, sum(p.numel() for p in model.parameters())
+    linear, head = _linear_work(model), 0
+    find: Any = getattr(model, "get_output_embeddings", None)
+    if find is not None and (out := find()) is not None:
+        head = out.weight.numel()
+    leaves = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m)}
+    try:
+        with torch.device("meta"):
+            adapted = attach_lora(model, rank=rank, targets=targets)
+    except TypeError as error:  # such as PEFT's on DistilBERT, whose head it would wrap twice
+        raise _unfit(f"{kind}: {_short(error)}", leaves) from error
+    sites = lora_sites(adapted)
+    for site in sites:
+        if not _is_linear(site.layer.get_base_layer()):
+            raise _unfit(f"{type(site.layer.get_base_layer()).__name__} at {site.name}", leaves)
+    layers = {site.name: site.shape for site in sites}
+    try:
+        seen = _inputs(adapted, sites)
+    except _BROKEN as error:
+        why = f"{type(error).__name__}: {_short(error, 80)}"
+        note = (
+            f"a forward pass without weights failed ({why}), so no input is counted as shared: "
+            "what input factors cost is an upper bound"
+        )
+        alone = {name: name for name in layers}
+        return Outline(kind, parameters, linear, head, layers, alone, notes=(note,))
+    pooled = frozenset(n for n, x in seen.items() if x.shape[:-1].numel() != _TOKENS)
+    return Outline(kind, parameters, linear, head, layers, _first_readers(seen), pooled)
+
+
+def _locate(name: str) -> tuple[str, dict[str, str]]:
+    """What ``AutoConfig`` finds the configuration by."""
+    if name in BUILTIN:
+        cached = cache_folder() / name
+        if (cached / "config.json").is_file():
+            return str(cached), {}
+        entry = BUILTIN[name]
+        spec = importlib.util.find_spec(entry.package)  # looks it up, does not import it
+        for place in list(spec.submodule_search_locations or []) if spec else []:
+            inside = Path(place) / entry.path
+            if inside.is_file():
+                return str(inside.parent), {"gguf_file": inside.name}
+            if inside.is_dir():
+                return str(inside), {}
+        return resolve_builtin(name), {}  # its id on the hub, or an error that says how to get it
+    path = Path(name).expanduser()
+    missing = path.suffix in {".gguf", ".json"} and not path.is_file()
+    if missing or (path.is_dir() and not (path / "config.json").is_file()):
+        raise ModelError(
+            "no configuration of a model is there",
+            got=name if missing else f"{name} without config.json",
+            allowed="a folder with config.json, such a file itself, or a .gguf file",
+            fix="check the path",
+        )
+    if path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    return (str(path) if path.exists() else name), {}
+
+
+def _is_decoder(config: Any) -> bool:
+    """Whether a model is one for ``AutoModelForCausalLM``.
+
+    Says so by itself or, where it does not, is of a type that has that head and no masked one.
+    """
+    from transformers.models.auto import modeling_auto as known
+
+    if config.architectures:
+        return any("CausalLM" in a or "LMHead" in a for a in config.architectures)
+    return (
+        config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and config.model_type not in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """A linear layer; GPT-2's Conv1D is one, with its weight transposed."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _linear_work(model: nn.Module) -> int:
+    """Multiply-adds a token in the linear layers and in the experts that a token meets."""
+    linear: list[Any] = [m for m in model.modules() if _is_linear(m)]
+    total: int = sum(m.weight.numel() for m in linear)
+    meets = getattr(model.config, "num_experts_per_tok", None)
+    for expert in _experts(model):
+        for weight in expert.parameters(recurse=False):
+            if weight.ndim == 3:
+                total += weight[0].numel() * (meets or weight.shape[0])
+    return total
+
+
+def _experts(model: nn.Module) -> list[nn.Module]:
+    """Modules that hold the weights of all experts of a layer in one tensor."""
+    return [m for name, m in model.named_modules() if name.rsplit(".", 1)[-1] == "experts"]
+
+
+def _inputs(model: nn.Module, sites: list[LoraSite]) -> dict[str, Tensor]:
+    """Each layer's input in one forward pass of one sequence, on the meta device.
+
+    Experts, whose work hangs on numbers that are not there, hand on an empty tensor of the shape
+    of their input.
+    """
+    seen: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _m, args: seen[name].append(args[0])
+
+    modules: dict[str, Any] = {site.name: site.layer for site in sites}
+    handles = [m.register_forward_pre_hook(hook(name)) for name, m in modules.items()]
+    for module in _experts(model):
+        module.forward = lambda x, *_args, **_more: torch.empty_like(x)
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in _experts(model):
+            del module.forward
+    for name, inputs in seen.items():
+        if len(inputs) != 1:
+            raise CurvatureError(
+                "a layer does not run exactly once in a forward pass",
+                got=f"{len(inputs)} runs of {name}",
+                allowed="1",
+                fix="leave that layer out of the adapter's target_modules",
+            )
+    return {name: inputs[0] for name, inputs in seen.items()}
+
+
+def _first_readers(seen: Mapping[str, Tensor]) -> dict[str, str]:
+    """Layer -> the first layer that reads the same tensor.
+
+    As in `retain.curvature.capture.shared_inputs`; but tensors without memory are the same when
+    they are the same view of the same storage.
+    """
+    shared: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, x in seen.items():
+        place = (x.untyped_storage()._cdata, x.storage_offset(), x._version)
+        shared[name] = first.setdefault((*place, tuple(x.shape), x.stride()), name)
+    return shared
+
+
+def _unfit(got: str, leaves: set[str]) -> ModelError:
+    return ModelError(
+        "the adapter does not fit on these layers",
+        got=got,
+        allowed=f"plain LoRA on linear layers: {', '.join(sorted(leaves))}",
+        fix="name some of them with --targets",
+    )
+
+
+def _unreadable(name: str, error: Exception) -> ModelError:
+    near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    off = " (the hub is switched off)" if offline() else ""
+    return ModelError(
+        "unknown model",
+        got=f"{name!r}{off}: {_short(error)}",
+        allowed=f"{', '.join(BUILTIN)}, a hub id, a folder, a config.json, a .gguf file",
+        fix=f"{hint}check the name, the path, or the connection to the hub",
+    )
+
+
+def _short(error: Exception, size: int = 160) -> str:
+    return " ".join(str(error).split())[:size] or type(error).__name__

@@ -1,0 +1,147 @@
+"""The activation curvature: shapes from `oracles_more`, and its scale from the nats of noise."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from oracles import Oracle, kfac
+from oracles_more import activation
+from quadratics import displacement, joined
+from retain import Curvature, fit_curvature
+from retain.curvature.activation import NOISY_ROWS, nats_of_noise
+from retain.data.batches import Batch, collate
+from retain.data.sources import encode
+from retain.models.adapter import lora_sites
+from retain.types import FISHERS, SPACES
+from tiny import KINDS, ROWS, move, relative, tiny
+
+EACH = pytest.mark.parametrize(
+    ("kind", "moved", "space"), [(k, m, s) for k in KINDS for m in (False, True) for s in SPACES]
+)
+
+
+def fit(model: nn.Module, kind: str, space: str = "weight", **options) -> Curvature:
+    options = {"batch_size": 2, "progress": False, **options}
+    return fit_curvature(model, ROWS[kind], "activation", space=space, **options)
+
+
+@cache
+def oracle(kind: str, moved: bool) -> Oracle:
+    return Oracle(tiny(kind, moved=moved), ROWS[kind], causal=kind == "llama")
+
+
+@cache
+def energies(kind: str, moved: bool) -> dict[str, tuple[float, int]]:
+    """Layer -> (E ||y||^2 over positions, d_out), each row being run alone."""
+    model = tiny(kind, moved=moved)
+    seen: dict[str, list[float]] = {site.name: [] for site in lora_sites(model)}
+
+    def hook(name: str):
+        return lambda _m, _a, y: seen[name].extend(
+            float(row @ row) for row in y.reshape(-1, y.shape[-1])
+        )
+
+    for site in lora_sites(model):
+        site.layer.register_forward_hook(hook(site.name))
+    for row in ROWS[kind]:
+        ids = row["input_ids"][:-1] if kind == "llama" else row["input_ids"]
+        with torch.no_grad():
+            model(torch.tensor([ids]))
+    sites = {site.name: site.shape[0] for site in lora_sites(model)}
+    return {name: (sum(e) / len(e), sites[name]) for name, e in seen.items()}
+
+
+def whole(kind: str) -> Batch:
+    """All rows at once, as the noise is measured on them."""
+    assert len(ROWS[kind]) <= NOISY_ROWS
+    return collate(encode(ROWS[kind], None, max_length=16, causal=kind == "llama"), 0)
+
+
+@EACH
+def test_blocks_are_the_twins_times_one_number(kind: str, moved: bool, space: str) -> None:
+    model = tiny(kind, moved=moved)
+    curvature = fit(model, kind, space, seed=5)
+    twin, energy = activation(oracle(kind, moved), model), energies(kind, moved)
+    layers = {site.name: site.layer for site in lora_sites(model)}
+    gamma = nats_of_noise(model, layers, whole(kind), seed=5)
+    assert gamma > 0
+    assert list(curvature.blocks) == oracle(kind, moved).names[space]
+    want = {}
+    for name, block in curvature.blocks.items():
+        layer = name.removesuffix(".lora_A").removesuffix(".lora_B")
+        want[name] = gamma / energy[layer][0] * twin[name]
+        assert block.shape == oracle(kind, moved).shapes[name]
+        assert relative(block.to_dense(), want[name]) < 1e-9, name
+        if float(twin[name].trace()):
+            scale = block.trace() / float(twin[name].trace()) * energy[layer][0]
+            assert scale == pytest.approx(gamma, rel=1e-9), name
+        else:
+            assert not moved and name.endswith("lora_A")
+    dense = torch.block_diag(*want.values())
+    move(model, seed=8)
+    moves = {name: d.detach() for name, d in displacement(curvature, model).items()}
+    d = joined(curvature, moves)
+    for at in (model, moves):
+        assert relative(curvature.quadratic(at), 0.5 * d @ dense @ d) < 1e-9
+    assert relative(joined(curvature, curvature.matvec(moves)), dense @ d) < 1e-9
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gamma_is_the_nats_of_noise_that_gradients_predict(kind: str, moved: bool) -> None:
+    # Noise of variance eta^2 ms_l at each entry of each output: to second order its KL a
+    # prediction is 0.5 eta^2 sum of ms_l tr G_l, with G_l = E[g g^T] of the exact Fisher.
+    model, eta, seeds = tiny(kind, moved=moved), 1e-4, 400
+    factors = kfac(oracle(kind, moved), "weight", "exact")
+    kl = sum(
+        0.5 * eta**2 * energy / width * float(factors[name][1].trace())
+        for name, (energy, width) in energies(kind, moved).items()
+    )
+    want = 2 * kl / (eta**2 * len(factors))
+    layers, batch = {site.name: site.layer for site in lora_sites(model)}, whole(kind)
+    found = [nats_of_noise(model, layers, batch, seed, eta) for seed in range(seeds)]
+    values = torch.tensor(found, dtype=torch.float64)
+    error = float(values.std()) / seeds**0.5
+    assert error < 0.1 * want
+    assert abs(float(values.mean()) - want) < 4 * error
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_gamma_hardly_depends_on_the_size_of_the_noise(moved: bool) -> None:
+    model, batch = tiny("bert", moved=moved), whole("bert")
+    layers = {site.name: site.layer for site in lora_sites(model)}
+
+    def mean(*eta: float) -> float:
+        return sum(nats_of_noise(model, layers, batch, seed, *eta) for seed in range(100)) / 100
+
+    assert mean() == pytest.approx(mean(1e-4), rel=0.1)
+
+
+def test_the_seed_alone_fixes_the_noise_and_no_hook_is_left() -> None:
+    model = tiny("llama")
+    layers, state = {s.name: s.layer for s in lora_sites(model)}, torch.get_rng_state()
+    found = [nats_of_noise(model, layers, whole("llama"), seed) for seed in (1, 1, 2)]
+    assert found[0] == found[1] != found[2]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_labels_do_not_matter(fisher: str) -> None:
+    want = fit(tiny("bert", moved=True), "bert").to_dense()
+    model = tiny("bert", moved=True)
+    rows = [{**row, "label": (row["label"] + 1) % 3} for row in ROWS["bert"]]
+    options = {"fisher": fisher, "samples": 2, "batch_size": 2, "progress": False}
+    found = fit_curvature(model, rows, "activation", **options)
+    assert torch.equal(found.to_dense(), want)
+
+
+def test_no_gradient_is_asked_for() -> None:
+    model = tiny("llama", moved=True).requires_grad_(False)
+    with torch.no_grad():
+        found = fit(model, "llama")
+    assert relative(found.to_dense(), fit(tiny("llama", moved=True), "llama").to_dense()) < 1e-15
