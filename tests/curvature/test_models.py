@@ -1,0 +1,257 @@
+"""Kinds of LoRA models: rsLoRA, DoRA, tied embeddings, modules trained beside LoRA, 4-bit bases."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from oracles import Oracle, kfac, shampoo
+from oracles_more import ekfac_given
+from quadratics import dense_quadratic
+from retain import Curvature, Retention, fit_curvature, load_curvature
+from retain.errors import CurvatureError, MismatchError, ModelError
+from retain.models.adapter import lora_sites
+from retain.types import STRUCTURES
+from sums import dora, same
+from tiny import KINDS, ROWS, base, move, relative, tiny
+
+TASK = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS"}
+
+
+def peft(kind: str, model: nn.Module | None = None, **options: Any) -> PeftModel:
+    config = {"r": 2, "target_modules": "all-linear", "task_type": TASK[kind]} | options
+    inner = base(kind) if model is None else model
+    return get_peft_model(inner, LoraConfig(**config), autocast_adapter_dtype=False).eval()
+
+
+def fit(model: nn.Module, kind: str, structure: str = "kfac", **options: Any) -> Curvature:
+    options = {"fisher": "exact", "batch_size": 2, "progress": False} | options
+    return fit_curvature(model, ROWS[kind], structure, **options)
+
+
+# --- rsLoRA and tied embeddings ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rank_stabilised_scaling(kind: str) -> None:
+    model = peft(kind, use_rslora=True, lora_alpha=3)
+    assert all(s.scaling == pytest.approx(3 / 2**0.5) for s in lora_sites(model))
+    curvature, plain = fit(model, kind), fit(tiny(kind), kind)
+    same(curvature, plain)
+    move(model, 4)
+    want = float(dense_quadratic(curvature, model))
+    assert want > 0
+    for c in (curvature, plain):  # a weight has moved as far, whatever made it
+        assert c.quadratic(model) == pytest.approx(want, rel=1e-9)
+    other = peft(kind, r=4, use_rslora=True, lora_alpha=3)
+    assert curvature.quadratic(other) == 0
+    adapter = fit(model, kind, space="adapter")
+    assert adapter.quadratic(model) == 0
+    with pytest.raises(MismatchError, match="one rank and scaling"):
+        adapter.quadratic(peft(kind, lora_alpha=3))
+
+
+def tied() -> LlamaForCausalLM:
+    config = base("llama").config
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).double().eval()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_tied_embeddings(full: bool) -> None:
+    model = tied()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    curvature = fit(model if full else peft("llama", model), "llama")
+    assert len(curvature.blocks) == 14
+    assert not any("lm_head" in n or "embed" in n for n in curvature.blocks)
+    same(curvature, fit(peft("llama", tied()), "llama"))
+
+
+# --- DoRA ---
+
+
+@cache
+def oracle(kind: str) -> Oracle:
+    # PEFT's own graph holds the norm fixed, so the frozen weight's gradient is that of an update.
+    return Oracle(dora(kind), ROWS[kind], causal=kind == "llama")
+
+
+def factors(model: nn.Module) -> dict[str, Tensor]:
+    """``m / ||W + s B A||`` by rows."""
+    found = {}
+    for site in lora_sites(model):
+        whole = site.layer.base_layer.weight + site.scaling * site.b @ site.a
+        magnitude = site.layer.lora_magnitude_vector["default"].weight
+        found[site.name] = (magnitude / whole.square().sum(1).sqrt()).detach()
+    return found
+
+
+def test_the_oracle_of_dora_is_that_of_the_effective_weight() -> None:
+    model, plain = dora("llama"), base("llama")
+    by_row = factors(model)
+    moves = {
+        f"{s.name}.weight": torch.zeros(s.shape, dtype=torch.float64, requires_grad=True)
+        for s in lora_sites(model)
+    }
+    effective = {}
+    for s in lora_sites(model):
+        whole = (s.layer.base_layer.weight + s.scaling * s.b @ s.a).detach()
+        effective[f"{s.name}.weight"] = by_row[s.name][:, None] * (
+            whole + moves[f"{s.name}.weight"]
+        )
+    for number, row in enumerate(ROWS["llama"][:2]):
+        ids = torch.tensor([row["input_ids"][:-1]])
+        logits = functional_call(plain, effective, args=(), kwargs={"input_ids": ids}).logits[0]
+        assert relative(logits.detach(), model(input_ids=ids).logits[0].detach()) < 1e-10
+        log_p = logits.log_softmax(-1)
+        for t, y in ((0, 3), (len(log_p) - 1, 7)):
+            found = torch.autograd.grad(log_p[t, y], list(moves.values()), retain_graph=True)
+            for name, gradient in zip(moves, found, strict=True):
+                want = oracle("llama").sequences[number].in_weights[name.removesuffix(".weight")]
+                assert float((gradient - want[t, y]).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("structure", [s for s in STRUCTURES if s != "activation"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dora_in_weight_space(kind: str, structure: str, tmp_path: Path) -> None:
+    model, o = dora(kind), oracle(kind)
+    curvature, dense = fit(model, kind, structure), o.dense("weight", "exact")
+    c, (f, g) = factors(model), (kfac(o, "weight", "exact"), shampoo(o, "weight", "exact"))
+    mean = sum(b.trace() for b in dense.values()) / sum(len(b) for b in dense.values())
+    for name, block in curvature.blocks.items():
+        full, one = dense[name], torch.eye(len(dense[name]), dtype=torch.float64)
+        if structure == "ekfac":
+            want = ekfac_given(full, block.outputs, block.inputs)
+        elif structure in ("kfac", "tridiagonal"):
+            s, outputs = f[name]
+            want = torch.kron(c[name][:, None] * outputs * c[name], s)
+        elif structure == "shampoo":
+            want = torch.kron(g[name][1], g[name][0])
+        else:
+            want = mean * one if structure == "identity" else torch.diag(full.diagonal())
+        if structure not in ("identity", "diagonal", "ekfac"):
+            want = want * full.trace() / want.trace()
+        assert relative(block.to_dense(), want) < 1e-9, name
+    assert abs(curvature.quadratic(model)) < 1e-20
+    move(model, 6, size=0.1)
+    value = float(dense_quadratic(curvature, model))
+    assert curvature.quadratic(model) == pytest.approx(value, rel=1e-9)
+    again = load_curvature(curvature.save(tmp_path / "c"))
+    assert again.quadratic(model) == pytest.approx(value, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation_of_dora(kind: str, tmp_path: Path) -> None:
+    # What moves is the output: 0.5 gamma E||c * D x||^2 / E||y||^2 with one gamma for all.
+    model, o = dora(kind), oracle(kind)
+    curvature, c, found = fit(model, kind, "activation"), factors(model), []
+    for name, block in curvature.blocks.items():
+        rows = torch.cat([s.inputs[name] for s in o.sequences])
+        seen: list[Tensor] = []
+        site = next(s for s in lora_sites(model) if s.name == name)
+        handle = site.layer.register_forward_hook(lambda _m, _a, y, to=seen: to.append(y.detach()))
+        for row in ROWS[kind]:
+            ids = row["input_ids"][:-1] if kind == "llama" else row["input_ids"]
+            model(input_ids=torch.tensor([ids]))
+        handle.remove()
+        energy = sum(float(y.square().sum()) for y in seen) / len(rows)
+        want = torch.kron(torch.diag(c[name].square()), rows.T @ rows / len(rows)) / energy
+        found.append(block.trace() / float(want.trace()))
+        assert relative(block.to_dense() / found[-1], want) < 1e-9, name
+    assert max(found) == pytest.approx(min(found), rel=1e-9)
+    again = load_curvature(curvature.save(tmp_path / "c"))
+    same(again, curvature, 1e-15)
+    same(curvature + curvature, 2.0 * curvature)
+
+
+def test_dora_has_no_adapter_space() -> None:
+    with pytest.raises(CurvatureError, match="needs plain LoRA factors; got: DoRA"):
+        fit(dora("llama"), "llama", space="adapter")
+
+
+def test_dora_is_held() -> None:
+    model = dora("llama")
+    retention = Retention(model, fit(model, "llama"))
+    assert retention.predicted() == pytest.approx(0, abs=1e-12)
+    assert not any("magnitude" in n for n, p in model.named_parameters() if p.grad is not None)
+
+
+# --- modules that are trained beside LoRA ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "named"),
+    [
+        ("llama", {"modules_to_save": ["embed_tokens"]}, "embed_tokens"),
+        ("llama", {"modules_to_save": ["lm_head"]}, "lm_head"),
+        ("llama", {"modules_to_save": ["norm"]}, "norm"),
+        ("bert", {"modules_to_save": ["pooler"], "target_modules": ["query"]}, "pooler"),
+        ("bert", {"bias": "all"}, "bias"),
+        ("bert", {"bias": "lora_only"}, "bias"),
+    ],
+)
+def test_pre_trained_modules_that_nothing_holds(kind: str, options: dict, named: str) -> None:
+    model = peft(kind, **options)
+    with pytest.raises(ModelError, match="no curvature holds") as caught:
+        Retention(model, fit(model, kind))
+    assert named in str(caught.value) and "modules_to_save" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_new_head_is_free_to_learn() -> None:
+    model = peft("bert")
+    assert any(".modules_to_save." in n for n, p in model.named_parameters() if p.requires_grad)
+    retention = Retention(model, fit(model, "bert"))
+    held = {id(p) for p in retention.parameters()}
+    assert all(id(p) not in held for n, p in model.named_parameters() if "classifier" in n)
+
+
+def test_new_tokens_are_free_to_learn() -> None:
+    model = peft("llama", trainable_token_indices={"embed_tokens": [1, 2]})
+    curvature = fit(model, "llama")
+    Retention(model, curvature)
+    tokens = [p for n, p in model.named_parameters() if "trainable_tokens" in n]
+    with torch.no_grad():
+        tokens[0].add_(0.5)
+    assert curvature.quadratic(model) == 0  # the base model is still the same
+    Retention(model, curvature, resuming=True)
+    assert fit(tiny("llama"), "llama").quadratic(model) == 0
+
+
+# --- 4-bit base weights ---
+
+
+@pytest.mark.parametrize("structure", ["kfac", "shampoo", "activation"])
+def test_a_four_bit_base(structure: str, tiny_folder: Path, tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from transformers import BitsAndBytesConfig
+
+    four = AutoModelForCausalLM.from_pretrained(
+        tiny_folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map="cpu"
+    ).eval()
+    plain = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
+    quantised = {n: m for n, m in four.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    assert len(quantised) == 14
+    with torch.no_grad():
+        for name, layer in quantised.items():
+            weight = bitsandbytes.functional.dequantize_4bit(
+                layer.weight.data, layer.weight.quant_state
+            )
+            plain.get_submodule(name).weight.copy_(weight)
+    models = [peft("llama", m) for m in (four, plain)]
+    got, want = (fit(m, "llama", structure, fisher="empirical", products="float32") for m in models)
+    for name, block in got.blocks.items():
+        assert relative(block.to_dense(), want.blocks[name].to_dense()) < 1e-2, name
+    retention = Retention(models[0], load_curvature(got.save(tmp_path / "c")))
+    move(models[0], 3)
+    assert retention.predicted() > 0
+    assert all(torch.equal(m.weight, quantised[n].weight) for n, m in quantised.items())

@@ -1,0 +1,182 @@
+"""Fits whose products read a share of the sequences, and settings that are refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from retain import Curvature, fit_curvature
+from retain.curvature.gather import Gather
+from retain.curvature.record import Record
+from retain.errors import ConfigError
+from retain.types import STRUCTURES
+from sums import definite, same, text
+from tiny import tiny
+
+ROWS = 24
+CASES = [("llama", p, s, 1 / 4) for p in ("weight", "adapter") for s in STRUCTURES]
+CASES += [("bert", "weight", s, 1 / 2) for s in STRUCTURES]
+
+
+def fit(kind: str, structure: str, share: float, batch_size: int = 8, **options: Any) -> Curvature:
+    return fit_curvature(
+        tiny(kind, moved=True), text(1, ROWS), structure, share=share, batch_size=batch_size,
+        **{"seed": 2, "progress": False} | options,
+    )  # fmt: skip
+
+
+def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """Layer -> the numbers of the sequences that enter its products."""
+    seen: dict[str, list[int]] = {}
+    real = Gather._chosen
+
+    def chosen(self: Gather, name: str, rows: list[int]) -> tuple[int, ...]:
+        found = real(self, name, rows)
+        seen.setdefault(name, []).extend(rows[i] for i in found)
+        return found
+
+    monkeypatch.setattr(Gather, "_chosen", chosen)
+    return seen
+
+
+@pytest.mark.parametrize(("kind", "space", "structure", "share"), CASES)
+def test_a_share_is_deterministic_and_keeps_the_trace(
+    kind: str, space: str, structure: str, share: float
+) -> None:
+    options = {"space": space, "structure": structure}
+    whole, got = (fit(kind, share=s, **options) for s in (1.0, share))
+    assert (whole.info.share, whole.info.share_error) == (1.0, 0.0)
+    assert got.info.share == share
+    for batch_size, tolerance in ((8, 1e-15), (ROWS, 1e-9)):
+        other = fit(kind, share=share, batch_size=batch_size, **options)
+        same(other, got, tolerance)
+        assert other.info.share_error == pytest.approx(got.info.share_error, rel=1e-9)
+    for key in ("predictions", "sequences", "tokens"):
+        assert getattr(got.info, key) == getattr(whole.info, key)
+    assert got.info.error == pytest.approx(whole.info.error, rel=1e-12)
+    if structure == "activation":  # it has no true trace to be scaled to
+        assert got.info.share_error == 0
+        return
+    for name, block in got.blocks.items():
+        assert block.trace() == pytest.approx(whole.blocks[name].trace(), rel=1e-10), name
+    if structure != "identity":
+        assert not torch.allclose(got.to_dense(), whole.to_dense(), rtol=1e-2)
+    definite(got.to_dense())
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "tridiagonal"])
+def test_layers_take_turns(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Together they read everything, but for a chain, whose layers must all see the same.
+    seen = counts(monkeypatch)
+    fit("llama", structure, 1 / 4)
+    passes = 2 if structure == "ekfac" else 1
+    assert {len(set(rows)) for rows in seen.values()} == {ROWS // 4}
+    assert all(len(rows) == passes * ROWS // 4 for rows in seen.values())
+    assert len({tuple(sorted(rows)) for rows in seen.values()}) == (
+        1 if structure == "tridiagonal" else 4
+    )
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_share_of_less_than_a_sequence_is_one_sequence(structure: str) -> None:
+    one = fit("llama", structure, 1 / ROWS)
+    assert one.info.share == 1 / ROWS
+    for share in (1 / 50, 5e-324):
+        least = fit("llama", structure, share)
+        same(least, one, 1e-15)
+        assert least.info.share == 1 / ROWS
+
+
+@pytest.mark.parametrize("share", [0.9, 0.7])
+def test_a_share_of_more_than_half_is_rounded(share: float) -> None:
+    assert fit("llama", "kfac", share).info.share == 1
+
+
+@pytest.mark.parametrize("share", [1 / 2, 1 / 4])
+@pytest.mark.parametrize("structure", ["kfac", "shampoo"])
+def test_sketches_of_a_share(structure: str, share: float) -> None:
+    whole, got = (fit("llama", structure, share, rank=rank) for rank in (None, 2))
+    for name, block in got.blocks.items():
+        assert block.trace() == pytest.approx(whole.blocks[name].trace(), rel=1e-10)
+        for side, factor in block.factors().items():
+            want = whole.blocks[name].factors()[side].dense()
+            off = float(torch.linalg.matrix_norm(factor.dense() - want, 2))
+            bound = factor.tensors().get(".bound", torch.zeros(()))
+            assert off <= float(bound) + 1e-10 * float(want.trace())
+
+
+@pytest.mark.parametrize(
+    ("kind", "structure", "options", "share"),
+    [
+        ("llama", "kfac", {}, 1 / 4),
+        ("llama", "kfac", {"samples": 4}, 1 / 4),
+        ("bert", "kfac", {}, 1 / 2),
+        ("bert", "shampoo", {"fisher": "exact"}, 1 / 4),
+        ("llama", "tridiagonal", {"samples": 4}, 1 / 2),
+    ],
+)
+def test_the_stated_error_covers_what_the_share_really_misses(
+    kind: str, structure: str, options: dict, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sums, real = [0.0, 0.0], Gather._trace
+
+    def trace(self: Gather, record: Record) -> None:
+        real(self, record)
+        t = record.traces.double() * record.weight
+        sums[0] += self.every * float(t[list(record.chosen)].sum())
+        sums[1] += float(t.sum())
+
+    monkeypatch.setattr(Gather, "_trace", trace)
+    model, away, stated = tiny(kind, moved=True), [], []
+    for seed in range(24):
+        sums[:] = [0.0, 0.0]
+        info = fit_curvature(
+            model, text(seed, 16), structure, share=share, seed=seed, batch_size=16,
+            progress=False, **options,
+        ).info  # fmt: skip
+        away.append(sums[0] / sums[1] - 1)
+        stated.append(info.share_error)
+        assert info.share_error > 0
+    away, stated = torch.tensor(away), torch.tensor(stated)
+    assert 0.5 < float((away / stated).square().mean().sqrt()) < 2
+    assert 0.5 < float(away.square().mean().sqrt() / stated.square().mean().sqrt()) < 2
+    assert abs(float(away.mean())) < 3 * float(away.std()) / 24**0.5  # and it is unbiased
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"share": 0}, "the share is no share; got: 0"),
+        ({"share": -0.5}, "the share is no share"),
+        ({"share": 1.5}, "the share is no share; got: 1.5"),
+        ({"share": math.nan}, "the share is no share; got: nan"),
+        ({"share": math.inf}, "the share is no share"),
+        ({"share": 0.5, "calibrate": False}, "got: calibrate=False with share=0.5"),
+        ({"temperature": 0}, "the temperature is no temperature"),
+        ({"temperature": -1.0}, "the temperature is no temperature"),
+        ({"temperature": math.nan}, "the temperature is no temperature"),
+        ({"temperature": math.inf}, "the temperature is no temperature"),
+        ({"rank": 0}, "rank is too small"),
+        *(
+            ({"structure": s, "rank": 2}, f"got: structure='{s}' with rank=2")
+            for s in ("identity", "diagonal", "ekfac", "tridiagonal")
+        ),
+        ({"structure": "kfac-tri"}, "unknown structure"),
+        ({"structure": "tridiag"}, "did you mean 'tridiagonal'?"),
+        ({"fisher": "reverse"}, "did you mean 'reversed'?"),
+        ({"products": "bf16"}, "unknown products"),
+    ],
+)
+def test_settings_that_are_refused(options: dict, hint: str) -> None:
+    def nothing(*_: object, **__: object) -> None:
+        raise AssertionError("work was done")
+
+    model = tiny("llama")
+    model.forward = nothing
+    with pytest.raises(ConfigError) as caught:
+        fit_curvature(model, text(1), **{"batch_size": 2, "progress": False} | options)
+    assert hint in str(caught.value)
+    assert "\n" not in str(caught.value)

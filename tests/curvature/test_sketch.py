@@ -1,0 +1,299 @@
+"""Sketched factors: what the stream promises, what sums of them promise, and fits with them."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from retain import Curvature, fit_curvature, load_curvature
+from retain.curvature.factor import (
+    DenseFactor,
+    Factor,
+    ScalarFactor,
+    SketchFactor,
+    factor_from,
+    inner,
+    truncate,
+)
+from retain.curvature.kronecker import KroneckerBlock
+from retain.curvature.sketch import sketch_finish, sketch_update, sketched
+from tiny import KINDS, ROWS, relative, tiny
+
+F64 = torch.float64
+FACTORS = ("dense", "scalar", "sketch")
+SEEDS = st.integers(0, 2**31 - 1)
+SIZES = st.tuples(st.integers(2, 12), st.integers(1, 6)).filter(lambda s: 2 * s[1] <= s[0])
+SPECTRA = ("flat", "decaying", "steep", "low")
+HARD = settings(max_examples=25, deadline=None)
+
+
+def stream(size: int, rank: int, count: int, spectrum: str, seed: int) -> Tensor:
+    """Rows, [count, size]; those of `low` span no more than `rank` directions."""
+    random = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, size, generator=random, dtype=F64)
+    turn = torch.linalg.qr(torch.randn(size, size, generator=random, dtype=F64))[0]
+    if spectrum == "low":
+        return rows[:, :rank] @ turn[:rank]
+    base = {"flat": 1.0, "decaying": 0.7, "steep": 0.05}[spectrum]
+    return rows * base ** torch.arange(size, dtype=F64) @ turn
+
+
+def pieces(count: int, seed: int) -> list[int]:
+    """Random sizes that sum to `count`; some are zero."""
+    cuts = torch.randint(0, count + 1, (4,), generator=torch.Generator().manual_seed(seed))
+    return [b - a for a, b in pairwise([0, *sorted(cuts.tolist()), count])]
+
+
+def sketch(rows: Tensor, rank: int, sizes: list[int] | None = None, scale: float = 1.0):
+    state: dict[str, Tensor] = {}
+    for part in rows.split(sizes or [len(rows)]):
+        sketch_update(state, "s", part, rank)
+    return sketch_finish(state, "s", rank, scale, rows.dtype)
+
+
+def norm(matrix: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(matrix, 2))
+
+
+def sound(factor: Factor, truth: Tensor, slack: float = 1e-11) -> None:
+    """Semi-definite, with the true diagonal and trace, and within its own bound of the truth."""
+    got, trace = factor.dense(), float(truth.trace())
+    assert float(torch.linalg.eigvalsh(got)[0]) >= -slack * trace
+    assert float((got.diagonal() - truth.diagonal()).abs().max()) <= slack * trace
+    assert factor.trace() == pytest.approx(trace, rel=slack)
+    bound = float(factor.bound) if isinstance(factor, SketchFactor) else 0.0
+    assert norm(got - truth) <= bound + slack * trace
+
+
+def example(kind: str, size: int, rank: int, seed: int) -> tuple[Factor, Tensor]:
+    """A factor, and the matrix that it stands for."""
+    rows = stream(size, rank, 20, "decaying", seed)
+    if kind == "scalar":
+        scale = rows[0, 0].abs()
+        return ScalarFactor(scale, size), scale * torch.eye(size, dtype=F64)
+    if kind == "dense":
+        return DenseFactor(rows.T @ rows), rows.T @ rows
+    return sketch(rows, rank), rows.T @ rows
+
+
+# --- the stream ---
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@HARD
+@given(shape=SIZES, count=st.integers(1, 70), seed=SEEDS, scale=st.floats(1e-6, 1e6))
+def test_a_sketch_keeps_its_promises(
+    spectrum: str, shape: tuple[int, int], count: int, seed: int, scale: float
+) -> None:
+    size, rank = shape
+    rows = stream(size, rank, count, spectrum, seed)
+    truth = scale * rows.T @ rows
+    got = sketch(rows, rank, pieces(count, seed), scale)
+    sound(got, truth)
+    assert bool((got.diagonal >= 0).all())
+    assert float(got.bound) <= float(truth.trace()) / (rank + 1) * (1 + 1e-12)
+    if spectrum == "low" or count <= rank:
+        assert norm(got.dense() - truth) <= 1e-11 * float(truth.trace())
+        assert float(got.bound) <= 1e-11 * float(truth.trace())
+    assert sum(t.numel() for t in got.tensors().values()) == rank * size + size + 1
+
+
+@HARD
+@given(shape=SIZES, count=st.integers(1, 70), seed=SEEDS)
+def test_how_the_stream_is_cut_does_not_matter(
+    shape: tuple[int, int], count: int, seed: int
+) -> None:
+    size, rank = shape
+    rows = stream(size, rank, count, "decaying", seed)
+    whole, cut = sketch(rows, rank), sketch(rows, rank, pieces(count, seed))
+    assert torch.equal(whole.vectors, cut.vectors)
+    assert norm(whole.dense() - cut.dense()) <= 1e-12 * whole.trace()
+    # Rows of padding are zero: they move the places of the cuts, which the bounds allow for.
+    padded = torch.cat([rows, torch.zeros_like(rows)], 1).reshape(-1, size)
+    sound(sketch(padded, rank), rows.T @ rows)
+    other = sketch(rows.flip(0), rank)
+    apart = norm(whole.dense() - other.dense())
+    assert apart <= float(whole.bound + other.bound) + 1e-12 * whole.trace()
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_a_long_stream_in_single_precision(spectrum: str) -> None:
+    rows = stream(12, 3, 3000, spectrum, 0).float()
+    state: dict[str, Tensor] = {}
+    for part in rows.split(37):
+        sketch_update(state, "s", part, 3)
+        # Nothing of the stream is held beyond 2 k rows, the diagonal, the bound and a counter.
+        assert sum(t.numel() for t in state.values()) == 2 * 3 * 12 + 12 + 1 + 1
+    got = sketch_finish(state, "s", 3, 1 / 3000, torch.float32)
+    assert {t.dtype for t in got.tensors().values()} == {torch.float32}
+    sound(got, (rows.T.double() @ rows.double() / 3000).float(), slack=1e-5)
+
+
+@HARD
+@given(size=st.integers(1, 9), columns=st.integers(0, 9), keep=st.integers(1, 9), seed=SEEDS)
+def test_truncation_is_the_best_of_its_rank(size: int, columns: int, keep: int, seed: int) -> None:
+    u = torch.randn(size, columns, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    kept, dropped, largest = truncate(u, keep)
+    rest = u @ u.T - kept @ kept.T
+    assert kept.shape == (size, min(columns, keep))
+    values = torch.cat([torch.linalg.svdvals(u).square(), torch.zeros(columns + 10, dtype=F64)])
+    scale = 1e-11 * max(1.0, float(u.square().sum()))
+    assert norm(rest) == pytest.approx(float(values[keep]), abs=scale)
+    assert float(largest) == pytest.approx(float(values[keep]), abs=scale)
+    assert float((dropped - rest.diagonal()).abs().max()) <= scale
+    assert float(torch.linalg.eigvalsh(rest)[0]) >= -scale
+
+
+# --- factors of all kinds ---
+
+
+@pytest.mark.parametrize("first", FACTORS)
+@pytest.mark.parametrize("second", FACTORS)
+@HARD
+@given(shape=SIZES, other=st.integers(1, 6), seed=SEEDS)
+def test_sums_obey_their_own_bounds(
+    first: str, second: str, shape: tuple[int, int], other: int, seed: int
+) -> None:
+    size, rank = shape
+    (a, x), (b, y) = example(first, size, rank, seed), example(second, size, other, seed + 1)
+    total = a.plus(b)
+    sound(total, x + y)
+    sound(b.plus(a), x + y)
+    sound(total.scaled(3.0).plus(a), 3 * (x + y) + x)
+    ranks = [f.vectors.shape[1] for f in (a, b) if isinstance(f, SketchFactor)]
+    if ranks:
+        assert isinstance(total, SketchFactor)
+        assert total.vectors.shape == (size, max(ranks))
+
+
+@pytest.mark.parametrize("first", FACTORS)
+@pytest.mark.parametrize("second", FACTORS)
+@HARD
+@given(shape=SIZES, seed=SEEDS)
+def test_inner_products_are_those_of_the_dense_matrices(
+    first: str, second: str, shape: tuple[int, int], seed: int
+) -> None:
+    a, b = example(first, *shape, seed)[0], example(second, *shape, seed + 1)[0]
+    assert inner(a, b) == pytest.approx(float((a.dense() * b.dense()).sum()), rel=1e-10)
+    assert inner(a, b) == pytest.approx(inner(b, a), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", FACTORS)
+@HARD
+@given(shape=SIZES, columns=st.integers(0, 4), seed=SEEDS, power=st.floats(-3, 3))
+def test_a_factor_is_its_dense_matrix(
+    kind: str, shape: tuple[int, int], columns: int, seed: int, power: float
+) -> None:
+    factor = example(kind, *shape, seed)[0]
+    full, random = factor.dense(), torch.Generator().manual_seed(seed + 2)
+    y, pull = torch.randn(2, shape[0], columns, generator=random, dtype=F64)
+    t = 10**power * torch.rand(columns, generator=random, dtype=F64)
+    assert float((factor.matmul(y) - full @ y).abs().sum()) <= 1e-10 * float(full.trace())
+    x = factor.solve(y, t, pull)
+    off = x + t * (full @ x) - y - full @ pull
+    assert float(off.abs().sum()) <= 1e-9 * float(1 + full.trace()) * (1 + 10**power)
+    for c in (0.0, 0.3, 7.0):
+        scaled = factor.scaled(c)
+        assert float((scaled.dense() - c * full).abs().max()) <= 1e-12 * float(full.trace())
+        if kind == "sketch":
+            assert float(scaled.bound) == pytest.approx(c * float(factor.bound), rel=1e-12)
+    values, vectors = factor.eigen()
+    assert relative(vectors * values @ vectors.T, full) < 1e-10
+    for again in (factor_from(factor.tensors(), shape[0]), factor.to(torch.device("cpu"))):
+        assert type(again) is type(factor)
+        assert torch.equal(again.dense(), full)
+
+
+@pytest.mark.parametrize("inputs", FACTORS)
+@pytest.mark.parametrize("outputs", FACTORS)
+@pytest.mark.parametrize("sizes", [(9, 6), (6, 9)])
+@pytest.mark.parametrize("anchored", [0, 2])
+def test_a_block_of_any_two_factors_is_the_dense_block(
+    inputs: str, outputs: str, sizes: tuple[int, int], anchored: int
+) -> None:
+    (out, into), random = sizes, torch.Generator().manual_seed(5)
+    s, g = example(inputs, into, 2, 3)[0], example(outputs, out, 3, 4)[0]
+    block, plain = KroneckerBlock(s, g), KroneckerBlock(s.dense(), g.dense())
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=F64)
+
+    d, left, right = draw(out, into), draw(out, 2), draw(2, into)
+    b0, a0 = draw(out, anchored), draw(anchored, into)
+    assert relative(block.to_dense(), plain.to_dense()) < 1e-12
+    assert block.trace() == pytest.approx(plain.trace(), rel=1e-12)
+    assert relative(block.matvec(d), plain.matvec(d)) < 1e-10
+    for mine, theirs in zip(block.thin(left, right), plain.thin(left, right), strict=True):
+        assert relative(mine, theirs) < 1e-10
+    for tau in (0.0, 1e-2, 1.0, 1e3):
+        assert relative(block.prox(d, tau), plain.prox(d, tau)) < 1e-7
+        for which, start, c in (("prox_left", left, right), ("prox_right", right, left)):
+            mine = getattr(block, which)(start, c, b0, a0, tau)
+            assert relative(mine, getattr(plain, which)(start, c, b0, a0, tau)) < 1e-7
+
+
+# --- fits ---
+
+
+@cache
+def fit(kind: str, structure: str, space: str, rank: int | None, batch_size: int = 2) -> Curvature:
+    return fit_curvature(
+        tiny(kind, moved=True), ROWS[kind], structure, space=space, rank=rank, seed=3,
+        batch_size=batch_size, progress=False,
+    )  # fmt: skip
+
+
+def near(got: Curvature, want: Curvature, rank: int) -> set[int]:
+    """Checks each sketch against the whole factor; returns the sizes that were sketched."""
+    seen = set()
+    for name, block in got.blocks.items():
+        for side, factor in block.factors().items():
+            if not isinstance(factor, SketchFactor):
+                continue
+            whole = want.blocks[name].factors()[side]
+            assert sketched(factor.size, rank)
+            assert factor.vectors.shape == (factor.size, rank)
+            sound(factor, whole.dense())
+            assert float(factor.bound) <= whole.trace() / (rank + 1) * (1 + 1e-12)
+            seen.add(factor.size)
+    return seen
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+@pytest.mark.parametrize("space", ["weight", "adapter"])
+@pytest.mark.parametrize("structure", ["kfac", "shampoo", "activation"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sketched_fit_stays_within_its_bounds(
+    kind: str, structure: str, space: str, rank: int
+) -> None:
+    whole = fit(kind, structure, space, None)
+    for batch_size in (2, 4):
+        got = fit(kind, structure, space, rank, batch_size)
+        wide = {size for size in (2, 4, 8, 12) if 2 * rank <= size}
+        seen = near(got, whole, rank)
+        assert wide & {8, 12} <= seen <= wide
+        for name, block in got.blocks.items():
+            if structure == "activation" and space == "adapter":
+                continue  # A S A^T of a sketched S has another trace
+            assert block.trace() == pytest.approx(whole.blocks[name].trace(), rel=1e-10), name
+            for side, factor in block.factors().items():
+                if not isinstance(factor, SketchFactor):
+                    want = whole.blocks[name].factors()[side].dense()
+                    assert relative(factor.dense(), want) < 1e-10
+
+
+def test_sketches_are_smaller_and_survive_a_file(tmp_path) -> None:
+    got = fit("llama", "kfac", "weight", 1)
+    assert got.info.rank == 1
+    assert got.memory() < fit("llama", "kfac", "weight", None).memory() / 2
+    again = load_curvature(got.save(tmp_path / "c.safetensors"))
+    assert again.memory() == got.memory()
+    for name, block in again.blocks.items():
+        assert torch.equal(block.to_dense(), got.blocks[name].to_dense())
+        assert torch.equal(block.inputs.bound, got.blocks[name].inputs.bound)
