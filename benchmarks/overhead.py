@@ -100,7 +100,8 @@ def main() -> None:
     }
     write_json(args.out, result)
     if args.out == RESULT:
-        write_page(result)
+        PAGE.write_text(page(result), encoding="utf-8")
+        _figure(result)
     for kind in ("fit", "step"):
         for name, row in result[kind].items():
             bound = TARGETS.get((kind, name))
@@ -310,8 +311,8 @@ def _trained(model: nn.Module, tokens: Tensor, start: dict[str, Tensor]) -> dict
     return {k: v.clone() for k, v in model.state_dict().items() if "lora_" in k}
 
 
-def write_page(result: dict[str, Any]) -> None:
-    """The tables and the figure."""
+def page(result: dict[str, Any]) -> str:
+    """The page of a result."""
     hardware, versions = result["hardware"], result["versions"]
     lines = [
         "# What a curvature costs",
@@ -350,8 +351,7 @@ def write_page(result: dict[str, Any]) -> None:
             f"| {name} | {row['random']:+.2%} | {row['trained']:+.2%} | "
             f"{row['stated_share_error']:.1%} |"
         )
-    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _figure(result)
+    return "\n".join(lines) + "\n"
 
 
 def _table(rows: dict[str, Any], kind: str) -> list[str]:

@@ -1,8 +1,12 @@
 """Pages that are made from result files say what the files say."""
 
+import importlib
 import importlib.util
 import json
+import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -16,6 +20,20 @@ def test_the_page_of_predicted_kl_is_made_from_its_result() -> None:
     spec.loader.exec_module(module)
     result = json.loads(module.RESULT.read_text(encoding="utf-8"))
     assert module.PAGE.read_text(encoding="utf-8") == module.page(result)
+
+
+def test_the_page_of_overhead_is_made_from_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("overhead")
+    result = json.loads(module.RESULT.read_text(encoding="utf-8"))
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(result)
+
+
+@pytest.mark.real
+def test_the_example_of_the_curvature_page_runs() -> None:
+    text = (ROOT / "docs/curvature.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    exec(compile(code, "docs/curvature.md", "exec"), {})
 
 
 def test_the_readme_shows_the_demo_s_result() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from typing import Any
 
 from retain.errors import OutputError
 
-__all__ = ["check_folder", "whole_file", "write_json"]
+__all__ = ["check_folder", "clear_scratch", "whole_file", "write_json"]
 
 
 @contextmanager
@@ -33,9 +35,8 @@ def whole_file(path: Path, what: str) -> Iterator[Path]:
         if path.exists() and not path.is_file():
             raise OSError("not a plain file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        os.close(handle)
-        scratch = Path(name)
+        # In a folder of its own, so that what a killed process leaves is all in one place.
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent)) / path.name
         yield scratch
         mask = os.umask(0)
         os.umask(mask)
@@ -45,7 +46,13 @@ def whole_file(path: Path, what: str) -> Iterator[Path]:
         raise _unwritable(what, path, error) from error
     finally:
         if scratch is not None:
-            scratch.unlink(missing_ok=True)
+            shutil.rmtree(scratch.parent, ignore_errors=True)
+
+
+def clear_scratch(path: Path) -> None:
+    """Deletes what killed processes have left of writing a `whole_file`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

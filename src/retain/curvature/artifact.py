@@ -30,7 +30,7 @@ from retain.curvature.link import Link
 from retain.errors import ArtifactError
 from retain.files import whole_file
 
-__all__ = ["load_curvature", "save_curvature"]
+__all__ = ["digest_of", "load_curvature", "save_curvature"]
 
 FORMAT = "retain.curvature/1"
 
@@ -51,8 +51,10 @@ def save_curvature(curvature: Curvature, path: str | Path) -> Path:
         "shapes": shapes,
         "links": [[i, j, link.weight] for (i, j), link in curvature.links.items()],
     }
-    text = json.dumps(described)  # in the order of the blocks
-    metadata = {"retain": text, "digest": _digest(text, tensors)}
+    # In the order of the blocks, and one entry alone: safetensors writes several in random order,
+    # and one curvature shall be the same bytes each time.
+    described["digest"] = digest_of(json.dumps(described), tensors)
+    metadata = {"retain": json.dumps(described)}
     with whole_file(path, "the curvature") as scratch:
         try:
             save_file(tensors, scratch, metadata=metadata)
@@ -83,7 +85,11 @@ def load_curvature(path: str | Path) -> Curvature:
         described = json.loads(text)
         if described["format"] != FORMAT:
             raise _damaged(path, f"format {described['format']!r}", f"format {FORMAT!r}")
-        if metadata["digest"] != _digest(text, tensors):
+        digest = metadata.get("digest")  # of 0.1.0; now it is inside
+        if digest is None:
+            digest = described.pop("digest")
+            text = json.dumps(described)
+        if digest != digest_of(text, tensors):
             raise _damaged(path, "contents that do not match their digest", "an unaltered file")
         return _rebuild(described, tensors)
     except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
@@ -112,7 +118,8 @@ def _flatten(curvature: Curvature) -> tuple[dict[str, Tensor], dict[str, str]]:
     alias: dict[str, str] = {}
     stored: dict[int, str] = {}
     for name, tensor in named.items():
-        known = stored.setdefault(tensor.data_ptr(), name)
+        # Empty tensors, which have no address, are never one.
+        known = stored.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
         if known == name:
             tensors[name] = tensor.detach().cpu().contiguous()
         else:
@@ -167,7 +174,8 @@ def _rebuild(described: dict[str, Any], tensors: dict[str, Tensor]) -> Curvature
     return Curvature(blocks, anchor, info, links)
 
 
-def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+def digest_of(text: str, tensors: dict[str, Tensor]) -> str:
+    """A digest of a text and of each tensor's name, type, shape and bytes."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         t = tensors[name]

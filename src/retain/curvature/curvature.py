@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from retain.curvature.block import Block
 from retain.curvature.factor import DenseFactor, Factor
+from retain.curvature.identity import IdentityBlock
 from retain.curvature.info import CurvatureInfo, describe, part
 from retain.curvature.link import Link
 from retain.curvature.moves import Moves, place
@@ -122,7 +123,13 @@ class Curvature:
                 allowed="a finite number, 0 or above: a penalty must not pay for drift",
                 fix="multiply by a weight of at least 0",
             )
-        blocks = {name: block.scaled(c) for name, block in self.blocks.items()}
+        scales: dict[int, Tensor] = {}  # the identity has one for all
+        blocks = {
+            name: block.moved(lambda f: f, lambda t: scales.setdefault(id(t), c * t))
+            if isinstance(block, IdentityBlock)
+            else block.scaled(c)
+            for name, block in self.blocks.items()
+        }
         links = {
             pair: Link(link.inputs, c * link.outputs, link.weight)
             for pair, link in self.links.items()

@@ -130,7 +130,7 @@ def fit_curvature(
     examples = _examples(
         model, source, tokenizer, causal, rows, max_length, batch_size, seed, partial, progress
     )
-    every = min(max(1, round(1 / share)), len(examples))
+    every = max(1, round(min(1 / share, len(examples))))
     estimating = ESTIMATORS[structure]
     layers = _layers(sites, space if estimating.backward else "weight")
     device = place(sites[0]).device
@@ -142,7 +142,11 @@ def fit_curvature(
         "calibrate": calibrate, "products": products, "batch_size": batch_size,
         "model": fingerprint(model), "sites": describe(sites), "max_length": max_length,
     }  # fmt: skip
-    weights = [t for s in sites if isinstance(s, LoraSite) for t in (s.a, s.b)]
+    weights = [
+        p
+        for name, p in model.named_parameters()  # all that the fingerprint leaves out or rounds
+        if p.requires_grad or ".lora_" in name or ".modules_to_save." in name
+    ]
     unfinished = Partial(partial, fit_key(settings, examples, weights), save_every)
     with evaluating(model, checkpoint=estimating.backward):
         scales = row_scales(sites) if space == "weight" else {}
@@ -167,7 +171,8 @@ def fit_curvature(
         )  # fmt: skip
         if estimating.backward:
             _check_alive(run.dead(), sites, space)
-            traces = {name: float(t) / run.predictions for name, t in run.traces.items()}
+            # In the order of the layers: a resumed fit has them in another, and sums would differ.
+            traces = {n: float(run.traces[n]) / run.predictions for n in layers if n in run.traces}
         else:
             some = range(min(len(examples), NOISY_ROWS))
             noisy = collate([examples[i] for i in some], pad, list(some)).to(device)

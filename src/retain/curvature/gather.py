@@ -22,8 +22,8 @@ __all__ = ["Gather"]
 class Gather:
     """Passes over a source.
 
-    With a share of 1/n each sequence enters the products of every n-th layer, in turn, so that
-    the layers' sampling errors are not those of the same few sequences. Traces, to which each
+    With a share of 1/n each sequence enters the products of every n-th input's layers, in turn, so
+    that the layers' sampling errors are not those of the same few sequences. Traces, to which each
     block is scaled in the end, come from all sequences.
 
     Args:
@@ -47,16 +47,21 @@ class Gather:
     ) -> None:
         self.model, self.estimator = model, estimator
         self.every, self.precision, self.scales = every, precision, scales or {}
-        self.offset = {name: 0 if estimator.together else n for n, name in enumerate(layers)}
+        shared = estimator.layout.shared
+        turns = {first: n for n, first in enumerate(dict.fromkeys(shared.values()))}
+        self.offset = {n: 0 if estimator.together else turns[shared[n]] for n in layers}
         self.predictions, self.passes = 0, 0
         self.traces: dict[str, Tensor] = {}
-        self.shares: dict[str, Tensor] = {}  # of the chosen sequences: count, sum, sum of squares
+        # Over sequences: their number, the sums of their squared traces by turn and as a whole,
+        # and the sum of their traces by turn.
+        self.share = torch.zeros(3 + every, dtype=torch.float64)
         self.moments: list[tuple[list[float], int]] = []  # a sequence's draws of the trace
         self._batch: Batch | None = None
         self._weight, self._first = 1.0, True
         self._fired: set[str] = set()
         self._sources: dict[str, tuple[Source, set[str]]] = {}
         self._total: Tensor | None = None
+        self._turns: Tensor | None = None
 
     def batch(
         self, batch: Batch, fisher: Fisher, samples: int, seed: int, temperature: float
@@ -70,6 +75,7 @@ class Gather:
             self.predictions += sum(batch.lengths)
             return
         draws: list[list[float]] = []
+        self._turns = None
         with torch.enable_grad():
             logits = forward_logits(self.model, batch)
             ways = cotangents(
@@ -85,6 +91,11 @@ class Gather:
                     draws.append(self._total.tolist())
         if self.passes:
             return
+        if self._turns is not None:
+            u = self._turns.cpu()
+            size = torch.tensor(u.shape[1:], dtype=u.dtype)
+            squares = torch.stack([u.square().sum(), u.sum(0).square().sum()])
+            self.share += torch.cat([size, squares, u.sum(1)])
         if fisher != "exact":
             each = zip(*draws, strict=True)
             self.moments += [(list(d), n) for d, n in zip(each, batch.lengths, strict=True)]
@@ -147,10 +158,10 @@ class Gather:
             return
         name = record.name
         self.traces[name] = self.traces.get(name, 0.0) + traces.sum() * record.weight
-        if record.chosen:
-            some = traces[list(record.chosen)] * record.weight
-            found = torch.stack([some.new_tensor(len(some)), some.sum(), some.square().sum()])
-            self.shares[name] = self.shares[name] + found if name in self.shares else found
+        if self.every > 1:
+            if self._turns is None:
+                self._turns = traces.new_zeros(self.every, len(traces))
+            self._turns[self.offset[name] % self.every] += traces * record.weight
 
     def _check(self, total: Tensor) -> None:
         if not bool(total.isfinite().all()):
@@ -183,19 +194,18 @@ class Gather:
     def share_error(self) -> float:
         """Relative standard error of the whole trace, were it taken from the chosen share alone.
 
-        Each layer's chosen sequences are a sample of all: its mean has the variance
-        ``(1 - 1/every) * var / count``. Layers count as independent, which they nearly are, each
-        having other sequences; the estimators that must see the same ones are summed as one.
+        With n sequences and u_c(i) the trace that the layers of turn c have on sequence i, a share
+        of 1/k sees one turn of each sequence. Turns that are dealt at random, equally many of each,
+        give the variance ``k n / (n - 1) * sum (u_c(i) - mean over c - mean over i + mean)^2``.
+        Layers are alike on one sequence, so this is far less where all turns have layers.
         """
-        if self.every == 1 or not self.traces:
+        n, squares, rows = self.share[:3].tolist()
+        if self.every == 1 or not n:
             return 0.0
-        spread, total = [], sum(float(t) for t in self.traces.values())
-        for count, first, second in (t.tolist() for t in self.shares.values()):
-            variance = max(second - first**2 / count, 0.0) / max(count - 1, 1.0)
-            spread.append(self.every * math.sqrt(variance * count * (1 - 1 / self.every)))
-        if self.estimator.together:
-            return sum(spread) / total
-        return math.hypot(*spread) / total
+        turns = self.share[3:]
+        total, k = float(turns.sum()), self.every
+        rest = squares - float(turns.square().sum()) / n - rows / k + total**2 / (n * k)
+        return math.sqrt(max(k * rest * n / max(n - 1, 1), 0.0)) / total if total else 0.0
 
     def dead(self) -> list[str]:
         """Layers that got no gradient at all."""
@@ -205,7 +215,7 @@ class Gather:
         """All that has been gathered, for a file."""
         kept = {f"estimator/{k}": t for k, t in self.estimator.state.items()}
         kept |= {f"traces/{k}": t for k, t in self.traces.items()}
-        kept |= {f"shares/{k}": t for k, t in self.shares.items()}
+        kept["share"] = self.share
         kept["predictions"] = torch.tensor(self.predictions)
         kept["passes"] = torch.tensor(self.passes)
         kept["lengths"] = torch.tensor([n for _, n in self.moments])
@@ -219,8 +229,9 @@ class Gather:
             if kind == "estimator":
                 whole = name.endswith(".fill") or not t.is_floating_point()
                 self.estimator.state[name] = t if whole else t.to(device)
-            elif kind in ("traces", "shares"):
-                getattr(self, kind)[name] = t.to(device)
+            elif kind == "traces":
+                self.traces[name] = t.to(device)
+        self.share = kept["share"]
         self.predictions, self.passes = int(kept["predictions"]), int(kept["passes"])
         draws, lengths = kept["draws"].tolist(), kept["lengths"].tolist()
         self.moments = [(d, n) for d, n in zip(draws, lengths, strict=True)]

@@ -39,6 +39,7 @@ from retain.curvature.kronecker import KroneckerBlock
 from retain.curvature.link import Link
 from retain.curvature.moves import anchor_of
 from retain.errors import MismatchError
+from retain.models.fingerprint import fingerprint
 
 __all__ = ["merge", "reanchored"]
 
@@ -64,6 +65,9 @@ def merge(a: Curvature, b: Curvature) -> Curvature:
     lost, whole = 0.0, 0.0
     if structure in ("identity", "diagonal"):
         blocks = {n: _exact(a.blocks[n], b.blocks[n]) for n in a.blocks}
+        if structure == "identity":  # one number for all
+            scale = next(iter(blocks.values())).tensors()["scale"]
+            blocks = {n: IdentityBlock(scale, block.shape) for n, block in blocks.items()}
     else:
         blocks = {}
         for names in _groups(a):
@@ -91,7 +95,8 @@ def reanchored(curvature: Curvature, model: nn.Module) -> Curvature:
         model: the model that carries the adapter, after training.
     """
     sites = curvature.bind(model)
-    moved = Curvature(curvature.blocks, {}, curvature.info, curvature.links)
+    info = replace(curvature.info, model=fingerprint(model))  # a full model's base has moved too
+    moved = Curvature(curvature.blocks, {}, info, curvature.links)
     moved.anchor = anchor_of(moved, sites)
     return moved
 
@@ -120,13 +125,16 @@ def _nearest(
     s = _gram([a[0].inputs], [b[0].inputs])
     g = _gram([x.outputs for x in a], [x.outputs for x in b])
     # In units of each factor's own size, so that rounding does not depend on scales.
-    unit_s, unit_g = s.diagonal().sqrt().clamp(min=1e-300), g.diagonal().sqrt().clamp(min=1e-300)
-    sn, gn = s / unit_s / unit_s[:, None], g / unit_g / unit_g[:, None]
-    weight = unit_s * unit_g  # of each of the two products
-    values, vectors = torch.linalg.eig((weight[:, None] * sn * weight) @ gn)
-    top = vectors[:, values.real.argmax()].real.abs()
-    of_g = top / unit_g
-    of_s = (gn @ top) * weight / unit_s / (top @ gn @ top)
+    unit_s, unit_g = s.diagonal().sqrt(), g.diagonal().sqrt()
+    weight = unit_s * unit_g  # of each of the two products; one that is zero has no say
+    unit_s, unit_g = (u.where(weight > 0, torch.ones_like(u)) for u in (unit_s, unit_g))
+    of_g = of_s = torch.ones_like(weight)
+    if bool(weight.any()):
+        sn, gn = s / unit_s / unit_s[:, None], g / unit_g / unit_g[:, None]
+        values, vectors = torch.linalg.eig((weight[:, None] * sn * weight) @ gn)
+        top = vectors[:, values.real.argmax()].real.abs()
+        of_g = top / unit_g
+        of_s = (gn @ top) * weight / unit_s / (top @ gn @ top)
     inputs = a[0].inputs.scaled(float(of_s[0])).plus(b[0].inputs.scaled(float(of_s[1])))
     blocks, weights, lost, whole = [], [], 0.0, 0.0
     for x, y in zip(a, b, strict=True):
@@ -227,11 +235,12 @@ def _check(a: Curvature, b: Curvature) -> None:
         ("structures", x.structure, y.structure),
         ("spaces", x.space, y.space),
         ("Fishers", x.fisher, y.fisher),
+        ("temperatures", x.temperature, y.temperature),
         ("ranks of sketches", x.rank, y.rank),
         ("base models", x.model, y.model),
         ("layers", {n: s[:2] for n, s in x.sites.items()}, {n: s[:2] for n, s in y.sites.items()}),
-        ("sharing of inputs", _groups(a), _groups(b)),
-        ("links", list(a.links), list(b.links)),
+        ("sharing of inputs", sorted(map(sorted, _groups(a))), sorted(map(sorted, _groups(b)))),
+        ("links", sorted(a.links), sorted(b.links)),
     ):
         if mine != theirs:
             got = f"{mine} and {theirs}" if not isinstance(mine, dict | list) else "two kinds"

@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from retain.curvature.artifact import digest_of
 from retain.curvature.gather import Gather
 from retain.data.batches import Example
-from retain.files import whole_file, write_json
+from retain.files import clear_scratch, whole_file, write_json
 
 __all__ = ["Partial", "fit_key", "forget", "kept_rows"]
 
@@ -52,6 +53,8 @@ class Partial:
                 if (file.metadata() or {}).get("retain") != self.key:
                     return 0
                 kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if file.metadata().get("digest") != digest_of(self.key, kept):
+                    return 0
         except (SafetensorError, OSError):
             return 0
         done = int(kept.pop("done"))
@@ -70,7 +73,7 @@ class Partial:
         kept["done"] = torch.tensor(done)
         with whole_file(self.path, "the unfinished curvature") as scratch:
             try:
-                save_file(kept, scratch, metadata={"retain": self.key})
+                save_file(kept, scratch, {"retain": self.key, "digest": digest_of(self.key, kept)})
             except SafetensorError as error:  # safetensors wraps the system's error
                 raise OSError(str(error)) from error
         self._last = time.monotonic()
@@ -104,6 +107,7 @@ def forget(partial: str | Path) -> None:
     """Deletes what an unfinished fit has left."""
     for path in (Path(partial).expanduser(), Path(f"{partial}.text").expanduser()):
         path.unlink(missing_ok=True)
+        clear_scratch(path)
 
 
 def fit_key(

@@ -157,7 +157,9 @@ def canonical(name: str) -> str:
     """A module's or parameter's name in the base model, without PEFT's wrappers."""
     for prefix in ("base_model.model.", "module.", "_orig_mod."):
         name = name.removeprefix(prefix)
-    return name.replace(".base_layer", "").replace(".original_module", "")
+    for wrapper in (".base_layer", ".original_module", ".token_adapter"):
+        name = name.replace(wrapper, "")
+    return name
 
 
 def lora_sites(model: nn.Module, adapter: str | None = None) -> list[LoraSite]:

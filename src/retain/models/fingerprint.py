@@ -19,13 +19,13 @@ def fingerprint(model: nn.Module) -> str:
 
     It covers each frozen parameter's name, shape and 64 of its values, rounded to bfloat16 (so
     that the same checkpoint loaded in float32 or bfloat16 has the same fingerprint). Adapter
-    weights and trained copies of modules (PEFT's ``modules_to_save``) are left out.
+    weights, trained copies of modules (PEFT's ``modules_to_save``) and new tokens are left out.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(
         unwrap(model).named_parameters(), key=lambda kv: canonical(kv[0])
     ):
-        if ".lora_" in name or ".modules_to_save." in name:
+        if any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_")):
             continue
         digest.update(f"{canonical(name)}:{tuple(parameter.shape)};".encode())
         if parameter.is_floating_point() and parameter.numel():
