@@ -66,6 +66,8 @@ def fit(argv, output, draw, span, quota):
             done = ended(child)
         if done:
             return steps
+        if output.exists():  # it came too late: the work was done, if not yet tidied up
+            break
         steps.append(progress(partial))
     assert ended(start(argv, output))
     return steps
