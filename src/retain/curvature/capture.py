@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from retain.data.batches import Batch
-from retain.errors import CurvatureError
 from retain.models.adapter import unwrap
 from retain.models.heads import forward_body
+from retain.models.readers import first_readers, inputs_of
 
 __all__ = ["capture", "shared_inputs", "watch"]
 
@@ -83,35 +83,10 @@ def shared_inputs(
 ) -> dict[str, str]:
     """Which layers read the same tensor: layer -> the first layer that reads it.
 
-    One forward pass without gradients finds out; all inputs are held until its end, so that no
-    memory is used twice.
+    One forward pass without gradients finds out.
 
     Raises:
         CurvatureError: a layer that runs not at all, or more than once, in one forward pass.
     """
-    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda _m, args: seen[name].append(args[0])
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        with torch.no_grad():
-            forward_body(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    shared: dict[str, str] = {}
-    first: dict[tuple[Any, ...], str] = {}
-    for name, inputs in seen.items():
-        if len(inputs) != 1:
-            raise CurvatureError(
-                "a layer does not run exactly once in a forward pass",
-                got=f"{len(inputs)} runs of {name}",
-                allowed="1",
-                fix="leave that layer out of the adapter's target_modules",
-            )
-        x = inputs[0]
-        key = (x.data_ptr(), x._version, tuple(x.shape), tuple(x.stride()))
-        shared[name] = first.setdefault(key, name)
-    return shared
+    with torch.no_grad():
+        return first_readers(inputs_of(layers, lambda: forward_body(model, batch)))

@@ -136,18 +136,20 @@ def fit_curvature(
     device = place(sites[0]).device
     pad = getattr(model.config, "pad_token_id", None) or 0
     pass_over = list(batches(examples, batch_size, pad))
+    base = fingerprint(model)
     settings = {
         "structure": structure, "space": space, "fisher": fisher, "samples": samples,
         "seed": seed, "rank": rank, "every": every, "temperature": temperature,
         "calibrate": calibrate, "products": products, "batch_size": batch_size,
-        "model": fingerprint(model), "sites": describe(sites), "max_length": max_length,
+        "model": base, "sites": describe(sites), "max_length": max_length,
     }  # fmt: skip
     weights = [
         p
         for name, p in model.named_parameters()  # all that the fingerprint leaves out or rounds
         if p.requires_grad or ".lora_" in name or ".modules_to_save." in name
     ]
-    unfinished = Partial(partial, fit_key(settings, examples, weights), save_every)
+    key = "" if partial is None else fit_key(settings, examples, weights)  # reads all weights
+    unfinished = Partial(partial, key, save_every)
     with evaluating(model, checkpoint=estimating.backward):
         scales = row_scales(sites) if space == "weight" else {}
         layout = Layout(
@@ -190,7 +192,7 @@ def fit_curvature(
         max_length=max_length,
         seed=seed,
         error=run.error(),
-        model=fingerprint(model),
+        model=base,
         sites=describe(sites),
         versions=versions(),
         note=str(source) if isinstance(source, str | Path) else type(source).__name__,

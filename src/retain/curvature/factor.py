@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["DenseFactor", "Factor", "ScalarFactor", "SketchFactor", "factor_from", "inner"]
+__all__ = ["FLAT", "DenseFactor", "Factor", "ScalarFactor", "SketchFactor", "factor_from", "inner"]
 
-_FLAT = 1e-6
+FLAT = 1e-6
 """Eigenvalues below this share of the largest are taken for rounding."""
 
 
@@ -106,7 +106,7 @@ class DenseFactor(Factor):
 
     def solve(self, y: Tensor, t: Tensor, pull: Tensor) -> Tensor:
         d, u = self.eigen()
-        alive = d > _FLAT * d.max()  # nothing would divide the rounding error of the others
+        alive = d > FLAT * d.max()  # nothing would divide the rounding error of the others
         inner_ = u.T @ y + (d * alive)[:, None] * (u.T @ pull)
         return u @ (inner_ / (1.0 + d[:, None] * t))
 

@@ -59,6 +59,7 @@ class Gather:
         self._batch: Batch | None = None
         self._weight, self._first = 1.0, True
         self._fired: set[str] = set()
+        self._readers = {first: [n for n in shared if shared[n] == first] for first in turns}
         self._sources: dict[str, tuple[Source, set[str]]] = {}
         self._total: Tensor | None = None
         self._turns: Tensor | None = None
@@ -133,14 +134,13 @@ class Gather:
         """The layer's input, made once for all layers that share it."""
         first = self.estimator.layout.shared[name]
         if first not in self._sources:
-            sharing = {n for n, f in self.estimator.layout.shared.items() if f == first}
             found = _rows(x, batch.mask)
             mask = batch.mask
             if found.shape[:2] == mask.shape:
                 counts = tuple(mask.sum(1).tolist())
             else:
                 counts = (1,) * len(found)
-            self._sources[first] = (Source(found, counts), sharing)
+            self._sources[first] = (Source(found, counts), set(self._readers[first]))
         source, waiting = self._sources[first]
         waiting.discard(name)
         if not waiting:

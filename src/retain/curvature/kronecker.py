@@ -24,7 +24,7 @@ from torch import Tensor
 
 from retain.curvature.block import Block, MoveFactor, Thin
 from retain.curvature.estimator import Estimator, Fitted, calibration, flat
-from retain.curvature.factor import DenseFactor, Factor
+from retain.curvature.factor import FLAT, DenseFactor, Factor
 from retain.curvature.record import Record
 from retain.curvature.sketch import sketched
 
@@ -93,7 +93,7 @@ def _prox(g: Factor, s: Factor, b: Tensor, c: Tensor, b0: Tensor, a0: Tensor, ta
     """The X of ``X + tau G (X c - b0 a0) S c^T = b``."""
     cs = s.matmul(c.T).T
     q, v = DenseFactor(cs @ c.T).eigen()
-    alive = q > 1e-6 * q.max()  # where q vanishes, so does the anchor's pull
+    alive = q > FLAT * q.max()  # where q vanishes, so does the anchor's pull
     pull = tau * b0 @ ((a0 @ cs.T @ v) * alive)
     return g.solve(b @ v, tau * q, pull) @ v.T
 

@@ -62,6 +62,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from retain.curvature.settings import sketched
 from retain.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ def _parts(structure: str, factor_rank: int | None) -> _Parts:
 
 def _by_size(k: int | None, whole: Side, sketch: Callable[[int, int], int]) -> Side:
     """One of two functions of a factor's size, by whether it is sketched."""
-    return lambda d: whole(d) if k is None or 2 * k > d else sketch(d, k)
+    return lambda d: sketch(d, k) if k is not None and sketched(d, k) else whole(d)
 
 
 def _scales(structure: str, layers: Layers) -> int:

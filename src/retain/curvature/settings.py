@@ -7,10 +7,15 @@ import math
 from retain.errors import ConfigError, unknown
 from retain.types import FISHERS, PRODUCTS, SPACES, STRUCTURES
 
-__all__ = ["SKETCHES", "check_settings"]
+__all__ = ["SKETCHES", "check_settings", "sketched"]
 
 SKETCHES = ("kfac", "shampoo", "activation")
 """Structures whose factors can be sketched."""
+
+
+def sketched(size: int, rank: int | None) -> bool:
+    """Whether a side of this size is kept as a sketch: only where that is the smaller."""
+    return rank is not None and 2 * rank <= size
 
 
 def check_settings(

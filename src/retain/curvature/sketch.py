@@ -19,13 +19,9 @@ import torch
 from torch import Tensor
 
 from retain.curvature.factor import SketchFactor, truncate
+from retain.curvature.settings import sketched
 
 __all__ = ["sketch_finish", "sketch_update", "sketched"]
-
-
-def sketched(size: int, rank: int | None) -> bool:
-    """Whether a side of this size is kept as a sketch: only where that is the smaller."""
-    return rank is not None and 2 * rank <= size
 
 
 def sketch_update(state: dict[str, Tensor], key: str, rows: Tensor, rank: int) -> None:

@@ -6,6 +6,7 @@ an installed package (which is never imported), and to its id on the hub.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 import json
@@ -17,7 +18,15 @@ from pathlib import Path
 
 from retain.errors import ModelError, OutputError
 
-__all__ = ["BUILTIN", "Builtin", "cache_folder", "convert_gguf", "offline", "resolve_builtin"]
+__all__ = [
+    "BUILTIN",
+    "Builtin",
+    "cache_folder",
+    "convert_gguf",
+    "offline",
+    "resolve_builtin",
+    "unknown_model",
+]
 
 _WEIGHTS = "model.safetensors"
 _SEAL = "retain.json"
@@ -173,3 +182,22 @@ def _identity(source: Path) -> list[object]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unknown_model(name: str, why: str, also: str = "") -> ModelError:
+    """The error for a name that is no model.
+
+    Args:
+        name: what was given.
+        why: what came of it.
+        also: further kinds of names, each with a comma after it.
+    """
+    near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    off = " (the hub is switched off)" if offline() else ""
+    return ModelError(
+        "unknown model",
+        got=f"{name!r}{off}: {why}",
+        allowed=f"{', '.join(BUILTIN)}, a hub id, a folder, {also}a .gguf file",
+        fix=f"{hint}check the name, the path, or the connection to the hub",
+    )

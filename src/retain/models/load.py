@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +10,14 @@ import torch
 from safetensors import SafetensorError
 
 from retain.errors import ModelError, unknown
-from retain.models.builtin import BUILTIN, cache_folder, convert_gguf, offline, resolve_builtin
+from retain.models.builtin import (
+    BUILTIN,
+    cache_folder,
+    convert_gguf,
+    offline,
+    resolve_builtin,
+    unknown_model,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,7 +88,7 @@ def load_model(
         model = auto.from_pretrained(where, dtype=dtype, use_safetensors=True, **common, **kwargs)
         tokenizer = tf.AutoTokenizer.from_pretrained(where, **common)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _not_found(str(name), error) from error
+        raise unknown_model(str(name), _first_line(error)) from error
     finally:
         if bar:
             tf.utils.logging.enable_progress_bar()
@@ -125,14 +131,6 @@ def _resolve(name: str) -> str:
     return name
 
 
-def _not_found(name: str, error: Exception) -> ModelError:
-    near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    off = " (the hub is switched off)" if offline() else ""
-    return ModelError(
-        "unknown model",
-        got=f"{name!r}{off}: {first[:160]}",
-        allowed=f"{', '.join(BUILTIN)}, a hub id, a folder, a .gguf file",
-        fix=f"{hint}check the name, the path, or the connection to the hub",
-    )
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:160] if text else type(error).__name__

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retain.errors import CurvatureError, ModelError
+from retain.errors import ModelError
 from retain.models.adapter import LoraSite, attach_lora, lora_sites
-from retain.models.builtin import BUILTIN, cache_folder, offline, resolve_builtin
+from retain.models.builtin import BUILTIN, cache_folder, offline, resolve_builtin, unknown_model
+from retain.models.readers import first_readers, inputs_of
 
 __all__ = ["Outline", "load_skeleton", "outline"]
 
@@ -76,7 +76,7 @@ def load_skeleton(
     try:
         config = tf.AutoConfig.from_pretrained(where, local_files_only=offline(), **trust, **extra)
     except (*_BROKEN, StrictDataclassError) as error:
-        raise _unreadable(str(name), error) from error
+        raise unknown_model(str(name), _short(error), also="a config.json, ") from error
     if num_labels is None and any("Conditional" in a for a in config.architectures or []):
         raise ModelError(
             "the model is neither a decoder nor an encoder",
@@ -143,7 +143,7 @@ def outline(
         alone = {name: name for name in layers}
         return Outline(kind, parameters, linear, head, layers, alone, notes=(note,))
     pooled = frozenset(n for n, x in seen.items() if x.shape[:-1].numel() != _TOKENS)
-    return Outline(kind, parameters, linear, head, layers, _first_readers(seen), pooled)
+    return Outline(kind, parameters, linear, head, layers, first_readers(seen), pooled)
 
 
 def _locate(name: str) -> tuple[str, dict[str, str]]:
@@ -218,46 +218,16 @@ def _inputs(model: nn.Module, sites: list[LoraSite]) -> dict[str, Tensor]:
     Experts, whose work hangs on numbers that are not there, hand on an empty tensor of the shape
     of their input.
     """
-    seen: dict[str, list[Tensor]] = {site.name: [] for site in sites}
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda _m, args: seen[name].append(args[0])
-
     modules: dict[str, Any] = {site.name: site.layer for site in sites}
-    handles = [m.register_forward_pre_hook(hook(name)) for name, m in modules.items()]
     for module in _experts(model):
         module.forward = lambda x, *_args, **_more: torch.empty_like(x)
     try:
         with torch.device("meta"), torch.no_grad():
-            model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long))
+            ids = torch.zeros(1, _TOKENS, dtype=torch.long)
+            return inputs_of(modules, lambda: model(input_ids=ids))
     finally:
-        for handle in handles:
-            handle.remove()
         for module in _experts(model):
             del module.forward
-    for name, inputs in seen.items():
-        if len(inputs) != 1:
-            raise CurvatureError(
-                "a layer does not run exactly once in a forward pass",
-                got=f"{len(inputs)} runs of {name}",
-                allowed="1",
-                fix="leave that layer out of the adapter's target_modules",
-            )
-    return {name: inputs[0] for name, inputs in seen.items()}
-
-
-def _first_readers(seen: Mapping[str, Tensor]) -> dict[str, str]:
-    """Layer -> the first layer that reads the same tensor.
-
-    As in `retain.curvature.capture.shared_inputs`; but tensors without memory are the same when
-    they are the same view of the same storage.
-    """
-    shared: dict[str, str] = {}
-    first: dict[tuple[Any, ...], str] = {}
-    for name, x in seen.items():
-        place = (x.untyped_storage()._cdata, x.storage_offset(), x._version)
-        shared[name] = first.setdefault((*place, tuple(x.shape), x.stride()), name)
-    return shared
 
 
 def _unfit(got: str, leaves: set[str]) -> ModelError:
@@ -266,18 +236,6 @@ def _unfit(got: str, leaves: set[str]) -> ModelError:
         got=got,
         allowed=f"plain LoRA on linear layers: {', '.join(sorted(leaves))}",
         fix="name some of them with --targets",
-    )
-
-
-def _unreadable(name: str, error: Exception) -> ModelError:
-    near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    off = " (the hub is switched off)" if offline() else ""
-    return ModelError(
-        "unknown model",
-        got=f"{name!r}{off}: {_short(error)}",
-        allowed=f"{', '.join(BUILTIN)}, a hub id, a folder, a config.json, a .gguf file",
-        fix=f"{hint}check the name, the path, or the connection to the hub",
     )
 
 
