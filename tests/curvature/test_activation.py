@@ -12,8 +12,8 @@ from oracles import Oracle, kfac
 from oracles_more import activation
 from quadratics import displacement, joined
 from retain import Curvature, fit_curvature
-from retain.curvature.activation import NOISY_ROWS, nats_of_noise
-from retain.data.batches import Batch, collate
+from retain.curvature.activation import nats_of_noise, noisy_rows
+from retain.data.batches import Batch, Example, collate
 from retain.data.sources import encode
 from retain.models.adapter import lora_sites
 from retain.types import FISHERS, SPACES
@@ -57,8 +57,18 @@ def energies(kind: str, moved: bool) -> dict[str, tuple[float, int]]:
 
 def whole(kind: str) -> Batch:
     """All rows at once, as the noise is measured on them."""
-    assert len(ROWS[kind]) <= NOISY_ROWS
-    return collate(encode(ROWS[kind], None, max_length=16, causal=kind == "llama"), 0)
+    examples = encode(ROWS[kind], None, max_length=16, causal=kind == "llama")
+    assert noisy_rows(examples) == len(examples)
+    return collate(examples, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "want"), [(3, 10, 3), (16, 125, 2), (128, 127, 16), (100, 2, 100)]
+)
+def test_gamma_is_measured_on_an_eighth_and_250_tokens_at_least(
+    rows: int, length: int, want: int
+) -> None:
+    assert noisy_rows([Example((0,) * length, (0,) * length)] * rows) == want
 
 
 @EACH

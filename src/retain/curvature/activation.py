@@ -10,8 +10,10 @@ the same in each layer, ``tr G_l * E||y_l||^2 / d_out = const``. On SmolLM2-135M
 within a factor of 2.4 (one standard deviation over layers) where ``tr G_l = const`` is off by 5.
 
 gamma brings it to nats: noise of relative size eta is added to the outputs of all L layers on the
-first few rows, the KL divergence that it causes is measured, and ``KL = 0.5 eta^2 L gamma``. Two
-forward passes over these rows more, and still no gradient: it runs on any quantised base.
+first eighth of the rows, the KL divergence that it causes is measured, and
+``KL = 0.5 eta^2 L gamma``. Two forward passes over these rows more, and still no gradient: it runs
+on any quantised base. Rows differ: on text that SmolLM2-135M samples, gamma of four rows has a
+relative standard deviation of 0.55.
 
 In adapter space it is the pull-back through (A, B): ``s^2 B^T B (x) S`` for A and
 ``s^2 I (x) A S A^T`` for B, with the same scale.
@@ -19,7 +21,7 @@ In adapter space it is the pull-back through (A, B): ``s^2 B^T B (x) S`` for A a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -31,13 +33,16 @@ from retain.curvature.estimator import Estimator, Fitted, flat
 from retain.curvature.factor import ScalarFactor, SketchFactor
 from retain.curvature.kronecker import KroneckerBlock
 from retain.curvature.record import Record
-from retain.data.batches import Batch
+from retain.data.batches import Batch, Example
 from retain.models.heads import forward_logits
 
-__all__ = ["NOISY_ROWS", "ActivationEstimator", "nats_of_noise"]
+__all__ = ["ActivationEstimator", "nats_of_noise", "noisy_rows"]
 
-NOISY_ROWS = 4
-"""Rows that gamma is measured on."""
+NOISY_SHARE, NOISY_TOKENS = 8, 250
+"""Gamma is measured on one in so many rows, the first ones, that have at least so many tokens."""
+
+_CHUNK = 32
+"""Predictions whose probabilities are held in float32 at a time."""
 
 ETA = 0.02
 """Size of the noise, relative to each output's root mean square."""
@@ -54,7 +59,7 @@ class ActivationEstimator(Estimator):
             self.moment(f"inputs/{name}", flat(record.inputs))
             self.add(f"positions/{name}", torch.tensor(record.source.positions))
         y = record.gradients
-        self.add(f"energy/{name}", y.square().sum(dtype=torch.float64))
+        self.add(f"energy/{name}", torch.linalg.vecdot(y, y).sum(dtype=torch.float64))
         self.add(f"seen/{name}", torch.tensor(record.source.positions))
         self.state.setdefault(f"width/{name}", torch.tensor(y.shape[-1]))
 
@@ -102,11 +107,25 @@ def nats_of_noise(
         eta: size of the noise, relative to the root mean square of each layer's output.
     """
     with torch.no_grad():
-        base = forward_logits(model, batch).double().log_softmax(-1)
+        base = forward_logits(model, batch)
         with _noise(layers, batch, seed, eta):
-            moved = forward_logits(model, batch).double().log_softmax(-1)
-    kl = float((base.exp() * (base - moved)).sum(-1).mean())
-    return max(2 * kl, 0.0) / (eta**2 * len(layers))
+            moved = forward_logits(model, batch)
+        total = 0.0
+        for one, other in zip(base.split(_CHUNK), moved.split(_CHUNK), strict=True):
+            wide = torch.promote_types(one.dtype, torch.float32)
+            p, q = one.to(wide).log_softmax(-1), other.to(wide).log_softmax(-1)
+            total += float((p.exp() * (p - q)).sum(1).double().sum())
+    return max(2 * total / len(base), 0.0) / (eta**2 * len(layers))
+
+
+def noisy_rows(examples: Sequence[Example]) -> int:
+    """How many of the first rows gamma is measured on."""
+    tokens = 0
+    for n, example in enumerate(examples, 1):
+        tokens += len(example.tokens)
+        if tokens >= NOISY_TOKENS and n * NOISY_SHARE >= len(examples):
+            return n
+    return len(examples)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ the backward pass ends there, and the model's own ``.grad`` fields are left alon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from retain.data.batches import Batch
-from retain.models.adapter import unwrap
+from retain.models.adapter import LoraSite, unwrap
 from retain.models.heads import forward_body
 from retain.models.readers import first_readers, inputs_of
+from retain.models.sites import Site
 
-__all__ = ["capture", "shared_inputs", "watch"]
+__all__ = ["capture", "shared_inputs", "split_idle", "watch"]
 
 Receive = Callable[[str, Tensor, Tensor], None]
 
@@ -64,7 +65,7 @@ def capture(model: nn.Module, layers: Mapping[str, nn.Module], receive: Receive)
 
 
 @contextmanager
-def watch(layers: Mapping[str, nn.Module], receive: Receive) -> Iterator[None]:
+def watch(_: nn.Module, layers: Mapping[str, nn.Module], receive: Receive) -> Iterator[None]:
     """Calls ``receive(name, x, y)`` for each layer in each forward pass, y being its output."""
 
     def hook(name: str) -> Callable[..., None]:
@@ -76,6 +77,24 @@ def watch(layers: Mapping[str, nn.Module], receive: Receive) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def split_idle(sites: Sequence[Site], receive: Receive) -> Receive:
+    """Takes whole layers whose B is zero, and passes on what their factors would have seen.
+
+    With ``y = W x + s B A x`` and g the gradient at y, B reads ``A x`` and gets ``s g``, and A
+    reads x and gets ``s B^T g = 0``.
+    """
+    found = {site.name: site for site in sites if isinstance(site, LoraSite)}
+
+    def whole(name: str, x: Tensor, g: Tensor) -> None:
+        site = found[name]
+        a = site.a.detach()
+        inner = x.to(a.dtype) @ a.T
+        receive(f"{name}.lora_A", x, torch.zeros_like(inner))
+        receive(f"{name}.lora_B", inner, site.scaling * g)
+
+    return whole
 
 
 def shared_inputs(

@@ -74,7 +74,9 @@ class DiagonalEstimator(Estimator):
     """Streams V of each layer."""
 
     def update(self, record: Record) -> None:
-        for square in squares(record.gradients, record.inputs):
+        made = record.made("matrices")  # for the trace, where they are small
+        parts = squares(record.gradients, record.inputs)
+        for square in parts if made is None else [made.square().sum(0)]:
             self.add(record.name, square.mul_(record.weight))
 
     def finish(self, predictions: int, traces: Mapping[str, float]) -> Fitted:

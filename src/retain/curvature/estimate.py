@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from retain.curvature.activation import NOISY_ROWS, ActivationEstimator, nats_of_noise
-from retain.curvature.capture import capture, shared_inputs, watch
+from retain.curvature.activation import ActivationEstimator, nats_of_noise, noisy_rows
+from retain.curvature.capture import capture, shared_inputs, split_idle, watch
 from retain.curvature.curvature import Curvature
 from retain.curvature.diagonal import DiagonalEstimator
 from retain.curvature.eigen import EigenEstimator
@@ -22,17 +23,18 @@ from retain.curvature.identity import IdentityEstimator
 from retain.curvature.info import CurvatureInfo, describe, part
 from retain.curvature.kronecker import KroneckerEstimator, ShampooEstimator
 from retain.curvature.moves import anchor_of, place
-from retain.curvature.partial import Partial, fit_key, kept_rows
+from retain.curvature.partial import Partial, fit_key
+from retain.curvature.rows import glance, source_examples
 from retain.curvature.settings import check_settings
 from retain.curvature.tridiagonal import TridiagonalEstimator
-from retain.data.batches import Batch, Example, batches, collate
-from retain.data.sources import Row, encode, read_rows
-from retain.errors import CurvatureError, SourceError
+from retain.data.batches import Batch, batches, collate
+from retain.data.sources import Row
+from retain.errors import CurvatureError
 from retain.models.adapter import LoraSite, row_scales
 from retain.models.fingerprint import fingerprint
 from retain.models.heads import is_causal
+from retain.models.idle import bypassed, is_idle
 from retain.models.modes import evaluating
-from retain.models.sample import sample_rows
 from retain.models.sites import LinearSite, Site, find_sites
 from retain.types import Fisher, Products, Space, Structure
 
@@ -127,7 +129,7 @@ def fit_curvature(
     )  # fmt: skip
     causal = is_causal(model)
     sites = _sites(model, space)
-    examples = _examples(
+    examples = source_examples(
         model, source, tokenizer, causal, rows, max_length, batch_size, seed, partial, progress
     )
     every = max(1, round(min(1 / share, len(examples))))
@@ -150,10 +152,11 @@ def fit_curvature(
     ]
     key = "" if partial is None else fit_key(settings, examples, weights)  # reads all weights
     unfinished = Partial(partial, key, save_every)
+    idle = is_idle(sites)
     with evaluating(model, checkpoint=estimating.backward):
         scales = row_scales(sites) if space == "weight" else {}
         layout = Layout(
-            shared_inputs(model, layers, collate(examples[:1], pad, [0]).to(device)),
+            shared_inputs(model, layers, glance(examples[0], pad).to(device)),
             rank,
             calibrate,
             _adapters(sites) if space == "adapter" and not estimating.backward else {},
@@ -167,18 +170,23 @@ def fit_curvature(
             precision=products,
             scales=scales,
         )
-        _read(
-            run, model, layers, pass_over, unfinished, device,
-            (fisher, samples, seed, temperature), progress,
-        )  # fmt: skip
+        if idle and space == "adapter" and estimating.backward:
+            hooks = capture(model, _layers(sites, "weight"), split_idle(sites, run.receive))
+        else:
+            hooks = (capture if estimating.backward else watch)(model, layers, run.receive)
+        with bypassed(sites) if idle else nullcontext(), hooks:
+            _read(
+                run, pass_over, unfinished, device, (fisher, samples, seed, temperature), progress
+            )
         if estimating.backward:
             _check_alive(run.dead(), sites, space)
             # In the order of the layers: a resumed fit has them in another, and sums would differ.
             traces = {n: float(run.traces[n]) / run.predictions for n in layers if n in run.traces}
         else:
-            some = range(min(len(examples), NOISY_ROWS))
+            some = range(noisy_rows(examples))
             noisy = collate([examples[i] for i in some], pad, list(some)).to(device)
-            gamma = nats_of_noise(model, layers, noisy, seed)
+            with bypassed(sites) if idle else nullcontext():
+                gamma = nats_of_noise(model, layers, noisy, seed)
             traces = dict.fromkeys(layers, gamma)
     fitted = run.estimator.finish(run.predictions, traces)
     info = CurvatureInfo(
@@ -208,8 +216,6 @@ def fit_curvature(
 
 def _read(
     run: Gather,
-    model: nn.Module,
-    layers: dict[str, nn.Module],
     pass_over: list[Batch],
     unfinished: Partial,
     device: torch.device,
@@ -226,9 +232,7 @@ def _read(
         unit="batch",
         disable=not progress,
     )
-    backward = run.estimator.backward
-    hooks = capture(model, layers, run.receive) if backward else watch(layers, run.receive)
-    with bar, hooks:
+    with bar:
         while run.passes < run.estimator.passes:
             for number in range(done, len(pass_over)):
                 run.batch(pass_over[number].to(device), *labels)
@@ -265,46 +269,6 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version("retain-lora" if name == "retain" else name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
-
-
-def _examples(
-    model: Any,
-    source: str | Path | Iterable[Row],
-    tokenizer: PreTrainedTokenizerBase | None,
-    causal: bool,
-    rows: int,
-    max_length: int,
-    batch_size: int,
-    seed: int,
-    partial: str | Path | None,
-    progress: bool,
-) -> Sequence[Example]:
-    tokenizer = tokenizer or getattr(model, "retain_tokenizer", None)
-    if isinstance(source, str) and source == "self":
-        if not causal:
-            raise SourceError(
-                "only a causal model can sample its own text",
-                got="source='self'",
-                allowed="a data set or a file",
-                fix="give source text with the classifier's fields",
-            )
-        what = [fingerprint(model), rows, max_length, seed]
-        source = kept_rows(
-            partial,
-            what,
-            lambda: sample_rows(
-                model, tokenizer, count=rows, max_length=max_length, seed=seed, progress=progress
-            ),
-        )
-    found = encode(read_rows(source, rows), tokenizer, max_length=max_length, causal=causal)[:rows]
-    if len(found) < batch_size:
-        raise SourceError(
-            "the source is smaller than one batch",
-            got=f"{len(found)} sequences, batch size {batch_size}",
-            allowed=f"at least {batch_size} sequences",
-            fix="give more text, or a smaller batch size",
-        )
     return found
 
 

@@ -96,7 +96,8 @@ class Estimator(ABC):
         if key in self.state:
             self.state[key].addmm_(left.T, right, alpha=weight)
         else:
-            self.state[key] = (left.T @ right) * weight
+            found = left.T @ right
+            self.state[key] = found if weight == 1 else found.mul_(weight)
 
     def moment(self, key: str, rows: Tensor, weight: float = 1.0) -> None:
         """Adds ``weight * rows^T rows``, to a sketch where the side is wide."""
@@ -109,7 +110,8 @@ class Estimator(ABC):
     def factor(self, key: str, scale: float) -> Factor:
         """``scale`` times what `moment` has summed, which is gone then: it may be large."""
         if key in self.state:
-            return DenseFactor(self.state.pop(key).mul_(scale))
+            found = self.state.pop(key)
+            return DenseFactor(found if scale == 1 else found.mul_(scale))
         assert self.layout.rank is not None
         dtype = self.state[f"{key}.buffer"].dtype
         return sketch_finish(self.state, key, self.layout.rank, scale, dtype)

@@ -82,10 +82,10 @@ class Gather:
             ways = cotangents(
                 logits, batch.lengths, batch.targets, batch.rows, fisher, samples, seed, temperature
             )
-            for cotangent, self._weight in ways:
+            for cotangent, self._weight, last in ways:
                 self._fired.clear()
                 self._total = None
-                logits.backward(cotangent.to(logits.dtype), retain_graph=True)
+                logits.backward(cotangent.to(logits.dtype), retain_graph=not last)
                 self._first = False
                 if self._total is not None:
                     self._check(self._total)
@@ -125,7 +125,7 @@ class Gather:
         chosen = self._chosen(name, batch.rows) if self.every > 1 else None
         record = Record(name, source, _rows(g, batch.mask), self._weight, self._first, chosen)
         with products(self.precision):
-            if self.estimator.backward:
+            if self.estimator.backward and not self.passes:
                 self._trace(record)
             if chosen is None or chosen:
                 self.estimator.update(record.narrowed())
@@ -154,8 +154,6 @@ class Gather:
     def _trace(self, record: Record) -> None:
         traces = record.traces.double()
         self._total = traces if self._total is None else self._total + traces
-        if self.passes:
-            return
         name = record.name
         self.traces[name] = self.traces.get(name, 0.0) + traces.sum() * record.weight
         if self.every > 1:

@@ -44,7 +44,7 @@ def cotangents(
     samples: int,
     seed: int,
     temperature: float = 1.0,
-) -> Iterator[tuple[Tensor, float]]:
+) -> Iterator[tuple[Tensor, float, bool]]:
     """Gradients to send back from the logits, each with its weight in the expectation.
 
     Args:
@@ -59,26 +59,30 @@ def cotangents(
         temperature: T of ``tempered``.
 
     Yields:
-        (cotangent [predictions, classes], weight)
+        (cotangent [predictions, classes], weight, whether it is the last). The last one may lie in
+        the memory of the logits, which a model's backward pass does not read.
 
     Raises:
         CurvatureError: ``exact`` would need more than `EXACT_LIMIT` passes.
     """
-    logits = logits.detach()
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     heat = temperature if fisher == "tempered" else 1.0
-    p = (wide / heat if heat != 1 else wide).softmax(-1)
-    if fisher == "empirical":
-        yield _at(p, targets), 1.0
-    elif fisher == "reversed":
-        yield _at((-wide).softmax(-1), targets), 1.0
+    if fisher == "reversed":
+        wide = wide.neg_()
+    elif heat != 1.0:
+        wide = wide.div_(heat)
+    p = _softmax_(wide)
+    if fisher in ("empirical", "reversed"):
+        yield _minus_(p, targets), 1.0, True
     elif fisher in ("mc", "tempered"):
         for sample in range(samples):
             parts = [
                 _draw(part, f"{seed}:{row}:{sample}")
                 for part, row in zip(p.split(lengths), rows, strict=True)
             ]
-            yield _at(p, torch.cat(parts)) / heat, 1.0 / samples
+            last = sample == samples - 1
+            way = _minus_(p if last else p.clone(), torch.cat(parts))
+            yield way if heat == 1.0 else way.div_(heat), 1.0 / samples, last
     else:
         classes, longest = p.shape[-1], max(lengths)
         if classes * longest > EXACT_LIMIT:
@@ -97,20 +101,39 @@ def cotangents(
                 part[:, y] += p[here, y].sqrt()
                 cotangent = torch.zeros_like(p)
                 cotangent[here] = part
-                yield cotangent, 1.0
+                yield cotangent, 1.0, t == longest - 1 and y == classes - 1
 
 
-def _at(p: Tensor, labels: Tensor) -> Tensor:
-    """``e_y - p`` for each prediction."""
-    out = -p
-    out[torch.arange(len(out), device=out.device), labels.to(out.device)] += 1.0
-    return out
+_ROWS = 1 << 20
+"""Probabilities that are worked on at a time, so that they stay in the processor's cache."""
+
+
+def _chunks(p: Tensor) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = p.split(max(1, _ROWS // p.shape[-1]))
+    return parts
+
+
+def _softmax_(logits: Tensor) -> Tensor:
+    """The softmax of each row, in its own memory."""
+    for part in _chunks(logits):
+        part.copy_(part.softmax(-1))
+    return logits
+
+
+def _minus_(p: Tensor, labels: Tensor) -> Tensor:
+    """``e_y - p`` for each prediction, in the memory of p."""
+    p.neg_()
+    p[torch.arange(len(p), device=p.device), labels.to(p.device)] += 1.0
+    return p
 
 
 def _draw(p: Tensor, key: str) -> Tensor:
     """One label for each row of p, by the inverse of the distribution function."""
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
     u = torch.rand(len(p), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
-    steps = p.cumsum(-1)
-    u = u.to(p.device, p.dtype) * steps[:, -1:]
-    return torch.searchsorted(steps, u).clamp(max=p.shape[-1] - 1)[:, 0]
+    u = u.to(p.device, p.dtype)
+    found = []
+    for part, level in zip(_chunks(p), u.split(len(_chunks(p)[0])), strict=True):
+        steps = part.cumsum(-1)
+        found.append(torch.searchsorted(steps, level * steps[:, -1:]))
+    return torch.cat(found).clamp(max=p.shape[-1] - 1)[:, 0]

@@ -69,6 +69,11 @@ class Record:
         return self.source.gram, self.gradients @ self.gradients.mT
 
     @cached_property
+    def matrices(self) -> Tensor:
+        """``sum_t g_t x_t^T`` of each sequence, [batch, d_out, d_in]."""
+        return self.gradients.mT @ self.inputs
+
+    @cached_property
     def traces(self) -> Tensor:
         """``|| sum_t g_t x_t^T ||^2`` of each sequence, [batch].
 
@@ -80,7 +85,11 @@ class Record:
         if seq * (d_in + d_out) <= d_in * d_out:
             gram_x, gram_g = self.grams
             return (gram_x * gram_g).sum((1, 2))
-        return (g.mT @ x).square().sum((1, 2))
+        return self.matrices.flatten(1).square().sum(1)
+
+    def made(self, what: str) -> Tensor | None:
+        """One of the products above if it has been computed already."""
+        return self.__dict__.get(what)
 
     def narrowed(self) -> Record:
         """The record of the chosen sequences alone."""
@@ -91,4 +100,7 @@ class Record:
         source = Source(x, tuple(self.source.counts[i] for i in self.chosen))
         if "gram" in self.source.__dict__:
             source.__dict__["gram"] = self.source.gram[rows]
-        return replace(self, source=source, gradients=self.gradients[rows], chosen=None)
+        found = replace(self, source=source, gradients=self.gradients[rows], chosen=None)
+        if "matrices" in self.__dict__:
+            found.__dict__["matrices"] = self.matrices[rows]
+        return found

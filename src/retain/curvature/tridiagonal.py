@@ -84,15 +84,14 @@ class TridiagonalEstimator(KroneckerEstimator):
         links = {}
         for i, j in pairs:
             weight = (0.5 if i in left else 1.0) ** 0.5 * (0.5 if j in right else 1.0) ** 0.5
-            outputs = self.state[f"link/outputs/{i}"] * (roots[i] * roots[j])
+            outputs = self.state.pop(f"link/outputs/{i}").mul_(roots[i] * roots[j])
             if shared[i] == shared[j]:
                 block = fitted.blocks[i]
                 assert isinstance(block, KroneckerBlock)
                 inputs = block.inputs.dense()
             else:
-                inputs = self.state[f"link/inputs/{i}"] / float(
-                    self.state[f"positions/{shared[i]}"]
-                )
+                inputs = self.state.pop(f"link/inputs/{i}")
+                inputs.div_(float(self.state[f"positions/{shared[i]}"]))
             links[i, j] = Link(inputs, outputs, weight)
         return Fitted(fitted.blocks, links)
 

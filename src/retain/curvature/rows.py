@@ -1,0 +1,78 @@
+"""The rows that a curvature is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retain.curvature.partial import kept_rows
+from retain.data.batches import Batch, Example, collate
+from retain.data.sources import Row, encode, read_rows
+from retain.errors import SourceError
+from retain.models.fingerprint import fingerprint
+from retain.models.sample import sample_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["glance", "source_examples"]
+
+
+def source_examples(
+    model: Any,
+    source: str | Path | Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase | None,
+    causal: bool,
+    rows: int,
+    max_length: int,
+    batch_size: int,
+    seed: int,
+    partial: str | Path | None,
+    progress: bool,
+) -> Sequence[Example]:
+    """Tokenised rows of a source, at most `rows` of them; see `fit_curvature`.
+
+    Raises:
+        SourceError: text that is missing, empty or smaller than one batch; or ``"self"`` for a
+            model that cannot write.
+    """
+    tokenizer = tokenizer or getattr(model, "retain_tokenizer", None)
+    if isinstance(source, str) and source == "self":
+        if not causal:
+            raise SourceError(
+                "only a causal model can sample its own text",
+                got="source='self'",
+                allowed="a data set or a file",
+                fix="give source text with the classifier's fields",
+            )
+        what = [fingerprint(model), rows, max_length, seed]
+        source = kept_rows(
+            partial,
+            what,
+            lambda: sample_rows(
+                model, tokenizer, count=rows, max_length=max_length, seed=seed, progress=progress
+            ),
+        )
+    found = encode(read_rows(source, rows), tokenizer, max_length=max_length, causal=causal)[:rows]
+    if len(found) < batch_size:
+        raise SourceError(
+            "the source is smaller than one batch",
+            got=f"{len(found)} sequences, batch size {batch_size}",
+            allowed=f"at least {batch_size} sequences",
+            fix="give more text, or a smaller batch size",
+        )
+    return found
+
+
+def glance(example: Example, pad: int) -> Batch:
+    """A few tokens, enough to see which layers read what."""
+    some = replace(
+        example,
+        tokens=example.tokens[:8],
+        targets=example.targets[:8] if example.predict else example.targets,
+        predict=example.predict and (True,) * len(example.predict[:8]),
+        segments=example.segments[:8],
+    )
+    return collate([some], pad, [0])
