@@ -31,7 +31,7 @@ from retain.types import Fisher
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "confident.json"
 FISHERS: tuple[Fisher, ...] = ("mc", "exact", "empirical", "tempered", "reversed")
-STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10000.0)
+STRENGTHS = (1.0, 30.0, 1000.0, 30000.0)
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def _sequence(
         found = encode(read_rows(path, count), tokenizer, max_length=64, causal=False)
         return list(batches(found, 16, 0))
 
-    old, new = load("sst2", "train", 512), load("cola", "train", 512)
+    old, new = load("sst2", "train", 512), load("cola", "train", 256)
     old_test, new_test = load("sst2", "validation", 400), load("cola", "validation", 400)
     _train(model, old, epochs=8, seed=seed)
     learned, confidence = _score(model, old_test)
@@ -112,7 +112,7 @@ def _train(
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     held = None
     if curvature is not None:
-        held = retain.Retention(model, curvature, strength, update="proximal")
+        held = retain.Retention(model, curvature, strength)
     order = torch.Generator().manual_seed(seed)
     model.train()
     for _ in range(epochs):

@@ -1,24 +1,74 @@
 """Ranking by likelihood equals scoring each option by itself; intervals; generation order."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 import torch
+from letters import Letters
+from peft import PrefixTuningConfig, get_peft_model
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import tiny
+from retain.errors import ConfigError
 from retain.evaluation.generation import generate
 from retain.evaluation.intervals import wilson
-from retain.evaluation.ranking import rank_options
+from retain.evaluation.ranking import rank_options, score_options
+from retain.evaluation.reuse import can_reuse
+
+PROMPTS = ["abc", "ab", "kj", "abcd", "c", "hgfedcba"]
+OPTIONS = [
+    ["a", "b", "cd"],  # a beginning rides along: one branch
+    ["ca", "cb", "k"],
+    ["abc", "abd", "a", "bcd"],  # two branches
+    ["e", "f"],
+    ["gg", "hg", "ihgfe"],  # three branches
+    ["ab", "abab", "ka", "k"],
+]
 
 
-class Letters:
-    """A tokenizer of the letters a to k; ids 1 to 11."""
-
-    pad_token_id, eos_token_id = 0, 12
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [ord(c) - ord("a") + 1 for c in text]}
-
-    def batch_decode(self, rows: torch.Tensor, skip_special_tokens: bool) -> list[str]:
-        return ["".join(chr(96 + t) for t in row if 0 < t < 12) for row in rows.tolist()]
+def build(kind: str) -> Any:
+    torch.manual_seed(3)
+    small = {"vocab_size": 13, "hidden_size": 16, "num_attention_heads": 2, "pad_token_id": 0}
+    if kind == "llama":
+        return tiny.base("llama")
+    if kind == "lora":
+        return tiny.tiny("llama", moved=True)
+    if kind == "neox":
+        model: Any = GPTNeoXForCausalLM(
+            GPTNeoXConfig(**small, num_hidden_layers=2, intermediate_size=24, rotary_pct=0.5)
+        )
+    elif kind == "gpt2":
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=13, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+        )
+    elif kind == "mistral":  # sliding windows, shorter than the prompts
+        model = MistralForCausalLM(
+            MistralConfig(
+                **small,
+                num_hidden_layers=2,
+                intermediate_size=24,
+                num_key_value_heads=1,
+                sliding_window=4,
+            )
+        )
+    else:
+        model = BloomForCausalLM(BloomConfig(vocab_size=13, hidden_size=16, n_layer=2, n_head=2))
+    with torch.no_grad():  # far from uniform
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(6)
+    return model.double().eval()
 
 
 def by_itself(model: torch.nn.Module, prompt: str, option: str) -> float:
@@ -32,17 +82,88 @@ def model() -> torch.nn.Module:
     return tiny.base("llama")
 
 
-def test_ranking_equals_scoring_each_option_alone(model: torch.nn.Module) -> None:
-    prompts = ["abc", "ab", "kj", "abcd", "c"]
-    options = [["a", "b", "cd"], ["ca", "cb", "k"], ["abc", "abd", "a"], ["e", "f"], ["gg", "gh"]]
+@pytest.mark.parametrize("kind", ["llama", "lora", "neox", "gpt2", "mistral", "bloom"])
+def test_ranking_equals_scoring_each_option_alone(kind: str) -> None:
+    model = build(kind)
     with torch.no_grad():
-        scores = [
-            [by_itself(model, p, o) for o in row] for p, row in zip(prompts, options, strict=True)
+        want = [
+            [by_itself(model, p, o) for o in row] for p, row in zip(PROMPTS, OPTIONS, strict=True)
         ]
-    best = [max(range(len(s)), key=s.__getitem__) for s in scores]
+    best = [max(range(len(s)), key=s.__getitem__) for s in want]
     assert len(set(best)) > 1
-    for size in (1, 2, 64):
-        assert rank_options(model, Letters(), prompts, options, batch_size=size) == best
+    assert can_reuse(model) == (kind != "bloom")
+    for size in (1, 2, 5, 64):
+        for reuse in (True, False):
+            got = score_options(model, Letters(), PROMPTS, OPTIONS, batch_size=size, reuse=reuse)
+            for row, right in zip(got.logp, want, strict=True):
+                assert row == pytest.approx(right, abs=1e-4)
+        assert rank_options(model, Letters(), PROMPTS, OPTIONS, batch_size=size) == best
+
+
+def test_prefix_tuning_runs_every_branch_by_itself() -> None:
+    inner = tiny.base("llama")
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(inner, config).double().eval()
+    assert not can_reuse(model)
+    got = score_options(model, Letters(), PROMPTS, OPTIONS)
+    with torch.no_grad():
+        for prompt, row, scores in zip(PROMPTS, OPTIONS, got.logp, strict=True):
+            assert scores == pytest.approx([by_itself(model, prompt, o) for o in row], abs=1e-4)
+
+
+def test_a_prompt_is_run_once_and_the_head_where_something_is_predicted(
+    model: torch.nn.Module,
+) -> None:
+    fed: list[int] = []
+    headed: list[int] = []
+    inner: Any = model
+    inner.get_input_embeddings().register_forward_hook(lambda m, a, o: fed.append(a[0].numel()))
+    inner.get_output_embeddings().register_forward_hook(
+        lambda m, a, o: headed.append(o.numel() // o.shape[-1])
+    )
+    prompt = "abcdefgh" * 2
+    score_options(model, Letters(), [prompt] * 5, [["a", "b", "c"]] * 5)
+    assert (fed, headed) == ([16], [1])  # equal questions too are run once
+    fed.clear(), headed.clear()
+    score_options(model, Letters(), [prompt], [["abc", "bca", "cabd"]])
+    assert (fed, headed) == ([16, 3 * 3], [1, 2 + 2 + 3])
+    fed.clear()
+    score_options(model, Letters(), [prompt], [["abc", "bca", "cabd"]], reuse=False)
+    assert sum(fed) == 3 * 24  # each branch with its prompt, padded to a multiple of 8
+
+
+def test_long_prompts_lose_their_beginning_and_options_nothing(model: torch.nn.Module) -> None:
+    long, options = "kkkkkkkkabc", ["de", "fgh", "ed"]
+    cut = score_options(model, Letters(), [long], [options], max_length=6)
+    short = score_options(model, Letters(), ["abc"], [options])
+    assert cut.logp[0] == pytest.approx(short.logp[0], abs=1e-9)
+    whole = score_options(model, Letters(), [long], [options], max_length=14)
+    assert whole.logp[0] == score_options(model, Letters(), [long], [options]).logp[0]
+    assert whole.logp[0] != pytest.approx(short.logp[0], abs=1e-3)
+
+    class Begun(Letters):
+        bos_token, bos_token_id = "k", 11
+
+    kept = score_options(model, Begun(), [long], [options], max_length=6)
+    by_hand = score_options(model, Letters(), ["kbc"], [options])
+    assert kept.logp[0] == pytest.approx(by_hand.logp[0], abs=1e-9)
+
+
+def test_lengths_and_norms(model: torch.nn.Module) -> None:
+    got = score_options(model, Letters(), ["abc"], [[" a", " bcd", " éfg"]])
+    assert got.tokens == [[1, 3, 2]]
+    assert got.bytes == [[1, 3, 4]]
+    fixed = got._replace(logp=[[-2.0, -4.5, -4.0]])
+    assert fixed.best() == [0]
+    assert fixed.best("tokens") == [1]
+    assert fixed.best("bytes") == [2]
+    assert fixed.nll([2]) == 4.0
+
+
+def test_what_cannot_be_ranked_is_refused(model: torch.nn.Module) -> None:
+    for prompt, options in (("", ["a"]), ("a", []), ("a", ["b", "zz"])):
+        with pytest.raises(ConfigError, match="cannot be ranked"):
+            score_options(model, Letters(), [prompt], [options])
 
 
 def test_generation_keeps_the_order_and_ignores_padding(model: torch.nn.Module) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from retain.curvature.spectral import eigh
+
 __all__ = ["FLAT", "DenseFactor", "Factor", "ScalarFactor", "SketchFactor", "factor_from", "inner"]
 
 FLAT = 1e-6
@@ -231,7 +233,7 @@ def truncate(vectors: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
         zero = vectors.new_zeros(vectors.shape[0])
         return vectors, zero, zero.sum()
     wide = vectors.double()
-    values, turn = torch.linalg.eigh(wide.T @ wide)
+    values, turn = eigh(wide.T @ wide)
     kept = wide @ turn[:, -keep:]
     dropped = (wide.square().sum(1) - kept.square().sum(1)).clamp(min=0)
     largest = values[-keep - 1].clamp(min=0)
@@ -268,5 +270,5 @@ def _diagonal(factor: Factor) -> Tensor:
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(matrix.double() if matrix.shape[0] <= 64 else matrix)
+    values, vectors = eigh(matrix.double() if matrix.shape[0] <= 64 else matrix)
     return values.clamp(min=0).to(matrix.dtype), vectors.to(matrix.dtype)

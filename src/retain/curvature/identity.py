@@ -15,6 +15,7 @@ from retain.curvature.block import Block, MoveFactor, Thin
 from retain.curvature.estimator import Estimator, Fitted
 from retain.curvature.factor import Factor
 from retain.curvature.record import Record
+from retain.curvature.spectral import eigh
 
 __all__ = ["IdentityBlock", "IdentityEstimator"]
 
@@ -52,7 +53,7 @@ class IdentityBlock(Block):
 
     def prox_left(self, b: Tensor, c: Tensor, b0: Tensor, a0: Tensor, tau: float) -> Tensor:
         t, c = tau * float(self.scale), c.double()
-        values, vectors = torch.linalg.eigh(c @ c.T)
+        values, vectors = eigh(c @ c.T)
         y = b.double() + t * b0.double() @ (a0.double() @ c.T)
         inner = (y @ vectors) / (1.0 + t * values.clamp(min=0))
         solution: Tensor = (inner @ vectors.T).to(b.dtype)

@@ -27,6 +27,7 @@ from retain.curvature.estimator import Estimator, Fitted, calibration, flat
 from retain.curvature.factor import FLAT, DenseFactor, Factor
 from retain.curvature.record import Record
 from retain.curvature.sketch import sketched
+from retain.curvature.spectral import eigh
 
 __all__ = ["KroneckerBlock", "KroneckerEstimator", "ShampooEstimator"]
 
@@ -160,6 +161,6 @@ class ShampooEstimator(Estimator):
 
 
 def _root(gram: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = eigh(gram)
     root: Tensor = values.clamp(min=0).sqrt()[..., None] * vectors.mT
     return root

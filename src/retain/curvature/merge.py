@@ -38,6 +38,7 @@ from retain.curvature.info import CurvatureInfo
 from retain.curvature.kronecker import KroneckerBlock
 from retain.curvature.link import Link
 from retain.curvature.moves import anchor_of
+from retain.curvature.spectral import eigh
 from retain.errors import MismatchError
 from retain.models.fingerprint import fingerprint
 
@@ -190,11 +191,11 @@ def _eigen(
         weights = sum(x.values.sum(0) for x in blocks)
         return (blocks[0].inputs * weights) @ blocks[0].inputs.T
 
-    basis_in = torch.linalg.eigh(sides(a) + sides(b))[1].contiguous()
+    basis_in = eigh(sides(a) + sides(b))[1].contiguous()
     out, lost, whole = [], 0.0, 0.0
     for x, y in zip(a, b, strict=True):
         total = sum((z.outputs * z.values.sum(1)) @ z.outputs.T for z in (x, y))
-        basis_out = torch.linalg.eigh(total)[1].contiguous()
+        basis_out = eigh(total)[1].contiguous()
         values = sum(
             (basis_out.T @ z.outputs).square() @ z.values @ (z.inputs.T @ basis_in).square()
             for z in (x, y)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from retain.curvature.factor import SketchFactor, truncate
 from retain.curvature.settings import sketched
+from retain.curvature.spectral import eigh
 
 __all__ = ["sketch_finish", "sketch_update", "sketched"]
 
@@ -65,7 +66,7 @@ def sketch_finish(
 def _shrink(buffer: Tensor, rank: int) -> Tensor:
     """Leaves k directions in a full buffer of 2k rows; returns delta."""
     wide = buffer.double() if buffer.shape[0] <= 64 else buffer
-    values, turn = torch.linalg.eigh(wide @ wide.T)
+    values, turn = eigh(wide @ wide.T)
     values = values.clamp(min=0)
     delta = values[rank - 1]
     top = values[rank:]

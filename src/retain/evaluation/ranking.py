@@ -1,23 +1,71 @@
-"""Multiple choice by likelihood: the option with the highest log-probability wins."""
+"""Multiple choice by likelihood: the option with the highest log-probability wins.
+
+The options of a prompt form a tree of tokens. The last token of an option is only predicted,
+never fed, and an option that is the beginning of another rides along with it. Where one branch is
+left (label words of one token, or options that differ in the last), one plain pass of the prompt
+scores them all; where several are left, the prompt is run once and its keys and values are used
+for every branch, with a model that allows it, else each branch runs the prompt again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from retain.data.batches import Example, batches
 from retain.data.tokens import tokenize
+from retain.errors import ConfigError
+from retain.evaluation.reuse import branch_logits, can_reuse
 from retain.models.heads import forward_logits
 from retain.models.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["rank_options"]
+__all__ = ["Ranking", "rank_options", "score_options"]
+
+_CHUNK = 512  # positions whose logits are held in float32 at once
+
+
+class Ranking(NamedTuple):
+    """How likely each option of each prompt is.
+
+    Attributes:
+        logp: log-probability of each option after its prompt, in nats, summed over its tokens.
+        tokens: tokens of each option.
+        bytes: bytes of each option in UTF-8, without the spaces around it.
+    """
+
+    logp: list[list[float]]
+    tokens: list[list[int]]
+    bytes: list[list[int]]
+
+    def best(self, norm: Literal["sum", "tokens", "bytes"] = "sum") -> list[int]:
+        """The index of the best option of each prompt; of equals the first.
+
+        Args:
+            norm: what the log-probability is divided by: nothing, the option's tokens, or its
+                bytes (as ``acc_bytes`` of lm-eval; its ``acc_norm`` divides by characters, which
+                is the same for ASCII).
+        """
+        if norm == "sum":
+            rows = self.logp
+        else:
+            sizes = self.tokens if norm == "tokens" else self.bytes
+            rows = [
+                [p / max(1, n) for p, n in zip(*both, strict=True)]
+                for both in zip(self.logp, sizes, strict=True)
+            ]
+        return [max(range(len(s)), key=s.__getitem__) for s in rows]
+
+    def nll(self, answers: Sequence[int]) -> float:
+        """Mean negative log-probability of the right options, in nats per option."""
+        return -sum(row[a] for row, a in zip(self.logp, answers, strict=True)) / len(answers)
 
 
 def rank_options(
@@ -30,42 +78,190 @@ def rank_options(
     progress: bool = False,
     label: str = "ranking",
 ) -> list[int]:
-    """The index of the most likely continuation of each prompt.
+    """The index of the most likely continuation of each prompt; see `score_options`."""
+    return score_options(
+        model,
+        tokenizer,
+        prompts,
+        options,
+        batch_size=batch_size,
+        progress=progress,
+        label=label,
+    ).best()
 
-    Options of one token share one pass of their prompt, as do options that differ in the last.
+
+def score_options(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    options: Sequence[Sequence[str]],
+    *,
+    max_length: int | None = None,
+    batch_size: int = 64,
+    reuse: bool = True,
+    progress: bool = False,
+    label: str = "ranking",
+) -> Ranking:
+    """The full log-likelihood of each option of each prompt; equal questions are run once.
 
     Args:
         model: a causal model; it is put into evaluation mode for the while.
         tokenizer: its tokenizer.
         prompts: texts.
-        options: continuations of each prompt, with their leading spaces. The score of one is the
-            sum of its tokens' log-probabilities.
-        batch_size: continuations a pass.
+        options: continuations of each prompt, with their leading spaces.
+        max_length: tokens of a prompt with its longest option; the prompt alone is cut, from the
+            left (a first token that begins every text is kept). None cuts nothing.
+        batch_size: continuations a pass. With reuse, a pass holds the keys and values of so many.
+        reuse: run a prompt once for all its branches where the model allows it.
         progress: show a bar.
         label: of the bar.
+
+    Raises:
+        ConfigError: a prompt or an option without tokens, or a prompt without options.
     """
     device = next(model.parameters()).device
-    # (first predicted position, tokens of a pass) -> the options that are scored by that pass
-    rows: dict[tuple[int, tuple[int, ...]], list[tuple[int, int, list[int]]]] = {}
-    for i, (prompt, choices) in enumerate(zip(prompts, options, strict=True)):
-        head = tokenize(tokenizer, prompt)
-        for j, choice in enumerate(choices):
-            ids = list(tokenizer(choice, add_special_tokens=False)["input_ids"])
-            tokens = tuple(head + ids[:-1])  # the last token is only predicted
-            rows.setdefault((len(head) - 1, tokens), []).append((i, j, ids))
-    examples = [
-        Example(tokens, (0,) * len(tokens), tuple(k >= first for k in range(len(tokens))))
-        for first, tokens in rows
-    ]
-    owners = list(rows.values())
-    scores = [[0.0] * len(choices) for choices in options]
     pad = getattr(model.config, "pad_token_id", None) or 0
-    every = list(batches(examples, min(batch_size, len(examples)), pad, multiple=8))
-    with evaluating(model), torch.no_grad():
-        for batch in tqdm(every, desc=label, unit="batch", disable=not progress):
-            batch = batch.to(device)
-            logp = forward_logits(model, batch).float().log_softmax(-1)
-            for row, part in zip(batch.rows, logp.split(batch.lengths), strict=True):
-                for i, j, ids in owners[row]:
-                    scores[i][j] = float(part[torch.arange(len(ids)), ids].sum())
-    return [max(range(len(s)), key=s.__getitem__) for s in scores]
+    asked = _questions(tokenizer, prompts, options, max_length)
+    unique = list({id(q): q for q in asked}.values())
+    again = not (reuse and any(len(q.leaves) > 1 for q in unique) and can_reuse(model))
+    branched = [] if again else [q for q in unique if len(q.leaves) > 1]
+    plain = unique if again else [q for q in unique if len(q.leaves) == 1]
+    bar = tqdm(total=len(unique), desc=label, unit="question", disable=not progress)
+    with evaluating(model), torch.no_grad(), bar:
+        owners = [(q, k) for q in plain for k in range(len(q.leaves))]
+        if owners:
+            examples = [_example(q, k) for q, k in owners]
+            for batch in batches(examples, min(batch_size, len(examples)), pad, multiple=8):
+                picks, start = _Picks(), 0
+                for row, n in zip(batch.rows, batch.lengths, strict=True):
+                    q, k = owners[row]
+                    for j in q.under[k]:
+                        picks.add(q, j, range(start, start + n))
+                    start += n
+                picks.collect(forward_logits(model, batch.to(device)))
+                bar.update(sum(owners[row][1] == 0 for row in batch.rows))
+        for chunk in _chunks(branched, batch_size):
+            first, rest = branch_logits(
+                model, [q.head for q in chunk], [q.leaves for q in chunk], pad
+            )
+            picks, start = _Picks(), len(chunk)
+            for i, q in enumerate(chunk):
+                for k, leaf in enumerate(q.leaves):
+                    for j in q.under[k]:
+                        picks.add(q, j, [i, *range(start, start + len(leaf))])
+                    start += len(leaf)
+            picks.collect(torch.cat([first, rest]))
+            bar.update(len(chunk))
+    return Ranking(
+        [list(q.scores) for q in asked],
+        [[len(ids) for ids in q.ids] for q in asked],
+        [[len(o.strip().encode()) for o in row] for row in options],
+    )
+
+
+@dataclass
+class _Question:
+    """A prompt's tokens, its options' tokens, and the branches that have to be run."""
+
+    head: list[int]
+    ids: list[tuple[int, ...]]
+    leaves: list[tuple[int, ...]] = field(default_factory=list)
+    under: list[list[int]] = field(default_factory=list)  # of each branch, the options on it
+    scores: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        paths = [ids[:-1] for ids in self.ids]
+        for path in sorted(dict.fromkeys(paths), key=len, reverse=True):
+            if not any(leaf[: len(path)] == path for leaf in self.leaves):
+                self.leaves.append(path)
+        self.under = [[] for _ in self.leaves]
+        for j, path in enumerate(paths):
+            k = next(k for k, leaf in enumerate(self.leaves) if leaf[: len(path)] == path)
+            self.under[k].append(j)
+        self.scores = [0.0] * len(self.ids)
+
+
+class _Picks:
+    """Which log-probabilities of a pass belong to which option."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.tokens: list[int] = []
+        self.owners: list[tuple[_Question, int]] = []
+
+    def add(self, question: _Question, option: int, rows: Sequence[int]) -> None:
+        """An option's tokens are predicted at the first of these rows of the logits."""
+        ids = question.ids[option]
+        self.rows += rows[: len(ids)]
+        self.tokens += ids
+        self.owners += [(question, option)] * len(ids)
+
+    def collect(self, logits: Tensor) -> None:
+        """Adds ``log softmax(logits)`` [rows, vocabulary] at the wanted places to the scores."""
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        total = torch.cat([part.to(wide).logsumexp(-1) for part in logits.split(_CHUNK)])
+        rows = torch.tensor(self.rows, device=logits.device)
+        tokens = torch.tensor(self.tokens, device=logits.device)
+        found = (logits[rows, tokens].to(wide) - total[rows]).tolist()
+        for (question, option), value in zip(self.owners, found, strict=True):
+            question.scores[option] += value
+
+
+def _questions(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    options: Sequence[Sequence[str]],
+    max_length: int | None,
+) -> list[_Question]:
+    """One question a prompt; equal ones are the same object."""
+    seen: dict[tuple[tuple[int, ...], ...], _Question] = {}
+    words: dict[str, tuple[int, ...]] = {}
+    asked = []
+    for prompt, choices in zip(prompts, options, strict=True):
+        for choice in choices:
+            if choice not in words:
+                words[choice] = tuple(tokenizer(choice, add_special_tokens=False)["input_ids"])
+        ids = [words[choice] for choice in choices]
+        head = tokenize(tokenizer, prompt)
+        if not head or not ids or not all(ids):
+            raise ConfigError(
+                "a question that cannot be ranked",
+                got=f"prompt {prompt[-60:]!r} with options {tuple(choices)!r}",
+                allowed="a prompt and options that hold a token at least",
+                fix="repair the task's prompt or label words",
+            )
+        if max_length is not None:
+            head = _cut(head, max_length - max(map(len, ids)), tokenizer)
+        key = (tuple(head), *ids)
+        if key not in seen:
+            seen[key] = _Question(head, ids)
+        asked.append(seen[key])
+    return asked
+
+
+def _cut(head: list[int], room: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end of a prompt, with the token that begins every text where it had it."""
+    if len(head) <= max(room, 1):
+        return head
+    begin = head[:1] if head[0] == getattr(tokenizer, "bos_token_id", None) and room > 1 else []
+    return begin + head[len(head) - max(1, room - len(begin)) :]
+
+
+def _example(question: _Question, branch: int) -> Example:
+    tokens = (*question.head, *question.leaves[branch])
+    first = len(question.head) - 1
+    return Example(tokens, (0,) * len(tokens), tuple(k >= first for k in range(len(tokens))))
+
+
+def _chunks(questions: Sequence[_Question], size: int) -> Iterator[list[_Question]]:
+    """Questions of like length, so many together that their branches fill a batch."""
+    chunk: list[_Question] = []
+    rows = 0
+    for q in sorted(questions, key=lambda q: (len(q.head), max(map(len, q.leaves)))):
+        if chunk and rows + len(q.leaves) > size:
+            yield chunk
+            chunk, rows = [], 0
+        chunk.append(q)
+        rows += len(q.leaves)
+    if chunk:
+        yield chunk

@@ -245,8 +245,20 @@ def _refuse_sharded(site: LoraSite) -> None:
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
-    """The base model: the same modules with the adapter switched off."""
+    """The base model: the same modules with the adapter switched off.
+
+    A model that an adapter of the study is attached to (``model.retain_adapter``, see
+    `retain.models.adapters.base`) is switched off by that; any other must be PEFT's.
+
+    Raises:
+        ModelError: a model without an adapter.
+    """
     inner: Any = unwrap(model)
+    attached = vars(inner).get("retain_adapter")
+    if attached is not None:
+        with attached.off():
+            yield inner
+        return
     if not isinstance(inner, PeftModel):
         raise ModelError(
             "the model has no adapter to switch off",

@@ -16,7 +16,7 @@ from retain.models.adapter import unwrap
 from retain.retention.laplace import Retention, check_strength
 from retain.types import UPDATES, Update
 
-__all__ = ["RetentionCallback"]
+__all__ = ["RetentionCallback", "go_first", "refuse_deepspeed"]
 
 
 class RetentionCallback(TrainerCallback):
@@ -49,20 +49,12 @@ class RetentionCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if getattr(args, "deepspeed", None) or type(kwargs.get("optimizer")).__name__.startswith(
-            "DeepSpeed"
-        ):
-            raise ModelError(
-                "DeepSpeed steps its optimiser inside the backward pass, where no force can act",
-                got="a DeepSpeed run",
-                allowed="one process, or DDP",
-                fix="train without DeepSpeed",
-            )
+        refuse_deepspeed(args, kwargs.get("optimizer"))
         model: nn.Module = unwrap(kwargs["model"])
         self.retention = Retention(
             model, self.curvature, self.strength, update=self.update, resuming=state.global_step > 0
         )
-        _go_first(self)
+        go_first(self)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,7 +104,22 @@ class RetentionCallback(TrainerCallback):
             )
 
 
-def _go_first(callback: TrainerCallback) -> None:
+def refuse_deepspeed(args: TrainingArguments, optimizer: object) -> None:
+    """Refuses a run in which no force can act.
+
+    Raises:
+        ModelError: a DeepSpeed run.
+    """
+    if getattr(args, "deepspeed", None) or type(optimizer).__name__.startswith("DeepSpeed"):
+        raise ModelError(
+            "DeepSpeed steps its optimiser inside the backward pass, where no force can act",
+            got="a DeepSpeed run",
+            allowed="one process, or DDP",
+            fix="train without DeepSpeed",
+        )
+
+
+def go_first(callback: TrainerCallback) -> None:
     """Moves a callback to the front of its trainer's handler, which is calling it now.
 
     Backends of ``report_to`` come before a user's callbacks, and would log before `on_log`

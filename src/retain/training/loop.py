@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -12,16 +11,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from retain.config import TrainConfig
 from retain.curvature.curvature import Curvature
-from retain.data.batches import Batch, Example, collate
-from retain.errors import SourceError, TrainingError
-from retain.models.heads import forward_logits
+from retain.data.batches import Example, collate
+from retain.errors import ConfigError, SourceError
+from retain.retention.method import Method
 from retain.training.callback import RetentionCallback
+from retain.training.loss import head_of
+from retain.training.method import MethodCallback
+from retain.training.trainer import Rows, RowTrainer
 
 __all__ = ["TrainResult", "train"]
 
@@ -36,65 +37,13 @@ class TrainResult:
         seconds: wall time.
         steps: optimiser steps.
         history: one entry a logged step: ``step``, ``loss`` (nats per predicted token),
-            ``predicted`` and ``measured`` (nats per source token, or None) and ``strength``.
+            ``predicted`` and ``measured`` (nats per source token, or None) and ``strength``; with a
+            method ``extra`` too, what the method added to the loss (it is not in ``loss``).
     """
 
     seconds: float
     steps: int
     history: list[dict[str, float | None]] = field(default_factory=list)
-
-
-class _Rows(Dataset[Example]):
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
-
-
-class _Trainer(Trainer):
-    """Mean cross-entropy over a step's predictions, whatever its division into micro-batches."""
-
-    loss_is_scaled_for_ga = True
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        batch: Batch = inputs["batch"].to(next(model.parameters()).device)
-        logits = forward_logits(model, batch)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        total = nn.functional.cross_entropy(logits.to(wide), batch.targets, reduction="sum")
-        if not math.isfinite(float(total.detach())):
-            raise TrainingError(
-                "the loss is not finite",
-                got=f"{float(total.detach())} at step {self.state.global_step + 1}",
-                allowed="finite numbers",
-                fix="lower the learning rate, or check the data; earlier checkpoints are untouched",
-            )
-        count = len(batch.targets) if num_items_in_batch is None else num_items_in_batch
-        return total / count
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        return sum(len(b["batch"].targets) for b in batch_samples)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Keeps the adapter's precision, which PEFT widens when it loads one."""
-        assert self.model is not None
-        kinds = {n: p.dtype for n, p in self.model.named_parameters() if p.requires_grad}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for name, parameter in self.model.named_parameters():
-            if name in kinds:
-                parameter.data = parameter.data.to(kinds[name])
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0
 
 
 class _Watch(TrainerCallback):
@@ -103,6 +52,7 @@ class _Watch(TrainerCallback):
     def __init__(self, measure: Measure | None, every: int) -> None:
         self.measure, self.every = measure, every
         self.history: list[dict[str, float | None]] = []
+        self.extra: Callable[[], float] | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
@@ -110,15 +60,17 @@ class _Watch(TrainerCallback):
         step = state.global_step
         last = step >= state.max_steps
         due = self.measure is not None and (last or step % self.every == 0)
-        self.history.append(
-            {
-                "step": step,
-                "loss": float(logs["loss"]),
-                "predicted": logs.get("predicted_nats"),
-                "measured": self.measure(kwargs["model"]) if due and self.measure else None,
-                "strength": logs.get("retention_strength"),
-            }
-        )
+        entry = {
+            "step": step,
+            "loss": float(logs["loss"]),
+            "predicted": logs.get("predicted_nats"),
+            "measured": self.measure(kwargs["model"]) if due and self.measure else None,
+            "strength": logs.get("retention_strength"),
+        }
+        if self.extra is not None:
+            entry["extra"] = self.extra()
+            entry["loss"] -= entry["extra"]
+        self.history.append(entry)
 
 
 def train(
@@ -128,6 +80,9 @@ def train(
     *,
     curvature: Curvature | None = None,
     strength: float = 0.0,
+    method: Method | None = None,
+    columns: slice | None = None,
+    regression: bool = False,
     out: Path | None = None,
     measure: Measure | None = None,
     measure_every: int = 20,
@@ -142,6 +97,11 @@ def train(
         config: batch size, epochs, learning rate and so on.
         curvature: turns retention on.
         strength: of the retention.
+        method: in place of a curvature, a method whose `before_task` gave the examples; its hooks
+            are called as `retain.retention.method` says.
+        columns: the outputs of a classifier that are trained on, with targets local to them; None
+            for all. The other columns get no gradient, so without weight decay they stay.
+        regression: the mean squared error on a single column, in place of cross-entropy.
         out: folder for checkpoints; none are written without it.
         measure: gives the true KL in nats; called every `measure_every` steps and at the end.
         measure_every: steps.
@@ -151,7 +111,9 @@ def train(
     Raises:
         TrainingError: the loss is not finite.
         SourceError: fewer examples than one batch.
+        ConfigError: both a curvature and a method, or a regression on several columns.
     """
+    _check_choice(curvature, method, columns, regression)
     if len(examples) < config.batch_size:
         raise SourceError(
             "the training data are smaller than one batch",
@@ -164,16 +126,29 @@ def train(
     callbacks: list[TrainerCallback] = [watch]
     if curvature is not None:
         callbacks.append(RetentionCallback(curvature, strength, config.update))
+    if method is not None:
+        callbacks.append(MethodCallback(method))
+
+    def gathered(rows: list[tuple[int, Example]]) -> dict[str, Any]:
+        found = [example for _, example in rows]
+        numbers = [number for number, _ in rows]
+        return {
+            "batch": collate(found, pad, numbers, config.pad_multiple),
+            "heads": [head_of(example, columns, regression) for example in found],
+        }
+
     scratch = None if out else tempfile.TemporaryDirectory()  # the trainer wants a folder
     folder = scratch.name if scratch else str(out)
     try:
-        trainer = _Trainer(
+        trainer = RowTrainer(
             model=model,
             args=_arguments(config, folder, out is not None, progress),
-            train_dataset=_Rows(examples),
-            data_collator=lambda rows: {"batch": collate(rows, pad, multiple=config.pad_multiple)},
+            train_dataset=Rows(examples),
+            data_collator=gathered,
             callbacks=callbacks,
+            method=method,
         )
+        watch.extra = None if method is None else trainer.taken_extra
         trainer.remove_callback(PrinterCallback)
         if progress:
             trainer.remove_callback(ProgressCallback)
@@ -185,6 +160,25 @@ def train(
         if scratch:
             scratch.cleanup()
     return TrainResult(seconds, trainer.state.global_step, watch.history)
+
+
+def _check_choice(
+    curvature: Curvature | None, method: Method | None, columns: slice | None, regression: bool
+) -> None:
+    if curvature is not None and method is not None:
+        raise ConfigError(
+            "a curvature and a method are two ways to say the same",
+            got="both",
+            allowed="one of them",
+            fix="leave the curvature out",
+        )
+    if regression and columns is not None and columns.stop - columns.start != 1:
+        raise ConfigError(
+            "a regression has one output",
+            got=f"{columns.stop - columns.start} columns",
+            allowed="1",
+            fix="give the task a single column",
+        )
 
 
 def _arguments(config: TrainConfig, folder: str, keep: bool, progress: bool) -> TrainingArguments:

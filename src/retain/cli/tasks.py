@@ -1,0 +1,214 @@
+"""``retain tasks``: the tasks there are, and their prompts as a model reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+from retain.cli.common import AsJson, Quiet, Screen, check_choices, quieten
+from retain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from retain.data.items import Item
+    from retain.data.specs import TaskSpec
+
+__all__ = ["EXAMPLE", "tasks"]
+
+EXAMPLE = "Example: retain tasks glue/sst2 --data-dir data --limit 3"
+
+_SHOWN = 3
+_BREAK = "\n"
+
+
+def tasks(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NAME]", help="A task's name, or a YAML file; left out, all are listed."
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of local copies, such as DIR/glue/sst2/train.jsonl.gz."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Show so many rows ({_SHOWN} with --data-dir; without it they are read "
+            "from the hub).",
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="train or eval.")] = "eval",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Count tokens with this model's tokenizer, and cut prompts as it would."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which rows are shown.")] = 0,
+    template: Annotated[
+        bool, typer.Option("--template", help="Print a commented task file to start from.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the tasks, or show one of them with prompts as a model reads them."""
+    check_choices(("split", split, ("train", "eval")))
+    screen = Screen(as_json, quiet)
+    if template:
+        from retain.data.specs import template_text
+
+        screen.say(template_text().rstrip())
+        screen.emit({"template": template_text()})
+    elif name is None:
+        if data_dir is not None or limit is not None or model is not None:
+            raise ConfigError(
+                "rows are shown of one task",
+                got="no task",
+                allowed="retain tasks NAME, with these options",
+                fix="name a task; retain tasks lists them",
+            )
+        _list(screen)
+    else:
+        _show(screen, name, data_dir, limit, cast("Literal['train', 'eval']", split), model, seed)
+
+
+def _list(screen: Screen) -> None:
+    from retain.data.specs import list_tasks, load_orders, load_task
+
+    specs = [load_task(name) for name in list_tasks()]
+    screen.table(
+        f"{len(specs)} tasks",
+        ["task", "kind", "classes", "metric", "on the hub"],
+        [[s.name, s.kind, _classes(s), s.metric, s.hub.path] for s in specs],
+    )
+    orders = load_orders()
+    screen.say(
+        f"Orders of the continual benchmark: {', '.join(orders)}.\n"
+        "A task of your own: retain tasks --template > mine.yaml"
+    )
+    screen.emit(
+        {
+            "tasks": [s.model_dump(mode="json") | {"classes": s.classes} for s in specs],
+            "orders": {order: list(names) for order, names in orders.items()},
+        }
+    )
+
+
+def _show(
+    screen: Screen,
+    name: str,
+    data_dir: Path | None,
+    limit: int | None,
+    split: Literal["train", "eval"],
+    model: str | None,
+    seed: int,
+) -> None:
+    from retain.data.specs import load_task
+
+    spec = load_task(name)
+    rows: list[dict[str, Any]] = []
+    wanted = data_dir is not None or limit is not None
+    tokenizer = _tokenizer(model) if model is not None else None
+    if wanted:
+        quieten(False)
+        from retain.data.loading import load_items
+
+        items = load_items(
+            spec,
+            split,
+            data_dir=data_dir,
+            limit=limit or _SHOWN,
+            seed=seed,
+            tokenizer=tokenizer,
+        )
+        rows = [_row(item, tokenizer) for item in items]
+    screen.say("\n".join([f"{spec.name}, version {spec.version}", *_facts(spec)]))
+    for number, row in enumerate(rows, start=1):
+        screen.say(f"\n{split} row {row['row']} ({number} of {len(rows)}){_counted(row)}")
+        screen.say(_indented(row["prompt"]))
+        screen.say(_answers(row))
+    if not wanted:
+        screen.say("To see rows: --data-dir DIR for local copies, or --limit N from the hub.")
+    facts = spec.model_dump(mode="json") | {"classes": spec.classes}
+    screen.emit({"task": facts, "split": split, "rows": rows})
+
+
+def _facts(spec: TaskSpec) -> list[str]:
+    where = " ".join(filter(None, (spec.hub.path, spec.hub.name)))
+    splits = f"{spec.hub.splits.train}, {spec.hub.splits.eval}"
+    facts = {
+        "what": spec.description,
+        "cite": spec.citation,
+        "kind": spec.kind,
+        "options": ", ".join(spec.labels) or ("the row's own" if spec.kind == "choice" else ""),
+        "metric": ", ".join((spec.metric, *spec.metrics)),
+        "on the hub": f"{where} ({splits})" if where else "",
+        "local": f"{spec.local} ({spec.files.train}, {spec.files.eval})" if spec.local else "",
+        "longest": f"{spec.max_length} tokens, else cut: {spec.truncate}",
+        "prompt": spec.prompt,
+        "for an encoder": " | ".join(spec.texts) or "no",
+    }
+    indent = "\n" + " " * 18
+    return [f"  {key:14}  {value.replace(_BREAK, indent)}" for key, value in facts.items() if value]
+
+
+def _row(item: Item, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "row": item.row,
+        "prompt": item.prompt,
+        "options": list(item.options),
+        "answer": item.answer,
+        "completion": item.completion,
+        "texts": list(item.texts),
+        "group": item.group,
+        "references": list(item.references),
+    }
+    if tokenizer is not None:
+        from retain.data.tokens import tokenize
+
+        row["prompt_tokens"] = len(tokenize(tokenizer, item.prompt))
+        row["option_tokens"] = [
+            len(tokenizer(text, add_special_tokens=False)["input_ids"])
+            for text in item.options or (item.completion,)
+        ]
+    return row
+
+
+def _counted(row: dict[str, Any]) -> str:
+    if "prompt_tokens" not in row:
+        return ""
+    return f", {row['prompt_tokens']} tokens + {max(row['option_tokens'])}"
+
+
+def _answers(row: dict[str, Any]) -> str:
+    if not row["options"]:
+        return _indented(row["completion"], "  > ")
+    return "\n".join(
+        _indented(option, "  > " if i == row["answer"] else "    ")
+        for i, option in enumerate(row["options"])
+    )
+
+
+def _indented(text: str, first: str = "  | ") -> str:
+    return first + text.replace("\n", "\n" + (first if first == "  | " else "    "))
+
+
+def _classes(spec: TaskSpec) -> str:
+    return str(spec.classes or "-")
+
+
+def _tokenizer(model: str) -> PreTrainedTokenizerBase:
+    quieten(False)
+    from transformers import AutoTokenizer
+
+    from retain.models.builtin import BUILTIN, offline, resolve_builtin, unknown_model
+
+    where = resolve_builtin(model) if model in BUILTIN else model
+    try:
+        return AutoTokenizer.from_pretrained(where, local_files_only=offline())
+    except (OSError, ValueError) as error:
+        raise unknown_model(model, str(error).splitlines()[0]) from error

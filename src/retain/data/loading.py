@@ -1,0 +1,266 @@
+"""Rows of a task as items, and items as tokens."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+from retain.data.batches import Example
+from retain.data.fitting import fit_prompt
+from retain.data.items import Item, missing, template
+from retain.data.sources import Row, read_rows
+from retain.data.specs import TaskSpec
+from retain.data.tokens import tokenize
+from retain.errors import ConfigError, SourceError, unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Split", "encode_items", "fit_prompt", "load_items"]
+
+Split = Literal["train", "eval"]
+
+_SUFFIXES = (".jsonl.gz", ".jsonl")
+
+
+def load_items(
+    spec: TaskSpec,
+    split: Split,
+    *,
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+) -> list[Item]:
+    """The rows of a split, rendered, in the order of the file. Rows without a gold label are out.
+
+    With a `limit` it is a random subset, which depends on `seed`, the task's name and the split
+    alone; a smaller limit gives a subset of a larger one's rows.
+
+    - train, a task with fixed label words: each class gets an equal share; what a class is too
+      small for goes to the others.
+    - eval, a task with groups: whole groups, at most `limit` rows in all.
+    - else: any rows alike.
+
+    Args:
+        spec: the task.
+        split: "train" or "eval".
+        data_dir: folder that holds ``<spec.local>/<file>.jsonl.gz`` (or ``.jsonl``); without it
+            the data set is read from the hub.
+        limit: at most so many rows; None for all.
+        seed: of the subset.
+        tokenizer: with one, prompts too long are cut here (see `retain.data.fitting`), so that
+            training and scoring read the same text.
+        max_length: tokens of prompt and answer together, for that; the task's own by default.
+
+    Raises:
+        SourceError: the data is not there, cannot be read, or does not fit the task.
+        ConfigError: an unknown split.
+    """
+    if split not in get_args(Split):
+        raise unknown("split", str(split), get_args(Split))
+    if limit is not None and limit < 1:
+        raise ConfigError("the limit is too small", got=limit, allowed="1 or more", fix="100")
+    rows = _hub(spec, split) if data_dir is None else _local(spec, split, Path(data_dir))
+    answers = {i: a for i, row in enumerate(rows) if (a := spec.solution(row, i)) is not None}
+    if not answers:
+        raise SourceError(
+            f"task {spec.name} has no row with a gold label in its {split} split",
+            got=f"{len(rows)} rows without one in the field {spec.gold!r}",
+            allowed="at least one labelled row",
+            fix="name a split with labels in the task's file",
+        )
+    chosen = sorted(answers)
+    if limit is not None and limit < len(chosen):
+        chosen = _subset(spec, split, rows, answers, limit, seed)
+    items = [item for i in chosen if (item := spec.render(rows[i], i)) is not None]
+    if tokenizer is None:
+        return items
+    length = max_length or spec.max_length
+    return [_fitted(item, tokenizer, length, spec, split)[0] for item in items]
+
+
+def _subset(
+    spec: TaskSpec,
+    split: Split,
+    rows: Sequence[Row],
+    answers: Mapping[int, int | str | float],
+    limit: int,
+    seed: int,
+) -> list[int]:
+    """The numbers of at most `limit` rows, sorted."""
+    shuffled = sorted(answers)
+    random.Random(f"{spec.name}:{split}:{seed}").shuffle(shuffled)
+    if split == "train" and spec.labels:
+        turns: dict[int, tuple[int, int]] = {}
+        seen: dict[int | str | float, int] = {}
+        for place, i in enumerate(shuffled):  # the k-th row of each class comes in round k
+            turns[i] = (seen.get(answers[i], 0), place)
+            seen[answers[i]] = turns[i][0] + 1
+        shuffled.sort(key=turns.__getitem__)
+    elif split == "eval" and spec.group:
+        groups: dict[str, list[int]] = {}
+        for i in shuffled:
+            item = spec.render(rows[i], i)
+            groups.setdefault(item.group if item else "", []).append(i)
+        taken: list[int] = []
+        for group in groups.values():
+            if len(taken) + len(group) <= limit:
+                taken += group
+        smallest: list[int] = min(groups.values(), key=len)
+        return sorted(taken or smallest)
+    return sorted(shuffled[:limit])
+
+
+def _local(spec: TaskSpec, split: Split, data_dir: Path) -> list[Row]:
+    folder = data_dir.expanduser() / spec.local
+    name = getattr(spec.files, split)
+    path = next((p for s in _SUFFIXES if (p := folder / f"{name}{s}").is_file()), None)
+    if path is None or not spec.local:
+        raise SourceError(
+            f"the {split} rows of task {spec.name} are not here",
+            got=f"no {folder / name}.jsonl.gz" if spec.local else "no local: in the task's file",
+            allowed="a file .jsonl.gz or .jsonl with one row a line",
+            fix="put the file there, or name another folder with --data-dir"
+            + (f", or leave it out to read {spec.hub.path} from the hub" if spec.hub.path else ""),
+        )
+    return read_rows(path)
+
+
+def _hub(spec: TaskSpec, split: Split) -> list[Row]:
+    hub = spec.hub
+    if not hub.path:
+        raise SourceError(
+            f"task {spec.name} is not on the hub",
+            got="no hub: path: in the task's file",
+            allowed="local files",
+            fix=f"give --data-dir, a folder that holds {spec.local or 'the files'}",
+        )
+    import datasets
+
+    name = getattr(hub.splits, split)
+    try:
+        found = datasets.load_dataset(hub.path, hub.name, split=name)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SourceError(
+            f"the {split} rows of task {spec.name} cannot be read from the hub",
+            got=f"{hub.path} {hub.name or ''} {name}: {reason[:160]}",
+            allowed="a data set that is cached, or a connection to the hub",
+            fix=f"give --data-dir, a folder that holds {spec.local or 'the files'}/"
+            f"{getattr(spec.files, split)}.jsonl.gz",
+        ) from error
+    if not hub.fields:
+        return [dict(row) for row in found]
+    return [
+        {**row, **_renamed(row, hub.fields, spec.name)}
+        for row in found
+        if spec.gold not in row or not missing(row[spec.gold])
+    ]
+
+
+def _renamed(row: Row, fields: Mapping[str, str], task: str) -> dict[str, Any]:
+    from jinja2 import TemplateError
+
+    try:
+        return {field: template(text)(row) for field, text in fields.items()}
+    except (TemplateError, TypeError, ValueError, LookupError) as error:
+        raise SourceError(
+            f"the hub's rows do not fit task {task}",
+            got=f"{str(error)[:160]}; fields: {', '.join(map(str, row))}",
+            allowed="the fields that hub: fields: names",
+            fix="change hub: fields: in the task's file",
+        ) from error
+
+
+def _fitted(
+    item: Item,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    spec: TaskSpec,
+    split: Split,
+) -> tuple[Item, list[int]]:
+    """An item whose prompt leaves room for its answer, and the tokens of the completion."""
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    completion = ids(item.completion)
+    if spec.kind == "choice":
+        answer = max(len(ids(option)) for option in item.options)
+    else:
+        completion += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        answer = len(completion) if split == "train" else spec.max_new_tokens
+    prompt = fit_prompt(item.prompt, tokenizer, max_length - answer, spec.truncate)
+    if not prompt:
+        raise SourceError(
+            f"row {item.row} of task {spec.name} leaves no room for a prompt",
+            got=f"an answer of {answer} tokens, max_length {max_length}",
+            allowed="at least one token of the prompt and the whole answer",
+            fix=f"a max_length of {answer + 64} or more",
+        )
+    if prompt == item.prompt:
+        return item, completion
+    return Item(**{**item.__dict__, "prompt": prompt}), completion
+
+
+def encode_items(
+    items: Sequence[Item],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    causal: bool,
+    spec: TaskSpec,
+) -> list[Example]:
+    """Items as tokenised training rows, in their order.
+
+    Causal: prompt and completion, tokenised apart as `retain.evaluation.ranking` does; only the
+    completion is predicted. A prompt too long is cut (see `retain.data.fitting`), the completion
+    never.
+    What is generated ends with the end-of-text token, so that the model learns to stop.
+    An encoder's row is its one or two texts, cut on the right, and one target: the index of the
+    class, or the number.
+
+    Args:
+        items: of `load_items`.
+        tokenizer: of the model.
+        max_length: tokens of a row at most.
+        causal: for a decoder, else for an encoder with a classification head.
+        spec: their task.
+
+    Raises:
+        ConfigError: the task cannot be asked of an encoder.
+        SourceError: a completion alone is longer than a row may be.
+    """
+    if causal:
+        return [_causal(item, tokenizer, max_length, spec) for item in items]
+    if not spec.texts or (spec.kind != "regression" and not spec.labels):
+        raise ConfigError(
+            f"task {spec.name} cannot be asked of an encoder",
+            got=f"kind {spec.kind}, {'no texts' if not spec.texts else 'options of each row'}",
+            allowed="a task with texts and fixed label words, or a regression",
+            fix="use a decoder, or give texts: and a list of options: in the task's file",
+        )
+    return [_classify(item, tokenizer, max_length, spec) for item in items]
+
+
+def _causal(
+    item: Item, tokenizer: PreTrainedTokenizerBase, max_length: int, spec: TaskSpec
+) -> Example:
+    fitted, completion = _fitted(item, tokenizer, max_length, spec, "train")
+    head = tokenize(tokenizer, fitted.prompt)
+    ids = head + completion
+    predict = tuple(place + 1 >= len(head) for place in range(len(ids) - 1))
+    return Example(tuple(ids[:-1]), tuple(ids[1:]), predict)
+
+
+def _classify(
+    item: Item, tokenizer: PreTrainedTokenizerBase, max_length: int, spec: TaskSpec
+) -> Example:
+    out = tokenizer(*item.texts, truncation=True, max_length=max_length)
+    target = float(item.answer) if spec.kind == "regression" else int(item.answer)
+    segments = tuple(out.get("token_type_ids", ()))
+    return Example(tuple(out["input_ids"]), (cast(int, target),), (), segments)

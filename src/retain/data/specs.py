@@ -1,0 +1,292 @@
+"""Tasks as data: one YAML file a task, checked, and turned from rows into items.
+
+The files lie in ``retain/tasks``. One may say ``include: FILE`` and then holds only what differs
+from that file; FILE is looked for beside it, then among the tasks of the package.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from retain.config import validate
+from retain.data.items import Item, expression, missing, template
+from retain.data.layers import read_layers
+from retain.errors import ConfigError, SourceError, unknown
+
+__all__ = ["Hub", "Splits", "TaskSpec", "list_tasks", "load_orders", "load_task", "template_text"]
+
+Kind = Literal["choice", "generate", "regression"]
+Metric = Literal[
+    "accuracy",
+    "f1",
+    "f1_macro",
+    "matthews",
+    "pearson",
+    "spearman",
+    "pearson_spearman",
+    "exact_match",
+    "token_f1",
+    "f1a",
+    "group_em",
+    "f1a_em",
+]
+
+_ORDERS = "orders.yaml"
+_TEMPLATE = "custom"
+_NUMBERS = {"pearson", "spearman", "pearson_spearman"}
+_TEXTS = {"exact_match", "token_f1"}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Splits(_Strict):
+    """The names of the two splits of a task."""
+
+    train: str = "train"
+    eval: str = "validation"
+
+
+class Hub(_Strict):
+    """Where a task lies on the Hugging Face hub.
+
+    Attributes:
+        path: id of the data set; "" if it is not there.
+        name: its configuration.
+        splits: names of its splits.
+        fields: templates that make the task's fields from the hub's, where they differ.
+    """
+
+    path: str = ""
+    name: str | None = None
+    splits: Splits = Splits()
+    fields: dict[str, str] = {}
+
+
+class TaskSpec(_Strict):
+    """One task.
+
+    Attributes:
+        name: such as "glue/sst2"; by default from the file's own.
+        version: raised whenever scores may change.
+        description: one line.
+        citation: who made it, short.
+        hub: where it lies on the hub.
+        local: its folder under ``--data-dir``.
+        files: names of the splits' files in that folder.
+        kind: choose among options, generate text, or predict a number.
+        prompt: template of what a decoder reads.
+        options: a list of label words, or of templates over the row; or one expression that
+            gives the row's own list. In the prompt the list is called ``options``.
+        gold: field of the gold label; rows where it is missing, -1, "-" or "" are left out.
+        answer: expression over the row, ``gold`` and ``options`` that gives the index of the
+            true option, the reference text, or the number.
+        references: expression for the list of all texts that count as right.
+        texts: one or two templates for an encoder; none where an encoder makes no sense.
+        group: expression for what rows are scored together.
+        metric: the primary metric, the official one where there is one.
+        metrics: further metrics.
+        max_new_tokens: where a generated answer is cut.
+        stop: strings at which a generated answer ends.
+        pattern: regular expression whose first group is the answer, in the generated text and
+            in the reference alike.
+        max_length: tokens of prompt and answer together.
+        truncate: where a prompt that is too long loses tokens.
+    """
+
+    name: str
+    version: int = Field(1, ge=1)
+    description: str
+    citation: str = ""
+    hub: Hub = Hub()
+    local: str = ""
+    files: Splits = Splits()
+    kind: Kind
+    prompt: str
+    options: tuple[str, ...] | str = ()
+    gold: str = "label"
+    answer: str = "gold"
+    references: str = ""
+    texts: tuple[str, ...] = ()
+    group: str = ""
+    metric: Metric = "accuracy"
+    metrics: tuple[Metric, ...] = ()
+    max_new_tokens: int = Field(16, ge=1)
+    stop: tuple[str, ...] = ()
+    pattern: str = ""
+    max_length: int = Field(256, ge=16)
+    truncate: Literal["left", "middle"] = "left"
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _words(cls, value: object) -> object:
+        if isinstance(value, list) and not all(isinstance(word, str) for word in value):
+            raise ValueError("words in quotation marks (YAML takes yes, no, on, 1 for no words)")
+        return value
+
+    @model_validator(mode="after")
+    def _sound(self) -> TaskSpec:
+        if (self.kind == "choice") != bool(self.options):
+            raise ValueError("options for kind 'choice', and for no other kind")
+        if isinstance(self.options, tuple):
+            if len(self.options) == 1 or len(set(self.options)) < len(self.options):
+                raise ValueError("two or more different options")
+            if any(o != o.strip() or not o for o in self.options):
+                raise ValueError("options without spaces around them; they get one in front")
+        if len(self.texts) > 2:
+            raise ValueError("at most two texts")
+        allowed = {"choice": {*Metric.__args__} - _NUMBERS, "generate": _TEXTS}  # type: ignore[attr-defined]
+        for metric in (self.metric, *self.metrics):
+            if metric not in allowed.get(self.kind, _NUMBERS):
+                raise ValueError(f"a metric for kind {self.kind!r}, which {metric!r} is not")
+        self._compile()
+        return self
+
+    def _compile(self) -> None:
+        whole = self.options if isinstance(self.options, tuple) else ()
+        one = self.options if isinstance(self.options, str) else ""
+        try:
+            for text in (self.prompt, *whole, *self.texts, *self.hub.fields.values()):
+                template(text)
+            for text in filter(None, (one, self.answer, self.references, self.group)):
+                expression(text)
+            re.compile(self.pattern)
+        except (TemplateError, re.error) as error:
+            raise ValueError(f"a template that compiles ({error} in {text!r})") from error
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label words, where all rows have the same; else none."""
+        if isinstance(self.options, str) or any("{" in option for option in self.options):
+            return ()
+        return self.options
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes a classifier's head needs: None where rows have their own options."""
+        return len(self.labels) or None
+
+    def solution(self, row: Mapping[str, Any], number: int = 0) -> int | str | float | None:
+        """The answer of a row, or None where it has no gold label.
+
+        Raises:
+            SourceError: the row lacks a field, or its answer is none of its options.
+        """
+        with self._fitting(row, number):
+            gold = row[self.gold]
+            if missing(gold):
+                return None
+            choices = self._choices(row)
+            found = expression(self.answer)({**row, "gold": gold, "options": choices})
+            if self.kind == "regression":
+                return float(found)
+            if self.kind == "generate":
+                return str(found).strip()
+            if int(found) not in range(len(choices)):
+                raise ValueError(f"the answer is {found}, of {len(choices)} options")
+            return int(found)
+
+    def render(self, row: Mapping[str, Any], number: int = 0) -> Item | None:
+        """A row as an item, or None where it has no gold label.
+
+        Args:
+            row: fields by name.
+            number: of the row in its split.
+
+        Raises:
+            SourceError: the row lacks a field, or its answer is none of its options.
+        """
+        answer = self.solution(row, number)
+        if answer is None:
+            return None
+        with self._fitting(row, number):
+            choices = self._choices(row)
+            fields = {**row, "options": choices}
+            several = expression(self.references)(fields) if self.references else ()
+            return Item(
+                prompt=template(self.prompt)(fields),
+                options=tuple(f" {choice}" for choice in choices),
+                answer=answer,
+                texts=tuple(template(text)(fields) for text in self.texts),
+                group=str(expression(self.group)(fields)) if self.group else "",
+                row=number,
+                references=tuple(map(str, several)),
+            )
+
+    @contextmanager
+    def _fitting(self, row: Mapping[str, Any], number: int) -> Iterator[None]:
+        try:
+            yield
+        except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+            why = f"no field {error}" if isinstance(error, KeyError) else str(error)
+            raise SourceError(
+                f"row {number} does not fit task {self.name}",
+                got=f"{why[:160]}; fields: {', '.join(map(str, row))}",
+                allowed="the fields that the task's templates name",
+                fix="rename the fields of the data, or change the templates of the task",
+            ) from error
+
+    def _choices(self, row: Mapping[str, Any]) -> list[str]:
+        if isinstance(self.options, str):
+            return [str(choice) for choice in expression(self.options)(row)]
+        return [template(option)(row) for option in self.options]
+
+
+def list_tasks() -> list[str]:
+    """The names of all tasks in the package, sorted."""
+    return sorted(
+        path.relative_to(_folder()).with_suffix("").as_posix()
+        for path in _folder().rglob("*.yaml")
+        if not path.name.startswith("_") and path.stem != _TEMPLATE and path.name != _ORDERS
+    )
+
+
+def load_task(name: str | Path) -> TaskSpec:
+    """A task by its name, or from a YAML file.
+
+    Raises:
+        ConfigError: an unknown name, or a file that is missing, damaged or no task.
+    """
+    names = list_tasks()
+    path = Path(name).expanduser()
+    if str(name) in {*names, _TEMPLATE}:
+        path = _folder() / f"{name}.yaml"
+        own = str(name)
+    elif path.suffix in {".yaml", ".yml"}:
+        own = path.stem
+    else:
+        raise unknown("task", str(name), names)
+    found = read_layers(path, _folder())
+    try:
+        return validate({"name": own, **found}, TaskSpec)
+    except ConfigError as error:
+        raise ConfigError(
+            f"task {own}: {error.what}",
+            got=error.got,
+            allowed=error.allowed,
+            fix=error.fix if "did you mean" in str(error.fix) else f"change it in {path}",
+        ) from error
+
+
+def template_text() -> str:
+    """The commented template of a task for own data."""
+    return (_folder() / f"{_TEMPLATE}.yaml").read_text(encoding="utf-8")
+
+
+def load_orders() -> dict[str, tuple[str, ...]]:
+    """The published orders of the continual benchmark, by name: the tasks as they are learned."""
+    found = read_layers(_folder() / _ORDERS, _folder())
+    return {str(name): tuple(f"cl15/{task}" for task in tasks) for name, tasks in found.items()}
+
+
+def _folder() -> Path:
+    return Path(str(resources.files("retain"))) / "tasks"

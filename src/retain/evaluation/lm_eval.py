@@ -1,0 +1,265 @@
+"""General abilities, measured by lm-evaluation-harness (the extra ``eval``).
+
+Any of its tasks can be named. Those of `LOCAL` are read from local files where a data directory
+is given, without a connection: the task's YAML stays what it is, only its data set is replaced.
+Prompts, scoring and aggregation are lm-eval's own, so the numbers are too.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import io
+import json
+import logging
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch import random as torch_random
+
+from retain.errors import ConfigError, SourceError, unknown
+from retain.models.adapter import unwrap
+from retain.models.heads import is_causal
+from retain.models.modes import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["LOCAL", "evaluate_general", "headline", "local_rows"]
+
+LOCAL: dict[str, tuple[str, str]] = {
+    "arc_easy": ("arc", "test"),
+    "arc_challenge": ("arc", "test"),
+    "hellaswag": ("hellaswag", "validation"),
+    "winogrande": ("winogrande", "validation"),
+}
+"""Tasks with local data: lm-eval's folder of the task, and the split that is scored."""
+
+_SPLITS = ("train", "validation", "test")
+_KEYS = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
+_TAIL = re.compile(r"(?P<a>.*[.!?]['\")\]]*)\s+(?P<b>[a-z][^.!?]*)", re.DOTALL)
+
+
+def evaluate_general(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    num_fewshot: int = 0,
+    progress: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """What a model in memory scores on tasks of lm-evaluation-harness.
+
+    Neither the model's modes nor the global random states are changed by it.
+
+    Args:
+        model: a causal model, as it is (an adapter stays on).
+        tokenizer: its tokenizer.
+        tasks: names of lm-eval's tasks or groups.
+        data_dir: folder that holds ``reasoning/<task>/{train,validation,test}.jsonl.gz`` with the
+            hub's field names, for the tasks of `LOCAL`. Other tasks are read as lm-eval reads
+            them, from the hub or its cache.
+        limit: the first so many rows of each task; None for all.
+        batch_size: rows a pass.
+        num_fewshot: solved examples before each question.
+        progress: show lm-eval's bars and messages.
+
+    Returns:
+        For each task (and each group and its members) its metrics by lm-eval's names, such as
+        ``acc`` and ``acc_norm`` (``metric,filter`` where a task has several filters), and under
+        ``stderr`` the standard error of each, None where lm-eval has none.
+
+    Raises:
+        ConfigError: lm-eval is not installed, a task is not known to it, or the model is not
+            causal.
+        SourceError: the data of a task cannot be read.
+    """
+    _need()
+    if not is_causal(model):
+        raise ConfigError(
+            "lm-eval asks causal models",
+            got="a classifier",
+            allowed="a model with a language-model head",
+            fix="load it without num_labels",
+        )
+    quiet = nullcontext() if progress else redirect_stderr(io.StringIO())
+    with _quiet_logs(progress), quiet, _same_random(), evaluating(model):
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        found = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=unwrap(model), tokenizer=tokenizer, batch_size=batch_size),
+            tasks=_load(tasks, None if data_dir is None else Path(data_dir), num_fewshot),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            bootstrap_iters=1000,
+            log_samples=False,
+            task_manager=_manager(""),  # the tasks are loaded; without one it indexes them all
+        )
+    return {name: _tidy(result) for name, result in (found or {})["results"].items()}
+
+
+def headline(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """One number a task: ``acc_norm`` where it has one, else ``acc``, else its first metric."""
+    found = {}
+    for name, result in results.items():
+        metrics = {m: v for m, v in result.items() if m != "stderr" and v is not None}
+        best = next((m for m in ("acc_norm", "acc", *metrics) if m in metrics), None)
+        if best is not None:
+            found[name] = float(metrics[best])
+    return found
+
+
+def local_rows(task: str, split: str, data_dir: str | Path) -> list[dict[str, Any]]:
+    """A split of a local task with the fields that lm-eval wants; [] where there is none.
+
+    HellaSwag's ``ctx_a`` and ``ctx_b`` (the whole sentences, and the begun one) are split out of
+    ``ctx`` where a copy has that alone.
+
+    Raises:
+        SourceError: the file is damaged.
+    """
+    path = Path(data_dir) / "reasoning" / task / f"{split}.jsonl.gz"
+    if not path.is_file():
+        return []
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file if line.strip()]
+    except (OSError, EOFError, ValueError) as error:
+        raise SourceError(
+            "the data of a general task cannot be read",
+            got=f"{path} ({type(error).__name__}: {str(error)[:120]})",
+            allowed="a sound .jsonl.gz file",
+            fix="replace the file",
+        ) from error
+    return [_begun(row) for row in rows] if task == "hellaswag" else rows
+
+
+def _begun(row: dict[str, Any]) -> dict[str, Any]:
+    if "ctx_a" in row:
+        return row
+    match = _TAIL.fullmatch(row["ctx"])
+    a, b = (match["a"], match["b"]) if match else (row["ctx"], "")
+    return {**row, "ctx_a": a, "ctx_b": b}
+
+
+def _need() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "general tasks need lm-evaluation-harness",
+            got="no module lm_eval",
+            allowed="lm-eval 0.4.13 or later",
+            fix="pip install 'retain-lora[eval]'",
+        )
+
+
+def _load(names: Sequence[str], data_dir: Path | None, shots: int) -> list[Any]:
+    """lm-eval's tasks and groups of these names."""
+    loaded: list[Any] = []
+    for name in names:
+        if data_dir is not None and name in LOCAL:
+            loaded.append(_local(name, data_dir, shots))
+            continue
+        manager = _manager()
+        if name not in manager.all_tasks:
+            raise unknown("lm-eval task", name, manager.all_tasks)
+        try:
+            found = manager.load([name])
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise SourceError(
+                f"the data of lm-eval's task {name} cannot be read",
+                got=reason[:160],
+                allowed="a data set that is cached, or a connection to the hub",
+                fix=f"give a data directory, for one of {', '.join(LOCAL)}; or go online",
+            ) from error
+        loaded += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
+    return loaded
+
+
+def _local(name: str, data_dir: Path, shots: int) -> Any:
+    """lm-eval's task of this name, reading local files."""
+    import datasets
+
+    folder, scored = LOCAL[name]
+    rows = {split: local_rows(name, split, data_dir) for split in _SPLITS}
+    lacking = next((s for s in (scored, *["train"] * bool(shots)) if not rows[s]), None)
+    if lacking is not None:
+        raise SourceError(
+            f"the rows of {name} are not here",
+            got=f"no rows in {data_dir / 'reasoning' / name / lacking}.jsonl.gz",
+            allowed="a file with one row a line and the hub's field names",
+            fix="put the file there, or leave the data directory out to read from the hub",
+        )
+    found = {split: datasets.Dataset.from_list(part) for split, part in rows.items() if part}
+
+    def dataset(**_: Any) -> datasets.DatasetDict:
+        return datasets.DatasetDict(found)
+
+    absent = {_KEYS[split]: None for split in _SPLITS if split not in found}
+    spec = {"group": "local", "task": [{"task": name, "custom_dataset": dataset, **absent}]}
+    return _manager(folder).load([spec])["tasks"][name]
+
+
+@cache
+def _manager(folder: str | None = None) -> Any:
+    """lm-eval's index of tasks: all of them (many seconds), those of one folder, or none ("")."""
+    import lm_eval.tasks
+
+    if folder is None:
+        return lm_eval.tasks.TaskManager()
+    where = Path(lm_eval.tasks.__file__).parent / folder if folder else None
+    return lm_eval.tasks.TaskManager(include_path=where, include_defaults=False)
+
+
+def _tidy(result: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"acc,none": x, "acc_stderr,none": y}`` as ``{"acc": x, "stderr": {"acc": y}}``."""
+    metrics: dict[str, Any] = {}
+    errors: dict[str, float | None] = {}
+    for key, value in result.items():
+        name, _, kind = key.partition(",")
+        if not kind:
+            continue  # the task's alias and sizes
+        number = float(value) if isinstance(value, int | float) else None
+        whole = name if kind == "none" else key
+        if name.endswith("_stderr"):
+            errors[whole.replace("_stderr", "", 1)] = number
+        else:
+            metrics[whole] = number
+    return {**metrics, "stderr": errors}
+
+
+@contextmanager
+def _quiet_logs(loud: bool) -> Iterator[None]:
+    """Keeps lm-eval's warnings about what is done here on purpose to itself."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    if not loud:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _same_random() -> Iterator[None]:
+    """lm-eval seeds everything; puts the random states back."""
+    import numpy
+
+    python, array = random.getstate(), numpy.random.get_state()
+    try:
+        with torch_random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(array)

@@ -1,0 +1,226 @@
+"""Scores of a task from its predictions; scikit-learn's and SciPy's, by name.
+
+All are fractions from 0 to 1, correlations from -1 to 1. A correlation that is not defined
+(constant predictions or answers, fewer than two rows, numbers that are not finite) is 0.0, as is
+an F1 without any positive: a score is never NaN.
+
+    accuracy           share of equal ones
+    f1                 F1 of class 1
+    f1_macro           mean F1 over the classes (the metric of CB)
+    matthews           Matthews' correlation (CoLA)
+    pearson, spearman  correlations (STS-B); pearson_spearman is their mean
+    exact_match        share of texts that are equal to a reference after `normalize`
+    token_f1           mean F1 of the words shared with the nearest reference (ReCoRD, SQuAD)
+    f1a                F1 of class 1 over all answers of all questions (MultiRC)
+    group_em           share of groups whose rows are all right (MultiRC)
+    f1a_em             mean of the last two, as SuperGLUE averages them
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Any, cast
+
+from retain.errors import ConfigError, unknown
+
+__all__ = ["METRICS", "TEXT_METRICS", "compute", "normalize", "row_scores"]
+
+Values = Sequence[Any]
+Metric = Callable[[Values, Values, Sequence[str] | None], float]
+
+TEXT_METRICS = frozenset({"exact_match", "token_f1"})
+"""Metrics of texts; an answer may be several texts, of which the nearest counts."""
+
+_GROUPED = frozenset({"group_em", "f1a_em"})
+
+
+def compute(
+    metric: str, predictions: Values, answers: Values, groups: Sequence[str] | None = None
+) -> float:
+    """One score.
+
+    Args:
+        metric: a name in `METRICS`.
+        predictions: class indices, numbers or texts.
+        answers: the true ones, in the same order. Of a text metric each is a text or several.
+        groups: what each row belongs to, for metrics of groups.
+
+    Raises:
+        ConfigError: an unknown metric, no rows, lengths that differ, or groups that are missing.
+    """
+    if metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
+    if not predictions or len(predictions) != len(answers):
+        raise ConfigError(
+            "predictions and answers do not match",
+            got=f"{len(predictions)} predictions, {len(answers)} answers",
+            allowed="as many of one as of the other, and one at least",
+            fix="give one prediction for each answer",
+        )
+    if metric in _GROUPED and (groups is None or len(groups) != len(answers)):
+        raise ConfigError(
+            f"{metric} scores groups of rows",
+            got="no groups" if groups is None else f"{len(groups)} groups",
+            allowed=f"a group for each of {len(answers)} rows",
+            fix="name the group in the task's file",
+        )
+    return METRICS[metric](predictions, answers, groups)
+
+
+def row_scores(
+    metric: str, predictions: Values, answers: Values, groups: Sequence[str] | None = None
+) -> list[float]:
+    """What each row (each group, for metrics of groups) adds, for resampling.
+
+    1 or 0 for right or wrong; for a text metric its score; for a correlation minus the squared
+    error. Only the mean of accuracy, exact_match, token_f1 and group_em is the metric itself.
+    """
+    if metric in _GROUPED:
+        return _grouped(predictions, answers, groups)
+    if metric in TEXT_METRICS:
+        one = _exact if metric == "exact_match" else _token_f1
+        return [
+            max(one(str(p), r) for r in _references(a))
+            for p, a in zip(predictions, answers, strict=True)
+        ]
+    if metric in {"pearson", "spearman", "pearson_spearman"}:
+        return [-((float(p) - float(a)) ** 2) for p, a in zip(predictions, answers, strict=True)]
+    return [float(p == a) for p, a in zip(predictions, answers, strict=True)]
+
+
+def normalize(text: str) -> str:
+    """A text as it is compared.
+
+    A number, maybe with a currency sign, commas or a percent sign, in its shortest form ("$1,200."
+    is "1200", "2.50" is "2.5"). Any other text as for SQuAD (Rajpurkar et al. 2016): lower case,
+    without punctuation, articles (unless nothing else is there) and doubled spaces.
+    """
+    bare = re.sub(r"[$€£%]|(?<=\d),(?=\d{3}\b)", "", text).strip().rstrip(".").rstrip()
+    if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", bare):
+        try:
+            return format(Decimal(bare).normalize() + 0, "f")
+        except InvalidOperation:
+            return bare
+    plain = "".join(c for c in text.lower() if c not in string.punctuation)
+    rest = re.sub(r"\b(a|an|the)\b", " ", plain)
+    return " ".join((rest if rest.strip() else plain).split())
+
+
+def _accuracy(predictions: Values, answers: Values, groups: object) -> float:
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(answers, predictions))
+
+
+def _f1(predictions: Values, answers: Values, groups: object) -> float:
+    from sklearn.metrics import f1_score
+
+    truth, found = [a == 1 for a in answers], [p == 1 for p in predictions]
+    return float(f1_score(truth, found, pos_label=True, average="binary", zero_division=0))
+
+
+def _f1_macro(predictions: Values, answers: Values, groups: object) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(answers, predictions, average="macro", zero_division=0))
+
+
+def _matthews(predictions: Values, answers: Values, groups: object) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return _defined(matthews_corrcoef(answers, predictions))
+
+
+def _pearson(predictions: Values, answers: Values, groups: object) -> float:
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, predictions, answers)
+
+
+def _spearman(predictions: Values, answers: Values, groups: object) -> float:
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, predictions, answers)
+
+
+def _pearson_spearman(predictions: Values, answers: Values, groups: object) -> float:
+    both = _pearson(predictions, answers, groups), _spearman(predictions, answers, groups)
+    return sum(both) / 2
+
+
+def _exact_match(predictions: Values, answers: Values, groups: object) -> float:
+    return _mean(row_scores("exact_match", predictions, answers))
+
+
+def _token_f1_mean(predictions: Values, answers: Values, groups: object) -> float:
+    return _mean(row_scores("token_f1", predictions, answers))
+
+
+def _group_em(predictions: Values, answers: Values, groups: Sequence[str] | None) -> float:
+    return _mean(_grouped(predictions, answers, groups))
+
+
+def _f1a_em(predictions: Values, answers: Values, groups: Sequence[str] | None) -> float:
+    return (_f1(predictions, answers, groups) + _group_em(predictions, answers, groups)) / 2
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "f1_macro": _f1_macro,
+    "matthews": _matthews,
+    "pearson": _pearson,
+    "spearman": _spearman,
+    "pearson_spearman": _pearson_spearman,
+    "exact_match": _exact_match,
+    "token_f1": _token_f1_mean,
+    "f1a": _f1,
+    "group_em": _group_em,
+    "f1a_em": _f1a_em,
+}
+"""Name to ``(predictions, answers, groups) -> score``; call `compute`, which checks them."""
+
+
+def _grouped(predictions: Values, answers: Values, groups: Sequence[str] | None) -> list[float]:
+    right: dict[str, bool] = {}
+    for p, a, g in zip(predictions, answers, groups or (), strict=True):
+        right[g] = right.get(g, True) and p == a
+    return [float(r) for r in right.values()]
+
+
+def _references(answer: object) -> Sequence[str]:
+    return [answer] if isinstance(answer, str) else [str(a) for a in cast(Values, answer)]
+
+
+def _exact(prediction: str, reference: str) -> float:
+    return float(bool(prediction.strip()) and normalize(prediction) == normalize(reference))
+
+
+def _token_f1(prediction: str, reference: str) -> float:
+    found, truth = normalize(prediction).split(), normalize(reference).split()
+    shared = sum((Counter(found) & Counter(truth)).values())
+    return 2 * shared / (len(found) + len(truth)) if shared else 0.0
+
+
+def _correlation(function: Callable[..., Any], predictions: Values, answers: Values) -> float:
+    if len(answers) < 2 or len(set(predictions)) < 2 or len(set(answers)) < 2:
+        return 0.0
+    if not all(math.isfinite(v) for v in (*predictions, *answers)):
+        return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nearly constant input, which is 0 here
+        return _defined(function(predictions, answers).statistic)
+
+
+def _defined(value: float) -> float:
+    return float(value) if math.isfinite(value) else 0.0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

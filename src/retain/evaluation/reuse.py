@@ -1,0 +1,126 @@
+"""Score the continuations of a prompt from one pass of it, through the keys and values it left.
+
+The prompts of a batch are padded on the left, as generation pads them, run once, and their cache
+is copied to the rows of their continuations, which alone are run then.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retain.models.adapter import unwrap
+
+__all__ = ["branch_logits", "can_reuse"]
+
+
+def can_reuse(model: nn.Module) -> bool:
+    """Whether a model can go on from a cache that was copied and padded on the left.
+
+    True where its forward takes ``position_ids`` and ``past_key_values`` and every layer's cache
+    holds keys and values alone (full or sliding attention). False for recurrent layers, for
+    position biases that the model counts itself (BLOOM), and under PEFT's prompt learning, which
+    puts a cache of its own in the place of any other.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    inner: Any = unwrap(model)
+    config = getattr(inner, "active_peft_config", None)
+    if config is not None and config.is_prompt_learning:
+        return False
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    if not {"position_ids", "past_key_values"} <= set(inspect.signature(base.forward).parameters):
+        return False
+    try:
+        layers = DynamicCache(config=base.config).layers
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def branch_logits(
+    model: nn.Module,
+    heads: Sequence[Sequence[int]],
+    leaves: Sequence[Sequence[Sequence[int]]],
+    pad: int,
+) -> tuple[Tensor, Tensor]:
+    """Logits after each prompt, and after each token of its continuations.
+
+    Args:
+        model: a causal model for which `can_reuse` holds, in evaluation mode.
+        heads: tokens of each prompt, one at least.
+        leaves: of each prompt, the continuations' tokens, one at least each.
+        pad: the token to pad with.
+
+    Returns:
+        Logits [prompts, vocabulary] after the prompts, and [tokens, vocabulary] after each token
+        of the continuations, in their order.
+    """
+    from transformers import DynamicCache
+
+    inner: Any = unwrap(model)
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    device = next(model.parameters()).device
+    width = max(map(len, heads))
+    ids = torch.full((len(heads), width), pad)
+    mask = torch.zeros((len(heads), width), dtype=torch.long)
+    for i, head in enumerate(heads):
+        ids[i, width - len(head) :] = torch.tensor(head)
+        mask[i, width - len(head) :] = 1
+    last = torch.zeros_like(mask, dtype=torch.bool)
+    last[:, -1] = True
+    cache = DynamicCache(config=base.config)
+    first = _run(model, ids, mask, mask, last, cache, device)
+
+    flat = [leaf for row in leaves for leaf in row]
+    owner = torch.tensor([i for i, row in enumerate(leaves) for _ in row])
+    longest = max(map(len, flat))
+    more = torch.full((len(flat), longest), pad)
+    new = torch.zeros((len(flat), longest), dtype=torch.long)
+    for i, leaf in enumerate(flat):
+        more[i, : len(leaf)] = torch.tensor(leaf)
+        new[i, : len(leaf)] = 1
+    cache.batch_select_indices(owner.to(device))
+    whole = torch.cat([mask[owner], new], 1)
+    return first, _run(model, more, whole, new, new.bool(), cache, device)
+
+
+def _run(
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    new: Tensor,
+    predict: Tensor,
+    cache: Any,
+    device: torch.device,
+) -> Tensor:
+    """One pass on from a cache; `mask` covers the cache too. Logits [predictions, vocabulary]."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - new.shape[1] :]
+    with _head_at(model, predict.to(device)):
+        out = model(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=positions.to(device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    logits: Tensor = out.logits[0]
+    return logits
+
+
+@contextmanager
+def _head_at(model: nn.Module, predict: Tensor) -> Iterator[None]:
+    """Lets the head see the predicted positions alone, as one row."""
+    inner: Any = unwrap(model)
+    head = inner.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _m, args: (args[0][predict][None],))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,207 @@
+"""OSF: train each weight in its small singular directions (arXiv 2504.07097), through PEFT.
+
+``W = U_high S_high V_high + U_low S_low V_low``; the first part is frozen, the second is trained,
+and PEFT projects the gradients of U_low and V_low to be orthogonal to U_high and V_high. (Gradients
+only: the steps of an optimiser that scales each entry, as Adam does, are not exactly orthogonal.)
+
+Between tasks `OSF.decompose` writes what was learned into the weights and decomposes them anew.
+PEFT's documentation does so with ``model.unload()``; as of PEFT 0.21 that would drop what was
+learned, because the update is added in the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from retain.errors import ConfigError, ModelError
+from retain.models.adapter import canonical
+from retain.models.adapters.base import Adapter, Options, check_plain, size_of
+from retain.models.adapters.folder import (
+    read_config,
+    read_tensors,
+    refused,
+    same_base,
+    write_adapter,
+)
+from retain.models.adapters.originals import Originals
+
+__all__ = ["OSF", "OSFOptions"]
+
+_TYPE, _NAME, _PARTS = "RETAIN_OSF", "default", ("U_low", "S_low", "V_low")
+
+
+class OSFOptions(Options):
+    """Options of OSF.
+
+    Attributes:
+        preserve: the share of each weight's singular directions that is frozen.
+        targets: names of linear layers, or ``all-linear``.
+    """
+
+    preserve: float = Field(0.5, gt=0, lt=1)
+    targets: str | list[str] = "all-linear"
+
+
+class OSF(Adapter):
+    """PEFT's OSF, with a copy of the weights that it came with.
+
+    What it has learned is a change of whole weights, so it is saved as these weights. PEFT adds the
+    update as a difference of two products, so a fresh one is the base model but for rounding.
+    """
+
+    kind: ClassVar[str] = "osf"
+    schema: ClassVar[type[Options]] = OSFOptions
+
+    @classmethod
+    def attach(cls, base: nn.Module, *, seed: int = 0, **options: Any) -> Self:
+        """See `Adapter.attach`; options as in `OSFOptions`. Nothing is random.
+
+        Raises:
+            ConfigError: targets that the model does not have, or weights too small to split.
+        """
+        from peft import OSFConfig, get_peft_model
+
+        chosen = cls.check(options)
+        check_plain(base)
+        size, fingerprint = size_of(base), same_base(base)
+        kind = "SEQ_CLS" if "SequenceClassification" in type(base).__name__ else None
+        targets = chosen.targets
+        if isinstance(targets, str) and targets.isidentifier():
+            targets = [targets]  # a name; PEFT would read it as a pattern of whole paths
+        config = OSFConfig(
+            effective_rank=chosen.preserve,
+            target_modules=targets,
+            task_type="CAUSAL_LM" if kind is None else kind,
+        )
+        training = base.training
+        try:
+            with torch.random.fork_rng():
+                model: Any = get_peft_model(base, config, autocast_adapter_dtype=False)
+        except ValueError as error:
+            raise ConfigError(
+                "OSF cannot split these layers",
+                got=f"targets {chosen.targets} with preserve {chosen.preserve:g}: {error}",
+                allowed="linear layers of the model, of at least 1 / preserve rows and columns",
+                fix="targets: all-linear, preserve: 0.5",
+            ) from error
+        return cls(model.train(training), chosen.model_dump(), size, fingerprint)
+
+    def __init__(
+        self, model: nn.Module, options: dict[str, Any], size: int = 0, base: str = ""
+    ) -> None:
+        super().__init__(model, options, size)
+        self.base, self.preserve = base, float(options["preserve"])
+        self.originals = Originals(model, [f"{n}.base_layer.weight" for n in self.layers()])
+
+    def layers(self) -> dict[str, Any]:
+        """PEFT's layers by their names in the model."""
+        from peft.tuners.osf import OSFLayer
+
+        return {n: m for n, m in self.model.named_modules() if isinstance(m, OSFLayer)}
+
+    @contextmanager
+    def off(self) -> Iterator[nn.Module]:
+        """See `Adapter.off`. The original weights take the places of the decomposed ones."""
+        model: Any = self.model
+        with self.originals.swapped(model), model.disable_adapter():
+            yield model
+
+    def decompose(self, preserve: float) -> None:
+        """Writes what was learned into the weights, and splits them anew; the function stays.
+
+        The trainable parameters are new ones afterwards.
+
+        Args:
+            preserve: the share of singular directions that is frozen from now on.
+        """
+        self.preserve = preserve
+        model: Any = self.model
+        config = model.peft_config[_NAME]
+        for layer in self.layers().values():
+            base = layer.get_base_layer()
+            least = min(base.weight.shape)
+            rank = max(1, min(least - 1, int(least * preserve)))
+            if rank == layer.effective_rank[_NAME] and not self._moved(layer):
+                continue
+            base.weight.data = self._merged(layer)
+            layer._detach_hooks()
+            for kept in (layer._osf_U_high, layer._osf_V_high):
+                if _NAME in kept:
+                    del kept[_NAME]
+            layer.update_layer(_NAME, rank, config=config)
+
+    def state(self) -> dict[str, Tensor]:
+        """The whole weights of the layers, a new head, and the share that is frozen."""
+        found = {f"{canonical(n)}.weight": self._merged(m) for n, m in self.layers().items()}
+        heads = {n: p for n, p in self.parameters().items() if ".osf_svd_params." not in n}
+        found |= {_plain(n): p.detach().clone() for n, p in heads.items()}
+        return {**found, "preserve": torch.tensor(self.preserve, dtype=torch.float64)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Puts a `state` back: the same weights, split anew, so the same function but for rounding.
+
+        Raises:
+            ModelError: it is the state of another adapter.
+        """
+        mine = self.state()
+        if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in state.items()}:
+            raise ModelError(
+                "the state belongs to another adapter",
+                got=f"{len(state)} tensors",
+                allowed="what state() gave for the same model, kind and options",
+                fix="attach the adapter as it was when the state was taken",
+            )
+        for name, layer in self.layers().items():
+            weight = layer.get_base_layer().weight
+            weight.data = state[f"{canonical(name)}.weight"].to(weight, copy=True)
+            layer.effective_rank[_NAME] = 0  # of other weights: to be split anew
+            for part in _PARTS:  # nothing has been learned beyond the weights
+                init = getattr(layer, f"_osf_{part}_init")[_NAME]
+                layer.osf_svd_params[_NAME][part].data.copy_(init)
+        self.decompose(float(state["preserve"]))
+        for name, parameter in self.parameters().items():
+            if ".osf_svd_params." not in name:
+                parameter.data.copy_(state[_plain(name)])
+
+    def save(self, folder: Path, base: str) -> Path:
+        """See `Adapter.save`: all changed weights, whole."""
+        config = {"peft_type": _TYPE, "base_model_name_or_path": base, **self.options}
+        return write_adapter(folder, {**config, "base_fingerprint": self.base}, self.state())
+
+    @classmethod
+    def load(cls, base: nn.Module, folder: Path) -> Self:
+        """See `Adapter.load`."""
+        check_plain(base)
+        config = read_config(folder, _TYPE)
+        if config.get("base_fingerprint") != same_base(base):
+            raise refused("the adapter belongs to another base model", folder, _TYPE)
+        osf = cls.attach(base, **{n: config[n] for n in OSFOptions.model_fields if n in config})
+        osf.restore(read_tensors(folder, _TYPE, osf.state()))
+        return osf
+
+    @staticmethod
+    def _moved(layer: Any) -> bool:
+        """Whether anything has been learned since the last split."""
+        now = layer.osf_svd_params[_NAME]
+        return not all(torch.equal(now[p], getattr(layer, f"_osf_{p}_init")[_NAME]) for p in _PARTS)
+
+    @classmethod
+    def _merged(cls, layer: Any) -> Tensor:
+        """The layer's whole weight, a copy."""
+        weight: Tensor = layer.get_base_layer().weight.detach()
+        if not cls._moved(layer):
+            return weight.clone()
+        delta: Tensor = layer.get_delta_weight(_NAME).detach()
+        return (weight + delta).to(weight.dtype)
+
+
+def _plain(name: str) -> str:
+    """A parameter's name in the base model."""
+    return canonical(name).replace(f".modules_to_save.{_NAME}", "")

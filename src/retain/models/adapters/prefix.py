@@ -1,0 +1,229 @@
+"""Prefix tuning (Li and Liang, arXiv 2101.00190): learned keys and values, through PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from peft import (
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForSequenceClassification,
+    PrefixTuningConfig,
+)
+from peft.utils import ModulesToSaveWrapper, load_peft_weights, set_peft_model_state_dict
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from retain.errors import ModelError
+from retain.models.adapters.base import Adapter, Options, check_plain, checkpointed, size_of
+from retain.models.adapters.folder import read_config, refused
+from retain.models.heads import is_causal
+from retain.models.modes import evaluating
+from retain.models.saved import save_adapter
+
+__all__ = ["Prefix", "PrefixOptions"]
+
+_TYPE = "PREFIX_TUNING"
+
+
+class PrefixOptions(Options):
+    """Options of prefix tuning.
+
+    Attributes:
+        num_virtual_tokens: how many keys and values are put before a text, in each layer.
+        projection: learn them through a two-layer network, which is dropped when they are saved.
+        projection_size: inner width of that network; the model's hidden width by default.
+        init: ``tokens``: the keys and values of random tokens, much the gentlest (the paper
+            advises it too); ``normal``: a draw, as PEFT does. Of no account with a projection.
+        std: of a normal draw of the prefix, or of what a projection reads.
+    """
+
+    num_virtual_tokens: int = Field(20, ge=1)
+    projection: bool = False
+    projection_size: int | None = Field(None, ge=1)
+    init: Literal["tokens", "normal"] = "tokens"
+    std: float = Field(1.0, ge=0)
+
+
+class Prefix(Adapter):
+    """Keys and values of virtual tokens that every layer's attention also sees.
+
+    Unlike the other kinds it does not begin as the base model: the virtual tokens take part of
+    the attention, and a text's own tokens are moved by their number (learned positions too, so
+    a text may be that much shorter). No initial value undoes that; on SmolLM2 with 12 virtual
+    tokens KL(base || fresh) is about 0.4 nats a token with ``init="tokens"``, and 5 with
+    ``normal``. The prefix is kept in float32
+    at least: in bfloat16 a value near 1 would not feel a step below 0.004. Each layer gets it as
+    a cache of past tokens, so gradient checkpointing, which drops such caches, is refused.
+    """
+
+    kind: ClassVar[str] = "prefix"
+    schema: ClassVar[type[Options]] = PrefixOptions
+
+    @classmethod
+    def attach(cls, base: nn.Module, *, seed: int = 0, **options: Any) -> Self:
+        """See `Adapter.attach`; options as in `PrefixOptions`."""
+        chosen = cls.check(options)
+        check_plain(base)
+        shape: Any = base.config
+        config = PrefixTuningConfig(
+            task_type="CAUSAL_LM" if is_causal(base) else "SEQ_CLS",
+            num_virtual_tokens=chosen.num_virtual_tokens,
+            prefix_projection=chosen.projection,
+            encoder_hidden_size=chosen.projection_size or shape.hidden_size,
+        )
+        size, random = size_of(base), torch.Generator().manual_seed(seed)
+        drawn = None
+        if chosen.init == "tokens" and not chosen.projection:
+            drawn = _read_tokens(base, chosen.num_virtual_tokens, random)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model: Any = _wrap(base, config)
+        table = model.prompt_encoder["default"].embedding.weight
+        if drawn is None:
+            drawn = chosen.std * torch.randn(table.shape, generator=random)
+        with torch.no_grad():
+            table.copy_(drawn)
+        return cls(model, chosen.model_dump(), size)
+
+    def __init__(self, model: nn.Module, options: dict[str, Any], size: int = 0) -> None:
+        super().__init__(model, options, size)
+        model.register_forward_pre_hook(_refuse_checkpointing)
+
+    @contextmanager
+    def off(self) -> Iterator[nn.Module]:
+        """See `Adapter.off`. A head is the one that the base model came with.
+
+        PEFT's own ``disable_adapter`` fails on classifiers, and leaves the trained head on.
+        """
+        model: Any = self.model
+        if "forward" in vars(model):  # it is off already
+            yield model
+            return
+        base = model.base_model
+        heads = [m for m in base.modules() if isinstance(m, ModulesToSaveWrapper)]
+        names = [n for n in ("forward", "generate") if hasattr(base, n)]
+        flags = [(p, p.requires_grad) for head in heads for p in head.parameters()]
+        try:
+            for head in heads:
+                head.enable_adapters(False)
+            for name in names:
+                setattr(model, name, getattr(base, name))
+            yield model
+        finally:
+            for name in names:
+                vars(model).pop(name, None)
+            for head in heads:
+                head.enable_adapters(True)
+            for parameter, flag in flags:  # PEFT makes a head trainable again
+                parameter.requires_grad_(flag)
+
+    def save(self, folder: Path, base: str) -> Path:
+        """See `Adapter.save`: a plain PEFT folder, which keeps what a projection gives alone."""
+        model: Any = self.model
+        return save_adapter(model, folder, base)
+
+    @classmethod
+    def load(cls, base: nn.Module, folder: Path) -> Self:
+        """See `Adapter.load`. A prefix that was learned through a projection goes on without."""
+        check_plain(base)
+        found = read_config(folder, _TYPE)
+        size, causal = size_of(base), is_causal(base)
+        if found.get("task_type") != ("CAUSAL_LM" if causal else "SEQ_CLS"):
+            what = "the adapter does not fit the model"
+            raise refused(what, f"{folder} ({found.get('task_type')})", _TYPE)
+        try:
+            tensors = load_peft_weights(str(folder.expanduser()), device="cpu")
+            table = tensors["prompt_embeddings"]
+            config = PrefixTuningConfig.from_pretrained(str(folder.expanduser()))
+        except Exception as error:
+            why = f"{folder} ({type(error).__name__}: {error})"
+            raise refused("the adapter is damaged", why, _TYPE) from error
+        _check_fit(base, config, tensors, folder)
+        config.prefix_projection, config.inference_mode = False, False
+        with torch.random.fork_rng():
+            model = _wrap(base, config)
+        set_peft_model_state_dict(model, tensors)
+        return cls(model, {"num_virtual_tokens": len(table), "projection": False}, size)
+
+
+class _CausalLM(PeftModelForCausalLM):
+    """PEFT's, which also goes on from a cache that it gave.
+
+    PEFT puts a fresh prefix in the place of any cache that it is handed.
+    """
+
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        run: Any = super().forward
+        cache = kwargs.get("past_key_values")
+        if cache is None or not cache.get_seq_length():
+            return run(input_ids, attention_mask, *args, **kwargs)
+        tokens = self.active_peft_config.num_virtual_tokens
+        if attention_mask is not None:
+            seen = attention_mask.new_ones(len(attention_mask), tokens)
+            attention_mask = torch.cat([seen, attention_mask], dim=1)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + tokens
+        return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+def _wrap(base: nn.Module, config: PrefixTuningConfig) -> PeftModel:
+    if checkpointed(base):
+        raise _no_checkpointing()
+    kind = _CausalLM if config.task_type == "CAUSAL_LM" else PeftModelForSequenceClassification
+    mode, dtype = base.training, next(base.parameters()).dtype
+    base.requires_grad_(False)
+    model: PeftModel = kind(base, config, autocast_adapter_dtype=False)
+    model.prompt_encoder.to(torch.promote_types(dtype, torch.float32))
+    return model.train(mode)
+
+
+def _read_tokens(base: Any, tokens: int, random: torch.Generator) -> Tensor:
+    """Keys and values of random tokens, as PEFT lays out a prefix: [tokens, 2 layers * width]."""
+    ids = torch.randint(base.config.vocab_size, (1, tokens), generator=random).to(base.device)
+    cache = DynamicCache()
+    with evaluating(base), torch.no_grad():
+        base.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    layers: list[Any] = cache.layers
+    both = [x[0].transpose(0, 1) for layer in layers for x in (layer.keys, layer.values)]
+    return torch.stack(both, dim=1).flatten(1)
+
+
+def _check_fit(base: nn.Module, config: Any, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Refuses a prefix or a head of another shape than the model's."""
+    from peft.utils.other import _prepare_prompt_learning_config as prepare
+
+    given = (config.num_layers, config.token_dim, config.num_attention_heads)
+    fresh = PrefixTuningConfig(task_type=config.task_type, num_virtual_tokens=1)
+    own: Any = prepare(fresh, base.config)  # type: ignore[no-untyped-call]
+    want = (own.num_layers, own.token_dim, own.num_attention_heads)
+    if given != want:
+        what = f"{folder} (layers, width and heads {given} instead of {want})"
+        raise refused("the adapter does not fit the model", what, _TYPE)
+    shapes = {f"base_model.{n}": p.shape for n, p in base.named_parameters()}
+    table = (config.num_virtual_tokens, 2 * own.num_layers * own.token_dim)
+    for name, tensor in tensors.items():
+        if tensor.shape != (table if name == "prompt_embeddings" else shapes.get(name)):
+            what = f"{folder} ({name} of the shape {tuple(tensor.shape)})"
+            raise refused("the adapter does not fit the model", what, _TYPE)
+
+
+def _refuse_checkpointing(model: nn.Module, _args: Any) -> None:
+    if model.training and checkpointed(model):
+        raise _no_checkpointing()
+
+
+def _no_checkpointing() -> ModelError:
+    return ModelError(
+        "prefix tuning does not work with gradient checkpointing",
+        got="a model with gradient checkpointing on",
+        allowed="plain training: checkpointing drops the cache that the prefix comes as",
+        fix="switch gradient checkpointing off",
+    )

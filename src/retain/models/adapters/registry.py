@@ -1,0 +1,48 @@
+"""The kinds of adapter, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from retain.errors import unknown
+from retain.models.adapters.base import Adapter
+from retain.models.adapters.bottleneck import BottleneckAdapter
+from retain.models.adapters.full import Full
+from retain.models.adapters.lora import Lora
+from retain.models.adapters.osf import OSF
+from retain.models.adapters.prefix import Prefix
+
+__all__ = ["ADAPTERS", "adapter_kind", "attach_adapter"]
+
+ADAPTERS: dict[str, type[Adapter]] = {
+    kind.kind: kind for kind in (Lora, Full, BottleneckAdapter, Prefix, OSF)
+}
+
+
+def adapter_kind(kind: str) -> type[Adapter]:
+    """The class of a kind of adapter; its `Adapter.check` checks options without a model.
+
+    Raises:
+        ConfigError: an unknown kind.
+    """
+    if kind not in ADAPTERS:
+        raise unknown("adapter kind", kind, ADAPTERS)
+    return ADAPTERS[kind]
+
+
+def attach_adapter(base: nn.Module, kind: str, seed: int = 0, **options: Any) -> Adapter:
+    """Attaches a fresh adapter to a base model.
+
+    Args:
+        base: a plain model of transformers; it is changed in place.
+        kind: a name in `ADAPTERS`.
+        seed: of the adapter's random weights.
+        **options: of the kind, as in its ``schema``.
+
+    Raises:
+        ConfigError: an unknown kind or option, or a value out of range.
+        ModelError: a model that the kind cannot tune.
+    """
+    return adapter_kind(kind).attach(base, seed=seed, **options)

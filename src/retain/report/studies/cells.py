@@ -1,0 +1,232 @@
+"""Runs put together: a cell is one adapter and method over its seeds, a group is what compares.
+
+A group holds the cells of one study, model and order. Where several orders have a single task,
+one more group holds the mean over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from retain.report.studies.intervals import Estimate, estimate, paired
+from retain.report.studies.metrics import METRICS, curve_of_kl, seen_so_far
+from retain.report.studies.records import Run, Study
+
+__all__ = ["Cell", "Group", "groups"]
+
+Seed = int | None
+BySeed = dict[Seed, float | None]
+
+
+@dataclass
+class Cell:
+    """One adapter and method of one strength, over its seeds.
+
+    Attributes:
+        adapter, method, label, strength: what was run.
+        plain: plain LoRA, which the others are compared with.
+        held: whether any method was used.
+        stores: whether the method keeps rows of earlier tasks.
+        values: for each metric, the value of each seed.
+        diffs: for each metric, the paired difference to plain LoRA.
+        final: for each task of the group, the last score of each seed.
+        runs: the runs that are done.
+        failed: the runs that failed.
+    """
+
+    adapter: str
+    method: str
+    label: str
+    strength: float | None
+    held: bool
+    stores: bool
+    plain: bool = False
+    values: dict[str, BySeed] = field(default_factory=dict)
+    diffs: dict[str, Estimate | None] = field(default_factory=dict)
+    final: list[BySeed] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    failed: list[Run] = field(default_factory=list)
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds are behind its means."""
+        return len(self.values["average"]) if self.values else 0
+
+    def mean(self, key: str) -> Estimate | None:
+        """Mean and interval of a metric."""
+        return estimate(list(self.values.get(key, {}).values()))
+
+    def curve(self, kind: str) -> list[Estimate | None]:
+        """After each task: "kl" to the base, or the mean score of the tasks "seen"."""
+        rows = [curve_of_kl(run) if kind == "kl" else seen_so_far(run) for run in self.runs]
+        return [estimate(list(column)) for column in zip(*rows, strict=True)]
+
+    def matrix(self) -> list[list[Estimate | None]]:
+        """The accuracy matrix with the scores before learning as row 0, over seeds."""
+        tables = [[run.before, *run.matrix] for run in self.runs if run.before and run.matrix]
+        return [
+            [estimate([table[i][j] for table in tables]) for j in range(len(row))]
+            for i, row in enumerate(tables[0] if tables else [])
+        ]
+
+
+@dataclass
+class Group:
+    """The cells that are compared with one another.
+
+    Attributes:
+        study, model, order: what they share.
+        tasks: in the order they were learned, or each alone where `pooled`.
+        metrics: the name of each task's metric.
+        cells: in the order of the study's grid.
+        pooled: each task was learned alone, and values are means over the tasks.
+    """
+
+    study: str
+    model: str
+    order: str
+    tasks: list[str]
+    metrics: list[str]
+    cells: list[Cell]
+    pooled: bool = False
+
+    @property
+    def plain(self) -> Cell | None:
+        """The cell of plain LoRA."""
+        return next((cell for cell in self.cells if cell.plain), None)
+
+    @property
+    def length(self) -> int:
+        """How many tasks are learned one after another."""
+        return 1 if self.pooled else len(self.tasks)
+
+    @property
+    def title(self) -> str:
+        """The group in words."""
+        if self.pooled:
+            return f"{self.model}, {len(self.tasks)} tasks, each alone"
+        tasks = f"{len(self.tasks)} tasks" if len(self.tasks) > 1 else self.tasks[0]
+        named = self.order not in ("", "default", *self.tasks)
+        return f"{self.model}, {tasks}" + (f" (order {self.order})" if named else "")
+
+    @property
+    def seeds(self) -> int:
+        """The largest number of seeds of a cell."""
+        return max((cell.seeds for cell in self.cells), default=0)
+
+    def has(self, key: str) -> bool:
+        """Whether any cell has a value of this metric."""
+        return any(cell.mean(key) is not None for cell in self.cells)
+
+
+def _short(model: str) -> str:
+    return model.rstrip("/").rpartition("/")[2] or model
+
+
+def _cell(run: Run) -> Cell:
+    method, adapter = run.config.method, run.config.adapter
+    held = "none" not in (method.name, method.kind)
+    label = method.label or method.name
+    return Cell(adapter.name, method.name, label, method.strength, held, method.stores)
+
+
+def _compare(cells: Sequence[Cell], runs: Sequence[Run]) -> None:
+    """Marks plain LoRA and fills in the differences to it."""
+    kinds = {run.config.adapter.name: run.config.adapter.kind for run in runs}
+    bare = [cell for cell in cells if not cell.held]
+    lora = [cell for cell in bare if cell.adapter == "lora"]
+    lora = lora or [cell for cell in bare if kinds.get(cell.adapter) == "lora"]
+    if not lora:
+        return
+    lora[0].plain = True
+    for cell in cells:
+        if cell is not lora[0]:
+            cell.diffs = {
+                m.key: paired(cell.values.get(m.key, {}), lora[0].values.get(m.key, {}))
+                for m in METRICS
+            }
+
+
+def _fill(cell: Cell, tasks: int) -> None:
+    for m in METRICS:
+        cell.values[m.key] = {run.config.seed: m.of(run) for run in cell.runs}
+    cell.final = [
+        {run.config.seed: run.matrix[-1][j] if run.matrix else None for run in cell.runs}
+        for j in range(tasks)
+    ]
+
+
+def _group(study: str, runs: list[Run]) -> Group:
+    cells: dict[tuple[object, ...], Cell] = {}
+    for run in runs:
+        new = _cell(run)
+        cell = cells.setdefault((new.adapter, new.method, new.label, new.strength), new)
+        (cell.runs if run.done else cell.failed).append(run)
+    first = next((run for run in runs if run.done), runs[0])
+    tasks = first.tasks or first.config.order.tasks
+    for cell in cells.values():
+        _fill(cell, len(tasks))
+    made = list(cells.values())
+    _compare(made, runs)
+    order = first.config.order.name
+    return Group(study, _short(first.config.model), order, tasks, first.metrics, made)
+
+
+def _pooled(parts: list[Group], runs: list[Run]) -> Group:
+    """The mean over groups of one task each; a seed counts where every task has it."""
+    cells: dict[tuple[object, ...], list[Cell]] = {}
+    for part in parts:
+        for cell in part.cells:
+            key = (cell.adapter, cell.method, cell.label, cell.strength)
+            cells.setdefault(key, []).append(cell)
+    made = []
+    for found in cells.values():
+        first = found[0]
+        new = Cell(
+            first.adapter, first.method, first.label, first.strength, first.held, first.stores
+        )
+        new.failed = [run for cell in found for run in cell.failed]
+        whole = len(found) == len(parts)
+        seeds = [
+            seed
+            for seed in first.values["average"]
+            if whole and all(seed in cell.values["average"] for cell in found)
+        ]
+        for m in METRICS:
+            new.values[m.key] = {}
+            for seed in seeds:
+                got = [cell.values[m.key].get(seed) for cell in found]
+                known = [value for value in got if value is not None]
+                mean = sum(known) / len(known) if len(known) == len(got) else None
+                new.values[m.key][seed] = mean
+        by_task = {part.tasks[0]: part for part in parts}
+        for part in by_task.values():
+            mine = [cell for cell in found if any(cell is other for other in part.cells)]
+            new.final.append(mine[0].final[0] if mine else {})
+        made.append(new)
+    _compare(made, runs)
+    first_part = parts[0]
+    tasks = [part.tasks[0] for part in parts]
+    metrics = [name for part in parts for name in part.metrics[:1]]
+    return Group(first_part.study, first_part.model, "all", tasks, metrics, made, pooled=True)
+
+
+def groups(studies: Sequence[Study]) -> list[Group]:
+    """All groups of the studies: sequences, then tasks learned alone, their mean first."""
+    out: list[Group] = []
+    for study in studies:
+        by_model: dict[str, dict[str, list[Run]]] = {}
+        for run in study.runs:
+            orders = by_model.setdefault(run.config.model, {})
+            orders.setdefault(run.config.order.name, []).append(run)
+        for orders in by_model.values():
+            parts = [_group(study.name, runs) for runs in orders.values()]
+            alone = [part for part in parts if len(part.tasks) == 1]
+            out += [part for part in parts if len(part.tasks) > 1]
+            if len(alone) > 1:
+                names = {part.order for part in alone}
+                singles = [r for name, runs in orders.items() if name in names for r in runs]
+                out.append(_pooled(alone, singles))
+            out += alone
+    return out

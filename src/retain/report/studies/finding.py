@@ -1,0 +1,102 @@
+"""The finding on a group in one or two sentences, from the numbers and no kinder than they are."""
+
+from __future__ import annotations
+
+from retain.report.studies.cells import Cell, Group
+from retain.report.studies.intervals import Estimate
+from retain.report.studies.metrics import Metric, metric
+from retain.report.studies.names import names
+
+__all__ = ["finding"]
+
+
+def _value(m: Metric, found: Estimate | None) -> str:
+    if found is None:
+        return "an unknown amount"
+    text, half = m.pair(found)
+    return f"{text} ± {half}" if half else text
+
+
+def _measure(group: Group) -> Metric | None:
+    """What forgetting is measured by: the scores of old tasks, or KL where there are none."""
+    keys = ("forgetting", "kl") if group.length > 1 else ("kl",)
+    plain = group.plain
+    return next((metric(k) for k in keys if plain and plain.mean(k) is not None), None)
+
+
+def _learns_as_much(cell: Cell) -> bool:
+    found = cell.diffs.get("learning")
+    return found is not None and found.sided >= 0
+
+
+def _doubt(found: Estimate | None) -> str:
+    if found is None or found.low is None:
+        return "one seed, so no interval"
+    if found.sided == 0:
+        return "the 95 % interval of the paired difference contains 0"
+    return "the 95 % interval of the paired difference leaves 0 out"
+
+
+def _best(group: Group, m: Metric) -> tuple[Cell | None, int]:
+    """The held cell that stores no data, learns as much and forgets least; of how many."""
+    fair = [
+        cell
+        for cell in group.cells
+        if cell.held and not cell.stores and cell.mean(m.key) is not None and _learns_as_much(cell)
+    ]
+    return min(fair, key=lambda cell: _mean(cell, m), default=None), len(fair)
+
+
+def _mean(cell: Cell, m: Metric) -> float:
+    found = cell.mean(m.key)
+    return found.mean if found else float("inf")
+
+
+def _adapters(group: Group) -> str:
+    """Without any method: which way of tuning scores best."""
+    m = metric("average")
+    named = dict(zip(map(id, group.cells), names(group), strict=True))
+    known = [cell for cell in group.cells if cell.mean(m.key) is not None]
+    if not known:
+        return f"No run of {group.title} is done."
+    top = max(known, key=lambda cell: _mean(cell, m))
+    score = f"{_value(m, top.mean(m.key))} points"
+    if len(known) == 1:
+        return f"On {group.title}, {named[id(top)]} has an {m.name.lower()} of {score}."
+    text = f"{named[id(top)]} has the best {m.name.lower()}, {score}"
+    plain = group.plain
+    if plain is not None and plain is not top:
+        text += f", against {_value(m, plain.mean(m.key))} of plain LoRA"
+        text += f" ({_doubt(top.diffs.get(m.key))})"
+    return f"On {group.title}, {text}."
+
+
+def finding(group: Group) -> str:
+    """What forgets least at equal learning, how sure that is, and what replay does."""
+    m, plain = _measure(group), group.plain
+    if not any(cell.held for cell in group.cells):
+        return _adapters(group)
+    if m is None or plain is None:
+        return f"Plain LoRA is not done on {group.title}, so there is nothing to compare with."
+    named = dict(zip(map(id, group.cells), names(group), strict=True))
+    unit = "points" if m.key == "forgetting" else "nats per token"
+    lost = "forgets" if m.key == "forgetting" else "moves from the base"
+    text = f"On {group.title}, plain LoRA {lost} {_value(m, plain.mean(m.key))} {unit}"
+    best, count = _best(group, m)
+    if best is None:
+        return f"{text}; every setting without stored data learns clearly less than plain LoRA."
+    name, diff = named[id(best)], best.diffs.get(m.key)
+    ours = f"{_value(m, best.mean(m.key))} ({_doubt(diff)})"
+    if diff is None or diff.mean >= 0:
+        text += f"; of the settings without stored data that learn as much none {lost} less"
+    elif count > 1:
+        text += f"; of the {count} settings without stored data that do not learn clearly less, "
+        text += f"{name} {lost} least: {ours}, picked after the fact"
+    else:
+        text += "; the only setting without stored data that does not learn clearly less, "
+        text += f"{name}, {lost} {ours}"
+    stored = [cell for cell in group.cells if cell.stores and cell.mean(m.key) is not None]
+    if stored:
+        least = min(stored, key=lambda cell: _mean(cell, m))
+        text += f". With stored data, {named[id(least)]} {lost} {_value(m, least.mean(m.key))}"
+    return text + "."

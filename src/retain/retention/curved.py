@@ -1,0 +1,269 @@
+"""What all methods with a curvature share: fit it, hold the model with it, carry it on.
+
+The online Laplace approximation (Ritter et al. 2018, arXiv 1805.07810): before the first task the
+curvature F_0 of the source text is measured at the base model. While task t is learned, the force
+is that of ``strength * 0.5 (w - w_{t-1})^T F (w - w_{t-1})``. After it, the curvature of the task's
+own rows at the new weights joins, ``F <- F + F_t``, and the anchor moves there. Memory and the time
+of a step do not grow with the tasks (see `retain.curvature.merge` for what that loses).
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from retain.curvature.artifact import load_curvature
+from retain.curvature.curvature import Curvature
+from retain.curvature.estimate import fit_curvature
+from retain.curvature.merge import reanchored
+from retain.data.batches import Example
+from retain.errors import ConfigError, unknown
+from retain.retention.laplace import Retention, check_strength
+from retain.retention.method import Context, Method, Task
+from retain.retention.rows import choose, source_rows
+from retain.types import UPDATES, Fisher, Space, Structure, Update
+
+__all__ = ["Curved", "Fitted"]
+
+FLAT = 0.01
+"""How much of a regression's output is let into the logit that stands for it, see `_regression`."""
+
+
+class Curved(Method, ABC):
+    """Holds the model with a quadratic. A member says where its curvature comes from.
+
+    Args:
+        strength: nats of task loss that one nat of predicted forgetting weighs; 0 is plain
+            training, bit for bit.
+        update: ``gradient`` or ``proximal``; see `retain.retention.laplace`.
+        consolidate: after each task its curvature joins and the anchor moves; else the model is
+            held at its start throughout.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    adapters: ClassVar[frozenset[str]] = frozenset({"lora", "full"})
+    why_not: ClassVar[dict[str, str]] = {
+        "bottleneck": "its modules start as the identity, where the Fisher of the weights before "
+        "the last of each is exactly zero, so that most of it would not be held",
+        "prefix": "it trains keys and values that are read beside the model's own, and no weight "
+        "of a layer that a curvature could hold",
+    }
+
+    def __init__(
+        self, strength: float = 10.0, *, update: Update = "gradient", consolidate: bool = True
+    ) -> None:
+        super().__init__(strength)
+        check_strength(strength)
+        if update not in UPDATES:
+            raise unknown("update", update, UPDATES)
+        self.update: Update = update
+        self.consolidate = consolidate
+        self.curvature: Curvature | None = None
+        self.retention: Retention | None = None
+
+    @abstractmethod
+    def at_begin(self, context: Context) -> Curvature | None:
+        """What holds the model while it learns the first task."""
+
+    @abstractmethod
+    def joined(self, curvature: Curvature | None, task: Task) -> Curvature | None:
+        """What holds the model after a task, around its present weights."""
+
+    def begin(self, context: Context) -> None:
+        super().begin(context)
+        self.curvature = self.at_begin(context)
+
+    def before_task(self, task: Task) -> Sequence[Example]:
+        self.retention = None
+        if self.curvature is not None:
+            self.retention = Retention(
+                self.context.adapter.model,
+                self.curvature,
+                self.strength,
+                update=self.update,
+                resuming=True,  # of several tasks only the first starts at the anchor
+            )
+        return task.examples
+
+    def before_step(self, model: nn.Module) -> float | None:
+        if self.retention is None or self.update != "gradient":
+            return None
+        return self.retention.add_force()
+
+    def after_step(self, model: nn.Module, optimizer: Optimizer) -> float | None:
+        if self.retention is None or self.update != "proximal":
+            return None
+        return self.retention.apply_proximal(optimizer)
+
+    def after_task(self, task: Task) -> None:
+        self.retention = None
+        if self.consolidate:
+            self.curvature = self.joined(self.curvature, task)
+
+    def state(self) -> dict[str, Tensor]:
+        """The bytes of the curvature's file, anchor and digest included."""
+        if self.curvature is None:
+            return {}
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.curvature.save(Path(folder) / "curvature.safetensors")
+            return {"curvature": torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Puts a `state` back.
+
+        Raises:
+            ArtifactError: it is damaged.
+        """
+        self.curvature = self.retention = None
+        if "curvature" in state:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "curvature.safetensors"
+                state["curvature"].cpu().numpy().tofile(path)
+                self.curvature = load_curvature(path)
+
+    def memory(self) -> int:
+        return 0 if self.curvature is None else self.curvature.memory()
+
+
+class Fitted(Curved):
+    """The same with a curvature that is measured. Without source text nothing holds the first task.
+
+    Args:
+        strength: see `Curved`.
+        space: ``weight`` or ``adapter``; see `retain.types.Space`.
+        fisher: whose labels, of the source text and of the tasks alike (other Fishers do not add);
+            see `retain.curvature.labels`.
+        samples: draws of each label.
+        rows: rows of the source text, and of each task, that are read at most.
+        rank: of sketched factors; see `retain.fit_curvature`.
+        source_weight: of the source text's curvature; 0 leaves it out.
+        task_weight: of each task's.
+        update: see `Curved`.
+        consolidate: see `Curved`.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    structure: Structure
+
+    def __init__(
+        self,
+        strength: float = 10.0,
+        *,
+        space: Space = "weight",
+        fisher: Fisher = "mc",
+        samples: int = 1,
+        rows: int = 128,
+        rank: int | None = None,
+        source_weight: float = 1.0,
+        task_weight: float = 1.0,
+        update: Update = "gradient",
+        consolidate: bool = True,
+    ) -> None:
+        super().__init__(strength, update=update, consolidate=consolidate)
+        for name, weight in (("source_weight", source_weight), ("task_weight", task_weight)):
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ConfigError(
+                    f"{name} is no weight",
+                    got=weight,
+                    allowed="a finite number, 0 or above",
+                    fix=f"{name}: 1",
+                )
+        self.rows = rows
+        self.source_weight, self.task_weight = source_weight, task_weight
+        self.options: dict[str, Any] = {
+            "space": space, "fisher": fisher, "samples": samples, "rank": rank
+        }  # fmt: skip
+
+    def at_begin(self, context: Context) -> Curvature | None:
+        if not context.source or not self.source_weight:
+            return None
+        return self._weighted(self.source_weight, self.fit(context.source, None, context.seed))
+
+    def joined(self, curvature: Curvature | None, task: Task) -> Curvature | None:
+        if curvature is not None:
+            curvature = reanchored(curvature, self.context.adapter.model)
+        if not self.task_weight:
+            return curvature
+        found = self.fit(choose(task.examples, self.rows, task.seed), task.columns, task.seed)
+        found = self._weighted(self.task_weight, found)
+        return found if curvature is None else curvature + found
+
+    def fit(self, examples: Sequence[Example], columns: slice | None, seed: int) -> Curvature:
+        """The curvature of rows at the model's present weights.
+
+        Args:
+            examples: at most `rows` of them are read.
+            columns: the outputs of a classifier that answer them; None for all of them.
+            seed: of label draws.
+        """
+        context, model = self.context, self.context.adapter.model
+        regression = columns is not None and columns.stop - columns.start == 1
+        if regression and self.options["fisher"] in ("empirical", "reversed"):
+            raise ConfigError(
+                "a regression has no labels of this kind",
+                got=f"fisher={self.options['fisher']!r}",
+                allowed="mc, exact, tempered",
+                fix="fisher: mc",
+            )
+        rows, tokenizer = source_rows(examples[: self.rows])
+        with _answering(model, columns):
+            found = fit_curvature(
+                model,
+                rows,
+                self.structure,
+                tokenizer=tokenizer,
+                rows=self.rows,
+                max_length=max(len(e.tokens) for e in examples) + 1,
+                batch_size=min(context.batch_size, len(rows)),
+                seed=seed,
+                progress=context.progress,
+                **self.options,
+            )
+        return self._weighted(8 / FLAT**2, found) if regression else found
+
+    @staticmethod
+    def _weighted(weight: float, curvature: Curvature) -> Curvature:
+        return curvature if weight == 1 else weight * curvature
+
+
+@contextmanager
+def _answering(model: nn.Module, columns: slice | None) -> Iterator[None]:
+    """Lets a classifier answer with a task's own columns alone, as it is trained on it."""
+    if columns is None:
+        yield
+        return
+
+    def narrow(_module: nn.Module, _args: Any, output: Any) -> Any:
+        output.logits = output.logits[:, columns]
+        if columns.stop - columns.start == 1:
+            output.logits = _regression(output.logits)
+        return output
+
+    handle = model.register_forward_hook(narrow)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _regression(z: Tensor) -> Tensor:
+    """Two logits that have a regression's Fisher, up to a factor.
+
+    The loss ``(z - y)^2`` is, in nats, that of a normal distribution of variance 1/2, whose Fisher
+    in z is 2. The logits ``(c z, 0)`` have the Fisher ``c^2 p (1 - p)``: for a small c that is
+    ``c^2 / 4``, and 8 / c^2 times it is 2.
+    """
+    return torch.cat([FLAT * z, torch.zeros_like(z)], 1)

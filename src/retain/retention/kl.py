@@ -1,0 +1,163 @@
+"""Output KL: the model's predictions stay near those of a teacher (Li and Hoiem, arXiv 1606.09282).
+
+A decoder's teacher is the base model, the adapter being off:
+
+    strength * mean over predictions of  sum_v p(v) (log p(v) - log q(v)),
+
+with p the base model's and q the tuned model's distribution over the vocabulary. On the task's own
+inputs (``on="task"``) nothing is stored, but the term resists learning too; on the source text it
+does not, and a row of the source is read beside each row of the task.
+
+A classifier's head is new, so the base model has no answer to hold to. Its teacher is the model as
+it was before the task, on the columns of the tasks learned so far (learning without forgetting
+proper): the term is the sum over earlier tasks of the same KL over their columns, or of the squared
+difference for a regression's single column. During the first task there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from retain.data.batches import Batch, Example, collate
+from retain.errors import SourceError, unknown
+from retain.models.heads import forward_logits
+from retain.models.modes import evaluating
+from retain.retention.laplace import check_strength
+from retain.retention.method import Context, Method, Task
+
+__all__ = ["KL", "base_logits", "divergence"]
+
+ON = ("task", "source")
+
+
+class KL(Method):
+    """KL of the outputs; see the module.
+
+    Args:
+        strength: nats of task loss that one nat of KL weighs; 0 is plain training, bit for bit.
+        on: which inputs: ``task`` or ``source``. The i-th row of a task is paired with the same row
+            of the source in each epoch, whose mean KL counts as often as the row has predictions.
+
+    Raises:
+        ConfigError: another name or a strength out of range.
+    """
+
+    name: ClassVar[str] = "kl"
+
+    def __init__(self, strength: float = 1.0, *, on: str = "task") -> None:
+        super().__init__(strength)
+        check_strength(strength)
+        if on not in ON:
+            raise unknown("on", on, ON)
+        self.on = on
+        self.seen: list[tuple[int, int]] = []
+        self.inputs: Sequence[Example] = []
+        self.teacher: Tensor | None = None
+
+    def begin(self, context: Context) -> None:
+        super().begin(context)
+        if self.on == "source" and not context.source:
+            raise SourceError(
+                "the KL on the source needs source text",
+                got="none",
+                allowed="at least one row",
+                fix="give a source, or on: task",
+            )
+
+    def before_task(self, task: Task) -> Sequence[Example]:
+        self.teacher = None
+        if self.on == "source":  # another order for each task
+            random = torch.Generator().manual_seed(task.seed)
+            source = self.context.source
+            order = torch.randperm(len(source), generator=random).tolist()
+            self.inputs = [source[i] for i in order]
+        else:
+            self.inputs = task.examples
+        if task.columns is not None and self.seen and self.strength:
+            self.teacher = self._answers()
+        return task.examples
+
+    def loss(self, model: nn.Module, batch: Batch, logits: Tensor) -> Tensor | None:
+        if not self.strength or (batch.predict is None and self.teacher is None):
+            return None
+        rows = [i % len(self.inputs) for i in batch.rows]
+        read = batch
+        if self.on == "source":
+            read = self._collate([self.inputs[i] for i in rows]).to(logits.device)
+            logits = forward_logits(model, read)
+        if self.teacher is None:
+            each = self.compare(base_logits(self.context, read), logits, read.targets)
+        else:
+            teacher = self.teacher[rows].to(logits.device)
+            each = torch.stack([_apart(teacher[:, a:b], logits[:, a:b]) for a, b in self.seen]).sum(
+                0
+            )
+        if self.on == "source":  # one mean for each row, which weighs as its partner does
+            means = torch.stack([part.mean() for part in each.split(read.lengths)])
+            weights = means.new_tensor(batch.lengths)
+            return self.strength * (means * weights).sum() / weights.sum()
+        return self.strength * each.mean()
+
+    def compare(self, base: Tensor, tuned: Tensor, targets: Tensor) -> Tensor:
+        """Nats for each prediction, [predictions].
+
+        Args:
+            base: the base model's logits, [predictions, vocabulary].
+            tuned: the tuned model's.
+            targets: the data's next tokens, [predictions].
+        """
+        return divergence(base, tuned)
+
+    def after_task(self, task: Task) -> None:
+        self.teacher, self.inputs = None, []
+        if task.columns is not None:
+            self.seen.append((task.columns.start, task.columns.stop))
+
+    def state(self) -> dict[str, Tensor]:
+        return {"seen": torch.tensor(self.seen)} if self.seen else {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        rows = state["seen"].tolist() if "seen" in state else []
+        self.seen = [(start, stop) for start, stop in rows]
+
+    def _answers(self) -> Tensor:
+        """All columns of the present model on the inputs, [rows, classes]."""
+        model, size = self.context.adapter.model, self.context.batch_size
+        device = next(model.parameters()).device
+        with evaluating(model), torch.no_grad():
+            parts = [
+                forward_logits(model, self._collate(self.inputs[i : i + size]).to(device))
+                for i in range(0, len(self.inputs), size)
+            ]
+        return torch.cat(parts)
+
+    def _collate(self, examples: Sequence[Example]) -> Batch:
+        pad = getattr(self.context.adapter.model.config, "pad_token_id", None) or 0
+        return collate(examples, pad)
+
+
+def base_logits(context: Context, batch: Batch) -> Tensor:
+    """What the base model says to a batch, without a graph."""
+    with context.adapter.off() as base, evaluating(base), torch.no_grad():
+        return forward_logits(base, batch)
+
+
+def divergence(base: Tensor, tuned: Tensor) -> Tensor:
+    """``KL(softmax(base) || softmax(tuned))`` of each row, at least in float32."""
+    p, q = _wide(base).log_softmax(-1), _wide(tuned).log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _apart(teacher: Tensor, logits: Tensor) -> Tensor:
+    """The KL over an earlier task's columns, or the squared difference of its single one."""
+    if teacher.shape[-1] == 1:
+        return (_wide(logits) - _wide(teacher)).square()[:, 0]
+    return divergence(teacher, logits)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

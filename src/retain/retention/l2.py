@@ -1,0 +1,62 @@
+"""L2 to the anchor: ``0.5 ||D||^2`` of each layer's update, the identity for a curvature.
+
+For LoRA, D is the update ``s B A - s B_0 A_0`` of the weight, not A or B; for full fine-tuning and
+for the modules of a bottleneck it is the move of the weight itself. Nothing is measured, so its
+unit is no nat. After a task the anchor moves and the strength stays.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from retain.curvature.curvature import Curvature
+from retain.curvature.estimate import versions
+from retain.curvature.identity import IdentityBlock
+from retain.curvature.info import CurvatureInfo, describe
+from retain.curvature.merge import reanchored
+from retain.curvature.moves import anchor_of, place
+from retain.models.fingerprint import fingerprint
+from retain.models.sites import Site, find_sites
+from retain.retention.curved import Curved
+from retain.retention.method import Context, Task
+
+__all__ = ["L2"]
+
+
+class L2(Curved):
+    """Plain L2 to the anchor; see `Curved` for the arguments."""
+
+    name = "l2"
+    adapters: ClassVar[frozenset[str]] = frozenset({"lora", "full", "bottleneck"})
+    why_not: ClassVar[dict[str, str]] = {"prefix": Curved.why_not["prefix"]}
+
+    def at_begin(self, context: Context) -> Curvature:
+        sites: list[Site] = list(find_sites(context.adapter.model))
+        dtype = torch.promote_types(place(sites[0]).dtype, torch.float32)
+        one: Tensor = torch.ones((), dtype=dtype, device=place(sites[0]).device)
+        info = CurvatureInfo(
+            structure="identity",
+            space="weight",
+            fisher="mc",
+            tokens=0,
+            predictions=0,
+            sequences=0,
+            samples=0,
+            max_length=0,
+            seed=context.seed,
+            error=0.0,
+            model=fingerprint(context.adapter.model),
+            sites=describe(sites),
+            versions=versions(),
+            note="L2, not measured",
+        )
+        curvature = Curvature({s.name: IdentityBlock(one, s.shape) for s in sites}, {}, info)
+        curvature.anchor = anchor_of(curvature, sites)
+        return curvature
+
+    def joined(self, curvature: Curvature | None, task: Task) -> Curvature | None:
+        assert curvature is not None
+        return reanchored(curvature, self.context.adapter.model)

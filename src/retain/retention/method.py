@@ -1,0 +1,172 @@
+"""One way to keep a model from forgetting while it learns one task after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from retain.data.batches import Batch, Example
+from retain.errors import ConfigError
+from retain.models.adapters.base import Adapter
+from retain.models.heads import is_causal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Context", "Method", "Task"]
+
+
+@dataclass
+class Task:
+    """One task of a sequence, as a method sees it.
+
+    Attributes:
+        name: of the task.
+        index: its place in the sequence, from 0.
+        examples: its tokenised training rows.
+        columns: the outputs of a classifier that answer it; None for a decoder. A single column
+            is a regression.
+        seed: of everything random in this task's training.
+    """
+
+    name: str
+    index: int
+    examples: Sequence[Example]
+    columns: slice | None = None
+    seed: int = 0
+
+
+@dataclass
+class Context:
+    """What every method may use.
+
+    Attributes:
+        adapter: what is trained.
+        tokenizer: of its base model.
+        source: tokenised source text, what the base model is to keep (maybe none).
+        tasks: how many tasks the sequence has.
+        batch_size: rows a pass.
+        seed: of the run.
+        progress: show bars.
+    """
+
+    adapter: Adapter
+    tokenizer: PreTrainedTokenizerBase
+    source: Sequence[Example] = field(default_factory=list)
+    tasks: int = 1
+    batch_size: int = 8
+    seed: int = 0
+    progress: bool = False
+
+
+class Method:
+    """A retention method. Its defaults are plain training; a member overrides what it needs.
+
+    Order of calls: `adapter_options`, `begin`, then for each task `before_task`, training (for
+    each micro-batch `loss`; for each optimiser step, after accumulation and clipping,
+    `before_step` and then `after_step`), `after_task`.
+
+    Attributes:
+        name: in a study.
+        adapters: the kinds of adapter it composes with.
+        stores_data: whether it keeps rows of earlier tasks (replay).
+        why_not: for a kind of adapter that it does not compose with, the reason; under
+            ``classifier``, why it needs a causal model, where it does.
+        weighted: whether `strength` means anything to it.
+    """
+
+    name: ClassVar[str]
+    adapters: ClassVar[frozenset[str]] = frozenset({"lora", "full", "bottleneck", "prefix"})
+    stores_data: ClassVar[bool] = False
+    why_not: ClassVar[dict[str, str]] = {}
+    weighted: ClassVar[bool] = True
+
+    def __init__(self, strength: float = 0.0) -> None:
+        self.strength = strength
+
+    @classmethod
+    def check(cls, adapter: str, causal: bool = True) -> None:
+        """Checks that the method composes with a kind of adapter, and of model.
+
+        Args:
+            adapter: the kind.
+            causal: a decoder; else a classifier.
+
+        Raises:
+            ConfigError: it does not; the error says why.
+        """
+        if adapter not in cls.adapters:
+            osf = "osf splits its weights anew before each task, which the method osf alone does"
+            reason = cls.why_not.get(adapter, osf if adapter == "osf" else "nobody has derived it")
+            raise ConfigError(
+                f"the method {cls.name} does not compose with this adapter: {reason}",
+                got=adapter,
+                allowed=", ".join(sorted(cls.adapters)),
+                fix="choose another adapter or another method",
+            )
+        if not causal and "classifier" in cls.why_not:
+            raise ConfigError(
+                f"the method {cls.name} needs a causal model: {cls.why_not['classifier']}",
+                got="a classifier",
+                allowed="a decoder",
+                fix="choose another method",
+            )
+
+    def adapter_options(self, options: dict[str, Any], tasks: int) -> dict[str, Any]:
+        """Options of the adapter, before it is attached."""
+        return options
+
+    def begin(self, context: Context) -> None:
+        """Once, with the adapter fresh: what the base model relies on is measured here.
+
+        Raises:
+            ConfigError: the method does not compose with the adapter or the model.
+        """
+        self.check(context.adapter.kind, is_causal(context.adapter.model))
+        self.context = context
+
+    def before_task(self, task: Task) -> Sequence[Example]:
+        """Before a task is learned; returns the rows to train on (replay adds some)."""
+        return task.examples
+
+    def loss(self, model: nn.Module, batch: Batch, logits: Tensor) -> Tensor | None:
+        """A term of the loss of one micro-batch, in nats per prediction, with its graph.
+
+        Its strength is in it. A step's term is the mean of its micro-batches' terms, weighted by
+        their predictions, so what it returns must itself be such a mean.
+
+        Args:
+            model: what is trained.
+            batch: the micro-batch; its ``rows`` are numbers of the rows that `before_task` gave.
+            logits: its logits, [predictions, classes]; all columns of a classifier.
+        """
+        return None
+
+    def before_step(self, model: nn.Module) -> float | None:
+        """Changes gradients; returns predicted nats, where the method predicts any."""
+        return None
+
+    def after_step(self, model: nn.Module, optimizer: Optimizer) -> float | None:
+        """Changes weights after the optimiser's step; returns predicted nats or None."""
+        return None
+
+    def after_task(self, task: Task) -> None:
+        """After a task is learned: consolidation."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All that it has learned, as tensors that `safetensors` can write."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Puts a `state` back: called after `begin`'s place in a resumed run, instead of it.
+
+        The context has been set (``self.context``); nothing is measured anew.
+        """
+
+    def memory(self) -> int:
+        """Bytes that it keeps between tasks."""
+        return sum(t.numel() * t.element_size() for t in self.state().values())

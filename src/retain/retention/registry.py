@@ -1,0 +1,87 @@
+"""All retention methods by name. A new one is one file in this folder and one line here."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from retain.errors import ConfigError, unknown
+from retain.retention.activation import Activation
+from retain.retention.diagonal import Diagonal
+from retain.retention.kfac import KFAC
+from retain.retention.kl import KL
+from retain.retention.l2 import L2
+from retain.retention.masked_kl import MaskedKL
+from retain.retention.method import Method
+from retain.retention.none import Plain
+from retain.retention.olora import OLoRA
+from retain.retention.osf import OSF
+from retain.retention.replay import Replay
+from retain.retention.self_replay import SelfReplay
+from retain.retention.tridiagonal import Tridiagonal
+
+__all__ = ["METHODS", "make_method", "method_options"]
+
+METHODS: dict[str, type[Method]] = {
+    "none": Plain,
+    "l2": L2,
+    "diagonal": Diagonal,
+    "kfac": KFAC,
+    "tridiagonal": Tridiagonal,
+    "activation": Activation,
+    "kl": KL,
+    "masked_kl": MaskedKL,
+    "replay": Replay,
+    "self_replay": SelfReplay,
+    "olora": OLoRA,
+    "osf": OSF,
+}
+
+
+def method_options(kind: str) -> dict[str, Any]:
+    """The options of a method with their defaults, without its strength.
+
+    Raises:
+        ConfigError: no such method.
+    """
+    if kind not in METHODS:
+        raise unknown("method", kind, METHODS)
+    found: dict[str, Any] = {}
+    for member in METHODS[kind].__mro__:  # `**options` stand for those of the class above
+        init = vars(member).get("__init__")
+        if init is None:
+            continue
+        parameters = list(inspect.signature(init).parameters.values())
+        named = [p for p in parameters[1:] if p.name != "strength"]
+        found |= {p.name: p.default for p in named if p.kind == p.KEYWORD_ONLY}
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def make_method(kind: str, strength: float | None = None, **options: Any) -> Method:
+    """A method by its name in a study.
+
+    Args:
+        kind: its name.
+        strength: see the method; None is its own default.
+        **options: of the method; see `method_options`.
+
+    Raises:
+        ConfigError: an unknown name or option, a value out of range, or a strength where it means
+            nothing.
+    """
+    known = method_options(kind)
+    for name in options:
+        if name not in known:
+            raise unknown(f"option of the method {kind}", name, known)
+    if strength is None:
+        return METHODS[kind](**options)
+    if strength and not METHODS[kind].weighted:
+        raise ConfigError(
+            f"the method {kind} has no strength",
+            got=strength,
+            allowed="0, or none",
+            fix=f"set one of: {', '.join(known)}" if known else "leave it out",
+        )
+    return METHODS[kind](strength, **options)

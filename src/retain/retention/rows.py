@@ -1,0 +1,125 @@
+"""Tokenised rows: those of an earlier task, rows as tensors, and rows as a curvature's source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retain.data.batches import Example
+from retain.errors import SourceError
+
+__all__ = ["Kept", "choose", "pack", "source_rows", "unpack"]
+
+
+@dataclass(frozen=True)
+class Kept(Example):
+    """A row of an earlier task.
+
+    Attributes:
+        columns: (start, stop) of the outputs of a classifier that answer it; None for a decoder.
+    """
+
+    columns: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, example: Example, columns: slice | None) -> Kept:
+        """A row with the columns of its own task."""
+        span = None if columns is None else (columns.start, columns.stop)
+        return cls(**{f.name: getattr(example, f.name) for f in fields(Example)}, columns=span)
+
+
+def choose(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """So many of the rows (all, where there are fewer), drawn from `seed`, in their order.
+
+    The global random state is left as it was.
+    """
+    random = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(examples), generator=random)[:count].sort().values
+    return [examples[i] for i in order.tolist()]
+
+
+def pack(rows: Sequence[Kept]) -> dict[str, Tensor]:
+    """Rows as tensors: all rows' numbers one after the other, and how many each has."""
+
+    def lengths(name: str) -> list[int]:
+        return [len(getattr(row, name)) for row in rows]
+
+    def joined(name: str, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([x for row in rows for x in getattr(row, name)], dtype=dtype)
+
+    names = ("tokens", "targets", "predict", "segments")
+    spans = [row.columns if row.columns is not None else (-1, -1) for row in rows]
+    return {
+        "tokens": joined("tokens", torch.int32),
+        "targets": joined("targets", torch.float64),  # a regression's are no whole numbers
+        "predict": joined("predict", torch.bool),
+        "segments": joined("segments", torch.uint8),
+        "lengths": torch.tensor([lengths(name) for name in names], dtype=torch.int32),
+        "columns": torch.tensor(spans, dtype=torch.int32).reshape(-1, 2),
+    }
+
+
+def unpack(state: dict[str, Tensor]) -> list[Kept]:
+    """The rows of `pack`."""
+    pieces = [
+        state[name].split(counts.tolist())
+        for name, counts in zip(
+            ("tokens", "targets", "predict", "segments"), state["lengths"], strict=True
+        )
+    ]
+    rows = []
+    for tokens, targets, predict, segments, span in zip(*pieces, state["columns"], strict=True):
+        start, stop = span.tolist()
+        real = stop - start == 1
+        rows.append(
+            Kept(
+                tuple(tokens.tolist()),
+                tuple(t if real else int(t) for t in targets.tolist()),
+                tuple(predict.tolist()),
+                tuple(segments.tolist()),
+                None if start < 0 else (start, stop),
+            )
+        )
+    return rows
+
+
+class _Ready:
+    """Stands where a tokenizer is asked for, before what is tokens already."""
+
+    bos_token = eos_token_id = None
+
+    def __call__(self, *parts: tuple[int, ...], **options: object) -> dict[str, list[int]]:
+        found = {"input_ids": list(parts[0])}
+        if len(parts) == 2 and parts[1]:
+            found["token_type_ids"] = list(parts[1])
+        return found
+
+
+def source_rows(examples: Sequence[Example]) -> tuple[list[dict[str, Any]], Any]:
+    """Rows for `retain.fit_curvature`, with the tokenizer that reads them as they are.
+
+    Raises:
+        SourceError: a row whose predictions are not its end.
+    """
+    rows: list[dict[str, Any]] = []
+    for example in examples:
+        if not example.predict:
+            rows.append(
+                {"text": example.tokens, "text_pair": example.segments, "label": example.targets[0]}
+            )
+            continue
+        start = example.predict.index(True) + 1
+        if not all(example.predict[start - 1 :]):
+            raise SourceError(
+                "a curvature is measured on rows whose predictions are their end",
+                got="a row that predicts, does not, and does again",
+                allowed="a text, or a prompt and its completion",
+                fix="split the row",
+            )
+        ids = (*example.tokens, example.targets[-1])
+        rows.append({"prompt": ids[:start], "completion": ids[start:]})
+    return rows, _Ready()

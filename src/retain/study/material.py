@@ -1,0 +1,224 @@
+"""What a run is made of: the base model, the rows of its tasks, and the source text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from retain.data.batches import Example
+from retain.data.items import Item
+from retain.data.loading import encode_items, load_items
+from retain.data.sources import Row, encode, read_rows
+from retain.data.specs import TaskSpec, load_task
+from retain.errors import ConfigError, ModelError, SourceError
+from retain.files import write_json
+from retain.models.heads import is_causal
+from retain.models.load import load_model
+from retain.study.known import task_path
+from retain.study.runner import Work, first_rank
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Base", "TaskData", "load_base", "load_source", "load_tasks", "seed_of"]
+
+HELDOUT_SEED = 0
+"""Text to measure forgetting on is the same for all seeds, so that differences are paired."""
+
+
+@dataclass
+class Base:
+    """A base model as a run wants it.
+
+    Attributes:
+        model: plain, fresh.
+        tokenizer: its own.
+        causal: a decoder; else an encoder with a head for all tasks.
+        columns: the outputs of each task, in the order's order; None for a decoder.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    causal: bool
+    columns: list[slice] | None
+
+
+@dataclass
+class TaskData:
+    """The rows of a task.
+
+    Attributes:
+        spec: the task.
+        train: tokenised.
+        test: items to score.
+        max_length: tokens of a row.
+    """
+
+    spec: TaskSpec
+    train: list[Example]
+    test: list[Item]
+    max_length: int
+
+
+def seed_of(seed: int, index: int) -> int:
+    """The seed of everything random in a part of a run.
+
+    Args:
+        seed: of the run.
+        index: the place of the task in the order; -1 for what comes before the first.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:4], "big")
+
+
+def load_base(config: Mapping[str, Any], specs: Sequence[TaskSpec]) -> Base:
+    """The base model; a new head's weights depend on the seed of the run alone.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        ConfigError: a task cannot be asked of an encoder.
+    """
+    from transformers import set_seed
+
+    name, dtype = config["model"], config["dtype"]
+    found = load_model(name, dtype=dtype)
+    try:
+        causal = is_causal(found.model)
+    except ModelError:  # an encoder without a head
+        causal = False
+    if causal:
+        return Base(found.model, found.tokenizer, True, None)
+    columns, start = [], 0
+    for spec in specs:
+        width = 1 if spec.kind == "regression" else spec.classes
+        if width is None or not spec.texts:
+            raise ConfigError(
+                f"task {spec.name} cannot be asked of an encoder",
+                got=f"{name}, a task of kind {spec.kind} without fixed classes or texts",
+                allowed="tasks with texts and fixed label words, or regressions",
+                fix="use a decoder for it",
+            )
+        columns.append(slice(start, start + width))
+        start += width
+    set_seed(seed_of(int(config["seed"]), -1))
+    found = load_model(name, dtype=dtype, num_labels=start, ignore_mismatched_sizes=True)
+    return Base(found.model, found.tokenizer, False, columns)
+
+
+def load_tasks(config: Mapping[str, Any], base: Base, work: Work) -> list[TaskData]:
+    """The rows of all tasks: training rows by the seed of the run, test rows the same for all.
+
+    Raises:
+        SourceError: rows are missing or do not fit their task.
+    """
+    from retain.study.training import settings
+
+    out = []
+    for index, task in enumerate(config["order"]["tasks"]):
+        spec = load_task(task_path(task, work.base))
+        length = min(settings(config, index).max_length, spec.max_length)
+        cut: dict[str, Any] = {"tokenizer": base.tokenizer, "max_length": length}
+        where: dict[str, Any] = {"data_dir": work.data_dir} | (cut if base.causal else {})
+        limits = config["data"]
+        seed = seed_of(int(config["seed"]), index)
+        rows = load_items(spec, "train", limit=limits["train"], seed=seed, **where)
+        test = load_items(spec, "eval", limit=limits["test"], **where)
+        train = encode_items(rows, base.tokenizer, max_length=length, causal=base.causal, spec=spec)
+        out.append(TaskData(spec, train, test, length))
+    return out
+
+
+def load_source(
+    config: Mapping[str, Any], base: Base, work: Work
+) -> tuple[list[Example], list[Example]]:
+    """Source text to measure what is to be kept on, and held-out text to measure forgetting on.
+
+    Both are empty for an encoder: its head is new, so the base model has no answers to keep.
+
+    Raises:
+        SourceError: the text is missing or too short.
+    """
+    source = config["source"]
+    if source["kind"] == "none" or not base.causal:
+        return [], []
+    seed = seed_of(int(config["seed"]), -1)
+    if source["kind"] == "self":
+        pair: list[list[Row]] = [
+            _samples(config, base, work, source[part], s)
+            for part, s in (("rows", seed), ("heldout", HELDOUT_SEED))
+        ]
+    else:
+        pair = _texts(source, work, seed)
+    size = {"max_length": source["max_length"], "causal": True}
+    fit, held = (encode(rows, base.tokenizer, **size) for rows in pair)
+    return fit[: source["rows"]], held[: source["heldout"]]
+
+
+def _samples(config: Mapping[str, Any], base: Base, work: Work, count: int, seed: int) -> list[Row]:
+    """Text that the base model writes, kept in a file: other runs want the same."""
+    from retain.models.sample import sample_rows
+
+    length = config["source"]["max_length"]
+    wanted = [config["model"], config["dtype"], count, length, seed]
+    name = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
+    path = work.out / "source" / f"{name}.json"
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["rows"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    rows: list[Row] = [
+        *sample_rows(base.model, base.tokenizer, count=count, max_length=length, seed=seed)
+    ]
+    if first_rank():
+        write_json(path, {"made_with": wanted, "rows": rows})
+    return rows
+
+
+def _texts(source: Mapping[str, Any], work: Work, seed: int) -> list[list[Row]]:
+    """Rows to fit on and held-out rows, which share none."""
+    paths = [
+        work.base / source["path"] if source["kind"] == "file" else _data_file(source, split, work)
+        for split in (source["split"], source["heldout_split"])
+    ]
+    rows, held = (
+        [r for r in read_rows(path) if len(str(r.get("text", "")).split()) >= source["min_words"]]
+        if source["min_words"]
+        else list(read_rows(path))
+        for path in paths
+    )
+    taken = _choose(len(held), source["heldout"], HELDOUT_SEED)
+    free = [r for i, r in enumerate(rows) if paths[0] != paths[1] or i not in taken]
+    chosen = _choose(len(free), source["rows"], seed)
+    if not chosen or not taken:
+        raise SourceError(
+            "the source has too few rows",
+            got=f"{len(rows)} rows to measure on, {len(held)} held out",
+            allowed=f"more than {source['heldout']} where both come from one file",
+            fix="give more text, or lower source.heldout or source.min_words",
+        )
+    return [[free[i] for i in sorted(chosen)], [held[i] for i in sorted(taken)]]
+
+
+def _choose(size: int, count: int, seed: int) -> set[int]:
+    numbers = list(range(size))
+    random.Random(seed).shuffle(numbers)
+    return set(numbers[:count])
+
+
+def _data_file(source: Mapping[str, Any], split: str, work: Work) -> Path:
+    folder = (work.data_dir or Path()) / str(source["name"])
+    for suffix in (".jsonl.gz", ".jsonl", ".txt"):
+        if (path := folder / f"{split}{suffix}").is_file():
+            return path
+    raise SourceError(
+        "no such source",
+        got=folder / f"{split}.jsonl.gz",
+        allowed="a file .jsonl.gz, .jsonl or .txt",
+        fix="give --data-dir, the folder that holds the local data",
+    )

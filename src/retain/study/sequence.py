@@ -1,0 +1,246 @@
+"""One run: a model learns the tasks of an order one after another, and is measured after each."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from retain.data.specs import load_task
+from retain.evaluation.continual import continual_metrics
+from retain.evaluation.forgetting import Reference
+from retain.evaluation.score import Score, score_items
+from retain.models.adapters.registry import attach_adapter
+from retain.retention.method import Context, Task
+from retain.retention.registry import make_method
+from retain.study.known import task_path
+from retain.study.material import load_base, load_source, load_tasks, seed_of
+from retain.study.runner import Work, finite
+from retain.study.state import SequenceState
+from retain.study.training import Clock, peak_memory, reset_peak_memory, settings
+from retain.training.loop import train
+
+__all__ = ["run_sequence"]
+
+
+def run_sequence(
+    config: Mapping[str, Any],
+    *,
+    state: SequenceState,
+    work: Work,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Does a run, from its last finished task on where it was stopped before.
+
+    Args:
+        config: the whole configuration, as `retain.study.grid` makes it.
+        state: what is kept between tasks.
+        work: where the data lie.
+        say: told in a few words what is being done.
+
+    Returns:
+        The body of a ``retain.run/1`` record, from ``tasks`` on.
+
+    Raises:
+        RetainError: whatever keeps it from being done.
+    """
+    gc.collect()  # the model of the run before
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return _Sequence(config, state, work, say).run()
+
+
+class _Sequence:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        state: SequenceState,
+        work: Work,
+        say: Callable[[str], None],
+    ) -> None:
+        reset_peak_memory()
+        self.config, self.state, self.work, self.say = config, state, work, say
+        self.clock, self.seed = Clock(), int(config["seed"])
+        say("loading")
+        names = config["order"]["tasks"]
+        self.base = load_base(config, [load_task(task_path(t, work.base)) for t in names])
+        self.tasks = load_tasks(config, self.base, work)
+        self.source, self.held = load_source(config, self.base, work)
+        self._attach()
+        self.data: dict[str, Any] = {"matrix": [], "retention": [], "predicted": []}
+
+    def _attach(self) -> None:
+        method, adapter = dict(self.config["method"]), dict(self.config["adapter"])
+        for key in ("name", "label", "stores_data"):
+            method.pop(key, None)
+        kind, strength = method.pop("kind"), method.pop("strength")
+        self.method = make_method(kind, strength, **method)
+        kind, _ = adapter.pop("kind"), adapter.pop("name")
+        options = self.method.adapter_options(adapter, len(self.tasks))
+        seed = seed_of(self.seed, -1)
+        self.adapter = attach_adapter(self.base.model, kind, seed=seed, **options)
+        self.context = Context(
+            adapter=self.adapter,
+            tokenizer=self.base.tokenizer,
+            source=self.source,
+            tasks=len(self.tasks),
+            batch_size=self.config["evaluation"]["batch_size"],
+            seed=seed,
+        )
+
+    def run(self) -> dict[str, Any]:
+        trainable, size = self.adapter.count()
+        with self.clock.on("evaluate"):
+            self.reference = self._reference()
+        kept = self.state.load()
+        if kept is None:
+            done = 0
+            self._begin()
+        else:
+            done, self.data = kept.done, kept.data
+            self.clock.restore(self.data["seconds"])
+            self.adapter.restore(kept.adapter)
+            self.method.context = self.context
+            self.method.restore(kept.method)
+        for index in range(done, len(self.tasks)):
+            self._learn(index)
+            self._keep(index + 1)
+        return self._result(trainable, size)
+
+    def _begin(self) -> None:
+        """The scores of the untrained model, and what the method measures on it."""
+        from transformers import set_seed
+
+        self.say("scores before")
+        with self.clock.on("evaluate"):
+            self.data["before"] = [score.value for score in self._scores()]
+            self.data["general"] = self._general()
+        self.say("the method begins")
+        with self.clock.on("method"):
+            set_seed(self.context.seed)
+            self.method.begin(self.context)
+        self._keep(0)
+
+    def _keep(self, done: int) -> None:
+        self.data["seconds"] = self.clock.state()
+        self.state.save(done, finite(self.data), self.adapter.state(), self.method.state())
+
+    def _learn(self, index: int) -> None:
+        from transformers import set_seed
+
+        data, seed = self.tasks[index], seed_of(self.seed, index)
+        task = Task(data.spec.name, index, data.train, self._columns(index), seed)
+        place = f"task {index + 1}/{len(self.tasks)} {data.spec.name}"
+        self.say(f"{place}: training")
+        set_seed(seed)
+        with self.clock.on("method"):
+            rows = self.method.before_task(task)
+        with self.clock.on("train"):
+            result = train(
+                self.adapter.model,
+                rows,
+                settings(self.config, index, seed),
+                method=self.method,
+                columns=task.columns,
+                regression=data.spec.kind == "regression",
+                progress=False,
+            )
+        self.adapter.model.zero_grad(set_to_none=True)
+        self.adapter.model.eval()
+        with self.clock.on("method"):
+            self.method.after_task(task)
+        last = result.history[-1] if result.history else {}
+        self.data["predicted"].append(last.get("predicted"))
+        self.say(f"{place}: scoring")
+        with self.clock.on("evaluate"):
+            scores = self._scores()
+            self.data["matrix"].append([score.value for score in scores])
+            self.data["losses"] = [score.loss for score in scores]
+            self.data["extras"] = [score.extras for score in scores]
+            each = self.config["evaluation"]["retention"] == "each"
+            if self.reference is not None and (each or index + 1 == len(self.tasks)):
+                found = self.reference.measure(self.adapter.model).to_dict()
+                self.data["retention"].append({"after": index, **found})
+
+    def _scores(self) -> list[Score]:
+        out = []
+        for index, data in enumerate(self.tasks):
+            spec = data.spec
+            out.append(
+                score_items(
+                    self.adapter.model,
+                    self.base.tokenizer,
+                    data.test,
+                    kind=spec.kind,
+                    metric=spec.metric,
+                    metrics=spec.metrics,
+                    columns=self._columns(index),
+                    max_length=data.max_length,
+                    max_new_tokens=spec.max_new_tokens,
+                    pattern=spec.pattern or None,
+                    stop=spec.stop,
+                    batch_size=self.config["evaluation"]["batch_size"],
+                )
+            )
+        return out
+
+    def _columns(self, index: int) -> slice | None:
+        return None if self.base.columns is None else self.base.columns[index]
+
+    def _reference(self) -> Reference | None:
+        if not self.held:
+            return None
+        size = min(self.config["evaluation"]["batch_size"], len(self.held))
+        return Reference(self.adapter.model, self.held, batch_size=size)
+
+    def _general(self) -> dict[str, float] | None:
+        asked = self.config["general"]
+        if asked is None:
+            return None
+        from retain.evaluation.lm_eval import evaluate_general, headline
+
+        self.say("general tasks")
+        found = evaluate_general(
+            self.adapter.model,
+            self.base.tokenizer,
+            asked["tasks"],
+            limit=asked["limit"],
+            data_dir=self.work.data_dir,
+            batch_size=self.config["evaluation"]["batch_size"],
+        )
+        return headline(found)
+
+    def _summary(self) -> dict[str, float | None]:
+        def known(row: list[float | None]) -> list[float]:
+            return [float("nan") if value is None else value for value in row]
+
+        rows = [known(row) for row in self.data["matrix"]]
+        return continual_metrics(rows, known(self.data["before"])).to_dict()
+
+    def _result(self, trainable: int, size: int) -> dict[str, Any]:
+        with self.clock.on("evaluate"):
+            after = self._general()
+        before = self.data.pop("general")
+        general = None if after is None else {"before": before, "after": after}
+        return {
+            "tasks": [t.spec.name for t in self.tasks],
+            "metrics": [t.spec.metric for t in self.tasks],
+            "before": self.data["before"],
+            "matrix": self.data["matrix"],
+            "sizes": {
+                "train": [len(t.train) for t in self.tasks],
+                "test": [len(t.test) for t in self.tasks],
+            },
+            "retention": self.data["retention"],
+            "general": general,
+            "metrics_summary": self._summary(),
+            "parameters": {"trainable": trainable, "base": size, "share": trainable / size},
+            "method_bytes": self.method.memory(),
+            "seconds": self.clock.state(),
+            "peak_memory_gib": peak_memory(),
+            "losses": self.data["losses"],
+            "extras": self.data["extras"],
+            "predicted": self.data["predicted"],
+        }

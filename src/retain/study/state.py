@@ -1,0 +1,99 @@
+"""What a run keeps between its tasks, so that a killed one goes on after the last it finished."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from retain.files import whole_file, write_json
+
+__all__ = ["Kept", "SequenceState"]
+
+
+@dataclass
+class Kept:
+    """What was kept after the last finished task.
+
+    Attributes:
+        done: tasks that are finished.
+        data: scores and times, as JSON.
+        adapter: tensors of `Adapter.state`.
+        method: tensors of `Method.state`.
+    """
+
+    done: int
+    data: dict[str, Any]
+    adapter: dict[str, Tensor]
+    method: dict[str, Tensor]
+
+
+class SequenceState:
+    """A folder with the tensors of one finished task and a JSON file that points at them.
+
+    The JSON file is replaced last, as a whole: a kill at any moment leaves either the old state
+    or the new one.
+
+    Args:
+        folder: of this run alone.
+        stamp: versions; a state that other versions have left is not gone on from.
+        writes: whether this process writes (the first one of several that train together).
+    """
+
+    def __init__(self, folder: Path, stamp: Mapping[str, Any], *, writes: bool = True) -> None:
+        self.folder, self.stamp, self.writes = folder, dict(stamp), writes
+
+    def load(self) -> Kept | None:
+        """What was kept; None where there is nothing that can be gone on from."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            note = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+            if note["stamp"] != self.stamp:
+                return None
+            tensors = [load_file(self.folder / f"{part}-{note['done']}.safetensors")
+                       for part in ("adapter", "method")]  # fmt: skip
+            return Kept(note["done"], note["data"], *tensors)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            return None
+
+    def save(
+        self, done: int, data: Mapping[str, Any], adapter: Mapping[str, Tensor],
+        method: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        """Replaces what was kept.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        if not self.writes:
+            return
+        for part, tensors in (("adapter", adapter), ("method", method)):
+            _write_tensors(self.folder / f"{part}-{done}.safetensors", tensors)
+        write_json(
+            self.folder / "state.json", {"done": done, "stamp": self.stamp, "data": dict(data)}
+        )
+        for old in self.folder.glob("*.safetensors"):
+            if old.stem not in (f"adapter-{done}", f"method-{done}"):
+                old.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Deletes it."""
+        if self.writes:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    whole = {
+        name: t.detach().to("cpu", copy=True).contiguous().clone() for name, t in tensors.items()
+    }
+    with whole_file(path, "the state of a run") as scratch:
+        save_file(whole, scratch)

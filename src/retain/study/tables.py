@@ -1,0 +1,161 @@
+"""The tables of a study: mean, 95 % interval and paired difference of each cell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from retain.evaluation.continual import continual_metrics
+from retain.evaluation.intervals import Interval, mean_interval, paired_interval
+
+__all__ = ["METRICS", "tables", "with_intransigence"]
+
+Record = Mapping[str, Any]
+BySeed = dict[int, float | None]
+
+METRICS = (
+    "average", "learning", "forgetting", "backward_transfer", "forward_transfer",
+    "intransigence", "share_of_independent", "loss", "kl", "ppl_ratio", "flips", "general",
+    "share",
+)  # fmt: skip
+"""Names in a cell's ``metrics``, besides ``score:TASK``; times and memory are left out.
+
+``share_of_independent`` is the average score over the mean score of one adapter a task, each
+trained alone; ``general`` the mean change of the general tasks; ``share`` the trained parameters
+over those of the base model.
+"""
+
+
+def tables(records: Iterable[Record]) -> dict[str, Any]:
+    """Cells of a study.
+
+    Args:
+        records: of runs, done or failed, in the order of the grid.
+
+    Returns:
+        ``{"cells": [{"model", "adapter", "method", "order", "n", "failed", "metrics": {name:
+        {"mean", "low", "high", "values"}}, "paired": {name: {"mean", "low", "high", "n"}}}]}``:
+        ``method`` is the label, ``values`` one a seed in ascending order, ``paired`` the mean
+        difference to plain LoRA (adapter "lora", method of kind "none") on the seeds that both
+        have. Intervals are Student's t, null for one seed. A metric that no seed has is left out.
+    """
+    records = list(records)
+    done = with_intransigence([r for r in records if r["status"] == "done"])
+    names: dict[tuple[str, str, str, str], None] = {_cell(r): None for r in records}
+    by_cell: dict[tuple[str, str, str, str], dict[int, dict[str, float | None]]] = {}
+    for record in done:
+        by_cell.setdefault(_cell(record), {})[record["config"]["seed"]] = _numbers(record)
+    plain = {
+        (_cell(r)[0], _cell(r)[3]): _cell(r)
+        for r in done
+        if r["config"]["adapter"]["name"] == "lora" and r["config"]["method"]["kind"] == "none"
+    }
+    out = []
+    for cell in names:
+        mine = by_cell.get(cell, {})
+        reference = plain.get((cell[0], cell[3]))
+        metrics, paired = {}, {}
+        for name in _metric_names(mine.values()):
+            ours = {seed: mine[seed].get(name) for seed in sorted(mine)}
+            found = _estimate(list(ours.values()))
+            if found is None:
+                continue
+            metrics[name] = found | {"values": list(ours.values())}
+            if reference is not None and reference != cell:
+                difference = _paired(ours, by_cell[reference], name)
+                if difference is not None:
+                    paired[name] = difference
+        failed = sum(r["status"] == "failed" and _cell(r) == cell for r in records)
+        out.append(
+            dict(zip(("model", "adapter", "method", "order"), cell, strict=True))
+            | {"n": len(mine), "failed": failed, "metrics": metrics, "paired": paired}
+        )
+    return {"cells": out}
+
+
+def with_intransigence(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Fills in the intransigence of the runs whose tasks were also learned alone.
+
+    The reference of a task is the score of a run of that task alone: same model and seed; the
+    same adapter, else "lora"; method "none". See `retain.evaluation.continual`.
+    """
+    alone: dict[tuple[str, str, int, str], float | None] = {}
+    for r in records:
+        c = r["config"]
+        if len(r["tasks"]) == 1 and c["method"]["kind"] == "none":
+            alone[c["model"], c["adapter"]["name"], c["seed"], r["tasks"][0]] = r["matrix"][0][0]
+    out = []
+    for r in records:
+        c, new = r["config"], dict(r)
+        found: list[float] = []
+        for adapter in (c["adapter"]["name"], "lora"):
+            scores = [alone.get((c["model"], adapter, c["seed"], task)) for task in r["tasks"]]
+            known = [score for score in scores if score is not None]
+            if len(known) == len(scores):
+                found = known
+                break
+        matrix = r["matrix"]
+        if found and len(found) > 1 and not any(None in row for row in matrix):
+            metrics = continual_metrics(matrix, references=found)
+            mean = sum(found) / len(found)
+            new["metrics_summary"] = dict(r["metrics_summary"]) | {
+                "intransigence": metrics.intransigence,
+                "share_of_independent": metrics.average / mean if mean > 0 else None,
+            }
+        out.append(new)
+    return out
+
+
+def _cell(record: Record) -> tuple[str, str, str, str]:
+    c = record["config"]
+    return c["model"], c["adapter"]["name"], c["method"]["label"], c["order"]["name"]
+
+
+def _numbers(record: Record) -> dict[str, float | None]:
+    """All numbers of a run that go into tables."""
+    found: dict[str, float | None] = dict(record["metrics_summary"])
+    losses = [loss for loss in record["losses"] if loss is not None]
+    found["loss"] = sum(losses) / len(losses) if losses else None
+    last = record["retention"][-1] if record["retention"] else {}
+    found["kl"], found["flips"] = last.get("kl"), last.get("flips")
+    if last.get("ppl") is not None and last.get("ppl_base"):
+        found["ppl_ratio"] = last["ppl"] / last["ppl_base"]
+    general = record.get("general")
+    if general:
+        changes = [
+            general["after"][n] - score
+            for n, score in general["before"].items()
+            if score is not None and general["after"].get(n) is not None
+        ]
+        found["general"] = sum(changes) / len(changes) if changes else None
+    found["share"] = record["parameters"]["share"]
+    for task, score in zip(record["tasks"], record["matrix"][-1], strict=True):
+        found[f"score:{task}"] = score
+    return found
+
+
+def _metric_names(runs: Iterable[Mapping[str, float | None]]) -> list[str]:
+    scores: dict[str, None] = {}
+    for run in runs:
+        scores |= {name: None for name in run if name.startswith("score:")}
+    return [*METRICS, *scores]
+
+
+def _estimate(values: Sequence[float | None]) -> dict[str, Any] | None:
+    known = [value for value in values if value is not None]
+    return _plain(mean_interval(known)) if known else None
+
+
+def _paired(
+    ours: BySeed, plain: Mapping[int, Mapping[str, float | None]], name: str
+) -> dict[str, Any] | None:
+    pairs = [(ours[seed], plain[seed].get(name)) for seed in ours if seed in plain]
+    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    if not known:
+        return None
+    found = paired_interval([a for a, _ in known], [b for _, b in known])
+    return _plain(found) | {"n": len(known)}
+
+
+def _plain(interval: Interval) -> dict[str, Any]:
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high}

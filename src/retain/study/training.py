@@ -1,0 +1,79 @@
+"""The training settings of a run, and how much memory and time it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retain.config import TrainConfig, validate
+
+__all__ = ["Clock", "peak_memory", "reset_peak_memory", "settings"]
+
+
+def settings(config: Mapping[str, Any], index: int, seed: int = 0) -> TrainConfig:
+    """The training settings of one task of a run."""
+    training = dict(config["training"])
+    own = training.pop("tasks", {}).get(config["order"]["tasks"][index], {})
+    return validate(training | own | {"seed": seed}, TrainConfig)
+
+
+class Clock:
+    """Wall time by what it was spent on, in seconds; goes on from an earlier process's."""
+
+    def __init__(self) -> None:
+        self.seconds = {"train": 0.0, "method": 0.0, "evaluate": 0.0, "total": 0.0}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        """Counts the time of a block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - start
+
+    def state(self) -> dict[str, float]:
+        """The times until now."""
+        now = time.perf_counter()
+        self.seconds["total"] += now - self._start
+        self._start = now
+        return dict(self.seconds)
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Adds what an earlier process has spent."""
+        for name, value in state.items():
+            self.seconds[name] += value
+
+
+def reset_peak_memory() -> None:
+    """Begins to measure anew, where the system lets one."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again
+
+
+def peak_memory() -> float | None:
+    """GiB: of the accelerator where there is one, else the resident memory of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**20
+    except OSError:
+        pass
+    try:
+        import resource
+        import sys
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,84 @@
+"""The hooks of a retention method in `transformers.Trainer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from retain.errors import TrainingError
+from retain.models.adapter import unwrap
+from retain.retention.method import Method
+from retain.training.callback import go_first, refuse_deepspeed
+
+__all__ = ["MethodCallback"]
+
+
+class MethodCallback(TrainerCallback):
+    """Calls a method once an optimiser step: before it, after clipping; and after it.
+
+    To each record of the trainer's log it adds ``retention_strength``, and ``predicted_nats``
+    where the method predicts any.
+
+    Args:
+        method: whose `before_task` has been called.
+
+    Raises:
+        TrainingError: when a gradient is not a finite number.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self._nats: float | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        refuse_deepspeed(args, kwargs.get("optimizer"))
+        go_first(self)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model: nn.Module = unwrap(kwargs["model"])
+        if not args.fp16:  # a gradient scaler skips such steps by itself
+            _check_gradients(model, state.global_step + 1)
+        self._nats = self.method.before_step(model)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if getattr(kwargs["optimizer"], "step_was_skipped", False):
+            return
+        nats = self.method.after_step(unwrap(kwargs["model"]), kwargs["optimizer"])
+        self._nats = self._nats if nats is None else nats
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        added = {"retention_strength": self.method.strength}
+        if self._nats is not None:
+            added["predicted_nats"] = self._nats
+        logs.update(added)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(added)
+
+
+def _check_gradients(model: nn.Module, step: int) -> None:
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if grads and not bool(torch.stack([g.isfinite().all() for g in grads]).all()):
+        raise TrainingError(
+            "the loss or its gradient is not finite",
+            got=f"NaN or infinity at step {step}",
+            allowed="finite numbers",
+            fix="lower the learning rate, or check the data",
+        )

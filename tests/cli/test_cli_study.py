@@ -1,0 +1,115 @@
+"""``retain study``: its three shapes, what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from study_parts import tiny_study
+
+SMALL: dict[str, Any] = {
+    "methods": {"none": {}}, "source": {"kind": "none"}, "seeds": [0],
+    "orders": {"two": ["tasks/one.yaml", "tasks/two.yaml"]},
+    "adapters": {"lora": {"rank": 2}, "prefix": {"num_virtual_tokens": 2}},
+}  # fmt: skip
+
+
+def test_run_status_and_run_again(retain: Any, model: Path, tmp_path: Path) -> None:
+    methods = {"none": {}, "l2": {"strength": 1.0}}
+    path = tiny_study(tmp_path / "s", model, **(SMALL | {"methods": methods}))
+    out = tmp_path / "out"
+    where = [path, "--out", out]
+    data = ["--data-dir", path.parent / "data"]
+    found = retain("study", "status", *where, "--json").json
+    assert (found["total"], found["done"], len(found["left"])) == (3, 0, 3)
+    assert found["skipped"][0]["adapter"] == "prefix"
+    done = retain("study", *where, *data, "--only", "lora none")
+    assert done.code == 0, done.err
+    assert "done: " in done.out and "skipped: prefix with l2" in done.out
+    found = retain("study", "run", *where, *data, "--limit", 6, "--json").json
+    assert (found["done"], found["before"]) == (3, 0)  # other sizes are other runs
+    found = retain("study", "run", *where, *data, "--json").json
+    assert (found["done"], found["failed"], found["before"]) == (3, 0, 1)
+    assert Path(found["results"]) == out / "study.json"
+    study = json.loads((out / "study.json").read_text())
+    assert [c["adapter"] for c in study["tables"]["cells"]] == ["lora", "lora", "prefix"]
+    told = retain("study", "status", *where)
+    assert "3 of 3" in told.out
+
+
+def test_a_failure_is_told(retain: Any, model: Path, tmp_path: Path) -> None:
+    path = tiny_study(tmp_path / "s", model, **SMALL)
+    out = tmp_path / "out"
+    done = retain("study", path, "--out", out, "--data-dir", tmp_path, "--only", "lora")
+    assert done.code == 0
+    assert "the train rows of task one are not here" in done.out
+    told = retain("study", "status", path, "--out", out)
+    assert "failed: " in told.out and "are not here" in told.out
+    again = ["study", path, "--out", out, "--data-dir", path.parent / "data", "--only", "lora"]
+    assert retain(*again, "--json").json["failed"] == 1
+    found = retain(*again, "--retry-failed", "--json").json
+    assert (found["done"], found["failed"], found["before"]) == (1, 0, 0)
+
+
+def test_refusals(
+    retain: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_study(tmp_path / "s", model, **SMALL)
+    retain("study", "statsu", path).refused("did you mean 'status'?")
+    retain("study", tmp_path / "no.yaml").refused("the study cannot be read")
+    retain("study", path, "--data-dir", tmp_path / "no").refused("no such data folder")
+    retain("study", path, "--seeds", "0;1").refused("the seeds are not accepted")
+    retain("study", path, "--engine", "rya", "--out", tmp_path / "o").refused("did you mean 'ray'")
+    retain("study", path, "--only", "nothing").refused("no run matches")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    retain("study", path, "--engine", "ray").refused("Ray is not installed", "retain-lora[ray]")
+    text = path.read_text()
+    path.write_text(text.replace("rank: 2", "rnak: 2"))
+    retain("study", path).refused("did you mean 'rank'?")
+    path.write_text(text.replace("prefix:", "prefixx:"))
+    retain("study", path).refused("unknown adapter kind", "did you mean 'prefix'?")
+    path.write_text(text.replace("none: {}", "ewc: {}"))
+    retain("study", path).refused("unknown method")
+    path.write_text(text.replace("tasks/two.yaml", "glue/sst3"))
+    retain("study", path).refused("did you mean 'glue/sst2'?")
+
+
+def test_ctrl_c_says_how_to_go_on(
+    retain: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_study(tmp_path / "s", model, **SMALL)
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("retain.study.sequence.train", stop)
+    found = retain("study", path, "--out", tmp_path / "o", "--data-dir", path.parent / "data")
+    assert found.code == 130
+    assert "the same command goes on after the last finished task" in found.err
+    assert found.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [["study"], ["study", "--help"], ["study", "run", "--help"]])
+def test_help(retain: Any, argv: list[str]) -> None:
+    found = retain(*argv)
+    assert found.code == 0
+    assert "STUDY" in found.out.upper()
+    assert found.err == ""
+
+
+def test_every_study_of_the_package_expands() -> None:
+    from retain.study.grid import expand
+    from retain.study.known import Known
+    from retain.study.reading import read_study
+
+    folder = Path(__file__).parents[2] / "benchmarks" / "studies"
+    paths = sorted(folder.glob("*.yaml"))
+    assert len(paths) >= 5
+    for path in paths:
+        spec = read_study(path)
+        grid = expand(spec, folder, Known())
+        assert grid.runs, path
+        assert spec.name == path.stem

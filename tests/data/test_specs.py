@@ -1,0 +1,230 @@
+"""Tasks as data: every file, its words, what is laid over what, and mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from task_rows import HUB
+
+from retain.data.specs import TaskSpec, list_tasks, load_orders, load_task, template_text
+from retain.errors import ConfigError, SourceError
+
+MINE = {
+    "description": "mine",
+    "kind": "choice",
+    "prompt": "{{text}}\nAnswer:",
+    "options": ["good", "bad"],
+}
+
+
+def write(folder: Path, name: str = "mine.yaml", /, **fields: Any) -> Path:
+    import yaml
+
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    return path
+
+
+def local(spec: TaskSpec, row: dict[str, Any]) -> dict[str, Any]:
+    """A hub's row in the task's fields."""
+    from retain.data.items import template
+
+    return {**row, **{field: template(text)(row) for field, text in spec.hub.fields.items()}}
+
+
+def test_every_task_has_a_row_here() -> None:
+    assert list_tasks() == sorted(HUB)
+
+
+@pytest.mark.parametrize("name", sorted(HUB))
+def test_the_text_of_a_row(name: str) -> None:
+    row, prompt, completion = HUB[name]
+    spec = load_task(name)
+    item = spec.render(local(spec, row), 3)
+    assert item is not None
+    assert (item.prompt, item.completion, item.row) == (prompt, completion, 3)
+    assert item.prompt == item.prompt.rstrip()
+    assert all(o.startswith(" ") and o[1:] == o.strip() for o in item.options)
+    assert spec.name == name and spec.description and spec.citation and spec.hub.path
+    assert len(item.texts) == len(spec.texts) and all(item.texts)
+
+
+def test_the_label_words_of_each_class() -> None:
+    words = {name: load_task(name).labels for name in list_tasks()}
+    assert words["glue/mnli"] == ("True", "Neither", "False")
+    assert words["super_glue/cb"] == ("True", "False", "Neither")
+    assert words["glue/rte"] == words["super_glue/rte"] == ("True", "False")
+    assert words["glue/wnli"] == ("False", "True")
+    assert words["glue/qnli"] == ("yes", "no")
+    for name in ("glue/cola", "glue/mrpc", "glue/qqp", "super_glue/boolq", "super_glue/wic"):
+        assert words[name] == ("no", "yes")
+    own = {n for n in words if load_task(n).kind == "choice" and not words[n]}
+    assert own == {
+        "super_glue/copa", "super_glue/record", "arc_easy", "arc_challenge", "hellaswag",
+        "winogrande",
+    }  # fmt: skip
+    assert load_task("cl15/dbpedia").classes == 14
+    assert load_task("glue/stsb").classes is None
+
+
+def test_the_official_metrics() -> None:
+    metrics = {name: load_task(name).metric for name in list_tasks()}
+    assert metrics["glue/cola"] == "matthews"
+    assert metrics["glue/mrpc"] == metrics["glue/qqp"] == "f1"
+    assert metrics["glue/stsb"] == "pearson_spearman"
+    assert metrics["super_glue/cb"] == "f1_macro"
+    assert metrics["super_glue/multirc"] == "f1a_em"
+    assert {m for n, m in metrics.items() if n.startswith("cl15/")} == {"accuracy"}
+
+
+def test_groups_and_references() -> None:
+    item = load_task("super_glue/multirc").render(HUB["super_glue/multirc"][0])
+    assert item is not None and item.group == "4-7"
+    row = HUB["super_glue/record"][0]
+    item = load_task("super_glue/record").render({**row, "answers": ["Ann", "Bo"]})
+    assert item is not None and item.references == ("Ann", "Bo") and item.group == "3-5"
+
+
+def test_hellaswag_without_the_parts_of_its_context() -> None:
+    row = dict(HUB["hellaswag"][0])
+    del row["ctx_a"], row["ctx_b"]
+    item = load_task("hellaswag").render(row)
+    assert item is not None and item.prompt == HUB["hellaswag"][1]
+    whole = load_task("hellaswag").render({**row, "ctx": "How to sit. Take a Chair."})
+    assert whole is not None and whole.prompt == "Baking: How to sit. Take a Chair."
+
+
+@pytest.mark.parametrize("gold", [-1, "-", "", None])
+def test_rows_without_a_gold_label_are_none(gold: Any) -> None:
+    assert load_task("glue/sst2").render({"sentence": "a", "label": gold}) is None
+
+
+def test_the_published_orders() -> None:
+    orders = load_orders()
+    assert orders["order1"] == ("cl15/dbpedia", "cl15/amazon", "cl15/yahoo", "cl15/agnews")
+    assert orders["order3"] == ("cl15/yahoo", "cl15/amazon", "cl15/agnews", "cl15/dbpedia")
+    # Progressive Prompts numbers its fifteen-task orders 8 to 10; O-LoRA's names are 4 to 6.
+    first = "mnli cb wic copa qqp boolqa rte imdb yelp amazon sst2 dbpedia agnews multirc yahoo"
+    assert orders["order4"] == tuple(f"cl15/{t}" for t in first.split())
+    fifteen = {name for name in list_tasks() if name.startswith("cl15/")}
+    assert len(fifteen) == 15
+    for number in (4, 5, 6):
+        order = orders[f"order{number}"]
+        assert len(order) == 15 and set(order) == fifteen
+        assert orders[f"order{number}-14"] == tuple(t for t in order if t != "cl15/yahoo")
+    for number in (1, 2, 3):
+        swapped = tuple(t.replace("yahoo", "yelp") for t in orders[f"order{number}"])
+        assert orders[f"order{number}-yelp"] == swapped
+
+
+def test_the_template_for_own_data_is_a_task(tmp_path: Path) -> None:
+    path = tmp_path / "moods.yaml"
+    path.write_text(template_text(), encoding="utf-8")
+    spec = load_task(path)
+    assert spec.model_dump() == load_task("custom").model_dump()
+    item = spec.render({"text": "Hooray!", "label": "glad"})
+    assert item is not None and item.completion == " glad"
+    assert "custom" not in list_tasks()
+
+
+class TestIncludes:
+    def test_laid_over_a_task_of_the_package(self, tmp_path: Path) -> None:
+        spec = load_task(
+            write(tmp_path, include="glue/sst2.yaml", options=["bad", "good"], hub={"name": "x"})
+        )
+        base = load_task("glue/sst2")
+        assert spec.labels == ("bad", "good")
+        assert (spec.hub.path, spec.hub.name) == ("nyu-mll/glue", "x")
+        assert (spec.prompt, spec.local) == (base.prompt, base.local)
+        assert spec.name == "mine"
+
+    def test_a_file_beside_it_comes_first(self, tmp_path: Path) -> None:
+        write(tmp_path, "base.yaml", name="base", **MINE)
+        write(tmp_path, "deep/middle.yaml", include="../base.yaml", max_length=99)
+        spec = load_task(write(tmp_path, "deep/top.yaml", include="middle.yaml", prompt="{{a}}"))
+        assert (spec.name, spec.max_length, spec.prompt) == ("top", 99, "{{a}}")
+
+    def test_a_circle(self, tmp_path: Path) -> None:
+        write(tmp_path, "a.yaml", include="b.yaml")
+        path = write(tmp_path, "b.yaml", include="a.yaml")
+        with pytest.raises(ConfigError, match=r"includes itself.*b.yaml -> a.yaml -> b.yaml"):
+            load_task(path)
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"nothing.yaml: No such file"):
+            load_task(write(tmp_path, include="nothing.yaml"))
+
+
+class TestMistakes:
+    def test_names(self) -> None:
+        with pytest.raises(ConfigError, match=r"'glue/sst3'.*did you mean 'glue/sst2'\?"):
+            load_task("glue/sst3")
+        for name in ("_arc", "orders", "../tasks/gsm8k", "glue/_base", ""):
+            with pytest.raises(ConfigError, match="unknown task"):
+                load_task(name)
+        with pytest.raises(ConfigError, match=r"no.yaml: No such file"):
+            load_task("no.yaml")
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"promt": "x"}, "did you mean 'prompt'"),
+            ({"hub": {"splits": {"evl": "x"}}}, "did you mean 'eval'"),
+            ({"kind": "chioce"}, "did you mean 'choice'"),
+            ({"metric": "acuracy"}, "did you mean 'accuracy'"),
+            ({"metric": "pearson"}, "'pearson' is not"),
+            ({"options": [False, True]}, "quotation marks"),
+            ({"options": []}, "options for kind 'choice'"),
+            ({"options": ["one"]}, "two or more different"),
+            ({"options": ["a", "a"]}, "two or more different"),
+            ({"options": [" a", "b"]}, "without spaces"),
+            ({"options": "choices.["}, "a template that compiles"),
+            ({"prompt": "{{text"}, "a template that compiles"),
+            ({"answer": "gold |"}, "a template that compiles"),
+            ({"pattern": "("}, "a template that compiles"),
+            ({"kind": "generate", "metric": "exact_match"}, "options for kind 'choice'"),
+            ({"texts": ["a", "b", "c"]}, "at most two texts"),
+            ({"max_length": 3}, "max_length"),
+        ],
+    )
+    def test_values(self, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+        with pytest.raises(ConfigError, match="task mine: ") as error:
+            load_task(write(tmp_path, **(MINE | change)))
+        assert said in str(error.value) and "\n" not in str(error.value)
+
+    def test_missing_keys(self, tmp_path: Path) -> None:
+        fields = {k: v for k, v in MINE.items() if k != "prompt"}
+        with pytest.raises(ConfigError, match=r"prompt is missing.*mine.yaml"):
+            load_task(write(tmp_path, **fields))
+
+    @pytest.mark.parametrize("text", ["[1]", "a: b: c", "", "\x00"])
+    def test_no_mapping(self, tmp_path: Path, text: str) -> None:
+        path = tmp_path / "mine.yaml"
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError, match="a task file"):
+            load_task(path)
+
+    @pytest.mark.parametrize(
+        ("row", "said"),
+        [
+            ({"label": 0}, "'text' is undefined"),
+            ({"text": "a"}, "no field 'label'"),
+            ({"text": "a", "label": 2}, "the answer is 2, of 2 options"),
+            ({"text": "a", "label": -2}, "the answer is -2"),
+            ({"text": "a", "label": "good"}, "'good'"),
+        ],
+    )
+    def test_rows_that_do_not_fit(self, tmp_path: Path, row: dict[str, Any], said: str) -> None:
+        with pytest.raises(SourceError, match="row 7 does not fit task mine") as error:
+            load_task(write(tmp_path, **MINE)).render(row, 7)
+        assert said in str(error.value)
+
+    def test_templates_run_no_code(self, tmp_path: Path) -> None:
+        prompt = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+        with pytest.raises(SourceError, match="unsafe"):
+            load_task(write(tmp_path, **(MINE | {"prompt": prompt}))).render(
+                {"text": "a", "label": 0}
+            )

@@ -1,0 +1,24 @@
+"""A tokenizer of single letters."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Letters:
+    """The letters a to k are the ids 1 to 11; anything else is left out."""
+
+    pad_token_id, eos_token_id = 0, 12
+    bos_token, bos_token_id = None, None
+    is_fast = False
+
+    def __call__(
+        self, text: str, pair: str = "", add_special_tokens: bool = True, **options: object
+    ) -> dict[str, list[int]]:
+        ids = [ord(c) - ord("a") + 1 for c in text + pair if "a" <= c <= "k"]
+        if options.get("truncation"):
+            ids = ids[: int(str(options["max_length"]))]
+        return {"input_ids": ids}
+
+    def batch_decode(self, rows: torch.Tensor, skip_special_tokens: bool) -> list[str]:
+        return ["".join(chr(96 + t) for t in row if 0 < t < 12) for row in rows.tolist()]

@@ -1,0 +1,87 @@
+"""The metrics of a sequence, worked by hand; intervals over seeds."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+from retain.errors import ConfigError
+from retain.evaluation.continual import continual_metrics
+from retain.evaluation.intervals import mean_interval, paired_interval
+
+MATRIX = [[0.8, 0.3, 0.5], [0.9, 0.7, 0.4], [0.6, 0.75, 0.9]]
+BEFORE = [0.2, 0.25, 0.35]
+
+
+def test_a_hand_worked_example() -> None:
+    got = continual_metrics(MATRIX, BEFORE, references=[0.85, 0.9, 0.8])
+    assert got.average == pytest.approx((0.6 + 0.75 + 0.9) / 3)
+    assert got.learning == pytest.approx((0.8 + 0.7 + 0.9) / 3)
+    # task 1: best earlier 0.9, at the end 0.6; task 2: best earlier 0.7, at the end 0.75
+    assert got.forgetting == pytest.approx((0.3 - 0.05) / 2)
+    assert got.backward_transfer == pytest.approx((-0.2 + 0.05) / 2)
+    # task 2 before it was learned: 0.3 against 0.25; task 3: 0.4 against 0.35
+    assert got.forward_transfer == pytest.approx((0.05 + 0.05) / 2)
+    assert got.intransigence == pytest.approx((0.05 + 0.2 - 0.1) / 3)
+    assert list(got.to_dict()) == [
+        "average",
+        "learning",
+        "forgetting",
+        "backward_transfer",
+        "forward_transfer",
+        "intransigence",
+    ]
+
+
+def test_the_best_may_be_from_before_the_task_was_learned() -> None:
+    got = continual_metrics([[0.9, 0.8, 0.1], [0.9, 0.5, 0.1], [0.9, 0.4, 0.9]])
+    assert got.forgetting == pytest.approx((0.0 + 0.4) / 2)
+    assert got.backward_transfer == pytest.approx((0.0 - 0.1) / 2)
+    assert got.forward_transfer is None
+    assert got.intransigence is None
+
+
+def test_one_task_has_neither_forgetting_nor_transfer() -> None:
+    got = continual_metrics([[0.7]], [0.5], [0.8])
+    assert (got.average, got.learning) == (0.7, 0.7)
+    assert got.forgetting is got.backward_transfer is got.forward_transfer is None
+    assert got.intransigence == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "before"), [([], None), ([[1.0, 0.5]], None), ([[1.0]], [0.1, 0.2])]
+)
+def test_a_matrix_that_is_not_square_is_refused(
+    matrix: list[list[float]], before: list[float] | None
+) -> None:
+    with pytest.raises(ConfigError, match="not square"):
+        continual_metrics(matrix, before)
+
+
+def test_intervals_over_seeds() -> None:
+    mean, low, high = mean_interval([1.0, 2.0, 4.0])
+    half = 4.302652729911275 * math.sqrt(7 / 3) / math.sqrt(3)  # t(2), 97.5 %, from a table
+    assert (mean, low, high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half))
+    assert mean_interval([0.5]) == (0.5, None, None)
+    assert mean_interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
+    paired = paired_interval([2.0, 3.0, 5.0], [1.0, 1.0, 1.0])
+    assert paired == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half))
+    narrow = mean_interval([1.0, 2.0, 4.0], level=0.5)
+    assert narrow.high is not None and narrow.high < high
+    with pytest.raises(ConfigError, match="paired"):
+        paired_interval([1.0], [1.0, 2.0])
+    for values in ([], [1.0, math.nan]):
+        with pytest.raises(ConfigError, match="no mean"):
+            mean_interval(values)
+
+
+def test_it_needs_no_torch() -> None:
+    code = (
+        "import sys; from retain.evaluation.continual import *; "
+        "continual_metrics([[1.0]]); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,135 @@
+"""Tiny base models of five families, every kind of adapter on them, and a few steps of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from retain.data.batches import Batch, Example, collate
+from retain.models.adapters.base import Adapter
+from retain.models.adapters.registry import attach_adapter
+from retain.models.heads import forward_logits
+from tiny import ROWS, base
+
+MODELS = ("llama", "bert", "neox")
+MORE = ("gpt2", "roberta")
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": {"kind": "lora", "rank": 2},
+    "full": {"kind": "full"},
+    "full-but-embeddings": {"kind": "full", "embeddings": False},
+    "pfeiffer": {"kind": "bottleneck", "size": 3},
+    "houlsby": {"kind": "bottleneck", "size": 3, "placement": "houlsby", "scaling": 2.0},
+    "prefix": {"kind": "prefix", "num_virtual_tokens": 3},
+    "projected": {"kind": "prefix", "num_virtual_tokens": 3, "projection": True},
+}
+
+
+def plain(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A tiny base model with random weights, in evaluation mode."""
+    if name in ("llama", "bert"):
+        return base(name, seed=seed, dtype=dtype)
+    model: Any
+    common = {"vocab_size": 17, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if name == "neox":
+            shape = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+            model = GPTNeoXForCausalLM(
+                GPTNeoXConfig(
+                    **common,
+                    **shape,
+                    num_attention_heads=2,
+                    max_position_embeddings=64,
+                    hidden_dropout=0.0,
+                    attention_dropout=0.0,
+                )
+            )
+        elif name == "gpt2":  # its head is tied to its embeddings
+            model = GPT2LMHeadModel(
+                GPT2Config(
+                    **common,
+                    n_embd=8,
+                    n_inner=12,
+                    n_layer=2,
+                    n_head=2,
+                    n_positions=64,
+                    resid_pdrop=0.0,
+                    embd_pdrop=0.0,
+                    attn_pdrop=0.0,
+                )
+            )
+        else:
+            model = RobertaForSequenceClassification(
+                RobertaConfig(
+                    **common,
+                    hidden_size=8,
+                    intermediate_size=12,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    max_position_embeddings=64,
+                    hidden_dropout_prob=0.0,
+                    attention_probs_dropout_prob=0.0,
+                    num_labels=3,
+                )
+            )
+        model.double()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+def attached(
+    name: str,
+    how: str,
+    *,
+    seed: int = 5,
+    dtype: torch.dtype = torch.float64,
+    **more: Any,
+) -> Adapter:
+    """A fresh adapter of `OPTIONS` on a fresh base model."""
+    return attach_adapter(plain(name, dtype=dtype), seed=seed, **{**OPTIONS[how], **more})
+
+
+def batch_of(name: str) -> Batch:
+    """Four rows of different lengths; a decoder's are scored at every second token."""
+    causal = name in ("llama", "neox", "gpt2")
+    examples = []
+    for row in ROWS["llama" if causal else "bert"]:
+        ids = tuple(row["input_ids"])
+        if causal:
+            where = tuple(i % 2 == 0 for i in range(len(ids) - 1))
+            examples.append(Example(ids[:-1], ids[1:], where))
+        else:
+            examples.append(Example(ids, (row["label"],)))
+    return collate(examples, 0)
+
+
+def logits(model: nn.Module, name: str) -> torch.Tensor:
+    """What the model computes for `batch_of`, without a graph."""
+    with torch.no_grad():
+        return forward_logits(model, batch_of(name)).clone()
+
+
+def step(adapter: Adapter, name: str, times: int = 1, rate: float = 0.05) -> None:
+    """Plain gradient descent, which has no state."""
+    for _ in range(times):
+        batch = batch_of(name)
+        loss = nn.functional.cross_entropy(forward_logits(adapter.model, batch), batch.targets)
+        loss.backward()
+        with torch.no_grad():
+            for parameter in adapter.parameters().values():
+                assert parameter.grad is not None
+                parameter -= rate * parameter.grad
+                parameter.grad = None

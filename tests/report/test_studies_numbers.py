@@ -1,0 +1,387 @@
+"""Reading studies, and the means, intervals and differences that are made of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic import METHODS, TASKS, fail, make_adapters, make_run, make_study, make_wide
+
+from retain.errors import SourceError
+from retain.report.studies.cells import Cell, Group, groups
+from retain.report.studies.finding import finding
+from retain.report.studies.intervals import Estimate, estimate, paired, t_quantile
+from retain.report.studies.metrics import METRICS, metric
+from retain.report.studies.names import names, series
+from retain.report.studies.records import Study, read_studies
+from retain.report.studies.tables import (
+    difference_table,
+    failures,
+    results_table,
+    score_table,
+    study_tables,
+)
+
+# Student's t at 97.5 %, from printed tables.
+PRINTED = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 29: 2.0452, 120: 1.9799}
+
+
+def _group(data: dict[str, Any]) -> Group:
+    return groups([Study.model_validate(data)])[0]
+
+
+def _cell(group: Group, name: str) -> Cell:
+    return group.cells[names(group).index(name)]
+
+
+@pytest.mark.parametrize(("df", "t"), PRINTED.items())
+def test_t_quantile(df: int, t: float) -> None:
+    assert t_quantile(df) == pytest.approx(t, abs=6e-5)
+
+
+def test_t_interval_covers_as_often_as_it_says() -> None:
+    draw = random.Random(0)
+    hits = 0
+    for _ in range(2000):
+        found = estimate([draw.gauss(1.0, 2.0) for _ in range(3)])
+        assert found and found.low is not None and found.high is not None
+        hits += found.low <= 1.0 <= found.high
+    assert 0.935 < hits / 2000 < 0.965
+
+
+def test_estimates() -> None:
+    assert estimate([]) is None
+    assert estimate([None, None]) is None
+    assert estimate([0.5, None]) == Estimate(0.5, None, None, 1)
+    found = estimate([1.0, 2.0, 4.0])
+    assert found
+    half = 4.302653 * statistics.stdev([1.0, 2.0, 4.0]) / math.sqrt(3)
+    assert found.high == pytest.approx(7 / 3 + half, 1e-6)
+    assert found.low == pytest.approx(7 / 3 - half, 1e-6)
+    assert [Estimate(1, low, high, 3).sided for low, high in ((0.1, 2), (-2, -0.1), (-1, 1))] == [
+        1,
+        -1,
+        0,
+    ]
+
+
+def test_pairs_only_seeds_that_both_have() -> None:
+    found = paired({0: 1.0, 1: 5.0, 2: None, 3: 2.0}, {0: 0.5, 2: 9.0, 3: 1.0, 7: 3.0})
+    assert found
+    assert (found.mean, found.n) == (0.75, 2)
+    assert paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_cells_hold_what_the_runs_say() -> None:
+    data = make_study()
+    group = _group(data)
+    assert names(group) == [
+        "plain LoRA", "l2", "EWC", "K-FAC 1", "K-FAC 10", "K-FAC 100", "output KL", "O-LoRA",
+        "self-replay", "replay",
+    ]  # fmt: skip
+    assert series(group)[3:6] == ["K-FAC"] * 3
+    assert [cell.stores for cell in group.cells].index(True) == 9
+    runs = [r for r in data["runs"] if r["config"]["method"]["label"] == "K-FAC 10"]
+    cell = _cell(group, "K-FAC 10")
+    found = cell.mean("forgetting")
+    assert found and found.mean == pytest.approx(
+        statistics.mean(r["metrics_summary"]["forgetting"] for r in runs)
+    )
+    last = cell.mean("kl")
+    assert last and last.mean == pytest.approx(
+        statistics.mean(r["retention"][-1]["kl"] for r in runs)
+    )
+    matrix = cell.matrix()
+    assert len(matrix) == 5
+    for i in range(4):
+        for j in range(4):
+            score = matrix[i + 1][j]
+            assert score
+            assert score.mean == pytest.approx(statistics.mean(r["matrix"][i][j] for r in runs))
+    top = matrix[0][1]
+    assert top and top.mean == pytest.approx(statistics.mean(r["before"][1] for r in runs))
+    seen = cell.curve("seen")[2]
+    assert seen and seen.mean == pytest.approx(
+        statistics.mean(statistics.mean(r["matrix"][2][:3]) for r in runs)
+    )
+    assert _cell(group, "self-replay").mean("average") == Estimate(
+        next(
+            r["metrics_summary"]["average"]
+            for r in data["runs"]
+            if r["config"]["method"]["name"] == "self-replay"
+        ),
+        None,
+        None,
+        1,
+    )
+
+
+def test_names_say_the_adapter_only_where_it_differs() -> None:
+    group = _group(make_wide())
+    assert names(group)[-5:] == [
+        "olora", "full (no method)", "bottleneck (no method)", "prefix (no method)", "osf",
+    ]  # fmt: skip
+    assert len(set(series(group))) == 15
+
+
+def test_differences_are_paired_by_seed() -> None:
+    data = make_study()
+    group = _group(data)
+    by_seed = {
+        name: {
+            r["seed"]: r["metrics_summary"]["average"]
+            for r in data["runs"]
+            if r["config"]["method"]["name"] == name and r["status"] == "done"
+        }
+        for name in ("none", "O-LoRA")
+    }
+    gaps = [by_seed["O-LoRA"][seed] - by_seed["none"][seed] for seed in (0, 1)]
+    found = _cell(group, "O-LoRA").diffs["average"]
+    assert found and found.n == 2
+    assert found.mean == pytest.approx(statistics.mean(gaps))
+    assert group.plain is not None and group.plain.diffs == {}
+
+
+@pytest.mark.parametrize("after", [[0, 1, 2, 3], [1, 2, 3, 4]])
+def test_retention_counts_from_nought_or_one(after: list[int]) -> None:
+    run = make_run(TASKS, METHODS[0], 0)
+    for row, place in zip(run["retention"], after, strict=True):
+        row["after"] = place
+    last = [row["kl"] for row in run["retention"]]
+    run["retention"] = run["retention"][2:]
+    group = _group({"name": "s", "runs": [run]})
+    curve = [found and found.mean for found in group.cells[0].curve("kl")]
+    assert curve == [None, None, *last[2:]]
+
+
+def test_tasks_learned_alone_are_put_together() -> None:
+    data = make_adapters()
+    found = groups([Study.model_validate(data)])
+    assert [group.pooled for group in found] == [True] + [False] * 6
+    pooled = found[0]
+    assert pooled.tasks == ["cola", "sst2", "mrpc", "stsb", "rte", "qnli"]
+    cell = _cell(pooled, "lora-r1")
+    for seed in (0, 1):
+        scores = [
+            r["matrix"][0][0]
+            for r in data["runs"]
+            if r["config"]["adapter"]["name"] == "lora-r1" and r["seed"] == seed
+        ]
+        assert cell.values["average"][seed] == pytest.approx(statistics.mean(scores))
+    assert _cell(pooled, "prefix").mean("kl") is None
+    scores_of = score_table(pooled)
+    assert scores_of and [column.name for column in scores_of.head[1:]] == pooled.tasks
+
+
+def test_sequences_come_before_tasks_alone() -> None:
+    sequence = [make_run(TASKS, METHODS[0], 0)]
+    alone = [make_run([task], METHODS[0], 0, order=task) for task in TASKS]
+    found = groups([Study.model_validate({"name": "s", "runs": alone + sequence})])
+    assert [(group.length, group.pooled) for group in found] == [(4, False), (1, True)] + [
+        (1, False)
+    ] * 4
+    assert all(group.plain is not None for group in found)
+
+
+def test_a_seed_counts_only_where_every_task_has_it() -> None:
+    data = make_adapters()
+    for i, run in enumerate(data["runs"]):
+        config = run["config"]
+        if config["adapter"]["name"] == "full" and run["seed"] == 1 and "rte" in run["tasks"]:
+            data["runs"][i] = fail(run, "out of memory")
+    pooled = _group(data)
+    cell = _cell(pooled, "full")
+    assert set(cell.values["average"]) == {0}
+    assert failures(pooled) == ["full (rte), seed 1: out of memory"]
+
+
+def test_only_failures() -> None:
+    run = fail(make_run(TASKS, METHODS[0], 0), "no memory")
+    group = _group({"name": "s", "runs": [run]})
+    assert group.tasks == TASKS
+    assert failures(group) == ["plain LoRA, seed 0: no memory"]
+    assert [row.note for row in results_table(group).rows] == ["1 failed"]
+    assert "not done" in finding(group) or "No run" in finding(group)
+
+
+class TestTables:
+    def test_missing_values_are_dashes(self) -> None:
+        table = results_table(_group(make_adapters()))
+        at = [column.key for column in table.head[1:]].index("kl")
+        prefix = next(row for row in table.rows if row.name == "prefix")
+        assert prefix.entries[at].text == "\N{EM DASH}"
+        assert prefix.entries[at].value is None
+        line = next(x for x in table.markdown().splitlines() if x.startswith("| prefix"))
+        assert "\N{EM DASH}" in line
+        assert "---" in next(x for x in table.latex("t").splitlines() if x.startswith("prefix"))
+        rows = list(csv.reader(io.StringIO(table.csv())))
+        place = rows[0].index("KL to the base (nats per token)")
+        assert rows[[r[0] for r in rows].index("prefix")][place : place + 3] == ["", "", ""]
+        for text in (table.markdown(), table.latex("t"), table.csv()):
+            assert "None" not in text and "nan" not in text
+
+    def test_rows_say_what_they_are(self) -> None:
+        table = results_table(_group(make_study()))
+        notes = {row.name: row.note for row in table.rows}
+        assert notes["replay"] == "stores data"
+        assert notes["O-LoRA"] == "1 failed"
+        assert notes["self-replay"] == ""
+        assert "| replay (stores data) | 3 | " in table.markdown()
+        one = next(row for row in table.rows if row.name == "self-replay")
+        assert all("±" not in entry.line() for entry in one.entries)
+
+    def test_differences_are_strong_only_away_from_nought(self) -> None:
+        group = _group(make_study())
+        table = difference_table(group)
+        assert table
+        for row in table.rows:
+            for column, entry in zip(table.head[1:], row.entries, strict=True):
+                away = entry.low is not None and (entry.low > 0 or (entry.high or 0) < 0)
+                assert bool(entry.verdict) == away
+                if away:
+                    good = (entry.value or 0) * metric(column.key).better > 0
+                    assert entry.verdict == ("better" if good else "worse")
+
+    def test_latex_is_sound(self) -> None:
+        data = make_study("a_b & 50% {x}")
+        for run in data["runs"]:
+            run["config"]["method"]["label"] += "_$#"
+        for table in study_tables(_group(data)):
+            text = table.latex("t")
+            assert text.count(r"\begin{") == text.count(r"\end{") == 2
+            columns = len(table.head)
+            for line in text.splitlines():
+                if line.endswith(r"\\"):
+                    assert line.replace(r"\&", "").count("&") == columns - 1
+            bare = text.replace(r"\_", "").replace(r"\$", "").replace(r"\#", "")
+            assert "_" not in bare and "#" not in bare
+
+    def test_names_cannot_break_markdown(self) -> None:
+        data = make_study()
+        for run in data["runs"]:
+            run["config"]["method"]["label"] += "|<b>*"
+        table = results_table(_group(data))
+        for line in table.markdown().splitlines():
+            assert line.replace("\\|", "").count("|") == len(table.head) + 1
+        assert "<b>" not in table.markdown().replace("\\<b>", "")
+
+    @pytest.mark.parametrize(
+        ("key", "mean", "half", "said"),
+        [
+            ("average", 0.61234, 0.0149, ("61.2", "1.5")),
+            ("average", -0.0001, 0.02, ("0.0", "2.0")),
+            ("forgetting", -0.05, None, ("−5.0", "")),
+            ("kl", 0.0501, 0.00483, ("0.0501", "0.0048")),
+            ("kl", 0.0, 0.0, ("0", "0")),
+            ("kl", 3e-7, None, ("3e-7", "")),
+            ("perplexity", 1.0389, 0.004, ("1.039", "0.004")),
+            ("share", 0.0011, None, ("0.11", "")),
+            ("seconds", 316.2, None, ("316", "")),
+        ],
+    )
+    def test_numbers_as_text(
+        self, key: str, mean: float, half: float | None, said: tuple[str, str]
+    ) -> None:
+        ends = (None, None) if half is None else (mean - half, mean + half)
+        assert metric(key).pair(Estimate(mean, *ends, 1 if half is None else 3)) == said
+
+    def test_metrics_have_a_name_each(self) -> None:
+        assert len({m.key for m in METRICS}) == len({m.name for m in METRICS}) == len(METRICS)
+
+
+class TestFinding:
+    def test_says_how_sure(self) -> None:
+        text = finding(_group(make_study()))
+        assert "plain LoRA forgets 17.2 ± 1.9 points" in text
+        assert "K-FAC 10 forgets least: 7.1 ± 2.7" in text
+        assert "leaves 0 out" in text and "picked after the fact" in text
+        assert "With stored data, replay forgets 4.4" in text
+
+    def test_says_when_nothing_helps(self) -> None:
+        worse = [(n, k, s, d, 1.0 if not s else 0.3, f, m) for n, k, s, d, _, f, m in METHODS]
+        few = [worse[0], worse[4], worse[5]]
+        runs = [make_run(TASKS, way, seed) for seed in range(3) for way in few]
+        assert "learns clearly less than plain LoRA" in finding(_group({"name": "s", "runs": runs}))
+        same = [METHODS[0], ("K-FAC", "kfac", 1.0, False, 1.0, 0.9, 0.5)]
+        runs = [make_run(TASKS, way, seed) for seed in range(3) for way in same]
+        assert "none forgets less" in finding(_group({"name": "s", "runs": runs}))
+
+    def test_overlap_is_said(self) -> None:
+        ways = [METHODS[0], ("K-FAC", "kfac", 1.0, False, 1.0, 0.545, 0.4)]
+        runs = [make_run(TASKS, way, seed) for seed in range(3) for way in ways]
+        text = finding(_group({"name": "s", "runs": runs}))
+        assert "contains 0" in text or "none forgets less" in text
+
+    def test_one_seed(self) -> None:
+        runs = [make_run(TASKS, way, 0) for way in (METHODS[0], METHODS[4])]
+        assert "one seed, so no interval" in finding(_group({"name": "s", "runs": runs}))
+
+    def test_one_row_compares_with_nothing(self) -> None:
+        pooled = groups([Study.model_validate(make_wide())])[1]
+        text = finding(pooled)
+        assert text.startswith("On fixture-135m, 4 tasks, each alone, plain LoRA has an average")
+
+    def test_without_plain_lora(self) -> None:
+        runs = [make_run(TASKS, METHODS[4], 0)]
+        assert "nothing to compare with" in finding(_group({"name": "s", "runs": runs}))
+
+
+class TestReading:
+    def test_folders_files_and_single_runs_agree(self, tmp_path: Path) -> None:
+        data = make_study()
+        (tmp_path / "a" / "runs").mkdir(parents=True)
+        (tmp_path / "b" / "runs").mkdir(parents=True)
+        (tmp_path / "a" / "study.json").write_text(json.dumps(data), encoding="utf-8")
+        for where in "ab":
+            for run in data["runs"]:
+                path = tmp_path / where / "runs" / f"{run['key']}.json"
+                path.write_text(json.dumps(run), encoding="utf-8")
+        (tmp_path / "b" / "other.json").write_text("[1]", encoding="utf-8")
+        whole = read_studies([tmp_path / "a"])
+        assert [len(study.runs) for study in whole] == [28]
+        alone = read_studies([tmp_path / "b"])
+        assert [study.name for study in alone] == ["made-up"]
+        assert {run.key for run in alone[0].runs} == {run.key for run in whole[0].runs}
+        both = read_studies([tmp_path / "a" / "study.json", tmp_path / "b"])
+        assert [len(study.runs) for study in both] == [28]
+        assert both[0].skipped[0].method == "O-LoRA"
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("{", "not JSON"),
+            ('{"schema": "retain.study/9"}', "retain.study/9"),
+            ('{"schema": "retain.study/1", "name": "s", "runs": []}', "no runs yet"),
+            ('{"schema": "retain.study/1", "name": "s", "runs": [{"status": "odd"}]}', "runs.0"),
+            ('{"schema": "retain.run/1", "config": {}}', "config.model"),
+        ],
+    )
+    def test_bad_files(self, tmp_path: Path, text: str, said: str) -> None:
+        path = tmp_path / "study.json"
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(SourceError) as caught:
+            read_studies([path])
+        assert said in str(caught.value)
+        assert "fix:" in str(caught.value) and "\n" not in str(caught.value)
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        with pytest.raises(SourceError, match="no results of a study"):
+            read_studies([tmp_path])
+        with pytest.raises(SourceError, match="cannot be read"):
+            read_studies([tmp_path / "none.json"])
+
+    def test_stored_data_is_told_or_guessed(self) -> None:
+        def stores(**fields: Any) -> bool:
+            run = make_run(TASKS, METHODS[0], 0)
+            run["config"]["method"] = {"name": "m", "kind": "m", "strength": None} | fields
+            return _group({"name": "s", "runs": [run]}).cells[0].stores
+
+        assert stores(kind="replay") and not stores(kind="self_replay") and not stores()
+        assert stores(stores_data=True) and not stores(kind="replay", stores_data=False)

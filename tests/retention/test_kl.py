@@ -1,0 +1,166 @@
+"""KL of the outputs, with and without the target, against naive loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from sequences import (
+    alone,
+    attach,
+    batch_of,
+    begun,
+    context,
+    method_of,
+    shaken,
+    source,
+    tasks_of,
+)
+
+from retain.errors import SourceError
+from retain.models.heads import forward_logits
+from retain.retention.kl import base_logits, divergence
+from retain.retention.masked_kl import masked_divergence
+from retain.retention.method import Task
+from tiny import relative
+
+
+def naive_kl(base: list[float], tuned: list[float], skip: int | None = None) -> float:
+    keep = [v for v in range(len(base)) if v != skip]
+    p, q = ([math.exp(x[v]) for v in keep] for x in (base, tuned))
+    p, q = ([v / sum(x) for v in x] for x in (p, q))
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def test_divergences_are_those_of_a_naive_loop() -> None:
+    random = torch.Generator().manual_seed(0)
+    base, tuned = (3 * torch.randn(5, 7, generator=random, dtype=torch.float64) for _ in range(2))
+    targets = torch.tensor([0, 6, 3, 3, 1])
+    rows = list(zip(base.tolist(), tuned.tolist(), targets.tolist(), strict=True))
+    want = torch.tensor([naive_kl(b, t) for b, t, _ in rows], dtype=torch.float64)
+    assert relative(divergence(base, tuned), want) < 1e-12
+    want = torch.tensor([naive_kl(b, t, y) for b, t, y in rows], dtype=torch.float64)
+    assert relative(masked_divergence(base, tuned, targets), want) < 1e-12
+
+
+def test_masked_kl_says_nothing_about_the_target() -> None:
+    random = torch.Generator().manual_seed(1)
+    base = torch.randn(4, 6, generator=random, dtype=torch.float64)
+    targets, tuned = torch.tensor([5, 0, 2, 2]), base.clone()
+    tuned[torch.arange(4), targets] += torch.tensor([9.0, 3.0, -4.0, 0.5], dtype=torch.float64)
+    assert float(masked_divergence(base, tuned, targets).abs().max()) < 1e-12
+    assert float(divergence(base, tuned).min()) > 1e-3
+    tuned = (base + torch.randn(base.shape, generator=random, dtype=torch.float64)).requires_grad_()
+    masked_divergence(base, tuned, targets).sum().backward()
+    assert bool((tuned.grad[torch.arange(4), targets] == 0).all())
+    assert bool((tuned.grad != 0).sum() == 4 * 5)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full", "bottleneck", "prefix"])
+@pytest.mark.parametrize("name", ["kl", "masked_kl"])
+def test_the_kl_term_is_that_to_the_base_model(name: str, adapter: str) -> None:
+    method = method_of(name, strength=7.0)
+    attached = begun(method, adapter, "llama")
+    shaken(attached.model)
+    task = tasks_of("llama")[0]
+    method.before_task(task)
+    batch = batch_of(task, [3, 0, 6])
+    logits = forward_logits(attached.model, batch)
+    term = method.loss(attached.model, batch, logits)
+    terms = []
+    for row in batch.rows:
+        with attached.off() as base, torch.no_grad():
+            p = alone(base, task.examples[row])
+        q = alone(attached.model, task.examples[row]).detach()
+        example = task.examples[row]
+        targets = [t for t, on in zip(example.targets, example.predict, strict=True) if on]
+        for b, t, y in zip(p.tolist(), q.tolist(), targets, strict=True):
+            terms.append(naive_kl(b, t, y if name == "masked_kl" else None))
+    assert len(terms) == len(batch.targets)
+    assert float(term.detach()) == pytest.approx(7.0 * sum(terms) / len(terms), rel=1e-9)
+    parameters = list(attached.parameters().values())
+    want = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+    assert any(g is not None and bool(g.any()) for g in want)
+    assert all(p.requires_grad for p in parameters)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full", "prefix"])
+def test_the_teacher_has_no_dropout_and_draws_nothing(adapter: str) -> None:
+    attached = attach(adapter, "llama", method_of("kl"), dtype=torch.float32)
+    ready, batch = context(attached, "llama"), batch_of(tasks_of("llama")[0], [3, 0, 6])
+    attached.model.eval()
+    with attached.off() as base, torch.no_grad():
+        want = forward_logits(base, batch)
+    attached.model.train()
+    state = torch.get_rng_state()
+    assert torch.equal(base_logits(ready, batch), want)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert attached.model.training
+
+
+def test_kl_on_the_source_pairs_each_row_with_one_of_the_source() -> None:
+    method = method_of("kl", on="source", strength=2.0)
+    attached = begun(method, "lora", "llama")
+    shaken(attached.model)
+    task = tasks_of("llama")[0]
+    method.before_task(task)
+    text = source("llama")
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(task.seed)).tolist()
+
+    def term(rows: list[int]) -> tuple[float, int]:
+        batch = batch_of(task, rows)
+        found = method.loss(attached.model, batch, forward_logits(attached.model, batch))
+        return float(found.detach()), len(batch.targets)
+
+    total, weights = 0.0, 0
+    for row in (1, 8, 14, 15):
+        example = text[order[row % 6]]
+        with attached.off() as base, torch.no_grad():
+            p = alone(base, example)
+        q = alone(attached.model, example).detach()
+        kls = [naive_kl(b, t) for b, t in zip(p.tolist(), q.tolist(), strict=True)]
+        total += task.examples[row].predictions * sum(kls) / len(kls)
+        weights += task.examples[row].predictions
+    assert term([1, 8, 14, 15])[0] == pytest.approx(2.0 * total / weights, rel=1e-9)
+    pieces = [term([1, 8]), term([14, 15])]  # any division gives one mean
+    assert sum(t * n for t, n in pieces) == pytest.approx(2.0 * total, rel=1e-9)
+    empty = method_of("kl", on="source")
+    bare = context(attach("lora", "llama", empty), "llama", source=[])
+    with pytest.raises(SourceError, match="needs source text"):
+        empty.begin(bare)
+
+
+@pytest.mark.parametrize("on", ["task", "source"])
+def test_a_classifiers_kl_is_to_the_model_before_the_task(on: str) -> None:
+    method = method_of("kl", on=on, strength=3.0)
+    attached = begun(method, "lora", "bert")
+    tasks = tasks_of("bert")
+    tasks.append(Task("third", 2, tasks[0].examples, slice(0, 3), 40))
+    for index, task in enumerate(tasks):
+        shaken(attached.model, seed=index)
+        method.before_task(task)
+        before = attached.state()
+        shaken(attached.model, seed=10 + index)
+        batch = batch_of(task, [2, 5, 1])
+        term = method.loss(attached.model, batch, forward_logits(attached.model, batch))
+        if not index:
+            assert term is None
+        else:
+            order = torch.randperm(6, generator=torch.Generator().manual_seed(task.seed)).tolist()
+            rows = [
+                task.examples[i] if on == "task" else source("bert")[order[i % 6]]
+                for i in batch.rows
+            ]
+            now, total = attached.state(), 0.0
+            for example in rows:
+                with torch.no_grad():
+                    student = alone(attached.model, example)[0].tolist()
+                    attached.restore(before)
+                    teacher = alone(attached.model, example)[0].tolist()
+                    attached.restore(now)
+                total += naive_kl(teacher[0:2], student[0:2])
+                if index == 2:
+                    total += (teacher[2] - student[2]) ** 2
+            assert float(term.detach()) == pytest.approx(3.0 * total / 3, rel=1e-9)
+        method.after_task(task)

@@ -1,0 +1,68 @@
+"""Methods by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from retain.errors import ConfigError
+from retain.retention.registry import METHODS, make_method, method_options
+
+
+def test_each_method_is_there_under_its_own_name() -> None:
+    assert list(METHODS) == [
+        "none", "l2", "diagonal", "kfac", "tridiagonal", "activation", "kl", "masked_kl",
+        "replay", "self_replay", "olora", "osf",
+    ]  # fmt: skip
+    for name, method in METHODS.items():
+        assert method.name == name
+        made = make_method(name)
+        assert type(made) is method
+        assert made.stores_data is (name == "replay")
+        assert (method.__doc__ or "").strip()
+        options = method_options(name)
+        assert "strength" not in options
+        assert type(make_method(name, **options)) is method
+
+
+def test_options_are_those_of_the_whole_family() -> None:
+    assert method_options("none") == method_options("olora") == method_options("masked_kl") == {}
+    assert method_options("kl") == {"on": "task"}
+    assert method_options("l2") == {"update": "gradient", "consolidate": True}
+    assert method_options("kfac")["structure"] == "kfac"
+    assert set(method_options("kfac")) - set(method_options("diagonal")) == {"structure"}
+    assert {"space", "fisher", "source_weight", "task_weight"} < set(method_options("diagonal"))
+    assert make_method("kfac", 3.0, structure="ekfac", space="adapter").strength == 3.0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "what"),
+    [
+        ("kfca", {}, "unknown method.*did you mean 'kfac'"),
+        ("kfac", {"structur": "kfac"}, "option of the method kfac.*did you mean 'structure'"),
+        ("kfac", {"structure": "kfack"}, "unknown structure.*did you mean 'kfac'"),
+        ("l2", {"space": "weight"}, "unknown option of the method l2.*allowed: consolidate, upda"),
+        ("l2", {"update": "proximale"}, "did you mean 'proximal'"),
+        ("diagonal", {"strength": -1.0}, "strength is no strength"),
+        ("diagonal", {"source_weight": -1.0}, "source_weight is no weight"),
+        ("diagonal", {"task_weight": float("inf")}, "task_weight is no weight"),
+        ("kl", {"on": "tasks"}, "did you mean 'task'"),
+        ("kl", {"strength": float("nan")}, "strength is no strength"),
+        ("masked_kl", {"on": "task"}, "unknown option"),
+        ("olora", {"strength": -0.5}, "strength is no strength"),
+        ("none", {"strength": 1.0}, "the method none has no strength"),
+        ("replay", {"strength": 1.0}, "has no strength.*share, per_task"),
+        ("replay", {"share": 1.5}, "the share is no share.*0 to 1"),
+        ("replay", {"per_task": -1}, "per_task is negative"),
+        ("self_replay", {"share": -1.0}, "the share is no share"),
+        ("self_replay", {"rows": 0}, "rows is too small"),
+        ("osf", {"preserve": 1.0}, "preserve is no share"),
+    ],
+)
+def test_what_is_not_known_or_out_of_range_is_one_line(
+    name: str, options: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(ConfigError, match=what) as caught:
+        make_method(name, **options)
+    assert "\n" not in str(caught.value)

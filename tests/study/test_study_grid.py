@@ -1,0 +1,161 @@
+"""From YAML to runs: what is refused, what is expanded, and what a key depends on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from retain.errors import ConfigError, RetainError
+from retain.study.grid import Grid, expand, run_key
+from retain.study.reading import parse_study, read_study
+from study_parts import PRETENDED, Catalogue
+
+
+def grid(**changes: Any) -> Grid:
+    return expand(parse_study(PRETENDED | changes), Path(), Catalogue())
+
+
+def test_all_with_all_but_what_a_method_refuses() -> None:
+    found = grid()
+    titles = [run.title for run in found.runs]
+    assert len(titles) == len(set(titles)) == 2 * 2 * (3 + 1)
+    assert titles[:4] == [
+        "tiny lora none ab seed 0",
+        "tiny lora held 1 ab seed 0",
+        "tiny lora held 10 ab seed 0",
+        "tiny prefix none ab seed 0",
+    ]
+    assert [t[-1] for t in titles] == ["0"] * 8 + ["1"] * 8  # one seed of all first
+    assert found.skipped == [{"adapter": "prefix", "method": "held", "reason": "no weight to hold"}]
+
+
+def test_the_configuration_is_whole() -> None:
+    config = next(r for r in grid().runs if r.config["adapter"]["name"] == "prefix").config
+    assert config["adapter"] == {"name": "prefix", "kind": "prefix"}
+    assert config["method"] == {
+        "name": "none", "label": "none", "kind": "none", "strength": 1.0, "stores_data": False,
+    }  # fmt: skip
+    assert config["order"] == {"name": "ab", "tasks": ["a", "b"]}
+    assert config["definitions"] == ["a@1", "b@1"]
+    assert config["training"]["learning_rate"] == 0.02
+    assert config["training"]["tasks"] == {"b": {"epochs": 3}}
+    assert config["training"]["batch_size"] == 16
+    assert "seed" not in config["training"]
+
+
+def test_cells_name_parts_of_the_grid() -> None:
+    found = grid(
+        runs=[
+            {"adapter": "lora", "method": "held", "order": "ab", "seeds": [0]},
+            {"adapter": "lora", "methods": ["held"], "orders": ["ab"], "seeds": [0]},
+            {"adapters": ["lora"], "method": "none", "independent": True, "seeds": [1],
+             "training": {"learning_rate": 0.5}},
+        ]
+    )  # fmt: skip
+    assert [run.title for run in found.runs] == [
+        "tiny lora held 1 ab seed 0",
+        "tiny lora held 10 ab seed 0",
+        "tiny lora none a seed 1",
+        "tiny lora none b seed 1",
+    ]
+    alone = found.runs[-1].config
+    assert alone["order"] == {"name": "b", "tasks": ["b"]}
+    assert alone["training"]["learning_rate"] == 0.5
+
+
+def test_the_later_setting_wins() -> None:
+    found = grid(
+        adapters={"lora": {"training": {"epochs": 5}}},
+        methods={"none": {"training": {"tasks": {"a": {"epochs": 7}}}}},
+        training={"epochs": 2, "tasks": {"a": {"epochs": 3, "batch_size": 4}}},
+    )
+    training = found.runs[0].config["training"]
+    assert training["epochs"] == 5
+    assert training["tasks"] == {"a": {"epochs": 7, "batch_size": 4}}
+
+
+def test_keys_are_stable_and_depend_on_everything() -> None:
+    assert run_key({"b": 1, "a": [1.5, "ä"]}) == run_key({"a": [1.5, "ä"], "b": 1})
+    assert run_key({"a": 1}) == "015abd7f5cc57a2d"  # of {"a":1}: must never change
+    first = grid().runs[0]
+    assert first.key == grid().runs[0].key == run_key(first.config)
+    changes: list[dict[str, Any]] = [
+        {"dtype": "float64"},
+        {"data": {"train": 5}},
+        {"training": {"learning_rate": 0.011, "tasks": {"b": {"epochs": 3}}}},
+        {"training": {"learning_rate": 0.01, "tasks": {"b": {"epochs": 4}}}},
+        {"adapters": {"lora": {"rank": 5}}},
+        {"source": {"kind": "self"}},
+    ]
+    keys = [grid(**change).runs[0].key for change in changes]
+    assert len({first.key, *keys}) == len(changes) + 1
+
+
+def test_a_source_file_counts_by_its_content(tmp_path: Path) -> None:
+    spec = parse_study(PRETENDED | {"source": {"kind": "file", "path": "s.txt"}})
+    keys = []
+    for text in ("one", "two"):
+        (tmp_path / "s.txt").write_text(text)
+        keys.append(expand(spec, tmp_path, Catalogue()).runs[0].key)
+    assert keys[0] != keys[1]
+    (tmp_path / "s.txt").unlink()
+    with pytest.raises(ConfigError, match=r"cannot be read; got: .*s\.txt"):
+        expand(spec, tmp_path, Catalogue())
+
+
+def test_published_orders_and_patterns() -> None:
+    found = grid(orders={"ab": ["a", "b"], "long": "published/x"}, training={})
+    assert [r.config["order"]["tasks"] for r in found.matching("none long*seed 1")] == [
+        ["c", "d"],
+        ["c", "d"],
+    ]
+    with pytest.raises(ConfigError, match=r"no run matches; got: 'nome'"):
+        found.matching("nome")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"adaptors": {}}, "unknown key; got: 'adaptors'.*did you mean 'adapters'"),
+        ({"runs": [{"adapter": "lroa"}]}, "unknown adapter; got: 'lroa'.*did you mean 'lora'"),
+        ({"runs": [{"sead": [1]}]}, "unknown key; got: 'sead'.*did you mean 'seeds'"),
+        ({"source": {"kind": "slef"}}, "unknown kind; got: 'slef'.*did you mean 'self'"),
+        ({"source": {"kind": "file"}}, "a source of kind file with its path"),
+        ({"training": {"learning_rat": 1}}, "did you mean 'learning_rate'"),
+        ({"training": {"seed": 1}}, "seed is no setting.*seeds:"),
+        ({"training": {"tasks": [1]}}, "training.tasks is no mapping"),
+        ({"training": {"tasks": {"z": {}}}}, "unknown task; got: 'z'"),
+        ({"training": {"batch_size": 3, "accumulation": 2}}, "do not go together"),
+        ({"orders": {"x": ["a", "a"]}}, "order x must have tasks, each once"),
+        ({"orders": {"x": ["e"]}}, "unknown task; got: 'e'"),
+        ({"orders": {"x": "published/y"}}, "unknown order"),
+        ({"seeds": [1, 1]}, "seeds must be different"),
+        ({"methods": {"held": {"strength": -1}}}, "strength must be a number of 0 or more"),
+        ({"methods": {}}, "methods"),
+        ({"data": {"train": 0}}, "data.train"),
+        ({"name": "a/b"}, "name"),
+    ],
+)
+def test_mistakes_are_one_line(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(RetainError, match=said) as caught:
+        grid(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_limit_and_seeds_from_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(PRETENDED | {"data": {"train": 5}, "runs": [{"seeds": [7]}]}))
+    spec = read_study(path, limit=9, seeds=[3])
+    assert (spec.data.train, spec.data.test, spec.seeds) == (5, 9, [3])
+    assert {run.config["seed"] for run in expand(spec, tmp_path, Catalogue()).runs} == {3}
+    assert read_study(path).data.test is None
+    path.write_text(path.read_text() + "description: on\n")
+    assert read_study(path).description == "on"
+    path.write_text("- no mapping")
+    with pytest.raises(ConfigError, match="the study is no mapping"):
+        read_study(path)
+    with pytest.raises(ConfigError, match="the study cannot be read"):
+        read_study(tmp_path / "nothing.yaml")

@@ -1,0 +1,161 @@
+"""Runs that are pretended: done once, locked, failures recorded, the same with each engine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from retain.errors import ConfigError
+from retain.study.engines import in_processes
+from retain.study.runner import execute, read_record
+from retain.study.status import study_status
+from retain.study.studies import run_study
+from study_parts import calls, pretended
+
+ONE = {"orders": {"ab": ["a", "b"]}, "methods": {"none": {}}, "adapters": {"lora": {}}}
+
+
+def tables_of(out: Path) -> str:
+    return json.dumps(json.loads((out / "study.json").read_text())["tables"])
+
+
+def test_a_study_is_done_once(tmp_path: Path) -> None:
+    spec, grid, work = pretended(tmp_path)
+    told: list[str] = []
+    counts = run_study(spec, grid, work, tell=lambda run, outcome: told.append(run.title))
+    assert counts == {"done": 16, "failed": 0, "elsewhere": 0, "before": 0}
+    assert told == [run.title for run in grid.runs]
+    found = json.loads((work.out / "study.json").read_text())
+    assert found["schema"] == "retain.study/1"
+    assert [r["key"] for r in found["runs"]] == [r.key for r in grid.runs]
+    record = found["runs"][0]
+    assert record["config"] == grid.runs[0].config
+    assert {"created", "versions", "commit", "hardware", "seed"} <= record.keys()
+    assert record["retention"][0]["ppl"] is None  # it was infinite
+    assert not list(work.out.rglob(".*"))
+    before = tables_of(work.out)
+    counts = run_study(spec, grid, work)
+    assert counts == {"done": 16, "failed": 0, "elsewhere": 0, "before": 16}
+    assert len(calls(work)) == 16
+    assert tables_of(work.out) == before
+    assert study_status(grid, work)["left"] == []
+
+
+def test_only_some(tmp_path: Path) -> None:
+    spec, grid, work = pretended(tmp_path)
+    assert run_study(spec, grid, work, only="held*seed 0")["done"] == 4
+    status = study_status(grid, work)
+    assert (status["done"], len(status["left"]), status["total"]) == (4, 12, 16)
+
+
+def test_failures_are_recorded_and_do_not_stop_it(tmp_path: Path) -> None:
+    changes = {"adapters": {"bad": {"kind": "lora", "trouble": "error"}, "lora": {}}}
+    spec, grid, work = pretended(tmp_path, **(ONE | changes))
+    counts = run_study(spec, grid, work)
+    assert counts == {"done": 2, "failed": 2, "elsewhere": 0, "before": 0}
+    record = read_record(work.record(grid.runs[0].key))
+    assert record is not None and record["status"] == "failed"
+    assert record["error"] == "the loss is not finite; got: NaN at step 3; fix: lower it"
+    assert "TrainingError" in work.trace(grid.runs[0].key).read_text()
+    status = study_status(grid, work)
+    assert [f["error"] for f in status["failed"]] == [record["error"]] * 2
+    cell = json.loads(tables_of(work.out))["cells"][0]
+    assert (cell["adapter"], cell["n"], cell["failed"]) == ("bad", 0, 2)
+    assert len(calls(work)) == 4
+    run_study(spec, grid, work)
+    assert len(calls(work)) == 4  # not again by itself
+    from dataclasses import replace
+
+    counts = run_study(spec, grid, replace(work, retry_failed=True))
+    assert counts == {"done": 2, "failed": 2, "elsewhere": 0, "before": 2}
+    assert len(calls(work)) == 6
+
+
+def test_a_full_memory_is_a_failure(tmp_path: Path) -> None:
+    spec, grid, work = pretended(tmp_path, **(ONE | {"adapters": {"lora": {"trouble": "memory"}}}))
+    assert run_study(spec, grid, work)["failed"] == 2
+    record = read_record(work.record(grid.runs[0].key))
+    assert record is not None and record["error"].startswith("the memory is full; got: MemoryError")
+
+
+def test_ctrl_c_leaves_no_lock_and_no_half_file(tmp_path: Path) -> None:
+    spec, grid, work = pretended(tmp_path, **(ONE | {"adapters": {"lora": {"trouble": "stop"}}}))
+    with pytest.raises(KeyboardInterrupt):
+        run_study(spec, grid, work)
+    assert study_status(grid, work)["running"] == []
+    assert not work.record(grid.runs[0].key).exists()
+
+
+def test_a_lock_keeps_others_away_and_that_of_the_dead_does_not(tmp_path: Path) -> None:
+    spec, grid, work = pretended(tmp_path, **ONE)
+    first = grid.runs[0]
+    work.lock(first.key).parent.mkdir(parents=True)
+    with FileLock(work.lock(first.key)):
+        assert [r["key"] for r in study_status(grid, work)["running"]] == [first.key]
+        outcome = execute(first.key, first.config, work)
+        assert (outcome.status, outcome.fresh) == ("elsewhere", False)
+    assert calls(work) == []
+    hold = (
+        "import sys, os, signal; from filelock import FileLock\n"
+        "lock = FileLock(sys.argv[1]); lock.acquire()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", hold, str(work.lock(first.key))])
+    assert done.returncode == -9
+    assert work.lock(first.key).exists()
+    assert run_study(spec, grid, work)["done"] == 2
+
+
+def test_a_damaged_record_is_done_again(tmp_path: Path) -> None:
+    spec, grid, work = pretended(tmp_path, **ONE)
+    run_study(spec, grid, work)
+    work.record(grid.runs[0].key).write_text('{"schema": "retain.ru')
+    assert run_study(spec, grid, work) == {"done": 2, "failed": 0, "elsewhere": 0, "before": 1}
+
+
+def test_processes_give_the_same_tables(tmp_path: Path) -> None:
+    spec, grid, work = pretended(tmp_path / "one", seeds=[0])
+    run_study(spec, grid, work)
+    again, _, two = pretended(tmp_path / "two", seeds=[0])
+    counts = run_study(again, grid, two, jobs=2)
+    assert counts["done"] == 8
+    assert tables_of(two.out) == tables_of(work.out)
+    assert sorted(calls(two)) == sorted(calls(work))
+
+
+def test_a_worker_that_dies_is_one_failure(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "adapters": {"lora": {}, "bad": {"kind": "lora", "trouble": "die"}}, "seeds": [0],
+    }  # fmt: skip
+    _, grid, work = pretended(tmp_path, **(ONE | changes))
+    found = {o.key: o for o in in_processes(grid.runs, work, 1)}
+    status = {run.config["adapter"]["name"]: found[run.key].status for run in grid.runs}
+    assert status == {"lora": "done", "bad": "failed"}
+    record = read_record(work.record(grid.runs[1].key))
+    assert record is not None and "the process of the run died" in record["error"]
+
+
+def test_engines_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, grid, work = pretended(tmp_path, **ONE)
+    with pytest.raises(ConfigError, match=r"unknown engine; got: 'rya'.*did you mean 'ray'"):
+        run_study(spec, grid, work, engine="rya")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"Ray is not installed.*retain-lora\[ray\]"):
+        run_study(spec, grid, work, engine="ray")
+
+
+def test_ray_gives_the_same_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # of the workers
+    spec, grid, work = pretended(tmp_path / "one", seeds=[0])
+    run_study(spec, grid, work)
+    _, _, other = pretended(tmp_path / "two", seeds=[0])
+    assert run_study(spec, grid, other, engine="ray")["done"] == 8
+    assert tables_of(other.out) == tables_of(work.out)

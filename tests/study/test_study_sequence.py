@@ -1,0 +1,213 @@
+"""Real runs of a tiny model: what a record says, and that a resumed run is the same to the bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from retain.study.grid import Grid, expand
+from retain.study.known import Known
+from retain.study.reading import read_study
+from retain.study.runner import Work, execute, read_record
+from retain.study.sequence import run_sequence
+from retain.study.state import SequenceState
+from retain.study.training import settings
+from study_parts import tiny_study
+
+
+def opened(path: Path, out: Path, **options: Any) -> tuple[Grid, Work]:
+    spec = read_study(path, **options)
+    work = Work(spec.name, out, path.parent, path.parent / "data")
+    return expand(spec, path.parent, Known()), work
+
+
+class Stop(BaseException):
+    """Stands for a kill."""
+
+
+class Keep(SequenceState):
+    """Stops right after a task was kept."""
+
+    stop_after = -1
+
+    def save(self, done: int, *rest: Any) -> None:
+        super().save(done, *rest)
+        if done == self.stop_after:
+            raise Stop
+
+
+def plain(record: dict[str, Any]) -> str:
+    """A record without times and memory."""
+    left = {k: v for k, v in record.items() if k not in ("seconds", "peak_memory_gib")}
+    return json.dumps(left)
+
+
+METHODS: dict[str, Any] = {
+    "none": {},
+    "kfac": {"strength": 100.0, "rows": 8},
+    "replay": {"per_task": 2},
+    "olora": {},
+}
+
+
+def test_the_record_of_a_run(tiny_folder: Path, tmp_path: Path) -> None:
+    path = tiny_study(tmp_path / "study", tiny_folder, methods={"kfac": METHODS["kfac"]})
+    grid, work = opened(path, tmp_path / "out")
+    run = grid.runs[0]
+    assert execute(run.key, run.config, work).error is None
+    record = read_record(work.record(run.key))
+    assert record is not None
+    assert record["tasks"] == ["one", "two", "three"]
+    assert record["metrics"] == ["accuracy"] * 3
+    assert [len(row) for row in record["matrix"]] == [3, 3, 3]
+    assert len(record["before"]) == len(record["losses"]) == len(record["predicted"]) == 3
+    assert record["sizes"] == {"train": [12] * 3, "test": [8] * 3}
+    assert [r["after"] for r in record["retention"]] == [0, 1, 2]
+    assert all(r["kl"] > 0 for r in record["retention"])
+    assert all(nats > 0 for nats in record["predicted"])
+    assert record["metrics_summary"]["average"] == pytest.approx(sum(record["matrix"][-1]) / 3)
+    share = record["parameters"]["trainable"] / record["parameters"]["base"]
+    assert record["parameters"]["share"] == share
+    assert record["seconds"]["total"] >= record["seconds"]["train"] > 0
+    assert record["peak_memory_gib"] > 0
+    assert record["general"] is None
+    assert not work.state(run.key).exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stopped_run_goes_on_to_the_same_record(
+    tiny_folder: Path, tmp_path: Path, method: str
+) -> None:
+    path = tiny_study(
+        tmp_path / "study", tiny_folder, methods={method: METHODS[method]},
+        adapters={"lora": {"rank": 2, "dropout": 0.2}},
+    )  # fmt: skip
+    grid, work = opened(path, tmp_path / "out")
+    config = grid.runs[0].config
+    whole = run_sequence(config, state=Keep(tmp_path / "a", {}), work=work)
+    for stop in (0, 2):
+        folder = tmp_path / f"stop-{stop}"
+        state = Keep(folder, {"version": 1})
+        state.stop_after = stop
+        with pytest.raises(Stop):
+            run_sequence(config, state=state, work=work)
+        said: list[str] = []
+        torch.manual_seed(99)  # nothing may depend on what was before
+        again = run_sequence(config, state=Keep(folder, {"version": 1}), work=work, say=said.append)
+        assert plain(again) == plain(whole)
+        assert said.count("task 1/3 one: training") == (stop == 0)
+        assert "scores before" not in said
+        assert again["seconds"]["train"] > 0
+
+
+def test_seeds_and_methods_make_a_difference(tiny_folder: Path, tmp_path: Path) -> None:
+    path = tiny_study(tmp_path / "study", tiny_folder)
+    grid, work = opened(path, tmp_path / "out")
+    found = [
+        plain(run_sequence(run.config, state=Keep(tmp_path / run.key, {}), work=work))
+        for run in grid.runs[:4]
+    ]
+    assert len(set(found)) == 4
+    again = run_sequence(grid.runs[0].config, state=Keep(tmp_path / "again", {}), work=work)
+    assert plain(again) == found[0]
+
+
+def test_a_state_of_other_versions_is_not_gone_on_from(tmp_path: Path) -> None:
+    kept = SequenceState(tmp_path / "s", {"torch": "1"})
+    kept.save(1, {"matrix": [[0.5]]}, {"a": torch.ones(2, 3, dtype=torch.bfloat16).T}, {})
+    kept.save(2, {"matrix": []}, {"a": torch.zeros(2)}, {"f": torch.tensor(3.0)})
+    found = kept.load()
+    assert found is not None and (found.done, found.data) == (2, {"matrix": []})
+    assert float(found.method["f"]) == 3.0
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
+        "adapter-2.safetensors", "method-2.safetensors", "state.json",
+    ]  # fmt: skip
+    assert SequenceState(tmp_path / "s", {"torch": "2"}).load() is None
+    (tmp_path / "s" / "adapter-2.safetensors").write_bytes(b"half")
+    assert kept.load() is None
+    SequenceState(tmp_path / "s", {}, writes=False).clear()
+    assert (tmp_path / "s").exists()
+    kept.clear()
+    assert not (tmp_path / "s").exists()
+
+
+def test_settings_of_a_task(tiny_folder: Path, tmp_path: Path) -> None:
+    path = tiny_study(
+        tmp_path / "study", tiny_folder,
+        training={"learning_rate": 0.5, "tasks": {"tasks/two.yaml": {"epochs": 3}}},
+    )  # fmt: skip
+    config = opened(path, tmp_path / "out", limit=4)[0].runs[0].config
+    assert [settings(config, i, 5).epochs for i in range(3)] == [1.0, 3.0, 1.0]
+    assert settings(config, 0, 5).seed == 5
+    assert config["data"] == {"train": 4, "test": 4}
+
+
+def test_independent_runs_give_intransigence(tiny_folder: Path, tmp_path: Path) -> None:
+    from retain.study.studies import run_study
+
+    path = tiny_study(
+        tmp_path / "study", tiny_folder, seeds=[0],
+        methods={"none": {}, "l2": {"strength": 1.0}},
+        runs=[{"independent": True, "method": "none"}, {}],
+    )  # fmt: skip
+    spec = read_study(path)
+    grid, work = opened(path, tmp_path / "out")
+    assert run_study(spec, grid, work)["done"] == 5
+    found = json.loads((work.out / "study.json").read_text())
+    alone = [r["matrix"][0][0] for r in found["runs"][:3]]
+    held = found["runs"][-1]
+    gaps = [a - held["matrix"][i][i] for i, a in enumerate(alone)]
+    assert held["metrics_summary"]["intransigence"] == pytest.approx(sum(gaps) / 3)
+    cells = {(c["method"], c["order"]): c for c in found["tables"]["cells"]}
+    cell = cells["l2", "three"]
+    average = held["metrics_summary"]["average"]
+    assert cell["metrics"]["share_of_independent"]["values"] == [
+        pytest.approx(average / (sum(alone) / 3))
+    ]
+    plain_average = cells["none", "three"]["metrics"]["average"]["mean"]
+    assert cell["paired"]["average"] == {
+        "mean": pytest.approx(average - plain_average), "low": None, "high": None, "n": 1,
+    }  # fmt: skip
+    assert "paired" in cells["none", "three"] and cells["none", "three"]["paired"] == {}
+
+
+def test_an_encoder_holds_all_tasks_side_by_side(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    letters = {t: i for i, t in enumerate(["[PAD]", "[UNK]", *"xyz0123"])}
+    raw = Tokenizer(models.WordLevel(letters, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(tmp_path / "bert")
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(vocab_size=9, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+                   num_attention_heads=2, max_position_embeddings=32, pad_token_id=0)
+    ).save_pretrained(tmp_path / "bert")  # fmt: skip
+    path = tiny_study(
+        tmp_path / "study", tmp_path / "bert", methods={"none": {}},
+        adapters={"lora": {"rank": 2}, "full": {}},
+    )  # fmt: skip
+    for task in (tmp_path / "study" / "tasks").iterdir():
+        task.write_text(task.read_text() + 'texts: ["{{text}}"]\n')
+    regression = tmp_path / "study" / "tasks" / "three.yaml"
+    text = regression.read_text().replace("kind: choice", "kind: regression\nmetric: pearson")
+    regression.write_text("".join(x for x in text.splitlines(True) if "options" not in x))
+    grid, work = opened(path, tmp_path / "out")
+    for run in grid.runs[:2]:
+        found = run_sequence(run.config, state=Keep(tmp_path / run.key, {}), work=work)
+        assert found["metrics"] == ["accuracy", "accuracy", "pearson"]
+        assert found["retention"] == []
+        assert found["losses"][2] is None and found["losses"][0] > 0
+        state = Keep(tmp_path / f"{run.key}-stopped", {})
+        state.stop_after = 1
+        with pytest.raises(Stop):
+            run_sequence(run.config, state=state, work=work)
+        state.stop_after = -1
+        assert plain(run_sequence(run.config, state=state, work=work)) == plain(found)

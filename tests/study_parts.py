@@ -1,0 +1,161 @@
+"""Studies for the tests: one whose runs are pretended, and one of a tiny model on local files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from retain.errors import ConfigError, TrainingError, unknown
+from retain.study.grid import Grid, MethodFacts, expand
+from retain.study.reading import parse_study
+from retain.study.runner import Work
+from retain.study.spec import StudySpec
+
+PRETENDED: dict[str, Any] = {
+    "name": "pretended",
+    "model": "tiny",
+    "seeds": [0, 1],
+    "orders": {"ab": ["a", "b"], "ba": ["b", "a"]},
+    "adapters": {"lora": {"rank": 4}, "prefix": {"training": {"learning_rate": 0.02}}},
+    "methods": {"none": None, "held": {"strength": [1, 10]}},
+    "training": {"learning_rate": 0.01, "tasks": {"b": {"epochs": 3}}},
+}
+
+
+class Catalogue:
+    """Knows tasks a to d, two kinds of adapter and two methods."""
+
+    def order(self, reference: str) -> list[str]:
+        if reference != "published/x":
+            raise unknown("order", reference, ["published/x"])
+        return ["c", "d"]
+
+    def definition(self, task: str, base: Path) -> str:
+        if task not in "abcd":
+            raise unknown("task", task, "abcd")
+        return f"{task}@1"
+
+    def adapter(self, kind: str, options: dict[str, Any]) -> None:
+        if kind not in ("lora", "prefix"):
+            raise unknown("adapter kind", kind, ("lora", "prefix"))
+
+    def method(self, kind: str, strength: float | None, options: dict[str, Any]) -> MethodFacts:
+        if kind not in ("none", "held"):
+            raise ConfigError("unknown method", got=kind)
+
+        def refusal(adapter: str) -> str | None:
+            return "no weight to hold" if (kind, adapter) == ("held", "prefix") else None
+
+        return MethodFacts(1.0 if strength is None else strength, False, refusal)
+
+
+def pretended(tmp_path: Path, **changes: Any) -> tuple[StudySpec, Grid, Work]:
+    """A study whose runs `pretend` does."""
+    spec = parse_study(PRETENDED | changes)
+    grid = expand(spec, tmp_path, Catalogue())
+    return spec, grid, Work(spec.name, tmp_path / "out", tmp_path, function=pretend)
+
+
+def pretend(config: Mapping[str, Any], *, state: Any, work: Work, say: Any) -> dict[str, Any]:
+    """A record whose numbers depend on the configuration alone; notes that it was called.
+
+    An adapter option ``trouble`` makes it fail, die or be stopped.
+    """
+    calls = work.out / "calls"
+    calls.mkdir(parents=True, exist_ok=True)
+    with (calls / f"{os.getpid()}.txt").open("a") as file:
+        file.write(f"{config['method']['label']} {config['order']['name']} {config['seed']}\n")
+    trouble = config["adapter"].get("trouble")
+    if trouble == "error":
+        raise TrainingError("the loss is not finite", got="NaN\nat step 3", fix="lower it")
+    if trouble == "memory":
+        raise MemoryError
+    if trouble == "stop":
+        raise KeyboardInterrupt
+    if trouble == "die":
+        os._exit(3)
+    tasks = config["order"]["tasks"]
+
+    def number(*what: object) -> float:
+        text = json.dumps([config["method"], config["adapter"]["name"], config["seed"], *what])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
+
+    matrix = [[number(i, task) for task in tasks] for i in range(len(tasks))]
+    return {
+        "tasks": tasks,
+        "metrics": ["accuracy"] * len(tasks),
+        "before": [0.1] * len(tasks),
+        "matrix": matrix,
+        "sizes": {"train": [4] * len(tasks), "test": [4] * len(tasks)},
+        "retention": [
+            {"after": i, "kl": number("kl", i), "kl_interval": [0, 1], "ppl_base": 8.0,
+             "ppl": float("inf"), "flips": 0.1, "tokens": 9}
+            for i in range(len(tasks))
+        ],
+        "general": {"before": {"arc": 0.5}, "after": {"arc": 0.25}},
+        "metrics_summary": {"average": sum(matrix[-1]) / len(tasks), "learning": number("l"),
+                            "forgetting": None, "backward_transfer": None,
+                            "forward_transfer": None, "intransigence": None},
+        "parameters": {"trainable": 5, "base": 100, "share": 0.05},
+        "seconds": {"train": 1.0, "method": 0.0, "evaluate": 0.0, "total": 1.0},
+        "peak_memory_gib": 0.5,
+        "losses": [number("loss", task) for task in tasks],
+        "predicted": [None] * len(tasks),
+    }  # fmt: skip
+
+
+def calls(work: Work) -> list[str]:
+    """What `pretend` was called for."""
+    found = sorted((work.out / "calls").glob("*.txt"))
+    return [line for path in found for line in path.read_text().splitlines()]
+
+
+TEXT = "the cat sat on a mat and dog ran to big red house"
+
+TASK = """
+description: which of two letters comes
+local: {name}
+kind: choice
+prompt: "{{{{ text }}}}:"
+options: ["{first}", "{second}"]
+gold: label
+"""
+
+
+def tiny_study(folder: Path, model: Path, **changes: Any) -> Path:
+    """Writes a study of a tiny model and three tasks of its own; returns its path."""
+    (folder / "tasks").mkdir(parents=True)
+    data = folder / "data"
+    for place, (name, pair) in enumerate({"one": "ab", "two": "cd", "three": "ef"}.items()):
+        text = TASK.format(name=name, first=pair[0], second=pair[1])
+        (folder / "tasks" / f"{name}.yaml").write_text(text, encoding="utf-8")
+        (data / name).mkdir(parents=True)
+        for split, count in (("train", 12), ("validation", 8)):
+            rows = [{"text": f"{'xyz'[(i + place) % 3]}{i % 4}", "label": (i + place) % 2}
+                    for i in range(count)]  # fmt: skip
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (data / name / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    words = TEXT.split()
+    text = [{"text": " ".join(words[(i * k) % 13] for k in range(1, 9))} for i in range(1, 25)]
+    lines = "".join(json.dumps(row) + "\n" for row in text)
+    (folder / "source.jsonl").write_text(lines, encoding="utf-8")
+    study = {
+        "name": "tiny",
+        "model": str(model),
+        "seeds": [0, 1],
+        "orders": {"three": [f"tasks/{n}.yaml" for n in ("one", "two", "three")]},
+        "adapters": {"lora": {"rank": 2}},
+        "methods": {"none": {}, "kfac": {"strength": 100.0, "rows": 8}, "replay": {"per_task": 2}},
+        "training": {"learning_rate": 0.02, "batch_size": 4, "pad_multiple": 1},
+        "source": {"kind": "file", "path": "source.jsonl", "rows": 8, "heldout": 4,
+                   "max_length": 24},
+    }  # fmt: skip
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(study | changes), encoding="utf-8")
+    return path
