@@ -14,10 +14,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import json
 import statistics
 import threading
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ RESULT = ROOT / "benchmarks" / "results" / "overhead.json"
 FIGURE = ROOT / "docs" / "images" / "overhead.png"
 PAGE = ROOT / "docs" / "overhead.md"
 LENGTH, RANK, STEP_ROWS = 128, 8, 4
+PARTS = ("fit", "step", "error")
 Run = Callable[[Tensor], object]
 
 FITS: dict[str, dict[str, Any]] = {
@@ -84,6 +86,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     args = parser.parse_args()
     base, tokenizer, _ = retain.load_model(args.model, dtype=args.dtype)
     model = retain.attach_lora(base, rank=RANK)
@@ -97,14 +101,18 @@ def main() -> None:
         "repeats": args.repeats,
         **provenance(0),
     }
-    parts = {
+    parts: dict[str, Callable[[], Any]] = {
         "fit": lambda: _fits(model, tokens, args.repeats, not args.no_peers),
-        "step": lambda: _steps(model, tokens, args.repeats),
+        "step": lambda: result.get("step", {}) | _steps(model, tokens, args.repeats, args.steps),
         "error": lambda: _errors(model, tokens),
     }
-    for name, part in parts.items():  # written after each: it is half an hour's work
-        result[name] = part()
+    if len(args.parts) < len(PARTS):  # goes on with a result whose other parts are there
+        result = json.loads(args.out.read_text(encoding="utf-8"))
+    for name in args.parts:  # written after each: it is half an hour's work
+        result[name] = parts[name]()
         write_json(args.out, result)
+    if not result.keys() >= set(PARTS):
+        return
     if args.out == RESULT:
         PAGE.write_text(page(result), encoding="utf-8")
         _figure(result)
@@ -149,8 +157,11 @@ def _fits(model: nn.Module, tokens: Tensor, repeats: int, with_peers: bool) -> d
     return _measure(ways, repeats, tokens, SLOW)
 
 
-def _steps(model: nn.Module, tokens: Tensor, repeats: int) -> dict[str, Any]:
-    """A training step of 512 tokens with AdamW, without and with the force."""
+def _steps(model: nn.Module, tokens: Tensor, repeats: int, names: Sequence[str]) -> dict[str, Any]:
+    """A training step of 512 tokens with AdamW, without and with the force.
+
+    Each way has its own plain steps beside it, so ways may be measured at different times.
+    """
     rows = [{"input_ids": row.tolist()} for row in tokens[:8]]
     batch = tokens[:STEP_ROWS]
     start = {k: v.clone() for k, v in model.state_dict().items() if "lora_" in k}
@@ -169,9 +180,9 @@ def _steps(model: nn.Module, tokens: Tensor, repeats: int) -> dict[str, Any]:
         return run
 
     found: dict[str, Any] = {}
-    for name, options in STEPS.items():  # two at a time, or all factors would be held at once
+    for name in names:  # two at a time, or all factors would be held at once
         model.load_state_dict(start, strict=False)
-        curvature = retain.fit_curvature(model, rows, progress=False, **options)
+        curvature = retain.fit_curvature(model, rows, progress=False, **STEPS[name])
         retention = retain.Retention(model, curvature, strength=1.0)
         pair = _measure(
             {"plain LoRA": ("baseline", step(None)), name: ("retain", step(retention))},

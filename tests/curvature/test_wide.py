@@ -9,7 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from retain import attach_lora, fit_curvature
+from retain.curvature.kronecker import KroneckerBlock
 from retain.curvature.plan import factor_bytes, fitting_bytes
+from retain.curvature.stack import WIDE as STACKED
+from retain.curvature.stack import stacks
 from retain.models.adapter import lora_sites
 
 WIDE, RANK = 14336, 256
@@ -57,3 +60,26 @@ def test_a_layer_of_14336_inputs_takes_what_the_plan_says(structure: str, tmp_pa
     assert held == pytest.approx(fitting_bytes(structure, layers, shared, RANK), rel=0.05)
     # The whole factor of the wide side alone would be 822 MB.
     assert 4 * WIDE**2 > 50 * curvature.memory()
+
+
+def test_few_rows_of_a_wide_stack_are_what_they_are_one_by_one() -> None:
+    random = torch.Generator().manual_seed(0)
+    blocks = {}
+    for name in ("a", "b"):
+        root = torch.randn(STACKED, 4, generator=random, dtype=torch.float64)
+        g = torch.randn(8, 3, generator=random, dtype=torch.float64)
+        blocks[name] = KroneckerBlock(root @ root.T, g @ g.T)
+    thins = {
+        name: (
+            torch.randn(8, 3, generator=random, dtype=torch.float64),
+            torch.randn(3, STACKED, generator=random, dtype=torch.float64),
+        )
+        for name in blocks
+    }
+    want = {name: blocks[name].thin(*thins[name]) for name in blocks}
+    (stack,) = stacks(blocks)
+    value, found = stack.thin(thins)
+    assert float(value) == pytest.approx(sum(float(w.value) for w in want.values()), rel=1e-12)
+    for name, (left, right) in found.items():
+        torch.testing.assert_close(left, want[name].left, rtol=1e-11, atol=1e-9)
+        torch.testing.assert_close(right, want[name].right, rtol=1e-11, atol=1e-9)

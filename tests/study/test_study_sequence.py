@@ -119,10 +119,14 @@ def test_seeds_and_methods_make_a_difference(tiny_folder: Path, tmp_path: Path) 
 def test_a_state_of_other_versions_is_not_gone_on_from(tmp_path: Path) -> None:
     kept = SequenceState(tmp_path / "s", {"torch": "1"})
     kept.save(1, {"matrix": [[0.5]]}, {"a": torch.ones(2, 3, dtype=torch.bfloat16).T}, {})
-    kept.save(2, {"matrix": []}, {"a": torch.zeros(2)}, {"f": torch.tensor(3.0)})
+    both = torch.arange(4.0)
+    method = {"f": torch.tensor(3.0), "g": both, "h": both, "half": both[2:]}
+    kept.save(2, {"matrix": []}, {"a": torch.zeros(2)}, method)
     found = kept.load()
     assert found is not None and (found.done, found.data) == (2, {"matrix": []})
-    assert float(found.method["f"]) == 3.0
+    assert {n: t.tolist() for n, t in found.method.items()} == {
+        "f": 3.0, "g": [0, 1, 2, 3], "h": [0, 1, 2, 3], "half": [2, 3],
+    }  # fmt: skip
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
         "adapter-2.safetensors", "method-2.safetensors", "state.json",
     ]  # fmt: skip

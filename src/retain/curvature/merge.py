@@ -194,12 +194,13 @@ def _eigen(
     basis_in = eigh(sides(a) + sides(b))[1].contiguous()
     out, lost, whole = [], 0.0, 0.0
     for x, y in zip(a, b, strict=True):
-        total = sum((z.outputs * z.values.sum(1)) @ z.outputs.T for z in (x, y))
-        basis_out = eigh(total)[1].contiguous()
-        values = sum(
+        parts = [(z.outputs * z.values.sum(1)) @ z.outputs.T for z in (x, y)]
+        basis_out = eigh(parts[0] + parts[1])[1].contiguous()
+        parts = [
             (basis_out.T @ z.outputs).square() @ z.values @ (z.inputs.T @ basis_in).square()
             for z in (x, y)
-        )
+        ]
+        values = parts[0] + parts[1]
         out.append(EigenBlock(basis_in, basis_out, values))
         between = (x.outputs.T @ y.outputs).square() @ y.values @ (y.inputs.T @ x.inputs).square()
         norm = x.values.square().sum() + y.values.square().sum() + 2 * (x.values * between).sum()

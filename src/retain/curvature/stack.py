@@ -19,6 +19,10 @@ from retain.curvature.kronecker import KroneckerBlock
 
 __all__ = ["Stack", "stacks"]
 
+WIDE, FEW = 1024, 8
+"""A wide matrix is read faster from its own side where there are few rows: 23 ms against 27 for 30
+of 1,536 x 1,536 and 8 rows, on 2 cores."""
+
 Thins = Mapping[str, tuple[Tensor, Tensor]]
 
 
@@ -79,7 +83,10 @@ class _Factors:
     def matmul(self, rows: Tensor) -> Tensor:
         """``rows @ S`` of each, for rows [count, n, size]."""
         if self.kind is DenseFactor:
-            return rows @ self.tensors[""]
+            matrix = self.tensors[""]
+            if matrix.shape[1] >= WIDE and rows.shape[1] <= FEW:
+                return (matrix @ rows.mT).mT  # it is symmetric
+            return rows @ matrix
         if self.kind is ScalarFactor:
             return rows * self.tensors[".scale"][:, None, None]
         vectors = self.tensors[".vectors"]

@@ -2,7 +2,7 @@
 
     {name: four-task, models: [smollm2-135m], seeds: [0, 1, 2],
      orders: {first: [cl15/dbpedia, cl15/sst2], paper: published/order4-14},
-     adapters: {lora: {rank: 16}, prefix: {tokens: 8, training: {learning_rate: 0.01}}},
+     adapters: {lora: {rank: 16}, prefix: {num_virtual_tokens: 8, training: {learning_rate: 0.01}}},
      methods: {none: {}, kfac: {strength: [1, 10]}},
      runs: [{adapter: lora, methods: [none, kfac]}, {adapter: prefix, method: none, seeds: [0]},
             {adapter: lora, method: none, independent: true}],
@@ -43,7 +43,7 @@ class AdapterSpec(_Open):
     """One way to tune.
 
     Attributes:
-        kind: lora, full, bottleneck or prefix; the label by default.
+        kind: lora, full, bottleneck, prefix or osf; the label by default.
         dtype: of the model, where it differs from the study's.
         training: settings that differ from the study's.
     """

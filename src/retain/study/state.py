@@ -92,8 +92,14 @@ class SequenceState:
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    whole = {
-        name: t.detach().to("cpu", copy=True).contiguous().clone() for name, t in tensors.items()
-    }
+    whole: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        flat = tensor.detach().cpu().contiguous()
+        place = flat.untyped_storage()
+        if place.nbytes() != flat.nbytes or place.data_ptr() in seen:  # safetensors shares nothing
+            flat = flat.clone()
+        seen.add(flat.untyped_storage().data_ptr())
+        whole[name] = flat
     with whole_file(path, "the state of a run") as scratch:
         save_file(whole, scratch)
