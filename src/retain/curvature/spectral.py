@@ -20,7 +20,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         values, vectors = torch.linalg.eigh(matrix)
-    except torch._C._LinAlgError as error:
+    except RuntimeError as error:  # LinAlgError
         wide = matrix.double()
         size = wide.diagonal(dim1=-2, dim2=-1).abs().amax()
         if not bool(wide.isfinite().all()):
@@ -28,7 +28,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         scale = torch.where(size > 0, size, torch.ones_like(size))
         try:
             values, vectors = torch.linalg.eigh((wide + wide.mT) / (2 * scale))
-        except torch._C._LinAlgError as again:
+        except RuntimeError as again:
             raise _bad(str(again).partition("\n")[0]) from again
         return (values * scale).to(matrix.dtype), vectors.to(matrix.dtype)
     return values, vectors
