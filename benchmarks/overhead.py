@@ -110,6 +110,7 @@ def main() -> None:
         result = json.loads(args.out.read_text(encoding="utf-8"))
     for name in args.parts:  # written after each: it is half an hour's work
         result[name] = parts[name]()
+        result[f"{name}_of"] = {"tokens": tokens.numel(), "commit": provenance(0)["commit"]}
         write_json(args.out, result)
     if not result.keys() >= set(PARTS):
         return
@@ -356,12 +357,15 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"## A training step of {result['step_tokens']} tokens with the force, over plain LoRA",
         "",
+        "Each ratio is over plain steps that were run in turns with it.",
+        "",
         *_table(result["step"], "step"),
         "",
         "## What is lost on the way",
         "",
         "The predicted nats of a small random update and of one that plain LoRA made, relative to "
-        "those from all tokens in plain float32 products.",
+        "those from all tokens in plain float32 products "
+        f"({result['error_of']['tokens']:,} tokens, commit {result['error_of']['commit']}).",
         "",
         "| curvature | random | trained | stated error of the share |",
         "|---|---|---|---|",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from study_parts import tiny_study
 
 KILLS = int(os.environ.get("RETAIN_KILLS", "3"))
