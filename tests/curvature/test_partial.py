@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import retain.curvature.estimate as estimate
+import retain.curvature.rows as source_reading
 from retain import Curvature, attach_lora, fit_curvature, load_model
 from retain.curvature.gather import Gather
 from retain.curvature.partial import forget
@@ -238,9 +238,9 @@ def test_sampled_text_is_kept(
 ) -> None:
     loaded = load_model(tiny_folder, dtype="float64")
     model, path, sampled = attach_lora(loaded.model, rank=2), tmp_path / "p", []
-    real = estimate.sample_rows
+    real = source_reading.sample_rows
     monkeypatch.setattr(
-        estimate, "sample_rows", lambda *a, **k: sampled.append(k["seed"]) or real(*a, **k)
+        source_reading, "sample_rows", lambda *a, **k: sampled.append(k["seed"]) or real(*a, **k)
     )
     options = {"model": model, "source": "self", "tokenizer": loaded.tokenizer}
     options |= {"rows": 6, "max_length": 8}
