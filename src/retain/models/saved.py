@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from retain.errors import ModelError, OutputError
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["check_adapter", "load_adapter", "save_adapter"]
+__all__ = ["check_adapter", "load_adapter", "save_adapter", "whole_folder"]
 
 _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -99,17 +101,30 @@ def save_adapter(model: PeftModel, folder: Path, base: str) -> Path:
     Raises:
         OutputError: the place cannot be written, or the disk is full.
     """
-    from safetensors import SafetensorError
-
     for config in model.peft_config.values():
         config.base_model_name_or_path = base
+    with whole_folder(folder) as new:
+        model.save_pretrained(str(new), save_embedding_layers=False)
+        (new / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with paths of this machine
+    return folder
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder to write to; it takes the place of `folder` when the block ends well.
+
+    Raises:
+        OutputError: the place cannot be written, or the disk is full.
+    """
+    from safetensors import SafetensorError
+
     scratch = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         new, old = scratch / "new", scratch / "old"
-        model.save_pretrained(str(new), save_embedding_layers=False)
-        (new / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with paths of this machine
+        new.mkdir()
+        yield new
         if folder.exists():
             os.replace(folder, old)
         try:
@@ -127,4 +142,3 @@ def save_adapter(model: PeftModel, folder: Path, base: str) -> Path:
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
-    return folder

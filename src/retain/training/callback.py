@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class RetentionCallback(TrainerCallback):
     ) -> None:
         assert self.retention is not None
         if not args.fp16:  # a gradient scaler skips such steps by itself
-            self._check_gradients(state.global_step + 1)
+            check_gradients(self.retention.parameters(), state.global_step + 1)
         if self.update == "gradient":
             self._nats = self.retention.add_force()
 
@@ -88,20 +89,30 @@ class RetentionCallback(TrainerCallback):
             "predicted_nats": self._nats,
             "retention_strength": self.strength,
         }
-        logs.update(added)
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(added)
+        record(state, logs, added)
 
-    def _check_gradients(self, step: int) -> None:
-        assert self.retention is not None
-        grads = [p.grad for p in self.retention.parameters() if p.grad is not None]
-        if grads and not bool(torch.stack([g.isfinite().all() for g in grads]).all()):
-            raise TrainingError(
-                "the loss or its gradient is not finite",
-                got=f"NaN or infinity at step {step}",
-                allowed="finite numbers",
-                fix="lower the learning rate, or check the data",
-            )
+
+def check_gradients(parameters: Iterable[nn.Parameter], step: int) -> None:
+    """Checks the gradients before a step.
+
+    Raises:
+        TrainingError: one of them is not a finite number.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if grads and not bool(torch.stack([g.isfinite().all() for g in grads]).all()):
+        raise TrainingError(
+            "the loss or its gradient is not finite",
+            got=f"NaN or infinity at step {step}",
+            allowed="finite numbers",
+            fix="lower the learning rate, or check the data",
+        )
+
+
+def record(state: TrainerState, logs: dict[str, float], added: dict[str, float]) -> None:
+    """Adds to a record of the trainer's log, and to its copy in the history."""
+    logs.update(added)
+    if state.log_history and state.log_history[-1].get("step") == state.global_step:
+        state.log_history[-1].update(added)
 
 
 def refuse_deepspeed(args: TrainingArguments, optimizer: object) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from retain.errors import TrainingError
 from retain.models.adapter import unwrap
 from retain.retention.method import Method
-from retain.training.callback import go_first, refuse_deepspeed
+from retain.training.callback import check_gradients, go_first, record, refuse_deepspeed
 
 __all__ = ["MethodCallback"]
 
@@ -44,7 +42,7 @@ class MethodCallback(TrainerCallback):
     ) -> None:
         model: nn.Module = unwrap(kwargs["model"])
         if not args.fp16:  # a gradient scaler skips such steps by itself
-            _check_gradients(model, state.global_step + 1)
+            check_gradients(model.parameters(), state.global_step + 1)
         self._nats = self.method.before_step(model)
 
     def on_optimizer_step(
@@ -68,17 +66,4 @@ class MethodCallback(TrainerCallback):
         added = {"retention_strength": self.method.strength}
         if self._nats is not None:
             added["predicted_nats"] = self._nats
-        logs.update(added)
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(added)
-
-
-def _check_gradients(model: nn.Module, step: int) -> None:
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    if grads and not bool(torch.stack([g.isfinite().all() for g in grads]).all()):
-        raise TrainingError(
-            "the loss or its gradient is not finite",
-            got=f"NaN or infinity at step {step}",
-            allowed="finite numbers",
-            fix="lower the learning rate, or check the data",
-        )
+        record(state, logs, added)

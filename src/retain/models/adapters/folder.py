@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from retain.config import validate
-from retain.errors import ConfigError, ModelError, OutputError
+from retain.errors import ConfigError, ModelError
 from retain.models.adapters.base import Options, new_heads
 from retain.models.fingerprint import fingerprint
+from retain.models.saved import whole_folder
 
 __all__ = [
     "check_base",
@@ -25,7 +22,6 @@ __all__ = [
     "read_tensors",
     "refused",
     "same_base",
-    "whole_folder",
     "write_adapter",
 ]
 
@@ -33,41 +29,6 @@ Kind = TypeVar("Kind", bound=Options)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A scratch folder to write to; it takes the place of `folder` when the block ends well.
-
-    Raises:
-        OutputError: the place cannot be written, or the disk is full.
-    """
-    from safetensors import SafetensorError
-
-    scratch = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        new, old = scratch / "new", scratch / "old"
-        new.mkdir()
-        yield new
-        if folder.exists():
-            os.replace(folder, old)
-        try:
-            os.replace(new, folder)
-        finally:
-            if old.exists() and not folder.exists():  # whatever broke in, the older one stays
-                os.replace(old, folder)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            "the adapter cannot be written",
-            got=f"{folder}: {error}",
-            allowed="a folder that can be written, with room on the disk",
-            fix="free some disk, or choose another --out",
-        ) from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_adapter(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Path:
