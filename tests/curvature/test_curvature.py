@@ -258,3 +258,30 @@ def test_a_layer_that_gets_no_gradient_is_an_error() -> None:
     # With one position, attention does not depend on its query and key.
     with pytest.raises(CurvatureError, match="no gradient at all"):
         fit_curvature(tiny("llama"), [{"input_ids": [3, 7]}], batch_size=1, progress=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("structure", ["kfac", "activation", "shampoo"])
+def test_rounded_factors_pull_nearly_as_whole_ones(kind: str, structure: str) -> None:
+    model = tiny(kind).float()
+    curvature = fit_curvature(model, ROWS[kind], structure, **FIT)
+    move(model, seed=9)
+    sites = curvature.bind(model)
+    nats, pulls = curvature.pulls(sites)
+    rounded, near = curvature.pulls(sites, rounded=True)
+    assert rounded == pytest.approx(nats, rel=1e-2)
+    assert rounded != nats
+    assert all(p.parameter is n.parameter for p, n in zip(pulls, near, strict=True))
+    exact, other = (torch.cat([p.gradient.flatten() for p in found]) for found in (pulls, near))
+    assert 0 < relative(other, exact) < 2e-2
+    assert curvature.pulls(sites)[0] == nats  # the factors themselves are as they were
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_around_a_later_anchor_and_in_double_precision_nothing_is_rounded(kind: str) -> None:
+    for model, moved in ((tiny(kind), False), (tiny(kind, moved=True).float(), True)):
+        curvature = fit_curvature(model, ROWS[kind], "kfac", **FIT)
+        move(model, seed=9)
+        sites = curvature.bind(model)
+        assert bool(curvature.anchor) is moved
+        assert curvature.pulls(sites, rounded=True)[0] == curvature.pulls(sites)[0]

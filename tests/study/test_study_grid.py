@@ -84,6 +84,7 @@ def test_keys_are_stable_and_depend_on_everything() -> None:
     assert first.key == grid().runs[0].key == run_key(first.config)
     changes: list[dict[str, Any]] = [
         {"dtype": "float64"},
+        {"attention": "eager"},
         {"data": {"train": 5}},
         {"training": {"learning_rate": 0.011, "tasks": {"b": {"epochs": 3}}}},
         {"training": {"learning_rate": 0.01, "tasks": {"b": {"epochs": 4}}}},
@@ -126,6 +127,7 @@ def test_published_orders_and_patterns() -> None:
         ({"source": {"kind": "file"}}, "a source of kind file with its path"),
         ({"training": {"learning_rat": 1}}, "did you mean 'learning_rate'"),
         ({"training": {"seed": 1}}, "seed is no setting.*seeds:"),
+        ({"training": {"update": "proximal"}}, "update is no setting.*methods:"),
         ({"training": {"tasks": [1]}}, "training.tasks is no mapping"),
         ({"training": {"tasks": {"z": {}}}}, "unknown task; got: 'z'"),
         ({"training": {"batch_size": 3, "accumulation": 2}}, "do not go together"),

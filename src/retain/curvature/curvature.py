@@ -64,7 +64,7 @@ class Curvature:
     ) -> None:
         self.blocks, self.anchor, self.info = dict(blocks), dict(anchor), info
         self.links = dict(links or {})
-        self._stacks: list[Stack] | None = None
+        self._stacks: dict[bool, list[Stack]] = {}
 
     def __repr__(self) -> str:
         i = self.info
@@ -203,7 +203,7 @@ class Curvature:
             return factors[id(f)]
 
         self.blocks = {n: b.moved(factor, tensor) for n, b in self.blocks.items()}
-        self._stacks = None
+        self._stacks = {}
         self.links = {
             pair: Link(tensor(link.inputs), tensor(link.outputs), link.weight)
             for pair, link in self.links.items()
@@ -211,14 +211,21 @@ class Curvature:
         self.anchor = {n: tuple(t.to(device) for t in kept) for n, kept in self.anchor.items()}
         return self
 
-    def pulls(self, sites: Sequence[Site]) -> tuple[float, list[Pull]]:
+    def pulls(self, sites: Sequence[Site], *, rounded: bool = False) -> tuple[float, list[Pull]]:
         """The quadratic and its gradient in each trained parameter, in closed form.
 
         In weight space, with ``F`` a layer's block: ``dB = s F(D) A^T`` and ``dA = s B^T F(D)``.
+
+        Args:
+            sites: the layers, as `bind` gives them.
+            rounded: read float32 Kronecker factors in bfloat16 (a copy of theirs, made once), which
+                takes less than half the time where the hardware has such products; the gradient
+                then errs by about 0.3 %. Ignored around a later anchor, where
+                what is left of two near products would be rounding.
         """
         with torch.no_grad():
             moves = Moves.of(self, sites)
-            values, thin = self._thin(moves)
+            values, thin = self._thin(moves, rounded and not self.anchor)
             full = {n: self.blocks[n].matvec(d) for n, d in moves.full.items()}
             values += [0.5 * (d * full[n]).sum() for n, d in moves.full.items()]
             for (i, j), link in self.links.items():
@@ -248,14 +255,17 @@ class Curvature:
                     pulls.append(Pull(site.a, right[: site.rank]))
             return float(torch.stack(values).sum()), pulls
 
-    def _thin(self, moves: Moves) -> tuple[list[Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    def _thin(
+        self, moves: Moves, rounded: bool
+    ) -> tuple[list[Tensor], dict[str, tuple[Tensor, Tensor]]]:
         """Values and gradients of the thin moves, like layers together."""
         values: list[Tensor] = []
         out: dict[str, tuple[Tensor, Tensor]] = {}
-        if self._stacks is None:
+        if rounded not in self._stacks:
             # A link may share a block's factor, which must stay where it is.
-            self._stacks = [] if self.links or not moves.thin else stacks(self.blocks)
-        for stack in self._stacks:
+            idle = bool(self.links) or not moves.thin
+            self._stacks[rounded] = [] if idle else stacks(self.blocks, rounded=rounded)
+        for stack in self._stacks[rounded]:
             if stack.fits(moves.thin):
                 value, found = stack.thin(moves.thin)
                 values.append(value)

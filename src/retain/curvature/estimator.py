@@ -149,11 +149,12 @@ def products(kind: Products) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def _has_bf16() -> bool:
+def has_bf16() -> bool:
+    """Whether products in bfloat16 are faster here."""
     if torch.cuda.is_available():
         return True
     # AVX512-BF16 alone gains little or nothing: the conversion of the operands eats it.
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
-_HAS_BF16 = _has_bf16()
+_HAS_BF16 = has_bf16()

@@ -3,7 +3,8 @@
 A model's layers repeat, and a force of 210 small products a step is bound by their calls, not by
 their arithmetic. Here the factors of like layers lie behind each other in one tensor, of which each
 block's own factor becomes a view, so nothing is stored twice. A unit is the layers that read one
-input (q, k and v); units of one make are stacked.
+input (q, k and v); units of one make are stacked. A rounded stack is a copy in bfloat16 instead,
+which is read in less than half the time.
 """
 
 from __future__ import annotations
@@ -32,16 +33,20 @@ class Stack:
     Args:
         units: names of the layers of each unit; all units have as many.
         blocks: theirs.
+        rounded: whole float32 factors are copied to bfloat16.
     """
 
     def __init__(
-        self, units: Sequence[Sequence[str]], blocks: Mapping[str, KroneckerBlock]
+        self,
+        units: Sequence[Sequence[str]],
+        blocks: Mapping[str, KroneckerBlock],
+        rounded: bool = False,
     ) -> None:
         self.units = [tuple(unit) for unit in units]
         self.names = [name for unit in self.units for name in unit]
-        self._inputs = _Factors([blocks[unit[0]].inputs for unit in self.units])
+        self._inputs = _Factors([blocks[unit[0]].inputs for unit in self.units], rounded)
         self._outputs = [
-            _Factors([blocks[unit[reader]].outputs for unit in self.units])
+            _Factors([blocks[unit[reader]].outputs for unit in self.units], rounded)
             for reader in range(len(self.units[0]))
         ]
 
@@ -72,8 +77,13 @@ class Stack:
 class _Factors:
     """Factors of one kind and size, behind each other."""
 
-    def __init__(self, factors: Sequence[Factor]) -> None:
+    def __init__(self, factors: Sequence[Factor], rounded: bool) -> None:
         self.kind = type(factors[0])
+        if rounded and isinstance(factors[0], DenseFactor):
+            wholes = [f.dense() for f in factors]
+            if wholes[0].dtype == torch.float32:
+                self.tensors = {"": torch.stack([w.to(torch.bfloat16) for w in wholes])}
+                return
         self.tensors = {
             key: torch.stack([f.tensors()[key] for f in factors]) for key in factors[0].tensors()
         }
@@ -83,18 +93,24 @@ class _Factors:
     def matmul(self, rows: Tensor) -> Tensor:
         """``rows @ S`` of each, for rows [count, n, size]."""
         if self.kind is DenseFactor:
-            matrix = self.tensors[""]
+            matrix, dtype = self.tensors[""], rows.dtype
+            rows = rows.to(matrix.dtype)
             if matrix.shape[1] >= WIDE and rows.shape[1] <= FEW:
-                return (matrix @ rows.mT).mT  # it is symmetric
-            return rows @ matrix
+                return (matrix @ rows.mT).mT.to(dtype)  # it is symmetric
+            return (rows @ matrix).to(dtype)
         if self.kind is ScalarFactor:
             return rows * self.tensors[".scale"][:, None, None]
         vectors = self.tensors[".vectors"]
         return torch.baddbmm(rows * self.tensors[".diagonal"][:, None], rows @ vectors, vectors.mT)
 
 
-def stacks(blocks: Mapping[str, Block]) -> list[Stack]:
-    """Stacks of all Kronecker blocks; others are left alone."""
+def stacks(blocks: Mapping[str, Block], *, rounded: bool = False) -> list[Stack]:
+    """Stacks of all Kronecker blocks; others are left alone.
+
+    Args:
+        blocks: by layer. Unless `rounded`, their factors become views of the stacks.
+        rounded: see `Stack`.
+    """
     units: dict[int, list[str]] = {}
     kronecker = {n: b for n, b in blocks.items() if isinstance(b, KroneckerBlock)}
     for name, block in kronecker.items():
@@ -104,7 +120,7 @@ def stacks(blocks: Mapping[str, Block]) -> list[Stack]:
         first = kronecker[unit[0]].inputs
         make = (_make(first), *(_make(kronecker[name].outputs) for name in unit))
         makes.setdefault(make, []).append(unit)
-    return [Stack(found, kronecker) for found in makes.values()]
+    return [Stack(found, kronecker, rounded) for found in makes.values()]
 
 
 def _make(factor: Factor) -> object:

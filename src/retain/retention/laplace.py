@@ -21,6 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from retain.curvature.curvature import Curvature
+from retain.curvature.estimator import has_bf16
 from retain.curvature.moves import proximal
 from retain.errors import ConfigError, MismatchError, TrainingError, unknown
 from retain.models.sites import LinearSite, check_held
@@ -109,7 +110,7 @@ class Retention:
         Raises:
             TrainingError: the weights have left the finite numbers.
         """
-        nats, pulls = self.curvature.pulls(self.sites)
+        nats, pulls = self.curvature.pulls(self.sites, rounded=has_bf16())
         _check_finite(nats)
         if self.strength:
             for parameter, gradient in pulls:

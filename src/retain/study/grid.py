@@ -183,6 +183,7 @@ class _Expansion:
                 config = {
                     "model": model,
                     "dtype": adapter.dtype or spec.dtype,
+                    "attention": spec.attention,
                     "adapter": {"name": name, "kind": adapter.kind, **adapter.options},
                     "method": self._method(label, method, facts),
                     "order": {"name": order, "tasks": tasks},

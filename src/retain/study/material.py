@@ -86,8 +86,11 @@ def load_base(config: Mapping[str, Any], specs: Sequence[TaskSpec]) -> Base:
     """
     from transformers import set_seed
 
-    name, dtype = config["model"], config["dtype"]
-    found = load_model(name, dtype=dtype)
+    name = config["model"]
+    kind: dict[str, Any] = {"dtype": config["dtype"]}
+    if config["attention"] is not None:
+        kind["attn_implementation"] = config["attention"]
+    found = load_model(name, **kind)
     try:
         causal = is_causal(found.model)
     except ModelError:  # an encoder without a head
@@ -107,7 +110,7 @@ def load_base(config: Mapping[str, Any], specs: Sequence[TaskSpec]) -> Base:
         columns.append(slice(start, start + width))
         start += width
     set_seed(seed_of(int(config["seed"]), -1))
-    found = load_model(name, dtype=dtype, num_labels=start, ignore_mismatched_sizes=True)
+    found = load_model(name, num_labels=start, ignore_mismatched_sizes=True, **kind)
     return Base(found.model, found.tokenizer, False, columns)
 
 

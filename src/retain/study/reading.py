@@ -17,8 +17,13 @@ from retain.study.spec import StudySpec
 
 __all__ = ["RUNNERS_OWN", "parse_study", "read_study"]
 
-RUNNERS_OWN = ("seed", "save_steps", "report_to")
-"""Keys of the training settings that the runner sets by itself."""
+RUNNERS_OWN = {
+    "seed": "seeds: [0, 1] at the top",
+    "update": "methods: {kfac: {update: proximal}}",
+    "save_steps": "remove it",
+    "report_to": "remove it",
+}
+"""Keys of the training settings that are not a study's there, and where they are."""
 
 _BOOL = "tag:yaml.org,2002:bool"
 _SHORT = {"model": "models", "adapter": "adapters", "method": "methods", "order": "orders"}
@@ -158,13 +163,13 @@ def _check_training(spec: StudySpec) -> None:
             )
         for part in (training, *tasks.values()):
             settings = {k: v for k, v in part.items() if k != "tasks"}
-            for key in RUNNERS_OWN:
+            for key, fix in RUNNERS_OWN.items():
                 if key in settings:
                     raise ConfigError(
                         f"{key} is no setting of a study's training",
                         got=f"{key}: {settings[key]}",
                         allowed="the other training settings",
-                        fix="seeds: [0, 1] at the top" if key == "seed" else "remove it",
+                        fix=fix,
                     )
             for key, value in settings.items():  # one by one: the others may be elsewhere
                 whole = {"batch_size": value} if key == "accumulation" else {}

@@ -155,12 +155,17 @@ class EvaluationSpec(_Strict):
 
 
 class StudySpec(_Strict):
-    """A whole study; see the module for an example."""
+    """A whole study; see the module for an example.
+
+    Attributes:
+        attention: an ``attn_implementation`` of transformers; its own choice where it is null.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")
     description: str = ""
     models: list[str] = Field(min_length=1)
     dtype: DType = "float32"
+    attention: str | None = None
     seeds: list[int] = Field([0], min_length=1)
     orders: dict[str, list[str] | str] = Field(min_length=1)
     adapters: dict[str, AdapterSpec] = Field(min_length=1)
