@@ -185,12 +185,13 @@ def _steps(model: nn.Module, tokens: Tensor, repeats: int, names: Sequence[str])
         model.load_state_dict(start, strict=False)
         curvature = retain.fit_curvature(model, rows, progress=False, **STEPS[name])
         retention = retain.Retention(model, curvature, strength=1.0)
+        fitted = curvature.memory()
         pair = _measure(
             {"plain LoRA": ("baseline", step(None)), name: ("retain", step(retention))},
             2 * repeats + 1,
             batch,
         )
-        pair[name]["factors"] = curvature.memory()
+        pair[name] |= {"factors": curvature.memory(), "fitted": fitted}
         found.setdefault("plain LoRA", pair["plain LoRA"])
         found[name] = pair[name]
         del curvature, retention

@@ -278,10 +278,14 @@ class Curvature:
         return values, out
 
     def memory(self) -> int:
-        """Bytes that the blocks, links and the anchor take; shared tensors count once."""
+        """Bytes that the blocks, links and the anchor take; shared tensors count once.
+
+        Copies in bfloat16 that a force has made, see `pulls`, count too.
+        """
         tensors = [t for b in self.blocks.values() for t in b.tensors().values()]
         tensors += [t for link in self.links.values() for t in (link.inputs, link.outputs)]
         tensors += [t for kept in self.anchor.values() for t in kept]
+        tensors += [t for stack in self._stacks.get(True, []) for t in stack.tensors()]
         unique = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
         return sum(unique.values())
 

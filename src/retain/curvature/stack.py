@@ -50,6 +50,10 @@ class Stack:
             for reader in range(len(self.units[0]))
         ]
 
+    def tensors(self) -> list[Tensor]:
+        """All factors."""
+        return [t for factors in (self._inputs, *self._outputs) for t in factors.tensors.values()]
+
     def fits(self, thins: Thins) -> bool:
         """Whether all displacements have one rank."""
         return len({len(thins[name][1]) for name in self.names}) == 1
