@@ -45,11 +45,12 @@ HOLDING: dict[str, dict[str, Any]] = {
     "replay": {"share": 0.2},
     "self_replay": {"share": 0.5, "rows": 6, "max_length": 8},
     "olora": {"strength": 0.1},
+    "discriminant": {"strength": 5.0, "rows": 8},
     "osf": {},
 }
 """A setting of each method that does something."""
 
-CURVED = ("l2", "diagonal", "kfac", "tridiagonal", "activation")
+CURVED = ("l2", "diagonal", "kfac", "tridiagonal", "activation", "discriminant")
 
 TOKENIZER: Any = SimpleNamespace(
     bos_token_id=1, eos_token_id=2, pad_token_id=0, chat_template=None, bos_token=None
@@ -75,7 +76,7 @@ CASES = cases()
 
 
 def method_of(name: str, **options: Any) -> Method:
-    return make_method(name, **{**HOLDING[name], **options})
+    return make_method(name, **{**HOLDING.get(name, {}), **options})
 
 
 def attach(

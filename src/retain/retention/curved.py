@@ -201,20 +201,24 @@ class Fitted(Curved):
         found = self._weighted(self.task_weight, found)
         return found if curvature is None else curvature + found
 
-    def fit(self, examples: Sequence[Example], columns: slice | None, seed: int) -> Curvature:
+    def fit(
+        self, examples: Sequence[Example], columns: slice | None, seed: int, **other: Any
+    ) -> Curvature:
         """The curvature of rows at the model's present weights.
 
         Args:
             examples: at most `rows` of them are read.
             columns: the outputs of a classifier that answer them; None for all of them.
             seed: of label draws.
+            **other: settings of `retain.fit_curvature` that differ from the method's own.
         """
         context, model = self.context, self.context.adapter.model
+        wanted = {"structure": self.structure, **self.options, **other}
         regression = columns is not None and columns.stop - columns.start == 1
-        if regression and self.options["fisher"] in ("empirical", "reversed"):
+        if regression and wanted["fisher"] in ("empirical", "reversed"):
             raise ConfigError(
                 "a regression has no labels of this kind",
-                got=f"fisher={self.options['fisher']!r}",
+                got=f"fisher={wanted['fisher']!r}",
                 allowed="mc, exact, tempered",
                 fix="fisher: mc",
             )
@@ -223,14 +227,13 @@ class Fitted(Curved):
             found = fit_curvature(
                 model,
                 rows,
-                self.structure,
                 tokenizer=tokenizer,
                 rows=self.rows,
                 max_length=max(len(e.tokens) for e in examples) + 1,
                 batch_size=min(context.batch_size, len(rows)),
                 seed=seed,
                 progress=context.progress,
-                **self.options,
+                **wanted,
             )
         return self._weighted(8 / FLAT**2, found) if regression else found
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retain.data.batches import Batch, Example
-from retain.errors import ConfigError
-from retain.models.adapter import LoraSite, lora_sites
+from retain.retention.blocks import Block, block_options
 from retain.retention.laplace import check_strength
 from retain.retention.method import Method, Task
 
@@ -46,56 +45,29 @@ class OLoRA(Method):
     def __init__(self, strength: float = 0.5) -> None:
         super().__init__(strength)
         check_strength(strength)
-        self.block: slice | None = None
-        self.sites: list[LoraSite] = []
-        self._handles: list[Any] = []
-        self._frozen: list[tuple[Tensor, Tensor]] = []
+        self.block: Block | None = None
 
     def adapter_options(self, options: dict[str, Any], tasks: int) -> dict[str, Any]:
-        """The rank is that of one task; the scaling stays what it is for one."""
-        rank, alpha = int(options.get("rank", 16)), options.get("alpha")
-        alpha = 2.0 * rank if alpha is None else float(alpha)
-        return {**options, "rank": rank * tasks, "alpha": alpha * tasks}
+        return block_options(options, tasks)
 
     def before_task(self, task: Task) -> Sequence[Example]:
         self._release()
-        self.sites = lora_sites(self.context.adapter.model)
-        tasks, rank = self.context.tasks, self.sites[0].rank
-        if rank % tasks or task.index >= tasks:
-            raise ConfigError(
-                "O-LoRA has no block for this task",
-                got=f"rank {rank} for {tasks} tasks, task {task.index + 1}",
-                allowed="a rank that is a multiple of the number of tasks",
-                fix="attach the adapter with OLoRA.adapter_options(options, tasks)",
-            )
-        size = rank // tasks
-        self.block = block = slice(task.index * size, (task.index + 1) * size)
-        for site in self.sites:
-            mask = torch.zeros(rank, 1, dtype=site.a.dtype, device=site.a.device)
-            mask[block] = 1
-            # At the gradient's birth, so that clipping sees the block alone.
-            self._handles.append(site.a.register_hook(mask.mul))
-            self._handles.append(site.b.register_hook(mask.T.mul))
-        self._frozen = [(s.a.detach().clone(), s.b.detach().clone()) for s in self.sites]
+        self.block = Block(self.context.adapter.model, task.index, self.context.tasks)
         return task.examples
 
     def loss(self, model: nn.Module, batch: Batch, logits: Tensor) -> Tensor | None:
         assert self.block is not None
-        if not self.strength or not self.block.start:
+        span = self.block.span
+        if not self.strength or not span.start:
             return None
-        start = self.block.start
-        terms = [(s.a[self.block] @ s.a[:start].detach().T).abs().sum() for s in self.sites]
+        terms = [
+            (s.a[span] @ s.a[: span.start].detach().T).abs().sum() for s in self.block.sites
+        ]
         return self.strength * torch.stack(terms).sum()
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> float | None:
-        """Puts the other blocks back, which weight decay moves without a gradient."""
         assert self.block is not None
-        rest = [slice(None, self.block.start), slice(self.block.stop, None)]
-        with torch.no_grad():
-            for site, (a, b) in zip(self.sites, self._frozen, strict=True):
-                for part in rest:
-                    site.a[part] = a[part]
-                    site.b[:, part] = b[:, part]
+        self.block.put_back()
         return None
 
     def after_task(self, task: Task) -> None:
@@ -105,6 +77,6 @@ class OLoRA(Method):
         self._release()
 
     def _release(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._frozen, self.block = [], [], None
+        if self.block is not None:
+            self.block.release()
+        self.block = None

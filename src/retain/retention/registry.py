@@ -8,6 +8,7 @@ from typing import Any
 from retain.errors import ConfigError, unknown
 from retain.retention.activation import Activation
 from retain.retention.diagonal import Diagonal
+from retain.retention.discriminant import Discriminant
 from retain.retention.kfac import KFAC
 from retain.retention.kl import KL
 from retain.retention.l2 import L2
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
     "masked_kl": MaskedKL,
     "replay": Replay,
     "self_replay": SelfReplay,
+    "discriminant": Discriminant,
     "olora": OLoRA,
     "osf": OSF,
 }

@@ -1,0 +1,92 @@
+"""A LoRA for each task inside one: rows of A and columns of B, of which a task trains its own.
+
+One LoRA of rank ``r * tasks`` is attached, with the scaling of rank r. The blocks of earlier tasks
+stay as they are, those of later ones have B = 0. The result is a plain PEFT adapter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from retain.errors import ConfigError
+from retain.models.adapter import lora_sites
+
+__all__ = ["Block", "block_options"]
+
+
+def block_options(options: dict[str, Any], tasks: int) -> dict[str, Any]:
+    """A LoRA's options with the rank of all tasks; the scaling stays what it is for one."""
+    rank, alpha = int(options.get("rank", 16)), options.get("alpha")
+    alpha = 2.0 * rank if alpha is None else float(alpha)
+    return {**options, "rank": rank * tasks, "alpha": alpha * tasks}
+
+
+class Block:
+    """The part of each layer's LoRA that belongs to one task; all else is held until `release`.
+
+    Args:
+        model: it carries the LoRA.
+        index: of the task.
+        tasks: how many blocks there are.
+        train_a: whether A's rows are trained, or B's columns alone.
+
+    Attributes:
+        span: the block's rows of A and columns of B.
+        sites: the layers.
+
+    Raises:
+        ConfigError: there is no such block.
+    """
+
+    def __init__(self, model: nn.Module, index: int, tasks: int, *, train_a: bool = True) -> None:
+        self.sites = lora_sites(model)
+        rank = self.sites[0].rank
+        if rank % tasks or index >= tasks:
+            raise ConfigError(
+                "the adapter has no block for this task",
+                got=f"rank {rank} for {tasks} tasks, task {index + 1}",
+                allowed="a rank that is a multiple of the number of tasks",
+                fix="attach the adapter with the method's adapter_options(options, tasks)",
+            )
+        size = rank // tasks
+        self.span = slice(index * size, (index + 1) * size)
+        self.rest = [slice(None, self.span.start), slice(self.span.stop, None)]
+        self.train_a, self._handles = train_a, []
+        for site in self.sites:
+            mask = torch.zeros(rank, 1, dtype=site.a.dtype, device=site.a.device)
+            mask[self.span] = 1
+            # At the gradient's birth, so that clipping sees the block alone.
+            self._handles.append(site.b.register_hook(mask.T.mul))
+            if train_a:
+                self._handles.append(site.a.register_hook(mask.mul))
+            else:
+                site.a.requires_grad_(False)
+        self._frozen = [(s.a.detach().clone(), s.b.detach().clone()) for s in self.sites]
+
+    def mask_gradients(self) -> None:
+        """Drops what has been added to the gradients of other blocks since the backward pass."""
+        for site in self.sites:
+            for part in self.rest:
+                if site.b.grad is not None:
+                    site.b.grad[:, part] = 0
+                if site.a.grad is not None:
+                    site.a.grad[part] = 0
+
+    def put_back(self) -> None:
+        """Puts the other blocks back, which weight decay moves without a gradient."""
+        with torch.no_grad():
+            for site, (a, b) in zip(self.sites, self._frozen, strict=True):
+                for part in self.rest:
+                    site.a[part] = a[part]
+                    site.b[:, part] = b[:, part]
+
+    def release(self) -> None:
+        """Lets all blocks train again."""
+        for handle in self._handles:
+            handle.remove()
+        if not self.train_a:
+            for site in self.sites:
+                site.a.requires_grad_(True)
