@@ -40,7 +40,9 @@ def plain(adapter: str, model: str, dtype: torch.dtype, tasks: int = 2) -> dict[
     return run(make_method("none"), adapter, model, tasks=tasks, dtype=dtype).state()
 
 
-@pytest.mark.parametrize(("name", "adapter", "model"), cases(without=["none", "osf", "discriminant"]))
+@pytest.mark.parametrize(
+    ("name", "adapter", "model"), cases(without=["none", "osf", "discriminant"])
+)
 def test_strength_zero_is_plain_training_bit_for_bit(name: str, adapter: str, model: str) -> None:
     options = OFF.get(name, {"strength": 0.0})
     tasks = 1 if name == "olora" else 2  # two tasks have twice the rank there

@@ -58,8 +58,8 @@ class Discriminant(Fitted):
         strength: of the penalty, see `Fitted`. 0 holds nothing: the start alone is at work.
         structure: of the curvature that holds B, and gives S_old: ``activation``, ``kfac`` or
             ``shampoo``.
-        start: ``discriminant``; ``principal`` (S_new alone), ``null`` (see the module) or ``random``
-            (PEFT's own draw).
+        start: ``discriminant``; ``principal`` (S_new alone), ``null`` (see the module) or
+            ``random`` (PEFT's own draw).
         signal: what S_new is the second moment of: ``inputs``, or the rows of each sequence's loss
             ``gradients`` (E[J^T J] with the data's labels). S is then theirs in the scale too.
         epsilon: see the module.
@@ -72,9 +72,9 @@ class Discriminant(Fitted):
 
     name: ClassVar[str] = "discriminant"
     adapters: ClassVar[frozenset[str]] = frozenset({"lora"})
-    why_not: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("full", "bottleneck", "prefix"), "what it chooses are the rows of LoRA's A")
-    }
+    why_not: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("full", "bottleneck", "prefix"), "what it chooses are the rows of LoRA's A"
+    )
 
     def __init__(
         self,
@@ -200,16 +200,17 @@ def discriminants(
     basis = torch.randn(size, min(size, count + SPARE), generator=random).to(wide)
 
     def through(x: Tensor) -> Tensor:
-        y = wide @ torch.linalg.solve_triangular(root.T, x, upper=True)
-        return torch.linalg.solve_triangular(root, y, upper=False)
+        x = wide @ torch.linalg.solve_triangular(root.T, x, upper=True)
+        y: Tensor = torch.linalg.solve_triangular(root, x, upper=False)
+        return y
 
     for _ in range(ROUNDS):
         basis = torch.linalg.qr(through(basis)).Q
     image = basis.T @ through(basis)
     turn = torch.linalg.eigh((image + image.T) / 2).eigenvectors.flip(1)
-    rows = torch.linalg.solve_triangular(root.T, basis @ turn[:, :count], upper=True).T
+    rows: Tensor = torch.linalg.solve_triangular(root.T, basis @ turn[:, :count], upper=True).T
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
-    return rows * largest.sign()  # an eigenvector has no sign of its own
+    return rows.mul_(largest.sign())  # an eigenvector has no sign of its own
 
 
 def _outside(new: Tensor, old: Tensor) -> Tensor:
@@ -218,7 +219,8 @@ def _outside(new: Tensor, old: Tensor) -> Tensor:
     below = values.clamp(min=0).cumsum(0) < (1 - SPANNED) * values.clamp(min=0).sum()
     below[0] = True  # the weakest direction at least
     weak = vectors[:, below]
-    return weak @ (weak.T @ new @ weak) @ weak.T
+    left: Tensor = weak @ (weak.T @ new @ weak) @ weak.T
+    return left
 
 
 def _scaled(rows: Tensor, near: Factor) -> Tensor:

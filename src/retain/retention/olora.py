@@ -60,9 +60,7 @@ class OLoRA(Method):
         span = self.block.span
         if not self.strength or not span.start:
             return None
-        terms = [
-            (s.a[span] @ s.a[: span.start].detach().T).abs().sum() for s in self.block.sites
-        ]
+        terms = [(s.a[span] @ s.a[: span.start].detach().T).abs().sum() for s in self.block.sites]
         return self.strength * torch.stack(terms).sum()
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> float | None:
