@@ -73,6 +73,7 @@ class RunConfig(_Strict):
     method: Literal["none", "laplace"] = "laplace"
     curvature: str | None = None
     strength: float = Field(10.0, ge=0)
+    budget: float | None = Field(None, gt=0, description="nats per source token, for the strength")
     limit: int | None = Field(None, ge=1)
     trust_remote_code: bool = False
     adapter: AdapterConfig = AdapterConfig()

@@ -82,6 +82,17 @@ class TestTrain:
         files = {p.name for p in trained.iterdir()}
         assert files == {"adapter", "checkpoints", "run.json", "train.json"}
 
+    def test_a_budget(
+        self, retain: Any, model: Path, data: Path, curvature: Path, tmp_path: Path
+    ) -> None:
+        argv = ("--model", model, "--data", data, "-o", tmp_path / "run", "--budget", 0.0005)
+        argv += ("--curvature", curvature, "--max-length", 16)
+        argv += ("--learning-rate", 0.05, "--epochs", 4, "--batch-size", 4, "--json")
+        record = retain("train", *argv).json
+        assert record["config"]["budget"] == 0.0005
+        assert len({entry["strength"] for entry in record["history"]}) > 1
+        assert 0 < record["predicted_nats"]
+
     def test_the_adapter_is_plain_peft(self, trained: Path, model: Path) -> None:
         folder = trained / "adapter"
         assert {p.name for p in folder.iterdir()} == {

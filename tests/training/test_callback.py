@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,57 @@ def test_an_unknown_update_is_refused() -> None:
 def test_a_strength_that_is_none_is_refused(strength: float) -> None:
     with pytest.raises(ConfigError, match="strength"):
         RetentionCallback(fit(tiny("llama")), strength)
+
+
+@pytest.mark.parametrize("source", [None, ROWS["llama"]])
+def test_a_budget_is_kept_in_a_trainer(source: Any, tmp_path: Path) -> None:
+    model, backend = tiny("llama"), Backend()
+    curvature = fit(model, structure="kfac")
+    keep = RetentionCallback(curvature, budget=0.02, source=source)
+    run = trainer(model, tmp_path, [keep], max_steps=20, learning_rate=0.05)
+    run.add_callback(backend)
+    run.train()
+    records = [r for r in backend.records if "loss" in r]
+    assert len({r["retention_strength"] for r in records}) > 1
+    assert all(0 <= r["predicted_nats"] for r in records)
+    retention = keep.retention
+    assert retention is not None and retention.budget is not None
+    if source is None:
+        assert retention.probe is None
+        assert {r["retention_correction"] for r in records} == {1.0}
+        assert curvature.quadratic(model) <= 0.02 * (1 + 1e-9)
+    else:
+        assert records[-1]["retention_correction"] != 1.0
+        assert 0.5 * 0.02 < retention.measured() <= 0.02
+    plain = tiny("llama")
+    trainer(plain, tmp_path, [], max_steps=20, learning_rate=0.05).train()
+    assert curvature.quadratic(plain) > 0.1
+
+
+def test_what_a_budget_has_learned_is_in_the_checkpoint(tmp_path: Path) -> None:
+    def keep(model: nn.Module) -> RetentionCallback:
+        return RetentionCallback(fit(model), budget=0.02, source=ROWS["llama"])
+
+    options = {"max_steps": 8, "learning_rate": 0.05, "save_strategy": "steps", "save_steps": 4}
+    model = tiny("llama")
+    trainer(model, tmp_path / "a", [keep(model)], **options).train()
+    other = tiny("llama")
+    half = keep(other)
+    run = trainer(other, tmp_path / "a", [half], **options)
+    run.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    for got, want in zip(weights(other).values(), weights(model).values(), strict=True):
+        torch.testing.assert_close(got, want)
+    kept = json.loads((tmp_path / "a" / "checkpoint-4" / "retention.json").read_text())
+    assert kept["reached"] is True and kept["strength"] != 10.0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"budget": 0.0}, "budget is no budget"),
+        ({"source": "text.txt"}, "a source without a budget"),
+    ],
+)
+def test_a_bad_budget_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        RetentionCallback(fit(tiny("llama")), **options)

@@ -122,6 +122,7 @@ class _Run:
                 self.config.training,
                 curvature=held and held.curvature,
                 strength=self.config.strength,
+                budget=self.config.budget if held else None,
                 out=self.kept,
                 progress=self.screen.progress,
                 resume=self.resume,

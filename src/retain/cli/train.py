@@ -43,6 +43,10 @@ def train(
         float | None,
         typer.Option(help="How much keeping weighs against learning, 0 or more (100)."),
     ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="In its place: nats per source token that may be spent, such as 0.05."),
+    ] = None,
     method: Annotated[
         str | None, typer.Option(help="laplace holds the model, none is plain LoRA (laplace).")
     ] = None,
@@ -91,7 +95,7 @@ def train(
     """Learn a task with a LoRA adapter, and forget little of what the model knew."""
     given: dict[str, Any] = {
         "model": model, "data": data, "out": out, "curvature": curvature, "strength": strength,
-        "method": method, "dtype": dtype, "limit": limit, "trust_remote_code": trust_remote_code,
+        "budget": budget, "method": method, "dtype": dtype, "limit": limit, "trust_remote_code": trust_remote_code,
         "adapter.rank": rank, "adapter.alpha": alpha, "adapter.seed": adapter_seed,
         "adapter.targets": None if targets is None else name_list(targets),
         "training.learning_rate": learning_rate, "training.epochs": epochs,

@@ -27,12 +27,17 @@ from retain.curvature.estimate import fit_curvature
 from retain.curvature.merge import reanchored
 from retain.data.batches import Example
 from retain.errors import ConfigError, unknown
+from retain.models.heads import is_causal
+from retain.retention.budget import check_budget
 from retain.retention.laplace import Retention, check_strength
 from retain.retention.method import Context, Method, Task
 from retain.retention.rows import choose, source_rows
 from retain.types import UPDATES, Fisher, Space, Structure, Update
 
 __all__ = ["Curved", "Fitted"]
+
+PROBE_ROWS = 8
+"""Of source text, on which a budget is measured."""
 
 FLAT = 0.01
 """How much of a regression's output is let into the logit that stands for it, see `_regression`."""
@@ -47,6 +52,8 @@ class Curved(Method, ABC):
         update: ``gradient`` or ``proximal``; see `retain.retention.laplace`.
         consolidate: after each task its curvature joins and the anchor moves; else the model is
             held at its start throughout.
+        budget: in place of the strength, nats per token that each task may spend, as the curvature
+            sees it; see `retain.retention.budget`. Source text, where there is any, corrects it.
 
     Raises:
         ConfigError: a value out of range.
@@ -61,10 +68,18 @@ class Curved(Method, ABC):
     }
 
     def __init__(
-        self, strength: float = 10.0, *, update: Update = "gradient", consolidate: bool = True
+        self,
+        strength: float = 10.0,
+        *,
+        update: Update = "gradient",
+        consolidate: bool = True,
+        budget: float | None = None,
     ) -> None:
         super().__init__(strength)
         check_strength(strength)
+        if budget is not None:
+            check_budget(budget)
+        self.budget = budget
         if update not in UPDATES:
             raise unknown("update", update, UPDATES)
         self.update: Update = update
@@ -87,10 +102,13 @@ class Curved(Method, ABC):
     def before_task(self, task: Task) -> Sequence[Example]:
         self.retention = None
         if self.curvature is not None:
+            causal = is_causal(self.context.adapter.model)
             self.retention = Retention(
                 self.context.adapter.model,
                 self.curvature,
                 self.strength,
+                budget=self.budget,
+                probe=self.context.source[:PROBE_ROWS] if causal else (),
                 update=self.update,
                 resuming=True,  # of several tasks only the first starts at the anchor
             )
@@ -107,6 +125,8 @@ class Curved(Method, ABC):
         return self.retention.apply_proximal(optimizer)
 
     def after_task(self, task: Task) -> None:
+        if self.retention is not None:
+            self.retention.finish()
         self.retention = None
         if self.consolidate:
             self.curvature = self.joined(self.curvature, task)
@@ -151,6 +171,7 @@ class Fitted(Curved):
         task_weight: of each task's.
         update: see `Curved`.
         consolidate: see `Curved`.
+        budget: see `Curved`.
 
     Raises:
         ConfigError: a value out of range.
@@ -171,8 +192,9 @@ class Fitted(Curved):
         task_weight: float = 1.0,
         update: Update = "gradient",
         consolidate: bool = True,
+        budget: float | None = None,
     ) -> None:
-        super().__init__(strength, update=update, consolidate=consolidate)
+        super().__init__(strength, update=update, consolidate=consolidate, budget=budget)
         for name, weight in (("source_weight", source_weight), ("task_weight", task_weight)):
             if not (math.isfinite(weight) and weight >= 0):
                 raise ConfigError(

@@ -10,24 +10,29 @@ Total loss = task loss + strength x predicted nats. Two ways to apply the force:
   number of nats as in the other way).
 
 Both are computed in closed form, without an autograd graph, and do not depend on the batch.
+In place of the strength a budget may be given; see `retain.retention.budget`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from retain.curvature.curvature import Curvature
+from retain.curvature.curvature import Curvature, Pull
 from retain.curvature.estimator import has_bf16
 from retain.curvature.moves import proximal
+from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, TrainingError, unknown
 from retain.models.sites import LinearSite, check_held
+from retain.retention.budget import Budget, anchored, scale_back, settle
+from retain.retention.reference import Reference
 from retain.types import UPDATES, Update
 
-__all__ = ["Retention"]
+__all__ = ["Retention", "check_strength"]
 
 
 class Retention:
@@ -44,6 +49,10 @@ class Retention:
         curvature: fitted on this model.
         strength: how many nats of task loss one nat of predicted forgetting weighs. 0 is plain
             training, bit for bit.
+        budget: nats of KL divergence per source token that may be spent; the strength is then
+            found by itself, and `finish` is to be called when training ends.
+        probe: tokenised source text, a few rows: with a budget, the true divergence on it corrects
+            the predicted one now and then, and at the end. Without it the prediction is believed.
         update: ``gradient`` or ``proximal``.
         resuming: the adapter is expected to be away from the anchor already.
 
@@ -51,7 +60,8 @@ class Retention:
         MismatchError: the curvature is of another model; or, in adapter space and in full
             fine-tuning, the model does not start at the anchor.
         ModelError: pre-trained weights train beside the LoRA that nothing would hold.
-        ConfigError: a strength that is negative or not finite, or an unknown update.
+        ConfigError: a strength that is negative or not finite, a budget that is not above 0, a
+            probe beside other trained weights, or an unknown update.
     """
 
     def __init__(
@@ -60,13 +70,17 @@ class Retention:
         curvature: Curvature,
         strength: float = 10.0,
         *,
+        budget: float | None = None,
+        probe: Sequence[Example] = (),
         update: Update = "gradient",
         resuming: bool = False,
     ) -> None:
         if update not in UPDATES:
             raise unknown("update", update, UPDATES)
         check_strength(strength)
-        self.curvature, self.strength, self.update = curvature, strength, update
+        self.curvature, self.update = curvature, update
+        self.budget = None if budget is None else Budget(budget)
+        self._strength = strength
         self.sites = curvature.bind(model)
         whole = isinstance(self.sites[0], LinearSite)
         if not whole:
@@ -79,6 +93,28 @@ class Retention:
                 allowed="the anchor's",
                 fix="curvature.load_anchor(model)" + ("" if whole else ", or space='weight'"),
             )
+        self.probe: Reference | None = None
+        if self.budget is not None and probe:
+            held = {id(p) for p in self.parameters()}
+            other = [
+                n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held
+            ]
+            if other:
+                raise ConfigError(
+                    "what a budget spends cannot be measured while other weights train",
+                    got=f"{len(other)} of them, such as {other[0]}",
+                    allowed="weights that the curvature holds; a new head has nothing to keep",
+                    fix="leave the probe out (source=None), so that the prediction is believed",
+                )
+            self.probe = Reference(
+                model, probe, batch_size=len(probe), base=lambda _: anchored(curvature, self.sites)
+            )
+        self.model = model
+
+    @property
+    def strength(self) -> float:
+        """Nats of task loss that one nat of predicted forgetting weighs now."""
+        return self._strength if self.budget is None else self.budget.strength
 
     def predicted(self) -> float:
         """Predicted nats per source token at the present adapter."""
@@ -112,6 +148,10 @@ class Retention:
         """
         nats, pulls = self.curvature.pulls(self.sites, rounded=has_bf16())
         _check_finite(nats)
+        if self.budget is not None:
+            self.budget.weigh(*_balance(pulls))
+            if self._spend(nats):
+                nats, pulls = self.curvature.pulls(self.sites, rounded=has_bf16())
         if self.strength:
             for parameter, gradient in pulls:
                 if not parameter.requires_grad:
@@ -127,9 +167,42 @@ class Retention:
         if self.strength:
             steps = {key: self.strength * rate for key, rate in _rates(optimizer).items()}
             proximal(self.curvature, self.sites, steps)
-        nats = self.predicted()
+        nats, pulls = self.curvature.pulls(self.sites)
         _check_finite(nats)
+        if self.budget is not None:
+            self.budget.weigh(*_balance(pulls))
+            if self._spend(nats):
+                nats = self.predicted()
         return nats
+
+    def measured(self) -> float | None:
+        """The true KL divergence from the anchor on the probe; None without one."""
+        return None if self.probe is None else self.probe.measure(self.model).kl
+
+    def finish(self) -> float | None:
+        """When training has ended: takes back what is above the budget.
+
+        Returns:
+            The measured nats (without a probe, the predicted ones); None without a budget.
+        """
+        if self.budget is None:
+            return None
+        if self.probe is None:
+            scale_back(self.curvature, self.sites, self.budget.allowed())
+            return self.predicted()
+        probe, model = self.probe, self.model
+        return settle(self.curvature, self.sites, self.budget.nats, lambda: probe.measure(model).kl)
+
+    def _spend(self, nats: float) -> bool:
+        """Dual ascent after a step; whether the weights had to be moved back."""
+        assert self.budget is not None
+        if self.probe is not None and self.budget.due():
+            self.budget.correct(self.probe.measure(self.model).kl, nats)
+        self.budget.ascend(nats)
+        if nats <= self.budget.allowed():
+            return False
+        scale_back(self.curvature, self.sites, self.budget.allowed())
+        return True
 
 
 def check_strength(strength: float) -> None:
@@ -141,6 +214,15 @@ def check_strength(strength: float) -> None:
             allowed="a finite number, 0 or above",
             fix="strength=10",
         )
+
+
+def _balance(pulls: Sequence[Pull]) -> tuple[float, float]:
+    """``<g, g>`` and ``<dq, dq>`` over the trained weights that have a gradient g."""
+    pairs = [(p.grad, dq) for p, dq in pulls if p.requires_grad and p.grad is not None]
+    if not pairs:
+        return 0.0, 0.0
+    task = torch.stack([g.to(dq.dtype).square().sum() for g, dq in pairs]).sum()
+    return float(task), float(torch.stack([dq.square().sum() for _, dq in pairs]).sum())
 
 
 def _check_finite(nats: float) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,37 +14,78 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from retain.curvature.curvature import Curvature
-from retain.errors import ModelError, TrainingError, unknown
+from retain.curvature.rows import source_examples
+from retain.data.batches import Example
+from retain.data.sources import Row
+from retain.errors import ConfigError, ModelError, TrainingError, unknown
+from retain.files import write_json
 from retain.models.adapter import unwrap
+from retain.models.heads import is_causal
+from retain.retention.budget import check_budget
 from retain.retention.laplace import Retention, check_strength
 from retain.types import UPDATES, Update
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 __all__ = ["RetentionCallback", "go_first", "refuse_deepspeed"]
+
+Source = str | Path | Iterable[Row]
+
+PROBE_ROWS, PROBE_TOKENS, PROBE_SEED = 8, 128, 1
+"""Of the text that a budget is measured on; another seed than the curvature's own samples."""
 
 
 class RetentionCallback(TrainerCallback):
     """Adds the force once an optimiser step, after accumulation and clipping.
 
     To each record of the trainer's log it adds ``task_loss``, ``predicted_nats`` and
-    ``retention_strength``, so every ``report_to`` backend gets them.
+    ``retention_strength``, so every ``report_to`` backend gets them; with a budget also
+    ``retention_correction``. What a budget has learned is kept in ``retention.json`` of each
+    checkpoint.
 
     Args:
         curvature: fitted on the trainer's model.
         strength: how many nats of task loss one nat of predicted forgetting weighs.
         update: ``gradient`` or ``proximal``; see `retain.retention.laplace`.
+        budget: in place of a strength: nats of KL divergence per source token that may be spent.
+            The strength is found in training, see `retain.retention.budget`.
+        source: with a budget, text on which the true divergence is measured now and then: rows, a
+            data set or a file as for `retain.fit_curvature`, ``"self"`` (the model samples it), or
+            None to believe the prediction. By default ``"self"`` for a causal model.
+        tokenizer: for text; by default the trainer's or the model's own.
 
     Raises:
+        ConfigError: a value out of range, or a source without a budget.
+        SourceError: when training begins, if the source is missing or empty.
         MismatchError: when training begins, if the curvature is of another model.
         TrainingError: when a gradient is not a finite number.
     """
 
     def __init__(
-        self, curvature: Curvature, strength: float = 10.0, update: Update = "gradient"
+        self,
+        curvature: Curvature,
+        strength: float = 10.0,
+        update: Update = "gradient",
+        *,
+        budget: float | None = None,
+        source: Source | None = "auto",
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         if update not in UPDATES:
             raise unknown("update", update, UPDATES)
         check_strength(strength)
-        self.curvature, self.strength = curvature, strength
+        if budget is not None:
+            check_budget(budget)
+        elif source is not None and not (isinstance(source, str) and source == "auto"):
+            raise ConfigError(
+                "a source is there to measure what a budget spends",
+                got="a source without a budget",
+                allowed="both, or neither",
+                fix="budget=0.05",
+            )
+        self.curvature, self._strength, self.budget = curvature, strength, budget
+        self.source, self.tokenizer = source, tokenizer
         self.update: Update = update
         self.retention: Retention | None = None
         self._nats: float | None = None
@@ -53,9 +96,56 @@ class RetentionCallback(TrainerCallback):
         refuse_deepspeed(args, kwargs.get("optimizer"))
         model: nn.Module = unwrap(kwargs["model"])
         self.retention = Retention(
-            model, self.curvature, self.strength, update=self.update, resuming=state.global_step > 0
+            model,
+            self.curvature,
+            self._strength,
+            budget=self.budget,
+            probe=self._probe(model, kwargs.get("processing_class")),
+            update=self.update,
+            resuming=state.global_step > 0,
         )
+        self._restore(args, state)
         go_first(self)
+
+    @property
+    def strength(self) -> float:
+        """What one predicted nat weighs now."""
+        return self._strength if self.retention is None else self.retention.strength
+
+    def _probe(self, model: nn.Module, trainers: Any) -> Sequence[Example]:
+        """A few rows to measure the true divergence on."""
+        if self.budget is None or self.source is None:
+            return ()
+        causal, source = is_causal(model), self.source
+        if isinstance(source, str) and source == "auto":
+            if not causal:
+                return ()
+            source = "self"
+        tokenizer = self.tokenizer or getattr(model, "retain_tokenizer", None) or trainers
+        return source_examples(
+            model, source, tokenizer, causal,
+            rows=PROBE_ROWS, max_length=PROBE_TOKENS, batch_size=1, seed=PROBE_SEED, partial=None,
+            progress=False,
+        )  # fmt: skip
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.retention is not None
+        if self.retention.budget is not None and state.is_world_process_zero:
+            write_json(_kept(args, state), self.retention.budget.state())
+
+    def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
+        assert self.retention is not None
+        kept = _kept(args, state)
+        if self.retention.budget is not None and state.global_step and kept.is_file():
+            self.retention.budget.restore(json.loads(kept.read_text(encoding="utf-8")))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.retention is not None
+        self.retention.finish()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -89,7 +179,14 @@ class RetentionCallback(TrainerCallback):
             "predicted_nats": self._nats,
             "retention_strength": self.strength,
         }
+        if self.retention is not None and self.retention.budget is not None:
+            added["retention_correction"] = self.retention.budget.correction
         record(state, logs, added)
+
+
+def _kept(args: TrainingArguments, state: TrainerState) -> Path:
+    """What a budget has learned, in a checkpoint."""
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "retention.json"
 
 
 def check_gradients(parameters: Iterable[nn.Parameter], step: int) -> None:

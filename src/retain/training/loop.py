@@ -80,6 +80,7 @@ def train(
     *,
     curvature: Curvature | None = None,
     strength: float = 0.0,
+    budget: float | None = None,
     method: Method | None = None,
     columns: slice | None = None,
     regression: bool = False,
@@ -97,6 +98,7 @@ def train(
         config: batch size, epochs, learning rate and so on.
         curvature: turns retention on.
         strength: of the retention.
+        budget: in place of it, nats per source token; see `RetentionCallback`.
         method: in place of a curvature, a method whose `before_task` gave the examples; its hooks
             are called as `retain.retention.method` says.
         columns: the outputs of a classifier that are trained on, with targets local to them; None
@@ -125,7 +127,7 @@ def train(
     watch = _Watch(measure, measure_every)
     callbacks: list[TrainerCallback] = [watch]
     if curvature is not None:
-        callbacks.append(RetentionCallback(curvature, strength, config.update))
+        callbacks.append(RetentionCallback(curvature, strength, config.update, budget=budget))
     if method is not None:
         callbacks.append(MethodCallback(method))
 

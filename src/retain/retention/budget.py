@@ -1,0 +1,269 @@
+"""A retention budget in nats per token: the strength is found while the model trains.
+
+What is wanted is ``min task loss  subject to  q <= budget``, with q the predicted forgetting. Its
+Lagrangian is what `retain.retention.laplace` descends, with the multiplier as strength; here the
+multiplier climbs by dual ascent, in its logarithm since its scale is not known beforehand:
+
+    log strength  +=  rate * tanh(4 (c q / budget - 1)) ,
+
+where c, the measured KL divergence over the predicted one on a few rows of source text, corrects
+the prediction as training goes. At the solution the force balances the task's gradient g, so the
+multiplier is ``||g|| / ||dq||`` there; four times the ratio of their running means is the most that
+the strength may be, or a step far too long would let it climb until nothing is learned. A multiplier is always late, and whatever the learning rate, a step
+can cross the budget; so after each step that has, the weights are moved straight back towards the
+anchor until ``c q = budget``. That changes no direction: the multiplier sees what the step wanted,
+and takes over. At the end the true divergence is measured, and what is above the budget goes back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retain.curvature.curvature import Curvature
+from retain.errors import ConfigError, MismatchError
+from retain.models.adapter import LoraSite
+from retain.models.sites import LinearSite, Site
+
+__all__ = ["Budget", "anchored", "check_budget", "scale_back"]
+
+START = 0.2
+"""The first strength times the budget: a strength of 4 for 0.05 nats."""
+
+RATE = 0.3
+"""Of the ascent, each step."""
+
+LEAST = 1e-4
+"""The least strength times the budget, from which it can climb again."""
+
+MEMORY, MOST = 0.9, 4.0
+"""Of the running means, and how far the force may be above the task's gradient."""
+
+EVERY = 64
+"""Steps between two measurements of the true divergence, after steps 1, 2, 4, 8 and so on."""
+
+TELLING, BELIEF = 0.05, 100.0
+"""The share of the budget from which on a measurement says something (below it bfloat16's noise
+speaks), and the factor that no correction exceeds."""
+
+TRIES, SLACK = 8, 0.02
+"""Measurements at the end, and how far below the budget is near enough."""
+
+
+def check_budget(nats: float) -> None:
+    """Raises `ConfigError` unless the budget is a finite number above 0."""
+    if not (isinstance(nats, int | float) and math.isfinite(nats) and nats > 0):
+        raise ConfigError(
+            "the budget is no budget",
+            got=nats,
+            allowed="a finite number of nats per token above 0",
+            fix="budget=0.05",
+        )
+
+
+@dataclass
+class Budget:
+    """Finds the strength that spends a budget.
+
+    Args:
+        nats: of KL divergence per source token that may be spent.
+        strength: where it begins; by the budget's size where it is None.
+
+    Attributes:
+        correction: measured over predicted nats.
+        reached: whether the budget has ever been reached.
+        pull: running means of ``<g, g>`` and ``<dq, dq>``.
+        steps: how often it has been asked.
+    """
+
+    nats: float
+    strength: float = 0.0
+    correction: float = 1.0
+    reached: bool = False
+    pull: tuple[float, float] = (0.0, 0.0)
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        check_budget(self.nats)
+        self.strength = self.strength or START / self.nats
+
+    def weigh(self, task: float, force: float) -> None:
+        """Takes in what balances at a step: ``<g, g>`` and ``<dq, dq>``."""
+        old, new = MEMORY, 1.0 - MEMORY
+        self.pull = (old * self.pull[0] + new * task, old * self.pull[1] + new * force)
+
+    def ascend(self, predicted: float) -> None:
+        """One step of dual ascent, from the predicted nats that an optimiser's step led to."""
+        self.steps += 1
+        excess = self.correction * predicted / self.nats - 1.0
+        self.reached = self.reached or excess >= 0
+        if not self.reached:
+            return
+        self.strength *= math.exp(RATE * math.tanh(4.0 * excess))
+        if self.pull[1] > 0:
+            most = MOST * math.sqrt(self.pull[0] / self.pull[1])
+            self.strength = max(min(self.strength, most), LEAST / self.nats)
+
+    def allowed(self) -> float:
+        """Predicted nats that may be spent."""
+        return self.nats / self.correction
+
+    def due(self) -> bool:
+        """Whether the next step is one after which the true divergence is measured."""
+        n = self.steps + 1
+        return n % EVERY == 0 or n & (n - 1) == 0
+
+    def correct(self, measured: float, predicted: float) -> None:
+        """Learns how far the prediction is off."""
+        if predicted <= 0 or measured < TELLING * self.nats:
+            return
+        self.correction = min(max(measured / predicted, 1 / BELIEF), BELIEF)
+
+    def state(self) -> dict[str, Any]:
+        """As plain data for JSON."""
+        return {
+            "nats": self.nats, "strength": self.strength,
+            "correction": self.correction, "reached": self.reached, "pull": list(self.pull),
+            "steps": self.steps,
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Puts a `state` back; the budget itself may have been changed since."""
+        self.strength, self.correction = float(state["strength"]), float(state["correction"])
+        self.reached, self.steps = bool(state["reached"]), int(state["steps"])
+        self.pull = (float(state["pull"][0]), float(state["pull"][1]))
+
+
+def scale_back(curvature: Curvature, sites: Sequence[Site], nats: float) -> float:
+    """Moves the weights straight back towards the anchor until so many nats are predicted.
+
+    Args:
+        curvature: whose prediction.
+        sites: the layers, as `Curvature.bind` gives them.
+        nats: what may be left; a displacement below it is left alone.
+
+    Returns:
+        The share of the displacement that is left.
+    """
+
+    def predicted() -> float:
+        return curvature.pulls(sites)[0]
+
+    now = predicted()
+    if now <= nats:
+        return 1.0
+    shares = [math.sqrt(nats / now)]  # exact where the displacement is linear in the share
+    away = _Away(curvature, sites)
+    away.keep(shares[0])
+    if away.linear:
+        return shares[0]
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        found = predicted()
+        if nats * 0.99 <= found <= nats:
+            break
+        low, high = (shares[-1], high) if found < nats else (low, shares[-1])
+        shares.append(0.5 * (low + high))
+        away.keep(shares[-1])
+    if predicted() > nats:
+        shares.append(low)
+        away.keep(low)
+    return shares[-1]
+
+
+def settle(
+    curvature: Curvature, sites: Sequence[Site], nats: float, measure: Callable[[], float]
+) -> float:
+    """Moves the weights straight back until the measured divergence is within the budget.
+
+    Args:
+        curvature: knows the anchor.
+        sites: the layers.
+        nats: of the budget.
+        measure: gives the true KL divergence of the present model.
+
+    Returns:
+        The measured nats that are left.
+    """
+    now = measure()
+    if now <= nats:
+        return now
+    away, low, high, left = _Away(curvature, sites), 0.0, 1.0, 0.0
+    share = math.sqrt(nats * (1 - SLACK / 2) / now)
+    for _ in range(TRIES):
+        away.keep(share)
+        now = measure()
+        if now > nats:
+            high = share
+        else:
+            low, left = share, now
+            if now >= nats * (1 - SLACK):
+                return now
+        # KL is about quadratic in the share.
+        guess = share * math.sqrt(nats * (1 - SLACK / 2) / max(now, 1e-12))
+        share = guess if low < guess < high else 0.5 * (low + high)
+    away.keep(low)
+    return left
+
+
+class _Away:
+    """The displacement of all trained weights from the anchor, of which a share is kept."""
+
+    def __init__(self, curvature: Curvature, sites: Sequence[Site]) -> None:
+        self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.linear = True
+        for site in sites:
+            for parameter, start in _starts(curvature, site):
+                if parameter.requires_grad:
+                    self.pairs.append((parameter, start, parameter.detach() - start))
+            bent = isinstance(site, LoraSite) and site.name in curvature.anchor
+            self.linear = self.linear and not (bent and curvature.info.space == "weight")
+
+    def keep(self, share: float) -> None:
+        with torch.no_grad():
+            for parameter, start, moved in self.pairs:
+                parameter.copy_(start + share * moved)
+
+
+def _starts(curvature: Curvature, site: Site) -> list[tuple[nn.Parameter, Tensor]]:
+    """Each trained weight of a layer that counts, with its value at the anchor."""
+    kept = curvature.anchor.get(site.name, ())
+    if isinstance(site, LinearSite):
+        return [(site.weight, kept[0].to(site.weight.dtype))]
+    if curvature.info.space == "adapter":
+        return [(site.b, kept[0].to(site.b.dtype)), (site.a, kept[1].to(site.a.dtype))]
+    if len(kept) != 2:  # B = 0, whatever A is
+        return [(site.b, torch.zeros_like(site.b))]
+    if kept[1].shape != site.a.shape:
+        raise MismatchError(
+            "the budget of a curvature with an anchor belongs to one rank",
+            got=f"r={site.rank} at {site.name}",
+            allowed=f"r={kept[1].shape[0]}, the anchor's",
+            fix="use that rank, or give a strength in place of a budget",
+        )
+    return [
+        (site.b, (kept[0] / site.scaling).to(site.b.dtype)),
+        (site.a, kept[1].to(site.a.dtype)),
+    ]
+
+
+@contextmanager
+def anchored(curvature: Curvature, sites: Sequence[Site]) -> Iterator[None]:
+    """Inside it the model is where the curvature's anchor is."""
+    pairs = [pair for site in sites for pair in _starts(curvature, site)]
+    before = [parameter.detach().clone() for parameter, _ in pairs]
+    with torch.no_grad():
+        for parameter, start in pairs:
+            parameter.copy_(start)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (parameter, _), value in zip(pairs, before, strict=True):
+                parameter.copy_(value)

@@ -1,0 +1,220 @@
+"""Softened versions of one adapter (`retain.retention.soften`): by mu, by a budget, as a curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from retain.errors import ConfigError
+from retain.models.adapter import LoraSite
+from retain.retention.spans import Span
+
+__all__ = ["Point", "SoftUpdate", "Softened", "check_budget"]
+
+CLOSE, ROUNDS, HALVINGS = 1e-10, 60, 60
+"""How near a budget is met; tries, before what is missing is made up by scaling; bisections."""
+
+REACH = 1e-3
+"""Share of the adapter's nats where a curve ends."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One softened adapter, as it would be written.
+
+    Attributes:
+        mu: the weight of forgetting; 0 is the adapter itself.
+        nats: predicted forgetting, nats per token.
+        loss: ``sum 0.5 <D - D*, F_t (D - D*)>``: the task's predicted loss above the adapter's,
+            in nats per token; half a squared distance without a curvature of the task.
+        learned: ``1 - loss / loss of the base``: the share of what was learned that stays.
+        scaled: the same share for the whole adapter multiplied by one number, at the same nats.
+        norm: ``|D| / |D*|``, Frobenius, over all layers.
+        cut_nats: relative change of the nats by the cut to the adapter's rank.
+        cut_norm: relative size of what the cut removes, Frobenius.
+    """
+
+    mu: float
+    nats: float
+    loss: float
+    learned: float
+    scaled: float
+    norm: float
+    cut_nats: float
+    cut_norm: float
+
+    def to_dict(self) -> dict[str, float]:
+        """As plain data for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SoftUpdate:
+    """A softened adapter: its numbers, and (B, A) by layer for `Softened.apply`."""
+
+    point: Point
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+
+
+class Softened:
+    """All softened versions of one adapter; made by `soften`.
+
+    Args:
+        sites: the layers.
+        spans: the subspace of each layer that has an update.
+        depth: of their Krylov spaces.
+    """
+
+    def __init__(self, sites: list[LoraSite], spans: Mapping[str, Span], depth: int) -> None:
+        self.sites, self.spans, self.depth = sites, dict(spans), depth
+        self._start = {s.name: (s.b.detach().clone(), s.a.detach().clone()) for s in sites}
+        every, none = self.spans.values(), torch.zeros(1, dtype=torch.float64)
+        ratios = torch.cat([s.ratios.reshape(-1) for s in every] or [none])
+        squares = torch.cat([s.coordinates.reshape(-1).square() for s in every] or [none])
+        costly = ratios > 0
+        self._ratios, self._nats = ratios[costly], 0.5 * (ratios * squares)[costly]
+        self._reach = 0.5 * float(squares.sum())  # the base's loss
+        self._norm = math.sqrt(sum(float(s.core(s.coordinates).square().sum()) for s in every))
+
+    def predicted(self, mu: float) -> float:
+        """Predicted nats per token of D(mu), before it is cut to the adapter's rank."""
+        return float((self._nats / (1.0 + mu * self._ratios).square()).sum())
+
+    def weight(self, nats: float) -> float:
+        """The mu at which D(mu), before it is cut, is predicted to cost so many nats; 0 if none."""
+        if self.predicted(0.0) <= nats:
+            return 0.0
+        low, high = 0.0, 1.0 / float(self._ratios.max())
+        while self.predicted(high) > nats:
+            low, high = high, 4.0 * high
+        for _ in range(HALVINGS):
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if self.predicted(middle) > nats else (low, middle)
+        return high
+
+    def at(self, mu: float) -> SoftUpdate:
+        """The adapter softened by mu, at its own rank.
+
+        Raises:
+            ConfigError: mu is below 0 or not finite.
+        """
+        if not (math.isfinite(mu) and mu >= 0):
+            raise ConfigError(
+                "mu is out of range",
+                got=mu,
+                allowed="a finite number, 0 or above",
+                fix="0 is the adapter itself",
+            )
+        return self._built(mu, 1.0)
+
+    def within(self, budget: float) -> SoftUpdate:
+        """The least softened adapter that is predicted to forget no more than a budget.
+
+        Args:
+            budget: nats per token. An adapter that is within it comes back as it is.
+
+        Raises:
+            ConfigError: the budget is not above 0.
+        """
+        check_budget(budget)
+        if self.predicted(0.0) <= budget:
+            return self.at(0.0)
+        aim = budget
+        for _ in range(ROUNDS):
+            mu = self.weight(aim)
+            nats = self._cut_nats(mu)
+            if abs(nats / budget - 1.0) < CLOSE:
+                break
+            aim *= budget / nats
+        missing = 1.0 if nats <= budget * (1.0 + CLOSE) else math.sqrt(budget / nats)
+        return self._built(mu, missing)
+
+    def curve(self, points: int = 12) -> list[Point]:
+        """Points from the adapter itself down to a thousandth of its nats, evenly in log nats."""
+        most = self.predicted(0.0)
+        shares = [REACH ** (i / max(1, points - 1)) for i in range(points)]
+        return [self.at(self.weight(most * share)).point for share in shares]
+
+    def apply(self, update: SoftUpdate) -> None:
+        """Writes a softened adapter into the model's A and B, in place."""
+        with torch.no_grad():
+            for site in self.sites:
+                b, a = update.factors[site.name]
+                site.b.copy_(b)
+                site.a.copy_(a)
+
+    def _cut_nats(self, mu: float) -> float:
+        """Predicted nats of D(mu), cut to the adapter's rank."""
+        nats = 0.0
+        for site in self.sites:
+            if site.name in self.spans:
+                span = self.spans[site.name]
+                low = span.lowered(span.softened(mu), site.rank)
+                nats += 0.5 * float((span.ratios * low.square()).sum())
+        return nats
+
+    def _built(self, mu: float, scale: float) -> SoftUpdate:
+        factors = dict(self._start)
+        nats = whole = loss = norm = norm_whole = cut = 0.0
+        for site in self.sites:
+            span = self.spans.get(site.name)
+            if span is None:
+                continue
+            full = span.softened(mu)
+            low = full if mu == 0 else scale * span.lowered(full, site.rank)
+            nats += 0.5 * float((span.ratios * low.square()).sum())
+            whole += 0.5 * float((span.ratios * full.square()).sum())
+            loss += 0.5 * float((low - span.coordinates).square().sum())
+            norm += float(span.core(low).square().sum())
+            norm_whole += float(span.core(full).square().sum())
+            cut += float(span.core(full - low).square().sum())
+            if mu > 0:
+                factors[site.name] = _factors(site, *span.thin(low, site.rank))
+        most = self.predicted(0.0)
+        shrunk = 1.0 - math.sqrt(nats / most) if most > 0 else 0.0
+        point = Point(
+            mu=mu,
+            nats=nats,
+            loss=loss,
+            learned=1.0 - _share(loss, self._reach),
+            scaled=1.0 - shrunk**2,
+            norm=_share(math.sqrt(norm), self._norm, 1.0),
+            cut_nats=_share(nats - whole, whole),
+            cut_norm=math.sqrt(_share(cut, norm_whole)),
+        )
+        return SoftUpdate(point, factors)
+
+
+def check_budget(budget: float) -> None:
+    """Refuses a budget that is none.
+
+    Raises:
+        ConfigError: it is not above 0 and finite.
+    """
+    if not (math.isfinite(budget) and budget > 0):
+        raise ConfigError(
+            "the budget is out of range",
+            got=budget,
+            allowed="nats per token, above 0",
+            fix="--budget 0.05",
+        )
+
+
+def _factors(site: LoraSite, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """B and A of the site's shapes and precision, each pair of columns and rows of one length."""
+    down, across = left.norm(dim=0), right.norm(dim=1)
+    tiny = torch.finfo(left.dtype).tiny
+    even = (across / down.clamp(min=tiny)).sqrt() * (down > 0)
+    b = torch.zeros_like(site.b, dtype=left.dtype)
+    a = torch.zeros_like(site.a, dtype=left.dtype)
+    b[:, : left.shape[1]] = left * even / site.scaling
+    a[: left.shape[1]] = right / even.clamp(min=tiny)[:, None] * (even > 0)[:, None]
+    return b.to(site.b.dtype), a.to(site.a.dtype)
+
+
+def _share(part: float, whole: float, empty: float = 0.0) -> float:
+    return part / whole if whole > 0 else empty

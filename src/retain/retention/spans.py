@@ -1,0 +1,240 @@
+"""One layer's softening, diagonalised in a small subspace: a closed form for every mu.
+
+A layer's finished update D* is softened to
+
+    D(mu) = argmin  0.5 <D - D*, F_t (D - D*)> + mu 0.5 <D, F_s D> .
+
+In coordinates z that are orthonormal in F_t and diagonal in F_s (generalised eigenvectors of the
+two; Golub and Van Loan, Matrix Computations, 8.7) this is ``z(mu) = z* / (1 + mu lambda)``. The
+coordinates are those of a subspace that holds D*:
+
+**Kronecker products**, ``F = G (x) S`` both: ``D = P M Q^T`` with P orthonormal columns of
+span{L, G_s L, G_t L, ...} and Q likewise of the rows, for ``D* = L R``: block Krylov spaces of
+the depth wanted (0: the adapter's own span). Each side has its own small pencil, so that
+``lambda_ij = g_i s_j``. In the whole space nothing is approximated; in a smaller one D(mu) is the
+minimum over that subspace, and deeper ones contain it.
+
+**Any other structure**: the adapter's own span, in which F is one matrix of ``r^2`` rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from retain.curvature.block import Block
+from retain.curvature.diagonal import DiagonalBlock
+from retain.curvature.eigen import EigenBlock
+from retain.curvature.factor import Factor, ScalarFactor
+from retain.curvature.identity import IdentityBlock
+from retain.curvature.kronecker import KroneckerBlock
+from retain.curvature.spectral import eigh
+
+__all__ = ["CoreSpan", "KroneckerSpan", "Span", "sides"]
+
+SLACK = 100
+"""Directions below so many roundings of a block of vectors are taken for none."""
+
+
+class Span(ABC):
+    """A subspace of one layer's updates that holds the finished one, all in float64.
+
+    Attributes:
+        coordinates: z* of the finished update; orthonormal in F_t.
+        ratios: lambda, of the same shape; none below zero.
+    """
+
+    coordinates: Tensor
+    ratios: Tensor
+
+    def softened(self, mu: float) -> Tensor:
+        """The coordinates of D(mu)."""
+        return self.coordinates / (1.0 + mu * self.ratios)
+
+    @abstractmethod
+    def lowered(self, coordinates: Tensor, rank: int) -> Tensor:
+        """The nearest coordinates of an update of at most that rank, in the norm of F_t."""
+
+    @abstractmethod
+    def thin(self, coordinates: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """(L, R) with ``L R`` the update, at most `rank` columns, for lowered coordinates."""
+
+    @abstractmethod
+    def core(self, coordinates: Tensor) -> Tensor:
+        """The update between orthonormal columns and rows: its norms are those of the update."""
+
+
+class KroneckerSpan(Span):
+    """See the module.
+
+    Args:
+        left: L, [d_out, k].
+        right: R, [k, d_in].
+        source: F_s as (G, S).
+        target: F_t as (G, S); None stands for the identity.
+        depth: of the Krylov spaces.
+        epsilon: what is added to each side of the target, relative to its mean diagonal.
+    """
+
+    def __init__(
+        self,
+        left: Tensor,
+        right: Tensor,
+        source: tuple[Factor, Factor],
+        target: tuple[Factor, Factor] | None,
+        depth: int,
+        epsilon: float,
+    ) -> None:
+        near = target or (None, None)
+        self._left = _Side(left, source[0], near[0], depth, epsilon)
+        self._right = _Side(right.T, source[1], near[1], depth, epsilon)
+        self.coordinates = self._left.into(left) @ self._right.into(right.T).T
+        self.ratios = torch.outer(self._left.values, self._right.values)
+
+    def lowered(self, coordinates: Tensor, rank: int) -> Tensor:
+        if min(coordinates.shape) <= rank:
+            return coordinates
+        u, s, vh = torch.linalg.svd(coordinates, full_matrices=False)
+        low: Tensor = (u[:, :rank] * s[:rank]) @ vh[:rank]
+        return low
+
+    def thin(self, coordinates: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        u, s, vh = torch.linalg.svd(coordinates, full_matrices=False)
+        left = self._left.basis @ (self._left.turn @ (u[:, :rank] * s[:rank]))
+        return left, (vh[:rank] @ self._right.turn.T) @ self._right.basis.T
+
+    def core(self, coordinates: Tensor) -> Tensor:
+        return self._left.turn @ coordinates @ self._right.turn.T
+
+
+class CoreSpan(Span):
+    """See the module; ranks are never raised here, so that nothing is cut.
+
+    Args:
+        left: L, [d_out, k].
+        right: R, [k, d_in].
+        source: F_s.
+        target: F_t; None stands for the identity.
+        epsilon: as for `KroneckerSpan`; relative to the mean diagonal where F_t has no sides.
+    """
+
+    def __init__(
+        self, left: Tensor, right: Tensor, source: Block, target: Block | None, epsilon: float
+    ) -> None:
+        self._p, self._q = _orthonormal(left), _orthonormal(right.T)
+        self._shape = (self._p.shape[1], self._q.shape[1])
+        near = None if target is None else _restricted(target, self._p, self._q, epsilon)
+        far = _restricted(source, self._p, self._q, 0.0)
+        self.ratios, self._turn, back = _pencil(far, near)
+        self.coordinates = back @ ((self._p.T @ left) @ (right @ self._q)).reshape(-1)
+
+    def lowered(self, coordinates: Tensor, rank: int) -> Tensor:
+        return coordinates
+
+    def thin(self, coordinates: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        return self._p @ self.core(coordinates), self._q.T
+
+    def core(self, coordinates: Tensor) -> Tensor:
+        flat: Tensor = self._turn @ coordinates
+        return flat.reshape(self._shape)
+
+
+class _Side:
+    """Vectors ``basis @ turn``: orthonormal in the target's factor, diagonal in the source's."""
+
+    def __init__(
+        self, start: Tensor, source: Factor, target: Factor | None, depth: int, epsilon: float
+    ) -> None:
+        factors = [source] if target is None else [source, target]
+        self.basis = _krylov(start, factors, depth)
+        near = None if target is None else _damped(target, self.basis, epsilon)
+        self.values, self.turn, self._back = _pencil(_within(source, self.basis), near)
+
+    def into(self, columns: Tensor) -> Tensor:
+        """The coordinates of columns of the basis' span."""
+        return self._back @ (self.basis.T @ columns)
+
+
+def sides(block: Block) -> tuple[Factor, Factor] | None:
+    """(G, S) of a block that is a Kronecker product; None for any other."""
+    if isinstance(block, KroneckerBlock):
+        return block.outputs, block.inputs
+    if isinstance(block, IdentityBlock):
+        one = torch.ones_like(block.scale)
+        return ScalarFactor(block.scale, block.shape[0]), ScalarFactor(one, block.shape[1])
+    return None
+
+
+def _pencil(far: Tensor, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, T, T^-1) with ``T^T near T = I`` and ``T^T far T = diag(values)``."""
+    if near is None:
+        values, turn = eigh(far)
+        return values.clamp(min=0), turn, turn.T
+    root = torch.linalg.cholesky(near)
+    half = torch.linalg.solve_triangular(root, far, upper=False)
+    whole = torch.linalg.solve_triangular(root, half.T, upper=False)
+    values, vectors = eigh((whole + whole.T) / 2)
+    turn = torch.linalg.solve_triangular(root.T, vectors, upper=True)
+    return values.clamp(min=0), turn, vectors.T @ root.T
+
+
+def _krylov(start: Tensor, factors: Sequence[Factor], depth: int) -> Tensor:
+    """Orthonormal columns of span{X, F X, F' F X, ...} with up to `depth` factors before X."""
+    basis = fresh = _orthonormal(start)
+    for _ in range(depth):
+        grown = torch.cat([_product(factor, fresh) for factor in factors], 1)
+        grown = grown / grown.norm(dim=0).clamp(min=torch.finfo(grown.dtype).tiny)
+        for _ in range(2):  # once leaves what rounding has put back
+            grown = grown - basis @ (basis.T @ grown)
+        fresh = _orthonormal(grown, SLACK * max(_eps(factor) for factor in factors))
+        if not fresh.shape[1]:
+            break
+        basis = torch.cat([basis, fresh], 1)
+    return basis
+
+
+def _orthonormal(columns: Tensor, floor: float = 0.0) -> Tensor:
+    """Orthonormal columns of a span; directions of `floor` and below are left out."""
+    u, s, _ = torch.linalg.svd(columns, full_matrices=False)
+    least = SLACK * torch.finfo(s.dtype).eps * float(s.max()) if len(s) else 0.0
+    kept: Tensor = u[:, s > max(floor, least)]
+    return kept
+
+
+def _product(factor: Factor, columns: Tensor) -> Tensor:
+    like = next(iter(factor.tensors().values()))
+    return factor.matmul(columns.to(like.dtype)).double()
+
+
+def _eps(factor: Factor) -> float:
+    return torch.finfo(next(iter(factor.tensors().values())).dtype).eps
+
+
+def _within(factor: Factor, basis: Tensor) -> Tensor:
+    inner = basis.T @ _product(factor, basis)
+    return (inner + inner.T) / 2
+
+
+def _damped(factor: Factor, basis: Tensor, epsilon: float) -> Tensor:
+    extra = epsilon * factor.trace() / factor.size
+    return _within(factor, basis) + extra * torch.eye(basis.shape[1]).to(basis)
+
+
+def _restricted(block: Block, p: Tensor, q: Tensor, epsilon: float) -> Tensor:
+    """F between the updates ``p_i q_j^T``, row-major: [k l, k l] for k columns of p, l of q."""
+    pair = sides(block)
+    if pair is not None:
+        return torch.kron(_damped(pair[0], p, epsilon), _damped(pair[1], q, epsilon))
+    extra = epsilon * block.trace() / (block.shape[0] * block.shape[1])
+    if isinstance(block, EigenBlock):
+        p, q = block.outputs.to(p).T @ p, block.inputs.to(q).T @ q
+        block = block.inner
+    assert isinstance(block, DiagonalBlock)
+    k, n = p.shape[1], q.shape[1]
+    pairs = (p[:, :, None] * p[:, None, :]).flatten(1), (q[:, :, None] * q[:, None, :]).flatten(1)
+    found = pairs[0].T @ block.values.to(p) @ pairs[1]
+    found = found.reshape(k, k, n, n).transpose(1, 2).reshape(k * n, k * n)
+    return (found + found.T) / 2 + extra * torch.eye(k * n).to(p)

@@ -1,0 +1,229 @@
+"""A budget is kept at any learning rate, and spent where plain training would exceed it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from sequences import begun, learn, tasks_of
+from torch import nn
+
+from retain import Retention, fit_curvature
+from retain.curvature.curvature import Curvature
+from retain.curvature.merge import reanchored
+from retain.data.batches import Example
+from retain.data.sources import encode
+from retain.errors import ConfigError, MismatchError
+from retain.models.adapter import attach_lora, lora_sites
+from retain.retention.budget import Budget, anchored, scale_back, settle
+from retain.retention.kfac import KFAC
+from retain.retention.reference import Reference
+from retain.types import UPDATES
+from tiny import KINDS, ROWS, base, move, tiny
+
+NATS = 0.05
+TARGETS = {"llama": [[5, 5, 5, 5, 5, 5], [8, 8, 8, 8, 8]], "bert": [[3, 4, 5], [9, 9, 2]]}
+
+
+def model_of(kind: str) -> nn.Module:
+    model = tiny(kind)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)  # not the head
+    return model
+
+
+def probe(kind: str) -> list[Example]:
+    return encode(ROWS[kind], None, max_length=16, causal=kind == "llama")
+
+
+def fit(model: nn.Module, kind: str, **options: Any) -> Curvature:
+    options = {"structure": "kfac", "fisher": "exact", **options}
+    return fit_curvature(model, ROWS[kind], batch_size=4, progress=False, **options)
+
+
+def loss_of(model: nn.Module, kind: str) -> torch.Tensor:
+    losses = []
+    for i, row in enumerate(TARGETS[kind]):
+        ids = torch.tensor([row])
+        labels = ids if kind == "llama" else torch.tensor([i])
+        losses.append(model(input_ids=ids, labels=labels).loss)
+    return torch.stack(losses).mean()
+
+
+def trained(
+    model: nn.Module, kind: str, retention: Retention | None, rate: float, steps: int = 80
+) -> float:
+    """Trains, and returns the measured divergence from where it began."""
+    reference = Reference(model, probe(kind), batch_size=4, base=lambda m: torch.no_grad())
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
+    for _ in range(steps):
+        loss_of(model, kind).backward()
+        if retention is None:
+            optimizer.step()
+        else:
+            retention.step(optimizer)
+        optimizer.zero_grad()
+    if retention is not None:
+        told = retention.finish()
+        if retention.probe is not None:
+            assert told == pytest.approx(reference.measure(model).kl, rel=1e-6)
+    return reference.measure(model).kl
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-2, 1e-1])
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_budget_is_spent_and_kept_at_any_learning_rate(
+    kind: str, update: str, rate: float
+) -> None:
+    plain = trained(model_of(kind), kind, None, rate)
+    model = model_of(kind)
+    retention = Retention(model, fit(model, kind), budget=NATS, probe=probe(kind), update=update)
+    spent = trained(model, kind, retention, rate)
+    assert spent <= NATS
+    if plain > 2 * NATS:
+        assert spent >= 0.85 * NATS
+    if rate > 1e-3:
+        assert plain > 2 * NATS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_around_a_later_anchor_too(kind: str) -> None:
+    model = model_of(kind)
+    curvature = fit(model, kind)
+    move(model, seed=4)
+    curvature = reanchored(curvature, model)
+    retention = Retention(model, curvature, budget=NATS, probe=probe(kind), resuming=True)
+    spent = trained(model, kind, retention, 1e-2, steps=150)
+    assert 0.85 * NATS <= spent <= NATS
+
+
+def test_more_is_learned_along_the_force_than_by_scaling_back_alone() -> None:
+    """The multiplier turns the update; the guard alone could only shorten it."""
+    losses = []
+    for free in (True, False):
+        model = tiny("llama")
+        retention = Retention(model, fit(model, "llama"), budget=NATS, probe=probe("llama"))
+        if not free:
+            assert retention.budget is not None
+            retention.budget.ascend = lambda predicted: None  # type: ignore[method-assign]
+            retention.budget.strength = 1e-9
+        trained(model, "llama", retention, 1e-2, steps=150)
+        losses.append(float(loss_of(model, "llama").detach()))
+    assert losses[0] < losses[1]
+
+
+@pytest.mark.parametrize("space", ["weight", "adapter"])
+@pytest.mark.parametrize("moved", [False, True])
+def test_scaling_back_leaves_what_is_allowed(space: str, moved: bool) -> None:
+    model = tiny("llama", moved=moved)
+    curvature = fit(model, "llama", space=space, structure="diagonal")
+    move(model, seed=9)
+    sites = curvature.bind(model)
+    before = curvature.quadratic(model)
+    share = scale_back(curvature, sites, before / 3)
+    bent = moved and space == "weight"
+    assert curvature.quadratic(model) == pytest.approx(before / 3, rel=0.011 if bent else 1e-9)
+    assert curvature.quadratic(model) <= before / 3 * (1 + 1e-9)
+    if not bent:
+        assert share == pytest.approx(math.sqrt(1 / 3))
+    weights = [p.detach().clone() for p in model.parameters()]
+    assert scale_back(curvature, sites, before) == 1.0
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+
+
+def test_a_fully_trained_model_is_scaled_back_to_its_own_weights() -> None:
+    model = base("llama")
+    curvature = fit(model, "llama")
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    sites = curvature.bind(model)
+    before = curvature.quadratic(model)
+    scale_back(curvature, sites, before / 4)
+    assert curvature.quadratic(model) == pytest.approx(before / 4, rel=1e-9)
+    with anchored(curvature, sites):
+        assert curvature.quadratic(model) == 0
+        assert all(torch.equal(s.weight, start[s.name + ".weight"]) for s in sites)
+    assert curvature.quadratic(model) == pytest.approx(before / 4, rel=1e-9)
+
+
+def test_settling_on_a_divergence_that_is_no_quadratic() -> None:
+    model = tiny("llama")
+    curvature = fit(model, "llama")
+    move(model, seed=9)
+    sites = curvature.bind(model)
+    size = math.sqrt(sum(float(s.b.square().sum()) for s in lora_sites(model)))
+
+    def measure() -> float:
+        now = math.sqrt(sum(float(s.b.detach().square().sum()) for s in lora_sites(model)))
+        return math.exp(3 * now / size) - 1 - 0.5 * now / size
+
+    assert settle(curvature, sites, 0.3, measure) == pytest.approx(measure())
+    assert 0.3 * 0.98 <= measure() <= 0.3
+
+
+def test_the_strength_climbs_above_the_budget_and_falls_below_it() -> None:
+    budget = Budget(0.05)
+    first = budget.strength
+    budget.ascend(0.01)
+    assert budget.strength == first  # nothing is known before the budget has been reached
+    budget.ascend(0.06)
+    higher = budget.strength
+    assert higher > first
+    budget.ascend(0.05)
+    assert budget.strength == higher
+    budget.ascend(0.01)
+    assert budget.strength < higher
+    budget.correct(measured=0.001, predicted=0.01)
+    assert budget.correction == 1.0  # noise
+    budget.correct(measured=0.04, predicted=0.02)
+    assert budget.correction == 2.0 and budget.allowed() == 0.025
+    other = Budget(0.05)
+    budget.weigh(2.0, 8.0)
+    other.restore(budget.state())
+    assert other == budget
+    for _ in range(1000):
+        budget.ascend(1e6)
+    assert math.isfinite(budget.strength)
+
+
+def test_a_method_with_a_budget_spends_it_on_each_task() -> None:
+    method = KFAC(budget=0.02, rows=8)
+    attached = begun(method, "lora", "llama")
+    for task in tasks_of("llama"):
+        method.before_task(task)
+        retention = method.retention
+        assert retention is not None and retention.probe is not None
+        learn_from = retention.measured()
+        assert learn_from == pytest.approx(0.0, abs=1e-12)
+        result = learn(method, attached, task, learning_rate=0.02)
+        assert result.history
+        last = retention.probe.measure(attached.model).kl
+        assert last <= 0.02 * 1.15
+
+
+@pytest.mark.parametrize("nats", [0.0, -1.0, math.inf, math.nan, "much"])
+def test_what_is_no_budget_is_refused(nats: Any) -> None:
+    model = tiny("llama")
+    with pytest.raises(ConfigError, match="budget is no budget"):
+        Retention(model, fit(model, "llama"), budget=nats)
+
+
+def test_an_anchor_of_another_rank_has_no_budget() -> None:
+    model = tiny("llama", moved=True)
+    curvature = fit(model, "llama")
+    other = attach_lora(base("llama"), rank=5).double()
+    retention = Retention(other, curvature, budget=NATS)
+    move(other, seed=3)
+    with pytest.raises(MismatchError, match="belongs to one rank"):
+        retention.finish()
+
+
+def test_a_head_that_trains_cannot_be_measured() -> None:
+    model = tiny("bert")
+    with pytest.raises(ConfigError, match="while other weights train.*source=None"):
+        Retention(model, fit(model, "bert"), budget=NATS, probe=probe("bert"))

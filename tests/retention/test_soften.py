@@ -1,0 +1,407 @@
+"""Softening: the dense solution, the budget, the rank, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from sums import dora, measure
+from retain import Curvature, soften
+from retain.curvature.block import Block
+from retain.curvature.factor import Factor
+from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError
+from retain.models.adapter import attach_lora, lora_sites
+from retain.models.saved import load_adapter, save_adapter
+from retain.retention import softened as module
+from retain.retention.softened import Softened
+from retain.retention.spans import sides
+from tiny import KINDS, base, move, relative, tiny, weights
+
+EPSILON = 1e-3
+KRONECKER = ("kfac", "shampoo", "activation", "identity")
+OTHERS = ("diagonal", "ekfac")
+WHOLE = 12  # depth at which the tiny layers' spaces are whole
+MUS = (0.0, 0.3, 7.0, 400.0)
+
+
+def tuned(kind: str = "llama", rank: int = 2, seed: int = 4) -> PeftModel:
+    """A tiny model away from its base, as training would leave it."""
+    model = tiny(kind, rank=rank)
+    move(model, seed)
+    return model
+
+
+@cache
+def fitted(kind: str, structure: str, seed: int = 1, **options: Any) -> Curvature:
+    return measure(tiny(kind), seed, structure, **options)
+
+
+def made(structure: str, seed: int = 1) -> tuple[PeftModel, Curvature]:
+    return tuned(), fitted("llama", structure, seed)
+
+
+def updates(model: nn.Module) -> dict[str, Tensor]:
+    return {s.name: (s.scaling * s.b @ s.a).detach().clone() for s in lora_sites(model)}
+
+
+def damped(block: Block) -> Tensor:
+    """The target's block with what is added to it, as one matrix."""
+    pair = sides(block)
+    if pair is None:
+        return block.to_dense() + EPSILON * block.to_dense().diagonal().mean() * eye(block)
+    parts = [f.dense() + EPSILON * f.dense().diagonal().mean() * eye(f) for f in pair]
+    return torch.kron(*parts)
+
+
+def eye(of: Block | Factor) -> Tensor:
+    size = of.size if isinstance(of, Factor) else of.shape[0] * of.shape[1]
+    return torch.eye(size, dtype=torch.float64)
+
+
+def solved(d: Tensor, far: Tensor, near: Tensor, mu: float) -> Tensor:
+    """(F_t + mu F_s)^-1 F_t d*."""
+    return torch.linalg.solve(near + mu * far, near @ d.reshape(-1)).reshape(d.shape)
+
+
+def best(d: Tensor, near: Block | None, rank: int) -> Tensor:
+    """The nearest update of a rank, in the norm of the target's Kronecker product."""
+    if near is None:
+        roots = [torch.eye(n, dtype=d.dtype) for n in d.shape]
+    else:
+        roots = []
+        for f in (near.outputs, near.inputs):
+            s = f.dense() + EPSILON * f.dense().diagonal().mean() * eye(f)
+            values, vectors = torch.linalg.eigh(s)
+            roots.append((vectors * values.sqrt()) @ vectors.T)
+    u, s, vh = torch.linalg.svd(roots[0] @ d @ roots[1])
+    low = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    return torch.linalg.inv(roots[0]) @ low @ torch.linalg.inv(roots[1])
+
+
+def put(soft: Softened, mu: float) -> None:
+    soft.apply(soft.at(mu))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("structure", ["kfac", "shampoo", "activation"])
+@pytest.mark.parametrize("with_target", [False, True])
+def test_the_whole_space_gives_the_dense_solution(
+    kind: str, structure: str, with_target: bool
+) -> None:
+    model, curvature = tuned(kind), fitted(kind, structure)
+    target = fitted(kind, "kfac", 2) if with_target else None
+    finished = updates(model)
+    soft = soften(model, curvature, target=target, depth=WHOLE)
+    for mu in MUS:
+        nats = loss = 0.0
+        put(soft, mu)
+        for name, got in updates(model).items():
+            far, d = curvature.blocks[name].to_dense(), finished[name]
+            near = eye(curvature.blocks[name]) if target is None else damped(target.blocks[name])
+            want = solved(d, far, near, mu)
+            low = best(want, target and target.blocks[name], 2)
+            assert relative(got, low) < 1e-6, (name, mu)
+            nats += float(0.5 * want.reshape(-1) @ far @ want.reshape(-1))
+            loss += float(0.5 * (low - d).reshape(-1) @ near @ (low - d).reshape(-1))
+        assert abs(soft.predicted(mu) / nats - 1) < 1e-6
+        assert abs(soft.at(mu).point.loss - loss) < 1e-6 * max(loss, 1.0)
+
+
+@pytest.mark.parametrize("source", OTHERS)
+@pytest.mark.parametrize("target", [None, "kfac", "diagonal", "ekfac", "identity"])
+def test_other_structures_are_solved_in_the_adapter_s_span(source: str, target: str | None) -> None:
+    model, curvature = made(source)
+    near_by = target and fitted("llama", target, 2)
+    finished = updates(model)
+    factors = {s.name: (s.b.detach().clone(), s.a.detach().clone()) for s in lora_sites(model)}
+    soft = soften(model, curvature, target=near_by)
+    assert soft.depth == 0
+    for mu in MUS:
+        put(soft, mu)
+        for name, got in updates(model).items():
+            far, d = curvature.blocks[name].to_dense(), finished[name].reshape(-1)
+            near = damped(near_by.blocks[name]) if near_by else eye(curvature.blocks[name])
+            b, a = (torch.linalg.qr(m).Q for m in (factors[name][0], factors[name][1].T))
+            span = torch.kron(b, a)  # the core of p c q^T, row-major
+            core = torch.linalg.solve(span.T @ (near + mu * far) @ span, span.T @ near @ d)
+            assert relative(got.reshape(-1), span @ core) < 1e-6, (name, mu)
+
+
+@pytest.mark.parametrize("structure", [*KRONECKER, *OTHERS])
+@pytest.mark.parametrize("target", [None, "kfac"])
+def test_numbers_are_those_of_the_model_that_is_left(structure: str, target: str | None) -> None:
+    model, curvature = made(structure)
+    near = target and fitted("llama", target, 2)
+    finished = updates(model)
+    size = sum(float(d.square().sum()) for d in finished.values())
+    soft = soften(model, curvature, target=near)
+    start = soft.at(0).point
+    assert start.nats == pytest.approx(curvature.quadratic(model), rel=1e-9)
+    assert (start.loss, start.learned, start.cut_nats, start.cut_norm) == (0, 1, 0, 0)
+    for mu in MUS[1:]:
+        update = soft.at(mu)
+        soft.apply(update)
+        left, point = updates(model), update.point
+        assert point.nats == pytest.approx(curvature.quadratic(model), rel=1e-9)
+        kept = sum(float(d.square().sum()) for d in left.values())
+        assert point.norm == pytest.approx((kept / size) ** 0.5, rel=1e-9)
+        far = {name: left[name] - d for name, d in finished.items()}
+        if target is None:
+            loss = 0.5 * sum(float(d.square().sum()) for d in far.values())
+            assert point.loss == pytest.approx(loss, rel=1e-9)
+            assert point.learned == pytest.approx(1 - loss / (0.5 * size), rel=1e-9)
+        share = (point.nats / start.nats) ** 0.5  # all of it, times one number
+        assert point.scaled == pytest.approx(1 - (1 - share) ** 2, rel=1e-9)
+
+
+def test_mu_of_0_is_the_adapter_to_the_bit_and_can_be_put_back() -> None:
+    model, curvature = made("kfac")
+    before = weights(model)
+    soft = soften(model, curvature)
+    put(soft, 5.0)
+    assert any(not torch.equal(now, before[name]) for name, now in weights(model).items())
+    put(soft, 0.0)
+    assert all(torch.equal(now, before[name]) for name, now in weights(model).items())
+
+
+@pytest.mark.parametrize("structure", ["kfac", "identity", "diagonal"])
+def test_more_mu_is_less_forgetting_and_less_learning(structure: str) -> None:
+    model, curvature = made(structure)
+    soft = soften(model, curvature)
+    grid = [0.0, *(10.0**k for k in range(-3, 7))]
+    nats = [soft.predicted(mu) for mu in grid]
+    assert all(b < a for a, b in itertools.pairwise(nats))
+    assert nats[-1] < 1e-3 * nats[0]
+    curve = soft.curve(9)
+    assert len(curve) == 9
+    assert curve[0] == soft.at(0).point
+    assert all(b.mu > a.mu and b.loss > a.loss for a, b in itertools.pairwise(curve))
+    assert soft.predicted(curve[-1].mu) == pytest.approx(1e-3 * nats[0], rel=1e-9)
+    for share in (0.9, 0.2, 1e-5):
+        assert soft.predicted(soft.weight(share * nats[0])) == pytest.approx(share * nats[0])
+
+
+@pytest.mark.parametrize("structure", [*KRONECKER, *OTHERS])
+@pytest.mark.parametrize("target", [None, "shampoo"])
+@pytest.mark.parametrize("share", [0.97, 0.3, 0.01])
+def test_a_budget_is_met_by_what_is_left(structure: str, target: str | None, share: float) -> None:
+    model, curvature = made(structure)
+    soft = soften(model, curvature, target=target and fitted("llama", target, 2))
+    budget = share * soft.at(0).point.nats
+    soft.apply(soft.within(budget))
+    assert curvature.quadratic(model) == pytest.approx(budget, rel=1e-6)
+
+
+def test_a_budget_that_tries_do_not_meet_is_met_by_scaling(monkeypatch: Any) -> None:
+    model, curvature = made("kfac")
+    monkeypatch.setattr(module, "ROUNDS", 1)
+    soft = soften(model, curvature, target=fitted("llama", "shampoo", 2), depth=2)
+    most = soft.predicted(0)
+    for share in (0.9, 0.5, 0.2, 0.05):
+        point = soft.within(share * most).point
+        assert point.nats <= share * most * (1 + 1e-9)
+    assert any(abs(soft.at(soft.weight(s * most)).point.cut_nats) > 1e-6 for s in (0.5, 0.05))
+
+
+def test_inside_the_budget_nothing_changes() -> None:
+    model, curvature = made("kfac")
+    before = weights(model)
+    soft = soften(model, curvature)
+    update = soft.within(1.01 * curvature.quadratic(model))
+    assert update.point.mu == 0
+    soft.apply(update)
+    assert all(torch.equal(now, before[name]) for name, now in weights(model).items())
+
+
+def test_one_mu_for_all_layers_and_it_is_the_least() -> None:
+    """The budget's minimum of the loss: no other share of nats among the layers is better."""
+    model, curvature = made("kfac")
+    soft = soften(model, curvature, depth=WHOLE)
+    budget = 0.3 * soft.predicted(0)
+    mu = soft.weight(budget)
+    (a, first), (b, second) = itertools.islice(soft.spans.items(), 2)
+    assert a != b
+
+    def both(one: float, two: float) -> tuple[float, float]:
+        pairs = [(s, s.softened(m)) for s, m in ((first, one), (second, two))]
+        nats = sum(0.5 * float((s.ratios * z.square()).sum()) for s, z in pairs)
+        return nats, sum(0.5 * float((z - s.coordinates).square().sum()) for s, z in pairs)
+
+    nats, loss = both(mu, mu)
+    for one in (0.5 * mu, 0.9 * mu, 1.1 * mu, 2 * mu):
+        low, high = 0.0, 1e3 * mu
+        for _ in range(200):
+            two = 0.5 * (low + high)
+            low, high = (two, high) if both(one, two)[0] > nats else (low, two)
+        found, other = both(one, high)
+        if found == pytest.approx(nats, rel=1e-9):
+            assert other > loss
+
+
+@pytest.mark.parametrize("with_target", [False, True])
+def test_deeper_is_never_worse(with_target: bool) -> None:
+    model, curvature = made("kfac")
+    target = fitted("llama", "kfac", 2) if with_target else None
+    softs = [soften(model, curvature, target=target, depth=depth) for depth in (0, 1, 2, WHOLE)]
+    for mu in MUS[1:]:
+        values = []
+        for soft in softs:
+            pairs = [(s, s.softened(mu)) for s in soft.spans.values()]
+            values.append(
+                sum(
+                    0.5 * float((z - s.coordinates).square().sum() + mu * (s.ratios * z**2).sum())
+                    for s, z in pairs
+                )
+            )
+        assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(values)), (mu, values)
+        assert values[1] < 0.99 * values[0]
+
+
+def test_softening_beats_scaling() -> None:
+    model, curvature = made("shampoo")
+    for point in soften(model, curvature, depth=0).curve(6)[1:]:
+        assert point.learned > point.scaled
+
+
+def test_a_target_moves_the_softening_to_where_the_task_is_flat() -> None:
+    model, curvature = made("kfac")
+    target = fitted("llama", "kfac", 2)
+    budget = 0.2 * curvature.quadratic(model)
+    finished, losses = updates(model), []
+    for near in (None, target):
+        soft = soften(model, curvature, target=near, depth=2)
+        soft.apply(soft.within(budget))
+        moved = {name: d - finished[name] for name, d in updates(model).items()}
+        losses.append(target.quadratic(moved))
+        put(soft, 0.0)
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_singular_sides_and_layers_without_an_update() -> None:
+    model, curvature = made("kfac", 1)
+    target = fitted("llama", "kfac", 3)  # few rows: its sides are singular
+    one = lora_sites(model)[0]
+    with torch.no_grad():
+        one.b.zero_()
+        lora_sites(model)[1].b[:, 1] = lora_sites(model)[1].b[:, 0]  # rank 1
+    for block in target.blocks.values():
+        block.inputs.dense()[0], block.inputs.dense()[:, 0] = 0.0, 0.0
+    soft = soften(model, curvature, target=target, depth=3)
+    budget = 0.1 * curvature.quadratic(model)
+    soft.apply(soft.within(budget))
+    assert all(bool(w.isfinite().all()) for w in weights(model).values())
+    assert not one.b.any()
+    assert curvature.quadratic(model) == pytest.approx(budget, rel=1e-6)
+
+
+def test_an_adapter_at_its_start() -> None:
+    model, curvature = tiny("llama"), fitted("llama", "kfac")
+    soft = soften(model, curvature)
+    assert soft.within(1e-9).point.mu == 0
+    assert [p.nats for p in soft.curve(3)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_the_folder_is_plain_peft(rank: int, tmp_path: Path) -> None:
+    model, curvature = tuned(rank=rank), fitted("llama", "kfac")
+    soft = soften(model, curvature, depth=2)
+    soft.apply(soft.within(0.1 * curvature.quadratic(model)))
+    assert {s.rank for s in lora_sites(model)} == {rank}
+    folder = save_adapter(model, tmp_path / "adapter", "tiny")
+    again = load_adapter(base("llama"), folder)
+    again.set_adapter("default")
+    ids = torch.tensor([[3, 7, 1, 12, 5]])
+    with torch.no_grad():
+        want, got = model(ids).logits, again(ids).logits
+        with again.disable_adapter():
+            assert relative(again(ids).logits, want) > 1e-3
+    assert relative(got, want) < 1e-12
+    assert {s.rank for s in lora_sites(again)} == {rank}
+
+
+def test_a_target_around_the_adapter_itself() -> None:
+    model, curvature = made("kfac")
+    around = measure(model, 2, "kfac")
+    assert around.anchor
+    assert soften(model, curvature, target=around).at(3.0).point.loss > 0
+    with pytest.raises(MismatchError, match="stands around another adapter.*--adapter"):
+        soften(tuned(seed=9), curvature, target=around)
+
+
+class TestRefusals:
+    def test_curvatures(self) -> None:
+        model, curvature = made("kfac")
+        space = measure(tiny("llama"), 1, "kfac", space="adapter")
+        for given, what in ((space, "space='weight'"), (measure(model, 1, "kfac"), "--adapter")):
+            with pytest.raises(MismatchError, match=what):
+                soften(model, given)
+        with pytest.raises(MismatchError, match="--space weight"):
+            soften(model, curvature, target=space)
+        with pytest.raises(CurvatureError, match=r"tridiagonal.*--structure kfac"):
+            soften(model, fitted("llama", "tridiagonal"))
+        other = tiny("llama", seed=5)
+        with pytest.raises(MismatchError, match="another base model"):
+            soften(other, curvature)
+        with pytest.raises(MismatchError, match="other layers"):
+            soften(tiny("llama", targets=["q_proj"]), curvature)
+
+    def test_adapters(self) -> None:
+        model = dora("llama")
+        curvature = fitted("llama", "kfac")
+        with pytest.raises(ModelError, match="DoRA.*plain LoRA"):
+            soften(model, curvature)
+        spoilt = tuned()
+        with torch.no_grad():
+            lora_sites(spoilt)[2].a[0, 0] = float("nan")
+        with pytest.raises(ModelError, match="not finite"):
+            soften(spoilt, curvature)
+        with pytest.raises(ModelError, match="no LoRA adapter"):
+            soften(base("llama"), curvature)
+        extra = tuned()
+        extra.peft_config["default"].modules_to_save = ["embed_tokens"]
+        with pytest.raises(ModelError, match=r"whole modules \(embed_tokens\)"):
+            soften(extra, curvature)
+        extra.peft_config["default"].modules_to_save = ["classifier"]  # a new head is free
+        assert soften(extra, curvature).depth == 1
+
+    @pytest.mark.parametrize("budget", [0.0, -1.0, float("nan"), float("inf")])
+    def test_budgets(self, budget: float) -> None:
+        with pytest.raises(ConfigError, match=r"budget.*above 0"):
+            soften(*made("kfac")).within(budget)
+
+    def test_numbers(self) -> None:
+        model, curvature = made("kfac")
+        for mu in (-1.0, float("inf"), float("nan")):
+            with pytest.raises(ConfigError, match="mu is out of range"):
+                soften(model, curvature).at(mu)
+        with pytest.raises(ConfigError, match="depth is out of range; got: -1"):
+            soften(model, curvature, depth=-1)
+        with pytest.raises(ConfigError, match=r"depth is out of range; got: 1.*--depth 0"):
+            soften(*made("diagonal"), depth=1)
+        with pytest.raises(ConfigError, match="epsilon"):
+            soften(model, curvature, epsilon=0.0)
+
+    def test_a_wide_rank_without_a_product(self, monkeypatch: Any) -> None:
+        monkeypatch.setattr("retain.retention.soften.WIDEST", 1)
+        with pytest.raises(ConfigError, match=r"rank is too large.*up to 1"):
+            soften(*made("ekfac"))
+        assert soften(*made("kfac")).depth == 1
+
+
+def test_sketches_in_float32() -> None:
+    """Sketched factors, wider than twice their rank, in the precision of real fits."""
+    model = base("llama", dtype=torch.float32)
+    peft = attach_lora(model, rank=2)
+    curvature = measure(peft, 1, "kfac", rank=3)
+    move(peft, 4)
+    budget = 0.2 * curvature.quadratic(peft)
+    soft = soften(peft, curvature, depth=2)
+    soft.apply(soft.within(budget))
+    assert curvature.quadratic(peft) == pytest.approx(budget, rel=1e-4)
