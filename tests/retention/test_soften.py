@@ -12,16 +12,16 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from sums import dora, measure
 from retain import Curvature, soften
 from retain.curvature.block import Block
-from retain.curvature.factor import Factor
+from retain.curvature.factor import Factor, SketchFactor
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError
 from retain.models.adapter import attach_lora, lora_sites
 from retain.models.saved import load_adapter, save_adapter
 from retain.retention import softened as module
 from retain.retention.softened import Softened
 from retain.retention.spans import sides
+from sums import dora, measure
 from tiny import KINDS, base, move, relative, tiny, weights
 
 EPSILON = 1e-3
@@ -235,14 +235,17 @@ def test_one_mu_for_all_layers_and_it_is_the_least() -> None:
         return nats, sum(0.5 * float((z - s.coordinates).square().sum()) for s, z in pairs)
 
     nats, loss = both(mu, mu)
+    tried = 0
     for one in (0.5 * mu, 0.9 * mu, 1.1 * mu, 2 * mu):
         low, high = 0.0, 1e3 * mu
         for _ in range(200):
             two = 0.5 * (low + high)
             low, high = (two, high) if both(one, two)[0] > nats else (low, two)
         found, other = both(one, high)
-        if found == pytest.approx(nats, rel=1e-9):
+        if found == pytest.approx(nats, rel=1e-9):  # the other layer can make up for it
             assert other > loss
+            tried += 1
+    assert tried >= 2
 
 
 @pytest.mark.parametrize("with_target", [False, True])
@@ -286,13 +289,14 @@ def test_a_target_moves_the_softening_to_where_the_task_is_flat() -> None:
 
 def test_singular_sides_and_layers_without_an_update() -> None:
     model, curvature = made("kfac", 1)
-    target = fitted("llama", "kfac", 3)  # few rows: its sides are singular
+    target = measure(tiny("llama"), 3, "kfac")
     one = lora_sites(model)[0]
     with torch.no_grad():
         one.b.zero_()
         lora_sites(model)[1].b[:, 1] = lora_sites(model)[1].b[:, 0]  # rank 1
     for block in target.blocks.values():
-        block.inputs.dense()[0], block.inputs.dense()[:, 0] = 0.0, 0.0
+        block.inputs.dense()[0] = block.inputs.dense()[:, 0] = 0.0
+        assert torch.linalg.matrix_rank(block.inputs.dense()) < block.inputs.size
     soft = soften(model, curvature, target=target, depth=3)
     budget = 0.1 * curvature.quadratic(model)
     soft.apply(soft.within(budget))
@@ -331,7 +335,7 @@ def test_a_target_around_the_adapter_itself() -> None:
     around = measure(model, 2, "kfac")
     assert around.anchor
     assert soften(model, curvature, target=around).at(3.0).point.loss > 0
-    with pytest.raises(MismatchError, match="stands around another adapter.*--adapter"):
+    with pytest.raises(MismatchError, match=r"stands around another adapter.*--adapter"):
         soften(tuned(seed=9), curvature, target=around)
 
 
@@ -355,7 +359,7 @@ class TestRefusals:
     def test_adapters(self) -> None:
         model = dora("llama")
         curvature = fitted("llama", "kfac")
-        with pytest.raises(ModelError, match="DoRA.*plain LoRA"):
+        with pytest.raises(ModelError, match=r"DoRA.*plain LoRA"):
             soften(model, curvature)
         spoilt = tuned()
         with torch.no_grad():
@@ -400,6 +404,8 @@ def test_sketches_in_float32() -> None:
     model = base("llama", dtype=torch.float32)
     peft = attach_lora(model, rank=2)
     curvature = measure(peft, 1, "kfac", rank=3)
+    block = next(iter(curvature.blocks.values()))
+    assert isinstance(block.inputs, SketchFactor) and isinstance(block.outputs, SketchFactor)
     move(peft, 4)
     budget = 0.2 * curvature.quadratic(peft)
     soft = soften(peft, curvature, depth=2)

@@ -14,6 +14,7 @@ from retain.cli.common import (
     problem_count,
     quieten,
 )
+from retain.cli.continuing import keep_state, read_chain
 from retain.cli.holding import Held, find_curvature
 from retain.cli.train import RUN
 from retain.config import RunConfig
@@ -55,6 +56,8 @@ class _Run:
     def __init__(self, config: RunConfig, screen: Screen, out: Path, resume: bool) -> None:
         self.config, self.screen, self.resume = config, screen, resume
         self.out, self.kept = out, out / "checkpoints"
+        self.chain = None if config.continue_from is None else read_chain(config.continue_from)
+        self.past: Any = None
 
     def run(self) -> None:
         c, training = self.config, self.config.training
@@ -68,7 +71,6 @@ class _Run:
         from retain.data.batches import batches
         from retain.data.sources import encode
         from retain.files import write_json
-        from retain.models.adapter import attach_lora
         from retain.models.heads import is_causal
         from retain.models.load import load_model
 
@@ -77,7 +79,7 @@ class _Run:
         base, self.tokenizer, _ = load_model(
             c.model, dtype=c.dtype, trust_remote_code=c.trust_remote_code
         )
-        self.model = attach_lora(base, **c.adapter.model_dump())
+        self.model = self._adapted(base)
         if not is_causal(self.model):
             raise ModelError(
                 "the model is no causal language model",
@@ -88,9 +90,7 @@ class _Run:
         rows = early["rows"] if self.problems is None else self._problem_rows()
         examples = encode(rows, self.tokenizer, max_length=training.max_length, causal=True)
         next(iter(batches(examples, training.batch_size, 0)))  # refuses what fills no batch
-        held = find_curvature(
-            c, early["curvature"], self.out, self.model, self.tokenizer, self.screen
-        )
+        held = self._held(early["curvature"])
         if self.resume:
             last = checkpoints.set_aside_broken(self.kept)
             self.screen.say(f"going on from {last or 'the start: no checkpoint is whole'}")
@@ -102,6 +102,13 @@ class _Run:
         history = checkpoints.history(last) if last else []  # before newer ones replace it
         result = self._train(examples, held)
         adapter = save_adapter(self.model, self.out / "adapter", c.model)
+        if held is not None and c.keep_state:
+            entry = {"data": c.data, "examples": len(examples), "seed": training.seed}
+            entry |= {"budget": c.budget, "predicted_nats": held.curvature.quadratic(self.model)}
+            keep_state(
+                self.model, examples, held.path, self.past, self.out, finite(entry), self.chain,
+                self.screen,
+            )  # fmt: skip
         record = self._record(held, len(examples), last) | {
             "steps": result.steps,
             "seconds": result.seconds,
@@ -109,6 +116,28 @@ class _Run:
         }
         write_json(self.out / "train.json", finite(record))
         self._tell(record, adapter)
+
+    def _adapted(self, base: Any) -> Any:
+        """The model with a fresh adapter, or with that of the run to continue from."""
+        from retain.models.adapter import attach_lora
+        from retain.models.saved import load_adapter
+
+        if self.chain is None:
+            return attach_lora(base, **self.config.adapter.model_dump())
+        model = load_adapter(base, self.chain.adapter)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+        return model
+
+    def _held(self, given: Any) -> Held | None:
+        if self.chain is None:
+            return find_curvature(
+                self.config, given, self.out, self.model, self.tokenizer, self.screen
+            )
+        from retain.curvature.artifact import load_curvature
+
+        self.past = load_curvature(self.chain.past)
+        return Held(load_curvature(self.chain.source), self.chain.source, None)
 
     def _train(self, examples: Any, held: Held | None) -> Any:
         from safetensors import SafetensorError
@@ -123,6 +152,7 @@ class _Run:
                 curvature=held and held.curvature,
                 strength=self.config.strength,
                 budget=self.config.budget if held else None,
+                past=self.past,
                 out=self.kept,
                 progress=self.screen.progress,
                 resume=self.resume,

@@ -47,6 +47,14 @@ def train(
         float | None,
         typer.Option(help="In its place: nats per source token that may be spent, such as 0.05."),
     ] = None,
+    continue_from: Annotated[
+        str | None,
+        typer.Option(help="Folder of an earlier run: start at its adapter, keep its tasks too."),
+    ] = None,
+    keep_state: Annotated[
+        bool | None,
+        typer.Option("--keep-state", help="Leave state/ in --out, so that a run can continue."),
+    ] = None,
     method: Annotated[
         str | None, typer.Option(help="laplace holds the model, none is plain LoRA (laplace).")
     ] = None,
@@ -95,7 +103,8 @@ def train(
     """Learn a task with a LoRA adapter, and forget little of what the model knew."""
     given: dict[str, Any] = {
         "model": model, "data": data, "out": out, "curvature": curvature, "strength": strength,
-        "budget": budget, "method": method, "dtype": dtype, "limit": limit, "trust_remote_code": trust_remote_code,
+        "budget": budget, "continue_from": continue_from, "keep_state": keep_state,
+        "method": method, "dtype": dtype, "limit": limit, "trust_remote_code": trust_remote_code,
         "adapter.rank": rank, "adapter.alpha": alpha, "adapter.seed": adapter_seed,
         "adapter.targets": None if targets is None else name_list(targets),
         "training.learning_rate": learning_rate, "training.epochs": epochs,
@@ -110,6 +119,10 @@ def train(
             allowed="one of them",
             fix="--resume goes on with a run, --overwrite starts it again",
         )
+    if continue_from is not None and not resume:
+        from retain.cli.continuing import inherit, read_chain
+
+        given = inherit(given, read_chain(continue_from)) | {"keep_state": True}
     run = _resumed(config, given) if resume else _read(config, given)
     from retain.cli.run import run_training
 

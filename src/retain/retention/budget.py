@@ -9,10 +9,12 @@ multiplier climbs by dual ascent, in its logarithm since its scale is not known 
 where c, the measured KL divergence over the predicted one on a few rows of source text, corrects
 the prediction as training goes. At the solution the force balances the task's gradient g, so the
 multiplier is ``||g|| / ||dq||`` there; four times the ratio of their running means is the most that
-the strength may be, or a step far too long would let it climb until nothing is learned. A multiplier is always late, and whatever the learning rate, a step
-can cross the budget; so after each step that has, the weights are moved straight back towards the
-anchor until ``c q = budget``. That changes no direction: the multiplier sees what the step wanted,
-and takes over. At the end the true divergence is measured, and what is above the budget goes back.
+the strength may be, or a step far too long would let it climb until nothing is learned.
+
+A multiplier is always late, and whatever the learning rate, a step can cross the budget; so after
+each step that has, the weights are moved straight back towards the anchor until ``c q = budget``.
+That changes no direction: the multiplier sees what the step wanted, and takes over. At the end the
+true divergence is measured, and what is above the budget goes back.
 """
 
 from __future__ import annotations
@@ -144,7 +146,7 @@ def scale_back(curvature: Curvature, sites: Sequence[Site], nats: float) -> floa
     """Moves the weights straight back towards the anchor until so many nats are predicted.
 
     Args:
-        curvature: whose prediction.
+        curvature: whose prediction, and whose anchor.
         sites: the layers, as `Curvature.bind` gives them.
         nats: what may be left; a displacement below it is left alone.
 

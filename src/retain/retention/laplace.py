@@ -51,6 +51,9 @@ class Retention:
             training, bit for bit.
         budget: nats of KL divergence per source token that may be spent; the strength is then
             found by itself, and `finish` is to be called when training ends.
+        past: a second curvature, held with the same strength: that of the tasks before, around the
+            model's present weights (`retain.reanchored`). The budget is that of the first alone,
+            which stays where the base model is.
         probe: tokenised source text, a few rows: with a budget, the true divergence on it corrects
             the predicted one now and then, and at the end. Without it the prediction is believed.
         update: ``gradient`` or ``proximal``.
@@ -71,6 +74,7 @@ class Retention:
         strength: float = 10.0,
         *,
         budget: float | None = None,
+        past: Curvature | None = None,
         probe: Sequence[Example] = (),
         update: Update = "gradient",
         resuming: bool = False,
@@ -78,15 +82,24 @@ class Retention:
         if update not in UPDATES:
             raise unknown("update", update, UPDATES)
         check_strength(strength)
-        self.curvature, self.update = curvature, update
+        self.curvature, self.past, self.update = curvature, past, update
         self.budget = None if budget is None else Budget(budget)
         self._strength = strength
         self.sites = curvature.bind(model)
+        if past is not None:
+            past.bind(model)
+            if update != "gradient":
+                raise ConfigError(
+                    "a proximal step knows one curvature",
+                    got="a curvature of the past beside it",
+                    allowed="update='gradient'",
+                    fix="leave update out",
+                )
         whole = isinstance(self.sites[0], LinearSite)
         if not whole:
             check_held(model)
         exact = whole or curvature.info.space == "adapter"
-        if exact and not resuming and not curvature.at_anchor(self.sites):
+        if exact and not resuming and past is None and not curvature.at_anchor(self.sites):
             raise MismatchError(
                 "the model does not start where the curvature was fitted",
                 got="other values of " + ("its weights" if whole else "A or B"),
@@ -146,12 +159,12 @@ class Retention:
         Raises:
             TrainingError: the weights have left the finite numbers.
         """
-        nats, pulls = self.curvature.pulls(self.sites, rounded=has_bf16())
+        nats, pulls = self._pulls()
         _check_finite(nats)
         if self.budget is not None:
             self.budget.weigh(*_balance(pulls))
             if self._spend(nats):
-                nats, pulls = self.curvature.pulls(self.sites, rounded=has_bf16())
+                nats, pulls = self._pulls()
         if self.strength:
             for parameter, gradient in pulls:
                 if not parameter.requires_grad:
@@ -161,6 +174,16 @@ class Retention:
                 else:
                     parameter.grad.add_(gradient, alpha=self.strength)
         return nats
+
+    def _pulls(self) -> tuple[float, list[Pull]]:
+        """Predicted nats, and the gradients of all that holds."""
+        nats, pulls = self.curvature.pulls(self.sites, rounded=has_bf16())
+        if self.past is not None:
+            _, others = self.past.pulls(self.sites)
+            pulls = [
+                Pull(p, mine + other) for (p, mine), (_, other) in zip(pulls, others, strict=True)
+            ]
+        return nats, pulls
 
     def apply_proximal(self, optimizer: Optimizer) -> float:
         """Pulls the adapter back after a step of `optimizer`; returns predicted nats."""

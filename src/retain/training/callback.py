@@ -50,6 +50,7 @@ class RetentionCallback(TrainerCallback):
         update: ``gradient`` or ``proximal``; see `retain.retention.laplace`.
         budget: in place of a strength: nats of KL divergence per source token that may be spent.
             The strength is found in training, see `retain.retention.budget`.
+        past: a second curvature, of the tasks before; see `retain.Retention`.
         source: with a budget, text on which the true divergence is measured now and then: rows, a
             data set or a file as for `retain.fit_curvature`, ``"self"`` (the model samples it), or
             None to believe the prediction. By default ``"self"`` for a causal model.
@@ -69,6 +70,7 @@ class RetentionCallback(TrainerCallback):
         update: Update = "gradient",
         *,
         budget: float | None = None,
+        past: Curvature | None = None,
         source: Source | None = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -85,7 +87,7 @@ class RetentionCallback(TrainerCallback):
                 fix="budget=0.05",
             )
         self.curvature, self._strength, self.budget = curvature, strength, budget
-        self.source, self.tokenizer = source, tokenizer
+        self.past, self.source, self.tokenizer = past, source, tokenizer
         self.update: Update = update
         self.retention: Retention | None = None
         self._nats: float | None = None
@@ -100,6 +102,7 @@ class RetentionCallback(TrainerCallback):
             self.curvature,
             self._strength,
             budget=self.budget,
+            past=self.past,
             probe=self._probe(model, kwargs.get("processing_class")),
             update=self.update,
             resuming=state.global_step > 0,

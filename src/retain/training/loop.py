@@ -81,6 +81,7 @@ def train(
     curvature: Curvature | None = None,
     strength: float = 0.0,
     budget: float | None = None,
+    past: Curvature | None = None,
     method: Method | None = None,
     columns: slice | None = None,
     regression: bool = False,
@@ -99,6 +100,7 @@ def train(
         curvature: turns retention on.
         strength: of the retention.
         budget: in place of it, nats per source token; see `RetentionCallback`.
+        past: a second curvature, of the tasks before; see `RetentionCallback`.
         method: in place of a curvature, a method whose `before_task` gave the examples; its hooks
             are called as `retain.retention.method` says.
         columns: the outputs of a classifier that are trained on, with targets local to them; None
@@ -127,7 +129,8 @@ def train(
     watch = _Watch(measure, measure_every)
     callbacks: list[TrainerCallback] = [watch]
     if curvature is not None:
-        callbacks.append(RetentionCallback(curvature, strength, config.update, budget=budget))
+        held = RetentionCallback(curvature, strength, config.update, budget=budget, past=past)
+        callbacks.append(held)
     if method is not None:
         callbacks.append(MethodCallback(method))
 

@@ -1,0 +1,113 @@
+"""``retain train --continue-from``: month after month inside one budget, at constant memory."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from retain.curvature.artifact import load_curvature
+from retain.evaluation.forgetting import measure_forgetting
+from retain.models.load import load_model
+from retain.models.saved import load_adapter
+
+BUDGET = 0.002
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def months(model: Path, curvature: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Four runs, each with data of its own, each continuing from the one before."""
+    from retain.cli import main
+
+    folder = tmp_path_factory.mktemp("months")
+    runs = []
+    for month in range(4):
+        data = folder / f"{month}.jsonl"
+        words = ["red", "blue", "green", "one", "two", "three"]
+        rows = [
+            {"prompt": f"{words[i % 6]} {words[(i + month) % 6]}", "completion": words[month]}
+            for i in range(16)
+        ]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        out = folder / f"run{month}"
+        argv = ["train", "--data", data, "--out", out, "--budget", BUDGET, "--batch-size", 4]
+        argv += ["--epochs", 6, "--learning-rate", 0.02, "--max-length", 16, "--quiet"]
+        if runs:
+            argv += ["--continue-from", runs[-1]]
+        else:
+            argv += ["--model", model, "--rank", 4, "--curvature", curvature, "--keep-state"]
+        assert main([str(a) for a in argv]) == 0
+        runs.append(out)
+    return runs
+
+
+def test_each_run_starts_at_the_one_before_and_moves_on(months: list[Path]) -> None:
+    for before, after in pairwise(months):
+        old, new = weights(before), weights(after)
+        assert old.keys() == new.keys()
+        assert any(not torch.equal(old[name], new[name]) for name in old)
+        past = load_curvature(after / "state" / "past.safetensors")
+        name, (b0, a0) = next(iter(past.anchor.items()))
+        head = f"base_model.model.{name}"
+        assert torch.equal(a0, new[f"{head}.lora_A.weight"].float())
+        assert torch.equal(b0, 2.0 * new[f"{head}.lora_B.weight"].float())
+    state = json.loads((months[-1] / "state" / "state.json").read_text())
+    assert [Path(run["data"]).stem for run in state["runs"]] == ["0", "1", "2", "3"]
+
+
+def test_the_model_stays_inside_its_budget(months: list[Path], model: Path) -> None:
+    base = load_model(model)
+    for run in months:
+        tuned = load_adapter(load_model(model).model, run / "adapter")
+        curvature = load_curvature(run / "state" / "source.safetensors")
+        record = json.loads((run / "train.json").read_text())
+        assert curvature.quadratic(tuned) == pytest.approx(record["predicted_nats"], rel=1e-3)
+        from retain.models.sample import sample_rows
+
+        text = sample_rows(base.model, base.tokenizer, count=32, max_length=16, seed=5)
+        spent = measure_forgetting(tuned, text, tokenizer=base.tokenizer, max_length=16).kl
+        assert spent <= 1.5 * BUDGET  # other samples than those that it was kept on
+
+
+def test_the_state_does_not_grow(months: list[Path]) -> None:
+    sizes = [sum(p.stat().st_size for p in (run / "state").glob("*.safetensors")) for run in months]
+    assert max(sizes) <= 1.05 * min(sizes)
+    past = load_curvature(months[-1] / "state" / "past.safetensors")
+    assert past.info.merged == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--rank", 5], "has another adapter.rank"),
+        (["--model", "minilm-22m"], "has another model"),
+        (["--method", "none"], "held by what came before"),
+        (["--curvature", "c.safetensors"], "has a curvature of its own"),
+    ],
+)
+def test_what_differs_is_refused(
+    retain: Any, months: list[Path], data: Path, tmp_path: Path, more: list[Any], said: str
+) -> None:
+    argv = ("--data", data, "-o", tmp_path / "out", "--continue-from", months[0], *more)
+    outcome = retain("train", *argv)
+    assert outcome.code == 2
+    assert said in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_a_state_cannot_be_continued(
+    retain: Any, trained: Path, data: Path, tmp_path: Path
+) -> None:
+    argv = ("--data", data, "-o", tmp_path / "out", "--continue-from", trained)
+    outcome = retain("train", *argv)
+    assert outcome.code == 2
+    assert "nothing to continue from" in outcome.err and "--keep-state" in outcome.err
