@@ -50,7 +50,7 @@ MEMORY, MOST = 0.9, 4.0
 EVERY = 64
 """Steps between two measurements of the true divergence, after steps 1, 2, 4, 8 and so on."""
 
-TELLING, BELIEF = 0.05, 100.0
+TELLING, BELIEF = 0.05, 1e6
 """The share of the budget from which on a measurement says something (below it bfloat16's noise
 speaks), and the factor that no correction exceeds."""
 

@@ -9,8 +9,8 @@ top generalised eigenvectors a of
 the directions in which a unit of what the update reads of the old text buys most of the new
 (Fisher's discriminant; Fukunaga, Introduction to Statistical Pattern Recognition, ch. 10). They
 are scaled to the energy of PEFT's usual start, ``a^T S_new a = tr S_new / (3 d)``, and stay as they
-are: B alone learns, which makes the model's task a convex one in each layer, and the penalty on B
-exact on A's side. Each task has a block of its own, see `retain.retention.blocks`; the adapter of
+are: B alone learns, so that a layer's update is linear in what is trained, and the penalty on B is
+exact on A's side. S_new is measured once, before the task. Each task has a block of its own, see `retain.retention.blocks`; the adapter of
 the tasks before is kept as it is. Stored are S_old and, for a penalty, the output sides: no data.
 
 Related: InfLoRA (arXiv 2404.00228) and CorDA's knowledge-preserved mode (arXiv 2406.05223) leave
@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 
 from retain.curvature.curvature import Curvature
 from retain.curvature.factor import Factor
+from retain.curvature.merge import reanchored
 from retain.curvature.spectral import eigh
 from retain.data.batches import Example
 from retain.errors import ConfigError, unknown
@@ -102,6 +103,7 @@ class Discriminant(Fitted):
         self.structure, self.start, self.signal = structure, start, signal
         self.epsilon, self.train_a = epsilon, train_a
         self.block: Block | None = None
+        self._measured: Curvature | None = None  # of the task that is being learned
 
     def adapter_options(self, options: dict[str, Any], tasks: int) -> dict[str, Any]:
         return block_options(options, tasks)
@@ -119,6 +121,8 @@ class Discriminant(Fitted):
         if self.start == "random":
             return
         span, new = self.block.span, self._new(task)
+        if self.signal == "inputs" and self.structure == "activation":
+            self._measured = new
         found: dict[int, Tensor] = {}  # layers that read one input have one start
         with torch.no_grad():
             for site in self.block.sites:
@@ -146,7 +150,7 @@ class Discriminant(Fitted):
         return self.fit(rows, task.columns, task.seed, **options)
 
     def before_step(self, model: nn.Module) -> float | None:
-        if not self.strength:
+        if not self.strength and self.budget is None:
             return None
         nats = super().before_step(model)
         if self.block is not None:
@@ -162,6 +166,17 @@ class Discriminant(Fitted):
     def after_task(self, task: Task) -> None:
         self._release()
         super().after_task(task)
+        self._measured = None
+
+    def joined(self, curvature: Curvature | None, task: Task) -> Curvature | None:
+        """As in `Fitted`; an activation curvature is that of before the task, not measured anew."""
+        new, self._measured = self._measured, None
+        if new is None or not self.task_weight:
+            return super().joined(curvature, task)
+        new = self._weighted(self.task_weight, reanchored(new, self.context.adapter.model))
+        if curvature is None:
+            return new
+        return reanchored(curvature, self.context.adapter.model) + new
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self._release()

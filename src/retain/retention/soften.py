@@ -9,8 +9,7 @@ is a Fisher-weighted average of the base and the tuned model (Matena and Raffel,
 with one weight, mu, for all layers; with F_t = F_s it is the interpolation of the two (arXiv
 2109.01903). The predicted nats, ``sum 0.5 <D, F_s D>``, fall as mu grows, so a budget of nats fixes
 mu. Each layer is solved in a small subspace, see `retain.retention.spans`. What comes out may have
-a higher rank there than the adapter, and is cut to the nearest of the adapter's rank in the norm of
-F_t (an SVD in coordinates that are orthonormal in it). All numbers are those of what is left then.
+a higher rank there than the adapter, and is cut to it. All numbers are those of what is left then.
 """
 
 from __future__ import annotations
@@ -49,8 +48,9 @@ def soften(
         curvature: of the source text, in weight space, around the base model.
         target: of the task's rows, in weight space; best around the finished adapter itself (or
             around the base). Without one, an update's distance from the finished one counts.
-        depth: of the subspaces, 0 or more; see `retain.retention.spans`. By default 1 where all
-            curvatures are Kronecker products or identities; else 0, which then is all there is.
+        depth: of the subspaces, 0 or more; see `retain.retention.spans`. By default 2, and 1 with a
+            target, where each step adds twice as much; 0 where a curvature is no Kronecker product
+            (or identity), which then is all there is.
         epsilon: what is added to the target's sides (or its diagonal), relative to their mean
             diagonal, since what its text never reads would cost nothing to lose.
 
@@ -78,7 +78,9 @@ def soften(
     whole = all(
         sides(block) for c in (curvature, target) if c is not None for block in c.blocks.values()
     )
-    depth = _depth(depth, whole, sites)
+    _check_depth(depth, whole, sites)
+    usual = 0 if not whole else 2 if target is None else 1
+    deep = usual if depth is None else depth
     spans: dict[str, Span] = {}
     for site in sites:
         left = site.scaling * site.b.detach().double()
@@ -89,13 +91,13 @@ def soften(
         near = None if target is None else target.blocks[site.name]
         pair, other = sides(far), None if near is None else sides(near)
         if pair is not None and whole:
-            spans[site.name] = KroneckerSpan(left, right, pair, other, depth, epsilon)
+            spans[site.name] = KroneckerSpan(left, right, pair, other, deep, epsilon)
         else:
             spans[site.name] = CoreSpan(left, right, far, near, epsilon)
-    return Softened(sites, spans, depth)
+    return Softened(sites, spans, deep)
 
 
-def _depth(depth: int | None, whole: bool, sites: list[LoraSite]) -> int:
+def _check_depth(depth: int | None, whole: bool, sites: list[LoraSite]) -> None:
     if depth is not None and (depth < 0 or (depth > 0 and not whole)):
         raise ConfigError(
             "the depth is out of range",
@@ -111,7 +113,6 @@ def _depth(depth: int | None, whole: bool, sites: list[LoraSite]) -> int:
             allowed=f"up to {WIDEST}",
             fix="fit shampoo, kfac or activation, which soften any rank",
         )
-    return (1 if whole else 0) if depth is None else depth
 
 
 def _check_curvature(curvature: Curvature, model: nn.Module) -> None:

@@ -123,13 +123,18 @@ class Softened:
         check_budget(budget)
         if self.predicted(0.0) <= budget:
             return self.at(0.0)
-        aim = budget
-        for _ in range(ROUNDS):
+        aim, slope = budget, 1.0
+        before: tuple[float, float] | None = None
+        for _ in range(ROUNDS):  # a secant: log nats after the cut against log nats before it
             mu = self.weight(aim)
             nats = self._cut_nats(mu)
-            if abs(nats / budget - 1.0) < CLOSE:
+            here = math.log(aim), math.log(max(nats, 1e-300) / budget)
+            if abs(here[1]) < CLOSE:
                 break
-            aim *= budget / nats
+            if before is not None and here[0] != before[0]:
+                slope = (here[1] - before[1]) / (here[0] - before[0])
+            before = here
+            aim *= math.exp(-here[1] / (slope if 0.2 < slope < 5.0 else 1.0))
         missing = 1.0 if nats <= budget * (1.0 + CLOSE) else math.sqrt(budget / nats)
         return self._built(mu, missing)
 
@@ -153,7 +158,7 @@ class Softened:
         for site in self.sites:
             if site.name in self.spans:
                 span = self.spans[site.name]
-                low = span.lowered(span.softened(mu), site.rank)
+                low = span.cut(mu, site.rank)
                 nats += 0.5 * float((span.ratios * low.square()).sum())
         return nats
 
@@ -165,7 +170,7 @@ class Softened:
             if span is None:
                 continue
             full = span.softened(mu)
-            low = full if mu == 0 else scale * span.lowered(full, site.rank)
+            low = scale * span.cut(mu, site.rank)
             nats += 0.5 * float((span.ratios * low.square()).sum())
             whole += 0.5 * float((span.ratios * full.square()).sum())
             loss += 0.5 * float((low - span.coordinates).square().sum())
