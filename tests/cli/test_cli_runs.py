@@ -93,6 +93,23 @@ class TestTrain:
         assert len({entry["strength"] for entry in record["history"]}) > 1
         assert 0 < record["predicted_nats"]
 
+    def test_a_discriminant_start(
+        self, retain: Any, model: Path, source: Path, data: Path, tmp_path: Path
+    ) -> None:
+        held = tmp_path / "kfac.safetensors"
+        retain("fit", model, source, "-o", held, "--structure", "kfac", "--quiet")
+        argv = ("train", "--model", model, "--data", data, "--curvature", held, "--json")
+        argv += ("--max-steps", 3, "--max-length", 16, "--batch-size", 4)
+        sizes = []
+        for gain in (1.0, 3.0):
+            out = tmp_path / f"run{gain:g}"
+            more = ("-o", out, "--start", "discriminant", "--set", f"gain={gain}")
+            assert retain(*argv, *more).json["config"]["start"] == "discriminant"
+            found = load_file(out / "adapter" / "adapter_model.safetensors")
+            sizes.append({n: w.float().norm() for n, w in found.items() if "lora_A" in n})
+        for name, size in sizes[0].items():
+            torch.testing.assert_close(sizes[1][name], 3 * size, rtol=0.02, atol=0)
+
     def test_the_adapter_is_plain_peft(self, trained: Path, model: Path) -> None:
         folder = trained / "adapter"
         assert {p.name for p in folder.iterdir()} == {

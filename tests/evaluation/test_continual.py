@@ -44,6 +44,15 @@ def test_the_best_may_be_from_before_the_task_was_learned() -> None:
     assert got.intransigence is None
 
 
+def test_scores_that_were_not_measured_are_no_best() -> None:
+    nan = float("nan")
+    matrix = [[0.5, 0.4, nan], [0.4, 0.6, 0.3], [0.2, 0.5, 0.7]]
+    found = continual_metrics(matrix, [0.1, 0.1, 0.1])
+    assert found.forgetting == pytest.approx(((0.5 - 0.2) + (0.6 - 0.5)) / 2)
+    assert found.forward_transfer == pytest.approx((0.3 + 0.2) / 2)
+    assert math.isnan(continual_metrics([[nan, 0.1], [0.2, 0.3]]).learning)
+
+
 def test_one_task_has_neither_forgetting_nor_transfer() -> None:
     got = continual_metrics([[0.7]], [0.5], [0.8])
     assert (got.average, got.learning) == (0.7, 0.7)

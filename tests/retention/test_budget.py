@@ -225,5 +225,5 @@ def test_an_anchor_of_another_rank_has_no_budget() -> None:
 
 def test_a_head_that_trains_cannot_be_measured() -> None:
     model = tiny("bert")
-    with pytest.raises(ConfigError, match="while other weights train.*source=None"):
+    with pytest.raises(ConfigError, match=r"while other weights train.*source=None"):
         Retention(model, fit(model, "bert"), budget=NATS, probe=probe("bert"))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from retain.errors import ConfigError
 from retain.models.adapter import lora_sites
-from retain.retention.discriminant import Discriminant, discriminants
+from retain.retention.discriminant import Discriminant
+from retain.retention.start import discriminants
 
 
 def moment(size: int, seed: int, decay: float = 0.0) -> Tensor:
@@ -115,6 +116,7 @@ def test_a_penalty_holds_the_block_back() -> None:
         ({"structure": "diagonal"}, "unknown structure"),
         ({"epsilon": 0.0}, "epsilon is out of range"),
         ({"epsilon": float("nan")}, "epsilon is out of range"),
+        ({"gain": -1.0}, "gain is out of range"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:

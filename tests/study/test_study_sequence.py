@@ -216,3 +216,27 @@ def test_an_encoder_holds_all_tasks_side_by_side(tmp_path: Path) -> None:
             run_sequence(run.config, state=state, work=work)
         state.stop_after = -1
         assert plain(run_sequence(run.config, state=state, work=work)) == plain(found)
+
+
+def test_tasks_that_come_later_need_not_be_scored(tiny_folder: Path, tmp_path: Path) -> None:
+    found = []
+    for unseen in ("all", "next"):
+        path = tiny_study(
+            tmp_path / unseen, tiny_folder, methods={"none": {}}, evaluation={"unseen": unseen}
+        )
+        grid, work = opened(path, tmp_path / f"out-{unseen}")
+        run = grid.runs[0]
+        assert ("unseen" in run.config["evaluation"]) is (unseen == "next")
+        found.append(run_sequence(run.config, state=Keep(tmp_path / run.key, {}), work=work))
+    whole, part = found
+    assert part["before"] == whole["before"]
+    assert [[s is None for s in row] for row in part["matrix"]] == [
+        [False, False, True], [False] * 3, [False] * 3
+    ]  # fmt: skip
+    for row, other in zip(part["matrix"], whole["matrix"], strict=True):
+        assert all(a is None or a == b for a, b in zip(row, other, strict=True))
+    assert part["losses"] == whole["losses"]
+    for name, value in whole["metrics_summary"].items():
+        if name != "forgetting":  # whose best may be from before a task was learned
+            assert part["metrics_summary"][name] == value
+    assert part["metrics_summary"]["forgetting"] <= whole["metrics_summary"]["forgetting"]

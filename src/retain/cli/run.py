@@ -129,6 +129,11 @@ class _Run:
             parameter.requires_grad_(".lora_" in name)
         return model
 
+    def _start(self) -> Any:
+        from retain.training.start import Start
+
+        return None if self.config.start == "random" else Start(gain=self.config.gain)
+
     def _held(self, given: Any) -> Held | None:
         if self.chain is None:
             return find_curvature(
@@ -153,6 +158,7 @@ class _Run:
                 strength=self.config.strength,
                 budget=self.config.budget if held else None,
                 past=self.past,
+                start=self._start() if held else None,
                 out=self.kept,
                 progress=self.screen.progress,
                 resume=self.resume,

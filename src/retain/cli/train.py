@@ -47,6 +47,10 @@ def train(
         float | None,
         typer.Option(help="In its place: nats per source token that may be spent, such as 0.05."),
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(help="Of LoRA's A: random, or discriminant, which then stays (random)."),
+    ] = None,
     continue_from: Annotated[
         str | None,
         typer.Option(help="Folder of an earlier run: start at its adapter, keep its tasks too."),
@@ -103,7 +107,7 @@ def train(
     """Learn a task with a LoRA adapter, and forget little of what the model knew."""
     given: dict[str, Any] = {
         "model": model, "data": data, "out": out, "curvature": curvature, "strength": strength,
-        "budget": budget, "continue_from": continue_from, "keep_state": keep_state,
+        "budget": budget, "start": start, "continue_from": continue_from, "keep_state": keep_state,
         "method": method, "dtype": dtype, "limit": limit, "trust_remote_code": trust_remote_code,
         "adapter.rank": rank, "adapter.alpha": alpha, "adapter.seed": adapter_seed,
         "adapter.targets": None if targets is None else name_list(targets),

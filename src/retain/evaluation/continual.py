@@ -30,6 +30,7 @@ without references intransigence. This module is plain Python and can be used on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -72,7 +73,7 @@ def continual_metrics(
     """The metrics of an accuracy matrix.
 
     Args:
-        matrix: ``R``, [tasks, tasks].
+        matrix: ``R``, [tasks, tasks]; NaN, above the diagonal, where a task was not scored.
         before: ``b``, [tasks].
         references: ``a``, [tasks].
 
@@ -89,7 +90,7 @@ def continual_metrics(
             fix="score every task after each of them",
         )
     last, diagonal = matrix[-1], [matrix[j][j] for j in range(n)]
-    best = [max(row[j] for row in matrix[:-1]) for j in range(n - 1)]
+    best = [_best([row[j] for row in matrix[:-1]]) for j in range(n - 1)]
     return Continual(
         average=_mean(last),
         learning=_mean(diagonal),
@@ -100,6 +101,11 @@ def continual_metrics(
         else _gap([matrix[j - 1][j] for j in range(1, n)], before[1:]),
         intransigence=None if references is None else _gap(references, diagonal),
     )
+
+
+def _best(scores: Sequence[float]) -> float:
+    """The largest of those that were measured."""
+    return max((s for s in scores if not math.isnan(s)), default=math.nan)
 
 
 def _mean(values: Sequence[float]) -> float:

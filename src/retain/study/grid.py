@@ -193,9 +193,13 @@ class _Expansion:
                     "data": spec.data.model_dump(mode="json"),
                     "source": self.source,
                     "general": spec.general and spec.general.model_dump(mode="json"),
-                    "evaluation": spec.evaluation.model_dump(mode="json"),
+                    "evaluation": self._evaluation(),
                 }
                 yield place, Run(run_key(config), config)
+
+    def _evaluation(self) -> dict[str, Any]:
+        found = self.spec.evaluation.model_dump(mode="json")
+        return {k: v for k, v in found.items() if (k, v) != ("unseen", "all")}  # keys from before
 
     def _method(self, label: str, method: MethodSpec, facts: MethodFacts) -> dict[str, Any]:
         several = len(method.strengths) > 1

@@ -115,7 +115,7 @@ class _Sequence:
 
         self.say("scores before")
         with self.clock.on("evaluate"):
-            self.data["before"] = [score.value for score in self._scores()]
+            self.data["before"] = [score and score.value for score in self._scores(None)]
             self.data["general"] = self._general()
         self.say("the method begins")
         with self.clock.on("method"):
@@ -155,18 +155,23 @@ class _Sequence:
         self.data["predicted"].append(last.get("predicted"))
         self.say(f"{place}: scoring")
         with self.clock.on("evaluate"):
-            scores = self._scores()
-            self.data["matrix"].append([score.value for score in scores])
-            self.data["losses"] = [score.loss for score in scores]
-            self.data["extras"] = [score.extras for score in scores]
+            scores = self._scores(index)
+            self.data["matrix"].append([score and score.value for score in scores])
+            self.data["losses"] = [score and score.loss for score in scores]
+            self.data["extras"] = [score and score.extras for score in scores]
             each = self.config["evaluation"]["retention"] == "each"
             if self.reference is not None and (each or index + 1 == len(self.tasks)):
                 found = self.reference.measure(self.adapter.model).to_dict()
                 self.data["retention"].append({"after": index, **found})
 
-    def _scores(self) -> list[Score]:
-        out = []
+    def _scores(self, after: int | None) -> list[Score | None]:
+        """Of all tasks, or without those that come later than the next one."""
+        only_next = self.config["evaluation"].get("unseen") == "next"
+        out: list[Score | None] = []
         for index, data in enumerate(self.tasks):
+            if only_next and after is not None and index > after + 1:
+                out.append(None)
+                continue
             spec = data.spec
             out.append(
                 score_items(

@@ -148,10 +148,13 @@ class EvaluationSpec(_Strict):
     Attributes:
         batch_size: rows a pass.
         retention: whether base retention is measured after each task or after the last one.
+        unseen: which tasks are scored before they are learned: all, or the next one alone, which
+            is what forward transfer needs. Before the first task all are scored.
     """
 
     batch_size: int = Field(16, ge=1)
     retention: Literal["each", "last"] = "each"
+    unseen: Literal["all", "next"] = "all"
 
 
 class StudySpec(_Strict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -94,8 +95,9 @@ def with_intransigence(records: Sequence[Record]) -> list[dict[str, Any]]:
             if len(known) == len(scores):
                 found = known
                 break
-        matrix = r["matrix"]
-        if found and len(found) > 1 and not any(None in row for row in matrix):
+        matrix = [[math.nan if s is None else s for s in row] for row in r["matrix"]]
+        needed = [*(matrix[-1] if matrix else []), *(row[i] for i, row in enumerate(matrix))]
+        if found and len(found) > 1 and not any(map(math.isnan, needed)):
             metrics = continual_metrics(matrix, references=found)
             mean = sum(found) / len(found)
             new["metrics_summary"] = dict(r["metrics_summary"]) | {

@@ -23,6 +23,7 @@ from retain.models.adapter import unwrap
 from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
 from retain.retention.laplace import Retention, check_strength
+from retain.training.start import Start
 from retain.types import UPDATES, Update
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class RetentionCallback(TrainerCallback):
         budget: in place of a strength: nats of KL divergence per source token that may be spent.
             The strength is found in training, see `retain.retention.budget`.
         past: a second curvature, of the tasks before; see `retain.Retention`.
+        start: sets LoRA's A when training begins and holds it: ``"discriminant"`` lets it read
+            where the training rows are strong and the source is weak; or a `retain.Start`.
         source: with a budget, text on which the true divergence is measured now and then: rows, a
             data set or a file as for `retain.fit_curvature`, ``"self"`` (the model samples it), or
             None to believe the prediction. By default ``"self"`` for a causal model.
@@ -71,6 +74,7 @@ class RetentionCallback(TrainerCallback):
         *,
         budget: float | None = None,
         past: Curvature | None = None,
+        start: Start | str | None = None,
         source: Source | None = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -88,6 +92,7 @@ class RetentionCallback(TrainerCallback):
             )
         self.curvature, self._strength, self.budget = curvature, strength, budget
         self.past, self.source, self.tokenizer = past, source, tokenizer
+        self.start = Start(start) if isinstance(start, str) else start
         self.update: Update = update
         self.retention: Retention | None = None
         self._nats: float | None = None
@@ -97,6 +102,14 @@ class RetentionCallback(TrainerCallback):
     ) -> None:
         refuse_deepspeed(args, kwargs.get("optimizer"))
         model: nn.Module = unwrap(kwargs["model"])
+        if self.start is not None:
+            self.start.begin(
+                model,
+                self.curvature,
+                kwargs["train_dataloader"],
+                seed=args.seed,
+                resuming=state.global_step > 0,
+            )
         self.retention = Retention(
             model,
             self.curvature,
@@ -149,6 +162,8 @@ class RetentionCallback(TrainerCallback):
     ) -> None:
         assert self.retention is not None
         self.retention.finish()
+        if self.start is not None:
+            self.start.end(unwrap(kwargs["model"]))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -22,6 +22,7 @@ from retain.retention.method import Method
 from retain.training.callback import RetentionCallback
 from retain.training.loss import head_of
 from retain.training.method import MethodCallback
+from retain.training.start import Start
 from retain.training.trainer import Rows, RowTrainer
 
 __all__ = ["TrainResult", "train"]
@@ -82,6 +83,7 @@ def train(
     strength: float = 0.0,
     budget: float | None = None,
     past: Curvature | None = None,
+    start: Start | str | None = None,
     method: Method | None = None,
     columns: slice | None = None,
     regression: bool = False,
@@ -101,6 +103,7 @@ def train(
         strength: of the retention.
         budget: in place of it, nats per source token; see `RetentionCallback`.
         past: a second curvature, of the tasks before; see `RetentionCallback`.
+        start: of LoRA's A; see `RetentionCallback`.
         method: in place of a curvature, a method whose `before_task` gave the examples; its hooks
             are called as `retain.retention.method` says.
         columns: the outputs of a classifier that are trained on, with targets local to them; None
@@ -129,7 +132,9 @@ def train(
     watch = _Watch(measure, measure_every)
     callbacks: list[TrainerCallback] = [watch]
     if curvature is not None:
-        held = RetentionCallback(curvature, strength, config.update, budget=budget, past=past)
+        held = RetentionCallback(
+            curvature, strength, config.update, budget=budget, past=past, start=start
+        )
         callbacks.append(held)
     if method is not None:
         callbacks.append(MethodCallback(method))
@@ -158,9 +163,9 @@ def train(
         if progress:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(_Bar())
-        start = time.perf_counter()
+        began = time.perf_counter()
         trainer.train(resume_from_checkpoint=_last_checkpoint(out) if resume and out else None)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - began
     finally:
         if scratch:
             scratch.cleanup()

@@ -1,0 +1,170 @@
+"""A discriminant start: LoRA's A reads where a new task's inputs are strong and the old are weak.
+
+A layer's update ``s B A`` reads its input x through A alone. With S_new and S_old the second
+moments of x on the new task's rows, and on the source text and all tasks before, A's rows are the
+top generalised eigenvectors a of
+
+    S_new a = mu (S_old + epsilon mean(diag S_old) I) a ,
+
+the directions in which a unit of what the update reads of the old text buys most of the new
+(Fisher's discriminant; Fukunaga, Introduction to Statistical Pattern Recognition, ch. 10). Each is
+scaled to ``a^T S_new a = gain^2 tr S_new / (3 d)``, for a gain of 1 what a row of PEFT's own draw
+reads. A then stays as it is. Under Adam the gain is a factor of B's learning rate.
+
+Related: InfLoRA (arXiv 2404.00228) and CorDA's knowledge-preserved mode (arXiv 2406.05223) leave
+the old directions alone instead of weighing new against old (``null``: the strongest new directions
+outside the span of 99 % of the old energy).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retain.curvature.curvature import Curvature
+from retain.curvature.factor import Factor
+from retain.curvature.kronecker import KroneckerBlock
+from retain.curvature.spectral import eigh
+from retain.errors import ConfigError, MismatchError
+from retain.models.adapter import LoraSite
+
+__all__ = ["STARTS", "check_start", "discriminants", "set_start"]
+
+STARTS = ("discriminant", "principal", "null", "random")
+
+ROUNDS, SPARE = 12, 8
+"""Of the subspace iteration, and the directions that it carries beside those wanted."""
+
+SPANNED = 0.99
+"""Of the old inputs' energy, which ``null`` stays out of."""
+
+
+def check_start(epsilon: float, gain: float) -> None:
+    """Raises `ConfigError` unless both are finite and above 0."""
+    for name, value, usual in (("epsilon", epsilon, 0.01), ("gain", gain, 1.0)):
+        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            raise ConfigError(
+                f"{name} is out of range",
+                got=value,
+                allowed="a finite number above 0",
+                fix=f"{name}={usual:g}",
+            )
+
+
+def set_start(
+    sites: Sequence[LoraSite],
+    new: Curvature,
+    old: Curvature | None,
+    *,
+    kind: str = "discriminant",
+    gain: float = 1.0,
+    epsilon: float = 0.01,
+    seed: int = 0,
+    span: slice = slice(None),
+) -> None:
+    """Writes a start into A; B is left alone.
+
+    Args:
+        sites: the layers.
+        new: its input sides are S_new; of ``activation``, on the new task's rows.
+        old: its input sides are S_old; None where there is no old text.
+        kind: ``discriminant``; ``principal`` (S_new alone), ``null`` (see the module) or
+            ``random`` (A stays as PEFT drew it).
+        gain: see the module.
+        epsilon: what the directions that `old` never uses count as, relative to its mean.
+        seed: of the iteration's first guess.
+        span: the rows of A that are set.
+
+    Raises:
+        MismatchError: a curvature without input sides.
+    """
+    if kind == "random":
+        return
+    found: dict[int, Tensor] = {}  # layers that read one input have one start
+    with torch.no_grad():
+        for site in sites:
+            near = _inputs(new, site.name)
+            if id(near) not in found:
+                s_new = near.dense()
+                count = site.a[span].shape[0]
+                s_old = None
+                if old is not None and kind != "principal":
+                    s_old = _inputs(old, site.name).dense()
+                if kind == "null" and s_old is not None:
+                    s_new, s_old = _outside(s_new, s_old), None
+                rows = discriminants(s_new, s_old, count, epsilon=epsilon, seed=seed)
+                found[id(near)] = _scaled(rows, near, gain)
+            site.a[span] = found[id(near)].to(site.a.dtype)
+
+
+def _inputs(curvature: Curvature, name: str) -> Factor:
+    block: Any = curvature.blocks.get(name)
+    if not isinstance(block, KroneckerBlock):
+        raise MismatchError(
+            "the curvature does not tell a layer's inputs",
+            got=f"structure {curvature.info.structure}, {curvature.info.space} space",
+            allowed="activation, kfac or shampoo in weight space",
+            fix="fit it with structure='activation' or 'kfac'",
+        )
+    return block.inputs
+
+
+def discriminants(
+    new: Tensor, old: Tensor | None, count: int, *, epsilon: float = 0.01, seed: int = 0
+) -> Tensor:
+    """The top generalised eigenvectors of (new, old + epsilon mean(diag old) I), as rows.
+
+    By subspace iteration, which finds the span of the top ones long before each of them.
+
+    Args:
+        new: [size, size], positive semi-definite.
+        old: likewise; None stands for the identity.
+        count: of them.
+        epsilon: what the weakest directions of `old` count as, relative to its mean.
+        seed: of the first guess.
+
+    Returns:
+        [count, size], orthonormal in the second matrix, the largest ratio first.
+    """
+    size = new.shape[0]
+    wide = new.to(torch.promote_types(new.dtype, torch.float32))
+    root = eye = torch.eye(size).to(wide)
+    if old is not None:
+        held = old.to(wide)
+        root = torch.linalg.cholesky(held + epsilon * held.diagonal().mean() * eye)
+    random = torch.Generator().manual_seed(seed)
+    basis = torch.randn(size, min(size, count + SPARE), generator=random).to(wide)
+
+    def through(x: Tensor) -> Tensor:
+        x = wide @ torch.linalg.solve_triangular(root.T, x, upper=True)
+        y: Tensor = torch.linalg.solve_triangular(root, x, upper=False)
+        return y
+
+    for _ in range(ROUNDS):
+        basis = torch.linalg.qr(through(basis)).Q
+    image = basis.T @ through(basis)
+    turn = torch.linalg.eigh((image + image.T) / 2).eigenvectors.flip(1)
+    rows: Tensor = torch.linalg.solve_triangular(root.T, basis @ turn[:, :count], upper=True).T
+    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+    return rows.mul_(largest.sign())  # an eigenvector has no sign of its own
+
+
+def _outside(new: Tensor, old: Tensor) -> Tensor:
+    """What is left of `new` outside the span of 99 % of the trace of `old`."""
+    values, vectors = eigh(old)
+    below = values.clamp(min=0).cumsum(0) < (1 - SPANNED) * values.clamp(min=0).sum()
+    below[0] = True  # the weakest direction at least
+    weak = vectors[:, below]
+    left: Tensor = weak @ (weak.T @ new @ weak) @ weak.T
+    return left
+
+
+def _scaled(rows: Tensor, near: Factor, gain: float) -> Tensor:
+    """Rows a with ``a^T S a = gain^2 tr S / (3 d)``."""
+    reads = (rows * near.matmul(rows.T).T).sum(1, keepdim=True)
+    floor = reads.max() * 1e-6  # a direction without inputs stays weak
+    return gain * rows * (near.trace() / (3 * near.size) / reads.clamp(min=floor)).sqrt()

@@ -1,0 +1,127 @@
+"""The discriminant start of a training run: A from the trainer's own rows, then held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from retain.curvature.curvature import Curvature
+from retain.curvature.estimate import fit_curvature
+from retain.errors import ConfigError, ModelError, SourceError, unknown
+from retain.models.adapter import lora_sites
+from retain.models.heads import is_causal
+from retain.retention.start import STARTS, check_start, set_start
+
+__all__ = ["Start"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """How LoRA's A begins; see `retain.retention.start`.
+
+    Args:
+        kind: ``discriminant``, ``principal`` or ``null``; with ``random`` PEFT's A is held.
+        gain: of A's size over PEFT's. B alone trains, so a rate that is right for A and B
+            together is short for it: under Adam the gain is a factor of its learning rate.
+        epsilon: what directions that the source text never uses count as, relative to its mean.
+        rows: of the training data that are read.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    kind: str = "discriminant"
+    gain: float = 5.0
+    epsilon: float = 0.01
+    rows: int = 64
+
+    def __post_init__(self) -> None:
+        if self.kind not in STARTS:
+            raise unknown("start", self.kind, STARTS)
+        check_start(self.epsilon, self.gain)
+        if self.rows < 1:
+            raise ConfigError(
+                "too few rows for a start", got=self.rows, allowed="1 or more", fix="rows=64"
+            )
+
+    def begin(
+        self, model: nn.Module, curvature: Curvature, loader: Any, *, seed: int, resuming: bool
+    ) -> None:
+        """Sets A, unless the run goes on, and keeps it from training.
+
+        Args:
+            model: with a fresh LoRA.
+            curvature: its input sides are those of the source text.
+            loader: the trainer's `DataLoader`, whose data set and collator are used.
+            seed: of the choice of rows.
+            resuming: A has been set before the checkpoint.
+
+        Raises:
+            ModelError: no LoRA, or one whose B is not 0 any more.
+            MismatchError: a curvature without input sides.
+            SourceError: data that hold no tokens.
+        """
+        sites = lora_sites(model)
+        if not resuming and self.kind != "random":
+            if any(bool(site.b.any()) for site in sites):
+                raise ModelError(
+                    "a start needs a fresh adapter",
+                    got="a LoRA whose B is not 0",
+                    allowed="B = 0, as PEFT attaches it",
+                    fix="leave start out to go on with this adapter",
+                )
+            rows = list(islice(_rows(loader, self.rows, seed, is_causal(model)), self.rows))
+            new = fit_curvature(
+                model,
+                rows,
+                "activation",
+                rows=len(rows),
+                max_length=max(len(row["input_ids"]) for row in rows),
+                batch_size=min(8, len(rows)),
+                seed=seed,
+                progress=False,
+            )
+            set_start(
+                sites, new, curvature,
+                kind=self.kind, gain=self.gain, epsilon=self.epsilon, seed=seed,
+            )  # fmt: skip
+        for site in sites:
+            site.a.requires_grad_(False)
+
+    def end(self, model: nn.Module) -> None:
+        """Lets A train again."""
+        for site in lora_sites(model):
+            site.a.requires_grad_(True)
+
+
+def _rows(loader: Any, count: int, seed: int, causal: bool) -> Iterator[dict[str, Any]]:
+    """Token rows of the training data, as the collator gives them, drawn without its sampler."""
+    data, found = loader.dataset, False
+    with torch.random.fork_rng():
+        items: Iterator[Any] = iter(data)
+        if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+            random = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(data), generator=random).tolist()
+            items = (data[i] for i in order)
+        for item in islice(items, 4 * count):
+            batch = loader.collate_fn([item])
+            batch = batch["batch"].inputs if "batch" in batch else batch
+            ids = batch["input_ids"].reshape(-1)
+            mask = batch.get("attention_mask")
+            if mask is not None and mask.shape == batch["input_ids"].shape:
+                ids = ids[mask.reshape(-1).bool()]
+            if len(ids) > 1:
+                found = True
+                yield {"input_ids": ids.tolist()} | ({} if causal else {"label": 0})
+    if not found:
+        raise SourceError(
+            "the training data hold no tokens to start from",
+            got=f"{type(data).__name__} without rows of two tokens or more",
+            allowed="rows whose collator gives input_ids",
+            fix="check the data, or leave start out",
+        )

@@ -1,0 +1,90 @@
+"""The discriminant start in a trainer: A from its rows, then held; the order of data untouched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_callback import DATA, fit, trainer
+
+from retain import RetentionCallback, Start, fit_curvature
+from retain.errors import ConfigError, MismatchError, ModelError
+from retain.models.adapter import lora_sites
+from retain.retention.start import set_start
+from tiny import tiny, weights
+
+
+def keep(model: Any, **options: Any) -> RetentionCallback:
+    curvature = fit(model, structure="kfac")
+    return RetentionCallback(curvature, 1.0, **{"start": "discriminant", **options})
+
+
+@pytest.mark.parametrize("gain", [1.0, 5.0])
+def test_a_is_that_of_all_rows_and_stays(gain: float, tmp_path: Path) -> None:
+    model, twin = tiny("llama"), tiny("llama")
+    rows = [{"input_ids": row["input_ids"]} for row in DATA]
+    new = fit_curvature(twin, rows, "activation", batch_size=8, progress=False)
+    set_start(lora_sites(twin), new, fit(twin, structure="kfac"), gain=gain, seed=42)
+    run = trainer(model, tmp_path, [keep(model, start=Start(gain=gain))], max_steps=5)
+    run.train()
+    for site, other in zip(lora_sites(model), lora_sites(twin), strict=True):
+        torch.testing.assert_close(site.a, other.a, rtol=1e-6, atol=1e-9)
+        assert site.a.requires_grad
+        assert float(site.b.abs().max()) > 0
+
+
+def test_the_order_of_the_data_is_as_without_it(tmp_path: Path) -> None:
+    orders = []
+    for start in (None, "random", "discriminant"):
+        model, seen = tiny("llama"), []
+        run = trainer(model, tmp_path, [keep(model, start=start)], per_device_train_batch_size=1)
+        inner = run.data_collator
+
+        def look(items: Any, inner: Any = inner, seen: list[Any] = seen) -> Any:
+            seen.append([tuple(item["input_ids"]) for item in items])
+            return inner(items)
+
+        run.train_dataset = DATA
+        run.data_collator = look
+        run.train()
+        orders.append(seen[-3:])
+    assert orders[0] == orders[1] == orders[2]
+
+
+def test_a_run_that_goes_on_keeps_its_a(tmp_path: Path) -> None:
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    model, other = tiny("llama"), tiny("llama")
+    trainer(model, tmp_path, [keep(model)], **options).train()
+    run = trainer(other, tmp_path, [keep(other)], **options)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for got, want in zip(weights(other).values(), weights(model).values(), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_used_adapter_has_no_start(tmp_path: Path) -> None:
+    model = tiny("llama", moved=True)
+    with pytest.raises(ModelError, match="needs a fresh adapter"):
+        trainer(model, tmp_path, [keep(model)]).train()
+
+
+def test_a_curvature_without_inputs_tells_no_start(tmp_path: Path) -> None:
+    model = tiny("llama")
+    call = RetentionCallback(fit(model, structure="diagonal"), start="discriminant")
+    with pytest.raises(MismatchError, match="does not tell a layer's inputs"):
+        trainer(model, tmp_path, [call]).train()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kind": "pca"}, "unknown start"),
+        ({"gain": 0.0}, "gain is out of range"),
+        ({"epsilon": float("inf")}, "epsilon is out of range"),
+        ({"rows": 0}, "too few rows"),
+    ],
+)
+def test_bad_starts_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Start(**options)
