@@ -30,10 +30,11 @@ def test_the_page_of_overhead_is_made_from_its_result(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.real
-def test_the_example_of_the_curvature_page_runs() -> None:
-    text = (ROOT / "docs/curvature.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["docs/curvature.md", "docs/soften.md"])
+def test_the_example_of_a_page_runs(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    exec(compile(code, "docs/curvature.md", "exec"), {})
+    exec(compile(code, page, "exec"), {})
 
 
 def test_the_readme_shows_the_demo_s_result() -> None:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from retain.models.adapter import attach_lora
     from retain.models.load import load_model
     from retain.retention.laplace import Retention
+    from retain.retention.soften import soften
     from retain.training.callback import RetentionCallback
+    from retain.training.start import Start
 
 __version__ = "0.1.0"
 
@@ -32,6 +34,7 @@ __all__ = [
     "RetainError",
     "Retention",
     "RetentionCallback",
+    "Start",
     "__version__",
     "attach_lora",
     "fit_curvature",
@@ -39,6 +42,7 @@ __all__ = [
     "load_model",
     "measure_forgetting",
     "reanchored",
+    "soften",
 ]
 
 _HOMES = {
@@ -46,12 +50,14 @@ _HOMES = {
     "RetainError": "retain.errors",
     "Retention": "retain.retention.laplace",
     "RetentionCallback": "retain.training.callback",
+    "Start": "retain.training.start",
     "attach_lora": "retain.models.adapter",
     "fit_curvature": "retain.curvature.estimate",
     "load_curvature": "retain.curvature.artifact",
     "load_model": "retain.models.load",
     "measure_forgetting": "retain.evaluation.forgetting",
     "reanchored": "retain.curvature.merge",
+    "soften": "retain.retention.soften",
 }
 
 

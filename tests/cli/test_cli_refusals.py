@@ -40,7 +40,9 @@ def train(retain: Any, model: Path, data: Path, curvature: Path, short: Any, tmp
 class TestNames:
     def test_unknown_command(self, retain: Any) -> None:
         retain("trian").refused(
-            "'trian'", "did you mean 'train'?", "demo, eval, fit, plan, report, study, tasks, train"
+            "'trian'",
+            "did you mean 'train'?",
+            "demo, eval, fit, plan, report, soften, study, tasks, train",
         )
 
     def test_unknown_option(self, retain: Any) -> None:

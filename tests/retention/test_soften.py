@@ -20,7 +20,7 @@ from retain.models.adapter import attach_lora, lora_sites
 from retain.models.saved import load_adapter, save_adapter
 from retain.retention import softened as module
 from retain.retention.softened import Softened
-from retain.retention.spans import sides
+from retain.retention.spans import Span, sides
 from sums import dora, measure
 from tiny import KINDS, base, move, relative, tiny, weights
 
@@ -70,19 +70,9 @@ def solved(d: Tensor, far: Tensor, near: Tensor, mu: float) -> Tensor:
     return torch.linalg.solve(near + mu * far, near @ d.reshape(-1)).reshape(d.shape)
 
 
-def best(d: Tensor, near: Block | None, rank: int) -> Tensor:
-    """The nearest update of a rank, in the norm of the target's Kronecker product."""
-    if near is None:
-        roots = [torch.eye(n, dtype=d.dtype) for n in d.shape]
-    else:
-        roots = []
-        for f in (near.outputs, near.inputs):
-            s = f.dense() + EPSILON * f.dense().diagonal().mean() * eye(f)
-            values, vectors = torch.linalg.eigh(s)
-            roots.append((vectors * values.sqrt()) @ vectors.T)
-    u, s, vh = torch.linalg.svd(roots[0] @ d @ roots[1])
-    low = (u[:, :rank] * s[:rank]) @ vh[:rank]
-    return torch.linalg.inv(roots[0]) @ low @ torch.linalg.inv(roots[1])
+def objective(span: Span, z: Tensor, mu: float) -> float:
+    """What is minimised, in a span's coordinates."""
+    return 0.5 * float((z - span.coordinates).square().sum() + mu * (span.ratios * z**2).sum())
 
 
 def put(soft: Softened, mu: float) -> None:
@@ -100,18 +90,49 @@ def test_the_whole_space_gives_the_dense_solution(
     finished = updates(model)
     soft = soften(model, curvature, target=target, depth=WHOLE)
     for mu in MUS:
-        nats = loss = 0.0
-        put(soft, mu)
-        for name, got in updates(model).items():
-            far, d = curvature.blocks[name].to_dense(), finished[name]
+        nats = 0.0
+        for name, d in finished.items():
+            far, span = curvature.blocks[name].to_dense(), soft.spans[name]
             near = eye(curvature.blocks[name]) if target is None else damped(target.blocks[name])
             want = solved(d, far, near, mu)
-            low = best(want, target and target.blocks[name], 2)
-            assert relative(got, low) < 1e-6, (name, mu)
-            nats += float(0.5 * want.reshape(-1) @ far @ want.reshape(-1))
-            loss += float(0.5 * (low - d).reshape(-1) @ near @ (low - d).reshape(-1))
-        assert abs(soft.predicted(mu) / nats - 1) < 1e-6
-        assert abs(soft.at(mu).point.loss - loss) < 1e-6 * max(loss, 1.0)
+            left, right = span.thin(span.softened(mu), min(d.shape))
+            assert relative(left @ right, want) < 1e-6, (name, mu)
+            moved = (want - d).reshape(-1)
+            least = float(0.5 * moved @ near @ moved)
+            cost = float(0.5 * want.reshape(-1) @ far @ want.reshape(-1))
+            assert objective(span, span.softened(mu), mu) == pytest.approx(
+                least + mu * cost, rel=1e-6, abs=1e-9
+            )
+            nats += cost
+        assert soft.predicted(mu) == pytest.approx(nats, rel=1e-6)
+
+
+@pytest.mark.parametrize("with_target", [False, True])
+@pytest.mark.parametrize("mu", MUS[1:])
+def test_a_cut_has_the_rank_and_is_a_minimum_among_such(
+    with_target: bool, mu: float, monkeypatch: Any
+) -> None:
+    model, curvature = made("kfac")
+    target = fitted("llama", "shampoo", 2) if with_target else None
+    soft = soften(model, curvature, target=target, depth=WHOLE)
+    found = {name: span.cut(mu, 2) for name, span in soft.spans.items()}
+    monkeypatch.setattr("retain.retention.spans.SWEEPS", 300)
+    gained = 0
+    for name, span in soft.spans.items():
+        low, full = found[name], span.softened(mu)
+        u, s, vh = torch.linalg.svd(full)
+        least, value = objective(span, full, mu), objective(span, low, mu)
+        nearest = objective(span, (u[:, :2] * s[:2]) @ vh[:2], mu)
+        assert torch.linalg.matrix_rank(low, rtol=1e-10) <= 2
+        assert least < value <= nearest * (1 + 1e-12)
+        gained += value - least < 0.999 * (nearest - least)
+        limit = span.cut(mu, 2)
+        assert value < 1.02 * objective(span, limit, mu)
+        # At a minimum the gradient has no part in the tangent space of the rank.
+        p, q = (torch.linalg.svd(m).U[:, :2] for m in (limit, limit.T))
+        pull = limit - span.coordinates + mu * span.ratios * limit
+        assert float((p.T @ pull).norm() + (pull @ q).norm()) < 1e-4 * float(pull.norm())
+    assert gained
 
 
 @pytest.mark.parametrize("source", OTHERS)
@@ -254,23 +275,45 @@ def test_deeper_is_never_worse(with_target: bool) -> None:
     target = fitted("llama", "kfac", 2) if with_target else None
     softs = [soften(model, curvature, target=target, depth=depth) for depth in (0, 1, 2, WHOLE)]
     for mu in MUS[1:]:
-        values = []
-        for soft in softs:
-            pairs = [(s, s.softened(mu)) for s in soft.spans.values()]
-            values.append(
-                sum(
-                    0.5 * float((z - s.coordinates).square().sum() + mu * (s.ratios * z**2).sum())
-                    for s, z in pairs
-                )
-            )
+        values = [
+            sum(objective(s, s.softened(mu), mu) for s in soft.spans.values()) for soft in softs
+        ]
         assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(values)), (mu, values)
         assert values[1] < 0.99 * values[0]
+        cut = [sum(objective(s, s.cut(mu, 2), mu) for s in soft.spans.values()) for soft in softs]
+        assert cut[2] < 1.001 * cut[1] < 1.001 * cut[0]
+
+
+def test_scaling_is_there_to_compare_with() -> None:
+    model, curvature = made("kfac")
+    soft = soften(model, curvature)
+    finished, most = updates(model), soft.predicted(0)
+    update = soft.scaled(0.3 * most)
+    soft.apply(update)
+    assert curvature.quadratic(model) == pytest.approx(0.3 * most, rel=1e-9)
+    left = updates(model)
+    assert all(relative(left[n], 0.3**0.5 * d) < 1e-12 for n, d in finished.items())
+    loss = 0.5 * sum(float((left[n] - d).square().sum()) for n, d in finished.items())
+    assert update.point.loss == pytest.approx(loss, rel=1e-9)
+    assert update.point.learned == pytest.approx(soft.within(0.3 * most).point.scaled, rel=1e-9)
+    assert soft.scaled(2 * most).point.norm == 1
 
 
 def test_softening_beats_scaling() -> None:
     model, curvature = made("shampoo")
     for point in soften(model, curvature, depth=0).curve(6)[1:]:
         assert point.learned > point.scaled
+
+
+@pytest.mark.parametrize("structure", [*KRONECKER, *OTHERS])
+def test_with_the_source_for_a_target_it_is_scaling(structure: str) -> None:
+    """F_t = F_s: D(mu) = D* / (1 + mu)."""
+    model, curvature = made(structure)
+    finished = updates(model)
+    soft = soften(model, curvature, target=curvature, epsilon=1e-13)
+    put(soft, 3.0)
+    for name, got in updates(model).items():
+        assert relative(got, finished[name] / 4) < 1e-6
 
 
 def test_a_target_moves_the_softening_to_where_the_task_is_flat() -> None:
@@ -373,7 +416,7 @@ class TestRefusals:
         with pytest.raises(ModelError, match=r"whole modules \(embed_tokens\)"):
             soften(extra, curvature)
         extra.peft_config["default"].modules_to_save = ["classifier"]  # a new head is free
-        assert soften(extra, curvature).depth == 1
+        assert soften(extra, curvature).depth == 2
 
     @pytest.mark.parametrize("budget", [0.0, -1.0, float("nan"), float("inf")])
     def test_budgets(self, budget: float) -> None:
@@ -396,7 +439,7 @@ class TestRefusals:
         monkeypatch.setattr("retain.retention.soften.WIDEST", 1)
         with pytest.raises(ConfigError, match=r"rank is too large.*up to 1"):
             soften(*made("ekfac"))
-        assert soften(*made("kfac")).depth == 1
+        assert soften(*made("kfac")).depth == 2
 
 
 def test_sketches_in_float32() -> None:

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from retain import __version__
-from retain.cli import demo, fit, plan, report, study, tasks, train
+from retain.cli import demo, fit, plan, report, soften, study, tasks, train
 from retain.cli import eval as evaluation
 from retain.cli.common import Interrupted
 from retain.errors import ConfigError, OutputError, RetainError, TrainingError, unknown
@@ -60,6 +60,7 @@ def _root(
 app.command("fit", epilog=fit.EXAMPLE)(fit.fit)
 app.command("train", epilog=train.EXAMPLE)(train.train)
 app.command("eval", epilog=evaluation.EXAMPLE)(evaluation.evaluate)
+app.command("soften", epilog=soften.EXAMPLE)(soften.soften)
 app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
 app.command("tasks", epilog=tasks.EXAMPLE)(tasks.tasks)
 app.add_typer(study.app, name="study", epilog=study.EXAMPLE)

@@ -15,8 +15,9 @@ from retain.report.layout import Lines, lines, scatter
 from retain.report.scales import Scale
 from retain.report.schema import Result
 from retain.report.series import tradeoff, training
+from retain.report.softening import SoftCurve, soft_plan
 
-__all__ = ["COLOURS", "tradeoff_png", "training_png"]
+__all__ = ["COLOURS", "soften_png", "tradeoff_png", "training_png"]
 
 COLOURS = {"base": "#6b7280", "lora": "#d9822b", "retain": "#2563a8"}
 _INK, _MUTED, _GRID = "#1f2937", "#5b6472", "#e5e7eb"
@@ -163,4 +164,33 @@ def training_png(result: Result) -> bytes:
                 name = "nats per token"
             _axes(axes, frame, plan.x, plan.y, ("step", name))
             _run_lines(axes, plan)
+        return _png(figure)
+
+
+def soften_png(curve: SoftCurve) -> bytes:
+    """What softening keeps against what it leaves forgotten."""
+    width, height = 576.0, 370.0
+    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
+        figure, axes = _figure(width, height)
+        plan = soft_plan(curve, Box(48, 62, width - 64, height - 104), 10.5)
+        _text(axes, 14, 20, "A finished adapter, softened", fontsize=12.5, fontweight="bold")
+        names = ("forgotten: KL to the base, nats per token", "learning kept (predicted)")
+        _axes(axes, plan.frame, plan.x, plan.y, names, percent=True)
+        for line in plan.lines:
+            colour, wide = COLOURS[line.role], 0.9 if line.faint else 1.8
+            axes.plot(*zip(*line.line, strict=True), color=colour, lw=wide)
+            for bar, (_, y) in zip(line.bars, line.line, strict=False):
+                axes.plot(bar, [y] * 2, color=colour, lw=1.4, alpha=0.6)
+            dot: dict[str, Any] = {"ls": "", "marker": "o", "mec": "white", "mew": 0.8}
+            size = 4.0 if line.faint else 6.0
+            axes.plot(*zip(*line.line, strict=True), color=colour, ms=size, **dot)
+            x, y = line.legend
+            axes.plot([x - 22, x - 6], [y, y], color=colour, lw=wide)
+            _text(axes, x, y, line.name, color=_TEXT[line.role])
+        ring: dict[str, Any] = {"marker": "o", "ms": 14, "mfc": "none", "mew": 1.6, "ls": ""}
+        axes.plot([plan.chosen[0]], [plan.chosen[1]], mec=COLOURS["retain"], **ring)
+        box = plan.label
+        middle = (box.x + box.w / 2, box.y + box.h / 2)
+        bold: dict[str, Any] = {"ha": "center", "color": _TEXT["retain"], "fontweight": "bold"}
+        _text(axes, *middle, plan.text, **bold)
         return _png(figure)

@@ -8,8 +8,9 @@ from retain.report.labels import Box
 from retain.report.layout import Lines, PlacedPoint, Scatter, lines, scatter
 from retain.report.scales import Scale, number
 from retain.report.series import Run, Tradeoff
+from retain.report.softening import SoftCurve, soft_plan, standalone
 
-__all__ = ["kl_svg", "loss_svg", "tradeoff_svg"]
+__all__ = ["kl_svg", "loss_svg", "soften_svg", "tradeoff_svg"]
 
 Dots = list[tuple[float, float]]
 
@@ -150,3 +151,26 @@ def kl_svg(runs: list[Run], width: int, height: int, font: float) -> str | None:
     draw = _Drawing(width, height, font, "predicted and measured KL to the base over steps")
     _runs(plan, draw, "KL to the base, nats per token")
     return draw.done()
+
+
+def soften_svg(curve: SoftCurve, width: int, height: int, font: float) -> str:
+    """What softening keeps against what it leaves forgotten, as a file of its own."""
+    plan = soft_plan(curve, _frame(width, height, font, 0.8 * font), font)
+    draw = _Drawing(width, height, font, "learning kept against nats per token forgotten")
+    names = ("forgotten: KL to the base, nats per token", "learning kept (predicted)")
+    draw.axes(plan.frame, plan.x, plan.y, names, percent=True)
+    for line in plan.lines:
+        css = f"c-{line.role}"
+        draw.path(line.line, f"link {css}" if line.faint else f"run {css}")
+        for (low, high), (_, y) in zip(line.bars, line.line, strict=False):
+            draw.line((low, y), (high, y), f"bar {css}")
+        for (x, y), title in zip(line.line, line.titles, strict=True):
+            draw.circle(x, y, 3 if line.faint else 4, f"dot {css}", title)
+        x, y = line.legend
+        draw.path([(x - 22, y), (x - 6, y)], f"link {css}" if line.faint else f"run {css}")
+        draw.text(x, y, line.name, f"label {css}")
+    draw.circle(*plan.chosen, 9, "ring c-retain", plan.text)
+    box = plan.label
+    middle = (box.x + box.w / 2, box.y + box.h / 2)
+    draw.text(*middle, plan.text, "label strong c-retain", "middle")
+    return standalone(draw.done(), width, height)

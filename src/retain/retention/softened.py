@@ -11,9 +11,10 @@ from torch import Tensor
 
 from retain.errors import ConfigError
 from retain.models.adapter import LoraSite
+from retain.retention.budget import check_budget
 from retain.retention.spans import Span
 
-__all__ = ["Point", "SoftUpdate", "Softened", "check_budget"]
+__all__ = ["Point", "SoftUpdate", "Softened"]
 
 CLOSE, ROUNDS, HALVINGS = 1e-10, 60, 60
 """How near a budget is met; tries, before what is missing is made up by scaling; bisections."""
@@ -144,6 +145,19 @@ class Softened:
         shares = [REACH ** (i / max(1, points - 1)) for i in range(points)]
         return [self.at(self.weight(most * share)).point for share in shares]
 
+    def scaled(self, nats: float) -> SoftUpdate:
+        """The whole adapter times one number instead, at so many predicted nats: to compare with.
+
+        Its point has no mu, and nothing is cut.
+        """
+        most = self.predicted(0.0)
+        size = math.sqrt(min(1.0, _share(nats, most, 1.0)))
+        factors = {name: (size * b, a) for name, (b, a) in self._start.items()}
+        loss = (1.0 - size) ** 2 * self._reach
+        kept = 1.0 - (1.0 - size) ** 2
+        point = Point(math.nan, size**2 * most, loss, kept, kept, size, 0.0, 0.0)
+        return SoftUpdate(point, factors)
+
     def apply(self, update: SoftUpdate) -> None:
         """Writes a softened adapter into the model's A and B, in place."""
         with torch.no_grad():
@@ -192,21 +206,6 @@ class Softened:
             cut_norm=math.sqrt(_share(cut, norm_whole)),
         )
         return SoftUpdate(point, factors)
-
-
-def check_budget(budget: float) -> None:
-    """Refuses a budget that is none.
-
-    Raises:
-        ConfigError: it is not above 0 and finite.
-    """
-    if not (math.isfinite(budget) and budget > 0):
-        raise ConfigError(
-            "the budget is out of range",
-            got=budget,
-            allowed="nats per token, above 0",
-            fix="--budget 0.05",
-        )
 
 
 def _factors(site: LoraSite, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

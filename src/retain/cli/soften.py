@@ -1,0 +1,164 @@
+"""``retain soften``: trade what a finished adapter learned for what it made the model forget."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from retain.cli.common import (
+    DTYPES,
+    AsJson,
+    Interrupted,
+    Quiet,
+    Screen,
+    Trust,
+    check_choices,
+    finite,
+    quieten,
+)
+from retain.errors import ConfigError
+from retain.files import check_folder
+
+__all__ = ["EXAMPLE", "soften"]
+
+EXAMPLE = (
+    "Example: retain soften runs/mine/adapter --curvature curvature.safetensors --budget 0.05 "
+    "--out runs/soft"
+)
+
+_OFFSET = 1_000_000  # away from the seeds of fit, so that the text is held out
+
+
+def soften(
+    adapter: Annotated[
+        Path,
+        typer.Argument(metavar="ADAPTER", help="Folder of the finished PEFT adapter."),
+    ],
+    curvature: Annotated[
+        Path,
+        typer.Option(help="Of what must not be forgotten: a file of retain fit, weight space."),
+    ],
+    budget: Annotated[float, typer.Option(help="Predicted forgetting to end at, nats per token.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")],
+    target_curvature: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of the task's rows, fitted with --adapter ADAPTER; plain distance without one."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base model; the one that the adapter names by default.")
+    ] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Of the subspaces: deeper is nearer to the optimum, and slower (2 or 1).",
+        ),
+    ] = None,
+    epsilon: Annotated[
+        float, typer.Option(help="Damping of the target's curvature, relative to its mean.")
+    ] = 1e-3,
+    points: Annotated[int, typer.Option(min=2, help="Points of the curve.")] = 12,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also measure the KL at some points of the curve.")
+    ] = False,
+    source: Annotated[
+        str | None,
+        typer.Option(help="Text for --measure; by default the base model writes it."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Measure on at most so many texts.")] = 16,
+    max_length: Annotated[int, typer.Option(min=2, help="Cut texts to so many tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts at once.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of text that the model writes.")] = 0,
+    dtype: Annotated[str, typer.Option(help=f"Precision: {', '.join(DTYPES)}.")] = "float32",
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Pull a finished adapter back to a budget of forgetting, without training."""
+    screen = Screen(as_json, quiet)
+    check_choices(("dtype", dtype, DTYPES))
+    if source is not None and not measure:
+        raise ConfigError(
+            "--source is the text to measure on, and nothing is measured",
+            got="--source without --measure",
+            allowed="both or none",
+            fix="add --measure",
+        )
+    folder = out.expanduser()
+    if (folder / "adapter").resolve() == adapter.expanduser().resolve():
+        raise ConfigError(
+            "the output would take the place of the adapter",
+            got=folder,
+            allowed="another folder",
+            fix="choose another --out",
+        )
+    folder = check_folder(folder)
+    from retain.models.saved import check_adapter, load_adapter, save_adapter
+
+    name = model or check_adapter(adapter).get("base_model_name_or_path")
+    if not name:
+        raise ConfigError(
+            "nothing says which base model the adapter is for",
+            got="no --model",
+            allowed="a name, a folder or a .gguf file",
+            fix="--model smollm2-135m",
+        )
+    check_adapter(adapter)
+    quieten(screen.progress)
+    from retain.cli.softening import Softening
+    from retain.curvature.artifact import load_curvature
+    from retain.data.sources import read_rows
+    from retain.files import write_json
+    from retain.models.load import load_model
+    from retain.retention.budget import check_budget
+
+    check_budget(budget)
+    text = read_rows(source, rows) if source is not None else None
+    try:
+        far = load_curvature(curvature)
+        near = None if target_curvature is None else load_curvature(target_curvature)
+        screen.say(f"loading {name}")
+        base, tokenizer, _ = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        tuned = load_adapter(base, adapter)
+        start = time.perf_counter()
+        work = Softening(tuned, far, near, depth=depth, epsilon=epsilon)
+        record = work.record(budget, points) | {"seconds": time.perf_counter() - start}
+        if measure:
+            size = {"rows": rows, "max_length": max_length, "batch_size": batch_size}
+            work.measure(record, tokenizer, text, size, _OFFSET + seed, screen)
+        files = {"start": str(adapter), "curvature": str(curvature),
+                 "target_curvature": target_curvature and str(target_curvature),
+                 "source": (source or "self") if measure else None}  # fmt: skip
+        result = finite(work.described(record, name, dtype, seed, files))
+        pictures = work.pictures(result)
+        work.apply()
+        written = save_adapter(tuned, folder / "adapter", name)
+    except KeyboardInterrupt:
+        raise Interrupted("nothing was written") from None
+    write_json(folder / "soften.json", result)
+    for path in work.write_pictures(pictures, folder):
+        screen.say(str(path))
+    _tell(screen, result, written)
+    screen.emit({"adapter": written, "record": folder / "soften.json", **result})
+
+
+def _tell(screen: Screen, result: dict[str, Any], written: Path) -> None:
+    chosen, before = result["chosen"], result["curve"][0]
+    if result["inside"]:
+        screen.say("the adapter is inside the budget already: it is written as it is")
+    lines = [
+        ["predicted forgetting, nats per token", f"{before['nats']:.3g}", f"{chosen['nats']:.3g}"],
+        ["learning kept, predicted", "100.0%", f"{chosen['learned']:.1%}"],
+        ["the same by plain scaling", "100.0%", f"{chosen['scaled']:.1%}"],
+    ]
+    if chosen["measured"]:
+        for key, name in (("measured", "measured KL"), ("scaled_measured", "by plain scaling")):
+            kl = [p[key]["kl"] for p in (before, chosen)]
+            lines.append([f"{name}, nats per token", *(f"{value:.3g}" for value in kl)])
+    screen.table("softened", ["", "before", "after"], lines)
+    screen.say(f"{written}\nnext: retain eval --adapter {written} --probe")

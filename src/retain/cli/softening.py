@@ -1,0 +1,157 @@
+"""What ``retain soften`` computes and records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from retain.cli.common import Screen
+
+__all__ = ["Softening"]
+
+SCHEMA = "retain.soften/1"
+MEASURED = 5
+"""Points of the curve whose KL is measured, beside the one that is written."""
+
+
+class Softening:
+    """One adapter's softening: its curve, the point that is chosen, and their record.
+
+    Args:
+        model: the base with the finished adapter.
+        curvature: of the source.
+        target: of the task; None for plain distance.
+        depth: of the subspaces.
+        epsilon: the target's damping.
+
+    Raises:
+        RetainError: whatever `retain.soften` refuses.
+    """
+
+    def __init__(
+        self, model: Any, curvature: Any, target: Any, *, depth: int | None, epsilon: float
+    ) -> None:
+        from retain.retention.soften import soften
+
+        self.model, self.curvature, self.target = model, curvature, target
+        self.epsilon = epsilon
+        self.soft = soften(model, curvature, target=target, depth=depth, epsilon=epsilon)
+
+    def record(self, budget: float, points: int) -> dict[str, Any]:
+        """The curve and the point within the budget, as plain data."""
+        self.chosen = self.soft.within(budget)
+        unknown = {"measured": None, "scaled_measured": None}
+        curve = [p.to_dict() | unknown for p in self.soft.curve(points)]
+        chosen = self.chosen.point.to_dict() | unknown
+        return {
+            "budget": budget, "inside": chosen["mu"] == 0, "depth": self.soft.depth,
+            "epsilon": self.epsilon, "chosen": chosen, "curve": curve,
+        }  # fmt: skip
+
+    def measure(
+        self, record: dict[str, Any], tokenizer: Any, rows: Any, size: dict[str, int], seed: int,
+        screen: Screen,
+    ) -> None:  # fmt: skip
+        """Adds the measured KL to the chosen point and to some of the curve, in place.
+
+        Beside each it is measured for the adapter times one number, at as many predicted nats.
+
+        Args:
+            record: of `record`.
+            tokenizer: for the text.
+            rows: held-out text; None lets the base write it.
+            size: ``rows``, ``max_length`` and ``batch_size``.
+            seed: of text that the base writes.
+            screen: where to say so.
+
+        Raises:
+            ModelError: the measured KL is not finite.
+        """
+        from retain.data.sources import encode
+        from retain.errors import ModelError
+        from retain.evaluation.forgetting import Reference
+        from retain.models.heads import is_causal
+        from retain.models.sample import sample_rows
+
+        count, length = size["rows"], size["max_length"]
+        if rows is None:
+            screen.say("the base model writes the text that forgetting is measured on")
+            rows = sample_rows(self.model, tokenizer, count=count, max_length=length, seed=seed,
+                               progress=screen.progress)  # fmt: skip
+        causal = is_causal(self.model)
+        examples = encode(rows, tokenizer, max_length=length, causal=causal)[:count]
+        batch = min(size["batch_size"], len(examples))
+        base = Reference(self.model, examples, batch_size=batch, progress=screen.progress)
+        curve, last = record["curve"], len(record["curve"]) - 1
+        some = {round(i * last / (MEASURED - 1)) for i in range(MEASURED)}
+        for point in [record["chosen"], *(curve[i] for i in sorted(some))]:
+            mine = point is record["chosen"]
+            for key, update in (
+                ("measured", self.chosen if mine else self.soft.at(point["mu"])),
+                ("scaled_measured", self.soft.scaled(point["nats"])),
+            ):
+                self.soft.apply(update)
+                found = base.measure(self.model)
+                if not found.kl < float("inf"):
+                    raise ModelError(
+                        "the model's predictions are not finite",
+                        got=f"a KL of {found.kl}",
+                        allowed="finite numbers",
+                        fix="check the adapter and the base, or use --dtype float32",
+                    )
+                point[key] = found.to_dict()
+
+    def described(
+        self, record: dict[str, Any], name: str, dtype: str, seed: int, files: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The whole `soften.json`.
+
+        Args:
+            record: of `record`.
+            name: the base model's.
+            dtype: its precision.
+            seed: of the run.
+            files: where what was given lies.
+        """
+        from retain.models.fingerprint import fingerprint
+        from retain.study.provenance import provenance
+
+        target = self.target
+        return {
+            "schema": SCHEMA, **provenance(seed), **files,
+            "model": {"name": name, "dtype": dtype, "fingerprint": fingerprint(self.model)},
+            "unit": "half a squared distance" if target is None else "nats per token",
+            "info": self.curvature.info.to_dict(),
+            "target_info": target and target.info.to_dict(),
+            "target_around": target and ("adapter" if target.anchor else "base"),
+            **record,
+        }  # fmt: skip
+
+    def apply(self) -> None:
+        """Puts the chosen point into the model."""
+        self.soft.apply(self.chosen)
+
+    def pictures(self, result: dict[str, Any]) -> dict[str, bytes]:
+        """The curve as files, by their names."""
+        from retain.report.figures import soften_png
+        from retain.report.softening import SoftCurve
+        from retain.report.svg import soften_svg
+
+        curve = SoftCurve.of(result)
+        return {
+            "soften.svg": soften_svg(curve, 820, 430, 13.5).encode(),
+            "soften.png": soften_png(curve),
+        }
+
+    def write_pictures(self, pictures: dict[str, bytes], folder: Path) -> list[Path]:
+        """Writes them, each whole.
+
+        Raises:
+            OutputError: one cannot be written.
+        """
+        from retain.files import whole_file
+
+        for name, content in pictures.items():
+            with whole_file(folder / name, "the picture") as scratch:
+                scratch.write_bytes(content)
+        return [folder / name for name in pictures]
