@@ -45,12 +45,12 @@ HOLDING: dict[str, dict[str, Any]] = {
     "replay": {"share": 0.2},
     "self_replay": {"share": 0.5, "rows": 6, "max_length": 8},
     "olora": {"strength": 0.1},
-    "discriminant": {"strength": 5.0, "rows": 8},
+    "discriminant": {"rows": 8},
     "osf": {},
 }
 """A setting of each method that does something."""
 
-CURVED = ("l2", "diagonal", "kfac", "tridiagonal", "activation", "discriminant")
+CURVED = ("l2", "diagonal", "kfac", "tridiagonal", "activation")
 
 TOKENIZER: Any = SimpleNamespace(
     bos_token_id=1, eos_token_id=2, pad_token_id=0, chat_template=None, bos_token=None

@@ -9,9 +9,11 @@ import pytest
 import torch
 from test_callback import DATA, fit, trainer
 
-from retain import RetentionCallback, Start, fit_curvature
+from retain import RetentionCallback, Start
+from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, ModelError
 from retain.models.adapter import lora_sites
+from retain.retention.moments import input_moments, moments_of
 from retain.retention.start import set_start
 from tiny import tiny, weights
 
@@ -24,9 +26,11 @@ def keep(model: Any, **options: Any) -> RetentionCallback:
 @pytest.mark.parametrize("gain", [1.0, 5.0])
 def test_a_is_that_of_all_rows_and_stays(gain: float, tmp_path: Path) -> None:
     model, twin = tiny("llama"), tiny("llama")
-    rows = [{"input_ids": row["input_ids"]} for row in DATA]
-    new = fit_curvature(twin, rows, "activation", batch_size=8, progress=False)
-    set_start(lora_sites(twin), new, fit(twin, structure="kfac"), gain=gain, seed=42)
+    ids = [tuple(row["input_ids"]) for row in DATA]
+    rows = [Example(i[:-1], i[1:], (True,) * (len(i) - 1)) for i in ids]
+    new = input_moments(twin, lora_sites(twin), rows)
+    old = moments_of(fit(twin, structure="kfac"))
+    set_start(lora_sites(twin), new, old, gain=gain, seed=42)
     run = trainer(model, tmp_path, [keep(model, start=Start(gain=gain))], max_steps=5)
     run.train()
     for site, other in zip(lora_sites(model), lora_sites(twin), strict=True):
@@ -72,7 +76,7 @@ def test_a_used_adapter_has_no_start(tmp_path: Path) -> None:
 def test_a_curvature_without_inputs_tells_no_start(tmp_path: Path) -> None:
     model = tiny("llama")
     call = RetentionCallback(fit(model, structure="diagonal"), start="discriminant")
-    with pytest.raises(MismatchError, match="does not tell a layer's inputs"):
+    with pytest.raises(MismatchError, match="does not tell what a layer reads"):
         trainer(model, tmp_path, [call]).train()
 
 
@@ -83,8 +87,32 @@ def test_a_curvature_without_inputs_tells_no_start(tmp_path: Path) -> None:
         ({"gain": 0.0}, "gain is out of range"),
         ({"epsilon": float("inf")}, "epsilon is out of range"),
         ({"rows": 0}, "too few rows"),
+        ({"answers": -0.1}, "answers' share is out of range"),
     ],
 )
 def test_bad_starts_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Start(**options)
+
+
+def test_answers_are_those_that_the_labels_name(tmp_path: Path) -> None:
+    """Of prompt and completion rows the completion's places count as predictions."""
+    masked = [
+        {"input_ids": row["input_ids"], "labels": [-100, -100, *row["labels"][2:]]} for row in DATA
+    ]
+    found = []
+    for answers in (0.0, 1.0):
+        model = tiny("llama")
+        run = trainer(model, tmp_path, [keep(model, start=Start(answers=answers))], max_steps=1)
+        run.train_dataset = masked
+        run.train()
+        twin = tiny("llama")
+        ids = [tuple(row["input_ids"]) for row in DATA]
+        rows = [Example(i[:-1], i[1:], (False, True, True)) for i in ids]
+        new = input_moments(twin, lora_sites(twin), rows, answers=answers)
+        old = moments_of(fit(twin, structure="kfac"))
+        set_start(lora_sites(twin), new, old, gain=5.0, seed=42)
+        for site, other in zip(lora_sites(model), lora_sites(twin), strict=True):
+            torch.testing.assert_close(site.a, other.a, rtol=1e-6, atol=1e-9)
+        found.append(lora_sites(model)[0].a.detach())
+    assert not torch.allclose(*found)

@@ -1,50 +1,45 @@
 """A discriminant start for each task, which learns in a block of its own.
 
 See `retain.retention.start` for what A becomes, and `retain.retention.blocks` for the blocks: the
-adapter of the tasks before is kept as it is. A stays, B alone learns, so that a layer's update is
-linear in what is trained, and a penalty on B is exact on A's side. Stored are S_old and, for a
-penalty, the output sides: no data.
+adapter of the tasks before is kept as it is. A stays and B alone learns. Between the tasks S_old is
+kept, the sum of the source text's second moments and those of each task, measured before it is
+learned: no data, and constant memory. Nothing is added to the loss, and a step costs less than that
+of plain LoRA, since A needs no gradient.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from retain.curvature.curvature import Curvature
-from retain.curvature.merge import reanchored
 from retain.data.batches import Example
-from retain.errors import unknown
+from retain.errors import ConfigError, unknown
+from retain.models.adapter import lora_sites
 from retain.retention.blocks import Block, block_options
-from retain.retention.curved import Fitted
-from retain.retention.method import Task
+from retain.retention.method import Context, Method, Task
+from retain.retention.moments import Moments, check_share, input_moments
 from retain.retention.rows import choose
 from retain.retention.start import STARTS, check_start, set_start
-from retain.types import Structure
 
 __all__ = ["Discriminant"]
 
-SIGNALS = ("inputs", "gradients")
-STRUCTURES = ("activation", "kfac", "shampoo")
 
-
-class Discriminant(Fitted):
-    """LoRA from a discriminant start, with a penalty on B where `strength` is above 0.
+class Discriminant(Method):
+    """LoRA from a discriminant start; see the module. Without source text the first is principal.
 
     Args:
-        strength: of the penalty, see `Fitted`. 0 holds nothing: the start alone is at work.
-        structure: of the curvature that holds B, and gives S_old: ``activation``, ``kfac`` or
-            ``shampoo``.
+        strength: means nothing here.
         start: ``discriminant``, ``principal``, ``null`` or ``random``; see `set_start`.
-        signal: what S_new is the second moment of: ``inputs``, or the rows of each sequence's loss
-            ``gradients`` (E[J^T J] with the data's labels). S is then theirs in the scale too.
-        epsilon: see `set_start`.
-        gain: see `set_start`.
+        gain: of A over PEFT's; under Adam it is a factor of B's learning rate.
+        epsilon: what directions that the old text never uses count as, relative to its mean.
+        answers: the share of predicting positions in the second moments; see `input_moments`.
+        rows: rows of the source text, and of each task, that are read at most.
+        source_weight: of the source text among the old; each task weighs 1.
         train_a: let A's block learn too.
-        **options: of `Fitted`.
 
     Raises:
         ConfigError: a value out of range.
@@ -55,96 +50,90 @@ class Discriminant(Fitted):
     why_not: ClassVar[dict[str, str]] = dict.fromkeys(
         ("full", "bottleneck", "prefix"), "what it chooses are the rows of LoRA's A"
     )
+    weighted: ClassVar[bool] = False
 
     def __init__(
         self,
         strength: float = 0.0,
         *,
-        structure: Structure = "activation",
         start: str = "discriminant",
-        signal: str = "inputs",
+        gain: float = 5.0,
         epsilon: float = 0.01,
-        gain: float = 1.0,
+        answers: float = 0.5,
+        rows: int = 64,
+        source_weight: float = 1.0,
         train_a: bool = False,
-        **options: Any,
     ) -> None:
-        super().__init__(strength, **options)
-        for what, value, allowed in (
-            ("structure", structure, STRUCTURES),
-            ("start", start, STARTS),
-            ("signal", signal, SIGNALS),
-        ):
-            if value not in allowed:
-                raise unknown(what, value, allowed)
+        super().__init__(strength)
+        if start not in STARTS:
+            raise unknown("start", start, STARTS)
         check_start(epsilon, gain)
-        self.structure, self.start, self.signal = structure, start, signal
-        self.epsilon, self.gain, self.train_a = epsilon, gain, train_a
+        check_share(answers)
+        for name, value in (("rows", rows - 1), ("source_weight", source_weight)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(
+                    f"{name} is out of range",
+                    got=rows if name == "rows" else value,
+                    allowed="1 or more" if name == "rows" else "a finite number, 0 or above",
+                    fix="rows: 64" if name == "rows" else "source_weight: 1",
+                )
+        self.start, self.gain, self.epsilon, self.answers = start, gain, epsilon, answers
+        self.rows, self.source_weight, self.train_a = rows, source_weight, train_a
+        self.old: Moments | None = None
+        self.new: Moments | None = None
         self.block: Block | None = None
-        self._measured: Curvature | None = None  # of the task that is being learned
 
     def adapter_options(self, options: dict[str, Any], tasks: int) -> dict[str, Any]:
         return block_options(options, tasks)
 
+    def begin(self, context: Context) -> None:
+        super().begin(context)
+        self.old = None
+        if context.source and self.source_weight and self.start != "random":
+            self.old = self._measure(context.source[: self.rows]).times(self.source_weight)
+
     def before_task(self, task: Task) -> Sequence[Example]:
         self._release()
         model = self.context.adapter.model
+        if self.start != "random":
+            self.new = self._measure(choose(task.examples, self.rows, task.seed))
         self.block = Block(model, task.index, self.context.tasks, train_a=self.train_a)
-        self._set_a(task)
-        return super().before_task(task)
-
-    def _set_a(self, task: Task) -> None:
-        """Writes the start into the block's rows of A."""
-        assert self.block is not None
-        if self.start == "random":
-            return
-        new = self._new(task)
-        if self.signal == "inputs" and self.structure == "activation":
-            self._measured = new
         set_start(
-            self.block.sites, new, self.curvature, kind=self.start, gain=self.gain,
-            epsilon=self.epsilon, seed=task.seed, span=self.block.span,
+            self.block.sites, self.new or Moments({}, {}), self.old, kind=self.start,
+            gain=self.gain, epsilon=self.epsilon, seed=task.seed, span=self.block.span,
         )  # fmt: skip
-
-    def _new(self, task: Task) -> Curvature:
-        """The curvature whose input sides are S_new."""
-        rows = choose(task.examples, self.rows, task.seed)
-        if self.signal == "inputs":
-            return self.fit(rows, task.columns, task.seed, structure="activation")
-        options = {"structure": "shampoo", "fisher": "empirical", "samples": 1}
-        return self.fit(rows, task.columns, task.seed, **options)
-
-    def before_step(self, model: nn.Module) -> float | None:
-        if not self.strength and self.budget is None:
-            return None
-        nats = super().before_step(model)
-        if self.block is not None:
-            self.block.mask_gradients()
-        return nats
+        return task.examples
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> float | None:
         assert self.block is not None
-        nats = super().after_step(model, optimizer)
         self.block.put_back()
-        return nats
+        return None
 
     def after_task(self, task: Task) -> None:
         self._release()
-        super().after_task(task)
-        self._measured = None
+        if self.new is not None:
+            self.old = self.new if self.old is None else self.new.plus(self.old)
+        self.new = None
 
-    def joined(self, curvature: Curvature | None, task: Task) -> Curvature | None:
-        """As in `Fitted`; an activation curvature is that of before the task, not measured anew."""
-        new, self._measured = self._measured, None
-        if new is None or not self.task_weight:
-            return super().joined(curvature, task)
-        new = self._weighted(self.task_weight, reanchored(new, self.context.adapter.model))
-        if curvature is None:
-            return new
-        return reanchored(curvature, self.context.adapter.model) + new
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.old is None else self.old.tensors()
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self._release()
-        super().restore(state)
+        self.new = self.old = None
+        if state:
+            self.old = Moments.of_tensors(state)
+
+    def _measure(self, examples: Sequence[Example]) -> Moments:
+        context = self.context
+        return input_moments(
+            context.adapter.model,
+            lora_sites(context.adapter.model),
+            examples,
+            answers=self.answers,
+            batch_size=context.batch_size,
+            progress=context.progress,
+        )
 
     def _release(self) -> None:
         if self.block is not None:

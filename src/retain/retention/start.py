@@ -1,8 +1,8 @@
 """A discriminant start: LoRA's A reads where a new task's inputs are strong and the old are weak.
 
 A layer's update ``s B A`` reads its input x through A alone. With S_new and S_old the second
-moments of x on the new task's rows, and on the source text and all tasks before, A's rows are the
-top generalised eigenvectors a of
+moments of x (`retain.retention.moments`) on the new task's rows, and on the source text and all
+tasks before, A's rows are the top generalised eigenvectors a of
 
     S_new a = mu (S_old + epsilon mean(diag S_old) I) a ,
 
@@ -20,17 +20,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from retain.curvature.curvature import Curvature
-from retain.curvature.factor import Factor
-from retain.curvature.kronecker import KroneckerBlock
 from retain.curvature.spectral import eigh
-from retain.errors import ConfigError, MismatchError
+from retain.errors import ConfigError
 from retain.models.adapter import LoraSite
+from retain.retention.moments import Moments
 
 __all__ = ["STARTS", "check_start", "discriminants", "set_start"]
 
@@ -57,8 +54,8 @@ def check_start(epsilon: float, gain: float) -> None:
 
 def set_start(
     sites: Sequence[LoraSite],
-    new: Curvature,
-    old: Curvature | None,
+    new: Moments,
+    old: Moments | None,
     *,
     kind: str = "discriminant",
     gain: float = 1.0,
@@ -70,47 +67,32 @@ def set_start(
 
     Args:
         sites: the layers.
-        new: its input sides are S_new; of ``activation``, on the new task's rows.
-        old: its input sides are S_old; None where there is no old text.
+        new: S_new, of the new task's rows.
+        old: S_old; None where there is no old text.
         kind: ``discriminant``; ``principal`` (S_new alone), ``null`` (see the module) or
-            ``random`` (A stays as PEFT drew it).
+            ``random`` (A stays as PEFT drew it, but for the gain).
         gain: see the module.
         epsilon: what the directions that `old` never uses count as, relative to its mean.
         seed: of the iteration's first guess.
         span: the rows of A that are set.
-
-    Raises:
-        MismatchError: a curvature without input sides.
     """
-    if kind == "random":
-        return
-    found: dict[int, Tensor] = {}  # layers that read one input have one start
+    found: dict[str, Tensor] = {}  # layers that read one input have one start
     with torch.no_grad():
         for site in sites:
-            near = _inputs(new, site.name)
-            if id(near) not in found:
-                s_new = near.dense()
-                count = site.a[span].shape[0]
-                s_old = None
-                if old is not None and kind != "principal":
-                    s_old = _inputs(old, site.name).dense()
+            if kind == "random":
+                site.a[span] *= gain
+                continue
+            first = new.readers[site.name]
+            if first not in found:
+                s_new = new.of(site.name)
+                s_old = None if old is None or kind == "principal" else old.of(site.name)
+                towards = s_new
                 if kind == "null" and s_old is not None:
-                    s_new, s_old = _outside(s_new, s_old), None
-                rows = discriminants(s_new, s_old, count, epsilon=epsilon, seed=seed)
-                found[id(near)] = _scaled(rows, near, gain)
-            site.a[span] = found[id(near)].to(site.a.dtype)
-
-
-def _inputs(curvature: Curvature, name: str) -> Factor:
-    block: Any = curvature.blocks.get(name)
-    if not isinstance(block, KroneckerBlock):
-        raise MismatchError(
-            "the curvature does not tell a layer's inputs",
-            got=f"structure {curvature.info.structure}, {curvature.info.space} space",
-            allowed="activation, kfac or shampoo in weight space",
-            fix="fit it with structure='activation' or 'kfac'",
-        )
-    return block.inputs
+                    towards, s_old = _outside(s_new, s_old), None
+                count = site.a[span].shape[0]
+                rows = discriminants(towards, s_old, count, epsilon=epsilon, seed=seed)
+                found[first] = _scaled(rows, s_new, gain)
+            site.a[span] = found[first].to(site.a.dtype)
 
 
 def discriminants(
@@ -135,7 +117,7 @@ def discriminants(
     root = eye = torch.eye(size).to(wide)
     if old is not None:
         held = old.to(wide)
-        root = torch.linalg.cholesky(held + epsilon * held.diagonal().mean() * eye)
+        root = _root(held, epsilon * held.diagonal().mean() * eye)
     random = torch.Generator().manual_seed(seed)
     basis = torch.randn(size, min(size, count + SPARE), generator=random).to(wide)
 
@@ -163,8 +145,19 @@ def _outside(new: Tensor, old: Tensor) -> Tensor:
     return left
 
 
-def _scaled(rows: Tensor, near: Factor, gain: float) -> Tensor:
+def _root(held: Tensor, floor: Tensor) -> Tensor:
+    """The Cholesky factor, with as much more of the floor as rounding asks for."""
+    for power in range(6):
+        root, failed = torch.linalg.cholesky_ex(held + 10.0**power * floor)
+        if not bool(failed):
+            break
+    found: Tensor = root
+    return found
+
+
+def _scaled(rows: Tensor, s: Tensor, gain: float) -> Tensor:
     """Rows a with ``a^T S a = gain^2 tr S / (3 d)``."""
-    reads = (rows * near.matmul(rows.T).T).sum(1, keepdim=True)
+    reads = ((rows @ s) * rows).sum(1, keepdim=True)
     floor = reads.max() * 1e-6  # a direction without inputs stays weak
-    return gain * rows * (near.trace() / (3 * near.size) / reads.clamp(min=floor)).sqrt()
+    rows = gain * rows * (s.diagonal().mean() / 3 / reads.clamp(min=floor)).sqrt()
+    return rows

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
 from retain.curvature.curvature import Curvature
-from retain.curvature.estimate import fit_curvature
+from retain.data.batches import Example
 from retain.errors import ConfigError, ModelError, SourceError, unknown
 from retain.models.adapter import lora_sites
 from retain.models.heads import is_causal
+from retain.retention.moments import check_share, input_moments, moments_of
 from retain.retention.start import STARTS, check_start, set_start
 
 __all__ = ["Start"]
@@ -29,6 +29,7 @@ class Start:
         gain: of A's size over PEFT's. B alone trains, so a rate that is right for A and B
             together is short for it: under Adam the gain is a factor of its learning rate.
         epsilon: what directions that the source text never uses count as, relative to its mean.
+        answers: the share of predicting positions in the rows' second moments.
         rows: of the training data that are read.
 
     Raises:
@@ -38,12 +39,14 @@ class Start:
     kind: str = "discriminant"
     gain: float = 5.0
     epsilon: float = 0.01
+    answers: float = 0.5
     rows: int = 64
 
     def __post_init__(self) -> None:
         if self.kind not in STARTS:
             raise unknown("start", self.kind, STARTS)
         check_start(self.epsilon, self.gain)
+        check_share(self.answers)
         if self.rows < 1:
             raise ConfigError(
                 "too few rows for a start", got=self.rows, allowed="1 or more", fix="rows=64"
@@ -75,19 +78,10 @@ class Start:
                     allowed="B = 0, as PEFT attaches it",
                     fix="leave start out to go on with this adapter",
                 )
-            rows = list(islice(_rows(loader, self.rows, seed, is_causal(model)), self.rows))
-            new = fit_curvature(
-                model,
-                rows,
-                "activation",
-                rows=len(rows),
-                max_length=max(len(row["input_ids"]) for row in rows),
-                batch_size=min(8, len(rows)),
-                seed=seed,
-                progress=False,
-            )
+            examples = _examples(loader, self.rows, seed, is_causal(model))
+            new = input_moments(model, sites, examples, answers=self.answers)
             set_start(
-                sites, new, curvature,
+                sites, new, moments_of(curvature),
                 kind=self.kind, gain=self.gain, epsilon=self.epsilon, seed=seed,
             )  # fmt: skip
         for site in sites:
@@ -99,25 +93,20 @@ class Start:
             site.a.requires_grad_(True)
 
 
-def _rows(loader: Any, count: int, seed: int, causal: bool) -> Iterator[dict[str, Any]]:
-    """Token rows of the training data, as the collator gives them, drawn without its sampler."""
-    data, found = loader.dataset, False
+def _examples(loader: Any, count: int, seed: int, causal: bool) -> list[Example]:
+    """Rows of the training data, as the collator gives them, drawn without its sampler."""
+    data, found = loader.dataset, []
     with torch.random.fork_rng():
         items: Iterator[Any] = iter(data)
         if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
             random = torch.Generator().manual_seed(seed)
-            order = torch.randperm(len(data), generator=random).tolist()
-            items = (data[i] for i in order)
-        for item in islice(items, 4 * count):
+            items = (data[i] for i in torch.randperm(len(data), generator=random).tolist())
+        for item in items:
             batch = loader.collate_fn([item])
-            batch = batch["batch"].inputs if "batch" in batch else batch
-            ids = batch["input_ids"].reshape(-1)
-            mask = batch.get("attention_mask")
-            if mask is not None and mask.shape == batch["input_ids"].shape:
-                ids = ids[mask.reshape(-1).bool()]
-            if len(ids) > 1:
-                found = True
-                yield {"input_ids": ids.tolist()} | ({} if causal else {"label": 0})
+            example = _example(batch, causal)
+            found += [example] if example.tokens else []
+            if len(found) == count:
+                break
     if not found:
         raise SourceError(
             "the training data hold no tokens to start from",
@@ -125,3 +114,24 @@ def _rows(loader: Any, count: int, seed: int, causal: bool) -> Iterator[dict[str
             allowed="rows whose collator gives input_ids",
             fix="check the data, or leave start out",
         )
+    return found
+
+
+def _example(batch: Any, causal: bool) -> Example:
+    """One collated row, unpadded."""
+    ours = batch.get("batch")  # of this package's own trainer
+    inputs = batch if ours is None else ours.inputs
+    ids = inputs["input_ids"].reshape(-1)
+    mask = inputs.get("attention_mask")
+    fits = mask is not None and mask.numel() == ids.numel()
+    keep = mask.reshape(-1).bool() if fits else torch.ones_like(ids, dtype=torch.bool)
+    tokens = ids[keep].tolist()
+    if not causal:
+        return Example(tuple(tokens), (0,))
+    if ours is not None:
+        predict = ours.predict.reshape(-1)[keep].tolist()
+        return Example(tuple(tokens), (0,) * len(tokens), tuple(predict))
+    labels = inputs.get("labels")
+    counts = ids if labels is None else labels.reshape(-1)
+    predict = (counts[keep] != -100).tolist()
+    return Example(tuple(tokens[:-1]), tuple(tokens[1:]), tuple(predict[1:]))

@@ -1,0 +1,190 @@
+"""Second moments of what a model's layers read, with a say for the places that predict.
+
+    S = (1 - answers) mean over all positions of x x^T  +  answers mean over predictions of x x^T
+
+A row of a classification task predicts at one position of a hundred. In the plain mean that place
+counts for a hundredth, though whatever is read there goes straight into the answer. Of a text all
+positions predict, and both means are one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from retain.curvature.capture import shared_inputs
+from retain.curvature.curvature import Curvature
+from retain.curvature.estimator import products
+from retain.curvature.kronecker import KroneckerBlock
+from retain.curvature.rows import glance
+from retain.data.batches import Batch, Example, batches
+from retain.errors import ConfigError, MismatchError, SourceError
+from retain.models.adapter import LoraSite
+from retain.models.heads import forward_body
+from retain.models.modes import evaluating
+
+__all__ = ["Moments", "check_share", "input_moments", "moments_of"]
+
+
+class Moments:
+    """S of each input, which several layers may read.
+
+    Args:
+        matrices: S by the first layer that reads it, [d_in, d_in].
+        readers: layer -> that first layer.
+    """
+
+    def __init__(self, matrices: Mapping[str, Tensor], readers: Mapping[str, str]) -> None:
+        self.matrices, self.readers = dict(matrices), dict(readers)
+
+    def of(self, layer: str) -> Tensor:
+        """S of a layer."""
+        return self.matrices[self.readers[layer]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a file: S by the names of all layers that read it."""
+        names: dict[str, list[str]] = {}
+        for layer, first in self.readers.items():
+            names.setdefault(first, []).append(layer)
+        return {"|".join(layers): self.matrices[first] for first, layers in names.items()}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Moments:
+        """What `tensors` has written."""
+        layers = {key.split("|")[0]: key.split("|") for key in tensors}
+        return cls(
+            {key.split("|")[0]: s for key, s in tensors.items()},
+            {layer: first for first, names in layers.items() for layer in names},
+        )
+
+    def plus(self, other: Moments) -> Moments:
+        """``self + other``, in place of self."""
+        for name, s in self.matrices.items():
+            s += other.matrices[name]
+        return self
+
+    def times(self, weight: float) -> Moments:
+        """``weight self``, in place of self."""
+        for s in self.matrices.values():
+            s *= weight
+        return self
+
+
+def moments_of(curvature: Curvature) -> Moments:
+    """The input sides of a curvature: of ``shampoo`` those weighted by gradients.
+
+    Raises:
+        MismatchError: a curvature that has none.
+    """
+    matrices: dict[str, Tensor] = {}
+    readers: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, block in curvature.blocks.items():
+        if not isinstance(block, KroneckerBlock) or curvature.info.space != "weight":
+            raise MismatchError(
+                "the curvature does not tell what a layer reads",
+                got=f"structure {curvature.info.structure}, {curvature.info.space} space",
+                allowed="activation, kfac or shampoo in weight space",
+                fix="fit it with structure='activation' or 'kfac'",
+            )
+        readers[name] = first.setdefault(id(block.inputs), name)
+        if readers[name] == name:
+            matrices[name] = block.inputs.dense()
+    return Moments(matrices, readers)
+
+
+def check_share(share: float) -> None:
+    """Raises `ConfigError` unless the share is from 0 to 1."""
+    if not (isinstance(share, int | float) and math.isfinite(share) and 0 <= share <= 1):
+        raise ConfigError(
+            "the answers' share is out of range",
+            got=share,
+            allowed="from 0 (all positions alike) to 1 (the predicting ones alone)",
+            fix="answers=0.5",
+        )
+
+
+def input_moments(
+    model: nn.Module,
+    sites: Sequence[LoraSite],
+    examples: Sequence[Example],
+    *,
+    answers: float = 0.5,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Moments:
+    """S of all layers, from forward passes alone; see the module. In float32 at least.
+
+    Args:
+        model: it carries the layers, and is left as it was.
+        sites: the layers.
+        examples: tokenised rows.
+        answers: the share of the predicting positions; a classifier's rows have none.
+        batch_size: rows a pass. Memory and speed only.
+        progress: show a bar.
+
+    Raises:
+        SourceError: no rows.
+        ConfigError: a share out of range.
+    """
+    check_share(answers)
+    if not examples:
+        raise SourceError(
+            "there are no rows to see what the layers read",
+            got="no rows",
+            allowed="one at least",
+            fix="give more data",
+        )
+    pad = getattr(model.config, "pad_token_id", None) or 0
+    device = sites[0].a.device
+    tokens = sum(len(e.tokens) for e in examples)
+    predictions = sum(sum(e.predict) for e in examples)
+    share = answers if predictions else 0.0
+    layers: dict[str, Any] = {site.name: site.layer for site in sites}
+    with evaluating(model), torch.no_grad(), products("auto"):
+        readers = shared_inputs(model, layers, glance(examples[0], pad).to(device))
+        found: dict[str, Tensor] = {}
+        weights: list[Tensor] = []  # of the batch that runs, [batch * seq]
+
+        def hear(name: str) -> Any:
+            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                x = args[0].detach()
+                rows = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+                if len(rows) == len(weights[0]):
+                    rows = rows * weights[0].sqrt()[:, None].to(rows.dtype)
+                else:  # behind a classifier's pooling there is one place a row
+                    rows = rows / len(examples) ** 0.5
+                if name not in found:
+                    found[name] = rows.T @ rows
+                else:
+                    found[name].addmm_(rows.T, rows)
+
+            return hook
+
+        handles = [
+            layers[name].register_forward_pre_hook(hear(name))
+            for name in dict.fromkeys(readers.values())
+        ]
+        try:
+            every = list(batches(examples, min(batch_size, len(examples)), pad))
+            for batch in tqdm(every, desc="inputs", unit="batch", disable=not progress):
+                batch = batch.to(device)
+                weights[:] = [_weights(batch, share, tokens, predictions)]
+                forward_body(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return Moments(found, readers)
+
+
+def _weights(batch: Batch, share: float, tokens: int, predictions: int) -> Tensor:
+    mask = batch.inputs["attention_mask"].reshape(-1).double()
+    weights = (1.0 - share) / tokens * mask
+    if share and batch.predict is not None:
+        weights = weights + share / predictions * batch.predict.reshape(-1)
+    return weights
