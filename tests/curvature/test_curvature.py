@@ -10,6 +10,7 @@ from torch import nn
 
 from quadratics import dense_quadratic
 from retain import Curvature, fit_curvature
+from retain.data.sources import encode
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, SourceError
 from retain.models.adapter import lora_sites
 from retain.models.sites import LinearSite, find_sites
@@ -285,3 +286,14 @@ def test_around_a_later_anchor_and_in_double_precision_nothing_is_rounded(kind: 
         sites = curvature.bind(model)
         assert bool(curvature.anchor) is moved
         assert curvature.pulls(sites, rounded=True)[0] == curvature.pulls(sites)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokenised_rows_are_taken_as_they_are(kind: str) -> None:
+    model = tiny(kind)
+    ready = encode(ROWS[kind], None, max_length=16, causal=kind == "llama")
+    want = fit_curvature(model, ROWS[kind], "kfac", **FIT)
+    got = fit_curvature(model, ready, "kfac", **FIT)
+    for name, block in want.blocks.items():
+        for key, tensor in block.tensors().items():
+            assert torch.equal(got.blocks[name].tensors()[key], tensor)

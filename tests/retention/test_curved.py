@@ -14,33 +14,19 @@ from sequences import (
     learn,
     method_of,
     shaken,
-    source,
     tasks_of,
 )
 from torch import Tensor, nn
 
 from retain.data.batches import Example
-from retain.data.sources import encode
-from retain.errors import ConfigError, SourceError
+from retain.errors import ConfigError
 from retain.models.adapter import lora_sites
 from retain.models.heads import forward_logits
 from retain.models.sites import LinearSite, find_sites
 from retain.retention.curved import _answering
 from retain.retention.kl import KL
 from retain.retention.method import Task
-from retain.retention.rows import source_rows
 from tiny import relative
-
-
-def test_source_rows_are_read_as_they_are() -> None:
-    for model, causal in (("llama", True), ("bert", False)):
-        for task in tasks_of(model)[:1]:
-            rows, tokenizer = source_rows(task.examples)
-            assert encode(rows, tokenizer, max_length=99, causal=causal) == list(task.examples)
-    assert encode(*source_rows(source("llama")), max_length=99, causal=True) == source("llama")
-    odd = Example((1, 2, 3), (2, 3, 4), (True, False, True))
-    with pytest.raises(SourceError, match="predictions are their end"):
-        source_rows([odd])
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

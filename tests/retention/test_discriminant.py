@@ -17,7 +17,6 @@ from retain.models.adapter import lora_sites
 from retain.models.heads import forward_body
 from retain.retention.discriminant import Discriminant
 from retain.retention.moments import Moments, input_moments, moments_of
-from retain.retention.rows import source_rows
 from retain.retention.start import discriminants, set_start
 from tiny import KINDS, ROWS, tiny
 
@@ -94,10 +93,9 @@ def test_moments_are_the_sums_over_positions(kind: str, answers: float, size: in
 def test_of_a_text_they_are_those_of_the_activation_curvature() -> None:
     model = tiny("llama")
     examples = source("llama")
-    rows, tokenizer = source_rows(examples)
-    options: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": 3, "progress": False}
+    options: dict[str, Any] = {"batch_size": 3, "progress": False}
     for structure in ("activation", "kfac"):
-        curvature = moments_of(fit_curvature(model, rows, structure, **options))
+        curvature = moments_of(fit_curvature(model, examples, structure, **options))
         found = input_moments(model, lora_sites(model), examples)
         assert found.readers == curvature.readers
         for site in lora_sites(model):

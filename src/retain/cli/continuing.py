@@ -144,13 +144,13 @@ def keep_state(
     from retain.curvature.estimate import fit_curvature
     from retain.curvature.merge import reanchored
     from retain.models.saved import whole_folder
-    from retain.retention.rows import choose, source_rows
+    from retain.retention.rows import choose
 
     screen.say("measuring what the task relies on, for the runs that continue from this one")
     info = load_curvature(source).info
-    rows, tokenizer = source_rows(choose(examples, ROWS, entry["seed"]))
+    rows = choose(examples, ROWS, entry["seed"])
     found = fit_curvature(
-        model, rows, info.structure, tokenizer=tokenizer, space=info.space, fisher=info.fisher,
+        model, rows, info.structure, space=info.space, fisher=info.fisher,
         rank=info.rank, samples=info.samples, rows=ROWS,
         max_length=max(len(e.tokens) for e in examples) + 1,
         batch_size=min(8, len(rows)), seed=entry["seed"], progress=screen.progress,

@@ -27,7 +27,7 @@ from retain.curvature.partial import Partial, fit_key
 from retain.curvature.rows import glance, source_examples
 from retain.curvature.settings import check_settings
 from retain.curvature.tridiagonal import TridiagonalEstimator
-from retain.data.batches import Batch, batches, collate
+from retain.data.batches import Batch, Example, batches, collate
 from retain.data.sources import Row
 from retain.errors import CurvatureError
 from retain.models.adapter import LoraSite, row_scales
@@ -57,7 +57,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 
 def fit_curvature(
     model: nn.Module,
-    source: str | Path | Iterable[Row] = "self",
+    source: str | Path | Iterable[Row] | Sequence[Example] = "self",
     structure: Structure = "shampoo",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -89,7 +89,7 @@ def fit_curvature(
             causal or sequence-classification head.
         source: ``"self"`` (text that the base model samples), a path (.txt, .jsonl, .jsonl.gz,
             .json, .csv, .parquet), a `datasets.Dataset`, or a list of rows; see
-            `retain.data.sources` for the columns.
+            `retain.data.sources` for the columns. A list of `Example` is taken as it is.
         structure: see `retain.types.Structure` and docs/curvature.md.
         tokenizer: for text; not needed for rows with ``input_ids``. A model loaded from a name
             finds its own.

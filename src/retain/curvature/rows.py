@@ -22,7 +22,7 @@ __all__ = ["glance", "source_examples"]
 
 def source_examples(
     model: Any,
-    source: str | Path | Iterable[Row],
+    source: str | Path | Iterable[Row] | Sequence[Example],
     tokenizer: PreTrainedTokenizerBase | None,
     causal: bool,
     rows: int,
@@ -55,7 +55,12 @@ def source_examples(
                 model, tokenizer, count=rows, max_length=max_length, seed=seed, progress=progress
             ),
         )
-    found = encode(read_rows(source, rows), tokenizer, max_length=max_length, causal=causal)[:rows]
+    found: Sequence[Example]
+    if isinstance(source, list | tuple) and source and isinstance(source[0], Example):
+        found = source[:rows]
+    else:
+        read: list[Row] = read_rows(source, rows)  # type: ignore[arg-type]
+        found = encode(read, tokenizer, max_length=max_length, causal=causal)[:rows]
     if len(found) < batch_size:
         raise SourceError(
             "the source is smaller than one batch",

@@ -31,7 +31,7 @@ from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
 from retain.retention.laplace import Retention, check_strength
 from retain.retention.method import Context, Method, Task
-from retain.retention.rows import choose, source_rows
+from retain.retention.rows import choose
 from retain.types import UPDATES, Fisher, Space, Structure, Update
 
 __all__ = ["Curved", "Fitted"]
@@ -223,39 +223,35 @@ class Fitted(Curved):
         found = self._weighted(self.task_weight, found)
         return found if curvature is None else curvature + found
 
-    def fit(
-        self, examples: Sequence[Example], columns: slice | None, seed: int, **other: Any
-    ) -> Curvature:
+    def fit(self, examples: Sequence[Example], columns: slice | None, seed: int) -> Curvature:
         """The curvature of rows at the model's present weights.
 
         Args:
             examples: at most `rows` of them are read.
             columns: the outputs of a classifier that answer them; None for all of them.
             seed: of label draws.
-            **other: settings of `retain.fit_curvature` that differ from the method's own.
         """
         context, model = self.context, self.context.adapter.model
-        wanted = {"structure": self.structure, **self.options, **other}
         regression = columns is not None and columns.stop - columns.start == 1
-        if regression and wanted["fisher"] in ("empirical", "reversed"):
+        if regression and self.options["fisher"] in ("empirical", "reversed"):
             raise ConfigError(
                 "a regression has no labels of this kind",
-                got=f"fisher={wanted['fisher']!r}",
+                got=f"fisher={self.options['fisher']!r}",
                 allowed="mc, exact, tempered",
                 fix="fisher: mc",
             )
-        rows, tokenizer = source_rows(examples[: self.rows])
+        rows = list(examples[: self.rows])
         with _answering(model, columns):
             found = fit_curvature(
                 model,
                 rows,
-                tokenizer=tokenizer,
+                self.structure,
                 rows=self.rows,
                 max_length=max(len(e.tokens) for e in examples) + 1,
                 batch_size=min(context.batch_size, len(rows)),
                 seed=seed,
                 progress=context.progress,
-                **wanted,
+                **self.options,
             )
         return self._weighted(8 / FLAT**2, found) if regression else found
 

@@ -1,18 +1,16 @@
-"""Tokenised rows: those of an earlier task, rows as tensors, and rows as a curvature's source."""
+"""Tokenised rows: those of an earlier task, and rows as tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from retain.data.batches import Example
-from retain.errors import SourceError
 
-__all__ = ["Kept", "choose", "pack", "source_rows", "unpack"]
+__all__ = ["Kept", "choose", "pack", "unpack"]
 
 
 @dataclass(frozen=True)
@@ -85,41 +83,3 @@ def unpack(state: dict[str, Tensor]) -> list[Kept]:
             )
         )
     return rows
-
-
-class _Ready:
-    """Stands where a tokenizer is asked for, before what is tokens already."""
-
-    bos_token = eos_token_id = None
-
-    def __call__(self, *parts: tuple[int, ...], **options: object) -> dict[str, list[int]]:
-        found = {"input_ids": list(parts[0])}
-        if len(parts) == 2 and parts[1]:
-            found["token_type_ids"] = list(parts[1])
-        return found
-
-
-def source_rows(examples: Sequence[Example]) -> tuple[list[dict[str, Any]], Any]:
-    """Rows for `retain.fit_curvature`, with the tokenizer that reads them as they are.
-
-    Raises:
-        SourceError: a row whose predictions are not its end.
-    """
-    rows: list[dict[str, Any]] = []
-    for example in examples:
-        if not example.predict:
-            rows.append(
-                {"text": example.tokens, "text_pair": example.segments, "label": example.targets[0]}
-            )
-            continue
-        start = example.predict.index(True) + 1
-        if not all(example.predict[start - 1 :]):
-            raise SourceError(
-                "a curvature is measured on rows whose predictions are their end",
-                got="a row that predicts, does not, and does again",
-                allowed="a text, or a prompt and its completion",
-                fix="split the row",
-            )
-        ids = (*example.tokens, example.targets[-1])
-        rows.append({"prompt": ids[:start], "completion": ids[start:]})
-    return rows, _Ready()
