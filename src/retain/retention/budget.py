@@ -54,7 +54,7 @@ TELLING, BELIEF = 0.05, 1e6
 """The share of the budget from which on a measurement says something (below it bfloat16's noise
 speaks), and the factor that no correction exceeds."""
 
-TRIES, SLACK = 8, 0.02
+TRIES, SLACK = 12, 0.02
 """Measurements at the end, and how far below the budget is near enough."""
 
 
@@ -198,7 +198,7 @@ def settle(
         return now
     away, low, high, left = _Away(curvature, sites), 0.0, 1.0, 0.0
     share = math.sqrt(nats * (1 - SLACK / 2) / now)
-    for _ in range(TRIES):
+    for attempt in range(TRIES):
         away.keep(share)
         now = measure()
         if now > nats:
@@ -207,9 +207,10 @@ def settle(
             low, left = share, now
             if now >= nats * (1 - SLACK):
                 return now
-        # KL is about quadratic in the share.
+        # KL is about quadratic in the share; where it is not, halving gets there.
         guess = share * math.sqrt(nats * (1 - SLACK / 2) / max(now, 1e-12))
-        share = guess if low < guess < high else 0.5 * (low + high)
+        sound = low < guess < high and attempt % 2 == 0
+        share = guess if sound else 0.5 * (low + high)
     away.keep(low)
     return left
 
