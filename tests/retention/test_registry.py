@@ -29,7 +29,7 @@ def test_each_method_is_there_under_its_own_name() -> None:
 def test_options_are_those_of_the_whole_family() -> None:
     assert method_options("none") == method_options("olora") == method_options("masked_kl") == {}
     assert method_options("kl") == {"on": "task"}
-    assert method_options("l2") == {"update": "gradient", "consolidate": True}
+    assert method_options("l2") == {"update": "gradient", "consolidate": True, "budget": None}
     assert method_options("kfac")["structure"] == "kfac"
     assert set(method_options("kfac")) - set(method_options("diagonal")) == {"structure"}
     assert {"space", "fisher", "source_weight", "task_weight"} < set(method_options("diagonal"))
@@ -42,7 +42,7 @@ def test_options_are_those_of_the_whole_family() -> None:
         ("kfca", {}, "unknown method.*did you mean 'kfac'"),
         ("kfac", {"structur": "kfac"}, "option of the method kfac.*did you mean 'structure'"),
         ("kfac", {"structure": "kfack"}, "unknown structure.*did you mean 'kfac'"),
-        ("l2", {"space": "weight"}, "unknown option of the method l2.*allowed: consolidate, upda"),
+        ("l2", {"space": "weight"}, "unknown option of the method l2.*allowed: budget, conso"),
         ("l2", {"update": "proximale"}, "did you mean 'proximal'"),
         ("diagonal", {"strength": -1.0}, "strength is no strength"),
         ("diagonal", {"source_weight": -1.0}, "source_weight is no weight"),
