@@ -187,7 +187,7 @@ def test_the_old_grow_by_each_task_and_by_nothing_else() -> None:
         ({"epsilon": float("nan")}, "epsilon is out of range"),
         ({"gain": -1.0}, "gain is out of range"),
         ({"answers": 1.5}, "answers' share is out of range"),
-        ({"rows": 0}, "rows is out of range"),
+        ({"rows": 0}, "too few rows for a start"),
         ({"source_weight": -1.0}, "source_weight is out of range"),
     ],
 )

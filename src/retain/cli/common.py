@@ -22,6 +22,7 @@ __all__ = [
     "Quiet",
     "Screen",
     "Trust",
+    "base_of",
     "check_choices",
     "check_file",
     "finite",
@@ -126,6 +127,25 @@ def check_choices(*choices: tuple[str, str, Iterable[str]]) -> None:
         names = tuple(allowed)
         if got not in names:
             raise unknown(kind, got, names)
+
+
+def base_of(adapter: Path, model: str | None) -> str:
+    """The base model of an adapter's folder, which is checked: `model`, or what the folder names.
+
+    Raises:
+        RetainError: the folder holds no adapter, or nothing names a base.
+    """
+    from retain.models.saved import check_adapter
+
+    name = check_adapter(adapter).get("base_model_name_or_path")
+    if not (model or name):
+        raise ConfigError(
+            "nothing says which base model the adapter is for",
+            got="no --model",
+            allowed="a name, a folder or a .gguf file",
+            fix="--model smollm2-135m",
+        )
+    return model or str(name)
 
 
 def check_file(path: Path) -> Path:

@@ -14,6 +14,7 @@ from retain.cli.common import (
     Quiet,
     Screen,
     Trust,
+    base_of,
     check_choices,
     check_file,
     finite,
@@ -71,21 +72,12 @@ def evaluate(
             fix="--adapter runs/held/adapter",
         )
     out = out and check_file(out)
-    from retain.models.saved import check_adapter, load_adapter
-
-    name = model or check_adapter(adapter).get("base_model_name_or_path")
-    if not name:
-        raise ConfigError(
-            "nothing says which base model the adapter is for",
-            got="no --model",
-            allowed="a name, a folder or a .gguf file",
-            fix="--model smollm2-135m",
-        )
-    check_adapter(adapter)
+    name = base_of(adapter, model)
     quieten(screen.progress)
     from retain.data.sources import read_rows
     from retain.files import write_json
     from retain.models.load import load_model
+    from retain.models.saved import load_adapter
 
     given = read_rows(source, rows) if source is not None else None
     size = {"rows": rows, "max_length": max_length, "batch_size": batch_size}

@@ -11,7 +11,7 @@ from typing import Any
 from retain.cli.common import Screen
 from retain.errors import MismatchError, ModelError
 
-__all__ = ["measure", "result_of", "train_record"]
+__all__ = ["check_finite", "measure", "own_text", "result_of", "train_record"]
 
 _OFFSET = 1_000_000  # away from the seeds of fit, so that the text is held out
 
@@ -38,6 +38,34 @@ def train_record(adapter: Path, model: Any) -> dict[str, Any]:
     return dict(record)
 
 
+def own_text(
+    model: Any, tokenizer: Any, size: dict[str, int], seed: int, screen: Screen
+) -> list[Any]:
+    """Text that the base model writes, other than what ``retain fit`` reads with that seed."""
+    from retain.models.sample import sample_rows
+
+    screen.say("the base model writes the text that forgetting is measured on")
+    return sample_rows(
+        model,
+        tokenizer,
+        count=size["rows"],
+        max_length=size["max_length"],
+        seed=_OFFSET + seed,
+        progress=screen.progress,
+    )
+
+
+def check_finite(kl: float) -> None:
+    """Raises `ModelError` unless a measured KL is a number that a report can show."""
+    if not math.isfinite(kl):
+        raise ModelError(
+            "the model's predictions are not finite",
+            got=f"a KL of {kl}",
+            allowed="finite numbers",
+            fix="check the adapter and the base, or use --dtype float32",
+        )
+
+
 def measure(
     model: Any, tokenizer: Any, source: Any, size: dict[str, int], seed: int, probe: bool,
     problems: int, screen: Screen,
@@ -45,28 +73,13 @@ def measure(
     """Forgetting on source text, and the probe and the task where they are asked for."""
     from retain.evaluation.forgetting import measure_forgetting
     from retain.evaluation.probes import knowledge_score
-    from retain.models.sample import sample_rows
 
     if source is None:
-        screen.say("the base model writes the text that forgetting is measured on")
-        source = sample_rows(
-            model,
-            tokenizer,
-            count=size["rows"],
-            max_length=size["max_length"],
-            seed=_OFFSET + seed,
-            progress=screen.progress,
-        )
+        source = own_text(model, tokenizer, size, seed, screen)
     forgetting = measure_forgetting(
         model, source, tokenizer=tokenizer, progress=screen.progress, **size
     )
-    if not math.isfinite(forgetting.kl):
-        raise ModelError(
-            "the model's predictions are not finite",
-            got=f"a KL of {forgetting.kl}",
-            allowed="finite numbers",
-            fix="check the adapter and the base, or use --dtype float32",
-        )
+    check_finite(forgetting.kl)
     found: dict[str, Any] = {"forgetting": forgetting.to_dict(), "probe": None, "task": None}
     if probe:
         found["probe"] = _both(

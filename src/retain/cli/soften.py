@@ -15,6 +15,7 @@ from retain.cli.common import (
     Quiet,
     Screen,
     Trust,
+    base_of,
     check_choices,
     finite,
     quieten,
@@ -28,8 +29,6 @@ EXAMPLE = (
     "Example: retain soften runs/mine/adapter --curvature curvature.safetensors --budget 0.05 "
     "--out runs/soft"
 )
-
-_OFFSET = 1_000_000  # away from the seeds of fit, so that the text is held out
 
 
 def soften(
@@ -98,23 +97,14 @@ def soften(
             fix="choose another --out",
         )
     folder = check_folder(folder)
-    from retain.models.saved import check_adapter, load_adapter, save_adapter
-
-    name = model or check_adapter(adapter).get("base_model_name_or_path")
-    if not name:
-        raise ConfigError(
-            "nothing says which base model the adapter is for",
-            got="no --model",
-            allowed="a name, a folder or a .gguf file",
-            fix="--model smollm2-135m",
-        )
-    check_adapter(adapter)
+    name = base_of(adapter, model)
     quieten(screen.progress)
     from retain.cli.softening import Softening
     from retain.curvature.artifact import load_curvature
     from retain.data.sources import read_rows
     from retain.files import write_json
     from retain.models.load import load_model
+    from retain.models.saved import load_adapter, save_adapter
     from retain.retention.budget import check_budget
 
     check_budget(budget)
@@ -130,7 +120,7 @@ def soften(
         record = work.record(budget, points) | {"seconds": time.perf_counter() - start}
         if measure:
             size = {"rows": rows, "max_length": max_length, "batch_size": batch_size}
-            work.measure(record, tokenizer, text, size, _OFFSET + seed, screen)
+            work.measure(record, tokenizer, text, size, seed, screen)
         files = {"start": str(adapter), "curvature": str(curvature),
                  "target_curvature": target_curvature and str(target_curvature),
                  "source": (source or "self") if measure else None}  # fmt: skip

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from retain.cli.common import Screen
+from retain.cli.measure import check_finite, own_text
 
 __all__ = ["Softening"]
 
@@ -61,23 +62,19 @@ class Softening:
             tokenizer: for the text.
             rows: held-out text; None lets the base write it.
             size: ``rows``, ``max_length`` and ``batch_size``.
-            seed: of text that the base writes.
+            seed: of the run; text that the base writes depends on it.
             screen: where to say so.
 
         Raises:
             ModelError: the measured KL is not finite.
         """
         from retain.data.sources import encode
-        from retain.errors import ModelError
         from retain.evaluation.forgetting import Reference
         from retain.models.heads import is_causal
-        from retain.models.sample import sample_rows
 
         count, length = size["rows"], size["max_length"]
         if rows is None:
-            screen.say("the base model writes the text that forgetting is measured on")
-            rows = sample_rows(self.model, tokenizer, count=count, max_length=length, seed=seed,
-                               progress=screen.progress)  # fmt: skip
+            rows = own_text(self.model, tokenizer, size, seed, screen)
         causal = is_causal(self.model)
         examples = encode(rows, tokenizer, max_length=length, causal=causal)[:count]
         batch = min(size["batch_size"], len(examples))
@@ -92,13 +89,7 @@ class Softening:
             ):
                 self.soft.apply(update)
                 found = base.measure(self.model)
-                if not found.kl < float("inf"):
-                    raise ModelError(
-                        "the model's predictions are not finite",
-                        got=f"a KL of {found.kl}",
-                        allowed="finite numbers",
-                        fix="check the adapter and the base, or use --dtype float32",
-                    )
+                check_finite(found.kl)
                 point[key] = found.to_dict()
 
     def described(

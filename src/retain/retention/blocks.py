@@ -6,22 +6,17 @@ stay as they are, those of later ones have B = 0. The result is a plain PEFT ada
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from retain.errors import ConfigError
 from retain.models.adapter import lora_sites
+from retain.retention.method import Method, Task
 
-__all__ = ["Block", "block_options"]
-
-
-def block_options(options: dict[str, Any], tasks: int) -> dict[str, Any]:
-    """A LoRA's options with the rank of all tasks; the scaling stays what it is for one."""
-    rank, alpha = int(options.get("rank", 16)), options.get("alpha")
-    alpha = 2.0 * rank if alpha is None else float(alpha)
-    return {**options, "rank": rank * tasks, "alpha": alpha * tasks}
+__all__ = ["Block", "Blockwise"]
 
 
 class Block:
@@ -66,15 +61,6 @@ class Block:
                 site.a.requires_grad_(False)
         self._frozen = [(s.a.detach().clone(), s.b.detach().clone()) for s in self.sites]
 
-    def mask_gradients(self) -> None:
-        """Drops what has been added to the gradients of other blocks since the backward pass."""
-        for site in self.sites:
-            for part in self.rest:
-                if site.b.grad is not None:
-                    site.b.grad[:, part] = 0
-                if site.a.grad is not None:
-                    site.a.grad[part] = 0
-
     def put_back(self) -> None:
         """Puts the other blocks back, which weight decay moves without a gradient."""
         with torch.no_grad():
@@ -90,3 +76,47 @@ class Block:
         if not self.train_a:
             for site in self.sites:
                 site.a.requires_grad_(True)
+
+
+class Blockwise(Method):
+    """A method whose tasks each train a block of their own, which `begin_block` opens.
+
+    Attributes:
+        block: of the task that is being learned; None between tasks.
+    """
+
+    adapters: ClassVar[frozenset[str]] = frozenset({"lora"})
+
+    def __init__(self, strength: float = 0.0) -> None:
+        super().__init__(strength)
+        self.block: Block | None = None
+
+    def adapter_options(self, options: dict[str, Any], tasks: int) -> dict[str, Any]:
+        """The rank of all tasks; the scaling stays what it is for one."""
+        rank, alpha = int(options.get("rank", 16)), options.get("alpha")
+        alpha = 2.0 * rank if alpha is None else float(alpha)
+        return {**options, "rank": rank * tasks, "alpha": alpha * tasks}
+
+    def begin_block(self, task: Task, *, train_a: bool = True) -> Block:
+        """Holds all blocks but the task's."""
+        self._release()
+        self.block = Block(
+            self.context.adapter.model, task.index, self.context.tasks, train_a=train_a
+        )
+        return self.block
+
+    def after_step(self, model: nn.Module, optimizer: Optimizer) -> float | None:
+        assert self.block is not None
+        self.block.put_back()
+        return None
+
+    def after_task(self, task: Task) -> None:
+        self._release()
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self.block is not None:
+            self.block.release()
+        self.block = None

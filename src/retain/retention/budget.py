@@ -33,7 +33,7 @@ from retain.errors import ConfigError, MismatchError
 from retain.models.adapter import LoraSite
 from retain.models.sites import LinearSite, Site
 
-__all__ = ["Budget", "anchored", "check_budget", "scale_back"]
+__all__ = ["Budget", "anchored", "check_budget", "scale_back", "settle"]
 
 START = 0.2
 """The first strength times the budget: a strength of 4 for 0.05 nats."""
@@ -75,7 +75,7 @@ class Budget:
 
     Args:
         nats: of KL divergence per source token that may be spent.
-        strength: where it begins; by the budget's size where it is None.
+        strength: where it begins; by the budget's size where it is 0.
 
     Attributes:
         correction: measured over predicted nats.
@@ -260,13 +260,15 @@ def _starts(curvature: Curvature, site: Site) -> list[tuple[nn.Parameter, Tensor
 def anchored(curvature: Curvature, sites: Sequence[Site]) -> Iterator[None]:
     """Inside it the model is where the curvature's anchor is."""
     pairs = [pair for site in sites for pair in _starts(curvature, site)]
-    before = [parameter.detach().clone() for parameter, _ in pairs]
-    with torch.no_grad():
-        for parameter, start in pairs:
-            parameter.copy_(start)
+    before = [(parameter, parameter.detach().clone()) for parameter, _ in pairs]
+    _copy(pairs)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for (parameter, _), value in zip(pairs, before, strict=True):
-                parameter.copy_(value)
+        _copy(before)
+
+
+@torch.no_grad()
+def _copy(pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    for parameter, value in pairs:
+        parameter.copy_(value)

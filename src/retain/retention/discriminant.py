@@ -11,24 +11,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from retain.data.batches import Example
-from retain.errors import ConfigError, unknown
+from retain.errors import ConfigError
 from retain.models.adapter import lora_sites
-from retain.retention.blocks import Block, block_options
-from retain.retention.method import Context, Method, Task
-from retain.retention.moments import Moments, check_share, input_moments
+from retain.retention.blocks import Blockwise
+from retain.retention.method import Context, Task
+from retain.retention.moments import Moments, input_moments
 from retain.retention.rows import choose
-from retain.retention.start import STARTS, check_start, set_start
+from retain.retention.start import check_start, set_start
 
 __all__ = ["Discriminant"]
 
 
-class Discriminant(Method):
+class Discriminant(Blockwise):
     """LoRA from a discriminant start; see the module. Without source text the first is principal.
 
     Args:
@@ -46,7 +45,6 @@ class Discriminant(Method):
     """
 
     name: ClassVar[str] = "discriminant"
-    adapters: ClassVar[frozenset[str]] = frozenset({"lora"})
     why_not: ClassVar[dict[str, str]] = dict.fromkeys(
         ("full", "bottleneck", "prefix"), "what it chooses are the rows of LoRA's A"
     )
@@ -65,26 +63,18 @@ class Discriminant(Method):
         train_a: bool = False,
     ) -> None:
         super().__init__(strength)
-        if start not in STARTS:
-            raise unknown("start", start, STARTS)
-        check_start(epsilon, gain)
-        check_share(answers)
-        for name, value in (("rows", rows - 1), ("source_weight", source_weight)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(
-                    f"{name} is out of range",
-                    got=rows if name == "rows" else value,
-                    allowed="1 or more" if name == "rows" else "a finite number, 0 or above",
-                    fix="rows: 64" if name == "rows" else "source_weight: 1",
-                )
+        check_start(start, gain, epsilon, answers, rows)
+        if not (math.isfinite(source_weight) and source_weight >= 0):
+            raise ConfigError(
+                "source_weight is out of range",
+                got=source_weight,
+                allowed="a finite number, 0 or above",
+                fix="source_weight: 1",
+            )
         self.start, self.gain, self.epsilon, self.answers = start, gain, epsilon, answers
         self.rows, self.source_weight, self.train_a = rows, source_weight, train_a
         self.old: Moments | None = None
         self.new: Moments | None = None
-        self.block: Block | None = None
-
-    def adapter_options(self, options: dict[str, Any], tasks: int) -> dict[str, Any]:
-        return block_options(options, tasks)
 
     def begin(self, context: Context) -> None:
         super().begin(context)
@@ -93,24 +83,17 @@ class Discriminant(Method):
             self.old = self._measure(context.source[: self.rows]).times(self.source_weight)
 
     def before_task(self, task: Task) -> Sequence[Example]:
-        self._release()
-        model = self.context.adapter.model
         if self.start != "random":
             self.new = self._measure(choose(task.examples, self.rows, task.seed))
-        self.block = Block(model, task.index, self.context.tasks, train_a=self.train_a)
+        block = self.begin_block(task, train_a=self.train_a)
         set_start(
-            self.block.sites, self.new or Moments({}, {}), self.old, kind=self.start,
-            gain=self.gain, epsilon=self.epsilon, seed=task.seed, span=self.block.span,
+            block.sites, self.new, self.old, kind=self.start,
+            gain=self.gain, epsilon=self.epsilon, seed=task.seed, span=block.span,
         )  # fmt: skip
         return task.examples
 
-    def after_step(self, model: nn.Module, optimizer: Optimizer) -> float | None:
-        assert self.block is not None
-        self.block.put_back()
-        return None
-
     def after_task(self, task: Task) -> None:
-        self._release()
+        super().after_task(task)
         if self.new is not None:
             self.old = self.new if self.old is None else self.new.plus(self.old)
         self.new = None
@@ -119,7 +102,7 @@ class Discriminant(Method):
         return {} if self.old is None else self.old.tensors()
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self._release()
+        super().restore(state)
         self.new = self.old = None
         if state:
             self.old = Moments.of_tensors(state)
@@ -134,8 +117,3 @@ class Discriminant(Method):
             batch_size=context.batch_size,
             progress=context.progress,
         )
-
-    def _release(self) -> None:
-        if self.block is not None:
-            self.block.release()
-        self.block = None

@@ -9,23 +9,22 @@ values, as in the authors' code; the paper writes squares). The result is a plai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from retain.data.batches import Batch, Example
-from retain.retention.blocks import Block, block_options
+from retain.retention.blocks import Blockwise
 from retain.retention.laplace import check_strength
-from retain.retention.method import Method, Task
+from retain.retention.method import Task
 
 __all__ = ["OLoRA"]
 
 _REASON = "its subspaces are the rows of LoRA's A"
 
 
-class OLoRA(Method):
+class OLoRA(Blockwise):
     """Orthogonal low-rank adaptation; see the module.
 
     With one task and any strength it is plain LoRA. Its adapter's size, not its own memory, grows
@@ -39,20 +38,14 @@ class OLoRA(Method):
     """
 
     name: ClassVar[str] = "olora"
-    adapters: ClassVar[frozenset[str]] = frozenset({"lora"})
     why_not: ClassVar[dict[str, str]] = dict.fromkeys(("full", "bottleneck", "prefix"), _REASON)
 
     def __init__(self, strength: float = 0.5) -> None:
         super().__init__(strength)
         check_strength(strength)
-        self.block: Block | None = None
-
-    def adapter_options(self, options: dict[str, Any], tasks: int) -> dict[str, Any]:
-        return block_options(options, tasks)
 
     def before_task(self, task: Task) -> Sequence[Example]:
-        self._release()
-        self.block = Block(self.context.adapter.model, task.index, self.context.tasks)
+        self.begin_block(task)
         return task.examples
 
     def loss(self, model: nn.Module, batch: Batch, logits: Tensor) -> Tensor | None:
@@ -62,19 +55,3 @@ class OLoRA(Method):
             return None
         terms = [(s.a[span] @ s.a[: span.start].detach().T).abs().sum() for s in self.block.sites]
         return self.strength * torch.stack(terms).sum()
-
-    def after_step(self, model: nn.Module, optimizer: Optimizer) -> float | None:
-        assert self.block is not None
-        self.block.put_back()
-        return None
-
-    def after_task(self, task: Task) -> None:
-        self._release()
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        if self.block is not None:
-            self.block.release()
-        self.block = None

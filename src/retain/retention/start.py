@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from retain.curvature.spectral import eigh
-from retain.errors import ConfigError
+from retain.errors import ConfigError, unknown
 from retain.models.adapter import LoraSite
-from retain.retention.moments import Moments
+from retain.retention.moments import Moments, check_share
 
 __all__ = ["STARTS", "check_start", "discriminants", "set_start"]
 
@@ -40,8 +40,17 @@ SPANNED = 0.99
 """Of the old inputs' energy, which ``null`` stays out of."""
 
 
-def check_start(epsilon: float, gain: float) -> None:
-    """Raises `ConfigError` unless both are finite and above 0."""
+def check_start(kind: str, gain: float, epsilon: float, answers: float, rows: int) -> None:
+    """Checks what a start is told; see `set_start`, and `input_moments` for the last two.
+
+    Raises:
+        ConfigError: an unknown kind, or a value out of range.
+    """
+    if kind not in STARTS:
+        raise unknown("start", kind, STARTS)
+    check_share(answers)
+    if rows < 1:
+        raise ConfigError("too few rows for a start", got=rows, allowed="1 or more", fix="rows=64")
     for name, value, usual in (("epsilon", epsilon, 0.01), ("gain", gain, 1.0)):
         if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
             raise ConfigError(
@@ -54,7 +63,7 @@ def check_start(epsilon: float, gain: float) -> None:
 
 def set_start(
     sites: Sequence[LoraSite],
-    new: Moments,
+    new: Moments | None,
     old: Moments | None,
     *,
     kind: str = "discriminant",
@@ -67,7 +76,7 @@ def set_start(
 
     Args:
         sites: the layers.
-        new: S_new, of the new task's rows.
+        new: S_new, of the new task's rows; ``random`` wants none.
         old: S_old; None where there is no old text.
         kind: ``discriminant``; ``principal`` (S_new alone), ``null`` (see the module) or
             ``random`` (A stays as PEFT drew it, but for the gain).
@@ -82,6 +91,7 @@ def set_start(
             if kind == "random":
                 site.a[span] *= gain
                 continue
+            assert new is not None
             first = new.readers[site.name]
             if first not in found:
                 s_new = new.of(site.name)

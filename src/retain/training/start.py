@@ -11,11 +11,11 @@ from torch import nn
 
 from retain.curvature.curvature import Curvature
 from retain.data.batches import Example
-from retain.errors import ConfigError, ModelError, SourceError, unknown
+from retain.errors import ModelError, SourceError
 from retain.models.adapter import lora_sites
 from retain.models.heads import is_causal
-from retain.retention.moments import check_share, input_moments, moments_of
-from retain.retention.start import STARTS, check_start, set_start
+from retain.retention.moments import input_moments, moments_of
+from retain.retention.start import check_start, set_start
 
 __all__ = ["Start"]
 
@@ -43,14 +43,7 @@ class Start:
     rows: int = 64
 
     def __post_init__(self) -> None:
-        if self.kind not in STARTS:
-            raise unknown("start", self.kind, STARTS)
-        check_start(self.epsilon, self.gain)
-        check_share(self.answers)
-        if self.rows < 1:
-            raise ConfigError(
-                "too few rows for a start", got=self.rows, allowed="1 or more", fix="rows=64"
-            )
+        check_start(self.kind, self.gain, self.epsilon, self.answers, self.rows)
 
     def begin(
         self, model: nn.Module, curvature: Curvature, loader: Any, *, seed: int, resuming: bool
