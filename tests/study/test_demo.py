@@ -56,16 +56,16 @@ def test_the_chosen_strength_is_one_that_is_tried(tmp_path: Path) -> None:
 
 
 def test_claims_hold_by_their_numbers_alone() -> None:
-    def row(method: str | None, strength: float | None, kl: float, score: float, lost: float):
+    def row(method: str | None, strength: float | None, kl: float, loss: float, lost: float):
         return {
             "method": method,
             "strength": strength,
             "forgetting": {"kl": kl},
-            "target": {"exact_match": score},
+            "target": {"loss": loss},
             "probe": {"lost": lost},
         }
 
-    good = summary([row("none", 0.0, 0.4, 0.3, 0.09), row("laplace", 10.0, 0.1, 0.29, 0.02)], 10.0)
+    good = summary([row("none", 0.0, 0.4, 0.24, 0.09), row("laplace", 10.0, 0.1, 0.25, 0.02)], 10.0)
     assert [c["holds"] for c in good] == [True, True, True]
-    bad = summary([row("none", 0.0, 0.4, 0.3, 0.0), row("laplace", 10.0, 0.3, 0.2, 0.02)], 10.0)
+    bad = summary([row("none", 0.0, 0.4, 0.24, 0.0), row("laplace", 10.0, 0.3, 0.26, 0.02)], 10.0)
     assert [c["holds"] for c in bad] == [False, False, None]
