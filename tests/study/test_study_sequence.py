@@ -51,6 +51,7 @@ METHODS: dict[str, Any] = {
     "kfac": {"strength": 100.0, "rows": 8},
     "replay": {"per_task": 2},
     "olora": {},
+    "wiener": {"rows": 4},
     "discriminant": {"rows": 4},
 }
 

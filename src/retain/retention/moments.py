@@ -28,7 +28,7 @@ from retain.models.adapter import LoraSite
 from retain.models.heads import forward_body
 from retain.models.modes import evaluating
 
-__all__ = ["Moments", "check_share", "input_moments", "moments_of"]
+__all__ = ["Moments", "check_reading", "input_moments", "moments_of"]
 
 
 class Moments:
@@ -98,8 +98,19 @@ def moments_of(curvature: Curvature) -> Moments:
     return Moments(matrices, readers)
 
 
-def check_share(share: float) -> None:
-    """Raises `ConfigError` unless the share is from 0 to 1."""
+def check_reading(answers: float, rows: int = 1) -> None:
+    """Checks how rows are read.
+
+    Args:
+        answers: the share of the predicting positions.
+        rows: how many.
+
+    Raises:
+        ConfigError: a share that is not from 0 to 1, or no rows.
+    """
+    share = answers
+    if rows < 1:
+        raise ConfigError("too few rows to read", got=rows, allowed="1 or more", fix="rows=64")
     if not (isinstance(share, int | float) and math.isfinite(share) and 0 <= share <= 1):
         raise ConfigError(
             "the answers' share is out of range",
@@ -132,7 +143,7 @@ def input_moments(
         SourceError: no rows.
         ConfigError: a share out of range.
     """
-    check_share(answers)
+    check_reading(answers)
     if not examples:
         raise SourceError(
             "there are no rows to see what the layers read",

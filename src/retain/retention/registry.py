@@ -20,6 +20,7 @@ from retain.retention.osf import OSF
 from retain.retention.replay import Replay
 from retain.retention.self_replay import SelfReplay
 from retain.retention.tridiagonal import Tridiagonal
+from retain.retention.wiener import Wiener
 
 __all__ = ["METHODS", "make_method", "method_options"]
 
@@ -34,6 +35,7 @@ METHODS: dict[str, type[Method]] = {
     "masked_kl": MaskedKL,
     "replay": Replay,
     "self_replay": SelfReplay,
+    "wiener": Wiener,
     "discriminant": Discriminant,
     "olora": OLoRA,
     "osf": OSF,

@@ -27,7 +27,7 @@ from torch import Tensor
 from retain.curvature.spectral import eigh
 from retain.errors import ConfigError, unknown
 from retain.models.adapter import LoraSite
-from retain.retention.moments import Moments, check_share
+from retain.retention.moments import Moments, check_reading
 
 __all__ = ["STARTS", "check_start", "discriminants", "set_start"]
 
@@ -48,9 +48,7 @@ def check_start(kind: str, gain: float, epsilon: float, answers: float, rows: in
     """
     if kind not in STARTS:
         raise unknown("start", kind, STARTS)
-    check_share(answers)
-    if rows < 1:
-        raise ConfigError("too few rows for a start", got=rows, allowed="1 or more", fix="rows=64")
+    check_reading(answers, rows)
     for name, value, usual in (("epsilon", epsilon, 0.01), ("gain", gain, 1.0)):
         if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
             raise ConfigError(

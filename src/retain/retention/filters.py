@@ -1,0 +1,150 @@
+"""A Wiener filter in front of LoRA: the update reads what is new, and little of what is old.
+
+A layer's update ``s B A`` reads its input x through A alone. With S_new and S_old the second
+moments of x (`retain.retention.moments`) on the new task's rows, and on the source text and all
+tasks before, the filter
+
+    P = S_new (S_new + weight S_old + epsilon mean(diag S_new) I)^-1
+
+turns any row a of A into the row ``a P`` which reads the same of the new text, as nearly as the
+price of what it reads of the old allows:
+
+    a P = argmin_b  E_new |(a - b) x|^2 + weight E_old |b x|^2 + epsilon mean(diag S_new) |b|^2
+
+(N. Wiener, Extrapolation, Interpolation and Smoothing of Stationary Time Series, 1949: S_new is the
+signal, S_old the noise). P is close to 1 in directions that only the new task uses and close to
+``S_new / (weight S_old)`` where both do; a weight without bound gives the null space of the old.
+
+All of training happens behind it: A begins as ``gain A_0 P``, and each step of the optimiser moves
+it by ``step P`` for a gradient ``grad P^T``, which is training A' in ``A = A' P``. So nothing of
+what the filter stops is ever learned, nothing is added to the loss, and the result is plain LoRA.
+
+Related: gradient projection (GPM, arXiv 2103.09762), InfLoRA (arXiv 2404.00228) and RegMean (arXiv
+2212.09849), whose closed form for merging two linear layers weighs their inputs in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from retain.errors import ConfigError
+from retain.models.adapter import LoraSite
+from retain.retention.moments import Moments, check_reading
+
+__all__ = ["InputFilter", "check_filter", "wiener"]
+
+
+def check_filter(weight: float, epsilon: float, gain: float, answers: float, rows: int) -> None:
+    """Checks what a filter is told; see `InputFilter`, and `input_moments` for the last two.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+    check_reading(answers, rows)
+    for name, value, usual, least in (
+        ("weight", weight, 100.0, "0 or above"),
+        ("epsilon", epsilon, 0.01, "above 0"),
+        ("gain", gain, 3.0, "above 0"),
+    ):
+        sound = isinstance(value, int | float) and math.isfinite(value)
+        if not (sound and (value > 0 or (value == 0 and name == "weight"))):
+            raise ConfigError(
+                f"{name} is out of range",
+                got=value,
+                allowed=f"a finite number, {least}",
+                fix=f"{name}={usual:g}",
+            )
+
+
+def wiener(new: Tensor, old: Tensor | None, *, weight: float, epsilon: float) -> Tensor:
+    """P, to be multiplied from the right; see the module.
+
+    Args:
+        new: S_new, [size, size], positive semi-definite.
+        old: S_old likewise; None where there is no old text.
+        weight: of the old.
+        epsilon: of the identity, relative to the mean of S_new's diagonal.
+
+    Returns:
+        [size, size], in float32 at least.
+    """
+    wide = new.to(torch.promote_types(new.dtype, torch.float32))
+    mean = wide.diagonal().mean()
+    if not float(mean) > 0:  # nothing is read here
+        return torch.zeros_like(wide)
+    total = wide if old is None else wide + weight * old.to(wide)
+    total = total + epsilon * mean * torch.eye(len(wide)).to(wide)
+    found: Tensor = torch.linalg.solve(total, wide).T  # both are symmetric
+    return found
+
+
+class InputFilter:
+    """Holds the training of LoRA's A behind a filter, until `release`.
+
+    Args:
+        sites: the layers.
+        new: S_new.
+        old: S_old; None where there is no old text.
+        weight: of the old; 0 leaves nothing but the ridge.
+        epsilon: see `wiener`.
+        gain: of A's start over PEFT's, before the filter.
+        span: the rows of A that train.
+        resuming: A has been set before.
+
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[LoraSite],
+        new: Moments,
+        old: Moments | None,
+        *,
+        weight: float = 100.0,
+        epsilon: float = 0.01,
+        gain: float = 3.0,
+        span: slice = slice(None),
+        resuming: bool = False,
+    ) -> None:
+        self.sites, self.span = list(sites), span
+        found: dict[str, Tensor] = {}  # layers that read one input share one
+        self.filters: list[Tensor] = []
+        for site in self.sites:
+            first = new.readers[site.name]
+            if first not in found:
+                s_old = None if old is None else old.of(site.name)
+                found[first] = wiener(new.of(site.name), s_old, weight=weight, epsilon=epsilon)
+            self.filters.append(found[first].to(site.a.device))
+        if not resuming:
+            with torch.no_grad():
+                for site, p in zip(self.sites, self.filters, strict=True):
+                    rows = gain * site.a[span].to(p) @ p
+                    site.a[span] = rows.to(site.a.dtype)
+        # In the filter's precision: what a step adds may be below the last bit of a bfloat16.
+        self.kept = [
+            s.a[span].detach().to(p, copy=True)
+            for s, p in zip(self.sites, self.filters, strict=True)
+        ]
+        # At the gradient's birth, so that clipping sees what is left of it.
+        self._handles = [
+            s.a.register_hook(lambda g, p=p: (g.to(p) @ p.T).to(g.dtype))
+            for s, p in zip(self.sites, self.filters, strict=True)
+        ]
+
+    def after_step(self) -> None:
+        """Filters what the optimiser's step has added to A."""
+        with torch.no_grad():
+            for i, (site, p) in enumerate(zip(self.sites, self.filters, strict=True)):
+                now = site.a[self.span]
+                step = (now - self.kept[i].to(now.dtype)).to(p)
+                self.kept[i] = self.kept[i] + step @ p
+                site.a[self.span] = self.kept[i].to(now.dtype)
+
+    def release(self) -> None:
+        """Lets A train freely again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

@@ -1,0 +1,226 @@
+"""The Wiener filter is the optimum it is said to be, and training behind it is A' in A = A' P."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from sequences import begun, learn, source, tasks_of
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from retain.data.batches import Example, batches
+from retain.errors import ConfigError
+from retain.models.adapter import lora_sites
+from retain.retention.discriminant import Discriminant
+from retain.retention.filters import InputFilter, wiener
+from retain.retention.keeper import MomentKeeper
+from retain.retention.moments import Moments, input_moments
+from retain.retention.wiener import Wiener
+from tiny import KINDS, tiny
+
+
+def rows_of(size: int, count: int, seed: int, decay: float = 0.1) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, size, generator=random, dtype=torch.float64)
+    return x * torch.exp(-decay * torch.arange(size, dtype=torch.float64))
+
+
+def moment(x: Tensor) -> Tensor:
+    return x.T @ x / len(x)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 100.0])
+@pytest.mark.parametrize("epsilon", [1e-4, 0.1])
+@pytest.mark.parametrize("held", [True, False])
+def test_the_filter_minimises_what_it_says(weight: float, epsilon: float, held: bool) -> None:
+    """Against least squares over the rows themselves, for any row of A."""
+    size = 12
+    new, old = rows_of(size, 40, 0), rows_of(size, 30, 1, 0.3)
+    a = torch.randn(3, size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    p = wiener(moment(new), moment(old) if held else None, weight=weight, epsilon=epsilon)
+    ridge = epsilon * moment(new).diagonal().mean()
+    parts = [(new / len(new) ** 0.5, new @ a.T / len(new) ** 0.5)]
+    if held:
+        parts.append((old * (weight / len(old)) ** 0.5, torch.zeros(len(old), 3).double()))
+    parts.append((ridge.sqrt() * torch.eye(size).double(), torch.zeros(size, 3).double()))
+    want = torch.linalg.lstsq(*(torch.cat(part) for part in zip(*parts, strict=True))).solution.T
+    torch.testing.assert_close(a @ p, want, rtol=1e-9, atol=1e-11)
+
+
+def test_at_its_ends_it_passes_all_or_leaves_the_old_alone() -> None:
+    new, old = rows_of(8, 20, 0), rows_of(8, 3, 1)  # the old span three directions
+    nothing = wiener(moment(new), moment(old), weight=0.0, epsilon=1e-12)
+    torch.testing.assert_close(nothing, torch.eye(8).double(), rtol=0, atol=1e-8)
+    most = wiener(moment(new), moment(old), weight=1e9, epsilon=1e-12)
+    assert float((old @ most.T).norm() / old.norm()) < 1e-6
+    assert torch.linalg.matrix_rank(most, atol=1e-6) == 5
+    silent = wiener(torch.zeros(8, 8), moment(old).float(), weight=1.0, epsilon=0.01)
+    assert float(silent.abs().max()) == 0
+
+
+class Behind(nn.Module):
+    """A' -> A' P."""
+
+    def __init__(self, p: Tensor) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, a: Tensor) -> Tensor:
+        return a @ self.p
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_training_is_that_of_a_row_behind_the_filter(kind: str, optimizer: str) -> None:
+    """Step by step equal to autograd through ``A = A' P``."""
+    model, twin = tiny(kind), tiny(kind)
+    sites, others = lora_sites(model), lora_sites(twin)
+    rows = list(tasks_of(kind)[0].examples)
+    new, old = (input_moments(model, sites, r) for r in (rows, source(kind)))
+    with torch.no_grad():
+        for site, other in zip(sites, others, strict=True):
+            random = torch.Generator().manual_seed(len(site.name))
+            site.b.copy_(0.1 * torch.randn(site.b.shape, generator=random).double())
+            other.b.copy_(site.b)
+            other.a.mul_(2.0)
+    held = InputFilter(sites, new, old, weight=10.0, epsilon=0.01, gain=2.0)
+    begun_at = [k.clone() for k in held.kept]
+    for other, p in zip(others, held.filters, strict=True):
+        place: Any = next(m for m in twin.modules() if getattr(m, "weight", None) is other.a)
+        parametrize.register_parametrization(place, "weight", Behind(p), unsafe=True)
+    make = {
+        "sgd": lambda m: torch.optim.SGD(m, lr=0.1, momentum=0.9),
+        "adam": lambda m: torch.optim.AdamW(m, lr=0.05, weight_decay=0.0),
+    }[optimizer]
+    steps = [make([p for p in m.parameters() if p.requires_grad]) for m in (model, twin)]
+    for _ in range(4):
+        for batch in batches(rows, 4, 0):
+            for each, step in zip((model, twin), steps, strict=True):
+                each(**batch.inputs).logits.pow(2).mean().backward()
+                step.step()
+                step.zero_grad()
+                if each is model:
+                    held.after_step()
+    held.release()
+    moved = 0.0
+    for site, other, first in zip(sites, others, begun_at, strict=True):
+        torch.testing.assert_close(site.a.detach(), other.a.detach(), rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(site.b, other.b, rtol=1e-7, atol=1e-9)
+        moved = max(moved, float((site.a - first).abs().max()))
+    assert moved > 1e-3
+
+
+def test_what_bfloat16_would_lose_adds_up() -> None:
+    """A hundred steps, each far below the last bit of A."""
+    model = tiny("llama").to(torch.bfloat16)
+    sites = lora_sites(model)
+    new = input_moments(model, sites, tasks_of("llama")[0].examples)
+    old = Moments({k: s.clone() for k, s in new.matrices.items()}, new.readers)
+    held = InputFilter(sites, new, old, weight=99.0, epsilon=1e-6, gain=1.0)
+    before = [k.clone() for k in held.kept]
+    for _ in range(100):
+        with torch.no_grad():
+            for site in sites:
+                site.a.add_(2.0**-6)
+        held.after_step()
+    for site, first, p in zip(sites, before, held.filters, strict=True):
+        want = first + 100 * 2.0**-6 * torch.ones_like(first) @ p
+        error = float((site.a.float() - want).abs().max())
+        assert error < 0.1 * float((want - first).abs().max()) + 2.0**-8 * float(want.abs().max())
+
+
+def test_the_update_reads_little_of_the_old() -> None:
+    """Of what plain LoRA reads of the old text, for as much of the new."""
+    shares = []
+    for weight in (0.0, 1.0, 1000.0):
+        method = Wiener(weight=weight, epsilon=1e-6)
+        attached = begun(method, "lora", "llama", tasks=2)
+        sites = lora_sites(attached.model)
+        task = tasks_of("llama")[0]
+        old = input_moments(attached.model, sites, source("llama"))
+        new = input_moments(attached.model, sites, task.examples)
+        learn(method, attached, task, max_steps=6)
+        read = []
+        for site in sites:
+            update = (site.b @ site.a).detach()
+            energy = [((update @ m.of(site.name)) * update).sum() for m in (old, new)]
+            read.append(energy[0] / energy[1])
+        shares.append(float(torch.stack(read).mean()))
+    assert shares[2] < 0.5 * shares[1] < 0.5 * shares[0]
+
+
+def test_a_block_learns_behind_its_filter_and_the_others_stay() -> None:
+    method = Wiener(gain=2.0)
+    attached = begun(method, "lora", "llama", tasks=2)
+    sites = lora_sites(attached.model)
+    drawn = [s.a.detach().clone() for s in sites]
+    first, second = tasks_of("llama")
+    method.before_task(first)
+    assert method.filter is not None
+    for site, a, p in zip(sites, drawn, method.filter.filters, strict=True):
+        torch.testing.assert_close(site.a[:2], 2.0 * a[:2] @ p)
+        assert torch.equal(site.a[2:], a[2:])
+    method.after_task(first)
+    with torch.no_grad():
+        for site, a in zip(sites, drawn, strict=True):
+            site.a.copy_(a)
+    learn(method, attached, first, weight_decay=0.1)
+    kept = [(s.a[:2].detach().clone(), s.b[:, :2].detach().clone()) for s in sites]
+    for site, a in zip(sites, drawn, strict=True):
+        assert float(site.b[:, :2].abs().max()) > 0
+        assert torch.equal(site.a[2:], a[2:])
+    learn(method, attached, second, weight_decay=0.1)
+    for site, (a, b) in zip(sites, kept, strict=True):
+        assert torch.equal(site.a[:2], a)
+        assert torch.equal(site.b[:, :2], b)
+        assert float(site.b[:, 2:].abs().max()) > 0
+    assert not any(s.a._backward_hooks for s in sites)  # nothing holds them any more
+
+
+@pytest.mark.parametrize("kind", [Wiener, Discriminant])
+def test_the_old_grow_by_each_task_and_by_nothing_else(kind: type[MomentKeeper]) -> None:
+    method = kind(rows=8, source_weight=3.0)
+    attached = begun(method, "lora", "llama", tasks=2)
+    sites = lora_sites(attached.model)
+    want = input_moments(attached.model, sites, source("llama")).times(3.0)
+    for task in tasks_of("llama"):
+        task.examples = task.examples[:8]
+        now = input_moments(attached.model, sites, task.examples)
+        learn(method, attached, task)
+        want = want.plus(now)
+    assert method.old is not None
+    for name, s in want.matrices.items():
+        torch.testing.assert_close(method.old.matrices[name], s)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"weight": -1.0}, "weight is out of range"),
+        ({"weight": float("inf")}, "weight is out of range"),
+        ({"epsilon": 0.0}, "epsilon is out of range"),
+        ({"gain": 0.0}, "gain is out of range"),
+        ({"answers": 1.5}, "answers' share is out of range"),
+        ({"rows": 0}, "too few rows to read"),
+        ({"source_weight": -1.0}, "source_weight is out of range"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Wiener(**options)
+
+
+def test_without_any_old_text_it_is_lora_behind_a_ridge() -> None:
+    method = Wiener(source_weight=0.0, epsilon=1e-9, gain=1.0)
+    attached = begun(method, "lora", "llama", tasks=1)
+    sites = lora_sites(attached.model)
+    drawn = [s.a.detach().clone() for s in sites]
+    rows: list[Example] = list(tasks_of("llama")[0].examples)
+    method.before_task(tasks_of("llama")[0])
+    x = input_moments(attached.model, sites, rows)
+    for site, a in zip(sites, drawn, strict=True):  # what it reads of the rows is what A read
+        gap = site.a.detach() - a
+        s = x.of(site.name)
+        assert float(((gap @ s) * gap).sum()) < 1e-4 * float(((a @ s) * a).sum())
