@@ -93,8 +93,9 @@ class TestTrain:
         assert len({entry["strength"] for entry in record["history"]}) > 1
         assert 0 < record["predicted_nats"]
 
-    def test_a_discriminant_start(
-        self, retain: Any, model: Path, source: Path, data: Path, tmp_path: Path
+    @pytest.mark.parametrize("start", ["wiener", "discriminant"])
+    def test_a_start(
+        self, start: str, retain: Any, model: Path, source: Path, data: Path, tmp_path: Path
     ) -> None:
         held = tmp_path / "kfac.safetensors"
         retain("fit", model, source, "-o", held, "--structure", "kfac", "--quiet")
@@ -103,8 +104,8 @@ class TestTrain:
         sizes = []
         for gain in (1.0, 3.0):
             out = tmp_path / f"run{gain:g}"
-            more = ("-o", out, "--start", "discriminant", "--set", f"gain={gain}")
-            assert retain(*argv, *more).json["config"]["start"] == "discriminant"
+            more = ("-o", out, "--start", start, "--set", f"gain={gain}")
+            assert retain(*argv, *more).json["config"]["start"] == start
             found = load_file(out / "adapter" / "adapter_model.safetensors")
             sizes.append({n: w.float().norm() for n, w in found.items() if "lora_A" in n})
         for name, size in sizes[0].items():

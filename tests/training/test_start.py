@@ -13,6 +13,7 @@ from retain import RetentionCallback, Start
 from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, ModelError
 from retain.models.adapter import lora_sites
+from retain.retention.filters import InputFilter
 from retain.retention.moments import input_moments, moments_of
 from retain.retention.start import set_start
 from tiny import tiny, weights
@@ -31,7 +32,9 @@ def test_a_is_that_of_all_rows_and_stays(gain: float, tmp_path: Path) -> None:
     new = input_moments(twin, lora_sites(twin), rows)
     old = moments_of(fit(twin, structure="kfac"))
     set_start(lora_sites(twin), new, old, gain=gain, seed=42)
-    run = trainer(model, tmp_path, [keep(model, start=Start(gain=gain))], max_steps=5)
+    run = trainer(
+        model, tmp_path, [keep(model, start=Start("discriminant", gain=gain))], max_steps=5
+    )
     run.train()
     for site, other in zip(lora_sites(model), lora_sites(twin), strict=True):
         torch.testing.assert_close(site.a, other.a, rtol=1e-6, atol=1e-9)
@@ -41,7 +44,7 @@ def test_a_is_that_of_all_rows_and_stays(gain: float, tmp_path: Path) -> None:
 
 def test_the_order_of_the_data_is_as_without_it(tmp_path: Path) -> None:
     orders = []
-    for start in (None, "random", "discriminant"):
+    for start in (None, "random", "wiener", "discriminant"):
         model, seen = tiny("llama"), []
         run = trainer(model, tmp_path, [keep(model, start=start)], per_device_train_batch_size=1)
         inner = run.data_collator
@@ -54,17 +57,55 @@ def test_the_order_of_the_data_is_as_without_it(tmp_path: Path) -> None:
         run.data_collator = look
         run.train()
         orders.append(seen[-3:])
-    assert orders[0] == orders[1] == orders[2]
+    assert all(order == orders[0] for order in orders)
 
 
-def test_a_run_that_goes_on_keeps_its_a(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["wiener", "discriminant"])
+def test_a_run_that_goes_on_keeps_its_a(kind: str, tmp_path: Path) -> None:
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     model, other = tiny("llama"), tiny("llama")
-    trainer(model, tmp_path, [keep(model)], **options).train()
-    run = trainer(other, tmp_path, [keep(other)], **options)
+    trainer(model, tmp_path, [keep(model, start=kind)], **options).train()
+    run = trainer(other, tmp_path, [keep(other, start=kind)], **options)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for got, want in zip(weights(other).values(), weights(model).values(), strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_behind_the_filter_each_step_is_filtered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A starts filtered, once each step is filtered too, and the hooks are gone after."""
+    model, twin = tiny("llama"), tiny("llama")
+    ids = [tuple(row["input_ids"]) for row in DATA]
+    rows = [Example(i[:-1], i[1:], (True,) * (len(i) - 1)) for i in ids]
+    new = input_moments(twin, lora_sites(twin), rows)
+    old = moments_of(fit(twin, structure="kfac"))
+    held = InputFilter(lora_sites(twin), new, old, weight=7.0, gain=2.0)
+    start = Start(gain=2.0, weight=7.0)
+    call, calls = keep(model, start=start), 0
+    step = InputFilter.after_step
+
+    def counted(self: InputFilter) -> None:
+        nonlocal calls
+        before = [s.a.detach().clone() for s in self.sites]
+        kept = [k.clone() for k in self.kept]
+        step(self)
+        calls += 1
+        for site, raw, k, p in zip(self.sites, before, kept, self.filters, strict=True):
+            torch.testing.assert_close(site.a.detach(), k + (raw - k) @ p)
+
+    monkeypatch.setattr(InputFilter, "after_step", counted)
+    trainer(model, tmp_path, [call], max_steps=5).train()
+    assert calls == 5
+    assert call._filter is not None
+    moved = []
+    for i, (site, other) in enumerate(zip(lora_sites(model), lora_sites(twin), strict=True)):
+        torch.testing.assert_close(call._filter.filters[i], held.filters[i])
+        torch.testing.assert_close(site.a.detach(), call._filter.kept[i])
+        moved.append((site.a - other.a).detach().abs().max())
+        assert site.a.requires_grad
+        assert not site.a._backward_hooks
+    assert max(moved) > 1e-4
 
 
 def test_a_used_adapter_has_no_start(tmp_path: Path) -> None:
@@ -88,6 +129,7 @@ def test_a_curvature_without_inputs_tells_no_start(tmp_path: Path) -> None:
         ({"epsilon": float("inf")}, "epsilon is out of range"),
         ({"rows": 0}, "too few rows"),
         ({"answers": -0.1}, "answers' share is out of range"),
+        ({"weight": -1.0}, "weight is out of range"),
     ],
 )
 def test_bad_starts_are_refused(options: dict[str, Any], said: str) -> None:
@@ -103,7 +145,12 @@ def test_answers_are_those_that_the_labels_name(tmp_path: Path) -> None:
     found = []
     for answers in (0.0, 1.0):
         model = tiny("llama")
-        run = trainer(model, tmp_path, [keep(model, start=Start(answers=answers))], max_steps=1)
+        run = trainer(
+            model,
+            tmp_path,
+            [keep(model, start=Start("discriminant", answers=answers))],
+            max_steps=1,
+        )
         run.train_dataset = masked
         run.train()
         twin = tiny("llama")

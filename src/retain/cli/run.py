@@ -132,7 +132,8 @@ class _Run:
     def _start(self) -> Any:
         from retain.training.start import Start
 
-        return None if self.config.start == "random" else Start(gain=self.config.gain)
+        c = self.config
+        return None if c.start == "random" else Start(c.start, gain=c.gain, weight=c.weight)
 
     def _held(self, given: Any) -> Held | None:
         if self.chain is None:

@@ -49,7 +49,9 @@ def train(
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option(help="Of LoRA's A: random, or discriminant, which then stays (random)."),
+        typer.Option(
+            help="What LoRA's A may read: random (all), wiener (filtered), discriminant (held)."
+        ),
     ] = None,
     continue_from: Annotated[
         str | None,

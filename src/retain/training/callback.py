@@ -22,6 +22,7 @@ from retain.files import write_json
 from retain.models.adapter import unwrap
 from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
+from retain.retention.filters import InputFilter
 from retain.retention.laplace import Retention, check_strength
 from retain.training.start import Start
 from retain.types import UPDATES, Update
@@ -52,8 +53,8 @@ class RetentionCallback(TrainerCallback):
         budget: in place of a strength: nats of KL divergence per source token that may be spent.
             The strength is found in training, see `retain.retention.budget`.
         past: a second curvature, of the tasks before; see `retain.Retention`.
-        start: sets LoRA's A when training begins and holds it: ``"discriminant"`` lets it read
-            where the training rows are strong and the source is weak; or a `retain.Start`.
+        start: what LoRA's A may read: ``"wiener"`` puts it behind a filter that passes what the
+            training rows use and the source text does not; or a `retain.Start`.
         source: with a budget, text on which the true divergence is measured now and then: rows, a
             data set or a file as for `retain.fit_curvature`, ``"self"`` (the model samples it), or
             None to believe the prediction. By default ``"self"`` for a causal model.
@@ -95,6 +96,7 @@ class RetentionCallback(TrainerCallback):
         self.start = Start(start) if isinstance(start, str) else start
         self.update: Update = update
         self.retention: Retention | None = None
+        self._filter: InputFilter | None = None
         self._nats: float | None = None
 
     def on_train_begin(
@@ -103,7 +105,7 @@ class RetentionCallback(TrainerCallback):
         refuse_deepspeed(args, kwargs.get("optimizer"))
         model: nn.Module = unwrap(kwargs["model"])
         if self.start is not None:
-            self.start.begin(
+            self._filter = self.start.begin(
                 model,
                 self.curvature,
                 kwargs["train_dataloader"],
@@ -162,7 +164,9 @@ class RetentionCallback(TrainerCallback):
     ) -> None:
         assert self.retention is not None
         self.retention.finish()
-        if self.start is not None:
+        if self._filter is not None:
+            self._filter.release()
+        elif self.start is not None:
             self.start.end(unwrap(kwargs["model"]))
 
     def on_pre_optimizer_step(
@@ -179,6 +183,8 @@ class RetentionCallback(TrainerCallback):
     ) -> None:
         assert self.retention is not None
         skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
+        if self._filter is not None:
+            self._filter.after_step()
         if self.update == "proximal" and not skipped:
             self._nats = self.retention.apply_proximal(kwargs["optimizer"])
 

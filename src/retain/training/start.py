@@ -1,4 +1,4 @@
-"""The discriminant start of a training run: A from the trainer's own rows, then held."""
+"""Where LoRA's A may read in a training run, from the trainer's own rows and the source text."""
 
 from __future__ import annotations
 
@@ -11,44 +11,63 @@ from torch import nn
 
 from retain.curvature.curvature import Curvature
 from retain.data.batches import Example
-from retain.errors import ModelError, SourceError
-from retain.models.adapter import lora_sites
+from retain.errors import ModelError, SourceError, unknown
+from retain.models.adapter import adapter_off, lora_sites
 from retain.models.heads import is_causal
-from retain.retention.moments import input_moments, moments_of
-from retain.retention.start import check_start, set_start
+from retain.retention.filters import InputFilter, check_filter
+from retain.retention.moments import Moments, input_moments, moments_of
+from retain.retention.start import STARTS, check_start, set_start
 
 __all__ = ["Start"]
+
+FILTER = "wiener"
 
 
 @dataclass(frozen=True)
 class Start:
-    """How LoRA's A begins; see `retain.retention.start`.
+    """What LoRA's A may read: behind a filter it learns, from any other start it is held.
 
     Args:
-        kind: ``discriminant``, ``principal`` or ``null``; with ``random`` PEFT's A is held.
-        gain: of A's size over PEFT's. B alone trains, so a rate that is right for A and B
-            together is short for it: under Adam the gain is a factor of its learning rate.
-        epsilon: what directions that the source text never uses count as, relative to its mean.
+        kind: ``wiener``, a filter that passes what the training rows use and the source does not
+            (`retain.retention.filters`); or a start: ``discriminant``, ``principal`` or ``null``
+            (`retain.retention.start`), ``random`` for PEFT's own.
+        gain: of A's size over PEFT's; 3 for the filter, which shrinks it, and 5 for a start, where
+            B trains alone: under Adam the gain is a factor of its learning rate.
+        epsilon: of the ridge, relative to a mean second moment: of the rows for the filter, of the
+            source for a start.
         answers: the share of predicting positions in the rows' second moments.
         rows: of the training data that are read.
+        weight: of the filter: what reading the source costs.
 
     Raises:
         ConfigError: a value out of range.
     """
 
-    kind: str = "discriminant"
-    gain: float = 5.0
+    kind: str = "wiener"
+    gain: float | None = None
     epsilon: float = 0.01
     answers: float = 0.5
     rows: int = 64
+    weight: float = 100.0
 
     def __post_init__(self) -> None:
-        check_start(self.kind, self.gain, self.epsilon, self.answers, self.rows)
+        if self.kind not in (FILTER, *STARTS):
+            raise unknown("start", self.kind, (FILTER, *STARTS))
+        if self.kind == FILTER:
+            check_filter(self.weight, self.epsilon, self.size, self.answers, self.rows)
+        else:
+            check_start(self.kind, self.size, self.epsilon, self.answers, self.rows)
+
+    @property
+    def size(self) -> float:
+        """The gain, or its default."""
+        usual = 3.0 if self.kind == FILTER else 5.0
+        return usual if self.gain is None else self.gain
 
     def begin(
         self, model: nn.Module, curvature: Curvature, loader: Any, *, seed: int, resuming: bool
-    ) -> None:
-        """Sets A, unless the run goes on, and keeps it from training.
+    ) -> InputFilter | None:
+        """Sets A, unless the run goes on, and holds it or puts it behind its filter.
 
         Args:
             model: with a fresh LoRA.
@@ -57,28 +76,42 @@ class Start:
             seed: of the choice of rows.
             resuming: A has been set before the checkpoint.
 
+        Returns:
+            The filter, whose `after_step` is to be called after each step of the optimiser.
+
         Raises:
             ModelError: no LoRA, or one whose B is not 0 any more.
             MismatchError: a curvature without input sides.
             SourceError: data that hold no tokens.
         """
         sites = lora_sites(model)
-        if not resuming and self.kind != "random":
-            if any(bool(site.b.any()) for site in sites):
-                raise ModelError(
-                    "a start needs a fresh adapter",
-                    got="a LoRA whose B is not 0",
-                    allowed="B = 0, as PEFT attaches it",
-                    fix="leave start out to go on with this adapter",
-                )
-            examples = _examples(loader, self.rows, seed, is_causal(model))
-            new = input_moments(model, sites, examples, answers=self.answers)
+        if not resuming and self.kind != "random" and any(bool(site.b.any()) for site in sites):
+            raise ModelError(
+                "a start needs a fresh adapter",
+                got="a LoRA whose B is not 0",
+                allowed="B = 0, as PEFT attaches it",
+                fix="leave start out to go on with this adapter",
+            )
+        if self.kind == FILTER:
+            return InputFilter(
+                sites, self._read(model, loader, seed), moments_of(curvature), weight=self.weight,
+                epsilon=self.epsilon, gain=self.size, resuming=resuming,
+            )  # fmt: skip
+        if not resuming:
+            new = None if self.kind == "random" else self._read(model, loader, seed)
             set_start(
-                sites, new, moments_of(curvature),
-                kind=self.kind, gain=self.gain, epsilon=self.epsilon, seed=seed,
+                sites, new, None if new is None else moments_of(curvature),
+                kind=self.kind, gain=self.size, epsilon=self.epsilon, seed=seed,
             )  # fmt: skip
         for site in sites:
             site.a.requires_grad_(False)
+        return None
+
+    def _read(self, model: nn.Module, loader: Any, seed: int) -> Moments:
+        """The second moments of the training rows, in the base model."""
+        examples = _examples(loader, self.rows, seed, is_causal(model))
+        with adapter_off(model):
+            return input_moments(model, lora_sites(model), examples, answers=self.answers)
 
     def end(self, model: nn.Module) -> None:
         """Lets A train again."""
