@@ -46,9 +46,9 @@ def check_filter(weight: float, epsilon: float, gain: float, answers: float, row
     """
     check_reading(answers, rows)
     for name, value, usual, least in (
-        ("weight", weight, 100.0, "0 or above"),
-        ("epsilon", epsilon, 0.01, "above 0"),
-        ("gain", gain, 3.0, "above 0"),
+        ("weight", weight, 10.0, "0 or above"),
+        ("epsilon", epsilon, 1e-3, "above 0"),
+        ("gain", gain, 5.0, "above 0"),
     ):
         sound = isinstance(value, int | float) and math.isfinite(value)
         if not (sound and (value > 0 or (value == 0 and name == "weight"))):
@@ -103,9 +103,9 @@ class InputFilter:
         new: Moments,
         old: Moments | None,
         *,
-        weight: float = 100.0,
-        epsilon: float = 0.01,
-        gain: float = 3.0,
+        weight: float = 10.0,
+        epsilon: float = 1e-3,
+        gain: float = 5.0,
         span: slice = slice(None),
         resuming: bool = False,
     ) -> None:

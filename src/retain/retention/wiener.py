@@ -46,11 +46,11 @@ class Wiener(MomentKeeper):
         strength: float = 0.0,
         *,
         weight: float = 100.0,
-        epsilon: float = 0.01,
-        gain: float = 3.0,
+        epsilon: float = 1e-3,
+        gain: float = 5.0,
         answers: float = 0.5,
         rows: int = 64,
-        source_weight: float = 1.0,
+        source_weight: float = 0.1,
     ) -> None:
         check_filter(weight, epsilon, gain, answers, rows)
         super().__init__(strength, answers=answers, rows=rows, source_weight=source_weight)

@@ -31,10 +31,10 @@ class Start:
         kind: ``wiener``, a filter that passes what the training rows use and the source does not
             (`retain.retention.filters`); or a start: ``discriminant``, ``principal`` or ``null``
             (`retain.retention.start`), ``random`` for PEFT's own.
-        gain: of A's size over PEFT's; 3 for the filter, which shrinks it, and 5 for a start, where
-            B trains alone: under Adam the gain is a factor of its learning rate.
-        epsilon: of the ridge, relative to a mean second moment: of the rows for the filter, of the
-            source for a start.
+        gain: of A's size over PEFT's. The filter shrinks what it is given; and from a start B
+            trains alone, so that under Adam the gain is a factor of its learning rate.
+        epsilon: of the ridge, relative to a mean second moment: of the rows for the filter (1e-3 by
+            default), of the source for a start (0.01).
         answers: the share of predicting positions in the rows' second moments.
         rows: of the training data that are read.
         weight: of the filter: what reading the source costs.
@@ -44,25 +44,25 @@ class Start:
     """
 
     kind: str = "wiener"
-    gain: float | None = None
-    epsilon: float = 0.01
+    gain: float = 5.0
+    epsilon: float | None = None
     answers: float = 0.5
     rows: int = 64
-    weight: float = 100.0
+    weight: float = 10.0
 
     def __post_init__(self) -> None:
         if self.kind not in (FILTER, *STARTS):
             raise unknown("start", self.kind, (FILTER, *STARTS))
         if self.kind == FILTER:
-            check_filter(self.weight, self.epsilon, self.size, self.answers, self.rows)
+            check_filter(self.weight, self.ridge, self.gain, self.answers, self.rows)
         else:
-            check_start(self.kind, self.size, self.epsilon, self.answers, self.rows)
+            check_start(self.kind, self.gain, self.ridge, self.answers, self.rows)
 
     @property
-    def size(self) -> float:
-        """The gain, or its default."""
-        usual = 3.0 if self.kind == FILTER else 5.0
-        return usual if self.gain is None else self.gain
+    def ridge(self) -> float:
+        """Epsilon, or its default."""
+        usual = 1e-3 if self.kind == FILTER else 0.01
+        return usual if self.epsilon is None else self.epsilon
 
     def begin(
         self, model: nn.Module, curvature: Curvature, loader: Any, *, seed: int, resuming: bool
@@ -95,13 +95,13 @@ class Start:
         if self.kind == FILTER:
             return InputFilter(
                 sites, self._read(model, loader, seed), moments_of(curvature), weight=self.weight,
-                epsilon=self.epsilon, gain=self.size, resuming=resuming,
+                epsilon=self.ridge, gain=self.gain, resuming=resuming,
             )  # fmt: skip
         if not resuming:
             new = None if self.kind == "random" else self._read(model, loader, seed)
             set_start(
                 sites, new, None if new is None else moments_of(curvature),
-                kind=self.kind, gain=self.size, epsilon=self.epsilon, seed=seed,
+                kind=self.kind, gain=self.gain, epsilon=self.ridge, seed=seed,
             )  # fmt: skip
         for site in sites:
             site.a.requires_grad_(False)
