@@ -94,7 +94,6 @@ class InputFilter:
         gain: of A's start over PEFT's, before the filter.
         span: the rows of A that train.
         resuming: A has been set before.
-
     """
 
     def __init__(
@@ -130,9 +129,14 @@ class InputFilter:
         ]
         # At the gradient's birth, so that clipping sees what is left of it.
         self._handles = [
-            s.a.register_hook(lambda g, p=p: (g.to(p) @ p.T).to(g.dtype))
+            s.a.register_hook(lambda g, p=p: self._filtered(g, p))
             for s, p in zip(self.sites, self.filters, strict=True)
         ]
+
+    def _filtered(self, gradient: Tensor, p: Tensor) -> Tensor:
+        found = gradient.clone()
+        found[self.span] = (gradient[self.span].to(p) @ p.T).to(found.dtype)
+        return found
 
     def after_step(self) -> None:
         """Filters what the optimiser's step has added to A."""
