@@ -17,6 +17,7 @@ mend it. The command line prints that line and exits with code 2.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "RetainError",
     "SourceError",
     "TrainingError",
+    "check_number",
     "unknown",
 ]
 
@@ -99,3 +101,22 @@ def unknown(kind: str, got: str, allowed: Iterable[str], **extra: str) -> Config
     return ConfigError(
         f"unknown {kind}", got=repr(got), allowed=", ".join(names), fix=extra.get("fix", fix)
     )
+
+
+def check_number(what: str, value: object, fix: str, *, positive: bool = False) -> None:
+    """Checks a value that is to be finite and 0 or above.
+
+    Args:
+        what: what the error says is wrong.
+        value: what was given.
+        fix: see `RetainError`.
+        positive: 0 is refused too.
+
+    Raises:
+        ConfigError: any other value.
+    """
+    number = value if isinstance(value, int | float) else math.nan
+    if math.isfinite(number) and (number > 0 or (number == 0 and not positive)):
+        return
+    allowed = "a finite number above 0" if positive else "a finite number, 0 or above"
+    raise ConfigError(what, got=value, allowed=allowed, fix=fix)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
-from retain.errors import ConfigError, unknown
+from retain.errors import ConfigError, check_number, unknown
 from retain.types import FISHERS, PRODUCTS, SPACES, STRUCTURES
 
 __all__ = ["SKETCHES", "check_settings", "sketched"]
@@ -58,13 +56,7 @@ def check_settings(
         raise ConfigError(
             "the share is no share", got=share, allowed="above 0, at most 1", fix="share=0.25"
         )
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ConfigError(
-            "the temperature is no temperature",
-            got=temperature,
-            allowed="a finite number above 0",
-            fix="temperature=2",
-        )
+    check_number("the temperature is no temperature", temperature, "temperature=2", positive=True)
     if rank is not None and structure not in SKETCHES:
         raise ConfigError(
             "this structure keeps no sketches",

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from retain.curvature.curvature import Curvature
-from retain.errors import ConfigError, MismatchError
+from retain.errors import MismatchError, check_number
 from retain.models.adapter import LoraSite
 from retain.models.sites import LinearSite, Site
 
@@ -60,13 +60,7 @@ TRIES, SLACK = 12, 0.02
 
 def check_budget(nats: float) -> None:
     """Raises `ConfigError` unless the budget is a finite number above 0."""
-    if not (isinstance(nats, int | float) and math.isfinite(nats) and nats > 0):
-        raise ConfigError(
-            "the budget is no budget",
-            got=nats,
-            allowed="a finite number of nats per token above 0",
-            fix="budget=0.05",
-        )
+    check_number("the budget is no budget", nats, "budget=0.05 nats per token", positive=True)
 
 
 @dataclass

@@ -9,7 +9,6 @@ of a step do not grow with the tasks (see `retain.curvature.merge` for what that
 
 from __future__ import annotations
 
-import math
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from retain.curvature.curvature import Curvature
 from retain.curvature.estimate import fit_curvature
 from retain.curvature.merge import reanchored
 from retain.data.batches import Example
-from retain.errors import ConfigError, unknown
+from retain.errors import ConfigError, check_number, unknown
 from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
 from retain.retention.laplace import Retention, check_strength
@@ -196,13 +195,7 @@ class Fitted(Curved):
     ) -> None:
         super().__init__(strength, update=update, consolidate=consolidate, budget=budget)
         for name, weight in (("source_weight", source_weight), ("task_weight", task_weight)):
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ConfigError(
-                    f"{name} is no weight",
-                    got=weight,
-                    allowed="a finite number, 0 or above",
-                    fix=f"{name}: 1",
-                )
+            check_number(f"{name} is no weight", weight, f"{name}: 1")
         self.rows = rows
         self.source_weight, self.task_weight = source_weight, task_weight
         self.options: dict[str, Any] = {

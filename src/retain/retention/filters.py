@@ -25,13 +25,12 @@ Related: gradient projection (GPM, arXiv 2103.09762), InfLoRA (arXiv 2404.00228)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from retain.errors import ConfigError
+from retain.errors import check_number
 from retain.models.adapter import LoraSite
 from retain.retention.moments import Moments, check_reading
 
@@ -45,19 +44,9 @@ def check_filter(weight: float, epsilon: float, gain: float, answers: float, row
         ConfigError: a value out of range.
     """
     check_reading(answers, rows)
-    for name, value, usual, least in (
-        ("weight", weight, 10.0, "0 or above"),
-        ("epsilon", epsilon, 1e-3, "above 0"),
-        ("gain", gain, 5.0, "above 0"),
-    ):
-        sound = isinstance(value, int | float) and math.isfinite(value)
-        if not (sound and (value > 0 or (value == 0 and name == "weight"))):
-            raise ConfigError(
-                f"{name} is out of range",
-                got=value,
-                allowed=f"a finite number, {least}",
-                fix=f"{name}={usual:g}",
-            )
+    check_number("weight is out of range", weight, "weight=10")
+    check_number("epsilon is out of range", epsilon, "epsilon=0.001", positive=True)
+    check_number("gain is out of range", gain, "gain=5", positive=True)
 
 
 def wiener(new: Tensor, old: Tensor | None, *, weight: float, epsilon: float) -> Tensor:

@@ -7,14 +7,13 @@ measured before it is learned. The adapter of the tasks before is kept as it is,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor
 
 from retain.data.batches import Example
-from retain.errors import ConfigError
+from retain.errors import check_number
 from retain.models.adapter import lora_sites
 from retain.retention.blocks import Blockwise
 from retain.retention.method import Context, Task
@@ -46,13 +45,7 @@ class MomentKeeper(Blockwise):
 
     def __init__(self, strength: float, *, answers: float, rows: int, source_weight: float) -> None:
         super().__init__(strength)
-        if not (math.isfinite(source_weight) and source_weight >= 0):
-            raise ConfigError(
-                "source_weight is out of range",
-                got=source_weight,
-                allowed="a finite number, 0 or above",
-                fix="source_weight: 1",
-            )
+        check_number("source_weight is out of range", source_weight, "source_weight: 1")
         self.answers, self.rows, self.source_weight = answers, rows, source_weight
         self.old: Moments | None = None
         self.new: Moments | None = None

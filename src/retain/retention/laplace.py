@@ -26,7 +26,7 @@ from retain.curvature.curvature import Curvature, Pull
 from retain.curvature.estimator import has_bf16
 from retain.curvature.moves import proximal
 from retain.data.batches import Example
-from retain.errors import ConfigError, MismatchError, TrainingError, unknown
+from retain.errors import ConfigError, MismatchError, TrainingError, check_number, unknown
 from retain.models.sites import LinearSite, check_held
 from retain.retention.budget import Budget, anchored, scale_back, settle
 from retain.retention.reference import Reference
@@ -230,13 +230,7 @@ class Retention:
 
 def check_strength(strength: float) -> None:
     """Raises `ConfigError` unless the strength is a finite number, 0 or above."""
-    if not (isinstance(strength, int | float) and math.isfinite(strength) and strength >= 0):
-        raise ConfigError(
-            "the strength is no strength",
-            got=strength,
-            allowed="a finite number, 0 or above",
-            fix="strength=10",
-        )
+    check_number("the strength is no strength", strength, "strength=10")
 
 
 def _balance(pulls: Sequence[Pull]) -> tuple[float, float]:

@@ -14,7 +14,6 @@ a higher rank there than the adapter, and is cut to it. All numbers are those of
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
 from retain.curvature.curvature import Curvature
-from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError
+from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, check_number
 from retain.models.adapter import LoraSite, lora_sites, unwrap
 from retain.retention.softened import Softened
 from retain.retention.spans import CoreSpan, KroneckerSpan, Span, sides
@@ -60,8 +59,7 @@ def soften(
         CurvatureError: a structure that ties layers to each other.
         ConfigError: a depth or an epsilon out of range.
     """
-    if not (math.isfinite(epsilon) and epsilon > 0):
-        raise ConfigError("epsilon is out of range", got=epsilon, allowed="above 0", fix="1e-3")
+    check_number("epsilon is out of range", epsilon, "1e-3", positive=True)
     sites = lora_sites(model)
     _check_adapter(model, sites)
     for given in [curvature] if target is None else [curvature, target]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from retain.errors import ConfigError
+from retain.errors import check_number
 from retain.models.adapter import LoraSite
 from retain.retention.budget import check_budget
 from retain.retention.spans import Span
@@ -103,13 +103,7 @@ class Softened:
         Raises:
             ConfigError: mu is below 0 or not finite.
         """
-        if not (math.isfinite(mu) and mu >= 0):
-            raise ConfigError(
-                "mu is out of range",
-                got=mu,
-                allowed="a finite number, 0 or above",
-                fix="0 is the adapter itself",
-            )
+        check_number("mu is out of range", mu, "0 is the adapter itself")
         return self._built(mu, 1.0)
 
     def within(self, budget: float) -> SoftUpdate:

@@ -18,14 +18,13 @@ outside the span of 99 % of the old energy).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from retain.curvature.spectral import eigh
-from retain.errors import ConfigError, unknown
+from retain.errors import check_number, unknown
 from retain.models.adapter import LoraSite
 from retain.retention.moments import Moments, check_reading
 
@@ -49,14 +48,8 @@ def check_start(kind: str, gain: float, epsilon: float, answers: float, rows: in
     if kind not in STARTS:
         raise unknown("start", kind, STARTS)
     check_reading(answers, rows)
-    for name, value, usual in (("epsilon", epsilon, 0.01), ("gain", gain, 1.0)):
-        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-            raise ConfigError(
-                f"{name} is out of range",
-                got=value,
-                allowed="a finite number above 0",
-                fix=f"{name}={usual:g}",
-            )
+    check_number("epsilon is out of range", epsilon, "epsilon=0.01", positive=True)
+    check_number("gain is out of range", gain, "gain=1", positive=True)
 
 
 def set_start(

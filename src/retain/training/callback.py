@@ -22,9 +22,8 @@ from retain.files import write_json
 from retain.models.adapter import unwrap
 from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
-from retain.retention.filters import InputFilter
 from retain.retention.laplace import Retention, check_strength
-from retain.training.start import Start
+from retain.training.start import Held, Start
 from retain.types import UPDATES, Update
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ class RetentionCallback(TrainerCallback):
         self.start = Start(start) if isinstance(start, str) else start
         self.update: Update = update
         self.retention: Retention | None = None
-        self._filter: InputFilter | None = None
+        self._held: Held | None = None
         self._nats: float | None = None
 
     def on_train_begin(
@@ -105,7 +104,7 @@ class RetentionCallback(TrainerCallback):
         refuse_deepspeed(args, kwargs.get("optimizer"))
         model: nn.Module = unwrap(kwargs["model"])
         if self.start is not None:
-            self._filter = self.start.begin(
+            self._held = self.start.begin(
                 model,
                 self.curvature,
                 kwargs["train_dataloader"],
@@ -164,10 +163,8 @@ class RetentionCallback(TrainerCallback):
     ) -> None:
         assert self.retention is not None
         self.retention.finish()
-        if self._filter is not None:
-            self._filter.release()
-        elif self.start is not None:
-            self.start.end(unwrap(kwargs["model"]))
+        if self._held is not None:
+            self._held.release()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -183,8 +180,8 @@ class RetentionCallback(TrainerCallback):
     ) -> None:
         assert self.retention is not None
         skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
-        if self._filter is not None:
-            self._filter.after_step()
+        if self._held is not None:
+            self._held.after_step()
         if self.update == "proximal" and not skipped:
             self._nats = self.retention.apply_proximal(kwargs["optimizer"])
 

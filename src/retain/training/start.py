@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -12,15 +12,41 @@ from torch import nn
 from retain.curvature.curvature import Curvature
 from retain.data.batches import Example
 from retain.errors import ModelError, SourceError, unknown
-from retain.models.adapter import adapter_off, lora_sites
+from retain.models.adapter import LoraSite, adapter_off, lora_sites
 from retain.models.heads import is_causal
 from retain.retention.filters import InputFilter, check_filter
 from retain.retention.moments import Moments, input_moments, moments_of
 from retain.retention.start import STARTS, check_start, set_start
 
-__all__ = ["Start"]
+__all__ = ["Held", "Start"]
 
 FILTER = "wiener"
+
+
+class Held(Protocol):
+    """What A is held by during a run."""
+
+    def after_step(self) -> None:
+        """After a step of the optimiser."""
+
+    def release(self) -> None:
+        """Lets A train freely again."""
+
+
+class _Fixed:
+    """A stays as it is."""
+
+    def __init__(self, sites: Sequence[LoraSite]) -> None:
+        self.sites = sites
+        for site in sites:
+            site.a.requires_grad_(False)
+
+    def after_step(self) -> None:
+        """Nothing has moved."""
+
+    def release(self) -> None:
+        for site in self.sites:
+            site.a.requires_grad_(True)
 
 
 @dataclass(frozen=True)
@@ -66,7 +92,7 @@ class Start:
 
     def begin(
         self, model: nn.Module, curvature: Curvature, loader: Any, *, seed: int, resuming: bool
-    ) -> InputFilter | None:
+    ) -> Held:
         """Sets A, unless the run goes on, and holds it or puts it behind its filter.
 
         Args:
@@ -77,7 +103,8 @@ class Start:
             resuming: A has been set before the checkpoint.
 
         Returns:
-            The filter, whose `after_step` is to be called after each step of the optimiser.
+            What holds A until its `release`; its `after_step` is to be called after each step of
+            the optimiser.
 
         Raises:
             ModelError: no LoRA, or one whose B is not 0 any more.
@@ -103,20 +130,13 @@ class Start:
                 sites, new, None if new is None else moments_of(curvature),
                 kind=self.kind, gain=self.gain, epsilon=self.ridge, seed=seed,
             )  # fmt: skip
-        for site in sites:
-            site.a.requires_grad_(False)
-        return None
+        return _Fixed(sites)
 
     def _read(self, model: nn.Module, loader: Any, seed: int) -> Moments:
         """The second moments of the training rows, in the base model."""
         examples = _examples(loader, self.rows, seed, is_causal(model))
         with adapter_off(model):
             return input_moments(model, lora_sites(model), examples, answers=self.answers)
-
-    def end(self, model: nn.Module) -> None:
-        """Lets A train again."""
-        for site in lora_sites(model):
-            site.a.requires_grad_(True)
 
 
 def _examples(loader: Any, count: int, seed: int, causal: bool) -> list[Example]:
