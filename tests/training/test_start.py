@@ -13,7 +13,7 @@ from retain import RetentionCallback, Start
 from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, ModelError
 from retain.models.adapter import lora_sites
-from retain.retention.filters import InputFilter
+from retain.retention.filters import InputFilter, wiener
 from retain.retention.moments import input_moments, moments_of
 from retain.retention.start import set_start
 from tiny import tiny, weights
@@ -79,7 +79,7 @@ def test_behind_the_filter_each_step_is_filtered(
     ids = [tuple(row["input_ids"]) for row in DATA]
     rows = [Example(i[:-1], i[1:], (True,) * (len(i) - 1)) for i in ids]
     new = input_moments(twin, lora_sites(twin), rows)
-    old = moments_of(fit(twin, structure="kfac"))
+    old = moments_of(fit(twin, structure="kfac")).sized_as(new)
     held = InputFilter(lora_sites(twin), new, old, weight=7.0, gain=2.0)
     start = Start(gain=2.0, weight=7.0)
     call, calls = keep(model, start=start), 0
@@ -106,6 +106,23 @@ def test_behind_the_filter_each_step_is_filtered(
         assert site.a.requires_grad
         assert not site.a._backward_hooks
     assert max(moved) > 1e-4
+
+
+@pytest.mark.parametrize("structure", ["activation", "shampoo"])
+def test_the_source_counts_the_same_in_any_unit(structure: str, tmp_path: Path) -> None:
+    """Input sides that are weighted by gradients are far smaller than the inputs' own."""
+    model = tiny("llama")
+    sites, curvature = lora_sites(model), fit(model, structure=structure)
+    ids = [tuple(row["input_ids"]) for row in DATA]
+    new = input_moments(model, sites, [Example(i[:-1], i[1:], (True,) * (len(i) - 1)) for i in ids])
+    old = moments_of(curvature)
+    call = RetentionCallback(curvature, 0.0, start=Start(weight=10.0, epsilon=0.01))
+    trainer(model, tmp_path, [call], max_steps=1).train()
+    assert isinstance(call._held, InputFilter)
+    for site, p in zip(sites, call._held.filters, strict=True):
+        s_new, s_old = new.of(site.name), old.of(site.name)
+        s_old = s_old * s_new.trace() / s_old.trace()
+        torch.testing.assert_close(p, wiener(s_new, s_old, weight=10.0, epsilon=0.01))
 
 
 def test_a_used_adapter_has_no_start(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from retain.errors import check_number
 from retain.models.adapter import LoraSite
-from retain.retention.moments import Moments, check_reading
+from retain.retention.moments import Moments, check_reading, inputs_of
 
 __all__ = ["InputFilter", "check_filter", "wiener"]
 
@@ -98,14 +98,14 @@ class InputFilter:
         resuming: bool = False,
     ) -> None:
         self.sites, self.span = list(sites), span
-        found: dict[str, Tensor] = {}  # layers that read one input share one
+        found: dict[tuple[str, str], Tensor] = {}  # layers that read one input share one
         self.filters: list[Tensor] = []
         for site in self.sites:
-            first = new.readers[site.name]
-            if first not in found:
+            both = inputs_of(site.name, new, old)
+            if both not in found:
                 s_old = None if old is None else old.of(site.name)
-                found[first] = wiener(new.of(site.name), s_old, weight=weight, epsilon=epsilon)
-            self.filters.append(found[first].to(site.a.device))
+                found[both] = wiener(new.of(site.name), s_old, weight=weight, epsilon=epsilon)
+            self.filters.append(found[both].to(site.a.device))
         if not resuming:
             with torch.no_grad():
                 for site, p in zip(self.sites, self.filters, strict=True):

@@ -28,7 +28,7 @@ from retain.models.adapter import LoraSite
 from retain.models.heads import forward_body
 from retain.models.modes import evaluating
 
-__all__ = ["Moments", "check_reading", "input_moments", "moments_of"]
+__all__ = ["Moments", "check_reading", "input_moments", "inputs_of", "moments_of"]
 
 
 class Moments:
@@ -73,6 +73,19 @@ class Moments:
         for s in self.matrices.values():
             s *= weight
         return self
+
+    def sized_as(self, other: Moments) -> Moments:
+        """Each S with the trace of the other's: what is relied on, whatever its unit."""
+        sized = {}
+        for name, s in self.matrices.items():
+            own, wanted = s.diagonal().sum(), other.of(name).diagonal().sum()
+            sized[name] = s * (wanted.to(own) / own) if float(own) > 0 else s
+        return Moments(sized, self.readers)
+
+
+def inputs_of(layer: str, new: Moments, old: Moments | None) -> tuple[str, str]:
+    """What two layers have in common if they read one input in both (gradients may weigh it)."""
+    return new.readers[layer], "" if old is None else old.readers[layer]
 
 
 def moments_of(curvature: Curvature) -> Moments:

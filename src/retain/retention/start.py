@@ -26,7 +26,7 @@ from torch import Tensor
 from retain.curvature.spectral import eigh
 from retain.errors import check_number, unknown
 from retain.models.adapter import LoraSite
-from retain.retention.moments import Moments, check_reading
+from retain.retention.moments import Moments, check_reading, inputs_of
 
 __all__ = ["STARTS", "check_start", "discriminants", "set_start"]
 
@@ -76,15 +76,15 @@ def set_start(
         seed: of the iteration's first guess.
         span: the rows of A that are set.
     """
-    found: dict[str, Tensor] = {}  # layers that read one input have one start
+    found: dict[tuple[str, str], Tensor] = {}  # layers that read one input have one start
     with torch.no_grad():
         for site in sites:
             if kind == "random":
                 site.a[span] *= gain
                 continue
             assert new is not None
-            first = new.readers[site.name]
-            if first not in found:
+            both = inputs_of(site.name, new, old)
+            if both not in found:
                 s_new = new.of(site.name)
                 s_old = None if old is None or kind == "principal" else old.of(site.name)
                 towards = s_new
@@ -92,8 +92,8 @@ def set_start(
                     towards, s_old = _outside(s_new, s_old), None
                 count = site.a[span].shape[0]
                 rows = discriminants(towards, s_old, count, epsilon=epsilon, seed=seed)
-                found[first] = _scaled(rows, s_new, gain)
-            site.a[span] = found[first].to(site.a.dtype)
+                found[both] = _scaled(rows, s_new, gain)
+            site.a[span] = found[both].to(site.a.dtype)
 
 
 def discriminants(

@@ -63,7 +63,8 @@ class Start:
             default), of the source for a start (0.01).
         answers: the share of predicting positions in the rows' second moments.
         rows: of the training data that are read.
-        weight: of the filter: what reading the source costs.
+        weight: of the filter: what reading the source costs. The source's second moments are
+            scaled to the trace of the rows', so it means the same for any curvature.
 
     Raises:
         ConfigError: a value out of range.
@@ -120,8 +121,9 @@ class Start:
                 fix="leave start out to go on with this adapter",
             )
         if self.kind == FILTER:
+            new = self._read(model, loader, seed)
             return InputFilter(
-                sites, self._read(model, loader, seed), moments_of(curvature), weight=self.weight,
+                sites, new, moments_of(curvature).sized_as(new), weight=self.weight,
                 epsilon=self.ridge, gain=self.gain, resuming=resuming,
             )  # fmt: skip
         if not resuming:
