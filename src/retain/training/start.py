@@ -127,9 +127,9 @@ class Start:
                 epsilon=self.ridge, gain=self.gain, resuming=resuming,
             )  # fmt: skip
         if not resuming:
-            new = None if self.kind == "random" else self._read(model, loader, seed)
+            rows = None if self.kind == "random" else self._read(model, loader, seed)
             set_start(
-                sites, new, None if new is None else moments_of(curvature),
+                sites, rows, None if rows is None else moments_of(curvature),
                 kind=self.kind, gain=self.gain, epsilon=self.ridge, seed=seed,
             )  # fmt: skip
         return _Fixed(sites)
