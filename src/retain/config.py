@@ -75,8 +75,8 @@ class RunConfig(_Strict):
     strength: float = Field(10.0, ge=0)
     budget: float | None = Field(None, gt=0, description="nats per source token, for the strength")
     start: Literal["random", "wiener", "discriminant"] = "random"
-    gain: float = Field(5.0, gt=0, description="of A's size, for a start that is not random")
-    weight: float = Field(10.0, ge=0, description="of the source text in the wiener filter")
+    gain: float = Field(3.0, gt=0, description="of A's size, for a start that is not random")
+    weight: float = Field(3.0, ge=0, description="of the source text in the wiener filter")
     continue_from: str | None = None
     keep_state: bool = False
     limit: int | None = Field(None, ge=1)

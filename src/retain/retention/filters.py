@@ -44,9 +44,9 @@ def check_filter(weight: float, epsilon: float, gain: float, answers: float, row
         ConfigError: a value out of range.
     """
     check_reading(answers, rows)
-    check_number("weight is out of range", weight, "weight=10")
+    check_number("weight is out of range", weight, "weight=3")
     check_number("epsilon is out of range", epsilon, "epsilon=0.001", positive=True)
-    check_number("gain is out of range", gain, "gain=5", positive=True)
+    check_number("gain is out of range", gain, "gain=3", positive=True)
 
 
 def wiener(new: Tensor, old: Tensor | None, *, weight: float, epsilon: float) -> Tensor:
@@ -91,9 +91,9 @@ class InputFilter:
         new: Moments,
         old: Moments | None,
         *,
-        weight: float = 10.0,
+        weight: float = 3.0,
         epsilon: float = 1e-3,
-        gain: float = 5.0,
+        gain: float = 3.0,
         span: slice = slice(None),
         resuming: bool = False,
     ) -> None:

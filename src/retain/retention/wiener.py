@@ -45,12 +45,12 @@ class Wiener(MomentKeeper):
         self,
         strength: float = 0.0,
         *,
-        weight: float = 100.0,
+        weight: float = 3.0,
         epsilon: float = 1e-3,
-        gain: float = 5.0,
+        gain: float = 3.0,
         answers: float = 0.5,
         rows: int = 64,
-        source_weight: float = 0.1,
+        source_weight: float = 1.0,
     ) -> None:
         check_filter(weight, epsilon, gain, answers, rows)
         super().__init__(strength, answers=answers, rows=rows, source_weight=source_weight)

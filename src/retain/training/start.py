@@ -71,11 +71,11 @@ class Start:
     """
 
     kind: str = "wiener"
-    gain: float = 5.0
+    gain: float = 3.0
     epsilon: float | None = None
     answers: float = 0.5
     rows: int = 64
-    weight: float = 10.0
+    weight: float = 3.0
 
     def __post_init__(self) -> None:
         if self.kind not in (FILTER, *STARTS):
