@@ -41,9 +41,10 @@ class Catalogue:
             raise unknown("task", task, "abcd")
         return f"{task}@1"
 
-    def adapter(self, kind: str, options: dict[str, Any]) -> None:
+    def adapter(self, kind: str, options: dict[str, Any]) -> dict[str, Any]:
         if kind not in ("lora", "prefix"):
             raise unknown("adapter kind", kind, ("lora", "prefix"))
+        return options
 
     def method(self, kind: str, strength: float | None, options: dict[str, Any]) -> MethodFacts:
         if kind not in ("none", "held"):
@@ -52,7 +53,7 @@ class Catalogue:
         def refusal(adapter: str) -> str | None:
             return "no weight to hold" if (kind, adapter) == ("held", "prefix") else None
 
-        return MethodFacts(1.0 if strength is None else strength, False, refusal)
+        return MethodFacts(1.0 if strength is None else strength, False, options, refusal)
 
 
 def pretended(tmp_path: Path, **changes: Any) -> tuple[StudySpec, Grid, Work]:

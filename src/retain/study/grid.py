@@ -26,11 +26,14 @@ class MethodFacts:
     Attributes:
         strength: its own, where the study names none.
         stores_data: whether it keeps rows of earlier tasks.
+        options: all of them, its defaults among them, so that a default that changes is another
+            run.
         refusal: why it does not compose with a kind of adapter; None where it does.
     """
 
     strength: float
     stores_data: bool
+    options: dict[str, Any]
     refusal: Callable[[str], str | None]
 
 
@@ -43,8 +46,8 @@ class Catalogue(Protocol):
     def definition(self, task: str, base: Path) -> str:
         """What tells one definition of a task from another; raises for an unknown task."""
 
-    def adapter(self, kind: str, options: dict[str, Any]) -> None:
-        """Raises for an unknown kind of adapter or option."""
+    def adapter(self, kind: str, options: dict[str, Any]) -> dict[str, Any]:
+        """The options with the kind's defaults; raises for an unknown kind or option."""
 
     def method(self, kind: str, strength: float | None, options: dict[str, Any]) -> MethodFacts:
         """Raises for an unknown method or option."""
@@ -138,8 +141,10 @@ class _Expansion:
             for task in training.get("tasks") or {}:
                 if task not in every:
                     raise unknown("task", task, every)
-        for adapter in spec.adapters.values():
-            catalogue.adapter(adapter.kind, adapter.options)
+        self.adapters = {
+            name: catalogue.adapter(adapter.kind, adapter.options)
+            for name, adapter in spec.adapters.items()
+        }
         self.facts = {
             (label, strength): catalogue.method(method.kind, strength, method.options)
             for label, method in spec.methods.items()
@@ -184,7 +189,7 @@ class _Expansion:
                     "model": model,
                     "dtype": adapter.dtype or spec.dtype,
                     "attention": spec.attention,
-                    "adapter": {"name": name, "kind": adapter.kind, **adapter.options},
+                    "adapter": {"name": name, "kind": adapter.kind, **self.adapters[name]},
                     "method": self._method(label, method, facts),
                     "order": {"name": order, "tasks": tasks},
                     "definitions": [self.definitions[task] for task in tasks],
@@ -193,13 +198,9 @@ class _Expansion:
                     "data": spec.data.model_dump(mode="json"),
                     "source": self.source,
                     "general": spec.general and spec.general.model_dump(mode="json"),
-                    "evaluation": self._evaluation(),
+                    "evaluation": spec.evaluation.model_dump(mode="json"),
                 }
                 yield place, Run(run_key(config), config)
-
-    def _evaluation(self) -> dict[str, Any]:
-        found = self.spec.evaluation.model_dump(mode="json")
-        return {k: v for k, v in found.items() if (k, v) != ("unseen", "all")}  # keys from before
 
     def _method(self, label: str, method: MethodSpec, facts: MethodFacts) -> dict[str, Any]:
         several = len(method.strengths) > 1
@@ -209,7 +210,7 @@ class _Expansion:
             "kind": method.kind,
             "strength": facts.strength,
             "stores_data": facts.stores_data,
-            **method.options,
+            **facts.options,
         }
 
     def _training(

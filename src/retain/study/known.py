@@ -42,15 +42,16 @@ class Known:
             return f"{spec.name}@{spec.version}"
         return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:16]
 
-    def adapter(self, kind: str, options: dict[str, Any]) -> None:
-        """Checks a kind of adapter and its options."""
+    def adapter(self, kind: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Checks a kind of adapter and its options, and adds its defaults."""
         from retain.models.adapters.registry import adapter_kind
 
-        adapter_kind(kind).check(options)
+        whole: dict[str, Any] = adapter_kind(kind).check(options).model_dump(mode="json")
+        return whole
 
     def method(self, kind: str, strength: float | None, options: dict[str, Any]) -> MethodFacts:
         """Checks a method and its options."""
-        from retain.retention.registry import make_method
+        from retain.retention.registry import make_method, method_options
 
         made = make_method(kind, strength, **options)
 
@@ -61,4 +62,5 @@ class Known:
                 return error.what
             return None
 
-        return MethodFacts(float(made.strength), made.stores_data, refusal)
+        whole = method_options(kind) | options
+        return MethodFacts(float(made.strength), made.stores_data, whole, refusal)
