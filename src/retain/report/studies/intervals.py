@@ -26,47 +26,11 @@ class Estimate:
         return (self.low > 0) - (self.high < 0)
 
 
-def _beta_fraction(a: float, b: float, x: float) -> float:
-    """The continued fraction of the incomplete beta function (modified Lentz)."""
-    tiny = 1e-300
-    c, d = 1.0, 1.0 - (a + b) * x / (a + 1)
-    d = 1.0 / (d if abs(d) > tiny else tiny)
-    value = d
-    for m in range(1, 300):
-        for part in (
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
-        ):
-            d = 1.0 + part * d
-            d = 1.0 / (d if abs(d) > tiny else tiny)
-            c = 1.0 + part / c
-            c = c if abs(c) > tiny else tiny
-            value *= d * c
-        if abs(d * c - 1.0) < 1e-15:
-            break
-    return value
-
-
-def _beyond(t: float, df: int) -> float:
-    """The probability that |T| > t for Student's t with `df` degrees of freedom."""
-    a, b, x = df / 2, 0.5, df / (df + t * t)
-    log = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    front = math.exp(log + a * math.log(x) + b * math.log1p(-x))
-    if x < (a + 1) / (a + b + 2):
-        return front * _beta_fraction(a, b, x) / a
-    return 1.0 - front * _beta_fraction(b, a, 1.0 - x) / b
-
-
 def t_quantile(df: int, level: float = 0.95) -> float:
     """The t with P(|T| <= t) = `level` for `df` >= 1 degrees of freedom."""
-    low, high = 1e-6, 1e6
-    while high / low > 1 + 1e-13:
-        middle = math.sqrt(low * high)
-        if _beyond(middle, df) > 1.0 - level:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(low * high)
+    from scipy.stats import t
+
+    return float(t.ppf((1 + level) / 2, df))
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:

@@ -7,6 +7,7 @@ import io
 from dataclasses import dataclass, field
 
 from retain.report.studies.cells import Cell, Group
+from retain.report.studies.fronts import fronts
 from retain.report.studies.intervals import Estimate, estimate
 from retain.report.studies.metrics import METRICS, MISSING, Metric
 from retain.report.studies.names import names
@@ -18,6 +19,7 @@ __all__ = [
     "Table",
     "difference_table",
     "failures",
+    "front_table",
     "results_table",
     "score_table",
     "study_tables",
@@ -250,6 +252,37 @@ def score_table(group: Group) -> Table | None:
     return Table("scores", "Score of each task", about, [Column("Method"), *head], rows)
 
 
+def front_table(group: Group) -> Table | None:
+    """Every family of settings a row: its score within any budget; None without a sweep."""
+    found = fronts(group)
+    points = next(m for m in METRICS if m.key == "average")
+    rows = [
+        Row(
+            front.name,
+            "stores data" if front.stores else "",
+            [
+                Entry(str(front.settings), value=float(front.settings)),
+                _entry(points, front.area),
+                _entry(points, front.diff, signed=True),
+            ],
+            plain=front.diff is None,
+        )
+        for front in found
+    ]
+    head = [
+        Column("Family"),
+        Column("Settings"),
+        Column("Score within a budget", "points"),
+        Column("Difference to plain LoRA", "points"),
+    ]
+    about = (
+        f"{group.title}; the best average score of a family's settings within a budget of KL to "
+        "the base, averaged over all budgets from 0 to the largest KL of plain LoRA's settings "
+        "(hypervolume over the limit), mean over seeds ± half the 95 % interval"
+    )
+    return Table("front", "Fronts", about, head, rows) if rows else None
+
+
 def failures(group: Group) -> list[str]:
     """One line for each run that failed, with the reason."""
     out = []
@@ -264,5 +297,10 @@ def failures(group: Group) -> list[str]:
 
 def study_tables(group: Group) -> list[Table]:
     """All tables of a group that have something to show."""
-    made = [results_table(group), difference_table(group), score_table(group)]
+    made = [
+        results_table(group),
+        difference_table(group),
+        front_table(group),
+        score_table(group),
+    ]
     return [table for table in made if table is not None and table.rows]

@@ -1,0 +1,106 @@
+"""The front of each family of settings: how well it scores within any budget of nats.
+
+A family is all that a study tries of one method on one kind of adapter: its strengths, learning
+rates, ranks and lengths of training. Within a budget k it is as good as its best setting whose KL
+to the base is at most k, and never worse than no training at all. The mean of that over budgets
+from 0 to a limit is the hypervolume that its settings dominate (E. Zitzler and L. Thiele, PPSN V,
+1998) over the limit, so it is in points of score. The limit is the largest KL of plain LoRA's
+settings. Settings are picked with the score that is reported, which flatters families of many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from retain.report.studies.cells import BySeed, Cell, Group
+from retain.report.studies.intervals import Estimate, estimate, paired
+
+__all__ = ["Front", "front_area", "fronts"]
+
+SCORE, COST = "average", "kl"
+
+
+@dataclass(frozen=True)
+class Front:
+    """One family.
+
+    Attributes:
+        name: for people.
+        stores: whether it keeps rows of earlier tasks.
+        settings: how many the study tried.
+        area: the mean best score over budgets, over seeds.
+        diff: the paired difference to plain LoRA's family; None for itself.
+    """
+
+    name: str
+    stores: bool
+    settings: int
+    area: Estimate | None
+    diff: Estimate | None
+
+
+def front_area(points: Iterable[tuple[float, float]], start: float, limit: float) -> float:
+    """The mean over budgets k in [0, limit] of the best score of a point with cost <= k.
+
+    Args:
+        points: pairs (cost, score).
+        start: the score at no cost.
+        limit: the largest budget, above 0.
+    """
+    best, at, area = start, 0.0, 0.0
+    for cost, score in sorted(points):
+        if score <= best or cost >= limit:
+            continue
+        cost = max(cost, 0.0)
+        area += best * (cost - at)
+        best, at = score, cost
+    return (area + best * (limit - at)) / limit
+
+
+def fronts(group: Group) -> list[Front]:
+    """The families of a group, plain LoRA's first; none where KL or its sweep is missing."""
+    families: dict[tuple[str, str], list[Cell]] = {}
+    for cell in group.cells:
+        if cell.runs:
+            config = cell.runs[0].config
+            families.setdefault((config.adapter.kind, config.method.kind), []).append(cell)
+    plain = families.get(("lora", "none"), [])
+    costs = [found.mean for cell in plain if (found := cell.mean(COST)) is not None]
+    if len(plain) < 2 or not costs or max(costs) <= 0:
+        return []
+    limit, start = max(costs), _start(plain)
+    reference = _areas(plain, start, limit)
+    out = [Front("plain LoRA", False, len(plain), estimate(list(reference.values())), None)]
+    for (adapter, method), cells in families.items():
+        if cells is plain:
+            continue
+        areas = _areas(cells, start, limit)
+        text = adapter if method == "none" else cells[0].method if len(cells) == 1 else method
+        if method != "none" and adapter not in ("lora", method):
+            text += f" on {adapter}"
+        found = estimate(list(areas.values()))
+        if found is not None:
+            stores = any(cell.stores for cell in cells)
+            out.append(Front(text, stores, len(cells), found, paired(areas, reference)))
+    return out
+
+
+def _start(cells: Sequence[Cell]) -> float:
+    """The mean score before learning."""
+    rows = [run.before for cell in cells for run in cell.runs if run.before]
+    means = [
+        sum(known) / len(known) for row in rows if (known := [v for v in row if v is not None])
+    ]
+    return sum(means) / len(means) if means else 0.0
+
+
+def _areas(cells: Sequence[Cell], start: float, limit: float) -> BySeed:
+    """The area of each seed that every setting of the family has."""
+    out: BySeed = {}
+    for seed in cells[0].values[SCORE]:
+        pairs = [(c.values[COST].get(seed), c.values[SCORE].get(seed)) for c in cells]
+        known = [(cost, score) for cost, score in pairs if cost is not None and score is not None]
+        if len(known) == len(cells):
+            out[seed] = front_area(known, start, limit)
+    return out
