@@ -45,6 +45,7 @@ HOLDING: dict[str, dict[str, Any]] = {
     "replay": {"share": 0.2},
     "self_replay": {"share": 0.5, "rows": 6, "max_length": 8},
     "olora": {"strength": 0.1},
+    "auto": {"strength": 5.0, "rows": 8},
     "wiener": {"rows": 8},
     "discriminant": {"rows": 8},
     "osf": {},

@@ -52,6 +52,7 @@ METHODS: dict[str, Any] = {
     "kfac": {"strength": 100.0, "rows": 8},
     "replay": {"per_task": 2},
     "olora": {},
+    "auto": {"rows": 4},
     "wiener": {"rows": 4},
     "discriminant": {"rows": 4},
 }

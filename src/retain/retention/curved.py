@@ -33,13 +33,32 @@ from retain.retention.method import Context, Method, Task
 from retain.retention.rows import choose
 from retain.types import UPDATES, Fisher, Space, Structure, Update
 
-__all__ = ["Curved", "Fitted"]
+__all__ = ["Curved", "Fitted", "packed", "unpacked"]
 
 PROBE_ROWS = 8
 """Of source text, on which a budget is measured."""
 
 FLAT = 0.01
 """How much of a regression's output is let into the logit that stands for it, see `_regression`."""
+
+
+def packed(curvature: Curvature) -> Tensor:
+    """The bytes of a curvature's file as a tensor, for a method's state."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = curvature.save(Path(folder) / "curvature.safetensors")
+        return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+
+
+def unpacked(data: Tensor) -> Curvature:
+    """What `packed` has packed.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "curvature.safetensors"
+        data.cpu().numpy().tofile(path)
+        return load_curvature(path)
 
 
 class Curved(Method, ABC):
@@ -132,11 +151,7 @@ class Curved(Method, ABC):
 
     def state(self) -> dict[str, Tensor]:
         """The bytes of the curvature's file, anchor and digest included."""
-        if self.curvature is None:
-            return {}
-        with tempfile.TemporaryDirectory() as folder:
-            path = self.curvature.save(Path(folder) / "curvature.safetensors")
-            return {"curvature": torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)}
+        return {} if self.curvature is None else {"curvature": packed(self.curvature)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Puts a `state` back.
@@ -144,12 +159,8 @@ class Curved(Method, ABC):
         Raises:
             ArtifactError: it is damaged.
         """
-        self.curvature = self.retention = None
-        if "curvature" in state:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "curvature.safetensors"
-                state["curvature"].cpu().numpy().tofile(path)
-                self.curvature = load_curvature(path)
+        self.retention = None
+        self.curvature = unpacked(state["curvature"]) if "curvature" in state else None
 
     def memory(self) -> int:
         return 0 if self.curvature is None else self.curvature.memory()

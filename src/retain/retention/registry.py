@@ -7,6 +7,7 @@ from typing import Any
 
 from retain.errors import ConfigError, unknown
 from retain.retention.activation import Activation
+from retain.retention.auto import Auto
 from retain.retention.diagonal import Diagonal
 from retain.retention.discriminant import Discriminant
 from retain.retention.kfac import KFAC
@@ -35,6 +36,7 @@ METHODS: dict[str, type[Method]] = {
     "masked_kl": MaskedKL,
     "replay": Replay,
     "self_replay": SelfReplay,
+    "auto": Auto,
     "wiener": Wiener,
     "discriminant": Discriminant,
     "olora": OLoRA,

@@ -24,7 +24,7 @@ class Wiener(MomentKeeper):
     """LoRA behind a Wiener filter; see the module.
 
     Args:
-        strength: means nothing here; see `weight`.
+        strength: means nothing here; see `weight`, and `retain.retention.auto`.
         weight: what a unit of the old that is read costs, in units of the new that is missed.
         epsilon: of the filter's ridge, relative to the mean of the new text's second moments.
         gain: of A's start over PEFT's, before the filter.
