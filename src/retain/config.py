@@ -70,11 +70,11 @@ class RunConfig(_Strict):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     data: str
     out: str
-    method: Literal["none", "laplace"] = "laplace"
+    method: Literal["auto", "laplace", "none"] = "auto"
     curvature: str | None = None
     strength: float = Field(10.0, ge=0)
     budget: float | None = Field(None, gt=0, description="nats per source token, for the strength")
-    start: Literal["random", "wiener", "discriminant"] = "random"
+    start: Literal["random", "wiener", "discriminant"] | None = None
     gain: float = Field(3.0, gt=0, description="of A's size, for a start that is not random")
     weight: float = Field(3.0, ge=0, description="of the source text in the wiener filter")
     continue_from: str | None = None

@@ -261,7 +261,7 @@ class TestEval:
         assert found["knowledge"].keys() == found["exact_match"].keys() == {"base", "tuned"}
         assert 0 <= found["knowledge"]["base"]["accuracy"] <= 1
         assert found["exact_match"]["tuned"]["items"] == 2
-        assert [row["method"] for row in found["rows"]] == [None, "laplace"]
+        assert [row["method"] for row in found["rows"]] == [None, "auto"]
         made = retain("report", out, "--json").json
         assert [Path(p).name for p in made["written"]] == [
             "report.html", "tradeoff.png", "training.png"

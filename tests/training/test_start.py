@@ -180,3 +180,69 @@ def test_answers_are_those_that_the_labels_name(tmp_path: Path) -> None:
             torch.testing.assert_close(site.a, other.a, rtol=1e-6, atol=1e-9)
         found.append(lora_sites(model)[0].a.detach())
     assert not torch.allclose(*found)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "shampoo", "activation"])
+def test_the_recipe_filters_where_it_can(structure: str, tmp_path: Path) -> None:
+    """Without a word about a start it is that of ``start="wiener"``, bit for bit."""
+    ends = []
+    for options in ({}, {"start": "wiener"}):
+        model = tiny("llama")
+        call = RetentionCallback(fit(model, structure=structure), 1.0, **options)
+        trainer(model, tmp_path, [call]).train()
+        assert call.why_no_filter is None
+        assert isinstance(call._held, InputFilter)
+        ends.append(weights(model))
+    for name, weight in ends[0].items():
+        assert torch.equal(weight, ends[1][name])
+
+
+@pytest.mark.parametrize(
+    ("structure", "space", "moved", "strength", "said"),
+    [
+        ("diagonal", "weight", False, 1.0, "does not tell what a layer reads"),
+        ("kfac", "adapter", False, 1.0, "not of the base model's weights"),
+        ("kfac", "weight", True, 1.0, "not fresh"),
+        ("kfac", "weight", False, 0.0, "the strength is 0"),
+    ],
+)
+def test_the_recipe_holds_alone_where_it_cannot(
+    structure: str, space: str, moved: bool, strength: float, said: str, tmp_path: Path
+) -> None:
+    ends = []
+    for options in ({}, {"start": None}):
+        model = tiny("llama", moved=moved)
+        curvature = fit(model, structure=structure, space=space)
+        call = RetentionCallback(curvature, strength, **options)
+        trainer(model, tmp_path, [call]).train()
+        ends.append(weights(model))
+        assert call._held is None
+        assert ("start" in options) is (call.why_no_filter is None)
+        assert call.why_no_filter is None or said in call.why_no_filter
+    for name, weight in ends[0].items():
+        assert torch.equal(weight, ends[1][name])
+
+
+def test_the_recipe_holds_alone_where_a_filter_would_be_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retain.training.start.WIDEST", 7)
+    model = tiny("llama")
+    call = RetentionCallback(fit(model, structure="kfac"), 1.0)
+    trainer(model, tmp_path, [call]).train()
+    assert call._held is None
+    assert "a filter has as many rows" in str(call.why_no_filter)
+
+
+def test_a_run_of_the_recipe_goes_on_as_it_began(tmp_path: Path) -> None:
+    """Its B is not 0 any more, so the checkpoint says that there was a filter."""
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    model, other = tiny("llama"), tiny("llama")
+    curvature = fit(model, structure="kfac")
+    trainer(model, tmp_path, [RetentionCallback(curvature, 1.0)], **options).train()
+    call = RetentionCallback(curvature, 1.0)
+    run = trainer(other, tmp_path, [call], **options)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert isinstance(call._held, InputFilter)
+    for got, want in zip(weights(other).values(), weights(model).values(), strict=True):
+        torch.testing.assert_close(got, want)

@@ -102,7 +102,7 @@ def inherit(given: dict[str, Any], chain: Chain) -> dict[str, Any]:
         raise ConfigError(
             "a run that continues is held by what came before",
             got="--method none",
-            allowed="laplace; --strength 0 holds nothing",
+            allowed="auto or laplace; --strength 0 holds nothing",
             fix="leave --method out",
         )
     if given.get("curvature") is not None:

@@ -127,14 +127,14 @@ def result_of(
     frozen = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
     trained = sum(s.a.numel() + s.b.numel() for s in lora_sites(model))
     settings, forgetting, probe = record.get("config", {}), found["forgetting"], found["probe"]
-    held = settings.get("method") == "laplace"
+    held = settings.get("method", "none") != "none"
     before = {"kl": 0.0, "ppl_base": forgetting["ppl_base"], "ppl": forgetting["ppl_base"],
               "flips": 0.0, "tokens": forgetting["tokens"]}  # fmt: skip
     rows: list[dict[str, Any]] = [
         {"name": "base", "label": "base model", "method": None, "forgetting": before},
         {
             "name": "adapter", "label": "LoRA + retention" if held else "LoRA",
-            "method": "laplace" if held else "none", "forgetting": forgetting,
+            "method": settings["method"] if held else "none", "forgetting": forgetting,
             "strength": settings.get("strength") if held else None,
             "train": {k: record.get(k) for k in ("seconds", "steps", "examples")},
             "history": record.get("history", []),

@@ -129,11 +129,17 @@ class _Run:
             parameter.requires_grad_(".lora_" in name)
         return model
 
-    def _start(self) -> Any:
-        from retain.training.start import Start
+    def _start(self, held: Held) -> Any:
+        from retain.training.start import FILTER, Start, why_no_filter
 
         c = self.config
-        return None if c.start == "random" else Start(c.start, gain=c.gain, weight=c.weight)
+        kind: str | None = c.start
+        if kind is None and c.method == "auto" and (c.strength or c.budget is not None):
+            reason = why_no_filter(self.model, held.curvature)
+            if reason is not None:
+                self.screen.say(f"held by the force alone, without a filter: {reason}")
+            kind = FILTER if reason is None else None
+        return None if kind in (None, "random") else Start(kind, gain=c.gain, weight=c.weight)
 
     def _held(self, given: Any) -> Held | None:
         if self.chain is None:
@@ -159,7 +165,7 @@ class _Run:
                 strength=self.config.strength,
                 budget=self.config.budget if held else None,
                 past=self.past,
-                start=self._start() if held else None,
+                start=self._start(held) if held else None,
                 out=self.kept,
                 progress=self.screen.progress,
                 resume=self.resume,
@@ -184,7 +190,7 @@ class _Run:
             from retain.data.sources import read_rows
 
             found["rows"] = read_rows(c.data, c.limit)
-        if c.method == "laplace" and c.curvature is not None:
+        if c.method != "none" and c.curvature is not None:
             from retain.curvature.artifact import load_curvature
 
             found["curvature"] = load_curvature(c.curvature)

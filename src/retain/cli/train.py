@@ -50,7 +50,7 @@ def train(
     start: Annotated[
         str | None,
         typer.Option(
-            help="What LoRA's A may read: random (all), wiener (filtered), discriminant (held)."
+            help="What LoRA's A may read, in place of the method's choice: random, wiener, ..."
         ),
     ] = None,
     continue_from: Annotated[
@@ -62,7 +62,8 @@ def train(
         typer.Option("--keep-state", help="Leave state/ in --out, so that a run can continue."),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="laplace holds the model, none is plain LoRA (laplace).")
+        str | None,
+        typer.Option(help="auto filters and holds, laplace only holds, none is plain LoRA (auto)."),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Step size (0.0005).")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data (1).")] = None,

@@ -40,6 +40,7 @@ from retain.study.claims import summary
 from retain.study.demo_config import QUICK, DemoConfig
 from retain.study.provenance import provenance
 from retain.training.loop import TrainResult, train
+from retain.training.start import AUTO
 
 __all__ = ["run_demo"]
 
@@ -255,6 +256,7 @@ class _Demo:
             c,
             curvature=curvature,
             strength=strength,
+            start=AUTO,
             measure=kl,
             measure_every=c.measure_every,
             progress=self.progress,

@@ -22,8 +22,9 @@ from retain.files import write_json
 from retain.models.adapter import unwrap
 from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
+from retain.retention.filters import InputFilter
 from retain.retention.laplace import Retention, check_strength
-from retain.training.start import Held, Start
+from retain.training.start import AUTO, FILTER, Held, Start, why_no_filter
 from retain.types import UPDATES, Update
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ class RetentionCallback(TrainerCallback):
 
     To each record of the trainer's log it adds ``task_loss``, ``predicted_nats`` and
     ``retention_strength``, so every ``report_to`` backend gets them; with a budget also
-    ``retention_correction``. What a budget has learned is kept in ``retention.json`` of each
-    checkpoint.
+    ``retention_correction``. What a budget has learned, and whether there is a filter, is kept in
+    ``retention.json`` of each checkpoint.
 
     Args:
         curvature: fitted on the trainer's model.
@@ -53,7 +54,9 @@ class RetentionCallback(TrainerCallback):
             The strength is found in training, see `retain.retention.budget`.
         past: a second curvature, of the tasks before; see `retain.Retention`.
         start: what LoRA's A may read: ``"wiener"`` puts it behind a filter that passes what the
-            training rows use and the source text does not; or a `retain.Start`.
+            training rows use and the source text does not; or a `retain.Start`; None, all. By
+            default ``"auto"``, the recipe: the filter, wherever a fresh LoRA and the curvature
+            allow it and the strength is not 0; else the force alone, and `why_no_filter` says why.
         source: with a budget, text on which the true divergence is measured now and then: rows, a
             data set or a file as for `retain.fit_curvature`, ``"self"`` (the model samples it), or
             None to believe the prediction. By default ``"self"`` for a causal model.
@@ -74,7 +77,7 @@ class RetentionCallback(TrainerCallback):
         *,
         budget: float | None = None,
         past: Curvature | None = None,
-        start: Start | str | None = None,
+        start: Start | str | None = AUTO,
         source: Source | None = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -92,7 +95,8 @@ class RetentionCallback(TrainerCallback):
             )
         self.curvature, self._strength, self.budget = curvature, strength, budget
         self.past, self.source, self.tokenizer = past, source, tokenizer
-        self.start = Start(start) if isinstance(start, str) else start
+        self.start = Start(start) if isinstance(start, str) and start != AUTO else start
+        self.why_no_filter: str | None = None
         self.update: Update = update
         self.retention: Retention | None = None
         self._held: Held | None = None
@@ -103,8 +107,9 @@ class RetentionCallback(TrainerCallback):
     ) -> None:
         refuse_deepspeed(args, kwargs.get("optimizer"))
         model: nn.Module = unwrap(kwargs["model"])
-        if self.start is not None:
-            self._held = self.start.begin(
+        start = self._chosen(model, args, state)
+        if start is not None:
+            self._held = start.begin(
                 model,
                 self.curvature,
                 kwargs["train_dataloader"],
@@ -123,6 +128,18 @@ class RetentionCallback(TrainerCallback):
         )
         self._restore(args, state)
         go_first(self)
+
+    def _chosen(
+        self, model: nn.Module, args: TrainingArguments, state: TrainerState
+    ) -> Start | None:
+        """The start; of a run that goes on, what it was when it began."""
+        if not isinstance(self.start, str):
+            return self.start
+        if state.global_step:
+            return Start(FILTER) if _kept(args, state).get("start") == FILTER else None
+        held = self._strength or self.budget is not None
+        self.why_no_filter = why_no_filter(model, self.curvature) if held else "the strength is 0"
+        return Start(FILTER) if self.why_no_filter is None else None
 
     @property
     def strength(self) -> float:
@@ -149,14 +166,17 @@ class RetentionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.retention is not None
-        if self.retention.budget is not None and state.is_world_process_zero:
-            write_json(_kept(args, state), self.retention.budget.state())
+        if state.is_world_process_zero:
+            budget = self.retention.budget
+            start = FILTER if isinstance(self._held, InputFilter) else None
+            learned = {} if budget is None else budget.state()
+            write_json(_place(args, state), {"start": start, **learned})
 
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.retention is not None
-        kept = _kept(args, state)
-        if self.retention.budget is not None and state.global_step and kept.is_file():
-            self.retention.budget.restore(json.loads(kept.read_text(encoding="utf-8")))
+        found = _kept(args, state) if state.global_step else {}
+        if self.retention.budget is not None and "strength" in found:
+            self.retention.budget.restore(found)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -205,9 +225,18 @@ class RetentionCallback(TrainerCallback):
         record(state, logs, added)
 
 
-def _kept(args: TrainingArguments, state: TrainerState) -> Path:
-    """What a budget has learned, in a checkpoint."""
+def _place(args: TrainingArguments, state: TrainerState) -> Path:
+    """The file of a checkpoint in which a run's own state is kept."""
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "retention.json"
+
+
+def _kept(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+    """What that file holds; nothing where there is none."""
+    path = _place(args, state)
+    if not path.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def check_gradients(parameters: Iterable[nn.Parameter], step: int) -> None:

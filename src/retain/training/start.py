@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from retain.curvature.curvature import Curvature
+from retain.curvature.kronecker import KroneckerBlock
 from retain.data.batches import Example
 from retain.errors import ModelError, SourceError, unknown
 from retain.models.adapter import LoraSite, adapter_off, lora_sites
@@ -18,9 +19,14 @@ from retain.retention.filters import InputFilter, check_filter
 from retain.retention.moments import Moments, input_moments, moments_of
 from retain.retention.start import STARTS, check_start, set_start
 
-__all__ = ["Held", "Start"]
+__all__ = ["AUTO", "FILTER", "Held", "Start", "why_no_filter"]
 
 FILTER = "wiener"
+
+AUTO = "auto"
+
+WIDEST = 8192
+"""Values that a layer reads, up to which the recipe has a filter for it: 256 MiB each."""
 
 
 class Held(Protocol):
@@ -47,6 +53,29 @@ class _Fixed:
     def release(self) -> None:
         for site in self.sites:
             site.a.requires_grad_(True)
+
+
+def why_no_filter(model: nn.Module, curvature: Curvature) -> str | None:
+    """Why the recipe (``start="auto"``) leaves the filter out; None where it does not.
+
+    Args:
+        model: with its adapter, before the first step.
+        curvature: of the source text.
+    """
+    try:
+        sites = lora_sites(model)
+    except ModelError as error:
+        return error.what
+    if any(bool(site.b.any()) for site in sites):
+        return "the adapter is not fresh"
+    if curvature.info.space != "weight" or curvature.anchor:
+        return "the curvature is not of the base model's weights"
+    if not all(isinstance(block, KroneckerBlock) for block in curvature.blocks.values()):
+        return f"structure {curvature.info.structure} does not tell what a layer reads"
+    widest = max(site.a.shape[1] for site in sites)
+    if widest > WIDEST:
+        return f"a layer reads {widest} values; a filter has as many rows and columns"
+    return None
 
 
 @dataclass(frozen=True)
