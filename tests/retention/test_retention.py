@@ -290,3 +290,75 @@ def test_bfloat16_adapters_keep_their_type(kind: str, update: str) -> None:
     assert {t.dtype for b in curvature.blocks.values() for t in b.tensors().values()} == {
         torch.float32
     }
+
+
+def _weak(model: Any, curvature: Any) -> None:
+    """Moves each layer where its curvature sees next to nothing, as behind a filter."""
+    for site in lora_sites(model):
+        inputs = curvature.blocks[site.name].inputs.dense()
+        a = torch.linalg.eigh(inputs).eigenvectors[:, : site.rank].T
+        with torch.no_grad():
+            site.a.copy_(10 * a)
+            site.b.normal_(generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("weak", [False, True])
+def test_factors_in_bfloat16_are_given_up_where_their_rounding_is_what_is_left(
+    weak: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retain.retention.laplace.has_bf16", lambda: True)
+    model = tiny("llama").float()
+    curvature = fit(model, "llama")
+    factors = {id(block.inputs): block.inputs for block in curvature.blocks.values()}
+    for factor in factors.values():  # one direction outweighs all others, as in real models
+        heavy = torch.linspace(1, 2, len(factor.matrix))
+        factor.matrix += 1e4 * factor.matrix.trace() * torch.outer(heavy, heavy)
+    move(model, seed=9)
+    if weak:
+        _weak(model, curvature)
+    sites = curvature.bind(model)
+    rounded, exact = curvature.pulls(sites, rounded=True), curvature.pulls(sites)
+    retention = Retention(model, curvature, 3.0)
+    nats = retention.add_force()
+    chosen = exact if weak else rounded
+    assert (rounded[0] == exact[0]) is False
+    assert nats == chosen[0]
+    for parameter, gradient in chosen[1]:
+        torch.testing.assert_close(parameter.grad, 3.0 * gradient)
+    assert nats > 0
+    if weak:
+        off = sum(
+            float((g - w).square().sum())
+            for (_, g), (_, w) in zip(rounded[1], exact[1], strict=True)
+        )
+        assert off > 0.05**2 * sum(float(w.square().sum()) for _, w in exact[1])
+        assert curvature.memory() == fit_size(curvature)
+
+
+def fit_size(curvature: Any) -> int:
+    """Without copies in bfloat16."""
+    curvature.drop_rounded()
+    return int(curvature.memory())
+
+
+@pytest.mark.parametrize("steps", [1, 3, 70])
+def test_the_error_of_rounding_is_looked_at_now_and_then(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retain.retention.laplace.has_bf16", lambda: True)
+    model = tiny("llama").float()
+    curvature = fit(model, "llama")
+    retention, looks = Retention(model, curvature, 3.0), []
+    checked = Retention._checked
+
+    def look(self: Retention, nats: float, pulls: Any) -> Any:
+        looks.append(self._looks)
+        return checked(self, nats, pulls)
+
+    monkeypatch.setattr(Retention, "_checked", look)
+    retention.add_force()  # nothing has moved: nothing to look at
+    assert not looks
+    move(model, seed=9)
+    for _ in range(steps):
+        retention.add_force()
+    assert looks == [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= steps]

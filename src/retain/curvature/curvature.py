@@ -219,6 +219,10 @@ class Curvature:
                     pulls.append(Pull(site.a, right[: site.rank]))
             return float(torch.stack(values).sum()), pulls
 
+    def drop_rounded(self) -> None:
+        """Frees the copies in bfloat16 that `pulls` has made."""
+        self._stacks.pop(True, None)
+
     def _thin(
         self, moves: Moves, rounded: bool
     ) -> tuple[list[Tensor], dict[str, tuple[Tensor, Tensor]]]:

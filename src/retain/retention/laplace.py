@@ -34,6 +34,12 @@ from retain.types import UPDATES, Update
 
 __all__ = ["Retention", "check_strength"]
 
+ROUNDING = 0.05
+"""The relative error of a force up to which it is read from factors in bfloat16."""
+
+LOOK = 64
+"""Steps between two looks at that error; before, at steps 1, 2, 4 and so on."""
+
 
 class Retention:
     """Holds a model near its anchor while it trains; for a plain PyTorch loop::
@@ -123,6 +129,7 @@ class Retention:
                 model, probe, batch_size=len(probe), base=lambda _: anchored(curvature, self.sites)
             )
         self.model = model
+        self._rounded, self._looks = has_bf16(), 0
 
     @property
     def strength(self) -> float:
@@ -177,13 +184,35 @@ class Retention:
 
     def _pulls(self) -> tuple[float, list[Pull]]:
         """Predicted nats, and the gradients of all that holds."""
-        nats, pulls = self.curvature.pulls(self.sites, rounded=has_bf16())
+        nats, pulls = self.curvature.pulls(self.sites, rounded=self._rounded)
+        if self._rounded and nats:
+            self._looks += 1
+            if nats < 0 or self._looks % LOOK == 0 or self._looks & (self._looks - 1) == 0:
+                nats, pulls = self._checked(nats, pulls)
         if self.past is not None:
             _, others = self.past.pulls(self.sites)
             pulls = [
                 Pull(p, mine + other) for (p, mine), (_, other) in zip(pulls, others, strict=True)
             ]
         return nats, pulls
+
+    def _checked(self, nats: float, pulls: list[Pull]) -> tuple[float, list[Pull]]:
+        """What was rounded, if rounding did it no harm; else the exact, from now on.
+
+        Rounded factors are not positive semi-definite. Where the weights have moved in directions
+        that the curvature hardly sees, as behind a filter, what is left of S is less than what
+        rounding has added, and the force may push.
+        """
+        exact, wanted = self.curvature.pulls(self.sites)
+        error = sum(
+            float((g - w).square().sum()) for (_, g), (_, w) in zip(pulls, wanted, strict=True)
+        )
+        size = sum(float(w.square().sum()) for _, w in wanted)
+        if nats >= 0 and error <= ROUNDING**2 * size:
+            return nats, pulls
+        self._rounded = False
+        self.curvature.drop_rounded()
+        return exact, wanted
 
     def apply_proximal(self, optimizer: Optimizer) -> float:
         """Pulls the adapter back after a step of `optimizer`; returns predicted nats."""
