@@ -57,7 +57,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_resume_finishes(
 ) -> None:
     out = tmp_path / "run"
     argv = ["--model", model, "--data", data, "--curvature", curvature, *short, "--out", out]
-    argv += ["--max-steps", 150, "--save-steps", 10]
+    argv += ["--max-steps", 400, "--save-steps", 10]
     process = subprocess.Popen(
         [*COMMAND, "train", *map(str, argv)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=QUIET,
@@ -79,9 +79,9 @@ def test_ctrl_c_keeps_a_checkpoint_and_resume_finishes(
     for checkpoint in (out / "checkpoints").iterdir():
         assert load_file(checkpoint / "adapter_model.safetensors")
     found = retain("train", "--resume", "--out", out, "--json").json
-    assert found["steps"] == 150
+    assert found["steps"] == 400
     assert found["resumed_from"].startswith("checkpoint-")
-    assert [entry["step"] for entry in found["history"]] == list(range(1, 151))
+    assert [entry["step"] for entry in found["history"]] == list(range(1, 401))
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
 
 

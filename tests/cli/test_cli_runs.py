@@ -111,6 +111,33 @@ class TestTrain:
         for name, size in sizes[0].items():
             torch.testing.assert_close(sizes[1][name], 3 * size, rtol=0.02, atol=0)
 
+    def test_the_recipe_is_the_default(
+        self, retain: Any, model: Path, source: Path, data: Path, tmp_path: Path
+    ) -> None:
+        """It filters, and says so where it cannot; laplace never does."""
+        argv = ("train", "--model", model, "--data", data, "--max-steps", 3, "--max-length", 16)
+        ends = {}
+        for structure in ("kfac", "diagonal"):
+            held = tmp_path / f"{structure}.safetensors"
+            retain("fit", model, source, "-o", held, "--structure", structure, "--quiet")
+            for name, more in {
+                "auto": (), "laplace": ("--method", "laplace"), "wiener": ("--start", "wiener")
+            }.items():  # fmt: skip
+                if (structure, name) == ("diagonal", "wiener"):
+                    continue
+                out = tmp_path / f"{structure}-{name}"
+                found = retain(*argv, "--curvature", held, "-o", out, "--batch-size", 4, *more)
+                assert found.code == 0
+                said = "held by the force alone, without a filter: structure diagonal"
+                assert (said in found.err + found.out) is (
+                    (structure, name) == ("diagonal", "auto")
+                )
+                weights = load_file(out / "adapter" / "adapter_model.safetensors")
+                ends[structure, name] = torch.cat([w.flatten() for w in weights.values()])
+        assert torch.equal(ends["kfac", "auto"], ends["kfac", "wiener"])
+        assert not torch.equal(ends["kfac", "auto"], ends["kfac", "laplace"])
+        assert torch.equal(ends["diagonal", "auto"], ends["diagonal", "laplace"])
+
     def test_the_adapter_is_plain_peft(self, trained: Path, model: Path) -> None:
         folder = trained / "adapter"
         assert {p.name for p in folder.iterdir()} == {
@@ -261,7 +288,7 @@ class TestEval:
         assert found["knowledge"].keys() == found["exact_match"].keys() == {"base", "tuned"}
         assert 0 <= found["knowledge"]["base"]["accuracy"] <= 1
         assert found["exact_match"]["tuned"]["items"] == 2
-        assert [row["method"] for row in found["rows"]] == [None, "auto"]
+        assert [row["method"] for row in found["rows"]] == [None, "laplace"]
         made = retain("report", out, "--json").json
         assert [Path(p).name for p in made["written"]] == [
             "report.html", "tradeoff.png", "training.png"

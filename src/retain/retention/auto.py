@@ -90,4 +90,6 @@ class Auto(Wiener):
 
     def _release(self) -> None:
         self.retention = None
+        if self.curvature is not None:
+            self.curvature.drop_rounded()
         super()._release()
