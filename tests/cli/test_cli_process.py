@@ -52,15 +52,21 @@ def test_an_error_is_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def _hears() -> None:
+    """In a child: Ctrl-C is heard, also where the tests run in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_keeps_a_checkpoint_and_resume_finishes(
     retain: Any, model: Path, data: Path, curvature: Path, short: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     argv = ["--model", model, "--data", data, "--curvature", curvature, *short, "--out", out]
-    argv += ["--max-steps", 400, "--save-steps", 10]
+    argv += ["--max-steps", 150, "--save-steps", 10]
     process = subprocess.Popen(
         [*COMMAND, "train", *map(str, argv)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=QUIET,
+        preexec_fn=_hears,
     )  # fmt: skip
     state = out / "checkpoints" / "checkpoint-10" / "trainer_state.json"
     limit = time.monotonic() + 60
@@ -79,9 +85,9 @@ def test_ctrl_c_keeps_a_checkpoint_and_resume_finishes(
     for checkpoint in (out / "checkpoints").iterdir():
         assert load_file(checkpoint / "adapter_model.safetensors")
     found = retain("train", "--resume", "--out", out, "--json").json
-    assert found["steps"] == 400
+    assert found["steps"] == 150
     assert found["resumed_from"].startswith("checkpoint-")
-    assert [entry["step"] for entry in found["history"]] == list(range(1, 401))
+    assert [entry["step"] for entry in found["history"]] == list(range(1, 151))
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
 
 
