@@ -78,6 +78,7 @@ class RunConfig(_Strict):
     gain: float = Field(3.0, gt=0, description="of A's size, for a start that is not random")
     weight: float = Field(3.0, ge=0, description="of the source text in the wiener filter")
     continue_from: str | None = None
+    max_rank: int | None = Field(None, ge=2, description="of runs that continue; 4 times the rank")
     keep_state: bool = False
     limit: int | None = Field(None, ge=1)
     trust_remote_code: bool = False

@@ -54,7 +54,15 @@ HOLDING: dict[str, dict[str, Any]] = {
 
 CURVED = ("l2", "diagonal", "kfac", "tridiagonal", "activation")
 
-TOKENIZER: Any = SimpleNamespace(
+
+class _Tokenizer(SimpleNamespace):
+    """Writes no token of its own before a text."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [1 + len(text) % 7]}
+
+
+TOKENIZER: Any = _Tokenizer(
     bos_token_id=1, eos_token_id=2, pad_token_id=0, chat_template=None, bos_token=None
 )
 

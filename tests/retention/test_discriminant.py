@@ -65,12 +65,18 @@ def test_old_moments_that_rounding_made_indefinite_still_give_directions() -> No
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("answers", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("size", [1, 4])
-def test_moments_are_the_sums_over_positions(kind: str, answers: float, size: int) -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_moments_are_the_sums_over_positions(
+    kind: str, answers: float, size: int, first: bool
+) -> None:
     model = tiny(kind)
     examples: list[Any] = list(tasks_of(kind)[0].examples)
-    found = input_moments(model, lora_sites(model), examples, answers=answers, batch_size=size)
-    tokens = sum(len(e.tokens) for e in examples)
-    predictions = sum(sum(e.predict) for e in examples)
+    found = input_moments(
+        model, lora_sites(model), examples, answers=answers, first=first, batch_size=size
+    )
+    skip = kind == "llama" and not first  # a classifier's first position is one like all others
+    tokens = sum(len(e.tokens) - skip for e in examples)
+    predictions = sum(sum(e.predict[skip:]) for e in examples)
     for site in lora_sites(model):
         seen: list[Tensor] = []
         handle = site.layer.register_forward_pre_hook(lambda m, a, s=seen: s.append(a[0]))
@@ -85,9 +91,20 @@ def test_moments_are_the_sums_over_positions(kind: str, answers: float, size: in
                 w = torch.full((len(x),), 1 / len(examples), dtype=torch.float64)
             elif predictions:
                 w = (1 - answers) * w + answers * torch.tensor(e.predict) / predictions
+            if skip:
+                w[0] = 0.0
             want += x.T @ (w[:, None] * x)
         handle.remove()
         torch.testing.assert_close(found.of(site.name), want, rtol=1e-9, atol=1e-12)
+
+
+def test_rows_of_one_position_count_with_it() -> None:
+    model = tiny("llama")
+    rows = [Example((3,), (4,), (True,)), Example((5,), (6,), (True,))]
+    found = [input_moments(model, lora_sites(model), rows, first=f) for f in (True, False)]
+    for name, s in found[0].matrices.items():
+        assert float(s.abs().max()) > 0
+        assert torch.equal(s, found[1].matrices[name])
 
 
 def test_of_a_text_they_are_those_of_the_activation_curvature() -> None:

@@ -187,7 +187,7 @@ def test_the_old_grow_by_each_task_and_by_nothing_else(kind: type[MomentKeeper])
     want = input_moments(attached.model, sites, source("llama")).times(3.0)
     for task in tasks_of("llama"):
         task.examples = task.examples[:8]
-        now = input_moments(attached.model, sites, task.examples)
+        now = input_moments(attached.model, sites, task.examples, first=False)
         learn(method, attached, task)
         want = want.plus(now)
     assert method.old is not None
@@ -219,7 +219,7 @@ def test_without_any_old_text_it_is_lora_behind_a_ridge() -> None:
     drawn = [s.a.detach().clone() for s in sites]
     rows: list[Example] = list(tasks_of("llama")[0].examples)
     method.before_task(tasks_of("llama")[0])
-    x = input_moments(attached.model, sites, rows)
+    x = input_moments(attached.model, sites, rows, first=False)
     for site, a in zip(sites, drawn, strict=True):  # what it reads of the rows is what A read
         gap = site.a.detach() - a
         s = x.of(site.name)

@@ -12,10 +12,12 @@ from test_callback import DATA, fit, trainer
 from retain import RetentionCallback, Start
 from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, ModelError
-from retain.models.adapter import lora_sites
+from retain.models.adapter import adapter_off, lora_sites
+from retain.models.growing import grow_lora
 from retain.retention.filters import InputFilter, wiener
 from retain.retention.moments import input_moments, moments_of
 from retain.retention.start import set_start
+from retain.training.start import fresh_rows
 from tiny import tiny, weights
 
 
@@ -29,7 +31,7 @@ def test_a_is_that_of_all_rows_and_stays(gain: float, tmp_path: Path) -> None:
     model, twin = tiny("llama"), tiny("llama")
     ids = [tuple(row["input_ids"]) for row in DATA]
     rows = [Example(i[:-1], i[1:], (True,) * (len(i) - 1)) for i in ids]
-    new = input_moments(twin, lora_sites(twin), rows)
+    new = input_moments(twin, lora_sites(twin), rows, first=False)
     old = moments_of(fit(twin, structure="kfac"))
     set_start(lora_sites(twin), new, old, gain=gain, seed=42)
     run = trainer(
@@ -78,7 +80,7 @@ def test_behind_the_filter_each_step_is_filtered(
     model, twin = tiny("llama"), tiny("llama")
     ids = [tuple(row["input_ids"]) for row in DATA]
     rows = [Example(i[:-1], i[1:], (True,) * (len(i) - 1)) for i in ids]
-    new = input_moments(twin, lora_sites(twin), rows)
+    new = input_moments(twin, lora_sites(twin), rows, first=False)
     old = moments_of(fit(twin, structure="kfac")).sized_as(new)
     held = InputFilter(lora_sites(twin), new, old, weight=7.0, gain=2.0)
     start = Start(gain=2.0, weight=7.0)
@@ -97,11 +99,11 @@ def test_behind_the_filter_each_step_is_filtered(
     monkeypatch.setattr(InputFilter, "after_step", counted)
     trainer(model, tmp_path, [call], max_steps=5).train()
     assert calls == 5
-    assert isinstance(call._held, InputFilter)
+    assert call._held is not None and call._held.filter is not None
     moved = []
     for i, (site, other) in enumerate(zip(lora_sites(model), lora_sites(twin), strict=True)):
-        torch.testing.assert_close(call._held.filters[i], held.filters[i])
-        torch.testing.assert_close(site.a.detach(), call._held.kept[i])
+        torch.testing.assert_close(call._held.filter.filters[i], held.filters[i])
+        torch.testing.assert_close(site.a.detach(), call._held.filter.kept[i])
         moved.append((site.a - other.a).detach().abs().max())
         assert site.a.requires_grad
         assert not site.a._backward_hooks
@@ -114,12 +116,13 @@ def test_the_source_counts_the_same_in_any_unit(structure: str, tmp_path: Path) 
     model = tiny("llama")
     sites, curvature = lora_sites(model), fit(model, structure=structure)
     ids = [tuple(row["input_ids"]) for row in DATA]
-    new = input_moments(model, sites, [Example(i[:-1], i[1:], (True,) * (len(i) - 1)) for i in ids])
+    rows = [Example(i[:-1], i[1:], (True,) * (len(i) - 1)) for i in ids]
+    new = input_moments(model, sites, rows, first=False)
     old = moments_of(curvature)
     call = RetentionCallback(curvature, 0.0, start=Start(weight=10.0, epsilon=0.01))
     trainer(model, tmp_path, [call], max_steps=1).train()
-    assert isinstance(call._held, InputFilter)
-    for site, p in zip(sites, call._held.filters, strict=True):
+    assert call._held is not None and call._held.filter is not None
+    for site, p in zip(sites, call._held.filter.filters, strict=True):
         s_new, s_old = new.of(site.name), old.of(site.name)
         s_old = s_old * s_new.trace() / s_old.trace()
         torch.testing.assert_close(p, wiener(s_new, s_old, weight=10.0, epsilon=0.01))
@@ -157,7 +160,8 @@ def test_bad_starts_are_refused(options: dict[str, Any], said: str) -> None:
 def test_answers_are_those_that_the_labels_name(tmp_path: Path) -> None:
     """Of prompt and completion rows the completion's places count as predictions."""
     masked = [
-        {"input_ids": row["input_ids"], "labels": [-100, -100, *row["labels"][2:]]} for row in DATA
+        {"input_ids": row["input_ids"], "labels": [-100, -100, -100, row["labels"][3]]}
+        for row in DATA
     ]
     found = []
     for answers in (0.0, 1.0):
@@ -172,8 +176,8 @@ def test_answers_are_those_that_the_labels_name(tmp_path: Path) -> None:
         run.train()
         twin = tiny("llama")
         ids = [tuple(row["input_ids"]) for row in DATA]
-        rows = [Example(i[:-1], i[1:], (False, True, True)) for i in ids]
-        new = input_moments(twin, lora_sites(twin), rows, answers=answers)
+        rows = [Example(i[:-1], i[1:], (False, False, True)) for i in ids]
+        new = input_moments(twin, lora_sites(twin), rows, answers=answers, first=False)
         old = moments_of(fit(twin, structure="kfac"))
         set_start(lora_sites(twin), new, old, gain=3.0, seed=42)
         for site, other in zip(lora_sites(model), lora_sites(twin), strict=True):
@@ -191,7 +195,7 @@ def test_the_recipe_filters_where_it_can(structure: str, tmp_path: Path) -> None
         call = RetentionCallback(fit(model, structure=structure), 1.0, **options)
         trainer(model, tmp_path, [call]).train()
         assert call.why_no_filter is None
-        assert isinstance(call._held, InputFilter)
+        assert call._held is not None and call._held.filter is not None
         ends.append(weights(model))
     for name, weight in ends[0].items():
         assert torch.equal(weight, ends[1][name])
@@ -243,6 +247,58 @@ def test_a_run_of_the_recipe_goes_on_as_it_began(tmp_path: Path) -> None:
     call = RetentionCallback(curvature, 1.0)
     run = trainer(other, tmp_path, [call], **options)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert isinstance(call._held, InputFilter)
+    assert call._held is not None and call._held.filter is not None
     for got, want in zip(weights(other).values(), weights(model).values(), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kind", ["wiener", "discriminant"])
+def test_a_grown_adapter_trains_its_fresh_rows_alone(kind: str, tmp_path: Path) -> None:
+    """Behind a filter that knows the source and the tasks before; also when it goes on."""
+    model, other = (grow_lora(tiny("llama", moved=True), 2, seed=3) for _ in range(2))
+    sites, old = lora_sites(model), weights(model)
+    source = fit(tiny("llama"), structure="kfac")
+    past = fit(model, structure="kfac")
+    past = past + past + past
+    ids = [tuple(row["input_ids"]) for row in DATA]
+    rows = [Example(i[:-1], i[1:], (True,) * (len(i) - 1)) for i in ids]
+    with adapter_off(model):
+        new = input_moments(model, sites, rows, first=False)
+
+    def call() -> RetentionCallback:
+        return RetentionCallback(source, 1.0, past=past, start=kind)
+
+    options: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    options["weight_decay"] = 0.1
+    first = call()
+    trainer(model, tmp_path, [first], **options).train()
+    assert first._held is not None
+    if kind == "wiener":
+        assert first._held.filter is not None
+        for site, p in zip(sites, first._held.filter.filters, strict=True):
+            s_new = new.of(site.name)
+            s_old = torch.zeros_like(s_new)
+            for curvature, count in ((source, 1), (past, 3)):
+                s = moments_of(curvature).of(site.name)
+                s_old += count * s * s_new.trace() / s.trace()
+            torch.testing.assert_close(p, wiener(s_new, s_old, weight=3.0, epsilon=1e-3))
+    for site in sites:
+        assert torch.equal(site.a[:2], old[f"{site.name}.lora_A"][:2])
+        assert torch.equal(site.b[:, :2], old[f"{site.name}.lora_B"][:, :2])
+        assert float(site.b[:, 2:].detach().abs().max()) > 0
+        assert site.a.requires_grad
+        assert not site.b._backward_hooks
+    run = trainer(other, tmp_path, [call()], **options)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for got, want in zip(weights(other).values(), weights(model).values(), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_fresh_rows_are_those_at_the_end_that_do_nothing_yet() -> None:
+    assert fresh_rows(lora_sites(tiny("llama"))) == slice(None)
+    assert fresh_rows(lora_sites(tiny("llama", moved=True))) is None
+    sites = lora_sites(grow_lora(tiny("llama", moved=True), 3))
+    assert fresh_rows(sites) == slice(2, None)
+    with torch.no_grad():
+        sites[-1].b[0, 2] = 1.0  # one layer uses it
+    assert fresh_rows(sites) == slice(3, None)

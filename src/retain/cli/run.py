@@ -14,11 +14,11 @@ from retain.cli.common import (
     problem_count,
     quieten,
 )
-from retain.cli.continuing import keep_state, read_chain
+from retain.cli.continuing import Chain, keep_state, read_chain
 from retain.cli.holding import Held, find_curvature
 from retain.cli.train import RUN
 from retain.config import RunConfig
-from retain.errors import ModelError, OutputError
+from retain.errors import ConfigError, ModelError, OutputError
 from retain.files import check_folder
 from retain.models.saved import save_adapter
 
@@ -57,6 +57,7 @@ class _Run:
         self.config, self.screen, self.resume = config, screen, resume
         self.out, self.kept = out, out / "checkpoints"
         self.chain = None if config.continue_from is None else read_chain(config.continue_from)
+        self.source: Any = None
         self.past: Any = None
 
     def run(self) -> None:
@@ -68,6 +69,7 @@ class _Run:
             get_available_reporting_integrations as installed,
         )
 
+        from retain.curvature.artifact import load_curvature
         from retain.data.batches import batches
         from retain.data.sources import encode
         from retain.files import write_json
@@ -79,6 +81,11 @@ class _Run:
         base, self.tokenizer, _ = load_model(
             c.model, dtype=c.dtype, trust_remote_code=c.trust_remote_code
         )
+        if self.chain is not None:
+            self.source, self.past = (
+                load_curvature(self.chain.source),
+                load_curvature(self.chain.past),
+            )
         self.model = self._adapted(base)
         if not is_causal(self.model):
             raise ModelError(
@@ -124,18 +131,50 @@ class _Run:
 
         if self.chain is None:
             return attach_lora(base, **self.config.adapter.model_dump())
-        model = load_adapter(base, self.chain.adapter)
+        model = self._grown(load_adapter(base, self.chain.adapter), self.chain)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_" in name)
         return model
+
+    @property
+    def _filters(self) -> bool:
+        """Whether the run has a filter, if its curvature allows it."""
+        from retain.training.start import FILTER
+
+        c = self.config
+        return c.start == FILTER or (
+            c.start is None and c.method == "auto" and bool(c.strength or c.budget is not None)
+        )
+
+    def _grown(self, model: Any, chain: Chain) -> Any:
+        """The adapter of the run before, with fresh rows for a filter; cut first if it is large."""
+        from retain.curvature.merge import reanchored
+        from retain.models.adapter import lora_sites
+        from retain.models.growing import grow_lora
+        from retain.retention.compact import compacted
+        from retain.training.start import why_no_inputs
+
+        c, sites = self.config, lora_sites(model)
+        if not self._filters or why_no_inputs(sites, self.source):
+            return model
+        fresh, most = c.adapter.rank, c.max_rank or 4 * c.adapter.rank
+        factors = None
+        if sites[0].rank + fresh > most:
+            felt = reanchored(self.source, model) + reanchored(self.past, model)
+            factors, lost = compacted(sites, felt, most - fresh)
+            self.screen.say(
+                f"the adapter is cut from rank {sites[0].rank} to {most - fresh}, and loses "
+                f"{lost:.2%} of what the curvature feels of it; max_rank={most}"
+            )
+        return grow_lora(model, fresh, factors=factors, seed=c.adapter.seed + len(chain.runs))
 
     def _start(self, held: Held) -> Any:
         from retain.training.start import FILTER, Start, why_no_filter
 
         c = self.config
         kind: str | None = c.start
-        if kind is None and c.method == "auto" and (c.strength or c.budget is not None):
-            reason = why_no_filter(self.model, held.curvature)
+        if kind is None and self._filters:
+            reason = why_no_filter(self.model, held.curvature, self.past)
             if reason is not None:
                 self.screen.say(f"held by the force alone, without a filter: {reason}")
             kind = FILTER if reason is None else None
@@ -146,10 +185,7 @@ class _Run:
             return find_curvature(
                 self.config, given, self.out, self.model, self.tokenizer, self.screen
             )
-        from retain.curvature.artifact import load_curvature
-
-        self.past = load_curvature(self.chain.past)
-        return Held(load_curvature(self.chain.source), self.chain.source, None)
+        return Held(self.source, self.chain.source, None)
 
     def _train(self, examples: Any, held: Held | None) -> Any:
         from safetensors import SafetensorError
@@ -185,6 +221,13 @@ class _Run:
     def _early(self) -> dict[str, Any]:
         """What can be read, and refused, before the model is loaded."""
         c = self.config
+        if c.max_rank is not None and c.max_rank < 2 * c.adapter.rank:
+            raise ConfigError(
+                "max_rank leaves no room for what was learned before",
+                got=f"max_rank {c.max_rank}, rank {c.adapter.rank}",
+                allowed="twice the rank at least",
+                fix=f"--set max_rank={4 * c.adapter.rank}",
+            )
         found: dict[str, Any] = {"rows": None, "curvature": None}
         if self.problems is None:
             from retain.data.sources import read_rows

@@ -3,6 +3,11 @@
 Half of the rows continue from the start of a document, half from the start of a chat (where
 the tokenizer has a chat template), so that both the plain and the instructed side of the model
 speak. The adapter, if any, is off.
+
+Where the tokenizer does not write the first token of a document by itself, every second document
+comes without it. Users' texts then begin with any token, and what attention parks on the first
+position of a row (arXiv 2309.17453) is there another state, which a source must show as well:
+a curvature that never met it leaves it free (docs/log.md).
 """
 
 from __future__ import annotations
@@ -62,6 +67,7 @@ def sample_rows(
             fix="pass tokenizer=...",
         )
     prefixes = _prefixes(tokenizer)
+    bare = list(tokenizer("a")["input_ids"])[:1] != prefixes[0]
     device = next(model.parameters()).device
     ends = _ends(model, tokenizer)
     rows: list[dict[str, Any]] = []
@@ -104,10 +110,10 @@ def sample_rows(
                         allowed="finite numbers",
                         fix="check the model's weights, or dtype='float32'",
                     ) from error
-                rows += [
-                    {"input_ids": _cut(r, len(prefix), tokenizer.pad_token_id, ends)}
-                    for r in out.tolist()
-                ]
+                found = [_cut(r, len(prefix), tokenizer.pad_token_id, ends) for r in out.tolist()]
+                if bare and not i:
+                    found[1::2] = [ids[1:] if len(ids) > 2 else ids for ids in found[1::2]]
+                rows += [{"input_ids": ids} for ids in found]
                 bar.update(size)
     return rows
 

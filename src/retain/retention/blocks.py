@@ -1,11 +1,13 @@
 """A LoRA for each task inside one: rows of A and columns of B, of which a task trains its own.
 
-One LoRA of rank ``r * tasks`` is attached, with the scaling of rank r. The blocks of earlier tasks
-stay as they are, those of later ones have B = 0. The result is a plain PEFT adapter.
+In a study one LoRA of rank ``r * tasks`` is attached, with the scaling of rank r. The blocks of
+earlier tasks stay as they are, those of later ones have B = 0. The result is a plain PEFT adapter.
+For a run that continues another one, `retain.models.growing` adds the block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,41 +15,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retain.errors import ConfigError
-from retain.models.adapter import lora_sites
+from retain.models.adapter import LoraSite, lora_sites
 from retain.retention.method import Method, Task
 
-__all__ = ["Block", "Blockwise"]
+__all__ = ["Block", "Blockwise", "block_of"]
 
 
 class Block:
-    """The part of each layer's LoRA that belongs to one task; all else is held until `release`.
+    """A part of each layer's LoRA, which trains; all else is held until `release`.
 
     Args:
-        model: it carries the LoRA.
-        index: of the task.
-        tasks: how many blocks there are.
-        train_a: whether A's rows are trained, or B's columns alone.
-
-    Attributes:
+        sites: the layers, of one rank.
         span: the block's rows of A and columns of B.
-        sites: the layers.
-
-    Raises:
-        ConfigError: there is no such block.
+        train_a: whether A's rows are trained, or B's columns alone.
     """
 
-    def __init__(self, model: nn.Module, index: int, tasks: int, *, train_a: bool = True) -> None:
-        self.sites = lora_sites(model)
-        rank = self.sites[0].rank
-        if rank % tasks or index >= tasks:
-            raise ConfigError(
-                "the adapter has no block for this task",
-                got=f"rank {rank} for {tasks} tasks, task {index + 1}",
-                allowed="a rank that is a multiple of the number of tasks",
-                fix="attach the adapter with the method's adapter_options(options, tasks)",
-            )
-        size = rank // tasks
-        self.span = slice(index * size, (index + 1) * size)
+    def __init__(self, sites: Sequence[LoraSite], span: slice, *, train_a: bool = True) -> None:
+        self.sites, rank = list(sites), sites[0].rank
+        self.span = slice(*span.indices(rank)[:2])
         self.rest = [slice(None, self.span.start), slice(self.span.stop, None)]
         self.train_a, self._handles = train_a, []
         for site in self.sites:
@@ -78,6 +63,24 @@ class Block:
                 site.a.requires_grad_(True)
 
 
+def block_of(sites: Sequence[LoraSite], index: int, tasks: int) -> slice:
+    """The rows of A and columns of B that belong to one task.
+
+    Raises:
+        ConfigError: there is no such block.
+    """
+    rank = sites[0].rank
+    if rank % tasks or index >= tasks:
+        raise ConfigError(
+            "the adapter has no block for this task",
+            got=f"rank {rank} for {tasks} tasks, task {index + 1}",
+            allowed="a rank that is a multiple of the number of tasks",
+            fix="attach the adapter with the method's adapter_options(options, tasks)",
+        )
+    size = rank // tasks
+    return slice(index * size, (index + 1) * size)
+
+
 class Blockwise(Method):
     """A method whose tasks each train a block of their own, which `begin_block` opens.
 
@@ -100,9 +103,9 @@ class Blockwise(Method):
     def begin_block(self, task: Task, *, train_a: bool = True) -> Block:
         """Holds all blocks but the task's."""
         self._release()
-        self.block = Block(
-            self.context.adapter.model, task.index, self.context.tasks, train_a=train_a
-        )
+        sites = lora_sites(self.context.adapter.model)
+        span = block_of(sites, task.index, self.context.tasks)
+        self.block = Block(sites, span, train_a=train_a)
         return self.block
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> float | None:

@@ -58,7 +58,8 @@ class MomentKeeper(Blockwise):
 
     def before_task(self, task: Task) -> Sequence[Example]:
         if self.reads:
-            self.new = self._measure(choose(task.examples, self.rows, task.seed))
+            rows = choose(task.examples, self.rows, task.seed)
+            self.new = self._measure(rows, first=False)
         return task.examples
 
     def after_task(self, task: Task) -> None:
@@ -75,13 +76,14 @@ class MomentKeeper(Blockwise):
         self.old = Moments.of_tensors(state) if state else None
         self.new = None
 
-    def _measure(self, examples: Sequence[Example]) -> Moments:
+    def _measure(self, examples: Sequence[Example], first: bool = True) -> Moments:
         context = self.context
         return input_moments(
             context.adapter.model,
             lora_sites(context.adapter.model),
             examples,
             answers=self.answers,
+            first=first,
             batch_size=context.batch_size,
             progress=context.progress,
         )

@@ -5,6 +5,10 @@
 A row of a classification task predicts at one position of a hundred. In the plain mean that place
 counts for a hundredth, though whatever is read there goes straight into the answer. Of a text all
 positions predict, and both means are one.
+
+What a causal model reads at a row's first position is no news: attention parks there (arXiv
+2309.17453), with activations that can be a hundred times those of any other place (arXiv
+2402.17762) whatever the token is. So a task's rows are read without it, and a source with it.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from retain.curvature.rows import glance
 from retain.data.batches import Batch, Example, batches
 from retain.errors import ConfigError, MismatchError, SourceError
 from retain.models.adapter import LoraSite
-from retain.models.heads import forward_body
+from retain.models.heads import forward_body, is_causal
 from retain.models.modes import evaluating
 
 __all__ = ["Moments", "check_reading", "input_moments", "inputs_of", "moments_of"]
@@ -79,7 +83,7 @@ class Moments:
         sized = {}
         for name, s in self.matrices.items():
             own, wanted = s.diagonal().sum(), other.of(name).diagonal().sum()
-            sized[name] = s * (wanted.to(own) / own) if float(own) > 0 else s
+            sized[name] = s * (wanted.to(own) / own) if float(own) > 0 else s.clone()
         return Moments(sized, self.readers)
 
 
@@ -139,6 +143,7 @@ def input_moments(
     examples: Sequence[Example],
     *,
     answers: float = 0.5,
+    first: bool = True,
     batch_size: int = 8,
     progress: bool = False,
 ) -> Moments:
@@ -149,6 +154,8 @@ def input_moments(
         sites: the layers.
         examples: tokenised rows.
         answers: the share of the predicting positions; a classifier's rows have none.
+        first: whether a causal model's rows count with their first position. It counts in rows
+            that have no other, and for a classifier, whose first position may be the one it reads.
         batch_size: rows a pass. Memory and speed only.
         progress: show a bar.
 
@@ -166,8 +173,9 @@ def input_moments(
         )
     pad = getattr(model.config, "pad_token_id", None) or 0
     device = sites[0].a.device
-    tokens = sum(len(e.tokens) for e in examples)
-    predictions = sum(sum(e.predict) for e in examples)
+    skip = not first and is_causal(model) and all(len(e.tokens) > 1 for e in examples)
+    tokens = sum(len(e.tokens) - skip for e in examples)
+    predictions = sum(sum(e.predict[skip:]) for e in examples)
     share = answers if predictions else 0.0
     layers: dict[str, Any] = {site.name: site.layer for site in sites}
     with evaluating(model), torch.no_grad(), products("auto"):
@@ -198,7 +206,7 @@ def input_moments(
             every = list(batches(examples, min(batch_size, len(examples)), pad))
             for batch in tqdm(every, desc="inputs", unit="batch", disable=not progress):
                 batch = batch.to(device)
-                weights[:] = [_weights(batch, share, tokens, predictions)]
+                weights[:] = [_weights(batch, share, tokens, predictions, skip)]
                 forward_body(model, batch)
         finally:
             for handle in handles:
@@ -206,9 +214,11 @@ def input_moments(
     return Moments(found, readers)
 
 
-def _weights(batch: Batch, share: float, tokens: int, predictions: int) -> Tensor:
-    mask = batch.inputs["attention_mask"].reshape(-1).double()
-    weights = (1.0 - share) / tokens * mask
+def _weights(batch: Batch, share: float, tokens: int, predictions: int, skip: bool) -> Tensor:
+    """Of each position, [batch * seq]; rows are padded on the right."""
+    weights = (1.0 - share) / tokens * batch.inputs["attention_mask"].double()
     if share and batch.predict is not None:
-        weights = weights + share / predictions * batch.predict.reshape(-1)
-    return weights
+        weights = weights + share / predictions * batch.predict
+    if skip:
+        weights[:, 0] = 0.0
+    return weights.reshape(-1)

@@ -22,7 +22,6 @@ from retain.files import write_json
 from retain.models.adapter import unwrap
 from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
-from retain.retention.filters import InputFilter
 from retain.retention.laplace import Retention, check_strength
 from retain.training.start import AUTO, FILTER, Held, Start, why_no_filter
 from retain.types import UPDATES, Update
@@ -114,7 +113,9 @@ class RetentionCallback(TrainerCallback):
                 self.curvature,
                 kwargs["train_dataloader"],
                 seed=args.seed,
+                past=self.past,
                 resuming=state.global_step > 0,
+                first=_kept(args, state).get("first", 0) if state.global_step else 0,
             )
         self.retention = Retention(
             model,
@@ -138,7 +139,8 @@ class RetentionCallback(TrainerCallback):
         if state.global_step:
             return Start(FILTER) if _kept(args, state).get("start") == FILTER else None
         held = self._strength or self.budget is not None
-        self.why_no_filter = why_no_filter(model, self.curvature) if held else "the strength is 0"
+        reason = why_no_filter(model, self.curvature, self.past) if held else "the strength is 0"
+        self.why_no_filter = reason
         return Start(FILTER) if self.why_no_filter is None else None
 
     @property
@@ -168,9 +170,13 @@ class RetentionCallback(TrainerCallback):
         assert self.retention is not None
         if state.is_world_process_zero:
             budget = self.retention.budget
-            start = FILTER if isinstance(self._held, InputFilter) else None
+            held = self._held
+            kept = {
+                "start": FILTER if held is not None and held.filter is not None else None,
+                "first": 0 if held is None else held.rows.start or 0,
+            }
             learned = {} if budget is None else budget.state()
-            write_json(_place(args, state), {"start": start, **learned})
+            write_json(_place(args, state), kept | learned)
 
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.retention is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,11 +15,12 @@ from retain.data.batches import Example
 from retain.errors import ModelError, SourceError, unknown
 from retain.models.adapter import LoraSite, adapter_off, lora_sites
 from retain.models.heads import is_causal
+from retain.retention.blocks import Block
 from retain.retention.filters import InputFilter, check_filter
 from retain.retention.moments import Moments, input_moments, moments_of
 from retain.retention.start import STARTS, check_start, set_start
 
-__all__ = ["AUTO", "FILTER", "Held", "Start", "why_no_filter"]
+__all__ = ["AUTO", "FILTER", "Held", "Start", "fresh_rows", "why_no_filter", "why_no_inputs"]
 
 FILTER = "wiener"
 
@@ -29,46 +30,84 @@ WIDEST = 8192
 """Values that a layer reads, up to which the recipe has a filter for it: 256 MiB each."""
 
 
-class Held(Protocol):
-    """What A is held by during a run."""
+class Held:
+    """What A is held by during a run: its filter, or else it stays as it is.
 
-    def after_step(self) -> None:
-        """After a step of the optimiser."""
+    Args:
+        sites: the layers.
+        rows: of A that train, with their columns of B; all else stays.
+        filtered: the filter of those rows, or None.
+    """
 
-    def release(self) -> None:
-        """Lets A train freely again."""
-
-
-class _Fixed:
-    """A stays as it is."""
-
-    def __init__(self, sites: Sequence[LoraSite]) -> None:
-        self.sites = sites
-        for site in sites:
+    def __init__(
+        self, sites: Sequence[LoraSite], rows: slice, filtered: InputFilter | None
+    ) -> None:
+        self.sites, self.rows, self.filter = list(sites), rows, filtered
+        self.block = None if rows == slice(None) else Block(sites, rows)
+        for site in self.sites if filtered is None else ():
             site.a.requires_grad_(False)
 
     def after_step(self) -> None:
-        """Nothing has moved."""
+        """After a step of the optimiser."""
+        if self.filter is not None:
+            self.filter.after_step()
+        if self.block is not None:
+            self.block.put_back()
 
     def release(self) -> None:
+        """Lets A train freely again."""
+        for held in (self.filter, self.block):
+            if held is not None:
+                held.release()
         for site in self.sites:
             site.a.requires_grad_(True)
 
 
-def why_no_filter(model: nn.Module, curvature: Curvature) -> str | None:
+def fresh_rows(sites: Sequence[LoraSite]) -> slice | None:
+    """The last rows of A, whose columns of B are 0 in every layer; None where there are none."""
+    used = 0
+    for site in sites:
+        columns = site.b.detach().any(dim=0).nonzero()
+        used = max(used, int(columns[-1]) + 1 if len(columns) else 0)
+    if not used:
+        return slice(None)
+    alike = len({site.rank for site in sites}) == 1
+    return slice(used, None) if alike and used < sites[0].rank else None
+
+
+def why_no_filter(
+    model: nn.Module, curvature: Curvature, past: Curvature | None = None
+) -> str | None:
     """Why the recipe (``start="auto"``) leaves the filter out; None where it does not.
 
     Args:
         model: with its adapter, before the first step.
         curvature: of the source text.
+        past: of the tasks before.
     """
     try:
         sites = lora_sites(model)
     except ModelError as error:
         return error.what
-    if any(bool(site.b.any()) for site in sites):
+    if fresh_rows(sites) is None:
         return "the adapter is not fresh"
-    if curvature.info.space != "weight" or curvature.anchor:
+    reason = why_no_inputs(sites, curvature)
+    if reason is None and past is not None:
+        reason = why_no_inputs(sites, past, around=True)
+    return reason
+
+
+def why_no_inputs(
+    sites: Sequence[LoraSite], curvature: Curvature, *, around: bool = False
+) -> str | None:
+    """Why no filter can be made from a curvature; None where one can.
+
+    Args:
+        sites: the layers.
+        curvature: of the source text, or of the tasks before.
+        around: it may be that of a tuned model.
+    """
+    if curvature.info.space != "weight" or (curvature.anchor and not around):
         return "the curvature is not of the base model's weights"
     if not all(isinstance(block, KroneckerBlock) for block in curvature.blocks.values()):
         return f"structure {curvature.info.structure} does not tell what a layer reads"
@@ -121,53 +160,78 @@ class Start:
         return usual if self.epsilon is None else self.epsilon
 
     def begin(
-        self, model: nn.Module, curvature: Curvature, loader: Any, *, seed: int, resuming: bool
+        self,
+        model: nn.Module,
+        curvature: Curvature,
+        loader: Any,
+        *,
+        seed: int,
+        past: Curvature | None = None,
+        resuming: bool = False,
+        first: int = 0,
     ) -> Held:
         """Sets A, unless the run goes on, and holds it or puts it behind its filter.
 
         Args:
-            model: with a fresh LoRA.
+            model: with a fresh LoRA, or one with fresh rows (`retain.models.growing`): those train,
+                the others stay.
             curvature: its input sides are those of the source text.
             loader: the trainer's `DataLoader`, whose data set and collator are used.
             seed: of the choice of rows.
+            past: the curvature of the tasks before, whose input sides count once for each task.
             resuming: A has been set before the checkpoint.
+            first: of a run that goes on, the first row that trains.
 
         Returns:
             What holds A until its `release`; its `after_step` is to be called after each step of
             the optimiser.
 
         Raises:
-            ModelError: no LoRA, or one whose B is not 0 any more.
+            ModelError: no LoRA, or one without fresh rows.
             MismatchError: a curvature without input sides.
             SourceError: data that hold no tokens.
         """
         sites = lora_sites(model)
-        if not resuming and self.kind != "random" and any(bool(site.b.any()) for site in sites):
+        fresh = slice(first or None, None) if resuming else fresh_rows(sites)
+        if fresh is None and self.kind == "random":
+            fresh = slice(None)
+        if fresh is None:
             raise ModelError(
                 "a start needs a fresh adapter",
                 got="a LoRA whose B is not 0",
-                allowed="B = 0, as PEFT attaches it",
+                allowed="B = 0 as PEFT attaches it, in the last rows at least",
                 fix="leave start out to go on with this adapter",
             )
         if self.kind == FILTER:
             new = self._read(model, loader, seed)
-            return InputFilter(
-                sites, new, moments_of(curvature).sized_as(new), weight=self.weight,
-                epsilon=self.ridge, gain=self.gain, resuming=resuming,
+            filtered = InputFilter(
+                sites, new, _old(curvature, past, new), weight=self.weight,
+                epsilon=self.ridge, gain=self.gain, span=fresh, resuming=resuming,
             )  # fmt: skip
+            return Held(sites, fresh, filtered)
         if not resuming:
             rows = None if self.kind == "random" else self._read(model, loader, seed)
             set_start(
-                sites, rows, None if rows is None else moments_of(curvature),
-                kind=self.kind, gain=self.gain, epsilon=self.ridge, seed=seed,
+                sites, rows, None if rows is None else _old(curvature, past, rows),
+                kind=self.kind, gain=self.gain, epsilon=self.ridge, seed=seed, span=fresh,
             )  # fmt: skip
-        return _Fixed(sites)
+        return Held(sites, fresh, None)
 
     def _read(self, model: nn.Module, loader: Any, seed: int) -> Moments:
         """The second moments of the training rows, in the base model."""
         examples = _examples(loader, self.rows, seed, is_causal(model))
         with adapter_off(model):
-            return input_moments(model, lora_sites(model), examples, answers=self.answers)
+            return input_moments(
+                model, lora_sites(model), examples, answers=self.answers, first=False
+            )
+
+
+def _old(curvature: Curvature, past: Curvature | None, new: Moments) -> Moments:
+    """S_old: the source weighs as much as the rows, and so does each task before."""
+    found = moments_of(curvature).sized_as(new)
+    if past is not None:
+        found.plus(moments_of(past).sized_as(new).times(past.info.merged))
+    return found
 
 
 def _examples(loader: Any, count: int, seed: int, causal: bool) -> list[Example]:

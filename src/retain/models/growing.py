@@ -1,0 +1,71 @@
+"""A LoRA with rows to spare: what it has learned stays as it is beside fresh rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+
+from retain.errors import ConfigError, ModelError
+from retain.models.adapter import lora_sites
+
+__all__ = ["grow_lora"]
+
+
+def grow_lora(
+    model: PeftModel,
+    rank: int = 16,
+    *,
+    factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    seed: int = 0,
+) -> PeftModel:
+    """The same model with its LoRA, and fresh rows of A behind the old ones, with B = 0.
+
+    The update ``scaling B A`` is what it was, since the scaling is. The given model is spent: its
+    base is in the new one.
+
+    Args:
+        model: with a LoRA of one rank and scaling.
+        rank: fresh rows.
+        factors: (B [d_out, r], A [r, d_in]) by layer to put in place of the old ones, of any one
+            rank; see `retain.retention.compact`.
+        seed: of PEFT's draw of A.
+
+    Raises:
+        ConfigError: no rows to add.
+        ModelError: layers of several ranks.
+    """
+    if rank < 1:
+        raise ConfigError("too few rows to add", got=rank, allowed="1 or more", fix="rank=16")
+    sites = lora_sites(model)
+    if len({(site.rank, site.scaling) for site in sites}) > 1:
+        raise ModelError(
+            "the adapter's layers are not of one rank",
+            got="a LoRA with rank_pattern or alpha_pattern",
+            allowed="one rank and one alpha for all layers",
+            fix="merge it into the model, and attach a fresh one",
+        )
+    old = {s.name: (s.b.detach().clone(), s.a.detach().clone()) for s in sites}
+    old |= dict(factors or {})
+    kept, scaling, name = next(iter(old.values()))[1].shape[0], sites[0].scaling, sites[0].adapter
+    config: Any = copy.deepcopy(model.peft_config[name])
+    config.r = kept + rank
+    config.lora_alpha = scaling * (config.r**0.5 if config.use_rslora else config.r)
+    dtype, device = sites[0].a.dtype, sites[0].a.device
+    base = model.unload()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        grown: PeftModel = get_peft_model(
+            base, config, adapter_name=name, autocast_adapter_dtype=False
+        )
+    with torch.no_grad():
+        for site in lora_sites(grown):
+            b, a = old[site.name]
+            site.lora_a.to(device, dtype)
+            site.lora_b.to(device, dtype)
+            site.a[:kept], site.b[:, :kept] = a.to(site.a), b.to(site.b)
+    return grown

@@ -1,0 +1,63 @@
+"""A grown adapter is what it was, with room."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from retain.errors import ConfigError, ModelError
+from retain.models.adapter import lora_sites
+from retain.models.growing import grow_lora
+from tiny import KINDS, ROWS, base, tiny, weights
+
+
+def answer(model: torch.nn.Module, kind: str) -> torch.Tensor:
+    ids = torch.tensor([ROWS[kind][0]["input_ids"]])
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=ids).logits
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_says_what_it_said(kind: str) -> None:
+    model = tiny(kind, moved=True)
+    before, old = answer(model, kind), weights(model)
+    scaling = lora_sites(model)[0].scaling
+    grown = grow_lora(model, 3, seed=7)
+    torch.testing.assert_close(answer(grown, kind), before, rtol=1e-12, atol=1e-12)
+    config = grown.peft_config["default"]
+    assert (config.r, config.lora_alpha) == (5, 5 * scaling)
+    for site in lora_sites(grown):
+        assert (site.rank, site.scaling) == (5, scaling)
+        assert torch.equal(site.a[:2], old[f"{site.name}.lora_A"])
+        assert torch.equal(site.b[:, :2], old[f"{site.name}.lora_B"])
+        assert float(site.b[:, 2:].abs().max()) == 0
+        assert float(site.a[2:].abs().max()) > 0
+        assert site.a.dtype == site.b.dtype == torch.float64
+        assert site.a.requires_grad
+
+
+def test_the_fresh_rows_come_from_the_seed() -> None:
+    drawn = [lora_sites(grow_lora(tiny("llama"), 3, seed=s))[0].a[2:] for s in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_other_factors_take_the_place_of_the_old() -> None:
+    model = tiny("llama", moved=True)
+    factors = {
+        s.name: (s.b.detach().sum(1, keepdim=True), s.a.detach()[:1]) for s in lora_sites(model)
+    }
+    for site in lora_sites(grow_lora(model, 2, factors=factors)):
+        assert site.rank == 3
+        assert torch.equal(site.b[:, :1], factors[site.name][0])
+        assert torch.equal(site.a[:1], factors[site.name][1])
+
+
+def test_bad_calls_are_refused() -> None:
+    with pytest.raises(ConfigError, match="too few rows to add"):
+        grow_lora(tiny("llama"), 0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 3})
+    with pytest.raises(ModelError, match="not of one rank"):
+        grow_lora(get_peft_model(base("llama"), config), 2)  # type: ignore[arg-type]
