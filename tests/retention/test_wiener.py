@@ -10,11 +10,12 @@ from sequences import begun, learn, source, tasks_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from retain.curvature.factor import SketchFactor
 from retain.data.batches import Example, batches
 from retain.errors import ConfigError
 from retain.models.adapter import lora_sites
 from retain.retention.discriminant import Discriminant
-from retain.retention.filters import InputFilter, wiener
+from retain.retention.filters import InputFilter, Thin, filter_of, wiener
 from retain.retention.keeper import MomentKeeper
 from retain.retention.moments import Moments, input_moments
 from retain.retention.wiener import Wiener
@@ -47,6 +48,86 @@ def test_the_filter_minimises_what_it_says(weight: float, epsilon: float, held: 
     parts.append((ridge.sqrt() * torch.eye(size).double(), torch.zeros(size, 3).double()))
     want = torch.linalg.lstsq(*(torch.cat(part) for part in zip(*parts, strict=True))).solution.T
     torch.testing.assert_close(a @ p, want, rtol=1e-9, atol=1e-11)
+
+
+def sketch(size: int, rank: int, seed: int, sizes: float = 1.0) -> SketchFactor:
+    vectors = sizes * rows_of(size, rank, seed).T
+    left = rows_of(size, 1, seed + 1)[0].square()
+    return SketchFactor(vectors, left, torch.zeros(()).double())
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("ranks", [(3, 4), (9, 9)])
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+def test_of_sketches_it_is_that_of_their_matrices(
+    held: bool, ranks: tuple[int, int], weight: float
+) -> None:
+    """In both directions, also where their directions are more than there are places."""
+    new, old = sketch(12, ranks[0], 0), sketch(12, ranks[1], 2) if held else None
+    thin = filter_of(new, old, weight=weight, epsilon=1e-3)
+    assert isinstance(thin, Thin)
+    s_old = None if old is None else old.dense()
+    want = wiener(new.dense(), s_old, weight=weight, epsilon=1e-3)
+    a = rows_of(12, 5, 9)
+    torch.testing.assert_close(thin.rows(a), a @ want, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(thin.back(a), a @ want.T, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(thin.dense(), want, rtol=1e-9, atol=1e-11)
+    moved = thin.to(torch.device("cpu"))
+    torch.testing.assert_close(moved.rows(a), a @ want, rtol=1e-9, atol=1e-11)
+
+
+def test_in_float32_a_massive_direction_leaves_no_rounding_behind() -> None:
+    """One direction with a million times the rest, in the new and the old text alike."""
+    new, old = sketch(12, 3, 0), sketch(12, 3, 2)
+    for s in (new, old):
+        s.vectors[:, 0] = 1e3 * torch.nn.functional.normalize(torch.ones(12).double(), dim=0)
+    want = wiener(new.dense(), old.dense(), weight=3.0, epsilon=1e-3)
+
+    def narrow(s: SketchFactor) -> SketchFactor:
+        return SketchFactor(s.vectors.float(), s.diagonal.float(), s.bound.float())
+
+    thin = filter_of(narrow(new), narrow(old), weight=3.0, epsilon=1e-3)
+    a = rows_of(12, 5, 9)
+    assert thin.dtype == torch.float32
+    torch.testing.assert_close(thin.rows(a.float()).double(), a @ want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(thin.back(a.float()).double(), a @ want.T, rtol=1e-4, atol=1e-5)
+
+
+def test_of_silence_a_sketch_learns_nothing() -> None:
+    none = SketchFactor(torch.zeros(6, 2), torch.zeros(6), torch.zeros(()))
+    thin = filter_of(none, none, weight=3.0, epsilon=1e-3)
+    assert float(thin.dense().abs().max()) == 0
+
+
+def test_sketches_add_up_as_matrices_do() -> None:
+    def made() -> Moments:
+        return Moments({"x": sketch(6, 6, 0), "y": moment(rows_of(4, 9, 5))}, READERS)
+
+    other = Moments({"x": sketch(6, 6, 3), "y": moment(rows_of(4, 9, 6))}, READERS)
+    total, twice, sized = made().plus(other), made().times(2.0), made().sized_as(other)
+    assert made().ranks() == {"x": 6, "z": 6}
+    for name in ("x", "y", "z"):
+        s, o = made().of(name), other.of(name)
+        # of a sum only 6 of 12 directions are kept, and the rest on the diagonal
+        assert float(total.of(name).trace()) == pytest.approx(float((s + o).trace()))
+        torch.testing.assert_close(total.of(name).diagonal(), (s + o).diagonal())
+        torch.testing.assert_close(twice.of(name), 2.0 * s)
+        torch.testing.assert_close(sized.of(name), s * (o.trace() / s.trace()))
+
+
+READERS = {"x": "x", "y": "y", "z": "x"}
+
+
+def test_read_as_sketches_the_moments_are_those_of_the_rows() -> None:
+    attached = begun(Wiener(), "lora", "llama", tasks=1)
+    sites = lora_sites(attached.model)
+    rows = list(tasks_of("llama")[0].examples)
+    whole = input_moments(attached.model, sites, rows)
+    ranks = dict.fromkeys([s.name for s in sites if s.shape[1] == 12], 12)
+    found = input_moments(attached.model, sites, rows, ranks=ranks)
+    assert set(found.ranks()) == set(ranks)
+    for site in sites:
+        torch.testing.assert_close(found.of(site.name), whole.of(site.name))
 
 
 def test_at_its_ends_it_passes_all_or_leaves_the_old_alone() -> None:
@@ -89,7 +170,7 @@ def test_training_is_that_of_a_row_behind_the_filter(kind: str, optimizer: str) 
     begun_at = [k.clone() for k in held.kept]
     for other, p in zip(others, held.filters, strict=True):
         place: Any = next(m for m in twin.modules() if getattr(m, "weight", None) is other.a)
-        parametrize.register_parametrization(place, "weight", Behind(p), unsafe=True)
+        parametrize.register_parametrization(place, "weight", Behind(p.dense()), unsafe=True)
     make = {
         "sgd": lambda m: torch.optim.SGD(m, lr=0.1, momentum=0.9),
         "adam": lambda m: torch.optim.AdamW(m, lr=0.05, weight_decay=0.0),
@@ -126,7 +207,7 @@ def test_what_bfloat16_would_lose_adds_up() -> None:
                 site.a.add_(2.0**-6)
         held.after_step()
     for site, first, p in zip(sites, before, held.filters, strict=True):
-        want = first + 100 * 2.0**-6 * torch.ones_like(first) @ p
+        want = first + 100 * 2.0**-6 * torch.ones_like(first) @ p.dense()
         error = float((site.a.float() - want).abs().max())
         assert error < 0.1 * float((want - first).abs().max()) + 2.0**-8 * float(want.abs().max())
 
@@ -160,7 +241,7 @@ def test_a_block_learns_behind_its_filter_and_the_others_stay() -> None:
     method.before_task(first)
     assert method.filter is not None
     for site, a, p in zip(sites, drawn, method.filter.filters, strict=True):
-        torch.testing.assert_close(site.a[:2], 2.0 * a[:2] @ p)
+        torch.testing.assert_close(site.a[:2], 2.0 * a[:2] @ p.dense())
         assert torch.equal(site.a[2:], a[2:])
     method.after_task(first)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, ModelError
 from retain.models.adapter import adapter_off, lora_sites
 from retain.models.growing import grow_lora
-from retain.retention.filters import InputFilter, wiener
+from retain.retention.filters import InputFilter, Thin, Whole, wiener
 from retain.retention.moments import input_moments, moments_of
 from retain.retention.start import set_start
 from retain.training.start import fresh_rows
@@ -94,7 +94,7 @@ def test_behind_the_filter_each_step_is_filtered(
         step(self)
         calls += 1
         for site, raw, k, p in zip(self.sites, before, kept, self.filters, strict=True):
-            torch.testing.assert_close(site.a.detach(), k + (raw - k) @ p)
+            torch.testing.assert_close(site.a.detach(), k + (raw - k) @ p.dense())
 
     monkeypatch.setattr(InputFilter, "after_step", counted)
     trainer(model, tmp_path, [call], max_steps=5).train()
@@ -102,7 +102,8 @@ def test_behind_the_filter_each_step_is_filtered(
     assert call._held is not None and call._held.filter is not None
     moved = []
     for i, (site, other) in enumerate(zip(lora_sites(model), lora_sites(twin), strict=True)):
-        torch.testing.assert_close(call._held.filter.filters[i], held.filters[i])
+        got, want = call._held.filter.filters[i].dense(), held.filters[i].dense()
+        torch.testing.assert_close(got, want)
         torch.testing.assert_close(site.a.detach(), call._held.filter.kept[i])
         moved.append((site.a - other.a).detach().abs().max())
         assert site.a.requires_grad
@@ -125,7 +126,25 @@ def test_the_source_counts_the_same_in_any_unit(structure: str, tmp_path: Path) 
     for site, p in zip(sites, call._held.filter.filters, strict=True):
         s_new, s_old = new.of(site.name), old.of(site.name)
         s_old = s_old * s_new.trace() / s_old.trace()
-        torch.testing.assert_close(p, wiener(s_new, s_old, weight=10.0, epsilon=0.01))
+        torch.testing.assert_close(p.dense(), wiener(s_new, s_old, weight=10.0, epsilon=0.01))
+
+
+def test_a_curvature_of_sketches_has_a_thin_filter(tmp_path: Path) -> None:
+    """Of the rank that the curvature has; narrow layers keep a whole one."""
+    model = tiny("llama")
+    curvature = fit(model, structure="kfac", rank=2)
+    call = RetentionCallback(curvature, 1.0)
+    trainer(model, tmp_path, [call], max_steps=3).train()
+    assert call.why_no_filter is None
+    assert call._held is not None and call._held.filter is not None
+    kinds = {type(f) for f in call._held.filter.filters}
+    thin = [f for f in call._held.filter.filters if isinstance(f, Thin)]
+    assert kinds == {Thin, Whole} or (kinds == {Thin} and thin)
+    for found in thin:
+        assert found.basis.shape[1] == 4
+    for site, kept in zip(lora_sites(model), call._held.filter.kept, strict=True):
+        torch.testing.assert_close(site.a.detach(), kept)
+        assert float(site.b.detach().abs().max()) > 0
 
 
 def test_a_used_adapter_has_no_start(tmp_path: Path) -> None:
@@ -281,7 +300,7 @@ def test_a_grown_adapter_trains_its_fresh_rows_alone(kind: str, tmp_path: Path) 
             for curvature, count in ((source, 1), (past, 3)):
                 s = moments_of(curvature).of(site.name)
                 s_old += count * s * s_new.trace() / s.trace()
-            torch.testing.assert_close(p, wiener(s_new, s_old, weight=3.0, epsilon=1e-3))
+            torch.testing.assert_close(p.dense(), wiener(s_new, s_old, weight=3.0, epsilon=1e-3))
     for site in sites:
         assert torch.equal(site.a[:2], old[f"{site.name}.lora_A"][:2])
         assert torch.equal(site.b[:, :2], old[f"{site.name}.lora_B"][:, :2])

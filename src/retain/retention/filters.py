@@ -25,16 +25,18 @@ Related: gradient projection (GPM, arXiv 2103.09762), InfLoRA (arXiv 2404.00228)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from retain.curvature.factor import SketchFactor
 from retain.errors import check_number
 from retain.models.adapter import LoraSite
-from retain.retention.moments import Moments, check_reading, inputs_of
+from retain.retention.moments import Moment, Moments, check_reading, inputs_of
 
-__all__ = ["InputFilter", "check_filter", "wiener"]
+__all__ = ["InputFilter", "Thin", "Whole", "check_filter", "filter_of", "wiener"]
 
 
 def check_filter(weight: float, epsilon: float, gain: float, answers: float, rows: int) -> None:
@@ -71,6 +73,111 @@ def wiener(new: Tensor, old: Tensor | None, *, weight: float, epsilon: float) ->
     return found
 
 
+class Whole:
+    """P as a matrix.
+
+    Args:
+        p: [size, size].
+    """
+
+    def __init__(self, p: Tensor) -> None:
+        self.p, self.dtype = p, p.dtype
+
+    def rows(self, a: Tensor) -> Tensor:
+        """``a P``, for a [n, size]."""
+        return a @ self.p
+
+    def back(self, g: Tensor) -> Tensor:
+        """``g P^T``, for g [n, size]."""
+        return g @ self.p.T
+
+    def dense(self) -> Tensor:
+        """P, [size, size]."""
+        return self.p
+
+    def to(self, device: torch.device) -> Whole:
+        """The same on a device."""
+        return Whole(self.p.to(device))
+
+
+class Thin:
+    """P of two sketches, ``U U^T + diag(v)`` each, without a matrix of its size.
+
+    With ``D = v_new + weight v_old + ridge``, ``D^(-1/2) [U_new, weight^(1/2) U_old] = Q R`` and
+    ``R R^T = T_new + T_old`` the new and the old in the basis Q,
+
+        P = D^(1/2) (Q C Q^T + V - V Q H Q^T) D^(-1/2),
+        V = v_new / D,  H = R R^T (1 + R R^T)^-1,  C = T_new (1 + R R^T)^-1
+
+    which is Woodbury's identity without the difference of two large terms in it.
+
+    Args:
+        new: S_new.
+        old: S_old; None where there is no old text.
+        weight: of the old.
+        epsilon: see `wiener`.
+    """
+
+    def __init__(
+        self, new: SketchFactor, old: SketchFactor | None, *, weight: float, epsilon: float
+    ) -> None:
+        kind = torch.promote_types(new.vectors.dtype, torch.float32)
+        u, v = new.vectors.double(), new.diagonal.double()
+        d = v + epsilon * new.trace() / new.size
+        wide = u
+        if old is not None:
+            d = d + weight * old.diagonal.to(v)
+            wide = torch.cat([u, weight**0.5 * old.vectors.to(u)], 1)
+        silent = not new.trace() > 0
+        d = torch.ones_like(d) if silent else d
+        q, r = torch.linalg.qr(wide / d.sqrt()[:, None])
+        one = torch.eye(len(r)).to(r)
+        inverse = torch.linalg.inv(one + r @ r.T)
+        t_new = r[:, : u.shape[1]] @ r[:, : u.shape[1]].T
+        self.basis, self.root = q.to(kind), d.sqrt().to(kind)
+        self.share = (v / d).to(kind)
+        self.new = (t_new @ inverse).to(kind)  # C
+        self.stopped = (one - inverse).to(kind)  # H
+        self.dtype = kind
+
+    def rows(self, a: Tensor) -> Tensor:
+        """``a P``, for a [n, size]."""
+        z = a * self.root
+        kept = z * self.share
+        inner = (z @ self.basis) @ self.new - (kept @ self.basis) @ self.stopped
+        found: Tensor = (inner @ self.basis.T + kept) / self.root
+        return found
+
+    def back(self, g: Tensor) -> Tensor:
+        """``g P^T``, for g [n, size]."""
+        z = g / self.root
+        inner = z @ self.basis
+        passed = z - (inner @ self.stopped) @ self.basis.T
+        found: Tensor = ((inner @ self.new.T) @ self.basis.T + passed * self.share) * self.root
+        return found
+
+    def dense(self) -> Tensor:
+        """P, [size, size]."""
+        return self.rows(torch.eye(len(self.root)).to(self.root))
+
+    def to(self, device: torch.device) -> Thin:
+        """The same on a device."""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, value.to(device))
+        return moved
+
+
+def filter_of(new: Moment, old: Moment | None, *, weight: float, epsilon: float) -> Whole | Thin:
+    """P of whole matrices, or of sketches; see `wiener`."""
+    if isinstance(new, SketchFactor) and (old is None or isinstance(old, SketchFactor)):
+        return Thin(new, old, weight=weight, epsilon=epsilon)
+    whole = [s.dense() if isinstance(s, SketchFactor) else s for s in (new, old)]
+    assert whole[0] is not None
+    return Whole(wiener(whole[0], whole[1], weight=weight, epsilon=epsilon))
+
+
 class InputFilter:
     """Holds the training of LoRA's A behind a filter, until `release`.
 
@@ -98,22 +205,24 @@ class InputFilter:
         resuming: bool = False,
     ) -> None:
         self.sites, self.span = list(sites), span
-        found: dict[tuple[str, str], Tensor] = {}  # layers that read one input share one
-        self.filters: list[Tensor] = []
+        found: dict[tuple[str, str], Whole | Thin] = {}  # layers that read one input share one
+        self.filters: list[Whole | Thin] = []
         for site in self.sites:
             both = inputs_of(site.name, new, old)
             if both not in found:
-                s_old = None if old is None else old.of(site.name)
-                found[both] = wiener(new.of(site.name), s_old, weight=weight, epsilon=epsilon)
-            self.filters.append(found[both].to(site.a.device))
+                s_old = None if old is None else old.raw(site.name)
+                found[both] = filter_of(
+                    new.raw(site.name), s_old, weight=weight, epsilon=epsilon
+                ).to(site.a.device)
+            self.filters.append(found[both])
         if not resuming:
             with torch.no_grad():
                 for site, p in zip(self.sites, self.filters, strict=True):
-                    rows = gain * site.a[span].to(p) @ p
+                    rows = p.rows(gain * site.a[span].to(p.dtype))
                     site.a[span] = rows.to(site.a.dtype)
         # In the filter's precision: what a step adds may be below the last bit of a bfloat16.
         self.kept = [
-            s.a[span].detach().to(p, copy=True)
+            s.a[span].detach().to(p.dtype, copy=True)
             for s, p in zip(self.sites, self.filters, strict=True)
         ]
         # At the gradient's birth, so that clipping sees what is left of it.
@@ -122,9 +231,9 @@ class InputFilter:
             for s, p in zip(self.sites, self.filters, strict=True)
         ]
 
-    def _filtered(self, gradient: Tensor, p: Tensor) -> Tensor:
+    def _filtered(self, gradient: Tensor, p: Whole | Thin) -> Tensor:
         found = gradient.clone()
-        found[self.span] = (gradient[self.span].to(p) @ p.T).to(found.dtype)
+        found[self.span] = p.back(gradient[self.span].to(p.dtype)).to(found.dtype)
         return found
 
     def after_step(self) -> None:
@@ -132,8 +241,8 @@ class InputFilter:
         with torch.no_grad():
             for i, (site, p) in enumerate(zip(self.sites, self.filters, strict=True)):
                 now = site.a[self.span]
-                step = (now - self.kept[i].to(now.dtype)).to(p)
-                self.kept[i] = self.kept[i] + step @ p
+                step = (now - self.kept[i].to(now.dtype)).to(p.dtype)
+                self.kept[i] = self.kept[i] + p.rows(step)
                 site.a[self.span] = self.kept[i].to(now.dtype)
 
     def release(self) -> None:

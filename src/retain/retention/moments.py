@@ -24,38 +24,62 @@ from tqdm.auto import tqdm
 from retain.curvature.capture import shared_inputs
 from retain.curvature.curvature import Curvature
 from retain.curvature.estimator import products
+from retain.curvature.factor import DenseFactor, SketchFactor
 from retain.curvature.kronecker import KroneckerBlock
 from retain.curvature.rows import glance
+from retain.curvature.sketch import sketch_finish, sketch_update
 from retain.data.batches import Batch, Example, batches
 from retain.errors import ConfigError, MismatchError, SourceError
 from retain.models.adapter import LoraSite
 from retain.models.heads import forward_body, is_causal
 from retain.models.modes import evaluating
 
-__all__ = ["Moments", "check_reading", "input_moments", "inputs_of", "moments_of"]
+__all__ = [
+    "Moment",
+    "Moments",
+    "check_reading",
+    "input_moments",
+    "inputs_of",
+    "moments_of",
+    "trace",
+]
+
+
+Moment = Tensor | SketchFactor
 
 
 class Moments:
     """S of each input, which several layers may read.
 
     Args:
-        matrices: S by the first layer that reads it, [d_in, d_in].
+        matrices: S by the first layer that reads it, [d_in, d_in]; of wide inputs it may be a
+            sketch, as in a curvature that has one.
         readers: layer -> that first layer.
     """
 
-    def __init__(self, matrices: Mapping[str, Tensor], readers: Mapping[str, str]) -> None:
+    def __init__(self, matrices: Mapping[str, Moment], readers: Mapping[str, str]) -> None:
         self.matrices, self.readers = dict(matrices), dict(readers)
 
-    def of(self, layer: str) -> Tensor:
-        """S of a layer."""
+    def raw(self, layer: str) -> Moment:
+        """S of a layer, as it is kept."""
         return self.matrices[self.readers[layer]]
+
+    def of(self, layer: str) -> Tensor:
+        """S of a layer, [d_in, d_in]."""
+        s = self.raw(layer)
+        return s if isinstance(s, Tensor) else s.dense()
+
+    def ranks(self) -> dict[str, int]:
+        """How many directions the sketches have, by all layers that read them."""
+        found = {layer: self.raw(layer) for layer in self.readers}
+        return {n: s.vectors.shape[1] for n, s in found.items() if isinstance(s, SketchFactor)}
 
     def tensors(self) -> dict[str, Tensor]:
         """For a file: S by the names of all layers that read it."""
         names: dict[str, list[str]] = {}
         for layer, first in self.readers.items():
             names.setdefault(first, []).append(layer)
-        return {"|".join(layers): self.matrices[first] for first, layers in names.items()}
+        return {"|".join(layers): self.of(first) for first, layers in names.items()}
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Moments:
@@ -69,22 +93,37 @@ class Moments:
     def plus(self, other: Moments) -> Moments:
         """``self + other``, in place of self."""
         for name, s in self.matrices.items():
-            s += other.matrices[name]
+            if isinstance(s, Tensor):
+                s += other.of(name)
+            else:
+                more = other.raw(name)
+                self.matrices[name] = s.plus(
+                    DenseFactor(more) if isinstance(more, Tensor) else more
+                )
         return self
 
     def times(self, weight: float) -> Moments:
         """``weight self``, in place of self."""
-        for s in self.matrices.values():
-            s *= weight
+        for name, s in self.matrices.items():
+            if isinstance(s, Tensor):
+                s *= weight
+            else:
+                self.matrices[name] = s.scaled(weight)
         return self
 
     def sized_as(self, other: Moments) -> Moments:
         """Each S with the trace of the other's: what is relied on, whatever its unit."""
-        sized = {}
+        sized: dict[str, Moment] = {}
         for name, s in self.matrices.items():
-            own, wanted = s.diagonal().sum(), other.of(name).diagonal().sum()
-            sized[name] = s * (wanted.to(own) / own) if float(own) > 0 else s.clone()
+            own, wanted = trace(s), trace(other.raw(name))
+            share = wanted / own if own > 0 else 1.0
+            sized[name] = s * share if isinstance(s, Tensor) else s.scaled(share)
         return Moments(sized, self.readers)
+
+
+def trace(s: Moment) -> float:
+    """The trace of S."""
+    return float(s.diagonal().sum()) if isinstance(s, Tensor) else s.trace()
 
 
 def inputs_of(layer: str, new: Moments, old: Moments | None) -> tuple[str, str]:
@@ -98,7 +137,7 @@ def moments_of(curvature: Curvature) -> Moments:
     Raises:
         MismatchError: a curvature that has none.
     """
-    matrices: dict[str, Tensor] = {}
+    matrices: dict[str, Moment] = {}
     readers: dict[str, str] = {}
     first: dict[int, str] = {}
     for name, block in curvature.blocks.items():
@@ -111,7 +150,8 @@ def moments_of(curvature: Curvature) -> Moments:
             )
         readers[name] = first.setdefault(id(block.inputs), name)
         if readers[name] == name:
-            matrices[name] = block.inputs.dense()
+            side = block.inputs
+            matrices[name] = side if isinstance(side, SketchFactor) else side.dense()
     return Moments(matrices, readers)
 
 
@@ -144,6 +184,7 @@ def input_moments(
     *,
     answers: float = 0.5,
     first: bool = True,
+    ranks: Mapping[str, int] | None = None,
     batch_size: int = 8,
     progress: bool = False,
 ) -> Moments:
@@ -156,6 +197,7 @@ def input_moments(
         answers: the share of the predicting positions; a classifier's rows have none.
         first: whether a causal model's rows count with their first position. It counts in rows
             that have no other, and for a classifier, whose first position may be the one it reads.
+        ranks: of the sketches that are to be made of some layers' S in place of the whole.
         batch_size: rows a pass. Memory and speed only.
         progress: show a bar.
 
@@ -181,6 +223,8 @@ def input_moments(
     with evaluating(model), torch.no_grad(), products("auto"):
         readers = shared_inputs(model, layers, glance(examples[0], pad).to(device))
         found: dict[str, Tensor] = {}
+        sketches: dict[str, Tensor] = {}
+        wide = {readers[layer]: rank for layer, rank in (ranks or {}).items()}
         weights: list[Tensor] = []  # of the batch that runs, [batch * seq]
 
         def hear(name: str) -> Any:
@@ -191,7 +235,9 @@ def input_moments(
                     rows = rows * weights[0].sqrt()[:, None].to(rows.dtype)
                 else:  # behind a classifier's pooling there is one place a row
                     rows = rows / len(examples) ** 0.5
-                if name not in found:
+                if name in wide:
+                    sketch_update(sketches, name, rows, wide[name])
+                elif name not in found:
                     found[name] = rows.T @ rows
                 else:
                     found[name].addmm_(rows.T, rows)
@@ -211,7 +257,9 @@ def input_moments(
         finally:
             for handle in handles:
                 handle.remove()
-    return Moments(found, readers)
+    kind = torch.promote_types(sites[0].a.dtype, torch.float32)
+    made = {n: sketch_finish(sketches, n, rank, 1.0, kind) for n, rank in wide.items()}
+    return Moments({**found, **made}, readers)
 
 
 def _weights(batch: Batch, share: float, tokens: int, predictions: int, skip: bool) -> Tensor:

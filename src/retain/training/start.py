@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from retain.curvature.curvature import Curvature
+from retain.curvature.factor import SketchFactor
 from retain.curvature.kronecker import KroneckerBlock
 from retain.data.batches import Example
 from retain.errors import ModelError, SourceError, unknown
@@ -27,7 +28,7 @@ FILTER = "wiener"
 AUTO = "auto"
 
 WIDEST = 8192
-"""Values that a layer reads, up to which the recipe has a filter for it: 256 MiB each."""
+"""Values that a layer reads, up to which the recipe has a whole filter for it: 256 MiB each."""
 
 
 class Held:
@@ -111,9 +112,14 @@ def why_no_inputs(
         return "the curvature is not of the base model's weights"
     if not all(isinstance(block, KroneckerBlock) for block in curvature.blocks.values()):
         return f"structure {curvature.info.structure} does not tell what a layer reads"
-    widest = max(site.a.shape[1] for site in sites)
-    if widest > WIDEST:
-        return f"a layer reads {widest} values; a filter has as many rows and columns"
+    sides = {site.name: curvature.blocks.get(site.name) for site in sites}
+    whole = [s.inputs.size for s in sides.values() if isinstance(s, KroneckerBlock)
+             and not isinstance(s.inputs, SketchFactor)]  # fmt: skip
+    if max(whole, default=0) > WIDEST:
+        return (
+            f"a layer reads {max(whole)} values, and a filter has as many rows and columns; "
+            "with a curvature of sketched factors (rank=256) it has fewer"
+        )
     return None
 
 
@@ -203,32 +209,35 @@ class Start:
                 fix="leave start out to go on with this adapter",
             )
         if self.kind == FILTER:
-            new = self._read(model, loader, seed)
+            source = moments_of(curvature)
+            new = self._read(model, loader, seed, source.ranks())
             filtered = InputFilter(
-                sites, new, _old(curvature, past, new), weight=self.weight,
+                sites, new, _old(source, past, new), weight=self.weight,
                 epsilon=self.ridge, gain=self.gain, span=fresh, resuming=resuming,
             )  # fmt: skip
             return Held(sites, fresh, filtered)
         if not resuming:
             rows = None if self.kind == "random" else self._read(model, loader, seed)
             set_start(
-                sites, rows, None if rows is None else _old(curvature, past, rows),
+                sites, rows, None if rows is None else _old(moments_of(curvature), past, rows),
                 kind=self.kind, gain=self.gain, epsilon=self.ridge, seed=seed, span=fresh,
             )  # fmt: skip
         return Held(sites, fresh, None)
 
-    def _read(self, model: nn.Module, loader: Any, seed: int) -> Moments:
+    def _read(
+        self, model: nn.Module, loader: Any, seed: int, ranks: Mapping[str, int] | None = None
+    ) -> Moments:
         """The second moments of the training rows, in the base model."""
         examples = _examples(loader, self.rows, seed, is_causal(model))
         with adapter_off(model):
             return input_moments(
-                model, lora_sites(model), examples, answers=self.answers, first=False
+                model, lora_sites(model), examples, answers=self.answers, first=False, ranks=ranks
             )
 
 
-def _old(curvature: Curvature, past: Curvature | None, new: Moments) -> Moments:
+def _old(source: Moments, past: Curvature | None, new: Moments) -> Moments:
     """S_old: the source weighs as much as the rows, and so does each task before."""
-    found = moments_of(curvature).sized_as(new)
+    found = source.sized_as(new)
     if past is not None:
         found.plus(moments_of(past).sized_as(new).times(past.info.merged))
     return found
