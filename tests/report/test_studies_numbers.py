@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -385,3 +386,17 @@ class TestReading:
 
         assert stores(kind="replay") and not stores(kind="self_replay") and not stores()
         assert stores(stores_data=True) and not stores(kind="replay", stores_data=False)
+
+
+def test_plain_training_with_settings_of_its_own_says_which() -> None:
+    data = make_wide()
+    runs = [r for r in data["runs"] if r["config"]["method"]["kind"] == "none"]
+    for run in copy.deepcopy(runs):
+        run["config"]["method"] |= {"name": "low-rate", "label": "low-rate"}
+        run["key"] += "b"
+        data["runs"].append(run)
+    found = names(_group(data))
+    assert found[0] == "plain LoRA"
+    assert found[-4:] == [
+        "plain LoRA, low-rate", "full, low-rate", "bottleneck, low-rate", "prefix, low-rate",
+    ]  # fmt: skip

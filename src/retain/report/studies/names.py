@@ -10,14 +10,17 @@ __all__ = ["names", "series", "slug"]
 def _name(cell: Cell, group: Group) -> str:
     if cell.plain:
         return "plain LoRA"
+    main = group.plain.adapter if group.plain else group.cells[0].adapter
     if not cell.held:
+        if cell.label != "none":  # of its own settings, such as a rate
+            same_kind = group.plain is not None and cell.adapter == main
+            return f"{'plain LoRA' if same_kind else cell.adapter}, {cell.label}"
         alone = not any(other.held for other in group.cells)
         return cell.adapter if alone else f"{cell.adapter} (no method)"
     same = [o for o in group.cells if (o.adapter, o.label) == (cell.adapter, cell.label)]
     text = cell.label
     if len(same) > 1 and cell.strength is not None:
         text += f" {cell.strength:g}".replace("e+0", "e").replace("e-0", "e-")
-    main = group.plain.adapter if group.plain else group.cells[0].adapter
     return text if cell.adapter in (main, cell.method) else f"{text} on {cell.adapter}"
 
 
