@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from retain.errors import RetainError
     from retain.evaluation.forgetting import measure_forgetting
     from retain.models.adapter import attach_lora
+    from retain.models.growing import grow_lora
     from retain.models.load import load_model
     from retain.retention.laplace import Retention
     from retain.retention.soften import soften
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "attach_lora",
     "fit_curvature",
+    "grow_lora",
     "load_curvature",
     "load_model",
     "measure_forgetting",
@@ -53,6 +55,7 @@ _HOMES = {
     "Start": "retain.training.start",
     "attach_lora": "retain.models.adapter",
     "fit_curvature": "retain.curvature.estimate",
+    "grow_lora": "retain.models.growing",
     "load_curvature": "retain.curvature.artifact",
     "load_model": "retain.models.load",
     "measure_forgetting": "retain.evaluation.forgetting",
