@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from retain.errors import ConfigError, ModelError
 from retain.models.adapter import lora_sites
@@ -55,9 +57,23 @@ def test_other_factors_take_the_place_of_the_old() -> None:
         assert torch.equal(site.a[:1], factors[site.name][1])
 
 
+def test_an_adapter_loaded_for_inference_trains_again(tmp_path: Path) -> None:
+    tiny("llama", moved=True).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base("llama"), tmp_path, autocast_adapter_dtype=False)
+    loaded.peft_config["default"].init_lora_weights = "pissa"  # as it may have begun
+    before = answer(loaded, "llama")
+    grown = grow_lora(loaded, 2)
+    torch.testing.assert_close(answer(grown, "llama"), before)
+    assert all(s.a.requires_grad and s.b.requires_grad for s in lora_sites(grown))
+    assert all(float(s.b[:, 2:].detach().abs().max()) == 0 for s in lora_sites(grown))
+
+
 def test_bad_calls_are_refused() -> None:
     with pytest.raises(ConfigError, match="too few rows to add"):
         grow_lora(tiny("llama"), 0)
+    config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    with pytest.raises(ModelError, match="more than A and B"):
+        grow_lora(get_peft_model(base("llama"), config), 2)  # type: ignore[arg-type]
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 3})
     with pytest.raises(ModelError, match="not of one rank"):
         grow_lora(get_peft_model(base("llama"), config), 2)  # type: ignore[arg-type]

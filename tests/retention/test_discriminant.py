@@ -100,11 +100,17 @@ def test_moments_are_the_sums_over_positions(
 
 def test_rows_of_one_position_count_with_it() -> None:
     model = tiny("llama")
-    rows = [Example((3,), (4,), (True,)), Example((5,), (6,), (True,))]
-    found = [input_moments(model, lora_sites(model), rows, first=f) for f in (True, False)]
-    for name, s in found[0].matrices.items():
+    short = [Example((3,), (4,), (True,)), Example((5,), (6,), (True,))]
+    long = [Example((3, 7, 2), (7, 2, 1), (True, False, True))]
+    found = [input_moments(model, lora_sites(model), short, first=f) for f in (True, False)]
+    both = input_moments(model, lora_sites(model), short + long, first=False, answers=0.0)
+    alone = input_moments(model, lora_sites(model), long, first=False, answers=0.0)
+    for name in found[0].matrices:
+        s = found[0].of(name)
         assert float(s.abs().max()) > 0
-        assert torch.equal(s, found[1].matrices[name])
+        assert torch.equal(s, found[1].of(name))
+        # a row of one does not bring the first positions of the others back
+        torch.testing.assert_close(both.of(name), 0.5 * s + 0.5 * alone.of(name))
 
 
 def test_of_a_text_they_are_those_of_the_activation_curvature() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_callback import DATA, fit, trainer
+from transformers import TrainerCallback
 
-from retain import RetentionCallback, Start
+from retain import Retention, RetentionCallback, Start
 from retain.data.batches import Example
-from retain.errors import ConfigError, MismatchError, ModelError
+from retain.errors import ConfigError, MismatchError, ModelError, TrainingError
 from retain.models.adapter import adapter_off, lora_sites
 from retain.models.growing import grow_lora
 from retain.retention.filters import InputFilter, Thin, Whole, wiener
@@ -24,6 +26,11 @@ from tiny import tiny, weights
 def keep(model: Any, **options: Any) -> RetentionCallback:
     curvature = fit(model, structure="kfac")
     return RetentionCallback(curvature, 1.0, **{"start": "discriminant", **options})
+
+
+def sized(s: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    ratios = (like.diagonal() / s.diagonal()).sort().values
+    return s * ratios[(len(ratios) - 1) // 2]
 
 
 @pytest.mark.parametrize("gain", [1.0, 5.0])
@@ -125,7 +132,7 @@ def test_the_source_counts_the_same_in_any_unit(structure: str, tmp_path: Path) 
     assert call._held is not None and call._held.filter is not None
     for site, p in zip(sites, call._held.filter.filters, strict=True):
         s_new, s_old = new.of(site.name), old.of(site.name)
-        s_old = s_old * s_new.trace() / s_old.trace()
+        s_old = sized(s_old, s_new)
         torch.testing.assert_close(p.dense(), wiener(s_new, s_old, weight=10.0, epsilon=0.01))
 
 
@@ -298,8 +305,7 @@ def test_a_grown_adapter_trains_its_fresh_rows_alone(kind: str, tmp_path: Path) 
             s_new = new.of(site.name)
             s_old = torch.zeros_like(s_new)
             for curvature, count in ((source, 1), (past, 3)):
-                s = moments_of(curvature).of(site.name)
-                s_old += count * s * s_new.trace() / s.trace()
+                s_old += count * sized(moments_of(curvature).of(site.name), s_new)
             torch.testing.assert_close(p.dense(), wiener(s_new, s_old, weight=3.0, epsilon=1e-3))
     for site in sites:
         assert torch.equal(site.a[:2], old[f"{site.name}.lora_A"][:2])
@@ -321,3 +327,69 @@ def test_fresh_rows_are_those_at_the_end_that_do_nothing_yet() -> None:
     with torch.no_grad():
         sites[-1].b[0, 2] = 1.0  # one layer uses it
     assert fresh_rows(sites) == slice(3, None)
+
+
+def test_a_budget_that_is_spent_already_takes_some_of_the_old_rows_back(tmp_path: Path) -> None:
+    """Once, and not at each step: what the guard has moved back stays there."""
+    model = grow_lora(tiny("llama", moved=True), 2, seed=3)
+    old = weights(model)
+    source = fit(tiny("llama"), structure="kfac")
+    spent = source.quadratic(model)
+    call = RetentionCallback(
+        source, past=fit(model, structure="kfac"), budget=0.5 * spent, source=None
+    )
+    moved: list[bool] = []
+
+    class Count(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            assert call.retention is not None
+            moved.append(call.retention.moved_back)
+
+    run = trainer(model, tmp_path, [call, Count()], max_steps=12, learning_rate=1e-3)
+    run.train()
+    assert moved[0]
+    assert sum(moved) < 12
+    assert source.quadratic(model) <= 0.5 * spent * 1.001
+    for site in lora_sites(model):
+        b, share = old[f"{site.name}.lora_B"][:, :2], 0.0
+        share = float((site.b[:, :2].detach() * b).sum() / b.square().sum())
+        torch.testing.assert_close(site.b[:, :2].detach(), share * b)
+        assert 0.3 < share < 1.0
+        assert torch.equal(site.a[:2], old[f"{site.name}.lora_A"][:2])
+
+
+def test_old_rows_feel_no_force(tmp_path: Path) -> None:
+    model = grow_lora(tiny("llama", moved=True), 2, seed=3)
+    source = fit(tiny("llama"), structure="kfac")
+    held = Retention(model, source, 10.0, past=fit(model, structure="kfac"))
+    held.only(slice(2, None))
+    for parameter in held.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    held.add_force()
+    felt = 0.0
+    for site in lora_sites(model):
+        assert site.a.grad is not None and site.b.grad is not None
+        assert float(site.a.grad[:2].abs().max()) == 0
+        assert float(site.b.grad[:, :2].abs().max()) == 0
+        felt += float(site.b.grad[:, 2:].abs().max())
+    assert felt > 0
+
+
+def test_a_proximal_step_is_no_way_to_train_some_rows(tmp_path: Path) -> None:
+    model = grow_lora(tiny("llama", moved=True), 2, seed=3)
+    call = RetentionCallback(fit(tiny("llama"), structure="kfac"), 1.0, "proximal")
+    with pytest.raises(ConfigError, match="moves all rows"):
+        trainer(model, tmp_path, [call]).train()
+
+
+def test_a_checkpoint_that_does_not_say_how_it_was_held_is_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    model = tiny("llama")
+    trainer(model, tmp_path, [RetentionCallback(fit(model, structure="kfac"))], **options).train()
+    (tmp_path / "checkpoint-3" / "retention.json").unlink()
+    for start, refused in (("auto", True), (None, False)):
+        again = tiny("llama")
+        call = RetentionCallback(fit(again, structure="kfac"), start=start)
+        run = trainer(again, tmp_path, [call], **options)
+        with pytest.raises(TrainingError, match="how it was held") if refused else nullcontext():
+            run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

@@ -112,7 +112,7 @@ def inherit(given: dict[str, Any], chain: Chain) -> dict[str, Any]:
             allowed="none",
             fix="leave --curvature out",
         )
-    return given | mine
+    return {"max_rank": kept.max_rank} | given | mine
 
 
 def keep_state(
@@ -151,7 +151,7 @@ def keep_state(
     rows = choose(examples, ROWS, entry["seed"])
     found = fit_curvature(
         model, rows, info.structure, space=info.space, fisher=info.fisher,
-        rank=info.rank, samples=info.samples, rows=ROWS,
+        rank=info.rank, samples=info.samples, temperature=info.temperature, rows=ROWS,
         max_length=max(len(e.tokens) for e in examples) + 1,
         batch_size=min(8, len(rows)), seed=entry["seed"], progress=screen.progress,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from retain.cli.continuing import Chain, keep_state, read_chain
 from retain.cli.holding import Held, find_curvature
 from retain.cli.train import RUN
 from retain.config import RunConfig
-from retain.errors import ConfigError, ModelError, OutputError
+from retain.errors import ConfigError, MismatchError, ModelError, OutputError
 from retain.files import check_folder
 from retain.models.saved import save_adapter
 
@@ -152,10 +152,18 @@ class _Run:
         from retain.models.adapter import lora_sites
         from retain.models.growing import grow_lora
         from retain.retention.compact import compacted
-        from retain.training.start import why_no_inputs
+        from retain.training.start import FILTER, why_no_inputs
 
         c, sites = self.config, lora_sites(model)
-        if not self._filters or why_no_inputs(sites, self.source):
+        reason = why_no_inputs(sites, self.source)
+        if reason is not None and c.start == FILTER:
+            raise MismatchError(
+                "no filter can be made for this run",
+                got=reason,
+                allowed="a source curvature with input sides, such as kfac in weight space",
+                fix="leave --start out, so that the force acts alone",
+            )
+        if not self._filters or reason is not None:
             return model
         fresh, most = c.adapter.rank, c.max_rank or 4 * c.adapter.rank
         factors = None

@@ -37,7 +37,7 @@ def grow_lora(
 
     Raises:
         ConfigError: no rows to add.
-        ModelError: layers of several ranks.
+        ModelError: layers of several ranks, or DoRA.
     """
     if rank < 1:
         raise ConfigError("too few rows to add", got=rank, allowed="1 or more", fix="rank=16")
@@ -53,6 +53,14 @@ def grow_lora(
     old |= dict(factors or {})
     kept, scaling, name = next(iter(old.values()))[1].shape[0], sites[0].scaling, sites[0].adapter
     config: Any = copy.deepcopy(model.peft_config[name])
+    if config.use_dora or config.lora_bias:
+        raise ModelError(
+            "the adapter has more than A and B, which has no fresh part",
+            got="DoRA" if config.use_dora else "lora_bias",
+            allowed="plain LoRA",
+            fix="merge it into the model, and attach a fresh one",
+        )
+    config.inference_mode, config.init_lora_weights = False, True  # B = 0, the base as it is
     config.r = kept + rank
     config.lora_alpha = scaling * (config.r**0.5 if config.use_rslora else config.r)
     dtype, device = sites[0].a.dtype, sites[0].a.device

@@ -44,6 +44,10 @@ class Block:
                 self._handles.append(site.a.register_hook(mask.mul))
             else:
                 site.a.requires_grad_(False)
+        self.renew()
+
+    def renew(self) -> None:
+        """Takes what is there now for what is to stay."""
         self._frozen = [(s.a.detach().clone(), s.b.detach().clone()) for s in self.sites]
 
     def put_back(self) -> None:

@@ -64,8 +64,10 @@ def compacted(
         b_in = torch.linalg.pinv(left.T, rtol=ROUNDING) @ u[:, :rank] * roots
         a_in = roots[:, None] * (v[:rank] @ torch.linalg.pinv(right, rtol=ROUNDING))
         new_b, new_a = b.double() @ b_in, a_in @ a.double()
-        found[site.name] = (new_b.to(site.b), new_a.to(site.a))
-        lost += float(values[rank:].square().sum()) * site.scaling**2
+        found[site.name] = new_b.to(site.b), new_a.to(site.a)
+        kept_b, kept_a = (f.to(kind) for f in found[site.name])  # as rounded as they will be
+        gap = block.thin(torch.cat([b, -kept_b], 1), torch.cat([a, kept_a], 0))
+        lost += 2.0 * float(gap.value) * site.scaling**2
         whole += float(values.square().sum()) * site.scaling**2
     return found, lost / whole if whole else 0.0
 

@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retain.curvature.curvature import Curvature, Pull
@@ -129,6 +129,8 @@ class Retention:
                 model, probe, batch_size=len(probe), base=lambda _: anchored(curvature, self.sites)
             )
         self.model = model
+        self.moved_back = False
+        self._still: dict[int, Tensor] = {}
         self._rounded, self._looks = has_bf16(), 0
 
     @property
@@ -146,6 +148,19 @@ class Retention:
         for site in self.sites:
             found += [site.weight] if isinstance(site, LinearSite) else [site.a, site.b]
         return found
+
+    def only(self, rows: slice) -> None:
+        """Only these rows of A and columns of B train; the others feel no force.
+
+        Args:
+            rows: of every layer.
+        """
+        self._still = {}
+        for site in self.sites:
+            if not isinstance(site, LinearSite):
+                moving = torch.zeros(site.a.shape[0], 1, dtype=torch.bool, device=site.a.device)
+                moving[rows] = True
+                self._still |= {id(site.a): moving, id(site.b): moving.T}
 
     def step(self, optimizer: Optimizer) -> float:
         """Steps the optimiser with the force applied, in place of ``optimizer.step()``.
@@ -170,7 +185,8 @@ class Retention:
         _check_finite(nats)
         if self.budget is not None:
             self.budget.weigh(*_balance(pulls))
-            if self._spend(nats):
+            self.moved_back = self._spend(nats)
+            if self.moved_back:
                 nats, pulls = self._pulls()
         if self.strength:
             for parameter, gradient in pulls:
@@ -194,6 +210,8 @@ class Retention:
             pulls = [
                 Pull(p, mine + other) for (p, mine), (_, other) in zip(pulls, others, strict=True)
             ]
+        if self._still:
+            pulls = [Pull(p, pull * self._still[id(p)]) for p, pull in pulls]
         return nats, pulls
 
     def _checked(self, nats: float, pulls: list[Pull]) -> tuple[float, list[Pull]]:

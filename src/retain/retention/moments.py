@@ -41,7 +41,6 @@ __all__ = [
     "input_moments",
     "inputs_of",
     "moments_of",
-    "trace",
 ]
 
 
@@ -112,18 +111,23 @@ class Moments:
         return self
 
     def sized_as(self, other: Moments) -> Moments:
-        """Each S with the trace of the other's: what is relied on, whatever its unit."""
+        """Each S in the unit of the other's: the median ratio of their diagonals is 1.
+
+        Of the traces nothing could be said: what a source keeps at a row's first position, and a
+        task's rows are read without, may be all of one.
+        """
         sized: dict[str, Moment] = {}
         for name, s in self.matrices.items():
-            own, wanted = trace(s), trace(other.raw(name))
-            share = wanted / own if own > 0 else 1.0
+            own, wanted = diagonal(s).double(), diagonal(other.raw(name)).double()
+            ratios = (wanted.to(own) / own)[own > 0]
+            share = float(ratios.median()) if len(ratios) else 1.0
             sized[name] = s * share if isinstance(s, Tensor) else s.scaled(share)
         return Moments(sized, self.readers)
 
 
-def trace(s: Moment) -> float:
-    """The trace of S."""
-    return float(s.diagonal().sum()) if isinstance(s, Tensor) else s.trace()
+def diagonal(s: Moment) -> Tensor:
+    """The diagonal of S, [d_in]."""
+    return s.diagonal() if isinstance(s, Tensor) else s.vectors.square().sum(1) + s.diagonal
 
 
 def inputs_of(layer: str, new: Moments, old: Moments | None) -> tuple[str, str]:
@@ -215,9 +219,10 @@ def input_moments(
         )
     pad = getattr(model.config, "pad_token_id", None) or 0
     device = sites[0].a.device
-    skip = not first and is_causal(model) and all(len(e.tokens) > 1 for e in examples)
-    tokens = sum(len(e.tokens) - skip for e in examples)
-    predictions = sum(sum(e.predict[skip:]) for e in examples)
+    skip = not first and is_causal(model)
+    starts = [int(skip and len(e.tokens) > 1) for e in examples]
+    tokens = sum(len(e.tokens) - s for e, s in zip(examples, starts, strict=True))
+    predictions = sum(sum(e.predict[s:]) for e, s in zip(examples, starts, strict=True))
     share = answers if predictions else 0.0
     layers: dict[str, Any] = {site.name: site.layer for site in sites}
     with evaluating(model), torch.no_grad(), products("auto"):
@@ -264,9 +269,10 @@ def input_moments(
 
 def _weights(batch: Batch, share: float, tokens: int, predictions: int, skip: bool) -> Tensor:
     """Of each position, [batch * seq]; rows are padded on the right."""
-    weights = (1.0 - share) / tokens * batch.inputs["attention_mask"].double()
+    mask = batch.inputs["attention_mask"]
+    weights = (1.0 - share) / tokens * mask.double()
     if share and batch.predict is not None:
         weights = weights + share / predictions * batch.predict
     if skip:
-        weights[:, 0] = 0.0
+        weights[:, 0] *= mask.sum(1) == 1
     return weights.reshape(-1)

@@ -106,7 +106,10 @@ class RetentionCallback(TrainerCallback):
     ) -> None:
         refuse_deepspeed(args, kwargs.get("optimizer"))
         model: nn.Module = unwrap(kwargs["model"])
-        start = self._chosen(model, args, state)
+        resuming = state.global_step > 0
+        needed = self.start is not None or self.budget is not None
+        kept = _kept(args, state, needed) if resuming else {}
+        start = self._chosen(model, kept if resuming else None)
         if start is not None:
             self._held = start.begin(
                 model,
@@ -114,8 +117,8 @@ class RetentionCallback(TrainerCallback):
                 kwargs["train_dataloader"],
                 seed=args.seed,
                 past=self.past,
-                resuming=state.global_step > 0,
-                first=_kept(args, state).get("first", 0) if state.global_step else 0,
+                resuming=resuming,
+                first=kept.get("first", 0),
             )
         self.retention = Retention(
             model,
@@ -125,19 +128,27 @@ class RetentionCallback(TrainerCallback):
             past=self.past,
             probe=self._probe(model, kwargs.get("processing_class")),
             update=self.update,
-            resuming=state.global_step > 0,
+            resuming=resuming,
         )
-        self._restore(args, state)
+        if self._held is not None and self._held.block is not None:
+            if self.update == "proximal":
+                raise ConfigError(
+                    "a proximal step moves all rows of the adapter",
+                    got="an adapter of which some rows are to stay",
+                    allowed="update='gradient'",
+                    fix="leave update out",
+                )
+            self.retention.only(self._held.rows)
+        if self.retention.budget is not None and kept:
+            self.retention.budget.restore(kept)
         go_first(self)
 
-    def _chosen(
-        self, model: nn.Module, args: TrainingArguments, state: TrainerState
-    ) -> Start | None:
+    def _chosen(self, model: nn.Module, kept: dict[str, Any] | None) -> Start | None:
         """The start; of a run that goes on, what it was when it began."""
         if not isinstance(self.start, str):
             return self.start
-        if state.global_step:
-            return Start(FILTER) if _kept(args, state).get("start") == FILTER else None
+        if kept is not None:
+            return Start(FILTER) if kept.get("start") == FILTER else None
         held = self._strength or self.budget is not None
         reason = why_no_filter(model, self.curvature, self.past) if held else "the strength is 0"
         self.why_no_filter = reason
@@ -178,12 +189,6 @@ class RetentionCallback(TrainerCallback):
             learned = {} if budget is None else budget.state()
             write_json(_place(args, state), kept | learned)
 
-    def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
-        assert self.retention is not None
-        found = _kept(args, state) if state.global_step else {}
-        if self.retention.budget is not None and "strength" in found:
-            self.retention.budget.restore(found)
-
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -200,6 +205,8 @@ class RetentionCallback(TrainerCallback):
             check_gradients(self.retention.parameters(), state.global_step + 1)
         if self.update == "gradient":
             self._nats = self.retention.add_force()
+            if self._held is not None and self.retention.moved_back:
+                self._held.renew()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -236,11 +243,22 @@ def _place(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "retention.json"
 
 
-def _kept(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-    """What that file holds; nothing where there is none."""
+def _kept(args: TrainingArguments, state: TrainerState, needed: bool) -> dict[str, Any]:
+    """What that file holds.
+
+    Raises:
+        TrainingError: there is none, and it is needed.
+    """
     path = _place(args, state)
-    if not path.is_file():
+    if not path.is_file() and not needed:
         return {}
+    if not path.is_file():
+        raise TrainingError(
+            "the checkpoint does not say how it was held",
+            got=f"no {path}",
+            allowed="a checkpoint in output_dir that a run with this callback has finished writing",
+            fix="resume from an earlier one; start=None goes on with the force alone",
+        )
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 

@@ -55,6 +55,11 @@ class Held:
         if self.block is not None:
             self.block.put_back()
 
+    def renew(self) -> None:
+        """After a budget has moved all rows back: the others stay where they are now."""
+        if self.block is not None:
+            self.block.renew()
+
     def release(self) -> None:
         """Lets A train freely again."""
         for held in (self.filter, self.block):
@@ -194,10 +199,13 @@ class Start:
 
         Raises:
             ModelError: no LoRA, or one without fresh rows.
-            MismatchError: a curvature without input sides.
+            MismatchError: a curvature of another model, or without input sides.
             SourceError: data that hold no tokens.
         """
         sites = lora_sites(model)
+        for held in (curvature, past):
+            if held is not None:
+                held.bind(model)  # it is of this model, and on its device
         fresh = slice(first or None, None) if resuming else fresh_rows(sites)
         if fresh is None and self.kind == "random":
             fresh = slice(None)
