@@ -40,6 +40,9 @@ ROUNDING = 0.05
 LOOK = 64
 """Steps between two looks at that error; before, at steps 1, 2, 4 and so on."""
 
+ROOM = 0.8
+"""Of a budget, the share that what was learned before may have spent when training begins."""
+
 
 class Retention:
     """Holds a model near its anchor while it trains; for a plain PyTorch loop::
@@ -129,7 +132,6 @@ class Retention:
                 model, probe, batch_size=len(probe), base=lambda _: anchored(curvature, self.sites)
             )
         self.model = model
-        self.moved_back = False
         self._still: dict[int, Tensor] = {}
         self._rounded, self._looks = has_bf16(), 0
 
@@ -162,6 +164,16 @@ class Retention:
                 moving[rows] = True
                 self._still |= {id(site.a): moving, id(site.b): moving.T}
 
+    def make_room(self) -> bool:
+        """Before training: what is there may have spent four fifths of the budget.
+
+        Returns:
+            Whether it had spent more, and was moved back.
+        """
+        return self.budget is not None and (
+            scale_back(self.curvature, self.sites, ROOM * self.budget.allowed()) < 1.0
+        )
+
     def step(self, optimizer: Optimizer) -> float:
         """Steps the optimiser with the force applied, in place of ``optimizer.step()``.
 
@@ -185,8 +197,7 @@ class Retention:
         _check_finite(nats)
         if self.budget is not None:
             self.budget.weigh(*_balance(pulls))
-            self.moved_back = self._spend(nats)
-            if self.moved_back:
+            if self._spend(nats):
                 nats, pulls = self._pulls()
         if self.strength:
             for parameter, gradient in pulls:

@@ -139,6 +139,8 @@ class RetentionCallback(TrainerCallback):
                     fix="leave update out",
                 )
             self.retention.only(self._held.rows)
+            if not resuming and self.retention.make_room():
+                self._held.renew()
         if self.retention.budget is not None and kept:
             self.retention.budget.restore(kept)
         go_first(self)
@@ -205,8 +207,6 @@ class RetentionCallback(TrainerCallback):
             check_gradients(self.retention.parameters(), state.global_step + 1)
         if self.update == "gradient":
             self._nats = self.retention.add_force()
-            if self._held is not None and self.retention.moved_back:
-                self._held.renew()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -56,7 +56,7 @@ class Held:
             self.block.put_back()
 
     def renew(self) -> None:
-        """After a budget has moved all rows back: the others stay where they are now."""
+        """The rows that are held stay where they are now."""
         if self.block is not None:
             self.block.renew()
 
