@@ -143,7 +143,7 @@ class Start:
         answers: the share of predicting positions in the rows' second moments.
         rows: of the training data that are read.
         weight: of the filter: what reading the source costs. The source's second moments are
-            scaled to the trace of the rows', so it means the same for any curvature.
+            brought to the unit of the rows', so it means the same for any curvature.
 
     Raises:
         ConfigError: a value out of range.
