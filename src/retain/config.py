@@ -76,7 +76,7 @@ class RunConfig(_Strict):
     budget: float | None = Field(None, gt=0, description="nats per source token, for the strength")
     start: Literal["random", "wiener", "discriminant"] | None = None
     gain: float = Field(3.0, gt=0, description="of A's size, for a start that is not random")
-    weight: float = Field(3.0, ge=0, description="of the source text in the wiener filter")
+    weight: float = Field(1.0, ge=0, description="of the source text in the wiener filter")
     continue_from: str | None = None
     max_rank: int | None = Field(None, ge=2, description="of runs that continue; 4 times the rank")
     keep_state: bool = False

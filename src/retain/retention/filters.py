@@ -46,7 +46,7 @@ def check_filter(weight: float, epsilon: float, gain: float, answers: float, row
         ConfigError: a value out of range.
     """
     check_reading(answers, rows)
-    check_number("weight is out of range", weight, "weight=3")
+    check_number("weight is out of range", weight, "weight=1")
     check_number("epsilon is out of range", epsilon, "epsilon=0.001", positive=True)
     check_number("gain is out of range", gain, "gain=3", positive=True)
 
@@ -198,7 +198,7 @@ class InputFilter:
         new: Moments,
         old: Moments | None,
         *,
-        weight: float = 3.0,
+        weight: float = 1.0,
         epsilon: float = 1e-3,
         gain: float = 3.0,
         span: slice = slice(None),

@@ -45,7 +45,7 @@ class Wiener(MomentKeeper):
         self,
         strength: float = 0.0,
         *,
-        weight: float = 3.0,
+        weight: float = 1.0,
         epsilon: float = 1e-3,
         gain: float = 3.0,
         answers: float = 0.5,

@@ -154,7 +154,7 @@ class Start:
     epsilon: float | None = None
     answers: float = 0.5
     rows: int = 64
-    weight: float = 3.0
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in (FILTER, *STARTS):
