@@ -71,6 +71,13 @@ def test_is_self_contained(put: Put) -> None:
     assert f"script-src 'sha256-{digest}'" in html
 
 
+@pytest.mark.parametrize(("planned", "said"), [(28, False), (31, True), (None, False)])
+def test_says_how_much_is_still_to_be_run(put: Put, planned: int | None, said: bool) -> None:
+    html = _page(put(make_study() | {"planned": planned}))
+    assert ("27 done, 1 failed, 3 not yet run" in html) is said
+    assert ("not yet run" in html) is said
+
+
 def test_says_what_was_studied(put: Put) -> None:
     html = _page(put(make_study()))
     for said in (

@@ -117,6 +117,7 @@ def study_file(spec: StudySpec, grid: Grid, work: Work) -> dict[str, Any]:
         "description": spec.description,
         "spec": spec.model_dump(mode="json", exclude_none=True),
         "skipped": grid.skipped,
+        "planned": len(grid.runs),
         "runs": finite(whole),
         "tables": finite(tables(records)),
     }

@@ -79,13 +79,17 @@ def made(studies: Sequence[Study]) -> list[tuple[str, str]]:
     """How the runs were made, as name and value; what is not known is left out."""
     runs = [run for study in studies for run in study.runs]
     done = sum(run.done for run in runs)
+    left = sum(max(0, (study.planned or 0) - len(study.runs)) for study in studies)
     seeds = sorted({run.config.seed for run in runs if run.config.seed is not None})
     versions = _once(", ".join(f"{k} {v}" for k, v in r.versions.items() if v) for r in runs)
     models = [f"{r.config.model}, {r.config.dtype}" if r.config.dtype else r.config.model
               for r in runs]  # fmt: skip
     facts = [
         ("Models", "; ".join(_once(models))),
-        ("Runs", f"{done} done, {len(runs) - done} failed"),
+        (
+            "Runs",
+            f"{done} done, {len(runs) - done} failed" + (f", {left} not yet run" if left else ""),
+        ),
         ("Seeds", ", ".join(map(str, seeds))),
         ("Hardware", "; ".join(_once(map(_hardware, runs)))),
         ("Versions", "; ".join(versions)),

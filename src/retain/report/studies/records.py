@@ -173,10 +173,11 @@ class Skipped(_Part):
 
 
 class Study(_Part):
-    """A study with all its runs."""
+    """A study with the runs that it has; `planned` says how many there are to be."""
 
     name: str
     description: str | None = None
+    planned: int | None = None
     runs: list[Run]
     skipped: Annotated[list[Skipped], BeforeValidator(_known_list)] = []
 
