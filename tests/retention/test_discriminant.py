@@ -105,7 +105,7 @@ def test_rows_of_one_position_count_with_it() -> None:
     found = [input_moments(model, lora_sites(model), short, first=f) for f in (True, False)]
     both = input_moments(model, lora_sites(model), short + long, first=False, answers=0.0)
     alone = input_moments(model, lora_sites(model), long, first=False, answers=0.0)
-    for name in found[0].matrices:
+    for name in found[0].factors:
         s = found[0].of(name)
         assert float(s.abs().max()) > 0
         assert torch.equal(s, found[1].of(name))
@@ -128,12 +128,12 @@ def test_of_a_text_they_are_those_of_the_activation_curvature() -> None:
 def test_moments_add_up_and_come_back_from_a_file() -> None:
     model = tiny("llama")
     one, two = (input_moments(model, lora_sites(model), t.examples) for t in tasks_of("llama"))
-    want = {n: 2 * s + two.matrices[n] for n, s in one.matrices.items()}
+    want = {n: 2 * one.of(n) + two.of(n) for n in one.factors}
     total = one.times(2.0).plus(two)
     again = Moments.of_tensors(total.tensors())
     assert again.readers == one.readers
     for name, s in want.items():
-        torch.testing.assert_close(again.matrices[name], s)
+        torch.testing.assert_close(again.of(name), s)
 
 
 @pytest.mark.parametrize("start", ["discriminant", "principal", "null", "random"])
@@ -216,4 +216,4 @@ def test_what_tells_no_inputs_is_refused() -> None:
 def test_a_row_of_one_token_counts() -> None:
     model = tiny("llama")
     found = input_moments(model, lora_sites(model), [Example((3,), (4,), (True,))])
-    assert all(float(s.trace()) > 0 for s in found.matrices.values())
+    assert all(s.trace() > 0 for s in found.factors.values())

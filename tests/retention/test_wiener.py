@@ -10,7 +10,7 @@ from sequences import begun, learn, source, tasks_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from retain.curvature.factor import SketchFactor
+from retain.curvature.factor import DenseFactor, SketchFactor
 from retain.data.batches import Example, batches
 from retain.errors import ConfigError
 from retain.models.adapter import lora_sites
@@ -101,9 +101,9 @@ def test_of_silence_a_sketch_learns_nothing() -> None:
 
 def test_sketches_add_up_as_matrices_do() -> None:
     def made() -> Moments:
-        return Moments({"x": sketch(6, 6, 0), "y": moment(rows_of(4, 9, 5))}, READERS)
+        return Moments({"x": sketch(6, 6, 0), "y": DenseFactor(moment(rows_of(4, 9, 5)))}, READERS)
 
-    other = Moments({"x": sketch(6, 6, 3), "y": moment(rows_of(4, 9, 6))}, READERS)
+    other = Moments({"x": sketch(6, 6, 3), "y": DenseFactor(moment(rows_of(4, 9, 6)))}, READERS)
     total, twice, sized = made().plus(other), made().times(2.0), made().sized_as(other)
     assert made().ranks() == {"x": 6, "z": 6}
     for name in ("x", "y", "z"):
@@ -121,8 +121,9 @@ def test_a_unit_is_found_beside_a_massive_direction() -> None:
     x = rows_of(64, 500, 0)
     sink = 1e3 * torch.nn.functional.normalize(rows_of(64, 1, 1)[0].sign(), dim=0)
     sink[8:] = 0.0  # massive activations are of a few coordinates
-    source = Moments({"x": 7.0 * (moment(x) + torch.outer(sink, sink))}, {"x": "x"})
-    sized = source.sized_as(Moments({"x": moment(x)}, {"x": "x"})).of("x")
+    whole = DenseFactor(7.0 * (moment(x) + torch.outer(sink, sink)))
+    rows = Moments({"x": DenseFactor(moment(x))}, {"x": "x"})
+    sized = Moments({"x": whole}, {"x": "x"}).sized_as(rows).of("x")
     torch.testing.assert_close(sized[8:, 8:], moment(x)[8:, 8:])
 
 
@@ -209,7 +210,7 @@ def test_what_bfloat16_would_lose_adds_up() -> None:
     model = tiny("llama").to(torch.bfloat16)
     sites = lora_sites(model)
     new = input_moments(model, sites, tasks_of("llama")[0].examples)
-    old = Moments({k: s.clone() for k, s in new.matrices.items()}, new.readers)
+    old = Moments({k: s.scaled(1.0) for k, s in new.factors.items()}, new.readers)
     held = InputFilter(sites, new, old, weight=99.0, epsilon=1e-6, gain=1.0)
     before = [k.clone() for k in held.kept]
     for _ in range(100):
@@ -283,8 +284,8 @@ def test_the_old_grow_by_each_task_and_by_nothing_else(kind: type[MomentKeeper])
         learn(method, attached, task)
         want = want.plus(now)
     assert method.old is not None
-    for name, s in want.matrices.items():
-        torch.testing.assert_close(method.old.matrices[name], s)
+    for name in want.factors:
+        torch.testing.assert_close(method.old.of(name), want.of(name))
 
 
 @pytest.mark.parametrize(

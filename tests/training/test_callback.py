@@ -215,6 +215,17 @@ def test_what_a_budget_has_learned_is_in_the_checkpoint(tmp_path: Path) -> None:
     assert kept["reached"] is True and kept["strength"] != 10.0
 
 
+def test_a_budget_may_come_when_a_run_goes_on(tmp_path: Path) -> None:
+    """The checkpoint says how the run was held, and nothing of a budget."""
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
+    model, other = tiny("llama"), tiny("llama")
+    trainer(model, tmp_path, [RetentionCallback(fit(model))], **options).train()
+    call = RetentionCallback(fit(other), budget=0.02, source=None)
+    run = trainer(other, tmp_path, [call], **options)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert call.retention is not None and call.retention.predicted() <= 0.02
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -82,10 +82,8 @@ class _Run:
             c.model, dtype=c.dtype, trust_remote_code=c.trust_remote_code
         )
         if self.chain is not None:
-            self.source, self.past = (
-                load_curvature(self.chain.source),
-                load_curvature(self.chain.past),
-            )
+            self.source = load_curvature(self.chain.source)
+            self.past = load_curvature(self.chain.past)
         self.model = self._adapted(base)
         if not is_causal(self.model):
             raise ModelError(
@@ -154,8 +152,8 @@ class _Run:
         from retain.retention.compact import compacted
         from retain.training.start import FILTER, why_no_inputs
 
-        c, sites = self.config, lora_sites(model)
-        reason = why_no_inputs(sites, self.source)
+        c = self.config
+        reason = why_no_inputs(self.source)
         if reason is not None and c.start == FILTER:
             raise MismatchError(
                 "no filter can be made for this run",
@@ -165,8 +163,8 @@ class _Run:
             )
         if not self._filters or reason is not None:
             return model
+        sites, factors = lora_sites(model), None
         fresh, most = c.adapter.rank, c.max_rank or 4 * c.adapter.rank
-        factors = None
         if sites[0].rank + fresh > most:
             felt = reanchored(self.source, model) + reanchored(self.past, model)
             factors, lost = compacted(sites, felt, most - fresh)

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from retain.curvature.spectral import eigh
 
-__all__ = ["FLAT", "DenseFactor", "Factor", "ScalarFactor", "SketchFactor", "factor_from", "inner"]
+__all__ = [
+    "FLAT",
+    "DenseFactor",
+    "Factor",
+    "ScalarFactor",
+    "SketchFactor",
+    "diagonal_of",
+    "factor_from",
+    "inner",
+]
 
 FLAT = 1e-6
 """Eigenvalues below this share of the largest are taken for rounding."""
@@ -248,7 +257,7 @@ def inner(a: Factor, b: Factor) -> float:
         return inner(b, a)
     if isinstance(a, SketchFactor):
         low = float((a.vectors * b.matmul(a.vectors)).sum())
-        return low + float((a.diagonal * _diagonal(b)).sum())
+        return low + float((a.diagonal * diagonal_of(b)).sum())
     if isinstance(b, SketchFactor):
         return inner(b, a)
     return float((a.dense() * b.dense()).sum())
@@ -263,7 +272,8 @@ def factor_from(tensors: Mapping[str, Tensor], size: int) -> Factor:
     return SketchFactor(tensors[".vectors"], tensors[".diagonal"], tensors[".bound"])
 
 
-def _diagonal(factor: Factor) -> Tensor:
+def diagonal_of(factor: Factor) -> Tensor:
+    """The diagonal of S, [size]."""
     if isinstance(factor, SketchFactor):
         return factor.vectors.square().sum(1) + factor.diagonal
     return factor.dense().diagonal()

@@ -20,6 +20,7 @@ __all__ = [
     "adapter_off",
     "attach_lora",
     "canonical",
+    "drawn",
     "lora_sites",
     "row_scales",
     "share_trainable",
@@ -126,9 +127,7 @@ def attach_lora(
         for target in [] if isinstance(targets, str) else targets:  # PEFT lets some be unknown
             if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
                 raise ValueError(target)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            peft: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=False)
+        return drawn(model, config, seed)
     except ValueError as error:
         leaves = sorted(
             {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -139,6 +138,18 @@ def attach_lora(
             allowed=", ".join(["all-linear", *leaves]),
             fix="name linear layers of this model",
         ) from error
+
+
+def drawn(model: nn.Module, config: LoraConfig, seed: int, name: str = "default") -> PeftModel:
+    """The model with a LoRA that is drawn from a seed; the global random state stays as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        peft: PeftModel = get_peft_model(
+            model,
+            config,
+            adapter_name=name,
+            autocast_adapter_dtype=False,
+        )
     return peft
 
 

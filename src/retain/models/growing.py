@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 
 from retain.errors import ConfigError, ModelError
-from retain.models.adapter import lora_sites
+from retain.models.adapter import drawn, lora_sites
 
 __all__ = ["grow_lora"]
 
@@ -64,12 +64,7 @@ def grow_lora(
     config.r = kept + rank
     config.lora_alpha = scaling * (config.r**0.5 if config.use_rslora else config.r)
     dtype, device = sites[0].a.dtype, sites[0].a.device
-    base = model.unload()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        grown: PeftModel = get_peft_model(
-            base, config, adapter_name=name, autocast_adapter_dtype=False
-        )
+    grown = drawn(model.unload(), config, seed, name)
     with torch.no_grad():
         for site in lora_sites(grown):
             b, a = old[site.name]

@@ -31,10 +31,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retain.curvature.factor import SketchFactor
+from retain.curvature.factor import Factor, SketchFactor
 from retain.errors import check_number
 from retain.models.adapter import LoraSite
-from retain.retention.moments import Moment, Moments, check_reading, inputs_of
+from retain.retention.moments import Moments, check_reading, inputs_of
 
 __all__ = ["InputFilter", "Thin", "Whole", "check_filter", "filter_of", "wiener"]
 
@@ -169,13 +169,12 @@ class Thin:
         return moved
 
 
-def filter_of(new: Moment, old: Moment | None, *, weight: float, epsilon: float) -> Whole | Thin:
+def filter_of(new: Factor, old: Factor | None, *, weight: float, epsilon: float) -> Whole | Thin:
     """P of whole matrices, or of sketches; see `wiener`."""
     if isinstance(new, SketchFactor) and (old is None or isinstance(old, SketchFactor)):
         return Thin(new, old, weight=weight, epsilon=epsilon)
-    whole = [s.dense() if isinstance(s, SketchFactor) else s for s in (new, old)]
-    assert whole[0] is not None
-    return Whole(wiener(whole[0], whole[1], weight=weight, epsilon=epsilon))
+    s_old = None if old is None else old.dense()
+    return Whole(wiener(new.dense(), s_old, weight=weight, epsilon=epsilon))
 
 
 class InputFilter:
@@ -210,10 +209,9 @@ class InputFilter:
         for site in self.sites:
             both = inputs_of(site.name, new, old)
             if both not in found:
-                s_old = None if old is None else old.raw(site.name)
-                found[both] = filter_of(
-                    new.raw(site.name), s_old, weight=weight, epsilon=epsilon
-                ).to(site.a.device)
+                s_old = None if old is None else old.factor(site.name)
+                p = filter_of(new.factor(site.name), s_old, weight=weight, epsilon=epsilon)
+                found[both] = p.to(site.a.device)
             self.filters.append(found[both])
         if not resuming:
             with torch.no_grad():

@@ -29,6 +29,7 @@ from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, TrainingError, check_number, unknown
 from retain.models.sites import LinearSite, check_held
 from retain.retention.budget import Budget, anchored, scale_back, settle
+from retain.retention.lengths import step_lengths
 from retain.retention.reference import Reference
 from retain.types import UPDATES, Update
 
@@ -246,7 +247,7 @@ class Retention:
     def apply_proximal(self, optimizer: Optimizer) -> float:
         """Pulls the adapter back after a step of `optimizer`; returns predicted nats."""
         if self.strength:
-            steps = {key: self.strength * rate for key, rate in _rates(optimizer).items()}
+            steps = {key: self.strength * rate for key, rate in step_lengths(optimizer).items()}
             proximal(self.curvature, self.sites, steps)
         nats, pulls = self.curvature.pulls(self.sites)
         _check_finite(nats)
@@ -308,32 +309,3 @@ def _check_finite(nats: float) -> None:
             allowed="finite numbers",
             fix="lower the learning rate; the last checkpoint is untouched",
         )
-
-
-def _rates(optimizer: Optimizer) -> dict[int, float]:
-    """The step length of each parameter: lr, over Adam's mean denominator where it has one."""
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the optimiser
-    rates: dict[int, float] = {}
-    for group in inner.param_groups:
-        lr = float(group["lr"])
-        for parameter in group["params"]:
-            state = inner.state.get(parameter, {})
-            second, count = state.get("exp_avg_sq"), state.get("step")
-            if second is None or count is None or "betas" not in group:
-                if "betas" in group and state:
-                    raise ConfigError(
-                        "the proximal update cannot read this optimiser's state",
-                        got=type(inner).__name__,
-                        allowed="SGD, Adam, AdamW and others with exp_avg_sq",
-                        fix="update='gradient'",
-                    )
-                rates[id(parameter)] = lr
-                continue
-            if not float(count):  # a gradient scaler skipped every step so far
-                rates[id(parameter)] = 0.0
-                continue
-            beta, eps = group["betas"][1], group["eps"]
-            correction = 1.0 - beta ** float(count)
-            root = (second.detach().to(torch.float32) / correction).sqrt_()
-            rates[id(parameter)] = lr / (float(root.mean()) + eps)
-    return rates

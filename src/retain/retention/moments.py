@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from retain.curvature.capture import shared_inputs
 from retain.curvature.curvature import Curvature
 from retain.curvature.estimator import products
-from retain.curvature.factor import DenseFactor, SketchFactor
+from retain.curvature.factor import DenseFactor, Factor, SketchFactor, diagonal_of
 from retain.curvature.kronecker import KroneckerBlock
 from retain.curvature.rows import glance
 from retain.curvature.sketch import sketch_finish, sketch_update
@@ -34,43 +34,32 @@ from retain.models.adapter import LoraSite
 from retain.models.heads import forward_body, is_causal
 from retain.models.modes import evaluating
 
-__all__ = [
-    "Moment",
-    "Moments",
-    "check_reading",
-    "input_moments",
-    "inputs_of",
-    "moments_of",
-]
-
-
-Moment = Tensor | SketchFactor
+__all__ = ["Moments", "check_reading", "input_moments", "inputs_of", "moments_of"]
 
 
 class Moments:
     """S of each input, which several layers may read.
 
     Args:
-        matrices: S by the first layer that reads it, [d_in, d_in]; of wide inputs it may be a
+        factors: S by the first layer that reads it, of size d_in; of wide inputs it may be a
             sketch, as in a curvature that has one.
         readers: layer -> that first layer.
     """
 
-    def __init__(self, matrices: Mapping[str, Moment], readers: Mapping[str, str]) -> None:
-        self.matrices, self.readers = dict(matrices), dict(readers)
+    def __init__(self, factors: Mapping[str, Factor], readers: Mapping[str, str]) -> None:
+        self.factors, self.readers = dict(factors), dict(readers)
 
-    def raw(self, layer: str) -> Moment:
-        """S of a layer, as it is kept."""
-        return self.matrices[self.readers[layer]]
+    def factor(self, layer: str) -> Factor:
+        """S of a layer."""
+        return self.factors[self.readers[layer]]
 
     def of(self, layer: str) -> Tensor:
         """S of a layer, [d_in, d_in]."""
-        s = self.raw(layer)
-        return s if isinstance(s, Tensor) else s.dense()
+        return self.factor(layer).dense()
 
     def ranks(self) -> dict[str, int]:
         """How many directions the sketches have, by all layers that read them."""
-        found = {layer: self.raw(layer) for layer in self.readers}
+        found = {layer: self.factor(layer) for layer in self.readers}
         return {n: s.vectors.shape[1] for n, s in found.items() if isinstance(s, SketchFactor)}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -85,29 +74,20 @@ class Moments:
         """What `tensors` has written."""
         layers = {key.split("|")[0]: key.split("|") for key in tensors}
         return cls(
-            {key.split("|")[0]: s for key, s in tensors.items()},
+            {key.split("|")[0]: DenseFactor(s) for key, s in tensors.items()},
             {layer: first for first, names in layers.items() for layer in names},
         )
 
     def plus(self, other: Moments) -> Moments:
         """``self + other``, in place of self."""
-        for name, s in self.matrices.items():
-            if isinstance(s, Tensor):
-                s += other.of(name)
-            else:
-                more = other.raw(name)
-                self.matrices[name] = s.plus(
-                    DenseFactor(more) if isinstance(more, Tensor) else more
-                )
+        for name, s in self.factors.items():
+            self.factors[name] = s.plus(other.factor(name))
         return self
 
     def times(self, weight: float) -> Moments:
         """``weight self``, in place of self."""
-        for name, s in self.matrices.items():
-            if isinstance(s, Tensor):
-                s *= weight
-            else:
-                self.matrices[name] = s.scaled(weight)
+        for name, s in self.factors.items():
+            self.factors[name] = s.scaled(weight)
         return self
 
     def sized_as(self, other: Moments) -> Moments:
@@ -116,18 +96,12 @@ class Moments:
         Of the traces nothing could be said: what a source keeps at a row's first position, and a
         task's rows are read without, may be all of one.
         """
-        sized: dict[str, Moment] = {}
-        for name, s in self.matrices.items():
-            own, wanted = diagonal(s).double(), diagonal(other.raw(name)).double()
+        sized = {}
+        for name, s in self.factors.items():
+            own, wanted = diagonal_of(s).double(), diagonal_of(other.factor(name)).double()
             ratios = (wanted.to(own) / own)[own > 0]
-            share = float(ratios.median()) if len(ratios) else 1.0
-            sized[name] = s * share if isinstance(s, Tensor) else s.scaled(share)
+            sized[name] = s.scaled(float(ratios.median()) if len(ratios) else 1.0)
         return Moments(sized, self.readers)
-
-
-def diagonal(s: Moment) -> Tensor:
-    """The diagonal of S, [d_in]."""
-    return s.diagonal() if isinstance(s, Tensor) else s.vectors.square().sum(1) + s.diagonal
 
 
 def inputs_of(layer: str, new: Moments, old: Moments | None) -> tuple[str, str]:
@@ -141,7 +115,7 @@ def moments_of(curvature: Curvature) -> Moments:
     Raises:
         MismatchError: a curvature that has none.
     """
-    matrices: dict[str, Moment] = {}
+    factors: dict[str, Factor] = {}
     readers: dict[str, str] = {}
     first: dict[int, str] = {}
     for name, block in curvature.blocks.items():
@@ -154,9 +128,8 @@ def moments_of(curvature: Curvature) -> Moments:
             )
         readers[name] = first.setdefault(id(block.inputs), name)
         if readers[name] == name:
-            side = block.inputs
-            matrices[name] = side if isinstance(side, SketchFactor) else side.dense()
-    return Moments(matrices, readers)
+            factors[name] = block.inputs
+    return Moments(factors, readers)
 
 
 def check_reading(answers: float, rows: int = 1) -> None:
@@ -263,8 +236,9 @@ def input_moments(
             for handle in handles:
                 handle.remove()
     kind = torch.promote_types(sites[0].a.dtype, torch.float32)
-    made = {n: sketch_finish(sketches, n, rank, 1.0, kind) for n, rank in wide.items()}
-    return Moments({**found, **made}, readers)
+    factors: dict[str, Factor] = {name: DenseFactor(s) for name, s in found.items()}
+    factors |= {n: sketch_finish(sketches, n, rank, 1.0, kind) for n, rank in wide.items()}
+    return Moments(factors, readers)
 
 
 def _weights(batch: Batch, share: float, tokens: int, predictions: int, skip: bool) -> Tensor:

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 
 from retain.curvature.curvature import Curvature
 from retain.curvature.rows import source_examples
 from retain.data.batches import Example
 from retain.data.sources import Row
-from retain.errors import ConfigError, ModelError, TrainingError, unknown
+from retain.errors import ConfigError, TrainingError, unknown
 from retain.files import write_json
 from retain.models.adapter import unwrap
 from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
 from retain.retention.laplace import Retention, check_strength
+from retain.training.handling import check_gradients, go_first, record, refuse_deepspeed
 from retain.training.start import AUTO, FILTER, Held, Start, why_no_filter
 from retain.types import UPDATES, Update
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["RetentionCallback", "go_first", "refuse_deepspeed"]
+__all__ = ["RetentionCallback"]
 
 Source = str | Path | Iterable[Row]
 
@@ -141,7 +139,7 @@ class RetentionCallback(TrainerCallback):
             self.retention.only(self._held.rows)
             if not resuming and self.retention.make_room():
                 self._held.renew()
-        if self.retention.budget is not None and kept:
+        if self.retention.budget is not None and "strength" in kept:  # it had one before
             self.retention.budget.restore(kept)
         go_first(self)
 
@@ -250,69 +248,14 @@ def _kept(args: TrainingArguments, state: TrainerState, needed: bool) -> dict[st
         TrainingError: there is none, and it is needed.
     """
     path = _place(args, state)
-    if not path.is_file() and not needed:
-        return {}
-    if not path.is_file():
+    if path.is_file():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    if needed:
         raise TrainingError(
             "the checkpoint does not say how it was held",
             got=f"no {path}",
             allowed="a checkpoint in output_dir that a run with this callback has finished writing",
             fix="resume from an earlier one; start=None goes on with the force alone",
         )
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-def check_gradients(parameters: Iterable[nn.Parameter], step: int) -> None:
-    """Checks the gradients before a step.
-
-    Raises:
-        TrainingError: one of them is not a finite number.
-    """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if grads and not bool(torch.stack([g.isfinite().all() for g in grads]).all()):
-        raise TrainingError(
-            "the loss or its gradient is not finite",
-            got=f"NaN or infinity at step {step}",
-            allowed="finite numbers",
-            fix="lower the learning rate, or check the data",
-        )
-
-
-def record(state: TrainerState, logs: dict[str, float], added: dict[str, float]) -> None:
-    """Adds to a record of the trainer's log, and to its copy in the history."""
-    logs.update(added)
-    if state.log_history and state.log_history[-1].get("step") == state.global_step:
-        state.log_history[-1].update(added)
-
-
-def refuse_deepspeed(args: TrainingArguments, optimizer: object) -> None:
-    """Refuses a run in which no force can act.
-
-    Raises:
-        ModelError: a DeepSpeed run.
-    """
-    if getattr(args, "deepspeed", None) or type(optimizer).__name__.startswith("DeepSpeed"):
-        raise ModelError(
-            "DeepSpeed steps its optimiser inside the backward pass, where no force can act",
-            got="a DeepSpeed run",
-            allowed="one process, or DDP",
-            fix="train without DeepSpeed",
-        )
-
-
-def go_first(callback: TrainerCallback) -> None:
-    """Moves a callback to the front of its trainer's handler, which is calling it now.
-
-    Backends of ``report_to`` come before a user's callbacks, and would log before `on_log`
-    could add to the record. A callback is not told its handler, so it is found on the stack.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            if callback in handler.callbacks:
-                handler.callbacks.remove(callback)
-                handler.callbacks.insert(0, callback)
-            return
-        frame = frame.f_back  # type: ignore[assignment]
+    return {}

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from retain.models.adapter import unwrap
 from retain.retention.method import Method
-from retain.training.callback import check_gradients, go_first, record, refuse_deepspeed
+from retain.training.handling import check_gradients, go_first, record, refuse_deepspeed
 
 __all__ = ["MethodCallback"]
 

@@ -97,32 +97,30 @@ def why_no_filter(
         return error.what
     if fresh_rows(sites) is None:
         return "the adapter is not fresh"
-    reason = why_no_inputs(sites, curvature)
+    reason = why_no_inputs(curvature)
     if reason is None and past is not None:
-        reason = why_no_inputs(sites, past, around=True)
+        reason = why_no_inputs(past, around=True)
     return reason
 
 
-def why_no_inputs(
-    sites: Sequence[LoraSite], curvature: Curvature, *, around: bool = False
-) -> str | None:
+def why_no_inputs(curvature: Curvature, *, around: bool = False) -> str | None:
     """Why no filter can be made from a curvature; None where one can.
 
     Args:
-        sites: the layers.
         curvature: of the source text, or of the tasks before.
         around: it may be that of a tuned model.
     """
     if curvature.info.space != "weight" or (curvature.anchor and not around):
         return "the curvature is not of the base model's weights"
-    if not all(isinstance(block, KroneckerBlock) for block in curvature.blocks.values()):
-        return f"structure {curvature.info.structure} does not tell what a layer reads"
-    sides = {site.name: curvature.blocks.get(site.name) for site in sites}
-    whole = [s.inputs.size for s in sides.values() if isinstance(s, KroneckerBlock)
-             and not isinstance(s.inputs, SketchFactor)]  # fmt: skip
-    if max(whole, default=0) > WIDEST:
+    widest = 0
+    for block in curvature.blocks.values():
+        if not isinstance(block, KroneckerBlock):
+            return f"structure {curvature.info.structure} does not tell what a layer reads"
+        if not isinstance(block.inputs, SketchFactor):
+            widest = max(widest, block.inputs.size)
+    if widest > WIDEST:
         return (
-            f"a layer reads {max(whole)} values, and a filter has as many rows and columns; "
+            f"a layer reads {widest} values, and a filter has as many rows and columns; "
             "with a curvature of sketched factors (rank=256) it has fewer"
         )
     return None

@@ -7,10 +7,15 @@ from retain.report.studies.cells import Cell, Group
 __all__ = ["names", "series", "slug"]
 
 
+def _main(group: Group) -> str:
+    """The adapter that needs no word."""
+    return group.plain.adapter if group.plain else group.cells[0].adapter
+
+
 def _name(cell: Cell, group: Group) -> str:
     if cell.plain:
         return "plain LoRA"
-    main = group.plain.adapter if group.plain else group.cells[0].adapter
+    main = _main(group)
     if not cell.held:
         if cell.label != "none":  # of its own settings, such as a rate
             same_kind = group.plain is not None and cell.adapter == main
@@ -35,7 +40,7 @@ def series(group: Group) -> list[str]:
     shared: dict[tuple[str, str], list[int]] = {}
     for i, cell in enumerate(group.cells):
         shared.setdefault((cell.adapter, cell.method), []).append(i)
-    main = group.plain.adapter if group.plain else group.cells[0].adapter
+    main = _main(group)
     out = list(own)
     for (adapter, method), places in shared.items():
         if len(places) > 1:
