@@ -34,7 +34,7 @@ class TestFit:
         outcome = retain("fit", model, "-o", out, "--rows", 8, "--max-length", 12)
         assert outcome.code == 0
         assert outcome.err == ""
-        assert "shampoo curvature of 14 layers" in outcome.out
+        assert "kfac curvature of 14 layers" in outcome.out
         assert "next: retain train" in outcome.out
 
     def test_quiet(self, retain: Any, model: Path, source: Path, tmp_path: Path) -> None:

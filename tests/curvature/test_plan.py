@@ -195,11 +195,10 @@ def on_meta(model: torch.nn.Module) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_layers_are_those_of_a_real_model(kind: str, tmp_path: Path) -> None:
     settings, sharing = KINDS[kind]
-    targets = ["q_lin", "k_lin", "v_lin", "lin1"] if kind == "distilbert" else "all-linear"
     folder, config = written(kind, tmp_path, **settings)
     skeleton = load_skeleton(folder)
     assert on_meta(skeleton)
-    found = outline(skeleton, rank=2, targets=targets)
+    found = outline(skeleton, rank=2)
     assert on_meta(skeleton)
     assert (found.notes, groups(found)) == ((), sharing)
 
@@ -207,7 +206,7 @@ def test_the_layers_are_those_of_a_real_model(kind: str, tmp_path: Path) -> None
     auto: Any = tf.AutoModelForSequenceClassification if encoder else tf.AutoModelForCausalLM
     real = auto.from_config(config).eval()
     assert (found.kind, found.parameters) == (type(real).__name__, real.num_parameters())
-    adapted = attach_lora(real, rank=2, targets=targets)
+    adapted = attach_lora(real, rank=2)
     sites = lora_sites(adapted)
     assert found.layers == {site.name: site.shape for site in sites}
     assert list(found.layers) == [site.name for site in sites]
@@ -288,8 +287,9 @@ class TestRefusals:
 
     def test_layers_that_peft_cannot_wrap(self, tmp_path: Path) -> None:
         skeleton = load_skeleton(written("distilbert", tmp_path, **DISTIL)[0])
-        with pytest.raises(ModelError, match="q_lin, v_lin; fix: name some of them"):
-            outline(skeleton)
+        said = "not for LoRA; got: .*pre_classifier.*; allowed: all-linear, classifier, k_lin"
+        with pytest.raises(ConfigError, match=said):
+            outline(skeleton, targets=["pre_classifier"])
 
     @pytest.mark.parametrize(
         ("config", "said"),

@@ -337,3 +337,21 @@ def test_a_plain_model_has_nothing_to_switch_off() -> None:
     model = attach_lora(plain("llama"), rank=2)  # without the study, as before
     with adapter_off(model):
         assert torch.equal(logits(model, "llama"), logits(plain("llama"), "llama"))
+
+
+def test_all_linear_leaves_out_every_layer_that_peft_trains_whole() -> None:
+    """DistilBERT has two: PEFT takes ``pre_classifier`` for a head as well."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    from retain.models.adapter import lora_sites
+
+    config = DistilBertConfig(vocab_size=17, dim=8, hidden_dim=12, n_layers=1, n_heads=2)
+    model = attach_lora(DistilBertForSequenceClassification(config), rank=2)
+    found = [site.name.rsplit(".", 1)[-1] for site in lora_sites(model)]
+    assert found == ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
+    trained = {
+        n.split(".modules_to_save")[0]
+        for n, p in model.named_parameters()
+        if p.requires_grad and "lora" not in n
+    }
+    assert {n.rsplit(".", 1)[-1] for n in trained} == {"pre_classifier", "classifier"}

@@ -51,7 +51,7 @@ def fit(
     ),
     structure: Annotated[
         str, typer.Option(help=f"How detailed: {', '.join(STRUCTURES)}.")
-    ] = "shampoo",
+    ] = "kfac",
     space: Annotated[
         str,
         typer.Option(help="weight: fits an adapter of any rank. adapter: one adapter alone."),

@@ -58,7 +58,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 def fit_curvature(
     model: nn.Module,
     source: str | Path | Iterable[Row] | Sequence[Example] = "self",
-    structure: Structure = "shampoo",
+    structure: Structure = "kfac",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     space: Space = "weight",

@@ -105,7 +105,7 @@ def attach_lora(
         seed: of the draw of A. The global random state is left as it was.
 
     Raises:
-        ConfigError: a rank below 1, or targets that the model does not have.
+        ConfigError: a rank below 1, or targets that the model does not have or PEFT cannot wrap.
     """
     if rank < 1:
         raise ConfigError(
@@ -121,23 +121,31 @@ def attach_lora(
         lora_alpha=alpha if alpha is not None else 2 * rank,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=_heads(model) if kind == "SEQ_CLS" and targets == "all-linear" else None,
         task_type=kind,
     )
+    linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     try:
         for target in [] if isinstance(targets, str) else targets:  # PEFT lets some be unknown
             if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
                 raise ValueError(target)
         return drawn(model, config, seed)
-    except ValueError as error:
-        leaves = sorted(
-            {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        )
+    except (ValueError, TypeError) as error:
+        known = isinstance(error, ValueError)
         raise ConfigError(
-            "the adapter's targets are not in the model",
-            got=targets,
-            allowed=", ".join(["all-linear", *leaves]),
+            f"the adapter's targets are {'not in the model' if known else 'not for LoRA'}",
+            got=targets if known else f"{targets}: {error}",
+            allowed=", ".join(["all-linear", *sorted(linear)]),
             fix="name linear layers of this model",
         ) from error
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """Layers that PEFT trains whole in a classifier, by the ends of their names: no LoRA on them.
+
+    DistilBERT's ``pre_classifier`` is one of them, though it is not the last layer.
+    """
+    return [n for n, _ in model.named_modules() if n.endswith(("classifier", "score"))]
 
 
 def drawn(model: nn.Module, config: LoraConfig, seed: int, name: str = "default") -> PeftModel:

@@ -112,8 +112,8 @@ def outline(
         targets: PEFT's ``target_modules``: names, or ``all-linear``.
 
     Raises:
-        ConfigError: targets that the model does not have.
-        ModelError: layers that PEFT or a curvature cannot handle.
+        ConfigError: targets that the model does not have or PEFT cannot wrap.
+        ModelError: layers that a curvature cannot handle.
         CurvatureError: a layer that runs not at all, or more than once, in one forward pass.
     """
     kind, parameters = type(model).__name__, sum(p.numel() for p in model.parameters())
@@ -122,11 +122,8 @@ def outline(
     if find is not None and (out := find()) is not None:
         head = out.weight.numel()
     leaves = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m)}
-    try:
-        with torch.device("meta"):
-            adapted = attach_lora(model, rank=rank, targets=targets)
-    except TypeError as error:  # such as PEFT's on DistilBERT, whose head it would wrap twice
-        raise _unfit(f"{kind}: {_short(error)}", leaves) from error
+    with torch.device("meta"):
+        adapted = attach_lora(model, rank=rank, targets=targets)
     sites = lora_sites(adapted)
     for site in sites:
         if not _is_linear(site.layer.get_base_layer()):

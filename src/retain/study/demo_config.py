@@ -25,7 +25,7 @@ class DemoConfig(TrainConfig):
     heldout_rows: int = 24
     source_length: int = 128
     largest: int = 30
-    structure: Structure = "shampoo"
+    structure: Structure = "kfac"
     strengths: tuple[float, ...] = (3.0, 10.0, 30.0)
     chosen: float = 10.0
     learning_rate: float = 2e-3
