@@ -73,6 +73,7 @@ def test_json(
     assert record["schema"] == "retain.soften/1"
     assert {"seed", "versions", "commit", "hardware", "created"} <= record.keys()
     assert (record["budget"], record["inside"], record["depth"]) == (budget, False, 2)
+    assert record["budget_of"] == "predicted"
     assert record["unit"] == "half a squared distance"
     assert record["target_curvature"] is record["target_info"] is None
     curve, chosen = record["curve"], record["chosen"]
@@ -127,7 +128,8 @@ def test_a_target_and_a_measurement(
     target = tmp_path / "target.safetensors"
     around = ("--adapter", trained / "adapter", "--structure", "kfac", "-q", "-o", target)
     assert retain("fit", model, data, *around).code == 0
-    argv = ("--budget", 0.1 * before, "--target-curvature", target, "--measure")
+    budget = 0.1 * before
+    argv = ("--budget", budget, "--target-curvature", target, "--measure")
     found = soften(*argv, "--source", source, "--points", 7, "--json").json
     assert found["unit"] == "nats per token"
     assert found["depth"] == 1
@@ -136,7 +138,8 @@ def test_a_target_and_a_measurement(
     assert len(known) == 5
     assert (known[0]["mu"], known[-1]["mu"]) == (0, found["curve"][-1]["mu"])
     chosen = found["chosen"]
-    assert 0 < chosen["measured"]["kl"] < known[0]["measured"]["kl"]
+    assert found["budget_of"] == "measured"
+    assert 0.98 * budget <= chosen["measured"]["kl"] <= budget < known[0]["measured"]["kl"]
     assert 0 < chosen["scaled_measured"]["kl"] < known[0]["scaled_measured"]["kl"]
     assert known[0]["scaled_measured"] == known[0]["measured"]
     written = tmp_path / "out" / "adapter"

@@ -44,6 +44,7 @@ HOLDING: dict[str, dict[str, Any]] = {
     "masked_kl": {"strength": 5.0},
     "replay": {"share": 0.2},
     "self_replay": {"share": 0.5, "rows": 6, "max_length": 8},
+    "soften": {"budget": 1e-4, "rows": 8, "probe": 4},
     "olora": {"strength": 0.1},
     "auto": {"strength": 5.0, "rows": 8},
     "wiener": {"rows": 8},

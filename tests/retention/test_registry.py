@@ -13,7 +13,8 @@ from retain.retention.registry import METHODS, make_method, method_options
 def test_each_method_is_there_under_its_own_name() -> None:
     assert list(METHODS) == [
         "none", "l2", "diagonal", "kfac", "tridiagonal", "activation", "kl", "masked_kl",
-        "replay", "self_replay", "auto", "wiener", "discriminant", "olora", "osf",
+        "replay", "self_replay", "auto", "wiener", "discriminant", "soften", "olora",
+        "osf",
     ]  # fmt: skip
     for name, method in METHODS.items():
         assert method.name == name
@@ -57,6 +58,8 @@ def test_options_are_those_of_the_whole_family() -> None:
         ("replay", {"per_task": -1}, "per_task is negative"),
         ("self_replay", {"share": -1.0}, "the share is no share"),
         ("self_replay", {"rows": 0}, "rows is too small"),
+        ("soften", {"budget": 0.0}, "budget is no budget"),
+        ("soften", {"probe": 0}, "probe is too small"),
         ("osf", {"preserve": 1.0}, "preserve is no share"),
     ],
 )

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from sequences import begun, learn, method_of, run, source, tasks_of
 from torch import Tensor, nn
 
 from retain import Curvature, soften
 from retain.curvature.block import Block
 from retain.curvature.factor import Factor, SketchFactor
-from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError
+from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, SourceError
 from retain.models.adapter import attach_lora, lora_sites
 from retain.models.saved import load_adapter, save_adapter
 from retain.retention import softened as module
+from retain.retention.reference import Reference
 from retain.retention.softened import Softened
 from retain.retention.spans import Span, sides
 from sums import dora, measure
@@ -229,6 +231,47 @@ def test_a_budget_that_tries_do_not_meet_is_met_by_scaling(monkeypatch: Any) -> 
         point = soft.within(share * most).point
         assert point.nats <= share * most * (1 + 1e-9)
     assert any(abs(soft.at(soft.weight(s * most)).point.cut_nats) > 1e-6 for s in (0.5, 0.05))
+
+
+@pytest.mark.parametrize("structure", ["kfac", "diagonal"])
+@pytest.mark.parametrize("share", [0.9, 0.3, 0.003])
+def test_a_measured_budget_is_met_by_what_is_measured(structure: str, share: float) -> None:
+    """Against a bisection over mu, with nats that grow unlike the predicted ones."""
+    model, curvature = made(structure)
+    soft, before = soften(model, curvature), weights(model)
+    other = fitted("llama", "shampoo", 5)
+    seen: list[float] = []
+
+    def nats() -> float:
+        seen.append(other.quadratic(model) ** 0.7 + 3 * curvature.quadratic(model))
+        return seen[-1]
+
+    budget = share * nats()
+    update = soft.within_measured(budget, nats)
+    assert all(torch.equal(now, before[name]) for name, now in weights(model).items())
+    assert len(seen) <= 14
+    soft.apply(update)
+    assert 0.98 * budget <= nats() <= budget
+    low, high = 0.0, 1e12
+    for _ in range(80):
+        mu = (low * high) ** 0.5 if low else high / 2
+        put(soft, mu)
+        low, high = (mu, high) if nats() > budget else (low, mu)
+    assert soft.at(high).point.nats == pytest.approx(update.point.nats, rel=0.06)
+
+
+def test_a_measured_budget_that_holds_changes_nothing() -> None:
+    model, curvature = made("kfac")
+    soft = soften(model, curvature)
+    assert soft.within_measured(0.5, lambda: 0.4).point.mu == 0
+
+
+def test_a_measured_budget_out_of_reach() -> None:
+    model, curvature = made("kfac")
+    before = weights(model)
+    with pytest.raises(ConfigError, match=r"measured within the budget; got: 0\.4 nats at"):
+        soften(model, curvature).within_measured(0.3, lambda: 0.4)
+    assert all(torch.equal(now, before[name]) for name, now in weights(model).items())
 
 
 def test_inside_the_budget_nothing_changes() -> None:
@@ -454,3 +497,19 @@ def test_sketches_in_float32() -> None:
     soft = soften(peft, curvature, depth=2)
     soft.apply(soft.within(budget))
     assert curvature.quadratic(peft) == pytest.approx(budget, rel=1e-4)
+
+
+def test_as_a_method_each_task_ends_within_the_measured_budget() -> None:
+    method = method_of("soften", budget=2e-4)
+    attached = begun(method, "lora", "llama")
+    kept = Reference(attached.model, source("llama")[:4], batch_size=4)
+    for task in tasks_of("llama"):
+        learn(method, attached, task)
+        assert 0.98 * 2e-4 <= kept.measure(attached.model).kl <= 2e-4
+    free = run(method_of("none"), "lora", "llama").model
+    assert Reference(free, source("llama")[:4], batch_size=4).measure(free).kl > 4e-4
+
+
+def test_as_a_method_it_wants_source_text() -> None:
+    with pytest.raises(SourceError, match="softening holds to source text; got: none"):
+        begun(method_of("soften"), "lora", "llama", source=[])

@@ -40,7 +40,9 @@ def soften(
         Path,
         typer.Option(help="Of what must not be forgotten: a file of retain fit, weight space."),
     ],
-    budget: Annotated[float, typer.Option(help="Predicted forgetting to end at, nats per token.")],
+    budget: Annotated[
+        float, typer.Option(help="Forgetting to end at, nats per token: measured with --measure.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")],
     target_curvature: Annotated[
         Path | None,
@@ -63,7 +65,10 @@ def soften(
     ] = 1e-3,
     points: Annotated[int, typer.Option(min=2, help="Points of the curve.")] = 12,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Also measure the KL at some points of the curve.")
+        bool,
+        typer.Option(
+            "--measure", help="The budget is of measured KL; some points of the curve are measured."
+        ),
     ] = False,
     source: Annotated[
         str | None,
@@ -117,10 +122,10 @@ def soften(
         tuned = load_adapter(base, adapter)
         start = time.perf_counter()
         work = Softening(tuned, far, near, depth=depth, epsilon=epsilon)
-        record = work.record(budget, points) | {"seconds": time.perf_counter() - start}
         if measure:
             size = {"rows": rows, "max_length": max_length, "batch_size": batch_size}
-            work.measure(record, tokenizer, text, size, seed, screen)
+            work.measure_on(tokenizer, text, size, seed, screen)
+        record = work.record(budget, points) | {"seconds": time.perf_counter() - start}
         files = {"start": str(adapter), "curvature": str(curvature),
                  "target_curvature": target_curvature and str(target_curvature),
                  "source": (source or "self") if measure else None}  # fmt: skip

@@ -36,37 +36,46 @@ class Softening:
 
         self.model, self.curvature, self.target = model, curvature, target
         self.epsilon = epsilon
+        self.base: Any = None
         self.soft = soften(model, curvature, target=target, depth=depth, epsilon=epsilon)
 
     def record(self, budget: float, points: int) -> dict[str, Any]:
-        """The curve and the point within the budget, as plain data."""
-        self.chosen = self.soft.within(budget)
+        """The curve and the point within the budget, as plain data.
+
+        Args:
+            budget: in measured nats after `measure_on`, else in predicted ones.
+            points: of the curve.
+
+        Raises:
+            ConfigError: the budget is not above 0, or out of reach.
+        """
+        if self.base is None:
+            self.chosen = self.soft.within(budget)
+        else:
+            self.chosen = self.soft.within_measured(budget, lambda: self._found()["kl"])
         unknown = {"measured": None, "scaled_measured": None}
         curve = [p.to_dict() | unknown for p in self.soft.curve(points)]
         chosen = self.chosen.point.to_dict() | unknown
-        return {
-            "budget": budget, "inside": chosen["mu"] == 0, "depth": self.soft.depth,
+        record = {
+            "budget": budget, "budget_of": "predicted" if self.base is None else "measured",
+            "inside": chosen["mu"] == 0, "depth": self.soft.depth,
             "epsilon": self.epsilon, "chosen": chosen, "curve": curve,
         }  # fmt: skip
+        if self.base is not None:
+            self._measure(record)
+        return record
 
-    def measure(
-        self, record: dict[str, Any], tokenizer: Any, rows: Any, size: dict[str, int], seed: int,
-        screen: Screen,
-    ) -> None:  # fmt: skip
-        """Adds the measured KL to the chosen point and to some of the curve, in place.
-
-        Beside each it is measured for the adapter times one number, at as many predicted nats.
+    def measure_on(
+        self, tokenizer: Any, rows: Any, size: dict[str, int], seed: int, screen: Screen
+    ) -> None:
+        """Takes in held-out text, to measure the KL on from now on.
 
         Args:
-            record: of `record`.
             tokenizer: for the text.
-            rows: held-out text; None lets the base write it.
+            rows: the text; None lets the base write it.
             size: ``rows``, ``max_length`` and ``batch_size``.
             seed: of the run; text that the base writes depends on it.
             screen: where to say so.
-
-        Raises:
-            ModelError: the measured KL is not finite.
         """
         from retain.data.sources import encode
         from retain.evaluation.forgetting import Reference
@@ -78,7 +87,25 @@ class Softening:
         causal = is_causal(self.model)
         examples = encode(rows, tokenizer, max_length=length, causal=causal)[:count]
         batch = min(size["batch_size"], len(examples))
-        base = Reference(self.model, examples, batch_size=batch, progress=screen.progress)
+        self.base = Reference(self.model, examples, batch_size=batch, progress=screen.progress)
+
+    def _found(self) -> dict[str, Any]:
+        """What is measured now.
+
+        Raises:
+            ModelError: the KL is not finite.
+        """
+        assert self.base is not None
+        found = self.base.measure(self.model)
+        check_finite(found.kl)
+        measured: dict[str, Any] = found.to_dict()
+        return measured
+
+    def _measure(self, record: dict[str, Any]) -> None:
+        """Adds the measured KL to the chosen point and to some of the curve, in place.
+
+        Beside each it is measured for the adapter times one number, at as many predicted nats.
+        """
         curve, last = record["curve"], len(record["curve"]) - 1
         some = {round(i * last / (MEASURED - 1)) for i in range(MEASURED)}
         for point in [record["chosen"], *(curve[i] for i in sorted(some))]:
@@ -88,9 +115,7 @@ class Softening:
                 ("scaled_measured", self.soft.scaled(point["nats"])),
             ):
                 self.soft.apply(update)
-                found = base.measure(self.model)
-                check_finite(found.kl)
-                point[key] = found.to_dict()
+                point[key] = self._found()
 
     def described(
         self, record: dict[str, Any], name: str, dtype: str, seed: int, files: dict[str, Any]

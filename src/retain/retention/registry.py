@@ -20,6 +20,7 @@ from retain.retention.olora import OLoRA
 from retain.retention.osf import OSF
 from retain.retention.replay import Replay
 from retain.retention.self_replay import SelfReplay
+from retain.retention.soften_task import Soften
 from retain.retention.tridiagonal import Tridiagonal
 from retain.retention.wiener import Wiener
 
@@ -39,6 +40,7 @@ METHODS: dict[str, type[Method]] = {
     "auto": Auto,
     "wiener": Wiener,
     "discriminant": Discriminant,
+    "soften": Soften,
     "olora": OLoRA,
     "osf": OSF,
 }

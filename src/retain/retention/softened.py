@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from retain.errors import check_number
+from retain.errors import ConfigError, check_number
 from retain.models.adapter import LoraSite
-from retain.retention.budget import check_budget
+from retain.retention.budget import SLACK, TRIES, check_budget
 from retain.retention.spans import Span
 
 __all__ = ["Point", "SoftUpdate", "Softened"]
@@ -132,6 +132,56 @@ class Softened:
             aim *= math.exp(-here[1] / (slope if 0.2 < slope < 5.0 else 1.0))
         missing = 1.0 if nats <= budget * (1.0 + CLOSE) else math.sqrt(budget / nats)
         return self._built(mu, missing)
+
+    def within_measured(self, budget: float, measure: Callable[[], float]) -> SoftUpdate:
+        """The least softened adapter whose measured forgetting is within a budget, nearly.
+
+        What is left forgets more than is predicted, by a factor that grows as it is softened
+        (docs/soften.md), so the predicted nats are searched. It ends within 2 % of the budget, or
+        after 12 tries with the best one that was within it.
+
+        Args:
+            budget: nats per token. An adapter that is within it comes back as it is.
+            measure: gives the true KL divergence of the model as it is.
+
+        Raises:
+            ConfigError: the budget is not above 0, or no try was within it.
+        """
+        check_budget(budget)
+        found = self._measured(self.at(0.0), measure)
+        if found <= budget:
+            return self.at(0.0)
+        low, high = 0.0, self.predicted(0.0)
+        aim, best = high * budget / found, None
+        for attempt in range(TRIES):
+            update = self.within(aim)
+            found = self._measured(update, measure)
+            if found > budget:
+                high = aim
+            else:
+                low, best = aim, update
+                if found >= budget * (1 - SLACK):
+                    break
+            guess = aim * budget * (1 - SLACK / 2) / max(found, 1e-12)
+            sound = low < guess < high and attempt % 2 == 0
+            aim = guess if sound else math.sqrt(low * high) if low else high / 8
+        if best is None:
+            raise ConfigError(
+                "no softened adapter was measured within the budget",
+                got=f"{found:.3g} nats at {aim:.3g} predicted",
+                allowed=f"{budget:g}",
+                fix="raise the budget, or measure in float32",
+            )
+        return best
+
+    def _measured(self, update: SoftUpdate, measure: Callable[[], float]) -> float:
+        """What is measured with an update in the model, which is put back after."""
+        before = {s.name: (s.b.detach().clone(), s.a.detach().clone()) for s in self.sites}
+        self.apply(update)
+        try:
+            return measure()
+        finally:
+            self.apply(SoftUpdate(update.point, before))
 
     def curve(self, points: int = 12) -> list[Point]:
         """Points from the adapter itself down to a thousandth of its nats, evenly in log nats."""
