@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -46,7 +47,7 @@ def packed(curvature: Curvature) -> Tensor:
     """The bytes of a curvature's file as a tensor, for a method's state."""
     with tempfile.TemporaryDirectory() as folder:
         path = curvature.save(Path(folder) / "curvature.safetensors")
-        return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+        return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
 
 
 def unpacked(data: Tensor) -> Curvature:
