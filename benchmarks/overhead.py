@@ -12,6 +12,7 @@ The other libraries are optional: see `peers` for how to install them.
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import gc
 import json
@@ -26,6 +27,7 @@ import matplotlib
 import torch
 from peers import peers
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 import retain
@@ -33,6 +35,7 @@ from retain.files import write_json
 from retain.models.adapter import lora_sites
 from retain.models.sample import sample_rows
 from retain.study.provenance import provenance
+from retain.training.start import Held, Start
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -66,7 +69,9 @@ STEPS: dict[str, dict[str, Any]] = {
     "kfac, rank 64": {"structure": "kfac", "rank": 64},
     "shampoo": {"structure": "shampoo"},
     "tridiagonal": {"structure": "tridiagonal"},
+    "kfac and the filter": {"structure": "kfac"},
 }
+FILTERED = {"kfac and the filter"}
 TARGETS = {
     ("fit", "diagonal, adapter space"): 1.08,
     ("fit", "diagonal, a quarter"): 1.08,
@@ -166,9 +171,11 @@ def _steps(model: nn.Module, tokens: Tensor, repeats: int, names: Sequence[str])
     rows = [{"input_ids": row.tolist()} for row in tokens[:8]]
     batch = tokens[:STEP_ROWS]
     start = {k: v.clone() for k, v in model.state_dict().items() if "lora_" in k}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    loader = DataLoader(TensorDataset(tokens[8:]), collate_fn=_collated)
 
-    def step(retention: retain.Retention | None) -> Run:
+    def step(model: nn.Module, retention: retain.Retention | None, held: Held | None) -> Run:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
         def run(batch: Tensor) -> None:
             model.train()
             model(input_ids=batch, labels=batch).loss.backward()
@@ -176,6 +183,8 @@ def _steps(model: nn.Module, tokens: Tensor, repeats: int, names: Sequence[str])
                 optimizer.step()
             else:
                 retention.step(optimizer)
+            if held is not None:
+                held.after_step()
             optimizer.zero_grad()
 
         return run
@@ -186,16 +195,31 @@ def _steps(model: nn.Module, tokens: Tensor, repeats: int, names: Sequence[str])
         curvature = retain.fit_curvature(model, rows, progress=False, **STEPS[name])
         retention = retain.Retention(model, curvature, strength=1.0)
         fitted = curvature.memory()
+        plain = model
+        held: Held | None = None
+        if name in FILTERED:
+            plain = copy.deepcopy(model)  # the filter's hooks stay on the other
+            held = Start().begin(model, curvature, loader, seed=0)
         pair = _measure(
-            {"plain LoRA": ("baseline", step(None)), name: ("retain", step(retention))},
+            {
+                "plain LoRA": ("baseline", step(plain, None, None)),
+                name: ("retain", step(model, retention, held)),
+            },
             2 * repeats + 1,
             batch,
         )
         pair[name] |= {"factors": curvature.memory(), "fitted": fitted}
         found.setdefault("plain LoRA", pair["plain LoRA"])
         found[name] = pair[name]
-        del curvature, retention
+        if held is not None:
+            held.release()
+        del curvature, retention, held, plain
     return found
+
+
+def _collated(rows: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    ids = torch.stack([row[0] for row in rows])
+    return {"input_ids": ids, "labels": ids}
 
 
 def _measure(

@@ -21,16 +21,12 @@ from retain.config import validate
 from retain.curvature.artifact import load_curvature
 from retain.curvature.curvature import Curvature
 from retain.curvature.estimate import fit_curvature
-from retain.data.batches import Example, batches
-from retain.data.knowledge import general_questions
+from retain.data.batches import Example
 from retain.data.problems import Problem, word_problems
 from retain.data.sources import encode
-from retain.data.tasks import ask, problem_examples
+from retain.data.tasks import problem_examples
 from retain.errors import CurvatureError
-from retain.evaluation.forgetting import Forgetting, Reference, answer_loss
-from retain.evaluation.generation import generate
-from retain.evaluation.intervals import wilson
-from retain.evaluation.probes import knowledge_score, problem_score
+from retain.evaluation.forgetting import Reference
 from retain.files import check_folder, write_json
 from retain.models.adapter import attach_lora, lora_sites, share_trainable
 from retain.models.load import load_model
@@ -38,6 +34,7 @@ from retain.models.sample import sample_rows
 from retain.models.saved import save_adapter
 from retain.study.claims import summary
 from retain.study.demo_config import QUICK, DemoConfig
+from retain.study.demo_measures import Measures
 from retain.study.provenance import provenance
 from retain.training.loop import TrainResult, train
 from retain.training.start import AUTO
@@ -99,8 +96,10 @@ class _Demo:
         curvature, seconds = self._curvature(fit_rows)
         size = {"max_length": c.source_length, "causal": True}
         held = encode(held_rows, self.tokenizer, **size)  # type: ignore[arg-type]
-        self._reference: Reference | None = None
         self._held = held
+        self._measures = Measures(
+            self.model, self.tokenizer, c, self.tests, held, progress=self.progress
+        )
         data = problem_examples(
             self.tokenizer, word_problems("train", c.examples, c.seed, c.largest), c.max_length
         )
@@ -219,7 +218,7 @@ class _Demo:
             self._say(f"{name}: " + ("measuring" if data is None else "training and measuring"))
             self._restart()
             result = None if data is None else self._train(strength or 0.0, curvature, data)
-            row = self._measure(result)
+            row = self._measures.row(result)
             if result is not None:
                 save_adapter(self.model, self.out / "adapters" / name, c.model)
             write_json(path, {"key": key, "row": row})
@@ -261,50 +260,6 @@ class _Demo:
             measure_every=c.measure_every,
             progress=self.progress,
         )
-
-    def _measure(self, result: TrainResult | None) -> dict[str, Any]:
-        c, tok = self.config, self.tokenizer
-        right, answers = problem_score(
-            self.model, tok, self.tests, max_new_tokens=32, progress=self.progress
-        )
-        examples = problem_examples(tok, self.tests, c.max_length)
-        pad = tok.pad_token_id
-        every = list(batches(examples, min(50, len(examples)), pad, multiple=16))
-        every = [b.to(next(self.model.parameters()).device) for b in every]
-        known, items = knowledge_score(self.model, tok, progress=self.progress)
-        questions = general_questions()[: c.questions]
-        told = generate(
-            self.model,
-            tok,
-            [ask(tok, q) for q in questions],
-            max_new_tokens=60,
-            progress=self.progress,
-            label="questions",
-        )
-        if self._reference is None:
-            self._reference = Reference(self.model, self._held, progress=self.progress)
-        forgetting: Forgetting = self._reference.measure(self.model)
-        n = len(self.tests)
-        return {
-            "target": {
-                "exact_match": right / n,
-                "interval": wilson(right, n),
-                "loss": answer_loss(self.model, every),
-                "items": n,
-            },
-            "forgetting": forgetting.to_dict(),
-            "probe": {
-                "accuracy": known / items,
-                "interval": wilson(known, items),
-                "items": items,
-            },
-            "train": None
-            if result is None
-            else {"seconds": result.seconds, "steps": result.steps, "examples": c.examples},
-            "history": [] if result is None else result.history,
-            "generations": [{"prompt": q, "text": t} for q, t in zip(questions, told, strict=True)],
-            "answers": answers[:10],
-        }
 
 
 def _name(strength: float) -> str:
