@@ -19,6 +19,9 @@ Products = Literal["auto", "float32"]
 Update = Literal["gradient", "proximal"]
 """How the force is applied: added to the gradient, or as a proximal step after the optimiser's."""
 
+FactorRank = int | Literal["auto"] | None
+"""What wide sides of Kronecker factors are cut to: see `retain.curvature.settings.sketch_rank`."""
+
 STRUCTURES: tuple[str, ...] = get_args(Structure)
 SPACES: tuple[str, ...] = get_args(Space)
 FISHERS: tuple[str, ...] = get_args(Fisher)

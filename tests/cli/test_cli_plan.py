@@ -39,7 +39,7 @@ def test_the_table_fits_80_columns(
 def test_json_has_all_the_numbers(retain: Any, config: Path) -> None:
     found = retain("plan", config, "--rank", 2, "--tokens", 64, "--json").json
     assert found["kind"] == "LlamaForCausalLM"
-    assert (found["rank"], found["tokens"], found["factor_rank"]) == (2, 64, None)
+    assert (found["rank"], found["tokens"], found["factor_rank"]) == (2, 64, "auto")
     first = "model.layers.0.self_attn.q_proj"
     assert found["layers"]["model.layers.0.self_attn.v_proj"] == {
         "d_out": 8, "d_in": 16, "input": first,
@@ -96,10 +96,16 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("option", "value"),
-        [("--rank", 0), ("--factor-rank", 0), ("--tokens", 0), ("--num-labels", 1)],
+        [("--rank", 0), ("--tokens", 0), ("--num-labels", 1)],
     )
     def test_numbers(self, retain: Any, config: Path, option: str, value: int) -> None:
         retain("plan", config, option, value).refused(option, f"'{value}'", "retain plan --help")
+
+    @pytest.mark.parametrize("value", ["0", "-1", "wide", "2.5", ""])
+    def test_factor_ranks(self, retain: Any, config: Path, value: str) -> None:
+        for name in ("plan", "fit"):
+            outcome = retain(name, config, f"--factor-rank={value}")
+            outcome.refused("no such factor rank", f"'{value}'", "auto, whole, or a number")
 
     def test_paths(self, retain: Any, tmp_path: Path) -> None:
         retain("plan", tmp_path).refused("without config.json")

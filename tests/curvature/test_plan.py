@@ -258,6 +258,7 @@ class TestSize:
         skeleton = load_skeleton(path)
         found = outline(skeleton)
         costs = {k: cost(k, found, factor_rank=256) for k in PLANNED}
+        usual = {k: cost(k, found) for k in PLANNED}
         seconds = time.perf_counter() - start
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         assert seconds < 30
@@ -273,6 +274,11 @@ class TestSize:
         inputs = 3 * side[4096] + side[14336]
         outputs = 3 * side[4096] + 2 * side[1024] + 2 * side[14336]
         assert kfac.stored_bytes == 4 * 32 * (inputs + outputs)
+        narrow = 4 * 32 * 2 * (1024**2 - side[1024])  # k and v answer 1024 values: whole
+        assert usual["kfac"] is not None
+        assert usual["kfac"].stored_bytes == kfac.stored_bytes + narrow
+        for name in ("ekfac", "tridiagonal"):  # which are never sketched
+            assert usual[name] == cost(name, found, factor_rank=None)
 
 
 class TestRefusals:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from retain import Curvature, fit_curvature, load_curvature
+from retain.curvature import settings as curvature_settings
 from retain.curvature.factor import (
     DenseFactor,
     Factor,
@@ -22,7 +24,8 @@ from retain.curvature.factor import (
     truncate,
 )
 from retain.curvature.kronecker import KroneckerBlock
-from retain.curvature.sketch import sketch_finish, sketch_update, sketched
+from retain.curvature.settings import sketch_rank
+from retain.curvature.sketch import sketch_finish, sketch_update
 from tiny import KINDS, ROWS, relative, tiny
 
 F64 = torch.float64
@@ -242,7 +245,7 @@ def test_a_block_of_any_two_factors_is_the_dense_block(
 
 
 @cache
-def fit(kind: str, structure: str, space: str, rank: int | None, batch_size: int = 2) -> Curvature:
+def fit(kind: str, structure: str, space: str, rank: Any, batch_size: int = 2) -> Curvature:
     return fit_curvature(
         tiny(kind, moved=True), ROWS[kind], structure, space=space, rank=rank, seed=3,
         batch_size=batch_size, progress=False,
@@ -257,7 +260,7 @@ def near(got: Curvature, want: Curvature, rank: int) -> set[int]:
             if not isinstance(factor, SketchFactor):
                 continue
             whole = want.blocks[name].factors()[side]
-            assert sketched(factor.size, rank)
+            assert sketch_rank(factor.size, rank) == rank
             assert factor.vectors.shape == (factor.size, rank)
             sound(factor, whole.dense())
             assert float(factor.bound) <= whole.trace() / (rank + 1) * (1 + 1e-12)
@@ -286,6 +289,24 @@ def test_a_sketched_fit_stays_within_its_bounds(
                 if not isinstance(factor, SketchFactor):
                     want = whole.blocks[name].factors()[side].dense()
                     assert relative(factor.dense(), want) < 1e-10
+
+
+def test_by_default_only_wide_sides_are_sketched(monkeypatch: Any) -> None:
+    found = [sketch_rank(d, "auto") for d in (512, 2048, 2049, 14336)]
+    assert found == [None, None, 256, 256]
+    usual = fit("llama", "kfac", "weight", "auto")
+    assert usual.info.rank is None
+    assert usual.memory() == fit("llama", "kfac", "weight", None).memory()
+    monkeypatch.setattr(curvature_settings, "WHOLE", 8)
+    monkeypatch.setattr(curvature_settings, "USUAL_RANK", 3)
+    got = fit_curvature(
+        tiny("llama", moved=True), ROWS["llama"], seed=3, batch_size=2, progress=False
+    )
+    assert got.info.rank == 3
+    assert near(got, fit("llama", "kfac", "weight", None), 3) == {12}
+    assert got.memory() < usual.memory()
+    plain = fit("llama", "tridiagonal", "weight", "auto")
+    assert plain.memory() == fit("llama", "tridiagonal", "weight", None).memory()
 
 
 def test_sketches_are_smaller_and_survive_a_file(tmp_path) -> None:

@@ -21,7 +21,7 @@ from retain.cli.common import (
     quieten,
     size_text,
 )
-from retain.curvature.settings import SKETCHES, check_settings
+from retain.curvature.settings import RANKS, SKETCHES, check_settings, factor_rank_of
 from retain.types import FISHERS, SPACES, STRUCTURES, Fisher, Space, Structure
 
 if TYPE_CHECKING:
@@ -68,12 +68,11 @@ def fit(
     ] = 1,
     temperature: Annotated[float, typer.Option(help="Of tempered labels.")] = 2.0,
     factor_rank: Annotated[
-        int | None,
+        str,
         typer.Option(
-            min=1,
-            help=f"Sketch wide factors by so many directions each ({', '.join(SKETCHES)}).",
+            help=f"Sketch wide factors by so many directions each ({', '.join(SKETCHES)}); {RANKS}."
         ),
-    ] = None,
+    ] = "auto",
     share: Annotated[
         float, typer.Option(help="Share of the texts that enters each layer's products.")
     ] = 1.0,
@@ -114,8 +113,9 @@ def fit(
         ("fisher", fisher, FISHERS),
         ("dtype", dtype, DTYPES),
     )
+    sketches = factor_rank_of(factor_rank)
     check_settings(
-        structure, space, fisher, "auto", samples, rows, batch_size, factor_rank, share,
+        structure, space, fisher, "auto", samples, rows, batch_size, sketches, share,
         temperature, True,
     )  # fmt: skip
     screen = Screen(as_json, quiet)
@@ -157,7 +157,7 @@ def fit(
             max_length=max_length,
             batch_size=batch_size,
             seed=seed,
-            rank=factor_rank,
+            rank=sketches,
             share=share,
             temperature=temperature,
             partial=partial,

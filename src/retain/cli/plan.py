@@ -9,13 +9,14 @@ import typer
 
 from retain.cli.common import AsJson, Quiet, Screen, Trust, check_choices, name_list, quieten
 from retain.curvature.plan import PLANNED, SEQUENCE, Cost, cost
+from retain.curvature.settings import RANKS, USUAL_RANK, WHOLE, factor_rank_of
 
 if TYPE_CHECKING:
     from retain.models.skeleton import Outline
 
 __all__ = ["EXAMPLE", "plan"]
 
-EXAMPLE = "Example: retain plan meta-llama/Meta-Llama-3-8B --factor-rank 256"
+EXAMPLE = "Example: retain plan meta-llama/Meta-Llama-3-8B"
 
 
 def plan(
@@ -32,9 +33,8 @@ def plan(
         str, typer.Option(help="Layers that get an adapter: all-linear, or names with commas.")
     ] = "all-linear",
     factor_rank: Annotated[
-        int | None,
-        typer.Option(min=1, help="Sketch Kronecker factors by so many directions each."),
-    ] = None,
+        str, typer.Option(help=f"Sketch wide factors by so many directions each; {RANKS}.")
+    ] = "auto",
     structure: Annotated[str, typer.Option(help=f"all, or one of {', '.join(PLANNED)}.")] = "all",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a training step.")] = 512,
     num_labels: Annotated[
@@ -46,6 +46,7 @@ def plan(
 ) -> None:
     """Say what a curvature will cost: memory, time to fit, work a training step."""
     check_choices(("structure", structure, ("all", *PLANNED)))
+    sketches = factor_rank_of(factor_rank)
     screen = Screen(as_json, quiet)
     quieten(False)
     from retain.models.skeleton import load_skeleton, outline
@@ -56,7 +57,7 @@ def plan(
         targets=name_list(targets),
     )
     costs = {
-        name: cost(name, found, rank=rank, factor_rank=factor_rank, tokens=tokens)
+        name: cost(name, found, rank=rank, factor_rank=sketches, tokens=tokens)
         for name in (PLANNED if structure == "all" else (structure,))
     }
     notes = list(found.notes)
@@ -69,7 +70,9 @@ def plan(
         f"{len(found.layers)} LoRA layers of rank {rank} ({_count(adapter)} weights), "
         f"{inputs} distinct inputs{_sharing(found)}"
     )
-    factors = "whole factors" if factor_rank is None else f"factor rank {factor_rank}"
+    factors = "whole factors" if sketches is None else f"factor rank {sketches}"
+    if sketches == "auto":
+        factors = f"factors wider than {WHOLE} sketched, rank {USUAL_RANK}"
     screen.table(
         f"\nWhat a curvature costs, {factors}",
         ["structure", "stored", "fitting", "passes", "step work", "step reads"],
@@ -94,7 +97,7 @@ def plan(
             "head_work": found.head,
             "targets": targets,
             "rank": rank,
-            "factor_rank": factor_rank,
+            "factor_rank": sketches,
             "tokens": tokens,
             "sequence": SEQUENCE,
             "adapter_parameters": adapter,

@@ -21,11 +21,11 @@ from retain.curvature.estimator import Estimator, Layout
 from retain.curvature.gather import Gather
 from retain.curvature.identity import IdentityEstimator
 from retain.curvature.info import CurvatureInfo, describe, part
-from retain.curvature.kronecker import KroneckerEstimator, ShampooEstimator
+from retain.curvature.kronecker import KroneckerEstimator, ShampooEstimator, rank_of
 from retain.curvature.moves import anchor_of, place
 from retain.curvature.partial import Partial, fit_key
 from retain.curvature.rows import glance, source_examples
-from retain.curvature.settings import check_settings
+from retain.curvature.settings import SKETCHES, check_settings
 from retain.curvature.tridiagonal import TridiagonalEstimator
 from retain.data.batches import Batch, Example, batches, collate
 from retain.data.sources import Row
@@ -36,7 +36,7 @@ from retain.models.heads import is_causal
 from retain.models.idle import bypassed, is_idle
 from retain.models.modes import evaluating
 from retain.models.sites import LinearSite, Site, find_sites
-from retain.types import Fisher, Products, Space, Structure
+from retain.types import FactorRank, Fisher, Products, Space, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +68,7 @@ def fit_curvature(
     max_length: int = 128,
     batch_size: int = 8,
     seed: int = 0,
-    rank: int | None = None,
+    rank: FactorRank = "auto",
     share: float = 1.0,
     temperature: float = 2.0,
     calibrate: bool = True,
@@ -103,7 +103,8 @@ def fit_curvature(
         batch_size: rows a pass. Memory and speed only: the result does not depend on it.
         seed: of label draws, of noise (``activation``) and of the self-sampled text.
         rank: keep each side of a factor that is at least twice as wide as a sketch of this rank
-            (``kfac``, ``shampoo``, ``activation``); see `retain.curvature.sketch`.
+            (``kfac``, ``shampoo``, ``activation``); see `retain.curvature.sketch`. ``auto`` keeps
+            sides up to 2048 whole, and wider ones as sketches of rank 256; None keeps all whole.
         share: of the sequences that enter a layer's products, rounded to one in n. Each layer reads
             others, and its trace comes from all. ``info.share_error`` tells the error.
         temperature: of ``tempered``.
@@ -127,6 +128,8 @@ def fit_curvature(
         structure, space, fisher, products, samples, rows, batch_size, rank, share, temperature,
         calibrate,
     )  # fmt: skip
+    if structure not in SKETCHES:
+        rank = None
     causal = is_causal(model)
     sites = _sites(model, space)
     examples = source_examples(
@@ -204,7 +207,7 @@ def fit_curvature(
         sites=describe(sites),
         versions=versions(),
         note=str(source) if isinstance(source, str | Path) else type(source).__name__,
-        rank=rank,
+        rank=rank if rank != "auto" else rank_of(fitted.blocks.values()),
         share=1 / every,
         share_error=run.share_error(),
         temperature=temperature if fisher == "tempered" else 1.0,

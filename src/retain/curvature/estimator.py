@@ -19,8 +19,9 @@ from retain.curvature.block import Block
 from retain.curvature.factor import DenseFactor, Factor
 from retain.curvature.link import Link
 from retain.curvature.record import Record
-from retain.curvature.sketch import sketch_finish, sketch_update, sketched
-from retain.types import Products
+from retain.curvature.settings import sketch_rank
+from retain.curvature.sketch import sketch_finish, sketch_update
+from retain.types import FactorRank, Products
 
 __all__ = ["Estimator", "Fitted", "Layout", "products"]
 
@@ -32,14 +33,14 @@ class Layout:
     Attributes:
         shared: layer -> the layer whose input it shares (itself, when it shares none), in the
             order of the modules.
-        rank: of sketched factors, or None for whole ones.
+        rank: of sketched factors; see `retain.curvature.settings.sketch_rank`.
         calibrate: scale each block of ``kfac`` and ``tridiagonal`` to its true trace.
         adapters: layer -> (B, A, scaling) for a pull-back to adapter space; empty otherwise.
         rows: layer -> the factors of its rows (DoRA), for estimators that see no gradients.
     """
 
     shared: Mapping[str, str]
-    rank: int | None = None
+    rank: FactorRank = None
     calibrate: bool = True
     adapters: Mapping[str, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
     rows: Mapping[str, Tensor] = field(default_factory=dict)
@@ -101,8 +102,8 @@ class Estimator(ABC):
 
     def moment(self, key: str, rows: Tensor, weight: float = 1.0) -> None:
         """Adds ``weight * rows^T rows``, to a sketch where the side is wide."""
-        rank = self.layout.rank
-        if rank is not None and sketched(rows.shape[1], rank):
+        rank = sketch_rank(rows.shape[1], self.layout.rank)
+        if rank is not None:
             sketch_update(self.state, key, rows * weight**0.5, rank)
         else:
             self.product(key, rows, rows, weight)
@@ -112,9 +113,8 @@ class Estimator(ABC):
         if key in self.state:
             found = self.state.pop(key)
             return DenseFactor(found if scale == 1 else found.mul_(scale))
-        assert self.layout.rank is not None
-        dtype = self.state[f"{key}.buffer"].dtype
-        return sketch_finish(self.state, key, self.layout.rank, scale, dtype)
+        buffer = self.state[f"{key}.buffer"]
+        return sketch_finish(self.state, key, len(buffer) // 2, scale, buffer.dtype)
 
 
 def flat(x: Tensor) -> Tensor:

@@ -17,19 +17,19 @@ that it meets, so massive activations without gradient do not count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from retain.curvature.block import Block, MoveFactor, Thin
 from retain.curvature.estimator import Estimator, Fitted, calibration, flat
-from retain.curvature.factor import FLAT, DenseFactor, Factor
+from retain.curvature.factor import FLAT, DenseFactor, Factor, SketchFactor
 from retain.curvature.record import Record
-from retain.curvature.sketch import sketched
+from retain.curvature.settings import sketch_rank
 from retain.curvature.spectral import eigh
 
-__all__ = ["KroneckerBlock", "KroneckerEstimator", "ShampooEstimator"]
+__all__ = ["KroneckerBlock", "KroneckerEstimator", "ShampooEstimator", "rank_of"]
 
 
 class KroneckerBlock(Block):
@@ -99,6 +99,12 @@ def _prox(g: Factor, s: Factor, b: Tensor, c: Tensor, b0: Tensor, a0: Tensor, ta
     return g.solve(b @ v, tau * q, pull) @ v.T
 
 
+def rank_of(blocks: Iterable[Block]) -> int | None:
+    """The rank of the sketches among the factors; None where all are whole."""
+    sides = (s for b in blocks if isinstance(b, KroneckerBlock) for s in (b.inputs, b.outputs))
+    return next((s.vectors.shape[1] for s in sides if isinstance(s, SketchFactor)), None)
+
+
 class KroneckerEstimator(Estimator):
     """Streams S and G of each layer."""
 
@@ -146,7 +152,7 @@ class ShampooEstimator(Estimator):
         self._side(f"inputs/{name}", x, gram_g, record.weight)
 
     def _side(self, key: str, rows: Tensor, gram: Tensor, weight: float) -> None:
-        if sketched(rows.shape[-1], self.layout.rank):
+        if sketch_rank(rows.shape[-1], self.layout.rank) is not None:
             self.moment(key, flat(_root(gram) @ rows), weight)
         else:
             self.product(key, flat(rows), flat(gram @ rows), weight)

@@ -62,8 +62,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from retain.curvature.settings import sketched
+from retain.curvature.settings import sketch_rank
 from retain.errors import ConfigError, unknown
+from retain.types import FactorRank
 
 if TYPE_CHECKING:
     from retain.models.skeleton import Outline
@@ -133,7 +134,7 @@ def cost(
     model: Outline,
     *,
     rank: int = 16,
-    factor_rank: int | None = None,
+    factor_rank: FactorRank = "auto",
     tokens: int = 512,
 ) -> Cost | None:
     """What a structure costs on a model; None for one that has no sketches where k is given.
@@ -142,13 +143,13 @@ def cost(
         structure: one of `PLANNED`.
         model: its layers and size.
         rank: of the adapter, r.
-        factor_rank: of the sketches, k; whole factors without it.
+        factor_rank: of the sketches, k, as for `fit_curvature`.
         tokens: of a training step, n.
 
     Raises:
         ConfigError: an unknown structure, or a factor rank below 1.
     """
-    if factor_rank is not None and structure in _PARTS and not _PARTS[structure].sketch:
+    if isinstance(factor_rank, int) and structure in _PARTS and not _PARTS[structure].sketch:
         return None
     known = (structure, model.layers, model.shared, factor_rank)
     stored, fitting = (f(*known, pooled=model.pooled) for f in (factor_bytes, fitting_bytes))
@@ -164,7 +165,7 @@ def factor_bytes(
     structure: str,
     layers: Layers,
     shared: Shared,
-    factor_rank: int | None = None,
+    factor_rank: FactorRank = "auto",
     *,
     pooled: Collection[str] = (),
 ) -> int:
@@ -174,7 +175,7 @@ def factor_bytes(
         structure: one of `PLANNED`.
         layers: layer -> (d_out, d_in), in the order of the modules.
         shared: layer -> the first layer with the same input.
-        factor_rank: k; whole factors without it.
+        factor_rank: k, as for `fit_curvature`.
         pooled: layers that see one position of a sequence.
 
     Raises:
@@ -182,7 +183,7 @@ def factor_bytes(
             factor rank below 1.
     """
     parts = _parts(structure, factor_rank)
-    side = _by_size(factor_rank, lambda d: d * d, lambda d, k: k * d + d + 1)
+    side = _by_size(_rank_for(structure, factor_rank), lambda d: d * d, lambda d, k: k * d + d + 1)
     return _FLOAT * (_sum(parts, layers, shared, pooled, side) + _scales(structure, layers))
 
 
@@ -190,20 +191,24 @@ def fitting_bytes(
     structure: str,
     layers: Layers,
     shared: Shared,
-    factor_rank: int | None = None,
+    factor_rank: FactorRank = "auto",
     *,
     pooled: Collection[str] = (),
 ) -> int:
     """Bytes of the sums that are held while fitting; see `factor_bytes`."""
     parts = _parts(structure, factor_rank)
-    side = _by_size(factor_rank, lambda d: d * d, lambda d, k: 2 * k * d + 2 * d + 2)
+    side = _by_size(
+        _rank_for(structure, factor_rank), lambda d: d * d, lambda d, k: 2 * k * d + 2 * d + 2
+    )
     return _FLOAT * (_sum(parts, layers, shared, pooled, side) + _scales(structure, layers))
 
 
-def _fit_work(structure: str, model: Outline, factor_rank: int | None) -> int:
+def _fit_work(structure: str, model: Outline, factor_rank: FactorRank) -> int:
     """Multiply-adds a source token of the whole fit."""
     layers, shared, t = model.layers, model.shared, SEQUENCE
-    side = _by_size(factor_rank, lambda d: d * d, lambda d, k: 6 * k * d + 36 * k * k)
+    side = _by_size(
+        _rank_for(structure, factor_rank), lambda d: d * d, lambda d, k: 6 * k * d + 36 * k * k
+    )
     work = _sum(_parts(structure, factor_rank), layers, shared, model.pooled, side)
     if structure == "activation":
         return model.linear - model.head + model.linear // 8 + work
@@ -215,7 +220,9 @@ def _fit_work(structure: str, model: Outline, factor_rank: int | None) -> int:
             backward += t * d_out + (0 if shared[name] in grams else t * d_in)
             grams.add(shared[name])
     if structure == "shampoo":
-        root = _by_size(factor_rank, lambda d: t * d, lambda d, _: t * d + 11 * t * t // 2)
+        root = _by_size(
+            _rank_for(structure, factor_rank), lambda d: t * d, lambda d, _: t * d + 11 * t * t // 2
+        )
         work += sum(root(d_out) + root(d_in) for d_out, d_in in layers.values())
     if structure == "ekfac":
         kfac = _PARTS["kfac"]
@@ -225,10 +232,10 @@ def _fit_work(structure: str, model: Outline, factor_rank: int | None) -> int:
     return backward + work
 
 
-def _force(structure: str, model: Outline, factor_rank: int | None, r: int) -> tuple[int, int]:
+def _force(structure: str, model: Outline, factor_rank: FactorRank, r: int) -> tuple[int, int]:
     """Multiply-adds of the force and the numbers that it reads, once an optimiser step."""
     parts, layers = _parts(structure, factor_rank), model.layers
-    size = _by_size(factor_rank, lambda d: d * d, lambda d, k: 2 * k * d + d)
+    size = _by_size(_rank_for(structure, factor_rank), lambda d: d * d, lambda d, k: 2 * k * d + d)
     work, reads = 0, _scales(structure, layers)
     for name, (d_out, d_in) in layers.items():
         inputs = size(d_in) * (parts.inputs != "none")
@@ -248,27 +255,37 @@ def _force(structure: str, model: Outline, factor_rank: int | None, r: int) -> t
     return work, reads
 
 
-def _parts(structure: str, factor_rank: int | None) -> _Parts:
+def _parts(structure: str, factor_rank: FactorRank) -> _Parts:
     if structure not in _PARTS:
         raise unknown("structure", structure, _PARTS)
     parts = _PARTS[structure]
-    if factor_rank is not None and not parts.sketch:
+    if isinstance(factor_rank, int) and not parts.sketch:
         raise ConfigError(
             "the structure has no sketched factors",
             got=f"{structure} with factor rank {factor_rank}",
             allowed=", ".join(n for n, p in _PARTS.items() if p.sketch and p.inputs != "none"),
             fix="leave the factor rank out, or choose another structure",
         )
-    if factor_rank is not None and factor_rank < 1:
+    if isinstance(factor_rank, int) and factor_rank < 1:
         raise ConfigError(
             "the factor rank is too small", got=factor_rank, allowed="1 or more", fix="raise it"
         )
     return parts
 
 
-def _by_size(k: int | None, whole: Side, sketch: Callable[[int, int], int]) -> Side:
+def _rank_for(structure: str, factor_rank: FactorRank) -> FactorRank:
+    """``auto`` leaves a structure without sketches whole, as a fit does."""
+    return None if factor_rank == "auto" and not _PARTS[structure].sketch else factor_rank
+
+
+def _by_size(k: FactorRank, whole: Side, sketch: Callable[[int, int], int]) -> Side:
     """One of two functions of a factor's size, by whether it is sketched."""
-    return lambda d: sketch(d, k) if k is not None and sketched(d, k) else whole(d)
+
+    def size(d: int) -> int:
+        rank = sketch_rank(d, k)
+        return whole(d) if rank is None else sketch(d, rank)
+
+    return size
 
 
 def _scales(structure: str, layers: Layers) -> int:

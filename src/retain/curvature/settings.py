@@ -3,17 +3,60 @@
 from __future__ import annotations
 
 from retain.errors import ConfigError, check_number, unknown
-from retain.types import FISHERS, PRODUCTS, SPACES, STRUCTURES
+from retain.types import FISHERS, PRODUCTS, SPACES, STRUCTURES, FactorRank
 
-__all__ = ["SKETCHES", "check_settings", "sketched"]
+__all__ = [
+    "RANKS",
+    "SKETCHES",
+    "USUAL_RANK",
+    "WHOLE",
+    "check_settings",
+    "factor_rank_of",
+    "sketch_rank",
+]
 
 SKETCHES = ("kfac", "shampoo", "activation")
 """Structures whose factors can be sketched."""
 
 
-def sketched(size: int, rank: int | None) -> bool:
-    """Whether a side of this size is kept as a sketch: only where that is the smaller."""
-    return rank is not None and 2 * rank <= size
+USUAL_RANK, WHOLE = 256, 2048
+"""Of ``auto``: the rank of a sketch, and the widest side that is kept whole (16 MiB)."""
+
+RANKS = f"auto ({USUAL_RANK} for factors wider than {WHOLE}), or whole for none"
+"""For the help of a command."""
+
+
+def sketch_rank(size: int, rank: FactorRank) -> int | None:
+    """How many directions are kept of a side of this size; None where it is kept whole.
+
+    Args:
+        size: of the side.
+        rank: a number sketches each side that is at least twice as wide, ``auto`` each one wider
+            than 2048, by 256 directions; None keeps all whole.
+    """
+    if rank == "auto":
+        return USUAL_RANK if size > WHOLE else None
+    return rank if rank is not None and 2 * rank <= size else None
+
+
+def factor_rank_of(text: str) -> FactorRank:
+    """A factor rank from the command line: ``auto``, ``whole`` or a number.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if text == "auto":
+        return "auto"
+    if text == "whole":
+        return None
+    if text.isdecimal() and int(text):
+        return int(text)
+    raise ConfigError(
+        "no such factor rank",
+        got=repr(text),
+        allowed="auto, whole, or a number from 1 on",
+        fix="--factor-rank auto",
+    )
 
 
 def check_settings(
@@ -24,7 +67,7 @@ def check_settings(
     samples: int,
     rows: int,
     batch_size: int,
-    rank: int | None,
+    rank: FactorRank,
     share: float,
     temperature: float,
     calibrate: bool,
@@ -42,11 +85,13 @@ def check_settings(
     ):
         if got not in allowed:
             raise unknown(kind, got, allowed)
+    if isinstance(rank, str) and rank != "auto":
+        raise unknown("rank", rank, ("auto",))
     for label, number in (
         ("samples", samples),
         ("rows", rows),
         ("batch_size", batch_size),
-        ("rank", 1 if rank is None else rank),
+        ("rank", rank if isinstance(rank, int) else 1),
     ):
         if number < 1:
             raise ConfigError(
@@ -57,7 +102,7 @@ def check_settings(
             "the share is no share", got=share, allowed="above 0, at most 1", fix="share=0.25"
         )
     check_number("the temperature is no temperature", temperature, "temperature=2", positive=True)
-    if rank is not None and structure not in SKETCHES:
+    if isinstance(rank, int) and structure not in SKETCHES:
         raise ConfigError(
             "this structure keeps no sketches",
             got=f"structure={structure!r} with rank={rank}",

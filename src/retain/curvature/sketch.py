@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from retain.curvature.factor import SketchFactor, truncate
-from retain.curvature.settings import sketched
 from retain.curvature.spectral import eigh
 
-__all__ = ["sketch_finish", "sketch_update", "sketched"]
+__all__ = ["sketch_finish", "sketch_update"]
 
 
 def sketch_update(state: dict[str, Tensor], key: str, rows: Tensor, rank: int) -> None:
