@@ -16,10 +16,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from retain.curvature.curvature import Curvature
-from retain.curvature.estimate import fit_curvature
 from retain.data.batches import Example
-from retain.retention.curved import packed, unpacked
 from retain.retention.laplace import Retention, check_strength
+from retain.retention.measuring import fit_on, packed, unpacked
 from retain.retention.method import Context, Task
 from retain.retention.wiener import Wiener
 
@@ -53,17 +52,7 @@ class Auto(Wiener):
         super().begin(context)
         self.curvature = None
         if self.strength and context.source:
-            rows = list(context.source[: self.rows])
-            self.curvature = fit_curvature(
-                context.adapter.model,
-                rows,
-                "kfac",
-                rows=len(rows),
-                max_length=max(len(e.tokens) for e in rows) + 1,
-                batch_size=min(context.batch_size, len(rows)),
-                seed=context.seed,
-                progress=context.progress,
-            )
+            self.curvature = fit_on(context, context.source[: self.rows], "kfac", context.seed)
 
     def before_task(self, task: Task) -> Sequence[Example]:
         rows = super().before_task(task)

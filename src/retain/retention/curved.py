@@ -9,57 +9,34 @@ of a step do not grow with the tasks (see `retain.curvature.merge` for what that
 
 from __future__ import annotations
 
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from retain.curvature.artifact import load_curvature
 from retain.curvature.curvature import Curvature
-from retain.curvature.estimate import fit_curvature
 from retain.curvature.merge import reanchored
 from retain.data.batches import Example
 from retain.errors import ConfigError, check_number, unknown
 from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
 from retain.retention.laplace import Retention, check_strength
+from retain.retention.measuring import fit_on, packed, unpacked
 from retain.retention.method import Context, Method, Task
 from retain.retention.rows import choose
 from retain.types import UPDATES, Fisher, Space, Structure, Update
 
-__all__ = ["Curved", "Fitted", "packed", "unpacked"]
+__all__ = ["Curved", "Fitted"]
 
 PROBE_ROWS = 8
 """Of source text, on which a budget is measured."""
 
 FLAT = 0.01
 """How much of a regression's output is let into the logit that stands for it, see `_regression`."""
-
-
-def packed(curvature: Curvature) -> Tensor:
-    """The bytes of a curvature's file as a tensor, for a method's state."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = curvature.save(Path(folder) / "curvature.safetensors")
-        return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
-
-
-def unpacked(data: Tensor) -> Curvature:
-    """What `packed` has packed.
-
-    Raises:
-        ArtifactError: it is damaged.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "curvature.safetensors"
-        data.cpu().numpy().tofile(path)
-        return load_curvature(path)
 
 
 class Curved(Method, ABC):
@@ -236,7 +213,7 @@ class Fitted(Curved):
             columns: the outputs of a classifier that answer them; None for all of them.
             seed: of label draws.
         """
-        context, model = self.context, self.context.adapter.model
+        model = self.context.adapter.model
         regression = columns is not None and columns.stop - columns.start == 1
         if regression and self.options["fisher"] in ("empirical", "reversed"):
             raise ConfigError(
@@ -247,17 +224,7 @@ class Fitted(Curved):
             )
         rows = list(examples[: self.rows])
         with _answering(model, columns):
-            found = fit_curvature(
-                model,
-                rows,
-                self.structure,
-                rows=self.rows,
-                max_length=max(len(e.tokens) for e in examples) + 1,
-                batch_size=min(context.batch_size, len(rows)),
-                seed=seed,
-                progress=context.progress,
-                **self.options,
-            )
+            found = fit_on(self.context, rows, self.structure, seed, **self.options)
         return self._weighted(8 / FLAT**2, found) if regression else found
 
     @staticmethod

@@ -7,17 +7,14 @@ model, measured on source text, is within the budget. Nothing happens while a ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor
 
 from retain.curvature.curvature import Curvature
-from retain.curvature.estimate import fit_curvature
-from retain.data.batches import Example
 from retain.errors import ConfigError, SourceError
 from retain.retention.budget import check_budget
-from retain.retention.curved import packed, unpacked
+from retain.retention.measuring import fit_on, packed, unpacked
 from retain.retention.method import Context, Method, Task
 from retain.retention.reference import Reference
 from retain.retention.rows import choose
@@ -69,29 +66,17 @@ class Soften(Method):
                 allowed="at least one row",
                 fix="give a source",
             )
-        self.curvature = self._fit(context.source[: self.rows], context.seed)
+        self.curvature = fit_on(context, context.source[: self.rows], "kfac", context.seed)
 
     def after_task(self, task: Task) -> None:
         model, context = self.context.adapter.model, self.context
         assert self.curvature is not None
-        target = self._fit(choose(task.examples, self.rows, task.seed), task.seed)
+        read = choose(task.examples, self.rows, task.seed)
+        target = fit_on(context, read, "kfac", task.seed)
         held = context.source[: self.probe]
         base = Reference(model, held, batch_size=min(context.batch_size, len(held)))
         soft = soften(model, self.curvature, target=target)
         soft.apply(soft.within_measured(self.budget, lambda: base.measure(model).kl))
-
-    def _fit(self, examples: Sequence[Example], seed: int) -> Curvature:
-        rows = list(examples)
-        return fit_curvature(
-            self.context.adapter.model,
-            rows,
-            "kfac",
-            rows=len(rows),
-            max_length=max(len(e.tokens) for e in rows) + 1,
-            batch_size=min(self.context.batch_size, len(rows)),
-            seed=seed,
-            progress=self.context.progress,
-        )
 
     def state(self) -> dict[str, Tensor]:
         return {} if self.curvature is None else {"curvature": packed(self.curvature)}
