@@ -213,8 +213,8 @@ def group_png(group: Group, digest: str) -> bytes | None:
         FigureCanvasAgg(figure)
         foot = under / size[1]
         grid = figure.add_gridspec(
-            rows, columns, left=0.62 / size[0], right=1 - 0.2 / size[0], top=1 - 0.4 / size[1],
-            bottom=foot + 0.5 / size[1], wspace=0.2, hspace=0.42,
+            rows, columns, left=0.85 / size[0], right=1 - 0.2 / size[0], top=1 - 0.4 / size[1],
+            bottom=foot + 0.5 / size[1], wspace=0.24, hspace=0.42,
         )  # fmt: skip
         for i, (kind, a, b) in enumerate(panels):
             axes = figure.add_subplot(grid[i // 2, i % 2])
