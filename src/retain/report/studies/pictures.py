@@ -25,6 +25,7 @@ _COLOURS = (
     "#2563a8", "#2e8b57", "#7b4fb0", "#c23b4b", "#14868c", "#8a5a2b", "#c2539b", "#767c1c",
     "#5f6b7a", "#34439f", "#4d6b3c", "#a0522d",
 )  # fmt: skip
+_ABREAST = 3  # names of a legend in each column of panels
 _PLAIN, _INK, _MUTED, _GRID = "#d9822b", "#1f2937", "#5b6472", "#e5e7eb"
 _MARKS = "osD^v"
 _DPI = 140
@@ -207,7 +208,8 @@ def group_png(group: Group, digest: str) -> bytes | None:
         return None
     columns, rows = min(2, len(panels)), (len(panels) + 1) // 2
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "text.parse_math": False}):
-        under = 0.25 + 0.19 * -(-len(set(style.shared.values())) // 7)  # inches of legend
+        lines = -(-len(set(style.shared.values())) // (_ABREAST * columns))
+        under = 0.25 + 0.19 * lines  # inches of legend
         size = (5.6 * columns, 3.9 * rows + under)
         figure = Figure(figsize=size, dpi=_DPI, facecolor="white")
         FigureCanvasAgg(figure)
@@ -222,14 +224,14 @@ def group_png(group: Group, digest: str) -> bytes | None:
                 _scatter(axes, group, style, a, b)
             else:
                 _lines(axes, group, style, a)
-        _legend(figure, group, style)
+        _legend(figure, group, style, columns)
         out = io.BytesIO()
         said = {"Software": None, "Description": f"numbers sha256 {digest}"}
         figure.savefig(out, format="png", dpi=_DPI, metadata=said)
     return out.getvalue()
 
 
-def _legend(figure: Figure, group: Group, style: _Style) -> None:
+def _legend(figure: Figure, group: Group, style: _Style, columns: int) -> None:
     first: dict[str, Cell] = {}
     for cell in group.cells:
         first.setdefault(style.shared[id(cell)], cell)
@@ -240,7 +242,7 @@ def _legend(figure: Figure, group: Group, style: _Style) -> None:
         )
         for name, cell in first.items()
     ]  # fmt: skip
-    rows = -(-len(handles) // 7)
+    rows = -(-len(handles) // (_ABREAST * columns))
     figure.legend(
         handles=handles, loc="lower center", ncols=-(-len(handles) // rows), frameon=False,
         fontsize=9, handletextpad=0.2, columnspacing=1.2, labelcolor=_INK,
