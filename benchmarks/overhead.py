@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import gc
 import json
 import statistics
@@ -35,6 +34,7 @@ from retain.files import write_json
 from retain.models.adapter import lora_sites
 from retain.models.sample import sample_rows
 from retain.study.provenance import provenance
+from retain.study.training import trim_memory
 from retain.training.start import Held, Start
 
 matplotlib.use("Agg")
@@ -236,7 +236,7 @@ def _measure(
                 continue
             bar.set_description(name)
             gc.collect()
-            _trim()
+            trim_memory()  # so that the next reading begins at the bottom
             with _Peak() as peak:
                 start = time.perf_counter()
                 kept = run(tokens if repeat else tokens[:8])
@@ -284,13 +284,6 @@ class _Peak:
 def _resident() -> int:
     pages = Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * 4096
-
-
-def _trim() -> None:
-    """Gives freed memory back, so that the next reading begins at the bottom."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _errors(model: nn.Module, tokens: Tensor) -> dict[str, Any]:

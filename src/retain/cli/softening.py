@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retain.cli.common import Screen
 from retain.cli.measure import check_finite, own_text
+
+if TYPE_CHECKING:
+    from retain.evaluation.forgetting import Reference
 
 __all__ = ["Softening"]
 
@@ -36,7 +39,7 @@ class Softening:
 
         self.model, self.curvature, self.target = model, curvature, target
         self.epsilon = epsilon
-        self.base: Any = None
+        self.base: Reference | None = None
         self.soft = soften(model, curvature, target=target, depth=depth, epsilon=epsilon)
 
     def record(self, budget: float, points: int) -> dict[str, Any]:
@@ -98,8 +101,7 @@ class Softening:
         assert self.base is not None
         found = self.base.measure(self.model)
         check_finite(found.kl)
-        measured: dict[str, Any] = found.to_dict()
-        return measured
+        return found.to_dict()
 
     def _measure(self, record: dict[str, Any]) -> None:
         """Adds the measured KL to the chosen point and to some of the curve, in place.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from retain.curvature.activation import ActivationEstimator, nats_of_noise, noisy_rows
@@ -20,22 +20,21 @@ from retain.curvature.eigen import EigenEstimator
 from retain.curvature.estimator import Estimator, Layout
 from retain.curvature.gather import Gather
 from retain.curvature.identity import IdentityEstimator
-from retain.curvature.info import CurvatureInfo, describe, part
+from retain.curvature.info import CurvatureInfo, describe
 from retain.curvature.kronecker import KroneckerEstimator, ShampooEstimator, rank_of
 from retain.curvature.moves import anchor_of, place
 from retain.curvature.partial import Partial, fit_key
+from retain.curvature.places import adapters_of, check_alive, fit_sites, hooked
 from retain.curvature.rows import glance, source_examples
 from retain.curvature.settings import SKETCHES, check_settings
 from retain.curvature.tridiagonal import TridiagonalEstimator
 from retain.data.batches import Batch, Example, batches, collate
 from retain.data.sources import Row
-from retain.errors import CurvatureError
-from retain.models.adapter import LoraSite, row_scales
+from retain.models.adapter import row_scales
 from retain.models.fingerprint import fingerprint
 from retain.models.heads import is_causal
 from retain.models.idle import bypassed, is_idle
 from retain.models.modes import evaluating
-from retain.models.sites import LinearSite, Site, find_sites
 from retain.types import FactorRank, Fisher, Products, Space, Structure
 
 if TYPE_CHECKING:
@@ -131,13 +130,13 @@ def fit_curvature(
     if structure not in SKETCHES:
         rank = None
     causal = is_causal(model)
-    sites = _sites(model, space)
+    sites = fit_sites(model, space)
     examples = source_examples(
         model, source, tokenizer, causal, rows, max_length, batch_size, seed, partial, progress
     )
     every = max(1, round(min(1 / share, len(examples))))
     estimating = ESTIMATORS[structure]
-    layers = _layers(sites, space if estimating.backward else "weight")
+    layers = hooked(sites, space if estimating.backward else "weight")
     device = place(sites[0]).device
     pad = getattr(model.config, "pad_token_id", None) or 0
     pass_over = list(batches(examples, batch_size, pad))
@@ -162,7 +161,7 @@ def fit_curvature(
             shared_inputs(model, layers, glance(examples[0], pad).to(device)),
             rank,
             calibrate,
-            _adapters(sites) if space == "adapter" and not estimating.backward else {},
+            adapters_of(sites) if space == "adapter" and not estimating.backward else {},
             scales,
         )
         run = Gather(
@@ -174,7 +173,7 @@ def fit_curvature(
             scales=scales,
         )
         if idle and space == "adapter" and estimating.backward:
-            hooks = capture(model, _layers(sites, "weight"), split_idle(sites, run.receive))
+            hooks = capture(model, hooked(sites, "weight"), split_idle(sites, run.receive))
         else:
             hooks = (capture if estimating.backward else watch)(model, layers, run.receive)
         with bypassed(sites) if idle else nullcontext(), hooks:
@@ -182,7 +181,7 @@ def fit_curvature(
                 run, pass_over, unfinished, device, (fisher, samples, seed, temperature), progress
             )
         if estimating.backward:
-            _check_alive(run.dead(), sites, space)
+            check_alive(run.dead(), sites, space)
             # In the order of the layers: a resumed fit has them in another, and sums would differ.
             traces = {n: float(run.traces[n]) / run.predictions for n in layers if n in run.traces}
         else:
@@ -247,22 +246,6 @@ def _read(
             unfinished.save(run, 0, force=run.estimator.passes > 1)
 
 
-def _check_alive(dead: list[str], sites: Sequence[Site], space: Space) -> None:
-    """An all-zero layer is an error unless theory says so (A's block while B = 0)."""
-    if space == "adapter":
-        lora = [s for s in sites if isinstance(s, LoraSite)]
-        expected = {part(s.name, "lora_A") for s in lora if not bool(s.b.any())}
-        expected |= {part(s.name, "lora_B") for s in lora if not bool(s.a.any())}
-        dead = [name for name in dead if name not in expected]
-    if dead:
-        raise CurvatureError(
-            "layers got no gradient at all",
-            got=f"{len(dead)} layers, such as {dead[0]}",
-            allowed="a gradient at each layer that carries the adapter",
-            fix="check that the adapter is active, and the gradient checkpointing settings",
-        )
-
-
 def versions() -> dict[str, str]:
     """Versions of the libraries that a result depends on."""
     names = ("retain", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -272,40 +255,4 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version("retain-lora" if name == "retain" else name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
-
-
-def _sites(model: nn.Module, space: Space) -> list[Site]:
-    sites: list[Site] = list(find_sites(model))
-    if space == "adapter" and (
-        isinstance(sites[0], LinearSite) or any(s.dora for s in sites if isinstance(s, LoraSite))
-    ):
-        raise CurvatureError(
-            "adapter space needs plain LoRA factors",
-            got="a fully trained model" if isinstance(sites[0], LinearSite) else "DoRA",
-            allowed="plain LoRA",
-            fix="space='weight'",
-        )
-    return sites
-
-
-def _layers(sites: Sequence[Site], space: Space) -> dict[str, nn.Module]:
-    """The modules to hook: the whole layer, or A and B inside it."""
-    if space == "weight":
-        return {s.name: s.layer for s in sites}  # type: ignore[misc]
-    layers: dict[str, nn.Module] = {}
-    for site in sites:
-        assert isinstance(site, LoraSite)
-        layers[part(site.name, "lora_A")] = site.lora_a
-        layers[part(site.name, "lora_B")] = site.lora_b
-    return layers
-
-
-def _adapters(sites: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Layer -> (B, A, scaling), at least in float32."""
-    found = {}
-    for site in sites:
-        assert isinstance(site, LoraSite)
-        dtype = torch.promote_types(site.a.dtype, torch.float32)
-        found[site.name] = (site.b.detach().to(dtype), site.a.detach().to(dtype), site.scaling)
     return found

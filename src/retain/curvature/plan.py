@@ -183,7 +183,7 @@ def factor_bytes(
             factor rank below 1.
     """
     parts = _parts(structure, factor_rank)
-    side = _by_size(_rank_for(structure, factor_rank), lambda d: d * d, lambda d, k: k * d + d + 1)
+    side = _by_size(structure, factor_rank, lambda d: d * d, lambda d, k: k * d + d + 1)
     return _FLOAT * (_sum(parts, layers, shared, pooled, side) + _scales(structure, layers))
 
 
@@ -197,18 +197,14 @@ def fitting_bytes(
 ) -> int:
     """Bytes of the sums that are held while fitting; see `factor_bytes`."""
     parts = _parts(structure, factor_rank)
-    side = _by_size(
-        _rank_for(structure, factor_rank), lambda d: d * d, lambda d, k: 2 * k * d + 2 * d + 2
-    )
+    side = _by_size(structure, factor_rank, lambda d: d * d, lambda d, k: 2 * k * d + 2 * d + 2)
     return _FLOAT * (_sum(parts, layers, shared, pooled, side) + _scales(structure, layers))
 
 
 def _fit_work(structure: str, model: Outline, factor_rank: FactorRank) -> int:
     """Multiply-adds a source token of the whole fit."""
     layers, shared, t = model.layers, model.shared, SEQUENCE
-    side = _by_size(
-        _rank_for(structure, factor_rank), lambda d: d * d, lambda d, k: 6 * k * d + 36 * k * k
-    )
+    side = _by_size(structure, factor_rank, lambda d: d * d, lambda d, k: 6 * k * d + 36 * k * k)
     work = _sum(_parts(structure, factor_rank), layers, shared, model.pooled, side)
     if structure == "activation":
         return model.linear - model.head + model.linear // 8 + work
@@ -221,7 +217,7 @@ def _fit_work(structure: str, model: Outline, factor_rank: FactorRank) -> int:
             grams.add(shared[name])
     if structure == "shampoo":
         root = _by_size(
-            _rank_for(structure, factor_rank), lambda d: t * d, lambda d, _: t * d + 11 * t * t // 2
+            structure, factor_rank, lambda d: t * d, lambda d, _: t * d + 11 * t * t // 2
         )
         work += sum(root(d_out) + root(d_in) for d_out, d_in in layers.values())
     if structure == "ekfac":
@@ -235,7 +231,7 @@ def _fit_work(structure: str, model: Outline, factor_rank: FactorRank) -> int:
 def _force(structure: str, model: Outline, factor_rank: FactorRank, r: int) -> tuple[int, int]:
     """Multiply-adds of the force and the numbers that it reads, once an optimiser step."""
     parts, layers = _parts(structure, factor_rank), model.layers
-    size = _by_size(_rank_for(structure, factor_rank), lambda d: d * d, lambda d, k: 2 * k * d + d)
+    size = _by_size(structure, factor_rank, lambda d: d * d, lambda d, k: 2 * k * d + d)
     work, reads = 0, _scales(structure, layers)
     for name, (d_out, d_in) in layers.items():
         inputs = size(d_in) * (parts.inputs != "none")
@@ -273,16 +269,13 @@ def _parts(structure: str, factor_rank: FactorRank) -> _Parts:
     return parts
 
 
-def _rank_for(structure: str, factor_rank: FactorRank) -> FactorRank:
-    """``auto`` leaves a structure without sketches whole, as a fit does."""
-    return None if factor_rank == "auto" and not _PARTS[structure].sketch else factor_rank
-
-
-def _by_size(k: FactorRank, whole: Side, sketch: Callable[[int, int], int]) -> Side:
+def _by_size(
+    structure: str, factor_rank: FactorRank, whole: Side, sketch: Callable[[int, int], int]
+) -> Side:
     """One of two functions of a factor's size, by whether it is sketched."""
 
     def size(d: int) -> int:
-        rank = sketch_rank(d, k)
+        rank = sketch_rank(d, factor_rank) if _PARTS[structure].sketch else None
         return whole(d) if rank is None else sketch(d, rank)
 
     return size

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
@@ -145,7 +146,7 @@ def _heads(model: nn.Module) -> list[str]:
 
     DistilBERT's ``pre_classifier`` is one of them, though it is not the last layer.
     """
-    return [n for n, _ in model.named_modules() if n.endswith(("classifier", "score"))]
+    return [n for n, _ in model.named_modules() if n.endswith(tuple(SEQ_CLS_HEAD_NAMES))]
 
 
 def drawn(model: nn.Module, config: LoraConfig, seed: int, name: str = "default") -> PeftModel:

@@ -33,7 +33,7 @@ from retain.errors import MismatchError, check_number
 from retain.models.adapter import LoraSite
 from retain.models.sites import LinearSite, Site
 
-__all__ = ["Budget", "anchored", "check_budget", "scale_back", "settle"]
+__all__ = ["Budget", "anchored", "check_budget", "largest_share", "scale_back", "settle"]
 
 START = 0.2
 """The first strength times the budget: a strength of 4 for 0.05 nats."""
@@ -190,23 +190,46 @@ def settle(
     now = measure()
     if now <= nats:
         return now
-    away, low, high, left = _Away(curvature, sites), 0.0, 1.0, 0.0
+    away = _Away(curvature, sites)
+
+    def at(share: float) -> float:
+        away.keep(share)
+        return measure()
+
+    share, left = largest_share(nats, now, at)
+    away.keep(share)
+    return left
+
+
+def largest_share(
+    nats: float, now: float, measure: Callable[[float], float]
+) -> tuple[float, float]:
+    """The largest share of a displacement whose divergence is within a budget, nearly.
+
+    Args:
+        nats: of the budget.
+        now: the divergence of the whole displacement, more than that.
+        measure: gives the divergence of a share.
+
+    Returns:
+        The share and its divergence, at most 2 % below the budget unless 12 tries do not get
+        there; 0 and 0 if none of them is within it.
+    """
+    low, high, left = 0.0, 1.0, 0.0
     share = math.sqrt(nats * (1 - SLACK / 2) / now)
     for attempt in range(TRIES):
-        away.keep(share)
-        now = measure()
+        now = measure(share)
         if now > nats:
             high = share
         else:
             low, left = share, now
             if now >= nats * (1 - SLACK):
-                return now
+                break
         # KL is about quadratic in the share; where it is not, halving gets there.
         guess = share * math.sqrt(nats * (1 - SLACK / 2) / max(now, 1e-12))
         sound = low < guess < high and attempt % 2 == 0
         share = guess if sound else 0.5 * (low + high)
-    away.keep(low)
-    return left
+    return low, left
 
 
 class _Away:

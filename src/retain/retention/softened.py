@@ -11,7 +11,7 @@ from torch import Tensor
 
 from retain.errors import ConfigError, check_number
 from retain.models.adapter import LoraSite
-from retain.retention.budget import SLACK, TRIES, check_budget
+from retain.retention.budget import check_budget, largest_share
 from retain.retention.spans import Span
 
 __all__ = ["Point", "SoftUpdate", "Softened"]
@@ -148,31 +148,29 @@ class Softened:
             ConfigError: the budget is not above 0, or no try was within it.
         """
         check_budget(budget)
-        found = self._measured(self.at(0.0), measure)
+        whole = self.at(0.0)
+        found = self._measured(whole, measure)
         if found <= budget:
-            return self.at(0.0)
-        low, high = 0.0, self.predicted(0.0)
-        aim, best = high * budget / found, None
-        for attempt in range(TRIES):
-            update = self.within(aim)
-            found = self._measured(update, measure)
-            if found > budget:
-                high = aim
-            else:
-                low, best = aim, update
-                if found >= budget * (1 - SLACK):
-                    break
-            guess = aim * budget * (1 - SLACK / 2) / max(found, 1e-12)
-            sound = low < guess < high and attempt % 2 == 0
-            aim = guess if sound else math.sqrt(low * high) if low else high / 8
-        if best is None:
+            return whole
+        most = self.predicted(0.0)
+        made: dict[float, SoftUpdate] = {}
+
+        def at(share: float) -> float:
+            nonlocal found
+            made[share] = self.within(share**2 * most)
+            found = self._measured(made[share], measure)
+            return found
+
+        share, _ = largest_share(budget, found, at)
+        if not share:
+            least = made[min(made)].point.nats
             raise ConfigError(
                 "no softened adapter was measured within the budget",
-                got=f"{found:.3g} nats at {aim:.3g} predicted",
+                got=f"{found:.3g} nats at {least:.3g} predicted",
                 allowed=f"{budget:g}",
                 fix="raise the budget, or measure in float32",
             )
-        return best
+        return made[share]
 
     def _measured(self, update: SoftUpdate, measure: Callable[[], float]) -> float:
         """What is measured with an update in the model, which is put back after."""

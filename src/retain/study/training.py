@@ -13,7 +13,7 @@ import torch
 
 from retain.config import TrainConfig, validate
 
-__all__ = ["Clock", "peak_memory", "reset_peak_memory", "settings"]
+__all__ = ["Clock", "peak_memory", "reset_peak_memory", "settings", "trim_memory"]
 
 
 def settings(config: Mapping[str, Any], index: int, seed: int = 0) -> TrainConfig:
@@ -52,13 +52,18 @@ class Clock:
             self.seconds[name] += value
 
 
+def trim_memory() -> None:
+    """Gives freed memory back to the system, where glibc is what keeps it."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def reset_peak_memory() -> None:
     """Begins to measure anew, where the system lets one."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
-    with suppress(OSError, AttributeError):  # what glibc keeps of the run before is not this one's
-        ctypes.CDLL(None).malloc_trim(0)
+    trim_memory()  # what glibc keeps of the run before is not this one's
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again
 
