@@ -17,7 +17,7 @@ from retain.data.batches import Example
 from retain.data.sources import encode
 from retain.errors import ConfigError, MismatchError
 from retain.models.adapter import attach_lora, lora_sites
-from retain.retention.budget import Budget, anchored, scale_back, settle
+from retain.retention.budget import Budget, anchored, largest_share, scale_back, settle
 from retain.retention.kfac import KFAC
 from retain.retention.reference import Reference
 from retain.types import UPDATES
@@ -149,6 +149,36 @@ def test_a_fully_trained_model_is_scaled_back_to_its_own_weights() -> None:
         assert curvature.quadratic(model) == 0
         assert all(torch.equal(s.weight, start[s.name + ".weight"]) for s in sites)
     assert curvature.quadratic(model) == pytest.approx(before / 4, rel=1e-9)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.99])
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        lambda t: t**2,
+        lambda t: t**4,
+        lambda t: 0.1 * t**2 + 0.2 * t**3 + 0.7 * t**4,
+        lambda t: t**3 if t < 0.5 else 4 * t**5,
+        lambda t: 1e-6 * t if t < 0.25 else t**2,  # a step in it
+    ],
+)
+def test_the_largest_share_of_a_budget_is_found(divergence: Any, share: float) -> None:
+    asked: list[float] = []
+
+    def measure(t: float) -> float:
+        asked.append(t)
+        return float(divergence(t))
+
+    budget = measure(share)
+    found, left = largest_share(budget, measure(1.0), measure)
+    assert left == divergence(found)
+    assert 0.98 * budget <= left <= budget
+    smooth = divergence(0.2) > 1e-6
+    assert len(asked) - 2 <= (4 if smooth else 12)
+
+
+def test_a_budget_that_no_share_keeps_leaves_nothing() -> None:
+    assert largest_share(0.1, 1.0, lambda t: 0.5 + t) == (0.0, 0.0)
 
 
 def test_settling_on_a_divergence_that_is_no_quadratic() -> None:

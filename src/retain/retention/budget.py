@@ -57,6 +57,12 @@ speaks), and the factor that no correction exceeds."""
 TRIES, SLACK = 12, 0.02
 """Measurements at the end, and how far below the budget is near enough."""
 
+NEAR = 0.01
+"""The same of predicted nats, which cost less."""
+
+POWERS = 1.0, 8.0
+"""The least and the highest power of the share that a divergence is taken to go with."""
+
 
 def check_budget(nats: float) -> None:
     """Raises `ConfigError` unless the budget is a finite number above 0."""
@@ -154,23 +160,18 @@ def scale_back(curvature: Curvature, sites: Sequence[Site], nats: float) -> floa
     now = predicted()
     if now <= nats:
         return 1.0
-    shares = [math.sqrt(nats / now)]  # exact where the displacement is linear in the share
     away = _Away(curvature, sites)
-    away.keep(shares[0])
+
+    def at(share: float) -> float:
+        away.keep(share)
+        return predicted()
+
     if away.linear:
-        return shares[0]
-    low, high = 0.0, 1.0
-    for _ in range(20):
-        found = predicted()
-        if nats * 0.99 <= found <= nats:
-            break
-        low, high = (shares[-1], high) if found < nats else (low, shares[-1])
-        shares.append(0.5 * (low + high))
-        away.keep(shares[-1])
-    if predicted() > nats:
-        shares.append(low)
-        away.keep(low)
-    return shares[-1]
+        share = math.sqrt(nats / now)
+    else:
+        share, _ = largest_share(nats, now, at, slack=NEAR)
+    away.keep(share)
+    return share
 
 
 def settle(
@@ -202,7 +203,7 @@ def settle(
 
 
 def largest_share(
-    nats: float, now: float, measure: Callable[[float], float]
+    nats: float, now: float, measure: Callable[[float], float], *, slack: float = SLACK
 ) -> tuple[float, float]:
     """The largest share of a displacement whose divergence is within a budget, nearly.
 
@@ -210,24 +211,30 @@ def largest_share(
         nats: of the budget.
         now: the divergence of the whole displacement, more than that.
         measure: gives the divergence of a share.
+        slack: how far below the budget is near enough, relative to it.
 
     Returns:
-        The share and its divergence, at most 2 % below the budget unless 12 tries do not get
+        The share and its divergence, at most `slack` below the budget unless 12 tries do not get
         there; 0 and 0 if none of them is within it.
     """
     low, high, left = 0.0, 1.0, 0.0
-    share = math.sqrt(nats * (1 - SLACK / 2) / now)
+    wanted = nats * (1 - slack / 2)
+    last, before, power = 1.0, now, 2.0  # the divergence is about quadratic in the share
+    share = math.sqrt(wanted / now)
     for attempt in range(TRIES):
         now = measure(share)
         if now > nats:
             high = share
         else:
             low, left = share, now
-            if now >= nats * (1 - SLACK):
+            if now >= nats * (1 - slack):
                 break
-        # KL is about quadratic in the share; where it is not, halving gets there.
-        guess = share * math.sqrt(nats * (1 - SLACK / 2) / max(now, 1e-12))
-        sound = low < guess < high and attempt % 2 == 0
+        if now > 0 and before > 0 and share != last:  # and what it is shows in two of them
+            found = math.log(now / before) / math.log(share / last)
+            power = min(max(found, POWERS[0]), POWERS[1])
+        last, before = share, now
+        guess = share * (wanted / now) ** (1 / power) if now > 0 else 0.0
+        sound = low < guess < high and attempt % 4 < 3  # halving gets there whatever it is
         share = guess if sound else 0.5 * (low + high)
     return low, left
 
