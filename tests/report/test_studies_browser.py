@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from browser import Browser, find_chromium
-from synthetic import fail, make_adapters, make_long, make_study, make_wide
+from synthetic import fail, make_adapters, make_long, make_study, make_wide, scoreless
 
 from retain.report.studies.page import write_study_report
 
@@ -31,7 +31,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     studies = {"study": make_study(), "adapters": make_adapters(), "long": make_long()}
-    studies["wide"] = make_wide()
+    studies["wide"], studies["scoreless"] = make_wide(), scoreless()
     studies["failed"] = make_study("failed")
     studies["failed"]["runs"] = [fail(run, "no memory") for run in make_study()["runs"]]
     studies["holes"] = make_study("holes")
@@ -57,7 +57,7 @@ def _sound(browser: Browser) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["study", "adapters", "long", "wide", "all", "holes"])
+@pytest.mark.parametrize("name", ["study", "adapters", "long", "wide", "all", "holes", "scoreless"])
 def test_opens_without_complaint_or_sideways_scroll(
     browser: Browser, pages: dict[str, Path], name: str, width: int
 ) -> None:
@@ -73,6 +73,14 @@ def test_opens_without_complaint_or_sideways_scroll(
         )
         assert narrow
         assert all(wide > 150 for _, wide in narrow), narrow
+
+
+@pytest.mark.parametrize(("name", "across"), [("scoreless", "loss"), ("study", "learning")])
+def test_the_picture_shows_what_was_learned(
+    browser: Browser, pages: dict[str, Path], name: str, across: str
+) -> None:
+    browser.open(pages[name], 1440)
+    assert browser.js("document.querySelector('#tradeoff-x').value") == across
 
 
 def test_only_failures_leave_the_tables(browser: Browser, pages: dict[str, Path]) -> None:

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import METHODS, TASKS, fail, make_adapters, make_run, make_study, make_wide
+from synthetic import (
+    METHODS,
+    TASKS,
+    fail,
+    make_adapters,
+    make_run,
+    make_study,
+    make_wide,
+    scoreless,
+)
 
 from retain.errors import SourceError
 from retain.report.studies.cells import Cell, Group, groups
@@ -179,6 +188,16 @@ def test_tasks_learned_alone_are_put_together() -> None:
     assert _cell(pooled, "prefix").mean("kl") is None
     scores_of = score_table(pooled)
     assert scores_of and [column.name for column in scores_of.head[1:]] == pooled.tasks
+
+
+def test_where_all_score_alike_the_loss_tells_what_was_learned() -> None:
+    alike, told = scoreless(), scoreless()
+    assert _group(alike).learned == "loss"
+    told["runs"][0]["metrics_summary"]["learning"] = 0.1
+    assert _group(told).learned == "learning"
+    for run in alike["runs"]:
+        run["losses"] = []
+    assert _group(alike).learned == "learning"
 
 
 def test_sequences_come_before_tasks_alone() -> None:

@@ -115,6 +115,17 @@ class Group:
         """The largest number of seeds of a cell."""
         return max((cell.seeds for cell in self.cells), default=0)
 
+    @property
+    def learned(self) -> str:
+        """The metric that tells how much was learned: a loss where all cells score alike.
+
+        An exact match may be 0 for every one of them long before none has learned anything.
+        """
+        key = "learning" if self.has("learning") else "average"
+        scores = {found.mean for cell in self.cells if (found := cell.mean(key))}
+        alike = len(scores) == 1 and len(self.cells) > 1
+        return "loss" if alike and self.has("loss") else key
+
     def has(self, key: str) -> bool:
         """Whether any cell has a value of this metric."""
         return any(cell.mean(key) is not None for cell in self.cells)

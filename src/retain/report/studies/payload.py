@@ -74,6 +74,7 @@ def payload(groups: Sequence[Group]) -> str:
                 "study": group.study,
                 "tasks": group.tasks,
                 "pooled": group.pooled,
+                "learned": group.learned,
                 "has": [m.key for m in METRICS if group.has(m.key)],
                 "cells": cells,
             }

@@ -102,7 +102,8 @@ def _scatter(axes: Axes, group: Group, style: _Style, kx: str, ky: str) -> None:
     if kx == "share":
         points = [point for point in points if not point[0].held and point[1].mean > 0]
     mx, my = metric(kx), metric(ky)
-    title = f"{my.name} against " + ("trained share" if kx == "share" else "learning")
+    against = {"share": "trained share", "loss": "test loss"}.get(kx, "learning")
+    title = f"{my.name} against {against}"
     _dress(axes, title, f"{mx.name} ({mx.unit})", f"{my.name} ({my.unit})")
     if not points:
         return
@@ -175,7 +176,7 @@ def _lines(axes: Axes, group: Group, style: _Style, kind: str) -> None:
 
 def _panels(group: Group, style: _Style) -> list[tuple[str, str, str]]:
     """What there is to draw: the kind of panel and what it shows."""
-    first = "learning" if group.has("learning") else "average"
+    first = group.learned
     panels: list[tuple[str, str, str]] = []
     for key in ("forgetting", "kl"):
         if len(group.cells) > 1 and group.has(first) and group.has(key):

@@ -73,10 +73,13 @@ function scatter(plot, about, cells, kx, ky, options) {
     el("clipPath", { id: clip }, el("defs", {}, svg)));
   const inside = el("g", { "clip-path": `url(#${clip})` }, svg);
   const best = options.front ? front(points, kx, ky) : [];
+  // Where the front turns on its way from one point to the next, on the worse side of both.
+  const corner = (a, b) => METRICS[kx].better < 0 ? [X(b.e[0]), Y(a.f[0])] :
+    [X(a.e[0]), Y(b.f[0])];
   if (best.length > 1) {
     const steps = [];
     best.forEach((p, i) => {
-      if (i) steps.push(`${X(best[i - 1].e[0])},${Y(p.f[0])}`);
+      if (i) steps.push(corner(best[i - 1], p).join(","));
       steps.push(`${X(p.e[0])},${Y(p.f[0])}`);
     });
     el("polyline", { class: "front", points: steps.join(" ") }, inside);
@@ -113,8 +116,9 @@ function scatter(plot, about, cells, kx, ky, options) {
     .filter((p) => width > 560 || first(p) < 2)
     .map((p) => ({ x: X(p.e[0]), y: Y(p.f[0]), text: p.cell.name, must: first(p) < 2 }));
   best.slice(1).forEach((p, i) => { // the steps of the front
-    const [x, y, up] = [X(best[i].e[0]), Y(p.f[0]), Y(best[i].f[0])];
-    lines.push([x - 1, Math.min(y, up), 2, Math.abs(y - up)], [x, y - 1, X(p.e[0]) - x, 2]);
+    const from = best[i], [x, y] = corner(from, p), [ya, yb] = [Y(from.f[0]), Y(p.f[0])];
+    lines.push([x - 1, Math.min(ya, yb), 2, Math.abs(ya - yb)],
+      [X(from.e[0]), y - 1, X(p.e[0]) - X(from.e[0]), 2]);
   });
   for (const label of place(wanted, taken, lines, frame)) {
     if (label.lead) {
@@ -157,7 +161,7 @@ function logScale([lo, hi], frame) {
 
 figure("tradeoff", (plot) => {
   const g = group();
-  fill(byId("tradeoff-x"), ["learning", "average"], g);
+  fill(byId("tradeoff-x"), [...new Set([g.learned, "learning", "average", "loss"])], g);
   fill(byId("tradeoff-y"), ["forgetting", "kl", "perplexity", "flips"], g);
   const kx = value("tradeoff-x"), ky = value("tradeoff-y");
   if (!kx || !ky) return null;
