@@ -131,7 +131,7 @@ def calibration(found: float, true: float) -> float:
 def products(kind: Products) -> Iterator[None]:
     """Float32 matrix products by the hardware's bfloat16 or TF32 units, summed in float32.
 
-    ``auto`` uses them where they are faster: on a CPU with AMX tiles, and on a GPU.
+    ``auto`` uses them where they are faster: on a CPU with AMX tiles or AVX512-BF16, and on a GPU.
     Only the factors' own products are inside; the model runs as it always does.
     """
     if kind != "auto" or not _HAS_BF16:
@@ -153,8 +153,9 @@ def has_bf16() -> bool:
     """Whether products in bfloat16 are faster here."""
     if torch.cuda.is_available():
         return True
-    # AVX512-BF16 alone gains little or nothing: the conversion of the operands eats it.
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+    # Without tiles too: AVX512-BF16 alone is 2 to 4 times as fast on a Zen 5 core.
+    kinds = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, kind, lambda: False)() for kind in kinds)
 
 
 _HAS_BF16 = has_bf16()
