@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from retain.curvature.identity import IdentityBlock
 from retain.curvature.info import CurvatureInfo
 from retain.curvature.kronecker import KroneckerBlock
 from retain.curvature.link import Link
+from retain.data.tensors import read_tensors
 from retain.errors import ArtifactError
 from retain.files import whole_file
 
@@ -78,9 +79,7 @@ def load_curvature(path: str | Path) -> Curvature:
             fix="check the path, or run retain fit",
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, metadata = read_tensors(path)
         text = metadata["retain"]
         described = json.loads(text)
         if described["format"] != FORMAT:

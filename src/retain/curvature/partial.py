@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from retain.curvature.artifact import digest_of
 from retain.curvature.gather import Gather
 from retain.data.batches import Example
+from retain.data.tensors import read_tensors
 from retain.files import clear_scratch, whole_file, write_json
 
 __all__ = ["Partial", "fit_key", "forget", "kept_rows"]
@@ -49,13 +50,12 @@ class Partial:
         if self.path is None or not self.path.is_file():
             return 0
         try:
-            with safe_open(self.path, framework="pt") as file:
-                if (file.metadata() or {}).get("retain") != self.key:
-                    return 0
-                kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                if file.metadata().get("digest") != digest_of(self.key, kept):
-                    return 0
+            kept, metadata = read_tensors(self.path)
         except (SafetensorError, OSError):
+            return 0
+        if metadata.get("retain") != self.key:
+            return 0
+        if metadata.get("digest") != digest_of(self.key, kept):
             return 0
         done = int(kept.pop("done"))
         run.load(kept, device)

@@ -51,14 +51,17 @@ class SequenceState:
     def load(self) -> Kept | None:
         """What was kept; None where there is nothing that can be gone on from."""
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+
+        from retain.data.tensors import read_tensors
 
         try:
             note = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
             if note["stamp"] != self.stamp:
                 return None
-            tensors = [load_file(self.folder / f"{part}-{note['done']}.safetensors")
-                       for part in ("adapter", "method")]  # fmt: skip
+            tensors = [
+                read_tensors(self.folder / f"{part}-{note['done']}.safetensors")[0]
+                for part in ("adapter", "method")
+            ]
             return Kept(note["done"], note["data"], *tensors)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
