@@ -343,6 +343,15 @@ class TestFinding:
         runs = [make_run(TASKS, way, 0) for way in (METHODS[0], METHODS[4])]
         assert "one seed, so no interval" in finding(_group({"name": "s", "runs": runs}))
 
+    def test_a_lucky_seed_does_not_win(self) -> None:
+        ways = [(METHODS[0], 3), (METHODS[3], 3), (METHODS[6], 3), (METHODS[5], 1)]
+        runs = [make_run(TASKS, way, seed) for way, seeds in ways for seed in range(seeds)]
+        for run in runs:  # all learn alike, and the one seed forgets least
+            run["metrics_summary"]["learning"] = 0.8
+        text = finding(_group({"name": "s", "runs": runs}))
+        assert "of the 2 settings without stored data and of 3 seeds" in text
+        assert "one seed" not in text
+
     def test_one_row_compares_with_nothing(self) -> None:
         pooled = groups([Study.model_validate(make_wide())])[1]
         text = finding(pooled)

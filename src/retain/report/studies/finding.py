@@ -38,12 +38,17 @@ def _doubt(found: Estimate | None) -> str:
 
 
 def _best(group: Group, m: Metric) -> tuple[Cell | None, int]:
-    """The held cell that stores no data, learns as much and forgets least; of how many."""
+    """The held cell that stores no data, learns as much and forgets least; of how many.
+
+    Cells of fewer seeds than the others wait for theirs: one lucky seed would win.
+    """
     fair = [
         cell
         for cell in group.cells
         if cell.held and not cell.stores and cell.mean(m.key) is not None and _learns_as_much(cell)
     ]
+    most = max((cell.seeds for cell in fair), default=0)
+    fair = [cell for cell in fair if cell.seeds == most]
     return min(fair, key=lambda cell: _mean(cell, m), default=None), len(fair)
 
 
@@ -90,7 +95,10 @@ def finding(group: Group) -> str:
     if diff is None or diff.mean >= 0:
         text += f"; of the settings without stored data that learn as much none {lost} less"
     elif count > 1:
-        text += f"; of the {count} settings without stored data that do not learn clearly less, "
+        run = f" and of {best.seeds} seeds" if best.seeds > 1 else ""
+        text += (
+            f"; of the {count} settings without stored data{run} that do not learn clearly less, "
+        )
         text += f"{name} {lost} least: {ours}, picked after the fact"
     else:
         text += "; the only setting without stored data that does not learn clearly less, "
