@@ -134,6 +134,7 @@ def _scatter(axes: Axes, group: Group, style: _Style, kx: str, ky: str) -> None:
         if cell.plain:
             axes.plot(*spot, "o", ms=14, mfc="none", mec=_PLAIN, mew=1.4, zorder=3)
     named = dict(zip(map(id, group.cells), names(group), strict=True))
+    points.sort(key=lambda p: (not p[0].plain, -my.better * p[2].mean))  # the first find room
     label_spots(
         axes,
         [

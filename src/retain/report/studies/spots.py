@@ -13,6 +13,7 @@ from retain.report.studies.intervals import Estimate
 __all__ = ["Spot", "ends", "label_spots"]
 
 _FAR = 20.0  # points between a mark and its name
+_THIN = 0.4  # points of a whisker: a name may cross it where there is no better place
 Ends = tuple[float, float] | None
 
 
@@ -57,10 +58,10 @@ def label_spots(axes: Axes, spots: Sequence[Spot], colour: str) -> None:
         taken.append(Box(x - 6, y - 6, 12, 12))
         if spot.across and axes.get_xscale() != "log":
             tips = [point(end, spot.at[1])[0] for end in spot.across]
-            taken.append(Box(tips[0], y - 1.5, tips[1] - tips[0], 3))
+            taken.append(Box(tips[0], y - _THIN / 2, tips[1] - tips[0], _THIN))
         if spot.upright:
             tips = [point(spot.at[0], end)[1] for end in spot.upright]
-            taken.append(Box(x - 1.5, tips[0], 3, tips[1] - tips[0]))
+            taken.append(Box(x - _THIN / 2, tips[0], _THIN, tips[1] - tips[0]))
     sizes = [(0.62 * 8.5 * len(spot.name) + 4, 11.5) for spot in spots]
     back = axes.transData.inverted()
     boxes = place(anchors, sizes, bounds, taken)
