@@ -41,7 +41,8 @@ class Random:
 
     def psd(self, size: int, rank: int) -> Tensor:
         root = torch.randn(size, rank, generator=self.generator, dtype=F64)
-        return (root @ root.T / size).to(self.dtype)
+        whole = root @ root.T / size
+        return ((whole + whole.T) / 2).to(self.dtype)  # not every processor's product is symmetric
 
     def basis(self, size: int) -> Tensor:
         square = torch.randn(size, size, generator=self.generator, dtype=F64)
