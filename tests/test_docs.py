@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from retain.report.studies.cells import groups
+from retain.report.studies.records import Study
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -48,3 +51,29 @@ def test_the_readme_shows_the_demo_s_result() -> None:
         f"{shown[1]['forgetting']['kl']:.3f} | **{shown[2]['forgetting']['kl']:.3f}**",
     ):
         assert text in readme, text
+
+
+def test_the_readme_shows_the_four_tasks_as_measured() -> None:
+    """Every row of its table but the paired difference, which docs/results.md has."""
+    path = ROOT / "benchmarks" / "results" / "four-task" / "study.json"
+    cells = groups([Study.model_validate_json(path.read_text(encoding="utf-8"))])[0].cells
+    rows = {
+        "LoRA": ("lora", "none"),
+        "**recipe**": ("lora-8", "auto"),
+        "replay of the model's own samples": ("lora", "self_replay"),
+        "K-FAC alone, with a budget": ("lora", "kfac"),
+        "O-LoRA": ("lora-8", "olora"),
+        "full fine-tuning": ("full", "none"),
+        "prefix tuning": ("prefix", "none"),
+        "bottleneck adapters": ("bottleneck", "none"),
+        "replay, which stores data": ("lora", "replay"),
+    }
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, key in rows.items():
+        (cell,) = (c for c in cells if (c.adapter, c.label) == key)
+        assert cell.seeds == 3
+        means = [cell.mean(m) for m in ("average", "learning", "forgetting", "kl")]
+        known = [found.mean for found in means if found is not None]
+        said = [*(f"{100 * value:.1f}" for value in known[:3]), f"{known[3]:.3f}"]
+        (row,) = (line for line in readme.splitlines() if line.startswith(f"| {name} |"))
+        assert row.replace("*", "").split("|")[2:-1] == [f" {value} " for value in said]
