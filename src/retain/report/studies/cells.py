@@ -119,7 +119,7 @@ class Group:
     def learned(self) -> str:
         """The metric that tells how much was learned: a loss where all cells score alike.
 
-        An exact match may be 0 for every one of them long before none has learned anything.
+        An exact match may be 0 for every one of them though they have learned unlike amounts.
         """
         key = "learning" if self.has("learning") else "average"
         scores = {found.mean for cell in self.cells if (found := cell.mean(key))}
