@@ -161,15 +161,9 @@ def scale_back(curvature: Curvature, sites: Sequence[Site], nats: float) -> floa
     if now <= nats:
         return 1.0
     away = _Away(curvature, sites)
-
-    def at(share: float) -> float:
-        away.keep(share)
-        return predicted()
-
-    if away.linear:
-        share = math.sqrt(nats / now)
-    else:
-        share, _ = largest_share(nats, now, at, slack=NEAR)
+    if not away.linear:
+        return away.shorten(nats, now, predicted, NEAR)[0]
+    share = math.sqrt(nats / now)
     away.keep(share)
     return share
 
@@ -191,15 +185,7 @@ def settle(
     now = measure()
     if now <= nats:
         return now
-    away = _Away(curvature, sites)
-
-    def at(share: float) -> float:
-        away.keep(share)
-        return measure()
-
-    share, left = largest_share(nats, now, at)
-    away.keep(share)
-    return left
+    return _Away(curvature, sites).shorten(nats, now, measure, SLACK)[1]
 
 
 def largest_share(
@@ -256,6 +242,19 @@ class _Away:
         with torch.no_grad():
             for parameter, start, moved in self.pairs:
                 parameter.copy_(start + share * moved)
+
+    def shorten(
+        self, nats: float, now: float, measure: Callable[[], float], slack: float
+    ) -> tuple[float, float]:
+        """Keeps the largest share within a budget; see `largest_share`, which it returns."""
+
+        def at(share: float) -> float:
+            self.keep(share)
+            return measure()
+
+        share, left = largest_share(nats, now, at, slack=slack)
+        self.keep(share)
+        return share, left
 
 
 def _starts(curvature: Curvature, site: Site) -> list[tuple[nn.Parameter, Tensor]]:
