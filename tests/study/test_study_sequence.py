@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -257,3 +258,52 @@ def test_tasks_that_come_later_need_not_be_scored(tiny_folder: Path, tmp_path: P
         if name != "forgetting":  # whose best may be from before a task was learned
             assert part["metrics_summary"][name] == value
     assert part["metrics_summary"]["forgetting"] <= whole["metrics_summary"]["forgetting"]
+
+
+def test_earlier_tasks_may_be_scored_at_the_end_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    found = []
+    for name, asked in {"all": {}, "few": {"unseen": "none", "earlier": "last"}}.items():
+        path = tiny_study(tmp_path / name, tiny_folder, methods={"none": {}}, evaluation=asked)
+        grid, work = opened(path, tmp_path / f"out-{name}")
+        run = grid.runs[0]
+        assert ("earlier" in run.config["evaluation"]) is bool(asked)  # keys of old records hold
+        found.append(run_sequence(run.config, state=Keep(tmp_path / run.key, {}), work=work))
+    whole, part = found
+    assert part["before"] == whole["before"]
+    assert [[s is None for s in row] for row in part["matrix"]] == [
+        [False, True, True], [True, False, True], [False] * 3
+    ]  # fmt: skip
+    for row, other in zip(part["matrix"], whole["matrix"], strict=True):
+        assert all(a is None or a == b for a, b in zip(row, other, strict=True))
+    said, wanted = part["metrics_summary"], whole["metrics_summary"]
+    for name in ("average", "learning", "backward_transfer"):
+        assert said[name] == wanted[name]
+    assert said["forward_transfer"] is None and wanted["forward_transfer"] is not None
+    assert said["forgetting"] == pytest.approx(-said["backward_transfer"])
+
+
+@pytest.mark.parametrize("adapter", ["lora", "prefix"])
+def test_scores_before_training_are_made_once(
+    adapter: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Two seeds of what begins as the base model share them; the record is the same either way."""
+    path = tiny_study(
+        tmp_path / "study", tiny_folder, seeds=[0, 1], adapters={adapter: {}},
+        methods={"none": {}},
+    )  # fmt: skip
+    grid, work = opened(path, tmp_path / "out")
+    alone = Work(work.study, tmp_path / "other", work.base, work.data_dir)
+    for run in grid.runs:
+        found = run_sequence(run.config, state=Keep(tmp_path / run.key, {}), work=work)
+        again = Keep(tmp_path / f"{run.key}-alone", {})
+        assert plain(run_sequence(run.config, state=again, work=alone)) == plain(found)
+        for file in (alone.out / "untrained").iterdir():
+            file.write_text("{")  # cut: made again
+    files = list((work.out / "untrained").iterdir())
+    assert len(files) == (1 if adapter == "lora" else 2)
+    kept = json.loads(files[0].read_text())
+    assert kept["seconds"]["evaluate"] > 0 and kept["seconds"]["total"] > 0
+    stamp = Keep(tmp_path / "stamped", {"commit": "another"})
+    with patch("retain.study.sequence.write_json") as write:
+        run_sequence(grid.runs[0].config, state=stamp, work=work)
+    assert write.call_count == 1  # scores of other code are not taken

@@ -73,7 +73,8 @@ def continual_metrics(
     """The metrics of an accuracy matrix.
 
     Args:
-        matrix: ``R``, [tasks, tasks]; NaN, above the diagonal, where a task was not scored.
+        matrix: ``R``, [tasks, tasks]; NaN, off the diagonal and before the last row, where a task
+            was not scored. Forward transfer is None without the scores right above the diagonal.
         before: ``b``, [tasks].
         references: ``a``, [tasks].
 
@@ -90,6 +91,7 @@ def continual_metrics(
             fix="score every task after each of them",
         )
     last, diagonal = matrix[-1], [matrix[j][j] for j in range(n)]
+    ahead = [matrix[j - 1][j] for j in range(1, n)]
     best = [_best([row[j] for row in matrix[:-1]]) for j in range(n - 1)]
     return Continual(
         average=_mean(last),
@@ -97,8 +99,8 @@ def continual_metrics(
         forgetting=_gap(best, last[:-1]),
         backward_transfer=_gap(last[:-1], diagonal[:-1]),
         forward_transfer=None
-        if before is None
-        else _gap([matrix[j - 1][j] for j in range(1, n)], before[1:]),
+        if before is None or any(math.isnan(score) for score in ahead)
+        else _gap(ahead, before[1:]),
         intransigence=None if references is None else _gap(references, diagonal),
     )
 

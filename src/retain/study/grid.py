@@ -198,7 +198,7 @@ class _Expansion:
                     "data": spec.data.model_dump(mode="json"),
                     "source": self.source,
                     "general": spec.general and spec.general.model_dump(mode="json"),
-                    "evaluation": spec.evaluation.model_dump(mode="json"),
+                    "evaluation": spec.evaluation.for_key(),
                 }
                 yield place, Run(run_key(config), config)
 

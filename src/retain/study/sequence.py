@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +13,16 @@ from retain.data.specs import load_task
 from retain.evaluation.continual import continual_metrics
 from retain.evaluation.forgetting import Reference
 from retain.evaluation.score import Score, score_items
+from retain.files import write_json
 from retain.models.adapters.registry import attach_adapter
 from retain.retention.method import Context, Task
 from retain.retention.registry import make_method
 from retain.study.known import task_path
 from retain.study.material import load_base, load_source, load_tasks, seed_of
-from retain.study.runner import Work, finite
+from retain.study.runner import Work, finite, first_rank
 from retain.study.state import SequenceState
 from retain.study.training import Clock, peak_memory, reset_peak_memory, settings
+from retain.study.untrained import read_untrained, untrained_file
 from retain.training.loop import train
 
 __all__ = ["run_sequence"]
@@ -114,9 +117,19 @@ class _Sequence:
         from transformers import set_seed
 
         self.say("scores before")
-        with self.clock.on("evaluate"):
-            self.data["before"] = [score and score.value for score in self._scores(None)]
-            self.data["general"] = self._general()
+        known = read_untrained(self._untrained())
+        if known is None:
+            before = dict(self.clock.state())
+            with self.clock.on("evaluate"):
+                scores = [score and score.value for score in self._scores(None)]
+                general = self._general()
+            spent = {k: v - before[k] for k, v in self.clock.state().items()}
+            known = finite({"scores": scores, "general": general, "seconds": spent})
+            if first_rank():
+                write_json(self._untrained(), known)
+        else:
+            self.clock.restore(known["seconds"])
+        self.data["before"], self.data["general"] = known["scores"], known["general"]
         self.say("the method begins")
         with self.clock.on("method"):
             set_seed(self.context.seed)
@@ -164,12 +177,27 @@ class _Sequence:
                 found = self.reference.measure(self.adapter.model).to_dict()
                 self.data["retention"].append({"after": index, **found})
 
+    def _untrained(self) -> Path:
+        """The file with the scores of this model before training."""
+        return untrained_file(
+            self.config, self.work, self.adapter, self.state.stamp, [t.test for t in self.tasks]
+        )
+
+    def _is_scored(self, index: int, after: int | None) -> bool:
+        """Whether a task is scored after another, or before all."""
+        if after is None or index == after:
+            return True
+        asked = self.config["evaluation"]
+        if index < after:
+            return asked.get("earlier") != "last" or after + 1 == len(self.tasks)
+        unseen = asked.get("unseen", "all")
+        return unseen == "all" or (unseen == "next" and index == after + 1)
+
     def _scores(self, after: int | None) -> list[Score | None]:
-        """Of all tasks, or without those that come later than the next one."""
-        only_next = self.config["evaluation"].get("unseen") == "next"
+        """Of all tasks; None of those that the study does not want scored here."""
         out: list[Score | None] = []
         for index, data in enumerate(self.tasks):
-            if only_next and after is not None and index > after + 1:
+            if not self._is_scored(index, after):
                 out.append(None)
                 continue
             spec = data.spec

@@ -148,13 +148,23 @@ class EvaluationSpec(_Strict):
     Attributes:
         batch_size: rows a pass.
         retention: whether base retention is measured after each task or after the last one.
-        unseen: which tasks are scored before they are learned: all, or the next one alone, which
-            is what forward transfer needs. Before the first task all are scored.
+        unseen: which tasks are scored before they are learned: all, the next one alone, which is
+            what forward transfer needs, or none. Before the first task all are scored.
+        earlier: whether tasks learned earlier are scored after each task or after the last one.
+            With ``last`` forgetting is what was lost since a task was learned.
     """
 
     batch_size: int = Field(16, ge=1)
     retention: Literal["each", "last"] = "each"
-    unseen: Literal["all", "next"] = "all"
+    unseen: Literal["all", "next", "none"] = "all"
+    earlier: Literal["each", "last"] = "each"
+
+    def for_key(self) -> dict[str, Any]:
+        """As plain data; without `earlier` where it is the default, as records from before it."""
+        found = self.model_dump(mode="json")
+        if self.earlier == "each":
+            del found["earlier"]
+        return found
 
 
 class StudySpec(_Strict):

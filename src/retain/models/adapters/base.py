@@ -38,12 +38,14 @@ class Adapter(ABC):
     Attributes:
         kind: its name in a study.
         schema: its options, with their defaults and bounds.
+        begins_as_base: whether a fresh one computes what the base model does, for every seed.
         model: what is trained and run; its forward is that of the base model's class.
         options: what it was attached with, as plain data.
     """
 
     kind: ClassVar[str]
     schema: ClassVar[type[Options]]
+    begins_as_base: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, options: dict[str, Any], size: int = 0) -> None:
         self.model, self.options, self.size = model, options, size

@@ -64,6 +64,7 @@ class Prefix(Adapter):
 
     kind: ClassVar[str] = "prefix"
     schema: ClassVar[type[Options]] = PrefixOptions
+    begins_as_base: ClassVar[bool] = False
 
     @classmethod
     def attach(cls, base: nn.Module, *, seed: int = 0, **options: Any) -> Self:
