@@ -38,7 +38,17 @@ def test_the_force_is_the_gradient_of_predicted_nats() -> None:
     attached.model(**batch.inputs).logits.pow(2).mean().backward()
     before = [(s.a.grad.clone(), s.b.grad.clone()) for s in sites]
     nats = method.before_step(attached.model)
-    assert nats == pytest.approx(curvature.quadratic(attached.model), rel=1e-9)
+
+    def whole() -> float:
+        """Of all blocks, by the definition: what is open, and what was there before."""
+        assert method.block is not None
+        total = 0.0
+        for site, (a0, b0) in zip(sites, method.block.earlier, strict=True):
+            d = (site.scaling * (b0 @ a0 + site.b @ site.a)).detach().double()
+            total += 0.5 * float((d * curvature.blocks[site.name].matvec(d)).sum())
+        return total
+
+    assert nats == pytest.approx(whole(), rel=1e-9)
     assert nats > 0
     for site, (a, b) in zip(sites, before, strict=True):
         for weight, was in ((site.a, a), (site.b, b)):
@@ -47,11 +57,14 @@ def test_the_force_is_the_gradient_of_predicted_nats() -> None:
             for step in (1e-4, -1e-4):
                 with torch.no_grad():
                     weight[place] += step
-                    ends.append(curvature.quadratic(attached.model))
+                    ends.append(whole())
                     weight[place] -= step
             slope = (ends[0] - ends[1]) / 2e-4
             added = float((weight.grad - was)[place])
             assert added == pytest.approx(7.0 * slope, rel=1e-4, abs=1e-9)
+    last = whole()
+    method.after_task(second)
+    assert curvature.quadratic(attached.model) == pytest.approx(last, rel=1e-9)
 
 
 def test_a_stronger_force_predicts_less_forgetting() -> None:

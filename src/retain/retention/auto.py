@@ -57,9 +57,11 @@ class Auto(Wiener):
     def before_task(self, task: Task) -> Sequence[Example]:
         rows = super().before_task(task)
         if self.curvature is not None:
+            assert self.block is not None
             self.retention = Retention(
-                self.context.adapter.model, self.curvature, self.strength, resuming=True
-            )
+                self.context.adapter.model, self.curvature, self.strength,
+                beside=self.block.displacements(), resuming=True,
+            )  # fmt: skip
         return rows
 
     def before_step(self, model: nn.Module) -> float | None:

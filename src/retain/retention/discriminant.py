@@ -62,6 +62,6 @@ class Discriminant(MomentKeeper):
         block = self.begin_block(task, train_a=self.train_a)
         set_start(
             block.sites, self.new, self.old, kind=self.start,
-            gain=self.gain, epsilon=self.epsilon, seed=task.seed, span=block.span,
+            gain=self.gain, epsilon=self.epsilon, seed=task.seed,
         )  # fmt: skip
         return rows

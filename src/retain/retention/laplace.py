@@ -16,7 +16,7 @@ In place of the strength a budget may be given; see `retain.retention.budget`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from retain.curvature.moves import proximal
 from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, TrainingError, check_number, unknown
 from retain.models.sites import LinearSite, check_held
+from retain.retention.beside import Beside
 from retain.retention.budget import Budget, anchored, scale_back, settle
 from retain.retention.lengths import step_lengths
 from retain.retention.reference import Reference
@@ -67,6 +68,8 @@ class Retention:
         probe: tokenised source text, a few rows: with a budget, the true divergence on it corrects
             the predicted one now and then, and at the end. Without it the prediction is believed.
         update: ``gradient`` or ``proximal``.
+        beside: a displacement that stays while the adapter moves, ``(left, right)`` by layer (see
+            `retain.retention.beside`); with a strength and ``gradient`` alone.
         resuming: the adapter is expected to be away from the anchor already.
 
     Raises:
@@ -87,6 +90,7 @@ class Retention:
         past: Curvature | None = None,
         probe: Sequence[Example] = (),
         update: Update = "gradient",
+        beside: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         resuming: bool = False,
     ) -> None:
         if update not in UPDATES:
@@ -132,6 +136,14 @@ class Retention:
             self.probe = Reference(
                 model, probe, batch_size=len(probe), base=lambda _: anchored(curvature, self.sites)
             )
+        self.beside = Beside(curvature, beside) if beside else None
+        if self.beside is not None and (update != "gradient" or budget is not None):
+            raise ConfigError(
+                "a displacement that stays is known to a force of fixed strength alone",
+                got="a budget" if budget is not None else f"update={update!r}",
+                allowed="a strength, update='gradient'",
+                fix="leave beside out",
+            )
         self.model = model
         self._still: dict[int, Tensor] = {}
         self._rounded, self._looks = has_bf16(), 0
@@ -143,7 +155,8 @@ class Retention:
 
     def predicted(self) -> float:
         """Predicted nats per source token at the present adapter."""
-        return self.curvature.pulls(self.sites)[0]
+        nats = self.curvature.pulls(self.sites)[0]
+        return nats if self.beside is None else nats + self.beside.pulls(self.sites)[0]
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained weights that are held."""
@@ -218,10 +231,10 @@ class Retention:
             if nats < 0 or self._looks % LOOK == 0 or self._looks & (self._looks - 1) == 0:
                 nats, pulls = self._checked(nats, pulls)
         if self.past is not None:
-            _, others = self.past.pulls(self.sites)
-            pulls = [
-                Pull(p, mine + other) for (p, mine), (_, other) in zip(pulls, others, strict=True)
-            ]
+            pulls = _summed(pulls, self.past.pulls(self.sites)[1])
+        if self.beside is not None:
+            more, others = self.beside.pulls(self.sites)
+            nats, pulls = nats + more, _summed(pulls, others)
         if self._still:
             pulls = [Pull(p, pull * self._still[id(p)]) for p, pull in pulls]
         return nats, pulls
@@ -290,6 +303,10 @@ class Retention:
 def check_strength(strength: float) -> None:
     """Raises `ConfigError` unless the strength is a finite number, 0 or above."""
     check_number("the strength is no strength", strength, "strength=10")
+
+
+def _summed(pulls: Sequence[Pull], others: Sequence[Pull]) -> list[Pull]:
+    return [Pull(p, mine + other) for (p, mine), (_, other) in zip(pulls, others, strict=True)]
 
 
 def _balance(pulls: Sequence[Pull]) -> tuple[float, float]:

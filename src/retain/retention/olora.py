@@ -50,8 +50,8 @@ class OLoRA(Blockwise):
 
     def loss(self, model: nn.Module, batch: Batch, logits: Tensor) -> Tensor | None:
         assert self.block is not None
-        span = self.block.span
-        if not self.strength or not span.start:
+        if not self.strength or not self.block.span.start:
             return None
-        terms = [(s.a[span] @ s.a[: span.start].detach().T).abs().sum() for s in self.block.sites]
+        pairs = zip(self.block.sites, self.block.earlier, strict=True)
+        terms = [(site.a @ a.T).abs().sum() for site, (a, _) in pairs]
         return self.strength * torch.stack(terms).sum()

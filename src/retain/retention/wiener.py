@@ -63,7 +63,7 @@ class Wiener(MomentKeeper):
         assert self.new is not None
         self.filter = InputFilter(
             block.sites, self.new, self.old, weight=self.weight, epsilon=self.epsilon,
-            gain=self.gain, span=block.span,
+            gain=self.gain,
         )  # fmt: skip
         return rows
 
