@@ -307,3 +307,8 @@ def test_scores_before_training_are_made_once(
     with patch("retain.study.sequence.write_json") as write:
         run_sequence(grid.runs[0].config, state=stamp, work=work)
     assert write.call_count == 1  # scores of other code are not taken
+    shorter = {**grid.runs[0].config, "training": {**grid.runs[0].config["training"]}}
+    shorter["training"]["max_length"] = 8
+    with patch("retain.study.sequence.write_json") as write:
+        run_sequence(shorter, state=Keep(tmp_path / "shorter", {}), work=work)
+    assert write.call_count == 1  # nor those of rows that were cut elsewhere

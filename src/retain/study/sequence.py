@@ -182,9 +182,7 @@ class _Sequence:
 
     def _untrained(self) -> Path:
         """The file with the scores of this model before training."""
-        return untrained_file(
-            self.config, self.work, self.adapter, self.state.stamp, [t.test for t in self.tasks]
-        )
+        return untrained_file(self.config, self.work, self.adapter, self.state.stamp, self.tasks)
 
     def _is_scored(self, index: int, after: int | None) -> bool:
         """Whether a task is scored after another, or before all."""

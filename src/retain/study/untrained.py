@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from retain.data.items import Item
 from retain.models.adapters.base import Adapter
 from retain.models.heads import is_causal
+from retain.study.material import TaskData
 from retain.study.runner import Work
 
 __all__ = ["read_untrained", "untrained_file"]
@@ -23,7 +23,7 @@ def untrained_file(
     work: Work,
     adapter: Adapter,
     stamp: Mapping[str, Any],
-    tests: Sequence[Sequence[Item]],
+    tasks: Sequence[TaskData],
 ) -> Path:
     """The file for all runs whose model scores the same before training.
 
@@ -36,18 +36,18 @@ def untrained_file(
         work: of the study.
         adapter: attached, fresh.
         stamp: versions and commit.
-        tests: the items of each task.
+        tasks: of the run, with their test rows.
     """
     settled = is_causal(adapter.model) and adapter.begins_as_base
     parts = [
         {k: config[k] for k in ("model", "dtype", "attention", "adapter", "general")},
         config["evaluation"]["batch_size"],
-        config["order"]["tasks"],
+        config["definitions"],
         adapter.options,
         None if settled else config["seed"],
         dict(stamp),
         torch.get_num_threads(),
-        [hashlib.sha256(repr(items).encode()).hexdigest() for items in tests],
+        [(hashlib.sha256(repr(t.test).encode()).hexdigest(), t.max_length) for t in tasks],
     ]
     name = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return work.out / "untrained" / f"{name}.json"
