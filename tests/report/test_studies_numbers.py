@@ -30,6 +30,7 @@ from retain.report.studies.finding import finding
 from retain.report.studies.intervals import Estimate, estimate, paired, t_quantile
 from retain.report.studies.metrics import METRICS, metric
 from retain.report.studies.names import names, series
+from retain.report.studies.pictures import has_course
 from retain.report.studies.records import Study, read_studies
 from retain.report.studies.tables import (
     difference_table,
@@ -169,6 +170,20 @@ def test_retention_counts_from_nought_or_one(after: list[int]) -> None:
     group = _group({"name": "s", "runs": [run]})
     curve = [found and found.mean for found in group.cells[0].curve("kl")]
     assert curve == [None, None, *last[2:]]
+
+
+def test_a_course_of_two_points_is_not_drawn() -> None:
+    data = make_study()
+    whole = groups([Study.model_validate(data)])[0]
+    assert has_course(whole, "seen") and has_course(whole, "kl")
+    for run in data["runs"]:
+        last = len(run["tasks"]) - 1
+        for i, row in enumerate(run["matrix"]):
+            row[:] = [s if i in (j, last) else None for j, s in enumerate(row)]
+        run["retention"] = run["retention"][-1:]
+    ends = groups([Study.model_validate(data)])[0]
+    assert sum(e is not None for e in ends.cells[0].curve("seen")) == 2
+    assert not has_course(ends, "seen") and not has_course(ends, "kl")
 
 
 def test_tasks_learned_alone_are_put_together() -> None:

@@ -19,7 +19,7 @@ from retain.report.studies.metrics import metric
 from retain.report.studies.names import names, series
 from retain.report.studies.spots import Spot, ends, label_spots
 
-__all__ = ["group_png", "has_picture"]
+__all__ = ["group_png", "has_course", "has_picture"]
 
 _COLOURS = (
     "#2563a8", "#2e8b57", "#7b4fb0", "#c23b4b", "#14868c", "#8a5a2b", "#c2539b", "#767c1c",
@@ -186,10 +186,14 @@ def _panels(group: Group, style: _Style) -> list[tuple[str, str, str]]:
     if len(bare) > 1 and group.has("average"):
         panels.append(("scatter", "share", "average"))
     if group.length > 1 and _shown(group, style):
-        panels.append(("lines", "seen", ""))
-        if any(any(cell.curve("kl")) for cell in group.cells):
-            panels.append(("lines", "kl", ""))
+        panels += [("lines", kind, "") for kind in ("seen", "kl") if has_course(group, kind)]
     return panels
+
+
+def has_course(group: Group, kind: str) -> bool:
+    """Whether there is more to follow than the first task and the last."""
+    known = max(sum(e is not None for e in cell.curve(kind)) for cell in group.cells)
+    return known >= min(3, group.length)
 
 
 def has_picture(group: Group) -> bool:
