@@ -2,9 +2,10 @@
 
 In a study one LoRA of rank ``r * tasks`` is attached, with the scaling of rank r. The blocks of
 earlier tasks stay as they are, those of later ones have B = 0. The result is a plain PEFT adapter.
-While a task learns, its block alone is in the layers (`OpenBlock`), so a step costs what rank r
-does. For a run that continues another one, `retain.models.growing` adds the block, and `Block`
-holds the rest, since a checkpoint there is the whole adapter.
+While a task learns, its block alone is in the layers (`OpenBlock`), so gradients, optimiser and
+force cost what rank r does; of earlier blocks there is their output to add. For a run that
+continues another one, `retain.models.growing` adds the block, and `Block` holds the rest, since a
+checkpoint there is the whole adapter.
 """
 
 from __future__ import annotations

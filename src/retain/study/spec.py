@@ -151,7 +151,7 @@ class EvaluationSpec(_Strict):
         unseen: which tasks are scored before they are learned: all, the next one alone, which is
             what forward transfer needs, or none. Before the first task all are scored.
         earlier: whether tasks learned earlier are scored after each task or after the last one.
-            With ``last`` forgetting is what was lost since a task was learned.
+            With ``last`` and ``unseen: none`` forgetting is what was lost since a task was learned.
     """
 
     batch_size: int = Field(16, ge=1)
