@@ -9,7 +9,7 @@ import torch
 from sequences import begun, shaken, source, tasks_of
 from torch import nn
 
-from retain import Curvature, fit_curvature
+from retain import Curvature, fit_curvature, reanchored
 from retain.errors import ConfigError
 from retain.models.adapter import adapter_off, lora_sites
 from retain.retention.beside import Beside
@@ -72,7 +72,7 @@ def test_what_stays_and_what_moves_make_the_whole_quadratic(
     with torch.no_grad():
         for site in sites:
             site.b.zero_()
-    curvature = fitted(model, structure, rank=rank)
+    curvature, diagonal = fitted(model, structure, rank=rank), fitted(model, "diagonal")
     with torch.no_grad():
         for site in sites:
             site.b.copy_(kept[site.name])
@@ -90,6 +90,12 @@ def test_what_stays_and_what_moves_make_the_whole_quadratic(
         torch.testing.assert_close(site.b.grad, 3.0 * want[id(b)][:, 2:4].to(site.b), **close)
     with pytest.raises(ConfigError, match="fixed strength alone"):
         Retention(model, curvature, budget=0.1, beside=block.displacements(), resuming=True)
-    other = fitted(model, "diagonal")
+    with pytest.raises(ConfigError, match="does not know a displacement that stays"):
+        Retention(model, curvature, past=curvature, beside=block.displacements(), resuming=True)
+    with pytest.raises(ConfigError, match="weight space, around a later anchor"):
+        Beside(reanchored(curvature, model), block.displacements())
+    adapter = fitted(model, "kfac", space="adapter")
+    with pytest.raises(ConfigError, match="got: a curvature in adapter space"):
+        Beside(adapter, block.displacements())
     with pytest.raises(ConfigError, match="got: a curvature of structure diagonal"):
-        Beside(other, block.displacements())
+        Beside(diagonal, block.displacements())

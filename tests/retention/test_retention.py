@@ -17,6 +17,7 @@ from retain.data.sources import encode
 from retain.errors import ConfigError, MismatchError, TrainingError
 from retain.models.adapter import lora_sites
 from retain.models.heads import forward_logits
+from retain.retention.forces import Forces
 from retain.types import SPACES, STRUCTURES, UPDATES
 from tiny import KINDS, ROWS, move, relative, tiny, weights
 
@@ -306,7 +307,7 @@ def _weak(model: Any, curvature: Any) -> None:
 def test_factors_in_bfloat16_are_given_up_where_their_rounding_is_what_is_left(
     weak: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retain.retention.laplace.has_bf16", lambda: True)
+    monkeypatch.setattr("retain.retention.forces.has_bf16", lambda: True)
     model = tiny("llama").float()
     curvature = fit(model, "llama")
     factors = {id(block.inputs): block.inputs for block in curvature.blocks.values()}
@@ -345,17 +346,17 @@ def fit_size(curvature: Any) -> int:
 def test_the_error_of_rounding_is_looked_at_now_and_then(
     steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retain.retention.laplace.has_bf16", lambda: True)
+    monkeypatch.setattr("retain.retention.forces.has_bf16", lambda: True)
     model = tiny("llama").float()
     curvature = fit(model, "llama")
     retention, looks = Retention(model, curvature, 3.0), []
-    checked = Retention._checked
+    checked = Forces._checked
 
-    def look(self: Retention, nats: float, pulls: Any) -> Any:
+    def look(self: Forces, nats: float, pulls: Any) -> Any:
         looks.append(self._looks)
         return checked(self, nats, pulls)
 
-    monkeypatch.setattr(Retention, "_checked", look)
+    monkeypatch.setattr(Forces, "_checked", look)
     retention.add_force()  # nothing has moved: nothing to look at
     assert not looks
     move(model, seed=9)

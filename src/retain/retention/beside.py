@@ -26,14 +26,22 @@ class Beside:
     """The first two terms.
 
     Args:
-        curvature: of Kronecker factors, in weight space.
+        curvature: of Kronecker factors, in weight space, around the base model.
         stays: a layer's name -> ``(left [d_out, r], right [r, d_in])``.
 
     Raises:
-        ConfigError: a curvature of another structure.
+        ConfigError: another curvature.
     """
 
     def __init__(self, curvature: Curvature, stays: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        if curvature.info.space != "weight" or curvature.anchor:
+            raise ConfigError(
+                "what stays can be read around the base model alone",
+                got=f"a curvature in {curvature.info.space} space, "
+                + ("around a later anchor" if curvature.anchor else "around the base model"),
+                allowed="weight space, around the base model",
+                fix="the curvature as it was fitted, with space='weight'",
+            )
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
         self.nats = 0.0
         with torch.no_grad():

@@ -23,24 +23,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retain.curvature.curvature import Curvature, Pull
-from retain.curvature.estimator import has_bf16
 from retain.curvature.moves import proximal
 from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, TrainingError, check_number, unknown
 from retain.models.sites import LinearSite, check_held
-from retain.retention.beside import Beside
 from retain.retention.budget import Budget, anchored, scale_back, settle
+from retain.retention.forces import Forces
 from retain.retention.lengths import step_lengths
 from retain.retention.reference import Reference
 from retain.types import UPDATES, Update
 
 __all__ = ["Retention", "check_strength"]
-
-ROUNDING = 0.05
-"""The relative error of a force up to which it is read from factors in bfloat16."""
-
-LOOK = 64
-"""Steps between two looks at that error; before, at steps 1, 2, 4 and so on."""
 
 ROOM = 0.8
 """Of a budget, the share that what was learned before may have spent when training begins."""
@@ -96,7 +89,14 @@ class Retention:
         if update not in UPDATES:
             raise unknown("update", update, UPDATES)
         check_strength(strength)
-        self.curvature, self.past, self.update = curvature, past, update
+        if beside and (update != "gradient" or budget is not None):
+            raise ConfigError(
+                "a displacement that stays is known to a force of fixed strength alone",
+                got="a budget" if budget is not None else f"update={update!r}",
+                allowed="a strength, update='gradient'",
+                fix="leave beside out",
+            )
+        self.curvature, self.update = curvature, update
         self.budget = None if budget is None else Budget(budget)
         self._strength = strength
         self.sites = curvature.bind(model)
@@ -136,17 +136,8 @@ class Retention:
             self.probe = Reference(
                 model, probe, batch_size=len(probe), base=lambda _: anchored(curvature, self.sites)
             )
-        self.beside = Beside(curvature, beside) if beside else None
-        if self.beside is not None and (update != "gradient" or budget is not None):
-            raise ConfigError(
-                "a displacement that stays is known to a force of fixed strength alone",
-                got="a budget" if budget is not None else f"update={update!r}",
-                allowed="a strength, update='gradient'",
-                fix="leave beside out",
-            )
         self.model = model
-        self._still: dict[int, Tensor] = {}
-        self._rounded, self._looks = has_bf16(), 0
+        self.forces = Forces(curvature, self.sites, past=past, beside=beside)
 
     @property
     def strength(self) -> float:
@@ -155,8 +146,7 @@ class Retention:
 
     def predicted(self) -> float:
         """Predicted nats per source token at the present adapter."""
-        nats = self.curvature.pulls(self.sites)[0]
-        return nats if self.beside is None else nats + self.beside.pulls(self.sites)[0]
+        return self.forces.predicted()
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained weights that are held."""
@@ -171,12 +161,7 @@ class Retention:
         Args:
             rows: of every layer.
         """
-        self._still = {}
-        for site in self.sites:
-            if not isinstance(site, LinearSite):
-                moving = torch.zeros(site.a.shape[0], 1, dtype=torch.bool, device=site.a.device)
-                moving[rows] = True
-                self._still |= {id(site.a): moving, id(site.b): moving.T}
+        self.forces.only(rows)
 
     def make_room(self) -> bool:
         """Before training: what is there may have spent four fifths of the budget.
@@ -207,12 +192,12 @@ class Retention:
         Raises:
             TrainingError: the weights have left the finite numbers.
         """
-        nats, pulls = self._pulls()
+        nats, pulls = self.forces.pulls()
         _check_finite(nats)
         if self.budget is not None:
             self.budget.weigh(*_balance(pulls))
             if self._spend(nats):
-                nats, pulls = self._pulls()
+                nats, pulls = self.forces.pulls()
         if self.strength:
             for parameter, gradient in pulls:
                 if not parameter.requires_grad:
@@ -222,40 +207,6 @@ class Retention:
                 else:
                     parameter.grad.add_(gradient, alpha=self.strength)
         return nats
-
-    def _pulls(self) -> tuple[float, list[Pull]]:
-        """Predicted nats, and the gradients of all that holds."""
-        nats, pulls = self.curvature.pulls(self.sites, rounded=self._rounded)
-        if self._rounded and nats:
-            self._looks += 1
-            if nats < 0 or self._looks % LOOK == 0 or self._looks & (self._looks - 1) == 0:
-                nats, pulls = self._checked(nats, pulls)
-        if self.past is not None:
-            pulls = _summed(pulls, self.past.pulls(self.sites)[1])
-        if self.beside is not None:
-            more, others = self.beside.pulls(self.sites)
-            nats, pulls = nats + more, _summed(pulls, others)
-        if self._still:
-            pulls = [Pull(p, pull * self._still[id(p)]) for p, pull in pulls]
-        return nats, pulls
-
-    def _checked(self, nats: float, pulls: list[Pull]) -> tuple[float, list[Pull]]:
-        """What was rounded, if rounding did it no harm; else the exact, from now on.
-
-        Rounded factors are not positive semi-definite. Where the weights have moved in directions
-        that the curvature hardly sees, as behind a filter, what is left of S is less than what
-        rounding has added, and the force may push.
-        """
-        exact, wanted = self.curvature.pulls(self.sites)
-        error = sum(
-            float((g - w).square().sum()) for (_, g), (_, w) in zip(pulls, wanted, strict=True)
-        )
-        size = sum(float(w.square().sum()) for _, w in wanted)
-        if nats >= 0 and error <= ROUNDING**2 * size:
-            return nats, pulls
-        self._rounded = False
-        self.curvature.drop_rounded()
-        return exact, wanted
 
     def apply_proximal(self, optimizer: Optimizer) -> float:
         """Pulls the adapter back after a step of `optimizer`; returns predicted nats."""
@@ -303,10 +254,6 @@ class Retention:
 def check_strength(strength: float) -> None:
     """Raises `ConfigError` unless the strength is a finite number, 0 or above."""
     check_number("the strength is no strength", strength, "strength=10")
-
-
-def _summed(pulls: Sequence[Pull], others: Sequence[Pull]) -> list[Pull]:
-    return [Pull(p, mine + other) for (p, mine), (_, other) in zip(pulls, others, strict=True)]
 
 
 def _balance(pulls: Sequence[Pull]) -> tuple[float, float]:
