@@ -312,3 +312,9 @@ def test_scores_before_training_are_made_once(
     with patch("retain.study.sequence.write_json") as write:
         run_sequence(shorter, state=Keep(tmp_path / "shorter", {}), work=work)
     assert write.call_count == 1  # nor those of rows that were cut elsewhere
+    with (
+        patch("retain.study.sequence.write_json") as write,
+        patch("retain.study.untrained.hardware", return_value={"accelerator": "another"}),
+    ):
+        run_sequence(grid.runs[0].config, state=Keep(tmp_path / "moved", {}), work=work)
+    assert write.call_count == 1  # nor another machine's

@@ -246,11 +246,11 @@ def _read(
             unfinished.save(run, 0, force=run.estimator.passes > 1)
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries that a result depends on."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of the libraries that a result depends on, and of more, if they are installed."""
     names = ("retain", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
     found = {}
-    for name in names:
+    for name in (*names, *more):
         try:
             found[name] = importlib.metadata.version("retain-lora" if name == "retain" else name)
         except importlib.metadata.PackageNotFoundError:

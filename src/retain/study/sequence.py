@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,18 +119,7 @@ class _Sequence:
         from transformers import set_seed
 
         self.say("scores before")
-        known = read_untrained(self._untrained())
-        if known is None:
-            before = dict(self.clock.state())
-            with self.clock.on("evaluate"):
-                scores = [score and score.value for score in self._scores(None)]
-                general = self._general()
-            spent = {k: v - before[k] for k, v in self.clock.state().items()}
-            known = finite({"scores": scores, "general": general, "seconds": spent})
-            if first_rank():
-                write_json(self._untrained(), known)
-        else:
-            self.clock.restore(known["seconds"])
+        known = self._untrained()
         self.data["before"], self.data["general"] = known["scores"], known["general"]
         self.say("the method begins")
         with self.clock.on("method"):
@@ -180,9 +168,23 @@ class _Sequence:
                 found = self.reference.measure(self.adapter.model).to_dict()
                 self.data["retention"].append({"after": index, **found})
 
-    def _untrained(self) -> Path:
-        """The file with the scores of this model before training."""
-        return untrained_file(self.config, self.work, self.adapter, self.state.stamp, self.tasks)
+    def _untrained(self) -> dict[str, Any]:
+        """Scores before training: another run's, with the time that they took, or made now."""
+        stamp = self.state.stamp
+        path = untrained_file(self.config, self.work, self.adapter, stamp, self.tasks)
+        known = read_untrained(path)
+        if known is not None:
+            self.clock.restore(known["seconds"])
+            return known
+        start = self.clock.state()
+        with self.clock.on("evaluate"):
+            scores = [score and score.value for score in self._scores(None)]
+            general = self._general()
+        seconds = {name: end - start[name] for name, end in self.clock.state().items()}
+        known = {"scores": scores, "general": general, "seconds": seconds}
+        if first_rank():
+            write_json(path, finite(known))
+        return known
 
     def _is_scored(self, index: int, after: int | None) -> bool:
         """Whether a task is scored after another, or before all."""

@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 
+from retain.curvature.estimate import versions
 from retain.models.adapters.base import Adapter
 from retain.models.heads import is_causal
+from retain.study.grid import run_key
 from retain.study.material import TaskData
+from retain.study.provenance import hardware
 from retain.study.runner import Work
 
 __all__ = ["read_untrained", "untrained_file"]
@@ -27,9 +30,9 @@ def untrained_file(
 ) -> Path:
     """The file for all runs whose model scores the same before training.
 
-    Its name depends on the model, the adapter, how and on what is scored, the versions and the
-    threads; on the seed only where that is in the scores already: of an encoder, whose head is
-    new, and of an adapter that does not begin as the base model.
+    Its name depends on the model, the adapter, how and on what is scored, the versions, the
+    machine and the threads; on the seed only where that is in the scores already: of an encoder,
+    whose head is new, and of an adapter that does not begin as the base model.
 
     Args:
         config: of the run.
@@ -39,18 +42,21 @@ def untrained_file(
         tasks: of the run, with their test rows.
     """
     settled = is_causal(adapter.model) and adapter.begins_as_base
-    parts = [
-        {k: config[k] for k in ("model", "dtype", "attention", "adapter", "general")},
-        config["evaluation"]["batch_size"],
-        config["definitions"],
-        adapter.options,
-        None if settled else config["seed"],
-        dict(stamp),
-        torch.get_num_threads(),
-        [(hashlib.sha256(repr(t.test).encode()).hexdigest(), t.max_length) for t in tasks],
-    ]
-    name = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return work.out / "untrained" / f"{name}.json"
+    general = config["general"] and [config["general"], versions("lm_eval"), str(work.data_dir)]
+    parts = {
+        **{name: config[name] for name in ("model", "dtype", "attention", "adapter")},
+        "options": adapter.options,
+        "tasks": [
+            (definition, hashlib.sha256(repr(task.test).encode()).hexdigest(), task.max_length)
+            for definition, task in zip(config["definitions"], tasks, strict=True)
+        ],
+        "batch_size": config["evaluation"]["batch_size"],
+        "general": general,
+        "seed": None if settled else config["seed"],
+        "code": dict(stamp),
+        "machine": [hardware(), torch.get_num_threads()],
+    }
+    return work.out / "untrained" / f"{run_key(parts)}.json"
 
 
 def read_untrained(path: Path) -> dict[str, Any] | None:
