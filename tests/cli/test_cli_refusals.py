@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -218,3 +219,22 @@ def test_a_full_disk_under_stdout(monkeypatch: pytest.MonkeyPatch, capsys: Any) 
         patch.setattr(sys, "stdout", full)
         assert main(["--version"]) == 2
     assert "No space left" in capsys.readouterr().err
+
+
+def test_defaults_in_the_help_of_train_are_the_real_ones() -> None:
+    from typing import get_type_hints
+
+    from retain.cli.train import train
+    from retain.config import RunConfig
+
+    real = RunConfig(data="rows", out="run").model_dump()
+    flat = real | real["adapter"] | real["training"]
+    said = {}
+    for name, hint in get_type_hints(train, include_extras=True).items():
+        text = getattr((*getattr(hint, "__metadata__", ()), None)[0], "help", "") or ""
+        found = re.search(r"\(([\w.-]+)\)\.$", text)
+        if found and name in flat:
+            said[name] = found[1]
+    assert {"strength", "learning_rate", "rank"} <= set(said)
+    assert said == {name: f"{flat[name]:g}" if isinstance(flat[name], float) else str(flat[name])
+                    for name in said}  # fmt: skip

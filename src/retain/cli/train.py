@@ -41,7 +41,7 @@ def train(
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="How much keeping weighs against learning, 0 or more (100)."),
+        typer.Option(help="How much keeping weighs against learning, 0 or more (10)."),
     ] = None,
     budget: Annotated[
         float | None,

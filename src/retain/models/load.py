@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,7 +55,8 @@ def load_model(
         name: a built-in name (``smollm2-135m``, ``minilm-22m``), a hub id, a local folder, or a
             ``.gguf`` file (converted once, see `retain.models.builtin`).
         dtype: of the weights; a name in `DTYPES` or a `torch.dtype`.
-        device: where the model is put; a CUDA device when there is one, by default.
+        device: where the model is put; by default a CUDA device where there is one, each process
+            of ``torchrun`` on its own.
         num_labels: gives an encoder (or decoder) a classification head of so many classes.
             Without it a decoder gets its language-model head, and an encoder none.
         trust_remote_code: run code that comes with the model. Off unless asked for.
@@ -97,7 +99,9 @@ def load_model(
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cpu"
+        if torch.cuda.is_available():
+            device = f"cuda:{os.environ.get('LOCAL_RANK', torch.cuda.current_device())}"
     model.to(device).eval()
     model.retain_tokenizer = tokenizer  # so that text needs no tokenizer=...
     return LoadedModel(model, tokenizer, str(name))

@@ -218,6 +218,15 @@ def _arguments(config: TrainConfig, folder: str, keep: bool, progress: bool) -> 
         dataloader_pin_memory=False,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # the head's hook does not split over devices
+    share, rest = divmod(config.micro_batch, arguments.world_size)
+    if rest:
+        raise ConfigError(
+            "the rows of a forward pass do not divide among the processes",
+            got=f"{config.micro_batch} rows, {arguments.world_size} processes",
+            allowed=f"multiples of {arguments.world_size}",
+            fix="change batch_size, accumulation or the number of processes",
+        )
+    arguments.per_device_train_batch_size = share
     return arguments
 
 

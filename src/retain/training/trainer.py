@@ -35,9 +35,10 @@ class Rows(Dataset[tuple[int, Example]]):
 
 
 class RowTrainer(Trainer):
-    """The mean loss over a step's predictions, whatever its division into micro-batches.
+    """The mean loss over a step's predictions, whatever its division.
 
-    A method's term counts in each micro-batch as its predictions do among those of the step.
+    That is into micro-batches, and among the processes of ``torchrun``, whose gradients are
+    averaged. A method's term counts in each part as its predictions do among those of the step.
     """
 
     loss_is_scaled_for_ga = True
@@ -79,7 +80,11 @@ class RowTrainer(Trainer):
         return extra
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        return sum(len(b["batch"].targets) for b in batch_samples)
+        count = sum(len(b["batch"].targets) for b in batch_samples)
+        if self.args.world_size == 1:
+            return count
+        every = self.accelerator.reduce(torch.tensor(float(count), device=device), "mean")
+        return float(every)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Keeps the adapter's precision, which PEFT widens when it loads one."""
