@@ -123,7 +123,7 @@ class Gather:
             g = g * self.scales[name].to(g.dtype)
         source = self._source(name, x, batch)
         chosen = self._chosen(name, batch.rows) if self.every > 1 else None
-        record = Record(name, source, _rows(g, batch.mask), self._weight, self._first, chosen)
+        record = Record(name, source, _rows(name, g, batch.mask), self._weight, self._first, chosen)
         with products(self.precision):
             if self.estimator.backward and not self.passes:
                 self._trace(record)
@@ -134,7 +134,7 @@ class Gather:
         """The layer's input, made once for all layers that share it."""
         first = self.estimator.layout.shared[name]
         if first not in self._sources:
-            found = _rows(x, batch.mask)
+            found = _rows(name, x, batch.mask)
             mask = batch.mask
             if found.shape[:2] == mask.shape:
                 counts = tuple(mask.sum(1).tolist())
@@ -235,7 +235,7 @@ class Gather:
         self.moments = [(d, n) for d, n in zip(draws, lengths, strict=True)]
 
 
-def _rows(t: Tensor, mask: Tensor) -> Tensor:
+def _rows(name: str, t: Tensor, mask: Tensor) -> Tensor:
     """[batch, seq, d], at least in float32, zero where padded.
 
     After pooling there is one position a sequence.
@@ -244,5 +244,12 @@ def _rows(t: Tensor, mask: Tensor) -> Tensor:
     rows = mask.shape[0]
     if t.dim() == 2 and t.shape[0] == rows and mask.shape[1] != 1:
         return t[:, None].to(wide)
+    if tuple(t.shape[:-1]) not in (tuple(mask.shape), (mask.numel(),)):
+        raise CurvatureError(
+            "a layer does not read one row for each token",
+            got=f"{name}: {list(t.shape)} for tokens of shape {list(mask.shape)}",
+            allowed="[batch, tokens, features], or the same without a division into sequences",
+            fix='leave it out of the targets, such as target_modules=["value_proj", "dense"]',
+        )
     t = t.reshape(*mask.shape, -1).to(wide)
     return t if bool(mask.all()) else t * mask[..., None]

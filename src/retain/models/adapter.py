@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from retain.errors import ConfigError, ModelError
+from retain.models.names import of_head
 
 __all__ = [
     "LoraSite",
@@ -146,7 +146,7 @@ def _heads(model: nn.Module) -> list[str]:
 
     DistilBERT's ``pre_classifier`` is one of them, though it is not the last layer.
     """
-    return [n for n, _ in model.named_modules() if n.endswith(tuple(SEQ_CLS_HEAD_NAMES))]
+    return [n for n, _ in model.named_modules() if of_head(n.rsplit(".", 1)[-1])]
 
 
 def drawn(model: nn.Module, config: LoraConfig, seed: int, name: str = "default") -> PeftModel:
@@ -210,6 +210,8 @@ def lora_sites(model: nn.Module, adapter: str | None = None) -> list[LoraSite]:
         site = LoraSite(canonical(name), layer, active[0], float(layer.scaling[active[0]]))
         if layer is head:
             raise _unsupported(name, "the output head")
+        if isinstance(layer, ParamWrapper):
+            raise _unsupported(name, f"a bare parameter ({layer.parameter_name})")
         if not isinstance(site.lora_a, nn.Linear):
             raise _unsupported(name, type(site.lora_a).__name__)
         _refuse_sharded(site)
@@ -244,7 +246,7 @@ def _unsupported(name: str, kind: str) -> ModelError:
         "a LoRA layer is of a kind that has no curvature here",
         got=f"{kind} at {canonical(name)}",
         allowed="plain LoRA on linear layers",
-        fix="leave that layer out of target_modules, or use plain LoRA",
+        fix='leave it out of the targets, such as target_modules=["q_proj", "v_proj"]',
     )
 
 

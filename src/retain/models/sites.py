@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 from retain.errors import ModelError
 from retain.models.adapter import LoraSite, canonical, lora_sites, unwrap
+from retain.models.names import of_head
 
 __all__ = ["LinearSite", "Site", "check_held", "find_sites"]
 
@@ -64,7 +64,7 @@ def find_sites(model: nn.Module) -> list[LoraSite] | list[LinearSite]:
         for name, layer in inner.named_modules()
         if isinstance(layer, nn.Linear)
         and layer is not head
-        and name.rsplit(".", 1)[-1] not in SEQ_CLS_HEAD_NAMES
+        and not of_head(name)
         and layer.weight.requires_grad
     ]
     return sites or lora_sites(inner)  # which says what is missing
@@ -79,11 +79,11 @@ def check_held(model: nn.Module) -> None:
         ModelError: such weights, as PEFT's ``modules_to_save`` and ``bias`` make.
     """
     inner: Any = unwrap(model)
-    free = (".lora_", "trainable_tokens", *(f".{name}." for name in SEQ_CLS_HEAD_NAMES))
+    free = (".lora_", "trainable_tokens")
     odd = [
         canonical(name)
         for name, p in inner.named_parameters()
-        if p.requires_grad and not any(part in f".{name}" for part in free)
+        if p.requires_grad and not of_head(name) and not any(part in f".{name}" for part in free)
     ]
     if odd:
         raise ModelError(

@@ -17,12 +17,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
 from retain.curvature.curvature import Curvature
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, check_number
 from retain.models.adapter import LoraSite, lora_sites, unwrap
+from retain.models.names import of_head
 from retain.retention.softened import Softened
 from retain.retention.spans import CoreSpan, KroneckerSpan, Span, sides
 
@@ -154,7 +154,7 @@ def _check_adapter(model: nn.Module, sites: list[LoraSite]) -> None:
     """Refuses an adapter that is more than s B A (but for a new head), or not finite."""
     inner: Any = unwrap(model)
     config = inner.peft_config[sites[0].adapter]
-    saved = [n for n in config.modules_to_save or [] if n not in SEQ_CLS_HEAD_NAMES]
+    saved = [n for n in config.modules_to_save or [] if not of_head(n)]
     more = [
         what
         for what, there in (

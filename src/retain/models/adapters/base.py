@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from peft import PeftModel
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from retain.config import validate
 from retain.errors import ModelError
+from retain.models.names import of_head
 
 __all__ = ["Adapter", "Options", "check_plain", "checkpointed", "new_heads", "size_of"]
 
@@ -101,9 +101,9 @@ class Adapter(ABC):
 
     def count(self) -> tuple[int, int]:
         """(trainable parameters, parameters of the base model), both without a new head."""
-        heads = set(SEQ_CLS_HEAD_NAMES) if new_heads(_inner(self.model)) else set()
+        headed = bool(new_heads(_inner(self.model)))
         found = self.parameters().items()
-        return sum(p.numel() for n, p in found if not heads & set(n.split("."))), self.size
+        return sum(p.numel() for n, p in found if not (headed and of_head(n))), self.size
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters, by name."""
@@ -139,7 +139,7 @@ def new_heads(base: nn.Module) -> dict[str, nn.Module]:
     """The classification heads of a ``...ForSequenceClassification`` model, by name."""
     if "SequenceClassification" not in type(base).__name__:
         return {}
-    return {n: m for n, m in base.named_children() if n in SEQ_CLS_HEAD_NAMES}
+    return {n: m for n, m in base.named_children() if of_head(n)}
 
 
 def size_of(base: nn.Module) -> int:

@@ -1,0 +1,138 @@
+"""The two lines on models of many families, tiny and untrained: filter and force are at work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
+
+from retain import RetentionCallback, attach_lora, fit_curvature
+from retain.errors import CurvatureError, ModelError
+
+WORDS = 40
+COMMON: dict[str, Any] = {
+    "vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+}  # fmt: skip
+OLDER: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+EXPERTS: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen3": {"head_dim": 8},
+    "Gemma3Text": {"head_dim": 8},
+    "Phi3": {},
+    "Olmo2": {},
+    "Falcon": {},
+    "GPT2": OLDER,
+    "GPTNeoX": {},
+    "OPT": {"ffn_dim": 24, "word_embed_proj_dim": 16},
+    "Bloom": {"n_head": 2, "n_layer": 2},
+    "Lfm2": {},
+    "GptOss": {"head_dim": 8} | EXPERTS,
+}
+
+
+ENCODERS: dict[str, dict[str, Any]] = {
+    "Bert": {},
+    "Roberta": {},
+    "DistilBert": {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2},
+    "Electra": {"embedding_size": 16},
+    "ModernBert": {"cls_token_id": 0, "sep_token_id": 1},
+    "MPNet": {},
+}
+DEBERTA: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+
+
+def adapted(family: str, targets: str | list[str] = "all-linear", **changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**COMMON | changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    lora = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    return get_peft_model(model, lora)
+
+
+def rows(count: int, length: int, seed: int) -> list[dict[str, Any]]:
+    ids = torch.randint(2, WORDS, (count, length), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def classifier(family: str, targets: str | list[str] = "all-linear", **changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**COMMON | changes, num_labels=3)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    return attach_lora(model, rank=4, targets=targets)
+
+
+def labelled(count: int, length: int, seed: int) -> list[dict[str, Any]]:
+    found = rows(count, length, seed)
+    return [{"input_ids": row["input_ids"], "labels": i % 3} for i, row in enumerate(found)]
+
+
+def trained(model: Any, folder: Path, make: Any = rows) -> tuple[RetentionCallback, float]:
+    """After three steps: the callback, and the nats it predicted last."""
+    source = make(16, 12, seed=1)
+    callback = RetentionCallback(fit_curvature(model, source, progress=False))
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=4, max_steps=3, learning_rate=1e-2,
+        logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=make(12, 10, seed=2), callbacks=[callback])
+    trainer.train()
+    predicted = [e["predicted_nats"] for e in trainer.state.log_history if "predicted_nats" in e]
+    return callback, predicted[-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_lines_hold_a_decoder(family: str, tmp_path: Path) -> None:
+    callback, predicted = trained(adapted(family, **FAMILIES[family]), tmp_path)
+    assert callback.why_no_filter is None
+    assert predicted > 0
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_two_lines_hold_an_encoder(family: str, tmp_path: Path) -> None:
+    model = classifier(family, **ENCODERS[family])
+    callback, predicted = trained(model, tmp_path, labelled)
+    assert callback.why_no_filter is None
+    assert predicted > 0
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_reads_tokens_of_deberta_is_held(shared: bool, tmp_path: Path) -> None:
+    model = classifier("DebertaV2", ["value_proj", "dense"], share_att_key=shared, **DEBERTA)
+    assert trained(model, tmp_path, labelled)[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("shared", "said"),
+    [(True, r"does not run exactly once.* 2 runs"), (False, r"pos_\w+_proj: \[1, 128, 16\]")],
+)
+def test_what_reads_positions_of_deberta_is_refused(shared: bool, said: str) -> None:
+    model = classifier("DebertaV2", share_att_key=shared, **DEBERTA)
+    with pytest.raises(CurvatureError, match=said) as caught:
+        fit_curvature(model, labelled(8, 10, seed=1), progress=False)
+    assert "target_modules" in str(caught.value)
+
+
+def test_the_attention_of_a_mixture_of_experts_is_held(tmp_path: Path) -> None:
+    callback, predicted = trained(adapted("Mixtral", ["q_proj", "v_proj"], **EXPERTS), tmp_path)
+    assert callback.why_no_filter is None
+    assert predicted > 0
+
+
+def test_lora_on_bare_parameters_is_refused() -> None:
+    model = adapted("Mixtral", **EXPERTS)  # PEFT wraps the router's and the experts' parameters
+    with pytest.raises(ModelError, match=r"a bare parameter \(weight\) at .*mlp\.gate") as caught:
+        fit_curvature(model, rows(4, 8, seed=1), progress=False)
+    assert "target_modules=" in str(caught.value)
