@@ -20,7 +20,7 @@ from retain.models.adapter import unwrap
 from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
 from retain.retention.laplace import Retention, check_strength
-from retain.training.handling import check_gradients, go_first, record, refuse_deepspeed
+from retain.training.handling import check_gradients, check_trainer, go_first, record
 from retain.training.start import AUTO, FILTER, Held, Start, why_no_filter
 from retain.types import UPDATES, Update
 
@@ -102,7 +102,7 @@ class RetentionCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        refuse_deepspeed(args, kwargs.get("optimizer"))
+        check_trainer(args, kwargs.get("optimizer"))
         model: nn.Module = unwrap(kwargs["model"])
         resuming = state.global_step > 0
         needed = self.start is not None or self.budget is not None

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from retain.errors import ModelError, TrainingError
+from retain.errors import ConfigError, ModelError, TrainingError
 
-__all__ = ["check_gradients", "go_first", "record", "refuse_deepspeed"]
+__all__ = ["check_gradients", "check_trainer", "go_first", "record"]
 
 
 def check_gradients(parameters: Iterable[nn.Parameter], step: int) -> None:
@@ -38,11 +38,13 @@ def record(state: TrainerState, logs: dict[str, float], added: dict[str, float])
         state.log_history[-1].update(added)
 
 
-def refuse_deepspeed(args: TrainingArguments, optimizer: object) -> None:
+def check_trainer(args: TrainingArguments, optimizer: object) -> None:
     """Refuses a run in which no force can act.
 
     Raises:
         ModelError: a DeepSpeed run.
+        ConfigError: float16 without clipping, so that gradients are still scaled when the force
+            is added.
     """
     if getattr(args, "deepspeed", None) or type(optimizer).__name__.startswith("DeepSpeed"):
         raise ModelError(
@@ -50,6 +52,13 @@ def refuse_deepspeed(args: TrainingArguments, optimizer: object) -> None:
             got="a DeepSpeed run",
             allowed="one process, or DDP",
             fix="train without DeepSpeed",
+        )
+    if args.fp16 and not args.max_grad_norm:
+        raise ConfigError(
+            "the force would be divided by float16's loss scale",
+            got=f"fp16=True and max_grad_norm={args.max_grad_norm}",
+            allowed="clipping, which takes the scale out of the gradients first",
+            fix="max_grad_norm=1e9 clips nothing; or bf16=True",
         )
 
 

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from retain.models.adapter import unwrap
 from retain.retention.method import Method
-from retain.training.handling import check_gradients, go_first, record, refuse_deepspeed
+from retain.training.handling import check_gradients, check_trainer, go_first, record
 
 __all__ = ["MethodCallback"]
 
@@ -34,7 +34,7 @@ class MethodCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        refuse_deepspeed(args, kwargs.get("optimizer"))
+        check_trainer(args, kwargs.get("optimizer"))
         go_first(self)
 
     def on_pre_optimizer_step(
