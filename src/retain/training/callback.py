@@ -107,7 +107,7 @@ class RetentionCallback(TrainerCallback):
         resuming = state.global_step > 0
         needed = self.start is not None or self.budget is not None
         kept = _kept(args, state, needed) if resuming else {}
-        start = self._chosen(model, kept if resuming else None)
+        start = self._chosen(model, kwargs["train_dataloader"], kept if resuming else None)
         if start is not None:
             self._held = start.begin(
                 model,
@@ -143,14 +143,16 @@ class RetentionCallback(TrainerCallback):
             self.retention.budget.restore(kept)
         go_first(self)
 
-    def _chosen(self, model: nn.Module, kept: dict[str, Any] | None) -> Start | None:
+    def _chosen(self, model: nn.Module, loader: Any, kept: dict[str, Any] | None) -> Start | None:
         """The start; of a run that goes on, what it was when it began."""
         if not isinstance(self.start, str):
             return self.start
         if kept is not None:
             return Start(FILTER) if kept.get("start") == FILTER else None
         held = self._strength or self.budget is not None
-        reason = why_no_filter(model, self.curvature, self.past) if held else "the strength is 0"
+        reason: str | None = "the strength is 0"
+        if held:
+            reason = why_no_filter(model, self.curvature, self.past, loader)
         self.why_no_filter = reason
         return Start(FILTER) if self.why_no_filter is None else None
 

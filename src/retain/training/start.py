@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from retain.curvature.curvature import Curvature
 from retain.curvature.factor import SketchFactor
 from retain.curvature.kronecker import KroneckerBlock
-from retain.data.batches import Example
 from retain.errors import ModelError, SourceError, unknown
 from retain.models.adapter import LoraSite, adapter_off, lora_sites
 from retain.models.heads import is_causal
@@ -20,6 +18,7 @@ from retain.retention.blocks import Block
 from retain.retention.filters import InputFilter, check_filter
 from retain.retention.moments import Moments, input_moments, moments_of
 from retain.retention.start import STARTS, check_start, set_start
+from retain.training.reading import loader_examples
 
 __all__ = ["AUTO", "FILTER", "Held", "Start", "fresh_rows", "why_no_filter", "why_no_inputs"]
 
@@ -82,7 +81,7 @@ def fresh_rows(sites: Sequence[LoraSite]) -> slice | None:
 
 
 def why_no_filter(
-    model: nn.Module, curvature: Curvature, past: Curvature | None = None
+    model: nn.Module, curvature: Curvature, past: Curvature | None = None, loader: Any = None
 ) -> str | None:
     """Why the recipe (``start="auto"``) leaves the filter out; None where it does not.
 
@@ -90,6 +89,7 @@ def why_no_filter(
         model: with its adapter, before the first step.
         curvature: of the source text.
         past: of the tasks before.
+        loader: of the training data, which the filter is to read.
     """
     try:
         sites = lora_sites(model)
@@ -100,6 +100,12 @@ def why_no_filter(
     reason = why_no_inputs(curvature)
     if reason is None and past is not None:
         reason = why_no_inputs(past, around=True)
+    if (
+        reason is None
+        and loader is not None
+        and not loader_examples(loader, 1, 0, is_causal(model))
+    ):
+        reason = "the trainer's batches hold no input_ids"
     return reason
 
 
@@ -234,7 +240,14 @@ class Start:
         self, model: nn.Module, loader: Any, seed: int, ranks: Mapping[str, int] | None = None
     ) -> Moments:
         """The second moments of the training rows, in the base model."""
-        examples = _examples(loader, self.rows, seed, is_causal(model))
+        examples = loader_examples(loader, self.rows, seed, is_causal(model))
+        if not examples:
+            raise SourceError(
+                "the training data hold no tokens to start from",
+                got=f"{type(loader.dataset).__name__} without rows of two tokens or more",
+                allowed="rows whose collator gives input_ids",
+                fix="check the data, or leave start out",
+            )
         with adapter_off(model):
             return input_moments(
                 model, lora_sites(model), examples, answers=self.answers, first=False, ranks=ranks
@@ -247,47 +260,3 @@ def _old(source: Moments, past: Curvature | None, new: Moments) -> Moments:
     if past is not None:
         found.plus(moments_of(past).sized_as(new).times(past.info.merged))
     return found
-
-
-def _examples(loader: Any, count: int, seed: int, causal: bool) -> list[Example]:
-    """Rows of the training data, as the collator gives them, drawn without its sampler."""
-    data, found = loader.dataset, []
-    with torch.random.fork_rng():
-        items: Iterator[Any] = iter(data)
-        if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-            random = torch.Generator().manual_seed(seed)
-            items = (data[i] for i in torch.randperm(len(data), generator=random).tolist())
-        for item in items:
-            batch = loader.collate_fn([item])
-            example = _example(batch, causal)
-            found += [example] if example.tokens else []
-            if len(found) == count:
-                break
-    if not found:
-        raise SourceError(
-            "the training data hold no tokens to start from",
-            got=f"{type(data).__name__} without rows of two tokens or more",
-            allowed="rows whose collator gives input_ids",
-            fix="check the data, or leave start out",
-        )
-    return found
-
-
-def _example(batch: Any, causal: bool) -> Example:
-    """One collated row, unpadded."""
-    ours = batch.get("batch")  # of this package's own trainer
-    inputs = batch if ours is None else ours.inputs
-    ids = inputs["input_ids"].reshape(-1)
-    mask = inputs.get("attention_mask")
-    fits = mask is not None and mask.numel() == ids.numel()
-    keep = mask.reshape(-1).bool() if fits else torch.ones_like(ids, dtype=torch.bool)
-    tokens = ids[keep].tolist()
-    if not causal:
-        return Example(tuple(tokens), (0,))
-    if ours is not None:
-        predict = ours.predict.reshape(-1)[keep].tolist()
-        return Example(tuple(tokens), (0,) * len(tokens), tuple(predict))
-    labels = inputs.get("labels")
-    counts = ids if labels is None else labels.reshape(-1)
-    predict = (counts[keep] != -100).tolist()
-    return Example(tuple(tokens[:-1]), tuple(tokens[1:]), tuple(predict[1:]))

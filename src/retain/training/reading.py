@@ -1,0 +1,61 @@
+"""Rows of a trainer's data, as its collator gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+
+from retain.data.batches import Example
+
+__all__ = ["loader_examples"]
+
+SEARCHED = 16
+"""Rows that are looked at for each that is wanted."""
+
+
+def loader_examples(loader: Any, count: int, seed: int, causal: bool) -> list[Example]:
+    """Rows of the training data, as the collator gives them, drawn without its sampler.
+
+    Of `SEARCHED` times as many, at most: those without tokens are left out.
+    """
+    data: Any = loader.dataset
+    found: list[Example] = []
+    with torch.random.fork_rng():
+        items: Iterator[Any] = iter(data)
+        if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+            random = torch.Generator().manual_seed(seed)
+            items = (data[i] for i in torch.randperm(len(data), generator=random).tolist())
+        for item in islice(items, SEARCHED * count):
+            found += _examples(loader.collate_fn([item]), causal)
+            if len(found) >= count:
+                break
+    return found[:count]
+
+
+def _examples(batch: Any, causal: bool) -> list[Example]:
+    """What a collator made of one row: a sequence, or several, as of a pair of answers."""
+    if not isinstance(batch, Mapping) or not batch.keys() & {"batch", "input_ids"}:
+        return []
+    ours = batch.get("batch")  # of this package's own trainer
+    inputs = batch if ours is None else ours.inputs
+    ids = torch.atleast_2d(inputs["input_ids"])
+    mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+    found = []
+    for row, tokens in enumerate(ids):
+        keep = torch.ones_like(tokens, dtype=torch.bool)
+        if mask is not None and mask.numel() == ids.numel():
+            keep = mask.reshape(ids.shape)[row].bool()
+        kept = tuple(tokens[keep].tolist())
+        if not causal:
+            found.append(Example(kept, (0,)))
+        elif ours is not None:
+            predict = ours.predict.reshape(ids.shape)[row][keep].tolist()
+            found.append(Example(kept, (0,) * len(kept), tuple(predict)))
+        else:
+            counts = tokens if labels is None else labels.reshape(ids.shape)[row]
+            predict = (counts[keep] != -100).tolist()
+            found.append(Example(kept[:-1], kept[1:], tuple(predict[1:])))
+    return [example for example in found if example.tokens]

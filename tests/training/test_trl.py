@@ -1,0 +1,92 @@
+"""The callback in TRL's trainers of preferences and of rewards, whose batches are others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig
+
+from retain import RetentionCallback, Start, fit_curvature, load_model
+from retain.errors import SourceError
+from retain.training.reading import loader_examples
+
+ARGUMENTS: dict[str, Any] = {
+    "per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1,
+    "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
+    "bf16": False,
+}  # fmt: skip
+
+
+def common(folder: Path, tmp_path: Path, rows: list[dict[str, str]], config: Any) -> dict[str, Any]:
+    model, tokenizer, _ = load_model(folder)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    return {
+        "model": model,
+        "processing_class": tokenizer,
+        "peft_config": lora,
+        "train_dataset": Dataset.from_list(rows),
+        "args": config(output_dir=str(tmp_path), **ARGUMENTS),
+    }
+
+
+def held(trainer: Any, **options: Any) -> RetentionCallback:
+    source = [{"text": f"the cat sat on mat {i}"} for i in range(8)]
+    curvature = fit_curvature(
+        trainer.model, source, tokenizer=trainer.processing_class, progress=False
+    )
+    callback = RetentionCallback(curvature, **options)
+    trainer.add_callback(callback)
+    return callback
+
+
+def predicted(trainer: Any) -> float:
+    found = [e["predicted_nats"] for e in trainer.state.log_history if "predicted_nats" in e]
+    return float(found[-1])
+
+
+def test_dpo_is_filtered_and_held(tiny_folder: Path, tmp_path: Path) -> None:
+    from trl import DPOConfig, DPOTrainer
+
+    rows = [{"prompt": f"say {i}", "chosen": " ok", "rejected": f" no {i}"} for i in range(8)]
+    trainer = DPOTrainer(**common(tiny_folder, tmp_path, rows, DPOConfig))
+    callback = held(trainer)
+    trainer.train()
+    assert callback.why_no_filter is None
+    assert predicted(trainer) > 0
+    loader = trainer.get_train_dataloader()
+    tokens = [e.tokens for e in loader_examples(loader, 16, 0, causal=True)]
+    assert len(tokens) == 16  # both answers of all rows, each by itself
+    say = trainer.processing_class("say").input_ids
+    assert all(list(row[: len(say)]) == say for row in tokens)
+
+
+def rewards(completions: list[str], **_: Any) -> list[float]:
+    return [float(i % 2) for i in range(len(completions))]
+
+
+@pytest.fixture
+def grpo(tiny_folder: Path, tmp_path: Path) -> Any:
+    from trl import GRPOConfig, GRPOTrainer
+
+    rows = [{"prompt": f"say {i}"} for i in range(8)]
+
+    def config(**arguments: Any) -> Any:
+        return GRPOConfig(num_generations=2, max_completion_length=4, **arguments)
+
+    return GRPOTrainer(reward_funcs=rewards, **common(tiny_folder, tmp_path, rows, config))
+
+
+def test_grpo_is_held_without_a_filter(grpo: Any) -> None:
+    callback = held(grpo)
+    grpo.train()
+    assert callback.why_no_filter == "the trainer's batches hold no input_ids"
+    assert predicted(grpo) > 0
+
+
+def test_a_filter_that_was_asked_for_needs_tokens(grpo: Any) -> None:
+    held(grpo, start=Start("wiener"))
+    with pytest.raises(SourceError, match="rows whose collator gives input_ids"):
+        grpo.train()
