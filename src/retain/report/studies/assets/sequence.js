@@ -93,8 +93,9 @@ figure("tasks", (plot) => {
   };
   const span = 1.12 * Math.max(0.02, ...g.tasks.map((_, j) => range(j)[1] - range(j)[0]));
   const limits = (j) => {
-    const middle = (range(j)[0] + range(j)[1]) / 2;
-    return [middle - span / 2, middle + span / 2];
+    const low = (range(j)[0] + range(j)[1] - span) / 2;
+    const bottom = range(j)[0] < 0 ? low : Math.max(0, low);  // no axis below a score of 0
+    return [bottom, bottom + span];
   };
   g.tasks.forEach((task, j) => {
     const left = (j % columns) * w, top = Math.floor(j / columns) * h;
