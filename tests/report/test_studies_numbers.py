@@ -205,10 +205,12 @@ def test_tasks_learned_alone_are_put_together() -> None:
     assert scores_of and [column.name for column in scores_of.head[1:]] == pooled.tasks
 
 
-def test_where_all_score_alike_the_loss_tells_what_was_learned() -> None:
+def test_where_scores_tell_nothing_the_loss_tells_what_was_learned() -> None:
     alike, told = scoreless(), scoreless()
     assert _group(alike).learned == "loss"
-    told["runs"][0]["metrics_summary"]["learning"] = 0.1
+    told["runs"][0]["metrics_summary"]["learning"] = 0.04
+    assert _group(told).learned == "loss"
+    told["runs"][0]["metrics_summary"]["learning"] = 0.3
     assert _group(told).learned == "learning"
     for run in alike["runs"]:
         run["losses"] = []

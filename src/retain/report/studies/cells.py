@@ -18,6 +18,9 @@ __all__ = ["Cell", "Group", "groups"]
 Seed = int | None
 BySeed = dict[Seed, float | None]
 
+NOTHING = 0.05
+"""A score that tells no cells apart where all are below it."""
+
 
 @dataclass
 class Cell:
@@ -117,13 +120,13 @@ class Group:
 
     @property
     def learned(self) -> str:
-        """The metric that tells how much was learned: a loss where all cells score alike.
+        """The metric that tells how much was learned: a loss where scores tell nothing.
 
-        An exact match may be 0 for every one of them though they have learned unlike amounts.
+        An exact match may be near 0 for every cell though they have learned unlike amounts.
         """
         key = "learning" if self.has("learning") else "average"
         scores = {found.mean for cell in self.cells if (found := cell.mean(key))}
-        alike = len(scores) == 1 and len(self.cells) > 1
+        alike = len(self.cells) > 1 and (len(scores) == 1 or max(scores, default=1.0) < NOTHING)
         return "loss" if alike and self.has("loss") else key
 
     def has(self, key: str) -> bool:
