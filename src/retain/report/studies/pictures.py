@@ -183,8 +183,9 @@ def _panels(group: Group, style: _Style) -> list[tuple[str, str, str]]:
         if len(group.cells) > 1 and group.has(first) and group.has(key):
             panels.append(("scatter", first, key))
     bare = [cell for cell in group.cells if not cell.held and cell.mean("share") is not None]
-    if len(bare) > 1 and group.has("average"):
-        panels.append(("scatter", "share", "average"))
+    score = "loss" if first == "loss" else "average"
+    if len(bare) > 1 and group.has(score):
+        panels.append(("scatter", "share", score))
     if group.length > 1 and _shown(group, style):
         panels += [("lines", kind, "") for kind in ("seen", "kl") if has_course(group, kind)]
     return panels
