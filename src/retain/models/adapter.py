@@ -246,7 +246,7 @@ def _unsupported(name: str, kind: str) -> ModelError:
         "a LoRA layer is of a kind that has no curvature here",
         got=f"{kind} at {canonical(name)}",
         allowed="plain LoRA on linear layers",
-        fix='leave it out of the targets, such as target_modules=["q_proj", "v_proj"]',
+        fix='leave it out: target_modules=["q_proj", "v_proj"], or --targets q_proj,v_proj',
     )
 
 
