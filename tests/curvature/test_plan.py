@@ -228,7 +228,7 @@ class TestSize:
     def test_the_experts_that_a_token_meets_count(self, tmp_path: Path) -> None:
         settings = GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}
         folder, _ = written("mixtral", tmp_path, **settings)
-        with pytest.raises(ModelError, match="a bare parameter .*--targets"):
+        with pytest.raises(ModelError, match=r"a bare parameter .*--targets"):
             outline(load_skeleton(folder))
         found = outline(load_skeleton(folder), targets=["q_proj", "k_proj", "v_proj", "o_proj"])
         layer = 2 * 32 * 32 + 2 * 16 * 32 + 2 * 3 * 32 * 48
