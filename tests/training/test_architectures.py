@@ -41,8 +41,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Lfm2": {},
     "GptOss": {"head_dim": 8} | EXPERTS,
 }
-
-
 ENCODERS: dict[str, dict[str, Any]] = {
     "Bert": {},
     "Roberta": {},
@@ -54,24 +52,25 @@ ENCODERS: dict[str, dict[str, Any]] = {
 DEBERTA: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 
 
-def adapted(family: str, targets: str | list[str] = "all-linear", **changes: Any) -> Any:
+def built(auto: Any, family: str, **changes: Any) -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**COMMON | changes)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return auto.from_config(config, dtype=torch.float32)
+
+
+def adapted(family: str, targets: str | list[str] = "all-linear", **changes: Any) -> Any:
     lora = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
-    return get_peft_model(model, lora)
+    return get_peft_model(built(AutoModelForCausalLM, family, **changes), lora)
+
+
+def classifier(family: str, targets: str | list[str] = "all-linear", **changes: Any) -> Any:
+    model = built(AutoModelForSequenceClassification, family, **changes, num_labels=3)
+    return attach_lora(model, rank=4, targets=targets)
 
 
 def rows(count: int, length: int, seed: int) -> list[dict[str, Any]]:
     ids = torch.randint(2, WORDS, (count, length), generator=torch.Generator().manual_seed(seed))
     return [{"input_ids": row, "labels": row} for row in ids]
-
-
-def classifier(family: str, targets: str | list[str] = "all-linear", **changes: Any) -> Any:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**COMMON | changes, num_labels=3)
-    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    return attach_lora(model, rank=4, targets=targets)
 
 
 def labelled(count: int, length: int, seed: int) -> list[dict[str, Any]]:

@@ -150,10 +150,9 @@ class RetentionCallback(TrainerCallback):
         if kept is not None:
             return Start(FILTER) if kept.get("start") == FILTER else None
         held = self._strength or self.budget is not None
-        reason: str | None = "the strength is 0"
-        if held:
-            reason = why_no_filter(model, self.curvature, self.past, loader)
-        self.why_no_filter = reason
+        self.why_no_filter = (
+            why_no_filter(model, self.curvature, self.past, loader) if held else "the strength is 0"
+        )
         return Start(FILTER) if self.why_no_filter is None else None
 
     @property

@@ -43,19 +43,22 @@ def _examples(batch: Any, causal: bool) -> list[Example]:
     inputs = batch if ours is None else ours.inputs
     ids = torch.atleast_2d(inputs["input_ids"])
     mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+    if mask is None or mask.numel() != ids.numel():
+        mask = torch.ones_like(ids)
+    counts = torch.ones_like(ids)
+    if ours is not None and causal:
+        counts = ours.predict
+    elif labels is not None and causal:
+        counts = labels != -100
     found = []
-    for row, tokens in enumerate(ids):
-        keep = torch.ones_like(tokens, dtype=torch.bool)
-        if mask is not None and mask.numel() == ids.numel():
-            keep = mask.reshape(ids.shape)[row].bool()
-        kept = tuple(tokens[keep].tolist())
+    for tokens, keep, predicts in zip(
+        ids, mask.reshape(ids.shape).bool(), counts.reshape(ids.shape).bool(), strict=True
+    ):
+        kept, predict = tuple(tokens[keep].tolist()), tuple(predicts[keep].tolist())
         if not causal:
             found.append(Example(kept, (0,)))
         elif ours is not None:
-            predict = ours.predict.reshape(ids.shape)[row][keep].tolist()
-            found.append(Example(kept, (0,) * len(kept), tuple(predict)))
+            found.append(Example(kept, (0,) * len(kept), predict))
         else:
-            counts = tokens if labels is None else labels.reshape(ids.shape)[row]
-            predict = (counts[keep] != -100).tolist()
-            found.append(Example(kept[:-1], kept[1:], tuple(predict[1:])))
+            found.append(Example(kept[:-1], kept[1:], predict[1:]))
     return [example for example in found if example.tokens]
