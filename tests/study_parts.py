@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def pretended(tmp_path: Path, **changes: Any) -> tuple[StudySpec, Grid, Work]:
 def pretend(config: Mapping[str, Any], *, state: Any, work: Work, say: Any) -> dict[str, Any]:
     """A record whose numbers depend on the configuration alone; notes that it was called.
 
-    An adapter option ``trouble`` makes it fail, die or be stopped.
+    An adapter option ``trouble`` makes it fail, wait, die or be stopped.
     """
     calls = work.out / "calls"
     calls.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,10 @@ def pretend(config: Mapping[str, Any], *, state: Any, work: Work, say: Any) -> d
         raise MemoryError
     if trouble == "stop":
         raise KeyboardInterrupt
-    if trouble == "die":
+    if trouble == "wait":
+        time.sleep(60)
+    if trouble in ("die", "die late"):
+        time.sleep(len(trouble) > 3)
         os._exit(3)
     tasks = config["order"]["tasks"]
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from retain.errors import ConfigError, unknown
 from retain.types import Update
 
-__all__ = ["AdapterConfig", "RunConfig", "TrainConfig", "read_config", "validate"]
+__all__ = ["AdapterConfig", "RunConfig", "TrainConfig", "read_config", "read_settings", "validate"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -92,6 +92,15 @@ def read_config(path: str | Path, overrides: dict[str, Any], kind: type[Model]) 
     Raises:
         ConfigError: no such file, no YAML, an unknown key or a value out of range.
     """
+    return validate(read_settings(path, overrides), kind)
+
+
+def read_settings(path: str | Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    """What `read_config` checks, unchecked: a YAML file (none for "") with `overrides` over it.
+
+    Raises:
+        ConfigError: no such file, or no YAML mapping.
+    """
     found: Any = {}
     if path:
         try:
@@ -120,7 +129,7 @@ def read_config(path: str | Path, overrides: dict[str, Any], kind: type[Model]) 
                 here[parent] = {}
             here = here[parent]
         here[leaf] = value
-    return validate(found, kind)
+    return dict(found)
 
 
 def validate(found: dict[str, Any], kind: type[Model]) -> Model:
@@ -136,16 +145,19 @@ def validate(found: dict[str, Any], kind: type[Model]) -> Model:
                 model = model.model_fields[part].annotation
             raise unknown("key", where[-1], model.model_fields) from error
         if first["type"] == "missing":
-            key = where[-1]
+            key = ".".join(where)
+            option = f"give --{key}, or " if kind is RunConfig else ""
             raise ConfigError(
                 f"{key} is missing",
                 got=f"no {key}",
                 allowed="a value",
-                fix=f"give --{key}, or {key}: in the configuration file",
+                fix=f"{option}write {key.replace('.', ': {')}:{' ... }' * (len(where) - 1)} in the "
+                "file",
             ) from error
         if first["type"] == "literal_error":
             allowed = re.findall(r"'([^']*)'", first["ctx"]["expected"])
-            raise unknown(where[-1], str(first["input"]), allowed) from error
+            name = next(part for part in reversed(where) if not part.isdigit())
+            raise unknown(name, str(first["input"]), allowed) from error
         raise ConfigError(
             f"the value of {'.'.join(where) or 'the configuration'} is not accepted",
             got=repr(first.get("input"))[:120],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,57 @@ def test_what_differs_is_refused(
     assert outcome.code == 2
     assert said in outcome.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["file", "set"])
+def test_the_file_may_say_what_to_continue_from(
+    retain: Any, months: list[Path], data: Path, tmp_path: Path, how: str
+) -> None:
+    if how == "file":
+        (tmp_path / "run.yaml").write_text(f"continue_from: {months[0]}\n", encoding="utf-8")
+        more: list[Any] = ["--config", tmp_path / "run.yaml"]
+    else:
+        more = ["--set", f"continue_from={months[0]}"]
+    argv = ("--data", data, "-o", tmp_path / "out", *more, "--batch-size", 4, "--max-length", 16)
+    assert retain("train", *argv, "--set", "training.max_steps=2", "-q").code == 0
+    told = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (told["adapter"]["rank"], told["keep_state"], told["max_rank"]) == (4, True, 12)
+    assert len(json.loads((tmp_path / "out" / "state" / "state.json").read_text())["runs"]) == 2
+
+
+@pytest.mark.parametrize("line", ["method: none", "adapter: {rank: 5}", "curvature: c.safetensors"])
+def test_what_differs_in_the_file_is_refused_too(
+    retain: Any, months: list[Path], data: Path, tmp_path: Path, line: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(line + "\n", encoding="utf-8")
+    argv = ("--data", data, "-o", tmp_path / "out", "--continue-from", months[0])
+    outcome = retain("train", *argv, "--config", tmp_path / "run.yaml")
+    assert outcome.code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_state_goes_with_its_adapter(
+    retain: Any, months: list[Path], data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(months[0], run)
+    argv = ("--data", data, "--batch-size", 4, "--max-length", 16, "-q")
+    argv = (*argv, "--set", "training.max_steps=2")
+    shutil.copy(months[1] / "adapter" / "adapter_model.safetensors", run / "adapter")
+    shutil.copy(months[1] / "adapter" / "adapter_config.json", run / "adapter")
+    outcome = retain("train", *argv, "-o", tmp_path / "june", "--continue-from", run)
+    assert outcome.code == 2
+    assert "--keep-state" in outcome.err
+    assert not (tmp_path / "june" / "adapter").exists()
+    told = json.loads((run / "run.json").read_text())
+    again = ("--model", told["model"], "--rank", 4, "-o", run, "--overwrite")
+    assert retain("train", *argv, *again).code == 0
+    assert not (run / "state").exists()  # it was of the adapter before
+
+
+def test_plain_lora_has_no_state(retain: Any, data: Path, tmp_path: Path) -> None:
+    argv = ("--data", data, "-o", tmp_path / "out", "--method", "none", "--keep-state")
+    retain("train", *argv).refused("no state to keep", "--keep-state")
 
 
 def test_a_run_without_a_state_cannot_be_continued(

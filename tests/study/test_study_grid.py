@@ -139,6 +139,12 @@ def test_published_orders_and_patterns() -> None:
         ({"methods": {}}, "methods"),
         ({"data": {"train": 0}}, "data.train"),
         ({"name": "a/b"}, "name"),
+        ({"name": None}, "name"),
+        ({"general": {}}, r"general.tasks is missing.*write general: \{tasks: \.\.\. \}"),
+        (
+            {"runs": [{"method": "none"}, {"method": "none", "training": {"epochs": 2}}]},
+            "two unlike runs of the study have one name; got: tiny lora none ab seed 0",
+        ),
     ],
 )
 def test_mistakes_are_one_line(changes: dict[str, Any], said: str) -> None:
@@ -156,6 +162,10 @@ def test_limit_and_seeds_from_the_command_line(tmp_path: Path) -> None:
     assert read_study(path).data.test is None
     path.write_text(path.read_text() + "description: on\n")
     assert read_study(path).description == "on"
+    for data in (5, {"train": "all"}):
+        path.write_text(yaml.safe_dump(PRETENDED | {"data": data}))
+        with pytest.raises(ConfigError, match="the value of data"):
+            read_study(path, limit=3)
     path.write_text("- no mapping")
     with pytest.raises(ConfigError, match="the study is no mapping"):
         read_study(path)

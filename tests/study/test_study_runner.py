@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,62 @@ def test_a_worker_that_dies_is_one_failure(tmp_path: Path) -> None:
     assert status == {"lora": "done", "bad": "failed"}
     record = read_record(work.record(grid.runs[1].key))
     assert record is not None and "the process of the run died" in record["error"]
+
+
+def test_a_worker_that_dies_while_the_parent_is_busy_costs_no_run(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "adapters": {"lora": {}, "bad": {"kind": "lora", "trouble": "die late"}},
+        "seeds": [0, 1],
+    }
+    _, grid, work = pretended(tmp_path, **(ONE | changes))
+    found = {}
+    for outcome in in_processes(grid.runs, work, 2):
+        found[outcome.key] = outcome.status
+        time.sleep(2.0)  # the other worker dies meanwhile
+    status = [found.get(run.key) for run in grid.runs]
+    assert status == [
+        "failed" if run.config["adapter"]["name"] == "bad" else "done" for run in grid.runs
+    ]
+
+
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    """A killed parent leaves no worker behind that would hold a lock or wait for ever."""
+    changes: dict[str, Any] = {"adapters": {"lora": {"trouble": "wait"}}, "seeds": [0, 1]}
+    pretended(tmp_path, **(ONE | changes))
+    script = (
+        "import sys; from pathlib import Path; from study_parts import pretended\n"
+        "from retain.study.studies import run_study\n"
+        f"spec, grid, work = pretended(Path({str(tmp_path)!r}), **{ONE | changes!r})\n"
+        "if __name__ == '__main__': run_study(spec, grid, work, jobs=2)\n"
+    )
+    (tmp_path / "study.py").write_text(script, encoding="utf-8")
+    path = [str(Path(__file__).parents[1]), *sys.path]
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "study.py")],
+        env=os.environ | {"PYTHONPATH": ":".join(path)},
+    )
+    notes = tmp_path / "out" / "calls"
+    for _ in range(600):
+        if notes.is_dir() and len(list(notes.iterdir())) == 2:
+            break
+        time.sleep(0.1)
+    workers = [int(note.stem) for note in notes.iterdir()]
+    assert len(workers) == 2
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        if not any(_alive(worker) for worker in workers):
+            break
+        time.sleep(0.1)
+    assert not any(_alive(worker) for worker in workers)
+
+
+def _alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
 
 
 def test_engines_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from retain.study.runner import Work, execute, read_record
 from retain.study.sequence import run_sequence
 from retain.study.state import SequenceState
 from retain.study.training import settings
-from study_parts import tiny_study
+from study_parts import TEXT, tiny_study
 
 
 def opened(path: Path, out: Path, **options: Any) -> tuple[Grid, Work]:
@@ -318,3 +318,17 @@ def test_scores_before_training_are_made_once(
     ):
         run_sequence(grid.runs[0].config, state=Keep(tmp_path / "moved", {}), work=work)
     assert write.call_count == 1  # nor another machine's
+
+
+def test_a_text_file_is_cut_into_rows(tiny_folder: Path, tmp_path: Path) -> None:
+    source = {"kind": "file", "path": "source.txt", "rows": 6, "heldout": 3, "max_length": 8}
+    path = tiny_study(
+        tmp_path / "study", tiny_folder, source=source, seeds=[0], methods={"kfac": {"rows": 6}}
+    )
+    (path.parent / "source.txt").write_text(f"{TEXT} " * 12, encoding="utf-8")
+    grid, work = opened(path, tmp_path / "out")
+    outcome = execute(grid.runs[0].key, grid.runs[0].config, work)
+    assert outcome.status == "done", outcome
+    record = read_record(work.record(grid.runs[0].key))
+    assert record is not None
+    assert record["retention"][-1]["tokens"] == 3 * 7  # three whole rows of eight tokens

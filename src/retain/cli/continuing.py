@@ -19,10 +19,10 @@ from typing import Any
 
 from retain.cli.common import Screen
 from retain.config import RunConfig, read_config
-from retain.errors import ConfigError, OutputError
+from retain.errors import ConfigError, MismatchError, OutputError
 from retain.files import write_json
 
-__all__ = ["Chain", "inherit", "keep_state", "read_chain"]
+__all__ = ["Chain", "check_state", "drop_state", "inherit", "keep_state", "read_chain"]
 
 SCHEMA = "retain.state/1"
 ROWS = 128
@@ -78,6 +78,41 @@ def read_chain(folder: str | Path) -> Chain:
     return chain
 
 
+def check_state(past: Any, model: Any, chain: Chain) -> None:
+    """Refuses a state that is not of the adapter beside it.
+
+    Args:
+        past: the curvature of the earlier tasks.
+        model: with the adapter of the run.
+        chain: of the run.
+
+    Raises:
+        MismatchError: it was measured around other weights; or what `Curvature.bind` refuses.
+    """
+    import torch
+
+    from retain.curvature.moves import anchor_of
+
+    now = anchor_of(past, past.bind(model))
+    same = now.keys() == past.anchor.keys() and all(
+        torch.equal(x, y.to(x))
+        for name, pair in now.items()
+        for x, y in zip(pair, past.anchor[name], strict=True)
+    )
+    if not same:
+        raise MismatchError(
+            "the state of the run to continue from is not that of its adapter",
+            got=f"{chain.past} around other weights than those in {chain.adapter}",
+            allowed="both of one run that ended",
+            fix="train that run again with --keep-state",
+        )
+
+
+def drop_state(out: Path) -> None:
+    """Removes the state that an earlier run left in a folder whose adapter is a new one now."""
+    shutil.rmtree(out / "state", ignore_errors=True)
+
+
 def inherit(given: dict[str, Any], chain: Chain) -> dict[str, Any]:
     """The settings that are given, with the model and the adapter of the earlier run.
 
@@ -101,16 +136,16 @@ def inherit(given: dict[str, Any], chain: Chain) -> dict[str, Any]:
     if given.get("method") == "none":
         raise ConfigError(
             "a run that continues is held by what came before",
-            got="--method none",
+            got="method none",
             allowed="auto or laplace; --strength 0 holds nothing",
-            fix="leave --method out",
+            fix="leave method out",
         )
     if given.get("curvature") is not None:
         raise ConfigError(
             "the run to continue from has a curvature of its own",
-            got=f"--curvature {given['curvature']}",
+            got=f"curvature {given['curvature']}",
             allowed="none",
-            fix="leave --curvature out",
+            fix="leave curvature out",
         )
     return {"max_rank": kept.max_rank} | given | mine
 

@@ -116,6 +116,14 @@ def _word_problems(
     return right, count
 
 
+def _strength(settings: dict[str, Any], record: dict[str, Any]) -> float | None:
+    """The strength that a run was given, or the last one that its budget found."""
+    if settings.get("budget") is None:
+        return settings.get("strength")
+    found = [e["strength"] for e in record.get("history", []) if e.get("strength") is not None]
+    return found[-1] if found else None
+
+
 def result_of(
     name: str, dtype: str, seed: int, model: Any, record: dict[str, Any], found: dict[str, Any],
     source: str, adapter: Path,
@@ -135,7 +143,7 @@ def result_of(
         {
             "name": "adapter", "label": "LoRA + retention" if held else "LoRA",
             "method": settings["method"] if held else "none", "forgetting": forgetting,
-            "strength": settings.get("strength") if held else None,
+            "strength": _strength(settings, record) if held else None,
             "train": {k: record.get(k) for k in ("seconds", "steps", "examples")},
             "history": record.get("history", []),
         },

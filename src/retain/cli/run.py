@@ -14,7 +14,7 @@ from retain.cli.common import (
     problem_count,
     quieten,
 )
-from retain.cli.continuing import Chain, keep_state, read_chain
+from retain.cli.continuing import Chain, check_state, drop_state, keep_state, read_chain
 from retain.cli.holding import Held, find_curvature
 from retain.cli.train import RUN
 from retain.config import RunConfig
@@ -114,6 +114,8 @@ class _Run:
                 self.model, examples, held.path, self.past, self.out, finite(entry), self.chain,
                 self.screen,
             )  # fmt: skip
+        else:
+            drop_state(self.out)
         record = self._record(held, len(examples), last) | {
             "steps": result.steps,
             "seconds": result.seconds,
@@ -129,7 +131,9 @@ class _Run:
 
         if self.chain is None:
             return attach_lora(base, **self.config.adapter.model_dump())
-        model = self._grown(load_adapter(base, self.chain.adapter), self.chain)
+        model = load_adapter(base, self.chain.adapter)
+        check_state(self.past, model, self.chain)
+        model = self._grown(model, self.chain)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_" in name)
         return model
@@ -227,6 +231,13 @@ class _Run:
     def _early(self) -> dict[str, Any]:
         """What can be read, and refused, before the model is loaded."""
         c = self.config
+        if c.keep_state and c.method == "none":
+            raise ConfigError(
+                "plain LoRA has no state to keep",
+                got="keep_state with method none",
+                allowed="auto or laplace; --strength 0 holds nothing",
+                fix="leave --keep-state or --method none out",
+            )
         if c.max_rank is not None and c.max_rank < 2 * c.adapter.rank:
             raise ConfigError(
                 "max_rank leaves no room for what was learned before",

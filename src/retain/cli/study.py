@@ -90,6 +90,10 @@ def run(
     from retain.study.studies import run_study
 
     check_engine(engine)
+    if spec.general is not None:
+        from retain.evaluation.lm_eval import check_tasks
+
+        check_tasks(spec.general.tasks)
     cores = _cores()
     work = replace(
         work,

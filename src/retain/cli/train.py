@@ -126,11 +126,7 @@ def train(
             allowed="one of them",
             fix="--resume goes on with a run, --overwrite starts it again",
         )
-    if continue_from is not None and not resume:
-        from retain.cli.continuing import inherit, read_chain
-
-        given = inherit(given, read_chain(continue_from)) | {"keep_state": True}
-    run = _resumed(config, given) if resume else _read(config, given)
+    run = _resumed(config, given) if resume else _fresh(config, given)
     from retain.cli.run import run_training
 
     run_training(run, Screen(as_json, quiet), resume=resume, overwrite=overwrite)
@@ -161,6 +157,19 @@ def _read(path: Path | None, given: dict[str, Any]) -> RunConfig:
     from retain.config import RunConfig, read_config
 
     return read_config(path or "", given, RunConfig)
+
+
+def _fresh(path: Path | None, given: dict[str, Any]) -> RunConfig:
+    """The settings of a new run, with the model and adapter of the one that it continues from."""
+    from retain.config import read_settings
+
+    found = read_settings(path or "", given)
+    if found.get("continue_from") is None:
+        return _read(path, given)
+    from retain.cli.continuing import inherit, read_chain
+
+    flat = {".".join(map(str, key)): value for key, value in _flat(found).items()}
+    return _read(None, inherit(flat, read_chain(found["continue_from"])) | {"keep_state": True})
 
 
 def _resumed(path: Path | None, given: dict[str, Any]) -> RunConfig:

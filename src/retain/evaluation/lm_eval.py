@@ -31,7 +31,7 @@ from retain.models.modes import evaluating
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["LOCAL", "evaluate_general", "headline", "local_rows"]
+__all__ = ["LOCAL", "check_tasks", "evaluate_general", "headline", "local_rows"]
 
 LOCAL: dict[str, tuple[str, str]] = {
     "arc_easy": ("arc", "test"),
@@ -106,6 +106,18 @@ def evaluate_general(
             task_manager=_manager(""),  # the tasks are loaded; without one it indexes them all
         )
     return {name: _tidy(result) for name, result in (found or {})["results"].items()}
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Refuses tasks that lm-eval does not know, before any work is done.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or a task is not known to it.
+    """
+    _need()
+    for name in names:
+        if name not in LOCAL and name not in _manager().all_tasks:
+            raise unknown("lm-eval task", name, _manager().all_tasks)
 
 
 def headline(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -75,8 +75,8 @@ def _pool(left: deque[Run], work: Work, jobs: int, died: list[Run]) -> Iterator[
     try:
         while left or running:
             while left and len(running) < jobs:
-                run = left.popleft()
-                running[pool.submit(execute, run.key, run.config, work)] = run
+                future = pool.submit(execute, left[0].key, left[0].config, work)
+                running[future] = left.popleft()  # not before: the pool may be broken
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 outcome = future.result()
                 del running[future]
@@ -92,10 +92,13 @@ def _pool(left: deque[Run], work: Work, jobs: int, died: list[Run]) -> Iterator[
 
 
 def _quiet() -> None:
-    """In a worker: Ctrl-C is the parent's to handle, and libraries do not talk."""
+    """In a worker: Ctrl-C is the parent's to handle, libraries do not talk, no parent no work."""
     import os
     import signal
+    import threading
     import warnings
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
@@ -106,6 +109,17 @@ def _quiet() -> None:
         ("TOKENIZERS_PARALLELISM", "false"),
     ):
         os.environ.setdefault(name, value)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker once its parent is gone: what a run keeps is whole at any moment."""
+    import os
+    from multiprocessing import connection
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def on_ray(runs: Sequence[Run], work: Work, jobs: int | None = None) -> Iterator[Outcome]:

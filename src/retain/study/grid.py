@@ -122,7 +122,7 @@ def expand(spec: StudySpec, base: Path, catalogue: Catalogue) -> Grid:
         catalogue: of tasks, adapters and methods.
 
     Raises:
-        ConfigError: a name or option is not known.
+        ConfigError: a name or option is not known, or two unlike runs would have one name.
         SourceError: a file that the study names is missing.
     """
     return _Expansion(spec, base, catalogue).grid()
@@ -159,8 +159,17 @@ class _Expansion:
     def grid(self) -> Grid:
         made = Grid()
         found: dict[str, tuple[int, Run]] = {}
+        titles: dict[str, str] = {}
         for cell in self.spec.runs:
             for place, run in self._cell(cell, made.skipped):
+                if titles.setdefault(run.title, run.key) != run.key:
+                    raise ConfigError(
+                        "two unlike runs of the study have one name",
+                        got=f"{run.title}, twice with other settings",
+                        allowed="one run for a model, adapter, method, order and seed",
+                        fix="give one a name of its own, such as methods: {slow: {kind: none, "
+                        "training: {learning_rate: 1.0e-4}}}",
+                    )
                 found.setdefault(run.key, (place, run))
         in_order = sorted(found.values(), key=lambda pair: pair[0])  # stable
         made.runs = [run for _, run in in_order]

@@ -157,7 +157,7 @@ def load_source(
             for part, s in (("rows", seed), ("heldout", HELDOUT_SEED))
         ]
     else:
-        pair = _texts(source, work, seed)
+        pair = _texts(source, work, seed, base.tokenizer)
     size = {"max_length": source["max_length"], "causal": True}
     fit, held = (encode(rows, base.tokenizer, **size) for rows in pair)
     return fit[: source["rows"]], held[: source["heldout"]]
@@ -183,18 +183,15 @@ def _samples(config: Mapping[str, Any], base: Base, work: Work, count: int, seed
     return rows
 
 
-def _texts(source: Mapping[str, Any], work: Work, seed: int) -> list[list[Row]]:
+def _texts(
+    source: Mapping[str, Any], work: Work, seed: int, tokenizer: PreTrainedTokenizerBase
+) -> list[list[Row]]:
     """Rows to fit on and held-out rows, which share none."""
     paths = [
         work.base / source["path"] if source["kind"] == "file" else _data_file(source, split, work)
         for split in (source["split"], source["heldout_split"])
     ]
-    rows, held = (
-        [r for r in read_rows(path) if len(str(r.get("text", "")).split()) >= source["min_words"]]
-        if source["min_words"]
-        else list(read_rows(path))
-        for path in paths
-    )
+    rows, held = (_long_enough(source, path, tokenizer) for path in paths)
     taken = _choose(len(held), source["heldout"], HELDOUT_SEED)
     free = [r for i, r in enumerate(rows) if paths[0] != paths[1] or i not in taken]
     chosen = _choose(len(free), source["rows"], seed)
@@ -206,6 +203,18 @@ def _texts(source: Mapping[str, Any], work: Work, seed: int) -> list[list[Row]]:
             fix="give more text, or lower source.heldout or source.min_words",
         )
     return [[free[i] for i in sorted(chosen)], [held[i] for i in sorted(taken)]]
+
+
+def _long_enough(
+    source: Mapping[str, Any], path: Path, tokenizer: PreTrainedTokenizerBase
+) -> list[Row]:
+    """The rows of a file that have enough words; a text that is one row is cut into rows first."""
+    rows = read_rows(path)
+    if any(row.get("pack") for row in rows):
+        pieces = encode(rows, tokenizer, max_length=source["max_length"], causal=True)
+        return [{"input_ids": [*piece.tokens, piece.targets[-1]]} for piece in pieces]
+    least = source["min_words"]
+    return [r for r in rows if not least or len(str(r.get("text", "")).split()) >= least]
 
 
 def _choose(size: int, count: int, seed: int) -> set[int]:

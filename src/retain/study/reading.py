@@ -59,8 +59,7 @@ def parse_study(
     if isinstance(found.get("runs"), list):
         found["runs"] = [_spelled_out(cell) for cell in found["runs"]]
     if limit is not None:
-        kept = found.get("data") or {}
-        found["data"] = {s: min(limit, kept.get(s) or limit) for s in ("train", "test")}
+        found["data"] = _limited(found.get("data") or {}, limit)
     if seeds is not None:
         found["seeds"] = seeds
         if isinstance(found.get("runs"), list):
@@ -73,6 +72,14 @@ def parse_study(
     _check_names(spec)
     _check_training(spec)
     return spec
+
+
+def _limited(data: Any, limit: int) -> Any:
+    """At most `limit` rows; what is no number is left for the check to name."""
+    if not isinstance(data, dict):
+        return data
+    counts = {split: data.get(split) or limit for split in ("train", "test")}
+    return data | {s: min(limit, n) if isinstance(n, int) else n for s, n in counts.items()}
 
 
 class _Loader(yaml.SafeLoader):

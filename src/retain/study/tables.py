@@ -37,8 +37,9 @@ def tables(records: Iterable[Record]) -> dict[str, Any]:
         ``{"cells": [{"model", "adapter", "method", "order", "n", "failed", "metrics": {name:
         {"mean", "low", "high", "values"}}, "paired": {name: {"mean", "low", "high", "n"}}}]}``:
         ``method`` is the label, ``values`` one a seed in ascending order, ``paired`` the mean
-        difference to plain LoRA (adapter "lora", method of kind "none") on the seeds that both
-        have. Intervals are Student's t, null for one seed. A metric that no seed has is left out.
+        difference to plain LoRA (adapter "lora", method "none", or the first of kind "none" where
+        none has that name) on the seeds that both have. Intervals are Student's t, null for one
+        seed. A metric that no seed has is left out.
     """
     records = list(records)
     done = with_intransigence([r for r in records if r["status"] == "done"])
@@ -46,11 +47,10 @@ def tables(records: Iterable[Record]) -> dict[str, Any]:
     by_cell: dict[tuple[str, str, str, str], dict[int, dict[str, float | None]]] = {}
     for record in done:
         by_cell.setdefault(_cell(record), {})[record["config"]["seed"]] = _numbers(record)
-    plain = {
-        (_cell(r)[0], _cell(r)[3]): _cell(r)
-        for r in done
-        if r["config"]["adapter"]["name"] == "lora" and r["config"]["method"]["kind"] == "none"
-    }
+    plain: dict[tuple[str, str], tuple[str, str, str, str]] = {}
+    for r in _plain_methods(done):
+        if r["config"]["adapter"]["name"] == "lora":
+            plain.setdefault((_cell(r)[0], _cell(r)[3]), _cell(r))
     out = []
     for cell in names:
         mine = by_cell.get(cell, {})
@@ -78,13 +78,15 @@ def with_intransigence(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Fills in the intransigence of the runs whose tasks were also learned alone.
 
     The reference of a task is the score of a run of that task alone: same model and seed; the
-    same adapter, else "lora"; method "none". See `retain.evaluation.continual`.
+    same adapter, else "lora"; method "none", or the first of its kind. See
+    `retain.evaluation.continual`.
     """
     alone: dict[tuple[str, str, int, str], float | None] = {}
-    for r in records:
+    for r in _plain_methods(records):
         c = r["config"]
-        if len(r["tasks"]) == 1 and c["method"]["kind"] == "none":
-            alone[c["model"], c["adapter"]["name"], c["seed"], r["tasks"][0]] = r["matrix"][0][0]
+        if len(r["tasks"]) == 1:
+            place = c["model"], c["adapter"]["name"], c["seed"], r["tasks"][0]
+            alone.setdefault(place, r["matrix"][0][0])
     out = []
     for r in records:
         c, new = r["config"], dict(r)
@@ -106,6 +108,12 @@ def with_intransigence(records: Sequence[Record]) -> list[dict[str, Any]]:
             }
         out.append(new)
     return out
+
+
+def _plain_methods(records: Sequence[Record]) -> list[Record]:
+    """The runs of methods of kind "none", those that are called so first."""
+    kind = [r for r in records if r["config"]["method"]["kind"] == "none"]
+    return sorted(kind, key=lambda r: bool(r["config"]["method"]["label"] != "none"))  # stable
 
 
 def _cell(record: Record) -> tuple[str, str, str, str]:

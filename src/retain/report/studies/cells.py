@@ -153,11 +153,12 @@ def _compare(cells: Sequence[Cell], runs: Sequence[Run]) -> None:
     lora = lora or [cell for cell in bare if kinds.get(cell.adapter) == "lora"]
     if not lora:
         return
-    lora[0].plain = True
+    plain = min(lora, key=lambda cell: cell.label != "none")  # the first, where none is called so
+    plain.plain = True
     for cell in cells:
-        if cell is not lora[0]:
+        if cell is not plain:
             cell.diffs = {
-                m.key: paired(cell.values.get(m.key, {}), lora[0].values.get(m.key, {}))
+                m.key: paired(cell.values.get(m.key, {}), plain.values.get(m.key, {}))
                 for m in METRICS
             }
 

@@ -267,11 +267,13 @@ def read_studies(paths: Iterable[Path]) -> list[Study]:
             )
         old = found.get(study.name)
         if old is not None:
-            known = {run.key for run in old.runs if run.key}
+            done = {run.key: run for run in study.runs if run.key and run.done}
+            mine = [run if run.done else done.get(run.key, run) for run in old.runs]
+            known = {run.key for run in mine if run.key}
             more = [run for run in study.runs if run.key not in known]
             told = old.description or study.description
             refused = [*old.skipped, *(s for s in study.skipped if s not in old.skipped)]
-            runs = [*old.runs, *more]
+            runs = [*mine, *more]
             study = Study(name=study.name, description=told, runs=runs, skipped=refused)
         found[study.name] = study
     if not any(study.runs for study in found.values()):
