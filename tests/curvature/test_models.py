@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from oracles import Oracle, kfac, shampoo
 from oracles_more import ekfac_given
 from quadratics import dense_quadratic
 from retain import Curvature, Retention, fit_curvature, load_curvature
-from retain.errors import CurvatureError, MismatchError, ModelError
-from retain.models.adapter import lora_sites
+from retain.errors import CurvatureError, MismatchError, ModelError, SourceError
+from retain.models.adapter import lora_sites, row_scales
+from retain.models.idle import is_idle
 from retain.types import STRUCTURES
 from sums import dora, same
 from tiny import KINDS, ROWS, base, move, relative, tiny
@@ -255,3 +257,88 @@ def test_a_four_bit_base(structure: str, tiny_folder: Path, tmp_path: Path) -> N
     move(models[0], 3)
     assert retention.predicted() > 0
     assert all(torch.equal(m.weight, quantised[n].weight) for n, m in quantised.items())
+
+
+# --- heads and layers of other kinds ---
+
+
+def test_dora_on_transposed_weights() -> None:
+    """GPT-2 keeps W as [d_in, d_out]: factors of a fresh DoRA are 1 there too."""
+    config = GPT2Config(
+        vocab_size=17, n_positions=32, n_embd=8, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2
+    )
+    torch.manual_seed(0)
+    inner = GPT2LMHeadModel(config).double()
+    for targets in (["c_attn"], ["c_fc"], ["attn.c_proj"]):
+        model = peft("llama", deepcopy(inner), target_modules=targets, use_dora=True)
+        (site,) = lora_sites(model)
+        torch.testing.assert_close(
+            row_scales([site])[site.name], torch.ones(site.b.shape[0], dtype=torch.float64)
+        )
+        plain = peft("llama", deepcopy(inner), target_modules=targets)
+        same(fit(model, "llama"), fit(plain, "llama"))
+
+
+def test_biases_of_b_are_held_by_nothing() -> None:
+    model = peft("llama", lora_bias=True)
+    with pytest.raises(ModelError, match="no curvature holds") as caught:
+        Retention(model, fit(model, "llama"))
+    assert "lora_bias=False" in str(caught.value)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name and name.endswith(".bias"):
+                parameter.add_(0.5)
+    assert not is_idle(lora_sites(model))
+
+
+@pytest.mark.parametrize("structure", ["kfac", "activation"])
+def test_a_head_of_one_output_has_no_labels(structure: str) -> None:
+    inner = base("bert")
+    inner.classifier, inner.config.num_labels = nn.Linear(8, 1).double(), 1
+    model = peft("bert", inner)
+    with pytest.raises(CurvatureError, match="one output is a regression"):
+        fit(model, "bert", structure, fisher="mc")
+
+
+def test_labels_that_do_not_exclude_each_other() -> None:
+    inner = base("bert")
+    inner.config.problem_type = "multi_label_classification"
+    with pytest.raises(ModelError, match="do not exclude each other"):
+        fit(peft("bert", inner), "bert")
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "reversed"])
+@pytest.mark.parametrize(("label", "said"), [(None, "a row without a label"), (3, "label 3")])
+def test_fishers_of_the_datas_labels_want_labels(fisher: str, label: object, said: str) -> None:
+    rows = [*ROWS["bert"][:3], {"input_ids": [3, 4, 5], "label": label}]
+    with pytest.raises(SourceError, match=f"{said}; allowed: 0 to 2"):
+        fit_curvature(tiny("bert"), rows, fisher=fisher, batch_size=2, progress=False)
+    if label is None:
+        assert fit_curvature(tiny("bert"), rows, batch_size=2, progress=False).info.sequences == 4
+
+
+def test_a_model_that_writes_into_a_layers_output() -> None:
+    """As Falcon adds attention to its MLP's output in place."""
+
+    class Written(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.weight = inner, inner.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.inner(x)
+            out += 0.0
+            return out
+
+    model = tiny("llama", targets=["q_proj"])
+    want = fit(model, "llama")
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.q_proj = Written(layer.self_attn.q_proj)
+    got = fit(model, "llama")
+    for (_, a), (_, b) in zip(want.blocks.items(), got.blocks.items(), strict=True):
+        torch.testing.assert_close(a.to_dense(), b.to_dense())
+
+
+def test_a_wrapped_model_is_measured() -> None:
+    model = tiny("llama")
+    same(fit(nn.DataParallel(model), "llama"), fit(model, "llama"))

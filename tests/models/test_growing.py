@@ -24,10 +24,19 @@ def answer(model: torch.nn.Module, kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_says_what_it_said(kind: str) -> None:
     model = tiny(kind, moved=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save." in name:  # a head that has learned
+                parameter.add_(0.5)
     before, old = answer(model, kind), weights(model)
+    with model.disable_adapter():
+        untuned = answer(model, kind)
+    assert not torch.allclose(untuned, before)
     scaling = lora_sites(model)[0].scaling
     grown = grow_lora(model, 3, seed=7)
     torch.testing.assert_close(answer(grown, kind), before, rtol=1e-12, atol=1e-12)
+    with grown.disable_adapter():
+        assert torch.equal(answer(grown, kind), untuned)
     config = grown.peft_config["default"]
     assert (config.r, config.lora_alpha) == (5, 5 * scaling)
     for site in lora_sites(grown):

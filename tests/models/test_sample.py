@@ -67,3 +67,30 @@ def test_a_row_is_no_longer_than_asked_and_the_adapter_is_off() -> None:
 def test_without_a_tokenizer_it_is_refused() -> None:
     with pytest.raises(SourceError, match="sampling needs a tokenizer"):
         sample_rows(base("llama"), None, count=1, max_length=4)
+
+
+def test_without_a_pad_token_rows_end_where_their_text_does() -> None:
+    model, plain = base("llama"), tokenizer(writes=True)
+    plain.pad_token_id = None
+    assert model.generation_config is not None
+    ends = sorted({row[-1] for row in sampled(12, writes=True)})[:2]
+    model.generation_config.eos_token_id = ends
+    rows = [r["input_ids"] for r in sample_rows(model, plain, count=12, max_length=9, seed=3)]
+    short = [row for row in rows if len(row) < 9]
+    assert short
+    for row in short:
+        assert row[-1] in ends
+        # Three tokens are kept at least, so a text that ends at once has its end twice.
+        assert len(row) == 3 or not any(token in ends for token in row[1:-1])
+
+
+def test_a_tokenizer_without_marks() -> None:
+    bare = tokenizer()
+    bare.bos_token_id = bare.eos_token_id = None
+    with pytest.raises(SourceError, match="neither bos_token nor eos_token"):
+        sample_rows(base("llama"), bare, count=2, max_length=9)
+    bare.bos_token_id = BOS  # and nothing that ends one
+    model = base("llama")
+    model.generation_config.eos_token_id = None
+    rows = sample_rows(model, bare, count=3, max_length=9)
+    assert all(len(row["input_ids"]) >= 8 for row in rows)

@@ -257,3 +257,29 @@ def test_a_head_that_trains_cannot_be_measured() -> None:
     model = tiny("bert")
     with pytest.raises(ConfigError, match=r"while other weights train.*source=None"):
         Retention(model, fit(model, "bert"), budget=NATS, probe=probe("bert"))
+
+
+@pytest.mark.parametrize("odd", [math.inf, math.nan])
+def test_a_step_that_a_gradient_scaler_skips_teaches_nothing(odd: float) -> None:
+    model = tiny("llama", moved=True)
+    held = Retention(model, fit(tiny("llama"), "llama"), budget=NATS)
+    assert held.budget is not None
+    before = held.budget.state()
+    for parameter in held.parameters():
+        parameter.grad = torch.full_like(parameter, odd)
+    held.add_force()
+    assert held.budget.state() == before
+    for parameter in held.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    held.add_force()
+    assert held.budget.pull[0] > 0 and held.budget.steps == before["steps"] + 1
+
+
+def test_a_correction_is_of_what_trains() -> None:
+    budget = Budget(0.3, spent=(0.2, 0.01))
+    budget.correct(0.26, 0.02)
+    assert budget.correction == pytest.approx(6.0)
+    assert budget.allowed() == pytest.approx(0.01 + 0.1 / 6)
+    again = Budget(0.3)
+    again.restore(budget.state())
+    assert again.allowed() == budget.allowed()

@@ -82,3 +82,14 @@ def test_a_model_without_adapter_is_refused() -> None:
 def test_its_own_samples_are_refused() -> None:
     with pytest.raises(SourceError, match="text that is given"):
         measure_forgetting(tiny("llama"), "self")
+
+
+def test_rows_without_a_label_have_no_perplexity() -> None:
+    model, rows = tiny("bert", moved=True), ROWS["bert"]
+    bare = [{k: v for k, v in row.items() if k != "label"} for row in rows]
+    found, whole = measure_forgetting(model, bare), measure_forgetting(model, rows)
+    assert (found.kl, found.flips, found.tokens) == (whole.kl, whole.flips, whole.tokens)
+    assert math.isnan(found.ppl) and math.isnan(found.ppl_base)
+    some = measure_forgetting(model, [*rows[:2], *bare[2:]])
+    assert some.ppl == pytest.approx(measure_forgetting(model, rows[:2]).ppl, rel=1e-9)
+    assert some.kl == whole.kl

@@ -318,3 +318,15 @@ def test_without_any_old_text_it_is_lora_behind_a_ridge() -> None:
         gap = site.a.detach() - a
         s = x.of(site.name)
         assert float(((gap @ s) * gap).sum()) < 1e-4 * float(((a @ s) * a).sum())
+
+
+def test_values_that_are_silent_in_the_new_rows_do_not_size_the_old() -> None:
+    """Behind a ReLU most units may be 0 on all rows of a task; the old must count all the same."""
+    old = Moments(
+        {"a": DenseFactor(torch.diag(torch.tensor([4.0, 4.0, 4.0, 4.0, 0.0])))}, {"a": "a"}
+    )
+    new = Moments(
+        {"a": DenseFactor(torch.diag(torch.tensor([2.0, 0.0, 0.0, 0.0, 1.0])))}, {"a": "a"}
+    )
+    sized = old.sized_as(new).factor("a").dense()
+    torch.testing.assert_close(sized, 0.5 * old.factor("a").dense())

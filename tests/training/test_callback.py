@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -236,3 +237,22 @@ def test_a_budget_may_come_when_a_run_goes_on(tmp_path: Path) -> None:
 def test_a_bad_budget_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         RetentionCallback(fit(tiny("llama")), **options)
+
+
+def test_the_last_checkpoint_is_inside_the_budget(tmp_path: Path) -> None:
+    model = tiny("llama")
+    call = RetentionCallback(fit(model), budget=0.05, source=ROWS["llama"])
+    options = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10, "learning_rate": 0.03}
+    trainer(model, tmp_path, [call], **options).train()
+    end = weights(model)
+    saved = load_file(tmp_path / "checkpoint-20" / "adapter_model.safetensors")
+    assert call.retention is not None
+    measured = call.retention.measured()
+    assert measured is not None and 0.03 < measured <= 0.05
+    for name, tensor in end.items():
+        assert torch.equal(saved[f"base_model.model.{name}.weight"], tensor)
+
+
+def test_a_path_is_no_curvature() -> None:
+    with pytest.raises(ConfigError, match=r"got: str 'c.safetensors'.*load_curvature"):
+        RetentionCallback("c.safetensors")  # type: ignore[arg-type]

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from test_callback import DATA, fit, trainer
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerCallback
 
 from retain import Retention, RetentionCallback, Start
 from retain.data.batches import Example
@@ -18,8 +21,9 @@ from retain.models.growing import grow_lora
 from retain.retention.filters import InputFilter, Thin, Whole, wiener
 from retain.retention.moments import input_moments, moments_of
 from retain.retention.start import set_start
+from retain.training.reading import loader_examples
 from retain.training.start import fresh_rows
-from tiny import tiny, weights
+from tiny import ROWS, move, tiny, weights
 
 
 def keep(model: Any, **options: Any) -> RetentionCallback:
@@ -382,3 +386,105 @@ def test_a_checkpoint_that_does_not_say_how_it_was_held_is_refused(tmp_path: Pat
         run = trainer(again, tmp_path, [call], **options)
         with pytest.raises(TrainingError, match="how it was held") if refused else nullcontext():
             run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+class Broken(TrainerCallback):
+    """Breaks a training off at its first step, once."""
+
+    def __init__(self) -> None:
+        self.due = True
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        due, self.due = self.due, False
+        if due:
+            raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("again", ["the same callback", "a new one"])
+def test_a_training_that_broke_off_leaves_no_filter(again: str, tmp_path: Path) -> None:
+    model, want = tiny("llama"), tiny("llama")
+    trainer(want, tmp_path, [keep(want, start="auto")]).train()
+    call = keep(model, start="auto")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer(model, tmp_path, [call, Broken()]).train()
+    assert any(site.a._backward_hooks for site in lora_sites(model))
+    trainer(model, tmp_path, [call if again[0] == "t" else keep(model, start="auto")]).train()
+    for got, expected in zip(weights(model).values(), weights(want).values(), strict=True):
+        assert torch.equal(got, expected)
+    assert not any(site.a._backward_hooks for site in lora_sites(model))
+
+
+def test_a_callback_may_train_twice(tmp_path: Path) -> None:
+    """The second time the adapter is not fresh: held by the force alone, as by a new callback."""
+    found = []
+    for same in (True, False):
+        model = tiny("llama")
+        call = keep(model, start="auto")
+        trainer(model, tmp_path, [call]).train()
+        call = call if same else RetentionCallback(call.curvature, 1.0)
+        trainer(model, tmp_path, [call]).train()
+        assert call._held is None and call.why_no_filter == "the adapter is not fresh"
+        found.append(weights(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_room_is_made_of_what_is_measured(tmp_path: Path) -> None:
+    """Months later too: the old rows are scaled once, before the first step, and then stay."""
+    model, probe = tiny("llama"), [{"input_ids": row["input_ids"]} for row in ROWS["llama"]]
+    source = fit(model, structure="kfac")
+    move(model, 3, 0.6)
+    first = RetentionCallback(source, budget=0.3, source=probe, start=None)
+    trainer(model, tmp_path, [first], learning_rate=1e-3).train()
+    assert first.retention is not None
+    spent = first.retention.measured()
+    assert spent is not None and 0.25 < spent <= 0.3
+    model = grow_lora(model, 2, seed=3)
+    old, past = weights(model), fit(model, structure="kfac")
+    call = RetentionCallback(source, past=past, budget=0.3, source=probe)
+    shares = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            shares.append(
+                [
+                    float(s.b[:, :2].detach().norm() / old[f"{s.name}.lora_B"][:, :2].norm())
+                    for s in lora_sites(model)
+                ]
+            )
+
+    trainer(model, tmp_path, [call, Look()], max_steps=40, learning_rate=0.02).train()
+    assert call.retention is not None and call.retention.budget is not None
+    assert shares[0][0] < 0.97
+    assert all(share == pytest.approx(shares[0][0], rel=1e-6) for step in shares for share in step)
+    for site in lora_sites(model):
+        kept = shares[0][0] * old[f"{site.name}.lora_B"][:, :2]
+        torch.testing.assert_close(site.b[:, :2].detach(), kept, rtol=1e-6, atol=1e-9)
+        assert float(site.b[:, 2:].detach().abs().max()) > 0
+    left, predicted = call.retention.budget.spent
+    assert left <= 0.8 * 0.3 and predicted > 0
+    end = call.retention.measured()
+    assert end is not None and left < end <= 0.3
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Any:
+        return iter(DATA)
+
+
+class Sized(Stream):
+    def __len__(self) -> int:
+        return len(DATA)
+
+
+@pytest.mark.parametrize("data", [Stream(), Sized()])
+def test_streams_have_a_filter_too(data: Any, tmp_path: Path) -> None:
+    model = tiny("llama")
+    call = keep(model, start="auto")
+    run = trainer(model, tmp_path, [call])
+    run.train_dataset = data
+    run.train()
+    assert call._held is not None and call._held.filter is not None
+    share = IterableDatasetShard(data, batch_size=2, num_processes=2, process_index=1)
+    loaders = [DataLoader(d, batch_size=2, collate_fn=run.data_collator) for d in (data, share)]
+    one, other = (loader_examples(loader, 3, 0, True) for loader in loaders)
+    assert len(one) == 3 and one == other

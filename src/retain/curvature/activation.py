@@ -32,6 +32,7 @@ from retain.curvature.block import Block
 from retain.curvature.estimator import Estimator, Fitted, flat
 from retain.curvature.factor import ScalarFactor, SketchFactor
 from retain.curvature.kronecker import KroneckerBlock
+from retain.curvature.labels import check_classes
 from retain.curvature.record import Record
 from retain.data.batches import Batch, Example
 from retain.models.heads import forward_logits
@@ -105,9 +106,13 @@ def nats_of_noise(
         batch: what the model reads.
         seed: of the noise.
         eta: size of the noise, relative to the root mean square of each layer's output.
+
+    Raises:
+        CurvatureError: the model has one output, which no noise costs any nats.
     """
     with torch.no_grad():
         base = forward_logits(model, batch)
+        check_classes(base)
         with _noise(layers, batch, seed, eta):
             moved = forward_logits(model, batch)
         total = 0.0

@@ -39,7 +39,8 @@ def capture(model: nn.Module, layers: Mapping[str, nn.Module], receive: Receive)
             x = args[0].detach()
             replaced = None
             if not output.requires_grad:
-                output = replaced = output.detach().requires_grad_()
+                # No leaf: the model may write into it, as Falcon adds attention to its MLP.
+                output = replaced = output.detach() + output.new_zeros(()).requires_grad_()
             output.register_hook(lambda g: receive(name, x, g.detach()))
             return replaced
 

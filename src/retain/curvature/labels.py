@@ -26,10 +26,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from retain.errors import CurvatureError
+from retain.errors import CurvatureError, SourceError
 from retain.types import Fisher
 
-__all__ = ["EXACT_LIMIT", "cotangents"]
+__all__ = ["EXACT_LIMIT", "check_classes", "cotangents"]
 
 EXACT_LIMIT = 4096
 """Most backward passes that one batch may ask of the exact Fisher."""
@@ -63,8 +63,10 @@ def cotangents(
         the memory of the logits, which a model's backward pass does not read.
 
     Raises:
-        CurvatureError: ``exact`` would need more than `EXACT_LIMIT` passes.
+        CurvatureError: ``exact`` would need more than `EXACT_LIMIT` passes, or there is one class.
+        SourceError: ``empirical`` or ``reversed`` where a row has no label, or one of no class.
     """
+    check_classes(logits)
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     heat = temperature if fisher == "tempered" else 1.0
     if fisher == "reversed":
@@ -73,6 +75,7 @@ def cotangents(
         wide = wide.div_(heat)
     p = _softmax_(wide)
     if fisher in ("empirical", "reversed"):
+        _check_labels(targets, p.shape[-1], fisher)
         yield _minus_(p, targets), 1.0, True
     elif fisher in ("mc", "tempered"):
         for sample in range(samples):
@@ -102,6 +105,33 @@ def cotangents(
                 cotangent = torch.zeros_like(p)
                 cotangent[here] = part
                 yield cotangent, 1.0, t == longest - 1 and y == classes - 1
+
+
+def check_classes(logits: Tensor) -> None:
+    """Refuses a head of one output, whose softmax is 1 whatever it says.
+
+    Raises:
+        CurvatureError: it is one.
+    """
+    if logits.shape[-1] == 1:
+        raise CurvatureError(
+            "one output is a regression, which has no labels",
+            got="logits of 1 class",
+            allowed="2 classes or more",
+            fix="load the model with num_labels=2 or more",
+        )
+
+
+def _check_labels(targets: Tensor, classes: int, fisher: Fisher) -> None:
+    odd = (targets < 0) | (targets >= classes)
+    if bool(odd.any()):
+        first = int(targets[odd][0])
+        raise SourceError(
+            f"fisher={fisher!r} reads the labels of the source",
+            got="a row without a label" if first < 0 else f"label {first}",
+            allowed=f"0 to {classes - 1}",
+            fix="give labelled rows, or fisher='mc'",
+        )
 
 
 _ROWS = 1 << 20

@@ -93,7 +93,7 @@ def check_settings(
         ("batch_size", batch_size),
         ("rank", rank if isinstance(rank, int) else 1),
     ):
-        if number < 1:
+        if not isinstance(number, int) or number < 1:
             raise ConfigError(
                 f"{label} is too small", got=number, allowed="1 or more", fix="raise it"
             )

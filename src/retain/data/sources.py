@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,11 @@ __all__ = ["Row", "encode", "read_rows"]
 
 Row = Mapping[str, Any]
 
+UNLABELLED = -1
+"""The target of a classifier's row without a label."""
+
 _SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
+_UTF8 = "utf-8-sig"  # Excel and PowerShell begin a file with a byte order mark
 _SINGLE = ("text", "content", "sentence")
 _PAIRS = (
     ("text", "text_pair"),
@@ -76,11 +81,18 @@ def _read_file(path: Path, limit: int | None) -> list[Row]:
     kind = next(
         (s for s in sorted(_SUFFIXES, key=len, reverse=True) if path.name.endswith(s)), None
     )
+    if str(path) == "self" and not path.exists():
+        raise SourceError(
+            "text of the model's own is no file",
+            got="self",
+            allowed=f"a file ending in {', '.join(_SUFFIXES)}",
+            fix="leave the source out where the model's own text is the default; see --help",
+        )
     if not path.is_file() or kind is None:
         raise SourceError(
             "no such source" if not path.is_file() else "a source of an unknown kind",
             got=str(path),
-            allowed=f"'self', or a file ending in {', '.join(_SUFFIXES)}",
+            allowed=f"a file ending in {', '.join(_SUFFIXES)}; 'self' where text may be sampled",
             fix="check the path and the suffix",
         )
     try:
@@ -97,12 +109,12 @@ def _read_file(path: Path, limit: int | None) -> list[Row]:
 
 def _parse(path: Path, kind: str, limit: int | None) -> list[Row]:
     if kind in {".txt", ".md"}:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding=_UTF8)
         return [{"text": text, "pack": True}] if text.strip() else []
     if kind in {".jsonl", ".jsonl.gz"}:
         rows: list[Row] = []
         opener = gzip.open if kind.endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding=_UTF8) as file:
             for line in file:
                 if limit is not None and len(rows) >= limit:
                     break
@@ -110,10 +122,10 @@ def _parse(path: Path, kind: str, limit: int | None) -> list[Row]:
                     rows.append(_row(json.loads(line)))
         return rows
     if kind == ".json":
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding=_UTF8))
         return [_row(r) for r in (found if isinstance(found, list) else [found])]
     if kind == ".csv":
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding=_UTF8, newline="") as file:
             return list(csv.DictReader(file))
     import pyarrow.parquet as parquet
 
@@ -139,11 +151,16 @@ def encode(
 
     Raises:
         SourceError: the rows' columns are not known, a row is damaged, or nothing is left.
+
+    Warns:
+        UserWarning: some prompts leave no room for their completions.
     """
     if max_length < 2:
         raise SourceError("max_length is too small", got=max_length, allowed="2 or more", fix="128")
     examples: list[Example] = []
+    long = 0
     for number, row in enumerate(rows, start=1):
+        before = len(examples)
         try:
             examples += (
                 _causal(row, tokenizer, max_length)
@@ -165,6 +182,13 @@ def encode(
                 "chat template",
                 fix="repair the row",
             ) from error
+        except SourceError as error:
+            raise SourceError(
+                error.what, got=f"{error.got} (row {number})", allowed=error.allowed, fix=error.fix
+            ) from error
+        long += len(examples) == before and "prompt" in row and "completion" in row
+    if long:
+        _say_long(long, len(rows), max_length, bool(examples))
     if not examples:
         raise SourceError(
             "the source holds no text to predict",
@@ -173,6 +197,20 @@ def encode(
             fix="give more text",
         )
     return examples
+
+
+def _say_long(long: int, rows: int, max_length: int, some: bool) -> None:
+    """Warns of prompts that fill a row by themselves; refuses where all of them do."""
+    what = f"{long} of {rows} rows have a prompt that fills max_length={max_length}"
+    if some:
+        warnings.warn(f"{what}; they are left out", UserWarning, stacklevel=3)
+        return
+    raise SourceError(
+        "no completion is left to predict",
+        got=what,
+        allowed="prompts shorter than max_length",
+        fix="raise max_length",
+    )
 
 
 def _causal(row: Row, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> list[Example]:
@@ -209,7 +247,7 @@ def _causal(row: Row, tokenizer: PreTrainedTokenizerBase | None, max_length: int
 
 def _classify(row: Row, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> Example:
     label = row.get("label")
-    target = int(label) if label not in (None, "") else 0
+    target = int(label) if label not in (None, "") else UNLABELLED
     if "input_ids" in row:
         return Example(tuple(int(i) for i in row["input_ids"][:max_length]), (target,))
     pair = _pair(row)
@@ -226,11 +264,12 @@ def _single(row: Row) -> str:
     for name in _SINGLE:
         if isinstance(row.get(name), str):
             return name
+    empty = next((f"{name} that holds {row[name]!r:.40}" for name in _SINGLE if name in row), None)
     raise SourceError(
-        "the source's columns are not known",
-        got=", ".join(map(str, row)) or "none",
+        "the source's columns are not known" if empty is None else "a row's text is no string",
+        got=empty or ", ".join(map(str, row)) or "none",
         allowed="text, prompt + completion, messages, input_ids, or a known pair of columns",
-        fix="rename the column that holds the text to 'text'",
+        fix="rename the column that holds the text to 'text'" if empty is None else "fill the row",
     )
 
 

@@ -106,8 +106,13 @@ def attach_lora(
         seed: of the draw of A. The global random state is left as it was.
 
     Raises:
-        ConfigError: a rank below 1, or targets that the model does not have or PEFT cannot wrap.
+        ConfigError: a rank below 1, a dropout that is no probability, or targets that the model
+            does not have or PEFT cannot wrap.
     """
+    if not 0 <= dropout < 1:
+        raise ConfigError(
+            "the dropout is no probability", got=dropout, allowed="0 to below 1", fix="dropout=0.05"
+        )
     if rank < 1:
         raise ConfigError(
             "the LoRA rank is too small", got=rank, allowed="1 or more", fix="--rank 16"
@@ -236,6 +241,7 @@ def row_scales(sites: Sequence[Any]) -> dict[str, Tensor]:
         if getattr(site, "dora", False):
             magnitude = site.layer.lora_magnitude_vector[site.adapter].weight.detach()
             weight = dequantize_module_weight(site.layer.get_base_layer()).detach()
+            weight = weight.T if site.layer.fan_in_fan_out else weight  # GPT-2 keeps W transposed
             whole = weight + site.scaling * (site.b @ site.a).detach()
             scales[site.name] = magnitude / whole.norm(dim=1)
     return scales

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
 from retain.errors import ConfigError, ModelError
@@ -37,7 +38,7 @@ def grow_lora(
 
     Raises:
         ConfigError: no rows to add.
-        ModelError: layers of several ranks, or DoRA.
+        ModelError: layers of several ranks, DoRA, biases of B, or new tokens.
     """
     if rank < 1:
         raise ConfigError("too few rows to add", got=rank, allowed="1 or more", fix="rank=16")
@@ -53,10 +54,11 @@ def grow_lora(
     old |= dict(factors or {})
     kept, scaling, name = next(iter(old.values()))[1].shape[0], sites[0].scaling, sites[0].adapter
     config: Any = copy.deepcopy(model.peft_config[name])
-    if config.use_dora or config.lora_bias:
+    more = [n for n in ("use_dora", "lora_bias", "trainable_token_indices") if getattr(config, n)]
+    if more:
         raise ModelError(
             "the adapter has more than A and B, which has no fresh part",
-            got="DoRA" if config.use_dora else "lora_bias",
+            got=more[0],
             allowed="plain LoRA",
             fix="merge it into the model, and attach a fresh one",
         )
@@ -64,7 +66,13 @@ def grow_lora(
     config.r = kept + rank
     config.lora_alpha = scaling * (config.r**0.5 if config.use_rslora else config.r)
     dtype, device = sites[0].a.dtype, sites[0].a.device
+    whole = {
+        layer: {key: value.clone() for key, value in module.original_module.state_dict().items()}
+        for layer, module in _whole(model).items()
+    }  # unloading puts what was trained in their place
     grown = drawn(model.unload(), config, seed, name)
+    for layer, module in _whole(grown).items():
+        module.original_module.load_state_dict(whole[layer])
     with torch.no_grad():
         for site in lora_sites(grown):
             b, a = old[site.name]
@@ -72,3 +80,8 @@ def grow_lora(
             site.lora_b.to(device, dtype)
             site.a[:kept], site.b[:, :kept] = a.to(site.a), b.to(site.b)
     return grown
+
+
+def _whole(model: PeftModel) -> dict[str, ModulesToSaveWrapper]:
+    """The layers that PEFT trains whole, such as a new classification head, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}

@@ -19,12 +19,20 @@ def is_causal(model: nn.Module) -> bool:
     """True for a causal language model, false for a sequence classifier.
 
     Raises:
-        ModelError: a model without either head.
+        ModelError: a model without either head, or with one whose labels are not exclusive.
     """
     inner: Any = unwrap(model)
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     name = type(base).__name__
     if "SequenceClassification" in name:
+        config: Any = getattr(base, "config", None)
+        if getattr(config, "problem_type", None) == "multi_label_classification":
+            raise ModelError(
+                "the head's labels do not exclude each other",
+                got="problem_type='multi_label_classification'",
+                allowed="single-label classification: predictions are read as a softmax",
+                fix="train one label at a time, or plain LoRA with your own trainer",
+            )
         return False
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return True

@@ -21,6 +21,7 @@ def is_idle(sites: Sequence[Site]) -> bool:
         and not site.layer.merged
         and not getattr(site.layer, "lora_variant", {})
         and not bool(site.b.any())
+        and site.lora_b.bias is None
         for site in sites
     )
 

@@ -56,7 +56,7 @@ def sample_rows(
         progress: show a bar.
 
     Raises:
-        SourceError: there is no tokenizer.
+        SourceError: there is no tokenizer, or it has no token that begins a text.
         ModelError: the model predicts NaN.
     """
     if tokenizer is None:
@@ -66,10 +66,13 @@ def sample_rows(
             allowed="the model's tokenizer",
             fix="pass tokenizer=...",
         )
+    ends = _ends(model, tokenizer)
+    pad = tokenizer.pad_token_id
+    if pad is None:  # as generation does by itself
+        pad = min(ends) if ends else 0
     prefixes = _prefixes(tokenizer)
     bare = list(tokenizer("a")["input_ids"])[:1] != prefixes[0]
     device = next(model.parameters()).device
-    ends = _ends(model, tokenizer)
     rows: list[dict[str, Any]] = []
     bar = tqdm(total=count, desc="self-samples", unit="row", disable=not progress)
     off = adapter_off(model) if hasattr(model, "disable_adapter") else nullcontext()
@@ -99,7 +102,7 @@ def sample_rows(
                         repetition_penalty=1.0,
                         no_repeat_ngram_size=0,
                         max_new_tokens=max(2, max_length - len(prefix)),
-                        pad_token_id=tokenizer.pad_token_id,
+                        pad_token_id=pad,
                     )
                 except RuntimeError as error:
                     if "probability tensor" not in str(error):
@@ -110,7 +113,7 @@ def sample_rows(
                         allowed="finite numbers",
                         fix="check the model's weights, or dtype='float32'",
                     ) from error
-                found = [_cut(r, len(prefix), tokenizer.pad_token_id, ends) for r in out.tolist()]
+                found = [_cut(r, len(prefix), pad, ends) for r in out.tolist()]
                 if bare and not i:
                     found[1::2] = [ids[1:] if len(ids) > 2 else ids for ids in found[1::2]]
                 rows += [{"input_ids": ids} for ids in found]
@@ -122,6 +125,13 @@ def _prefixes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Where a text may begin: a document's first token, and the user's side of a chat."""
     start = tokenizer.bos_token_id
     start = tokenizer.eos_token_id if start is None else start
+    if start is None:
+        raise SourceError(
+            "the tokenizer has no token that begins a text",
+            got="neither bos_token nor eos_token",
+            allowed="one of the two",
+            fix="set tokenizer.bos_token, or give source text",
+        )
     prefixes = [[int(start)]]
     if getattr(tokenizer, "chat_template", None):
         chat = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
@@ -131,15 +141,19 @@ def _prefixes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens at which the model's generation ends."""
+    """The tokens at which the model's generation ends; none for a model that never stops."""
     config = getattr(model, "generation_config", None)
     given = getattr(config, "eos_token_id", None)
     given = tokenizer.eos_token_id if given is None else given
+    if given is None:
+        return set()
     return set(given) if isinstance(given, list | tuple) else {int(given)}
 
 
-def _cut(ids: list[int], start: int, pad: int | None, ends: set[int]) -> list[int]:
+def _cut(ids: list[int], start: int, pad: int, ends: set[int]) -> list[int]:
     """The row without its padding. Where the pad is an end token too, one of them stays."""
+    if not ends:
+        return ids  # a text that never ends is not padded
     end = len(ids)
     while end > start + 2 and ids[end - 1] == pad and (pad not in ends or ids[end - 2] in ends):
         end -= 1

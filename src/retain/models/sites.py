@@ -76,19 +76,26 @@ def check_held(model: nn.Module) -> None:
     A new classification head, new tokens and DoRA's magnitudes are free to learn.
 
     Raises:
-        ModelError: such weights, as PEFT's ``modules_to_save`` and ``bias`` make.
+        ModelError: such weights, as PEFT's ``modules_to_save``, ``bias`` and ``lora_bias`` make.
     """
     inner: Any = unwrap(model)
     free = (".lora_", "trainable_tokens")
     odd = [
         canonical(name)
         for name, p in inner.named_parameters()
-        if p.requires_grad and not of_head(name) and not any(part in f".{name}" for part in free)
+        if p.requires_grad
+        and not of_head(name)
+        and (not any(part in f".{name}" for part in free) or _of_b(name))
     ]
     if odd:
         raise ModelError(
             "pre-trained weights are trained that no curvature holds",
             got=f"{len(odd)} of them, such as {odd[0]}",
             allowed="LoRA weights, new tokens and a new classification head",
-            fix="leave them out of modules_to_save, and keep bias='none'",
+            fix="leave them out of modules_to_save, and keep bias='none', lora_bias=False",
         )
+
+
+def _of_b(name: str) -> bool:
+    """Whether a parameter is a bias of LoRA's B, which moves outputs and is in no curvature."""
+    return ".lora_B." in name and name.endswith(".bias")

@@ -60,6 +60,9 @@ TRIES, SLACK = 12, 0.02
 NEAR = 0.01
 """The same of predicted nats, which cost less."""
 
+ALL = slice(None)
+"""All rows of A."""
+
 POWERS = 1.0, 8.0
 """The least and the highest power of the share that a divergence is taken to go with."""
 
@@ -80,6 +83,7 @@ class Budget:
     Attributes:
         correction: measured over predicted nats.
         reached: whether the budget has ever been reached.
+        spent: nats of what stays as it is, measured and predicted: the correction is of the rest.
         pull: running means of ``<g, g>`` and ``<dq, dq>``.
         steps: how often it has been asked.
     """
@@ -90,6 +94,7 @@ class Budget:
     reached: bool = False
     pull: tuple[float, float] = (0.0, 0.0)
     steps: int = 0
+    spent: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
         check_budget(self.nats)
@@ -103,7 +108,8 @@ class Budget:
     def ascend(self, predicted: float) -> None:
         """One step of dual ascent, from the predicted nats that an optimiser's step led to."""
         self.steps += 1
-        excess = self.correction * predicted / self.nats - 1.0
+        believed = self.spent[0] + self.correction * (predicted - self.spent[1])
+        excess = believed / self.nats - 1.0
         self.reached = self.reached or excess >= 0
         if not self.reached:
             return
@@ -114,7 +120,7 @@ class Budget:
 
     def allowed(self) -> float:
         """Predicted nats that may be spent."""
-        return self.nats / self.correction
+        return self.spent[1] + (self.nats - self.spent[0]) / self.correction
 
     def due(self) -> bool:
         """Whether the next step is one after which the true divergence is measured."""
@@ -123,6 +129,7 @@ class Budget:
 
     def correct(self, measured: float, predicted: float) -> None:
         """Learns how far the prediction is off."""
+        measured, predicted = measured - self.spent[0], predicted - self.spent[1]
         if predicted <= 0 or measured < TELLING * self.nats:
             return
         self.correction = min(max(measured / predicted, 1 / BELIEF), BELIEF)
@@ -132,7 +139,7 @@ class Budget:
         return {
             "nats": self.nats, "strength": self.strength,
             "correction": self.correction, "reached": self.reached, "pull": list(self.pull),
-            "steps": self.steps,
+            "steps": self.steps, "spent": list(self.spent),
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -140,15 +147,20 @@ class Budget:
         self.strength, self.correction = float(state["strength"]), float(state["correction"])
         self.reached, self.steps = bool(state["reached"]), int(state["steps"])
         self.pull = (float(state["pull"][0]), float(state["pull"][1]))
+        measured, predicted = state.get("spent", (0.0, 0.0))
+        self.spent = (float(measured), float(predicted))
 
 
-def scale_back(curvature: Curvature, sites: Sequence[Site], nats: float) -> float:
+def scale_back(
+    curvature: Curvature, sites: Sequence[Site], nats: float, rows: slice = ALL
+) -> float:
     """Moves the weights straight back towards the anchor until so many nats are predicted.
 
     Args:
         curvature: whose prediction, and whose anchor.
         sites: the layers, as `Curvature.bind` gives them.
         nats: what may be left; a displacement below it is left alone.
+        rows: of LoRA's A, whose columns of B move; the others stay (weight space, no anchor).
 
     Returns:
         The share of the displacement that is left.
@@ -160,7 +172,7 @@ def scale_back(curvature: Curvature, sites: Sequence[Site], nats: float) -> floa
     now = predicted()
     if now <= nats:
         return 1.0
-    away = _Away(curvature, sites)
+    away = _Away(curvature, sites, rows)
     if not away.linear:
         return away.shorten(nats, now, predicted, NEAR)[0]
     share = math.sqrt(nats / now)
@@ -169,7 +181,11 @@ def scale_back(curvature: Curvature, sites: Sequence[Site], nats: float) -> floa
 
 
 def settle(
-    curvature: Curvature, sites: Sequence[Site], nats: float, measure: Callable[[], float]
+    curvature: Curvature,
+    sites: Sequence[Site],
+    nats: float,
+    measure: Callable[[], float],
+    rows: slice = ALL,
 ) -> float:
     """Moves the weights straight back until the measured divergence is within the budget.
 
@@ -178,6 +194,7 @@ def settle(
         sites: the layers.
         nats: of the budget.
         measure: gives the true KL divergence of the present model.
+        rows: see `scale_back`.
 
     Returns:
         The measured nats that are left.
@@ -185,7 +202,7 @@ def settle(
     now = measure()
     if now <= nats:
         return now
-    return _Away(curvature, sites).shorten(nats, now, measure, SLACK)[1]
+    return _Away(curvature, sites, rows).shorten(nats, now, measure, SLACK)[1]
 
 
 def largest_share(
@@ -228,13 +245,16 @@ def largest_share(
 class _Away:
     """The displacement of all trained weights from the anchor, of which a share is kept."""
 
-    def __init__(self, curvature: Curvature, sites: Sequence[Site]) -> None:
+    def __init__(self, curvature: Curvature, sites: Sequence[Site], rows: slice = ALL) -> None:
         self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.linear = True
+        self.linear = rows == ALL  # then the prediction goes with the square of the share
         for site in sites:
             for parameter, start in _starts(curvature, site):
                 if parameter.requires_grad:
-                    self.pairs.append((parameter, start, parameter.detach() - start))
+                    now, start = parameter.detach(), start.detach()
+                    if rows != ALL:
+                        now, start = now[:, rows], start[:, rows]
+                    self.pairs.append((now, start, now - start))
             bent = isinstance(site, LoraSite) and site.name in curvature.anchor
             self.linear = self.linear and not (bent and curvature.info.space == "weight")
 

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from retain.curvature.curvature import Curvature
 from retain.curvature.merge import reanchored
+from retain.curvature.settings import check_settings
 from retain.data.batches import Example
 from retain.errors import ConfigError, check_number, unknown
 from retain.models.heads import is_causal
@@ -185,6 +186,9 @@ class Fitted(Curved):
         super().__init__(strength, update=update, consolidate=consolidate, budget=budget)
         for name, weight in (("source_weight", source_weight), ("task_weight", task_weight)):
             check_number(f"{name} is no weight", weight, f"{name}: 1")
+        check_settings(
+            self.structure, space, fisher, "auto", samples, rows, 1, rank, 1.0, 2.0, True
+        )
         self.rows = rows
         self.source_weight, self.task_weight = source_weight, task_weight
         self.options: dict[str, Any] = {

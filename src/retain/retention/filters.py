@@ -16,7 +16,8 @@ signal, S_old the noise). P is close to 1 in directions that only the new task u
 ``S_new / (weight S_old)`` where both do; a weight without bound gives the null space of the old.
 
 All of training happens behind it: A begins as ``gain A_0 P``, and each step of the optimiser moves
-it by ``step P`` for a gradient ``grad P^T``, which is training A' in ``A = A' P``. So nothing of
+it by ``step P`` for a gradient ``grad P^T``, which is training A' in ``A = A' P`` (but for weight
+decay, which is a part of the step: A' decays by its filtered values). So nothing of
 what the filter stops is ever learned, nothing is added to the loss, and the result is plain LoRA.
 
 Related: gradient projection (GPM, arXiv 2103.09762), InfLoRA (arXiv 2404.00228) and RegMean (arXiv
@@ -213,6 +214,7 @@ class InputFilter:
                 p = filter_of(new.factor(site.name), s_old, weight=weight, epsilon=epsilon)
                 found[both] = p.to(site.a.device)
             self.filters.append(found[both])
+        self._before = [] if resuming else [s.a[span].detach().clone() for s in self.sites]
         if not resuming:
             with torch.no_grad():
                 for site, p in zip(self.sites, self.filters, strict=True):
@@ -242,6 +244,12 @@ class InputFilter:
                 step = (now - self.kept[i].to(now.dtype)).to(p.dtype)
                 self.kept[i] = self.kept[i] + p.rows(step)
                 site.a[self.span] = self.kept[i].to(now.dtype)
+
+    def undo(self) -> None:
+        """Puts A back as it was before the filter, as long as nothing was learned behind it."""
+        with torch.no_grad():
+            for site, before in zip(self.sites, self._before, strict=False):
+                site.a[self.span] = before
 
     def release(self) -> None:
         """Lets A train freely again."""

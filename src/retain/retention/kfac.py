@@ -30,7 +30,7 @@ class KFAC(Fitted):
     def __init__(
         self, strength: float = 10.0, *, structure: Structure = "kfac", **options: Any
     ) -> None:
-        super().__init__(strength, **options)
         if structure not in KINDS:
             raise unknown("structure", structure, KINDS)
         self.structure = structure
+        super().__init__(strength, **options)

@@ -136,7 +136,7 @@ class Retention:
             self.probe = Reference(
                 model, probe, batch_size=len(probe), base=lambda _: anchored(curvature, self.sites)
             )
-        self.model = model
+        self.model, self.rows = model, slice(None)
         self.forces = Forces(curvature, self.sites, past=past, beside=beside)
 
     @property
@@ -161,17 +161,27 @@ class Retention:
         Args:
             rows: of every layer.
         """
+        self.rows = rows
         self.forces.only(rows)
 
     def make_room(self) -> bool:
         """Before training: what is there may have spent four fifths of the budget.
 
+        What counts is the measured divergence where there is a probe, else the predicted one.
+
         Returns:
             Whether it had spent more, and was moved back.
         """
-        return self.budget is not None and (
-            scale_back(self.curvature, self.sites, ROOM * self.budget.allowed()) < 1.0
-        )
+        if self.budget is None:
+            return False
+        before, most = self.predicted(), ROOM * self.budget.nats
+        if self.probe is None:
+            scale_back(self.curvature, self.sites, most)
+            left = self.predicted()
+        else:
+            left = settle(self.curvature, self.sites, most, self._measure)
+        self.budget.spent = (left, self.predicted())
+        return self.predicted() < before
 
     def step(self, optimizer: Optimizer) -> float:
         """Steps the optimiser with the force applied, in place of ``optimizer.step()``.
@@ -195,9 +205,11 @@ class Retention:
         nats, pulls = self.forces.pulls()
         _check_finite(nats)
         if self.budget is not None:
-            self.budget.weigh(*_balance(pulls))
-            if self._spend(nats):
-                nats, pulls = self.forces.pulls()
+            balance = _balance(pulls)
+            if all(map(math.isfinite, balance)):  # else a gradient scaler skips this step
+                self.budget.weigh(*balance)
+                if self._spend(nats):
+                    nats, pulls = self.forces.pulls()
         if self.strength:
             for parameter, gradient in pulls:
                 if not parameter.requires_grad:
@@ -223,7 +235,11 @@ class Retention:
 
     def measured(self) -> float | None:
         """The true KL divergence from the anchor on the probe; None without one."""
-        return None if self.probe is None else self.probe.measure(self.model).kl
+        return None if self.probe is None else self._measure()
+
+    def _measure(self) -> float:
+        assert self.probe is not None
+        return self.probe.measure(self.model).kl
 
     def finish(self) -> float | None:
         """When training has ended: takes back what is above the budget.
@@ -234,20 +250,19 @@ class Retention:
         if self.budget is None:
             return None
         if self.probe is None:
-            scale_back(self.curvature, self.sites, self.budget.allowed())
+            scale_back(self.curvature, self.sites, self.budget.allowed(), self.rows)
             return self.predicted()
-        probe, model = self.probe, self.model
-        return settle(self.curvature, self.sites, self.budget.nats, lambda: probe.measure(model).kl)
+        return settle(self.curvature, self.sites, self.budget.nats, self._measure, self.rows)
 
     def _spend(self, nats: float) -> bool:
         """Dual ascent after a step; whether the weights had to be moved back."""
         assert self.budget is not None
         if self.probe is not None and self.budget.due():
-            self.budget.correct(self.probe.measure(self.model).kl, nats)
+            self.budget.correct(self._measure(), nats)
         self.budget.ascend(nats)
         if nats <= self.budget.allowed():
             return False
-        scale_back(self.curvature, self.sites, self.budget.allowed())
+        scale_back(self.curvature, self.sites, self.budget.allowed(), self.rows)
         return True
 
 

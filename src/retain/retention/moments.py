@@ -94,12 +94,14 @@ class Moments:
         """Each S in the unit of the other's: the median ratio of their diagonals is 1.
 
         Of the traces nothing could be said: what a source keeps at a row's first position, and a
-        task's rows are read without, may be all of one.
+        task's rows are read without, may be all of one. Values that are 0 in all rows of one of
+        the two, as many are behind a ReLU, say nothing either.
         """
         sized = {}
         for name, s in self.factors.items():
             own, wanted = diagonal_of(s).double(), diagonal_of(other.factor(name)).double()
-            ratios = (wanted.to(own) / own)[own > 0]
+            wanted = wanted.to(own)
+            ratios = (wanted / own)[(own > 0) & (wanted > 0)]
             sized[name] = s.scaled(float(ratios.median()) if len(ratios) else 1.0)
         return Moments(sized, self.readers)
 

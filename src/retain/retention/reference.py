@@ -31,7 +31,7 @@ class Forgetting:
     Attributes:
         kl: ``KL(base || tuned)`` in nats per token.
         kl_interval: its 95 % interval, from the spread over sequences.
-        ppl_base: perplexity of the base.
+        ppl_base: perplexity of the base, over predictions with a label; NaN where none has one.
         ppl: perplexity of the tuned model.
         flips: share of predictions whose most likely label changed.
         tokens: predictions.
@@ -103,12 +103,15 @@ class Total:
         self.kl: list[float] = []  # of each sequence
         self.sizes: list[int] = []
         self.loss_base = self.loss = self.flips = 0.0
+        self.labelled = 0
 
     def add(self, batch: Batch, base: Tensor, tuned: Tensor) -> None:
         kl = (base.exp() * (base - tuned)).sum(-1)
         self.kl += [float(part.double().sum()) for part in kl.split(batch.lengths)]
         self.sizes += batch.lengths
-        where = torch.arange(len(batch.targets), device=base.device), batch.targets
+        rows = torch.nonzero(batch.targets >= 0)[:, 0]
+        where = rows, batch.targets[rows]
+        self.labelled += len(rows)
         self.loss_base -= float(base[where].double().sum())
         self.loss -= float(tuned[where].double().sum())
         self.flips += float((base.argmax(-1) != tuned.argmax(-1)).sum())
@@ -119,9 +122,9 @@ class Total:
         spread = sum((k - kl * s) ** 2 for k, s in zip(self.kl, self.sizes, strict=True))
         half = 1.96 * math.sqrt(spread * rows / max(1, rows - 1)) / n
         interval = (max(0.0, kl - half), kl + half)
-        return Forgetting(
-            kl, interval, _exp(self.loss_base / n), _exp(self.loss / n), self.flips / n, n
-        )
+        known = self.labelled
+        ppl = [_exp(x / known) if known else math.nan for x in (self.loss_base, self.loss)]
+        return Forgetting(kl, interval, ppl[0], ppl[1], self.flips / n, n)
 
 
 def _exp(x: float) -> float:

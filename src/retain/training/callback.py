@@ -21,7 +21,7 @@ from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
 from retain.retention.laplace import Retention, check_strength
 from retain.training.handling import check_gradients, check_trainer, go_first, record
-from retain.training.start import AUTO, FILTER, Held, Start, why_no_filter
+from retain.training.start import AUTO, FILTER, Held, Start, release_left, why_no_filter
 from retain.types import UPDATES, Update
 
 if TYPE_CHECKING:
@@ -41,7 +41,10 @@ class RetentionCallback(TrainerCallback):
     To each record of the trainer's log it adds ``task_loss``, ``predicted_nats`` and
     ``retention_strength``, so every ``report_to`` backend gets them; with a budget also
     ``retention_correction``. What a budget has learned, and whether there is a filter, is kept in
-    ``retention.json`` of each checkpoint.
+    ``retention.json`` of each checkpoint. A budget is settled by measuring before the last
+    checkpoint and when training ends; earlier checkpoints may be above it.
+
+    A training that breaks off leaves its filter on A until the next one with a callback begins.
 
     Args:
         curvature: fitted on the trainer's model.
@@ -78,6 +81,13 @@ class RetentionCallback(TrainerCallback):
         source: Source | None = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        if not isinstance(curvature, Curvature):
+            raise ConfigError(
+                "the curvature is none",
+                got=f"{type(curvature).__name__} {str(curvature)[:60]!r}",
+                allowed="what retain.fit_curvature or retain.load_curvature gives",
+                fix="RetentionCallback(retain.load_curvature(path))",
+            )
         if update not in UPDATES:
             raise unknown("update", update, UPDATES)
         check_strength(strength)
@@ -105,6 +115,8 @@ class RetentionCallback(TrainerCallback):
         check_trainer(args, kwargs.get("optimizer"))
         model: nn.Module = unwrap(kwargs["model"])
         resuming = state.global_step > 0
+        release_left(model, resuming=resuming)
+        self._held = self._nats = self.why_no_filter = None
         needed = self.start is not None or self.budget is not None
         kept = _kept(args, state, needed) if resuming else {}
         start = self._chosen(model, kwargs["train_dataloader"], kept if resuming else None)
@@ -216,6 +228,8 @@ class RetentionCallback(TrainerCallback):
             self._held.after_step()
         if self.update == "proximal" and not skipped:
             self._nats = self.retention.apply_proximal(kwargs["optimizer"])
+        if state.global_step + 1 >= state.max_steps:  # before the last evaluation and checkpoint
+            self.retention.finish()
 
     def on_log(
         self,

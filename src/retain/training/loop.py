@@ -117,7 +117,7 @@ def train(
 
     Raises:
         TrainingError: the loss is not finite.
-        SourceError: fewer examples than one batch.
+        SourceError: fewer examples than one batch, or one without its class.
         ConfigError: both a curvature and a method, or a regression on several columns.
     """
     _check_choice(curvature, method, columns, regression)
@@ -127,6 +127,13 @@ def train(
             got=f"{len(examples)} examples, batch size {config.batch_size}",
             allowed=f"at least {config.batch_size} examples",
             fix="lower batch_size",
+        )
+    if not regression and any(not e.predict and e.targets[0] < 0 for e in examples):
+        raise SourceError(
+            "a row to learn from has no label",
+            got="no label, or one below 0",
+            allowed="the class of each row, from 0",
+            fix="leave out rows without a label",
         )
     pad = getattr(model.config, "pad_token_id", None) or 0
     watch = _Watch(measure, measure_every)

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 
 from retain.data.batches import Example
 
@@ -22,10 +23,12 @@ def loader_examples(loader: Any, count: int, seed: int, causal: bool) -> list[Ex
     Of `SEARCHED` times as many, at most: those without tokens are left out.
     """
     data: Any = loader.dataset
+    while isinstance(data, IterableDataset) and hasattr(data, "dataset"):
+        data = data.dataset  # one process's share of a stream: all are to read the same rows
     found: list[Example] = []
     with torch.random.fork_rng():
         items: Iterator[Any] = iter(data)
-        if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        if hasattr(data, "__getitem__") and _sized(data):
             random = torch.Generator().manual_seed(seed)
             items = (data[i] for i in torch.randperm(len(data), generator=random).tolist())
         for item in islice(items, SEARCHED * count):
@@ -33,6 +36,11 @@ def loader_examples(loader: Any, count: int, seed: int, causal: bool) -> list[Ex
             if len(found) >= count:
                 break
     return found[:count]
+
+
+def _sized(data: Any) -> bool:
+    """Whether any row can be asked for: a stream may have a length all the same."""
+    return hasattr(data, "__len__") and not isinstance(data, IterableDataset)
 
 
 def _examples(batch: Any, causal: bool) -> list[Example]:

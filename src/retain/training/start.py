@@ -20,7 +20,16 @@ from retain.retention.moments import Moments, input_moments, moments_of
 from retain.retention.start import STARTS, check_start, set_start
 from retain.training.reading import loader_examples
 
-__all__ = ["AUTO", "FILTER", "Held", "Start", "fresh_rows", "why_no_filter", "why_no_inputs"]
+__all__ = [
+    "AUTO",
+    "FILTER",
+    "Held",
+    "Start",
+    "fresh_rows",
+    "release_left",
+    "why_no_filter",
+    "why_no_inputs",
+]
 
 FILTER = "wiener"
 
@@ -28,6 +37,10 @@ AUTO = "auto"
 
 WIDEST = 8192
 """Values that a layer reads, up to which the recipe has a whole filter for it: 256 MiB each."""
+
+
+_MARK = "_retain_held"
+"""The attribute of an A that tells what holds it."""
 
 
 class Held:
@@ -44,8 +57,10 @@ class Held:
     ) -> None:
         self.sites, self.rows, self.filter = list(sites), rows, filtered
         self.block = None if rows == slice(None) else Block(sites, rows)
-        for site in self.sites if filtered is None else ():
-            site.a.requires_grad_(False)
+        for site in self.sites:
+            setattr(site.a, _MARK, self)
+            if filtered is None:
+                site.a.requires_grad_(False)
 
     def after_step(self) -> None:
         """After a step of the optimiser."""
@@ -66,6 +81,24 @@ class Held:
                 held.release()
         for site in self.sites:
             site.a.requires_grad_(True)
+            if getattr(site.a, _MARK, None) is self:
+                delattr(site.a, _MARK)
+
+
+def release_left(model: nn.Module, *, resuming: bool = False) -> None:
+    """Releases what a training that broke off has left on A.
+
+    Where it has learned nothing yet, A is what it was before its filter again.
+
+    Args:
+        model: with its adapter.
+        resuming: A is from a checkpoint, and is right as it is.
+    """
+    for held in {id(h): h for p in model.parameters() if (h := getattr(p, _MARK, None))}.values():
+        held.release()
+        idle = not any(bool(site.b[:, held.rows].any()) for site in held.sites)
+        if held.filter is not None and idle and not resuming:
+            held.filter.undo()
 
 
 def fresh_rows(sites: Sequence[LoraSite]) -> slice | None:
