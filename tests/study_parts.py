@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -164,3 +166,13 @@ def tiny_study(folder: Path, model: Path, **changes: Any) -> Path:
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(study | changes), encoding="utf-8")
     return path
+
+
+def torchrun(*argv: str) -> subprocess.CompletedProcess[str]:
+    """The command line in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "-m", "retain", *argv], env=environment, text=True, capture_output=True,
+        timeout=300, check=False,
+    )  # fmt: skip

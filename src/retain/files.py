@@ -14,7 +14,12 @@ from typing import Any
 
 from retain.errors import OutputError
 
-__all__ = ["check_folder", "clear_scratch", "whole_file", "write_json"]
+__all__ = ["check_folder", "clear_scratch", "first_rank", "whole_file", "write_json"]
+
+
+def first_rank() -> bool:
+    """Whether this process writes: the first of those that ``torchrun`` started, or the only."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager

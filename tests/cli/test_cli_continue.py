@@ -158,6 +158,18 @@ def test_the_file_may_say_what_to_continue_from(
     assert len(json.loads((tmp_path / "out" / "state" / "state.json").read_text())["runs"]) == 2
 
 
+def test_it_is_held_as_the_run_before_was(
+    retain: Any, months: list[Path], data: Path, tmp_path: Path
+) -> None:
+    argv = ("--data", data, "--continue-from", months[0], "--batch-size", 4, "--max-length", 16)
+    argv = (*argv, "--set", "training.max_steps=1", "-q")
+    for name, more in (("same", ()), ("other", ("--strength", 3))):
+        assert retain("train", *argv, "-o", tmp_path / name, *more).code == 0
+    same, other = (json.loads((tmp_path / n / "run.json").read_text()) for n in ("same", "other"))
+    assert same["budget"] == BUDGET
+    assert (other["budget"], other["strength"]) == (None, 3.0)
+
+
 @pytest.mark.parametrize("line", ["method: none", "adapter: {rank: 5}", "curvature: c.safetensors"])
 def test_what_differs_in_the_file_is_refused_too(
     retain: Any, months: list[Path], data: Path, tmp_path: Path, line: str

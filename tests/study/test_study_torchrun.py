@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from retain.cli import main
-from study_parts import tiny_study
+from study_parts import tiny_study, torchrun
 
 METHODS: dict[str, Any] = {
     "none": {},
@@ -26,15 +23,6 @@ def runs(out: Path) -> dict[str, dict[str, Any]]:
     found = [json.loads(path.read_text()) for path in out.glob("runs/*.json")]
     assert [run["error"] for run in found] == [None] * len(METHODS)
     return {run["config"]["method"]["label"]: run for run in found}
-
-
-def torchrun(*argv: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, "-m", "retain", *argv], env=environment, text=True, capture_output=True,
-        timeout=300, check=False,
-    )  # fmt: skip
 
 
 def test_two_processes_give_the_numbers_of_one(tiny_folder: Path, tmp_path: Path) -> None:

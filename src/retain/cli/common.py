@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from retain.errors import ConfigError, OutputError, unknown
-from retain.files import check_folder
+from retain.files import check_folder, first_rank
 
 __all__ = [
     "DTYPES",
@@ -52,10 +52,14 @@ class Interrupted(Exception):
 
 
 class Screen:
-    """Where a command prints: text for people, or one JSON object, on stdout."""
+    """Where a command prints: text for people, or one JSON object, on stdout.
+
+    Under ``torchrun`` the first process alone prints.
+    """
 
     def __init__(self, as_json: bool, quiet: bool) -> None:
-        self.as_json, self.quiet = as_json, quiet or as_json
+        self.as_json = as_json and first_rank()
+        self.quiet = quiet or as_json or not first_rank()
         self.progress = not self.quiet and sys.stderr.isatty()
 
     def say(self, text: str) -> None:

@@ -25,6 +25,9 @@ from retain.files import write_json
 __all__ = ["Chain", "check_state", "drop_state", "inherit", "keep_state", "read_chain"]
 
 SCHEMA = "retain.state/1"
+HELD = ("method", "strength", "budget", "start", "gain", "weight", "max_rank")
+"""What a run that continues another has from it."""
+
 ROWS = 128
 """Rows of the task on which its own curvature is measured."""
 
@@ -116,6 +119,9 @@ def drop_state(out: Path) -> None:
 def inherit(given: dict[str, Any], chain: Chain) -> dict[str, Any]:
     """The settings that are given, with the model and the adapter of the earlier run.
 
+    How it was held (`HELD`) goes on too, unless something else is given: a strength takes the place
+    of a budget.
+
     Raises:
         ConfigError: one is given that differs from it.
     """
@@ -147,7 +153,10 @@ def inherit(given: dict[str, Any], chain: Chain) -> dict[str, Any]:
             allowed="none",
             fix="leave curvature out",
         )
-    return {"max_rank": kept.max_rank} | given | mine
+    held = {name: getattr(kept, name) for name in HELD if kept.method != "none"}
+    if given.get("strength") is not None:
+        del held["budget"]
+    return held | {name: value for name, value in given.items() if value is not None} | mine
 
 
 def keep_state(

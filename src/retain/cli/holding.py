@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from retain.cli.common import Screen
 from retain.config import RunConfig
 from retain.errors import CurvatureError, MismatchError
+from retain.files import first_rank
 
 __all__ = ["Held", "find_curvature"]
 
@@ -57,7 +58,8 @@ def find_curvature(
     fitted = fit_curvature(
         model, "self", tokenizer=tokenizer, seed=config.training.seed, progress=screen.progress
     )
-    fitted.save(path)
+    if first_rank():
+        fitted.save(path)
     return Held(fitted, path, time.perf_counter() - start)
 
 

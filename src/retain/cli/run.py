@@ -19,7 +19,7 @@ from retain.cli.holding import Held, find_curvature
 from retain.cli.train import RUN
 from retain.config import RunConfig
 from retain.errors import ConfigError, MismatchError, ModelError, OutputError
-from retain.files import check_folder
+from retain.files import check_folder, first_rank
 from retain.models.saved import save_adapter
 
 __all__ = ["run_training"]
@@ -41,7 +41,8 @@ def run_training(config: RunConfig, screen: Screen, *, resume: bool, overwrite: 
     except KeyboardInterrupt:
         raise Interrupted(_usable(config, kept)) from None
     finally:
-        checkpoints.tidy(out, kept, RUN)
+        if first_rank():
+            checkpoints.tidy(out, kept, RUN)
 
 
 def _usable(config: RunConfig, kept: Path) -> str:
@@ -97,15 +98,21 @@ class _Run:
         next(iter(batches(examples, training.batch_size, 0)))  # refuses what fills no batch
         held = self._held(early["curvature"])
         if self.resume:
-            last = checkpoints.set_aside_broken(self.kept)
+            last = (checkpoints.set_aside_broken if first_rank() else checkpoints.last_whole)(
+                self.kept
+            )
             self.screen.say(f"going on from {last or 'the start: no checkpoint is whole'}")
         else:
             last = None
-            checkpoints.clear(self.kept)  # --overwrite
-        write_json(self.out / RUN, finite(c.model_dump(mode="json")))
+            if first_rank():
+                checkpoints.clear(self.kept)  # --overwrite
+        if first_rank():
+            write_json(self.out / RUN, finite(c.model_dump(mode="json")))
         self.screen.say(f"training on {len(examples)} rows")
         history = checkpoints.history(last) if last else []  # before newer ones replace it
         result = self._train(examples, held)
+        if not first_rank():
+            return
         adapter = save_adapter(self.model, self.out / "adapter", c.model)
         if held is not None and c.keep_state:
             entry = {"data": c.data, "examples": len(examples), "seed": training.seed}
@@ -226,7 +233,8 @@ class _Run:
                 fix="free some disk; earlier checkpoints are untouched, --resume goes on from them",
             ) from error
         finally:
-            checkpoints.drop_broken(self.kept)
+            if first_rank():
+                checkpoints.drop_broken(self.kept)
 
     def _early(self) -> dict[str, Any]:
         """What can be read, and refused, before the model is loaded."""

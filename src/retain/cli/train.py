@@ -50,12 +50,16 @@ def train(
     start: Annotated[
         str | None,
         typer.Option(
-            help="What LoRA's A may read, in place of the method's choice: random, wiener, ..."
+            help="LoRA's A, in place of the method's choice: wiener filters what it reads, "
+            "discriminant chooses and holds it, random lets it be."
         ),
     ] = None,
     continue_from: Annotated[
         str | None,
-        typer.Option(help="Folder of an earlier run: start at its adapter, keep its tasks too."),
+        typer.Option(
+            help="Folder of an earlier run: start at its adapter, keep its tasks too, within its "
+            "budget. Implies --keep-state."
+        ),
     ] = None,
     keep_state: Annotated[
         bool | None,

@@ -38,7 +38,7 @@ On top, a token and a label draw, with T tokens a sequence:
   2013, section 8.3), spread over the source's tokens; in the second pass each factor once more,
   which turns inputs and gradients, and the diagonal;
 - activation: ``L - head``, for it needs neither a backward pass nor the head; two forward
-  passes of one batch in 16 (``L / 8``) for its scale; its factors.
+  passes of an eighth of the rows (``L / 4``) for its scale; its factors.
 
 **A training step** of n tokens is ``n (2 L + 3 r (d_in + d_out))``, summed over LoRA layers. The
 force comes once a step, whatever n:
@@ -207,7 +207,7 @@ def _fit_work(structure: str, model: Outline, factor_rank: FactorRank) -> int:
     side = _by_size(structure, factor_rank, lambda d: d * d, lambda d, k: 6 * k * d + 36 * k * k)
     work = _sum(_parts(structure, factor_rank), layers, shared, model.pooled, side)
     if structure == "activation":
-        return model.linear - model.head + model.linear // 8 + work
+        return model.linear - model.head + model.linear // 4 + work
     backward, grams = 2 * model.linear, set()
     for name, (d_out, d_in) in layers.items():
         by_gram = t * (d_out + d_in) <= d_out * d_in

@@ -125,7 +125,7 @@ def moments_of(curvature: Curvature) -> Moments:
             raise MismatchError(
                 "the curvature does not tell what a layer reads",
                 got=f"structure {curvature.info.structure}, {curvature.info.space} space",
-                allowed="activation, kfac or shampoo in weight space",
+                allowed="activation, kfac, shampoo or tridiagonal in weight space",
                 fix="fit it with structure='activation' or 'kfac'",
             )
         readers[name] = first.setdefault(id(block.inputs), name)

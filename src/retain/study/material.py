@@ -18,11 +18,11 @@ from retain.data.loading import encode_items, load_items
 from retain.data.sources import Row, encode, read_rows
 from retain.data.specs import TaskSpec, load_task
 from retain.errors import ConfigError, ModelError, SourceError
-from retain.files import write_json
+from retain.files import first_rank, write_json
 from retain.models.heads import is_causal
 from retain.models.load import load_model
 from retain.study.known import task_path
-from retain.study.runner import Work, first_rank
+from retain.study.runner import Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from retain.errors import RetainError
-from retain.files import clear_scratch, whole_file, write_json
+from retain.files import clear_scratch, first_rank, whole_file, write_json
 
-__all__ = ["RUN_SCHEMA", "Outcome", "RunFunction", "Work", "execute", "first_rank", "read_record"]
+__all__ = ["RUN_SCHEMA", "Outcome", "RunFunction", "Work", "execute", "read_record"]
 
 RUN_SCHEMA = "retain.run/1"
 
@@ -86,11 +85,6 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return None
     good = isinstance(found, dict) and found.get("schema") == RUN_SCHEMA
     return found if good else None
-
-
-def first_rank() -> bool:
-    """Whether this process writes: the first of those that ``torchrun`` started, or the only."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def execute(

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from retain.errors import unknown
-from retain.files import check_folder, clear_scratch, write_json
+from retain.files import check_folder, clear_scratch, first_rank, write_json
 from retain.study.engines import ENGINES, check_engine, in_order, in_processes, on_ray
 from retain.study.grid import Grid, Run
-from retain.study.runner import Outcome, Work, finite, first_rank, read_record
+from retain.study.runner import Outcome, Work, finite, read_record
 from retain.study.spec import StudySpec
 from retain.study.tables import tables, with_intransigence
 

@@ -63,7 +63,10 @@ class RetentionCallback(TrainerCallback):
         tokenizer: for text; by default the trainer's or the model's own.
 
     Raises:
-        ConfigError: a value out of range, or a source without a budget.
+        ConfigError: a value out of range, a source without a budget, or, when training begins, what
+            does not go together with the trainer's settings.
+        ModelError: when training begins, of what nothing would hold: DeepSpeed, sharded weights,
+            `modules_to_save`; or a start for an adapter that is not fresh.
         SourceError: when training begins, if the source is missing or empty.
         MismatchError: when training begins, if the curvature is of another model.
         TrainingError: when a gradient is not a finite number.

@@ -172,7 +172,8 @@ class Start:
     Args:
         kind: ``wiener``, a filter that passes what the training rows use and the source does not
             (`retain.retention.filters`); or a start: ``discriminant``, ``principal`` or ``null``
-            (`retain.retention.start`), ``random`` for PEFT's own.
+            (`retain.retention.start`), ``random`` for PEFT's own draw, held, so that B alone trains
+            (a callback's ``start=None`` lets A train freely).
         gain: of A's size over PEFT's. The filter shrinks what it is given; and from a start B
             trains alone, so that under Adam the gain is a factor of its learning rate.
         epsilon: of the ridge, relative to a mean second moment: of the rows for the filter (1e-3 by
