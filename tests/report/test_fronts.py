@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from synthetic import METHODS, TASKS, make_run, make_study
 
 from retain.report.studies.cells import Group, groups
-from retain.report.studies.fronts import front_area, fronts
+from retain.report.studies.fronts import front_area, fronts, has_sweeps
 from retain.report.studies.records import Study
 from retain.report.studies.tables import front_table
 
@@ -98,3 +99,19 @@ def test_no_table_without_a_sweep_of_plain_lora() -> None:
     assert table
     assert table.rows[0].plain
     assert "Score within a budget" in table.markdown()
+
+
+def test_the_steps_of_a_front_have_its_area() -> None:
+    for front in fronts(_swept()):
+        assert front.area is not None and len(front.points) == front.area.n
+        steps = 4000
+        mean = sum(front.score(front.limit * (i + 0.5) / steps) for i in range(steps)) / steps
+        assert mean == pytest.approx(front.area.mean, abs=2e-3)
+        assert front.score(0.0) >= front.start
+
+
+def test_fronts_are_drawn_where_methods_were_swept() -> None:
+    few = _swept()
+    assert not has_sweeps([f for f in fronts(few) if f.settings == 1 or f.diff is None])
+    many = [replace(f, settings=3) for f in fronts(few)]
+    assert has_sweeps(many)

@@ -10,13 +10,13 @@ settings. Settings are picked with the score that is reported, which flatters fa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from retain.report.studies.cells import BySeed, Cell, Group
 from retain.report.studies.intervals import Estimate, estimate, paired
 
-__all__ = ["Front", "front_area", "fronts"]
+__all__ = ["Front", "front_area", "front_score", "fronts", "has_sweeps"]
 
 SCORE, COST = "average", "kl"
 
@@ -31,6 +31,9 @@ class Front:
         settings: how many the study tried.
         area: the mean best score over budgets, over seeds.
         diff: the paired difference to plain LoRA's family; None for itself.
+        points: of each seed that has all settings, (KL, score) of each.
+        start: the score before learning.
+        limit: the largest budget, in nats.
     """
 
     name: str
@@ -38,6 +41,19 @@ class Front:
     settings: int
     area: Estimate | None
     diff: Estimate | None
+    points: list[list[tuple[float, float]]]
+    start: float
+    limit: float
+
+    def score(self, budget: float) -> float:
+        """The best score within a budget, a mean over seeds; its mean over budgets is the area."""
+        found = [front_score(points, self.start, budget) for points in self.points]
+        return sum(found) / len(found)
+
+
+def front_score(points: Iterable[tuple[float, float]], start: float, budget: float) -> float:
+    """The best score of a point (cost, score) with a cost within the budget; `start` at least."""
+    return max([start, *(score for cost, score in points if cost <= budget)])
 
 
 def front_area(points: Iterable[tuple[float, float]], start: float, limit: float) -> float:
@@ -70,20 +86,29 @@ def fronts(group: Group) -> list[Front]:
     if len(plain) < 2 or not costs or max(costs) <= 0:
         return []
     limit, start = max(costs), _start(plain)
-    reference = _areas(plain, start, limit)
-    out = [Front("plain LoRA", False, len(plain), estimate(list(reference.values())), None)]
+    points = _points(plain)
+    reference = _areas(points, start, limit)
+    area = estimate(list(reference.values()))
+    out = [Front("plain LoRA", False, len(plain), area, None, [*points.values()], start, limit)]
     for (adapter, method), cells in families.items():
         if cells is plain:
             continue
-        areas = _areas(cells, start, limit)
+        points = _points(cells)
+        areas = _areas(points, start, limit)
         text = adapter if method == "none" else cells[0].method if len(cells) == 1 else method
         if method != "none" and adapter not in ("lora", method):
             text += f" on {adapter}"
         found = estimate(list(areas.values()))
         if found is not None:
             stores = any(cell.stores for cell in cells)
-            out.append(Front(text, stores, len(cells), found, paired(areas, reference)))
+            diff, own = paired(areas, reference), [*points.values()]
+            out.append(Front(text, stores, len(cells), found, diff, own, start, limit))
     return out
+
+
+def has_sweeps(found: Sequence[Front]) -> bool:
+    """Whether other families than plain LoRA's were tried at several settings, two at least."""
+    return sum(front.settings > 1 for front in found) > 2
 
 
 def _start(cells: Sequence[Cell]) -> float:
@@ -95,12 +120,18 @@ def _start(cells: Sequence[Cell]) -> float:
     return sum(means) / len(means) if means else 0.0
 
 
-def _areas(cells: Sequence[Cell], start: float, limit: float) -> BySeed:
-    """The area of each seed that every setting of the family has."""
-    out: BySeed = {}
+def _areas(
+    points: Mapping[int, Sequence[tuple[float, float]]], start: float, limit: float
+) -> BySeed:
+    return {seed: front_area(known, start, limit) for seed, known in points.items()}
+
+
+def _points(cells: Sequence[Cell]) -> dict[int, list[tuple[float, float]]]:
+    """(KL, score) of each setting, for each seed that every setting of the family has."""
+    out: dict[int, list[tuple[float, float]]] = {}
     for seed in cells[0].values[SCORE]:
         pairs = [(c.values[COST].get(seed), c.values[SCORE].get(seed)) for c in cells]
         known = [(cost, score) for cost, score in pairs if cost is not None and score is not None]
-        if len(known) == len(cells):
-            out[seed] = front_area(known, start, limit)
+        if seed is not None and len(known) == len(cells):
+            out[seed] = known
     return out

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from retain.report.studies.cells import Cell, Group
+from retain.report.studies.fronts import fronts, has_sweeps
 from retain.report.studies.intervals import Estimate
 from retain.report.studies.metrics import metric
 from retain.report.studies.names import names, series
@@ -145,6 +146,36 @@ def _scatter(axes: Axes, group: Group, style: _Style, kx: str, ky: str) -> None:
     )
 
 
+def _fronts(axes: Axes, group: Group) -> None:
+    """The best score of each family within a budget of nats; the best family first."""
+    found = [f for f in fronts(group) if f.area is not None and f.points]
+    costs = [cost for f in found for points in f.points for cost, _ in points if cost > 0]
+    least, limit = min(costs), found[0].limit
+    steps = [least * (limit / least) ** (i / 400) for i in range(401)]
+    ranked = sorted(found, key=lambda f: -f.area.mean if f.area else 0.0)
+    colours = iter(_COLOURS)
+    for front in ranked:
+        plain = front.diff is None
+        axes.step(
+            steps, [100 * front.score(k) for k in steps], where="post",
+            color=_PLAIN if plain else next(colours, _MUTED), lw=2.6 if plain else 1.6,
+            ls="--" if front.stores else "-",
+            label=f"{front.name}{' (stores data)' if front.stores else ''}  "
+            f"{100 * front.area.mean if front.area else 0:.1f}",
+        )  # fmt: skip
+    axes.set_xscale("log")
+    _round_ticks(axes.xaxis)
+    axes.set_xlim(least, limit)
+    _dress(
+        axes, "Best score within a budget (mean over budgets)", "KL to the base (nats per token)",
+        "Average score (points)",
+    )  # fmt: skip
+    axes.legend(
+        loc="lower right", fontsize=7.5, frameon=True, framealpha=0.9, edgecolor="none",
+        labelcolor=_INK, handlelength=1.6, labelspacing=0.25, borderpad=0.2,
+    )  # fmt: skip
+
+
 def _shown(group: Group, style: _Style) -> list[Cell]:
     """One cell a series: the strength with the best average score."""
     best: dict[str, Cell] = {}
@@ -179,6 +210,8 @@ def _panels(group: Group, style: _Style) -> list[tuple[str, str, str]]:
     """What there is to draw: the kind of panel and what it shows."""
     first = group.learned
     panels: list[tuple[str, str, str]] = []
+    if has_sweeps(fronts(group)):
+        panels.append(("front", "", ""))
     for key in ("forgetting", "kl"):
         if len(group.cells) > 1 and group.has(first) and group.has(key):
             panels.append(("scatter", first, key))
@@ -227,7 +260,9 @@ def group_png(group: Group, digest: str) -> bytes | None:
         )  # fmt: skip
         for i, (kind, a, b) in enumerate(panels):
             axes = figure.add_subplot(grid[i // 2, i % 2])
-            if kind == "scatter":
+            if kind == "front":
+                _fronts(axes, group)
+            elif kind == "scatter":
                 _scatter(axes, group, style, a, b)
             else:
                 _lines(axes, group, style, a)
