@@ -92,17 +92,7 @@ def check_state(past: Any, model: Any, chain: Chain) -> None:
     Raises:
         MismatchError: it was measured around other weights; or what `Curvature.bind` refuses.
     """
-    import torch
-
-    from retain.curvature.moves import anchor_of
-
-    now = anchor_of(past, past.bind(model))
-    same = now.keys() == past.anchor.keys() and all(
-        torch.equal(x, y.to(x))
-        for name, pair in now.items()
-        for x, y in zip(pair, past.anchor[name], strict=True)
-    )
-    if not same:
+    if not past.at_anchor(past.bind(model)):
         raise MismatchError(
             "the state of the run to continue from is not that of its adapter",
             got=f"{chain.past} around other weights than those in {chain.adapter}",

@@ -115,8 +115,8 @@ def fit(
     )
     sketches = factor_rank_of(factor_rank)
     check_settings(
-        structure, space, fisher, "auto", samples, rows, batch_size, sketches, share,
-        temperature, True,
+        structure, space, fisher, samples=samples, rows=rows, rank=sketches,
+        batch_size=batch_size, share=share, temperature=temperature,
     )  # fmt: skip
     screen = Screen(as_json, quiet)
     output = check_file(output)

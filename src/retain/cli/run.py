@@ -97,17 +97,15 @@ class _Run:
         examples = encode(rows, self.tokenizer, max_length=training.max_length, causal=True)
         next(iter(batches(examples, training.batch_size, 0)))  # refuses what fills no batch
         held = self._held(early["curvature"])
-        if self.resume:
-            last = (checkpoints.set_aside_broken if first_rank() else checkpoints.last_whole)(
-                self.kept
-            )
-            self.screen.say(f"going on from {last or 'the start: no checkpoint is whole'}")
-        else:
-            last = None
-            if first_rank():
-                checkpoints.clear(self.kept)  # --overwrite
         if first_rank():
+            if self.resume:
+                checkpoints.set_aside_broken(self.kept)
+            else:
+                checkpoints.clear(self.kept)  # --overwrite
             write_json(self.out / RUN, finite(c.model_dump(mode="json")))
+        last = checkpoints.last_whole(self.kept) if self.resume else None
+        if self.resume:
+            self.screen.say(f"going on from {last or 'the start: no checkpoint is whole'}")
         self.screen.say(f"training on {len(examples)} rows")
         history = checkpoints.history(last) if last else []  # before newer ones replace it
         result = self._train(examples, held)

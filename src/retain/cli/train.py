@@ -165,11 +165,11 @@ def _read(path: Path | None, given: dict[str, Any]) -> RunConfig:
 
 def _fresh(path: Path | None, given: dict[str, Any]) -> RunConfig:
     """The settings of a new run, with the model and adapter of the one that it continues from."""
-    from retain.config import read_settings
+    from retain.config import RunConfig, read_settings, validate
 
     found = read_settings(path or "", given)
     if found.get("continue_from") is None:
-        return _read(path, given)
+        return validate(found, RunConfig)
     from retain.cli.continuing import inherit, read_chain
 
     flat = {".".join(map(str, key)): value for key, value in _flat(found).items()}

@@ -25,7 +25,7 @@ from retain.curvature.factor import DenseFactor, Factor
 from retain.curvature.identity import IdentityBlock
 from retain.curvature.info import CurvatureInfo, part
 from retain.curvature.link import Link
-from retain.curvature.moves import Moves, place
+from retain.curvature.moves import Moves, anchor_of, place
 from retain.curvature.stack import Stack, stacks
 from retain.errors import ConfigError, MismatchError
 from retain.models.adapter import LoraSite
@@ -288,7 +288,14 @@ class Curvature:
         return save_curvature(self, path)
 
     def at_anchor(self, sites: Sequence[Site]) -> bool:
-        """Whether the present factors (adapter space) or full weights are the anchor's."""
+        """Whether the present weights are the anchor's: LoRA's A and B, or full weights."""
+        if self.info.space == "weight" and isinstance(sites[0], LoraSite):
+            now = anchor_of(self, sites)
+            return now.keys() == self.anchor.keys() and all(
+                torch.equal(x, y.to(x))
+                for name, pair in now.items()
+                for x, y in zip(pair, self.anchor[name], strict=True)
+            )
         for site in sites:
             kept = self.anchor[site.name]
             held = (site.b, site.a) if isinstance(site, LoraSite) else (site.weight,)

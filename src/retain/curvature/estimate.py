@@ -125,8 +125,8 @@ def fit_curvature(
         OutputError: the unfinished sums cannot be written.
     """
     check_settings(
-        structure, space, fisher, products, samples, rows, batch_size, rank, share, temperature,
-        calibrate,
+        structure, space, fisher, samples=samples, rows=rows, rank=rank, products=products,
+        batch_size=batch_size, share=share, temperature=temperature, calibrate=calibrate,
     )  # fmt: skip
     if structure not in SKETCHES:
         rank = None

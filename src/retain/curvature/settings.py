@@ -63,14 +63,15 @@ def check_settings(
     structure: str,
     space: str,
     fisher: str,
-    products: str,
+    *,
     samples: int,
     rows: int,
-    batch_size: int,
     rank: FactorRank,
-    share: float,
-    temperature: float,
-    calibrate: bool,
+    products: str = "auto",
+    batch_size: int = 1,
+    share: float = 1.0,
+    temperature: float = 1.0,
+    calibrate: bool = True,
 ) -> None:
     """See `retain.curvature.estimate.fit_curvature` for the names.
 

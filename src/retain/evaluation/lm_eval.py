@@ -116,8 +116,8 @@ def check_tasks(names: Sequence[str]) -> None:
     """
     _need()
     for name in names:
-        if name not in LOCAL and name not in _manager().all_tasks:
-            raise unknown("lm-eval task", name, _manager().all_tasks)
+        if name not in LOCAL:
+            _check_known(name)
 
 
 def headline(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -174,6 +174,12 @@ def _need() -> None:
         )
 
 
+def _check_known(name: str) -> None:
+    known = _manager().all_tasks
+    if name not in known:
+        raise unknown("lm-eval task", name, known)
+
+
 def _load(names: Sequence[str], data_dir: Path | None, shots: int) -> list[Any]:
     """lm-eval's tasks and groups of these names."""
     loaded: list[Any] = []
@@ -181,11 +187,9 @@ def _load(names: Sequence[str], data_dir: Path | None, shots: int) -> list[Any]:
         if data_dir is not None and name in LOCAL:
             loaded.append(_local(name, data_dir, shots))
             continue
-        manager = _manager()
-        if name not in manager.all_tasks:
-            raise unknown("lm-eval task", name, manager.all_tasks)
+        _check_known(name)
         try:
-            found = manager.load([name])
+            found = _manager().load([name])
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise SourceError(

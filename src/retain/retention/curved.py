@@ -186,9 +186,7 @@ class Fitted(Curved):
         super().__init__(strength, update=update, consolidate=consolidate, budget=budget)
         for name, weight in (("source_weight", source_weight), ("task_weight", task_weight)):
             check_number(f"{name} is no weight", weight, f"{name}: 1")
-        check_settings(
-            self.structure, space, fisher, "auto", samples, rows, 1, rank, 1.0, 2.0, True
-        )
+        check_settings(self.structure, space, fisher, samples=samples, rows=rows, rank=rank)
         self.rows = rows
         self.source_weight, self.task_weight = source_weight, task_weight
         self.options: dict[str, Any] = {

@@ -204,12 +204,8 @@ class Retention:
         """
         nats, pulls = self.forces.pulls()
         _check_finite(nats)
-        if self.budget is not None:
-            balance = _balance(pulls)
-            if all(map(math.isfinite, balance)):  # else a gradient scaler skips this step
-                self.budget.weigh(*balance)
-                if self._spend(nats):
-                    nats, pulls = self.forces.pulls()
+        if self._spend(nats, pulls):
+            nats, pulls = self.forces.pulls()
         if self.strength:
             for parameter, gradient in pulls:
                 if not parameter.requires_grad:
@@ -227,10 +223,8 @@ class Retention:
             proximal(self.curvature, self.sites, steps)
         nats, pulls = self.curvature.pulls(self.sites)
         _check_finite(nats)
-        if self.budget is not None:
-            self.budget.weigh(*_balance(pulls))
-            if self._spend(nats):
-                nats = self.predicted()
+        if self._spend(nats, pulls):
+            nats = self.predicted()
         return nats
 
     def measured(self) -> float | None:
@@ -254,9 +248,14 @@ class Retention:
             return self.predicted()
         return settle(self.curvature, self.sites, self.budget.nats, self._measure, self.rows)
 
-    def _spend(self, nats: float) -> bool:
-        """Dual ascent after a step; whether the weights had to be moved back."""
-        assert self.budget is not None
+    def _spend(self, nats: float, pulls: Sequence[Pull]) -> bool:
+        """With a budget, dual ascent after a step; whether the weights had to be moved back."""
+        if self.budget is None:
+            return False
+        balance = _balance(pulls)
+        if not all(map(math.isfinite, balance)):  # a gradient scaler skips this step
+            return False
+        self.budget.weigh(*balance)
         if self.probe is not None and self.budget.due():
             self.budget.correct(self._measure(), nats)
         self.budget.ascend(nats)

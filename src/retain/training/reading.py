@@ -28,7 +28,8 @@ def loader_examples(loader: Any, count: int, seed: int, causal: bool) -> list[Ex
     found: list[Example] = []
     with torch.random.fork_rng():
         items: Iterator[Any] = iter(data)
-        if hasattr(data, "__getitem__") and _sized(data):
+        stream = isinstance(data, IterableDataset)  # it may have both methods all the same
+        if not stream and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
             random = torch.Generator().manual_seed(seed)
             items = (data[i] for i in torch.randperm(len(data), generator=random).tolist())
         for item in islice(items, SEARCHED * count):
@@ -36,11 +37,6 @@ def loader_examples(loader: Any, count: int, seed: int, causal: bool) -> list[Ex
             if len(found) >= count:
                 break
     return found[:count]
-
-
-def _sized(data: Any) -> bool:
-    """Whether any row can be asked for: a stream may have a length all the same."""
-    return hasattr(data, "__len__") and not isinstance(data, IterableDataset)
 
 
 def _examples(batch: Any, causal: bool) -> list[Example]:
