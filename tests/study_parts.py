@@ -44,6 +44,9 @@ class Catalogue:
             raise unknown("task", task, "abcd")
         return f"{task}@1"
 
+    def decoder(self, model: str) -> bool | None:
+        return {"encoder": False, "decoder": True}.get(model)
+
     def adapter(self, kind: str, options: dict[str, Any]) -> dict[str, Any]:
         if kind not in ("lora", "prefix"):
             raise unknown("adapter kind", kind, ("lora", "prefix"))
@@ -53,7 +56,9 @@ class Catalogue:
         if kind not in ("none", "held"):
             raise ConfigError("unknown method", got=kind)
 
-        def refusal(adapter: str) -> str | None:
+        def refusal(adapter: str, decoder: bool | None) -> str | None:
+            if kind == "held" and decoder is False:
+                return "it wants a decoder"
             return "no weight to hold" if (kind, adapter) == ("held", "prefix") else None
 
         return MethodFacts(1.0 if strength is None else strength, False, options, refusal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from retain.errors import ConfigError, RetainError
 from retain.study.grid import Grid, expand, run_key
+from retain.study.known import Known
 from retain.study.reading import parse_study, read_study
 from study_parts import PRETENDED, Catalogue
 
@@ -30,6 +32,39 @@ def test_all_with_all_but_what_a_method_refuses() -> None:
     ]
     assert [t[-1] for t in titles] == ["0"] * 8 + ["1"] * 8  # one seed of all first
     assert found.skipped == [{"adapter": "prefix", "method": "held", "reason": "no weight to hold"}]
+
+
+def test_what_wants_a_decoder_is_left_out_on_an_encoder() -> None:
+    """It would fail once it has begun, after the model was loaded and scored."""
+    study = {k: v for k, v in PRETENDED.items() if k != "model"}
+    study |= {"models": ["decoder", "encoder", "unknown"], "adapters": {"lora": {}}}
+    found = expand(parse_study(study), Path(), Catalogue())
+    held = {r.config["model"] for r in found.runs if r.config["method"]["kind"] == "held"}
+    plain = {r.config["model"] for r in found.runs if r.config["method"]["kind"] == "none"}
+    assert held == {"decoder", "unknown"}
+    assert plain == {"decoder", "encoder", "unknown"}
+    reason = "it wants a decoder; encoder is an encoder"
+    assert found.skipped == [{"adapter": "lora", "method": "held", "reason": reason}]
+
+
+def test_a_decoder_is_known_by_its_configuration(tmp_path: Path) -> None:
+    known = Known()
+    for name, wanted in {"bert": ["BertModel"], "gpt": ["GPT2LMHeadModel"], "none": None}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"architectures": wanted}))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    names = ["bert", "gpt", "none", "empty", "broken"]
+    assert [known.decoder(str(tmp_path / name)) for name in names] == [False, True, *[None] * 3]
+    assert known.decoder("smollm2-135m") is known.decoder("some/where.gguf") is True
+    assert known.decoder("nobody/has-this") is known.decoder("no:such name/of a/model") is None
+
+
+def test_methods_tell_the_grid_what_they_want() -> None:
+    kl = Known().method("self_replay", None, {})
+    assert kl.refusal("lora", True) is kl.refusal("lora", None) is None
+    assert "cannot write text" in str(kl.refusal("lora", False))
 
 
 def test_the_configuration_is_whole() -> None:

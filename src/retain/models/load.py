@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +25,7 @@ from retain.models.builtin import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DTYPES", "LoadedModel", "load_model"]
+__all__ = ["DTYPES", "LoadedModel", "is_decoder", "load_model"]
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -78,7 +80,7 @@ def load_model(
     tf.utils.logging.disable_progress_bar()
     try:
         config = tf.AutoConfig.from_pretrained(where, **common)
-        causal = any("CausalLM" in a or "LMHead" in a for a in config.architectures or [])
+        causal = _causal(config.architectures or [])
         auto: Any
         if num_labels is not None:
             auto, kwargs = (
@@ -105,6 +107,39 @@ def load_model(
     model.to(device).eval()
     model.retain_tokenizer = tokenizer  # so that text needs no tokenizer=...
     return LoadedModel(model, tokenizer, str(name))
+
+
+def is_decoder(name: str) -> bool | None:
+    """Whether a model has a language-model head, by the configuration that is on this disk.
+
+    Nothing is loaded or fetched.
+
+    Args:
+        name: as for `load_model`.
+
+    Returns:
+        None where no configuration is here, or it names no architecture.
+    """
+    if (BUILTIN[name].path if name in BUILTIN else name).endswith(".gguf"):
+        return True
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        where = Path(_resolve(name))
+        file: Any = where / "config.json"
+        if not where.is_dir():
+            file = try_to_load_from_cache(str(where), "config.json")
+        if not isinstance(file, str | Path):
+            return None
+        named = json.loads(Path(file).read_text(encoding="utf-8")).get("architectures") or []
+        return _causal(named) if named else None
+    except (ModelError, HFValidationError, OSError, ValueError, AttributeError):
+        return None
+
+
+def _causal(architectures: Sequence[str]) -> bool:
+    return any("CausalLM" in a or "LMHead" in a for a in architectures)
 
 
 def _resolve(name: str) -> str:

@@ -28,13 +28,14 @@ class MethodFacts:
         stores_data: whether it keeps rows of earlier tasks.
         options: all of them, its defaults among them, so that a default that changes is another
             run.
-        refusal: why it does not compose with a kind of adapter; None where it does.
+        refusal: why it does not compose with a kind of adapter, or of model (a decoder or not;
+            None where that is not known); None where it does.
     """
 
     strength: float
     stores_data: bool
     options: dict[str, Any]
-    refusal: Callable[[str], str | None]
+    refusal: Callable[[str, bool | None], str | None]
 
 
 class Catalogue(Protocol):
@@ -45,6 +46,9 @@ class Catalogue(Protocol):
 
     def definition(self, task: str, base: Path) -> str:
         """What tells one definition of a task from another; raises for an unknown task."""
+
+    def decoder(self, model: str) -> bool | None:
+        """Whether a model is a decoder; None where that is not known before it is loaded."""
 
     def adapter(self, kind: str, options: dict[str, Any]) -> dict[str, Any]:
         """The options with the kind's defaults; raises for an unknown kind or option."""
@@ -145,6 +149,8 @@ class _Expansion:
             name: catalogue.adapter(adapter.kind, adapter.options)
             for name, adapter in spec.adapters.items()
         }
+        models = {m for cell in spec.runs for m in cell.models or spec.models}
+        self.decoders = {model: catalogue.decoder(model) for model in models}
         self.facts = {
             (label, strength): catalogue.method(method.kind, strength, method.options)
             for label, method in spec.methods.items()
@@ -188,8 +194,10 @@ class _Expansion:
             adapter, method = spec.adapters[name], spec.methods[label]
             for strength in method.strengths:
                 facts = self.facts[label, strength]
-                reason = facts.refusal(adapter.kind)
+                reason = facts.refusal(adapter.kind, self.decoders[model])
                 if reason is not None:
+                    if facts.refusal(adapter.kind, None) is None:
+                        reason = f"{reason}; {model} is an encoder"
                     note = {"adapter": name, "method": label, "reason": reason}
                     if note not in skipped:
                         skipped.append(note)

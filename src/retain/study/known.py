@@ -42,6 +42,12 @@ class Known:
             return f"{spec.name}@{spec.version}"
         return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:16]
 
+    def decoder(self, model: str) -> bool | None:
+        """By the configuration on this disk; see `retain.models.load.is_decoder`."""
+        from retain.models.load import is_decoder
+
+        return is_decoder(model)
+
     def adapter(self, kind: str, options: dict[str, Any]) -> dict[str, Any]:
         """Checks a kind of adapter and its options, and adds its defaults."""
         from retain.models.adapters.registry import adapter_kind
@@ -55,9 +61,9 @@ class Known:
 
         made = make_method(kind, strength, **options)
 
-        def refusal(adapter: str) -> str | None:
+        def refusal(adapter: str, decoder: bool | None) -> str | None:
             try:
-                made.check(adapter)
+                made.check(adapter, decoder is not False)
             except ConfigError as error:
                 return error.what
             return None
