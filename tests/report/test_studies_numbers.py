@@ -30,7 +30,7 @@ from retain.report.studies.finding import finding
 from retain.report.studies.intervals import Estimate, estimate, paired, t_quantile
 from retain.report.studies.metrics import METRICS, metric
 from retain.report.studies.names import names, series
-from retain.report.studies.pictures import has_course
+from retain.report.studies.pictures import LEAST, _limits, has_course
 from retain.report.studies.records import Study, read_studies
 from retain.report.studies.tables import (
     difference_table,
@@ -333,6 +333,19 @@ class TestTables:
         assert len({m.key for m in METRICS}) == len({m.name for m in METRICS}) == len(METRICS)
 
 
+def test_a_tenth_of_a_point_does_not_fill_a_picture() -> None:
+    close = [Estimate(0.036, None, None, 1), Estimate(0.038, None, None, 1)]
+    low, high = _limits(close, 100.0, "points")
+    assert (low + high) / 2 == pytest.approx(3.7)
+    assert high - low == pytest.approx(LEAST)
+    low, high = _limits(close, 1.0, "nats")
+    assert low < 0.036 < 0.038 < high < 0.039
+    low, high = _limits(
+        [Estimate(0.1, None, None, 1), Estimate(0.5, None, None, 1)], 100.0, "points"
+    )
+    assert low < 10 and high > 50 and high - low < 46
+
+
 class TestFinding:
     def test_says_how_sure(self) -> None:
         text = finding(_group(make_study()))
@@ -349,6 +362,16 @@ class TestFinding:
         same = [METHODS[0], ("K-FAC", "kfac", 1.0, False, 1.0, 0.9, 0.5)]
         runs = [make_run(TASKS, way, seed) for seed in range(3) for way in same]
         assert "none forgets less" in finding(_group({"name": "s", "runs": runs}))
+
+    def test_single_tasks_without_kl_have_scores_to_tell(self) -> None:
+        """It said that plain LoRA was not done, beside its row in the table."""
+        ways = [METHODS[0], METHODS[4]]
+        runs = [make_run(TASKS[:1], way, seed) for seed in range(3) for way in ways]
+        for run in runs:
+            run["retention"] = []
+        text = finding(_group({"name": "s", "runs": runs}))
+        assert "not done" not in text
+        assert "average score" in text and "forgets" not in text
 
     def test_overlap_is_said(self) -> None:
         ways = [METHODS[0], ("K-FAC", "kfac", 1.0, False, 1.0, 0.545, 0.4)]

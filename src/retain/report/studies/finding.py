@@ -58,7 +58,7 @@ def _mean(cell: Cell, m: Metric) -> float:
 
 
 def _adapters(group: Group) -> str:
-    """Without any method: which way of tuning scores best."""
+    """Without any method, or anything forgotten: which way of tuning scores best."""
     m = metric("average")
     named = dict(zip(map(id, group.cells), names(group), strict=True))
     known = [cell for cell in group.cells if cell.mean(m.key) is not None]
@@ -79,8 +79,9 @@ def _adapters(group: Group) -> str:
 def finding(group: Group) -> str:
     """What forgets least at equal learning, how sure that is, and what replay does."""
     m, plain = _measure(group), group.plain
-    if not any(cell.held for cell in group.cells):
-        return _adapters(group)
+    alone = m is None and plain is not None and plain.mean("average") is not None
+    if alone or not any(cell.held for cell in group.cells):
+        return _adapters(group)  # of single tasks without KL there is nothing forgotten to tell
     if m is None or plain is None:
         return f"Plain LoRA is not done on {group.title}, so there is nothing to compare with."
     named = dict(zip(map(id, group.cells), names(group), strict=True))

@@ -30,6 +30,8 @@ _ABREAST = 3  # names of a legend in each column of panels
 _PLAIN, _INK, _MUTED, _GRID = "#d9822b", "#1f2937", "#5b6472", "#e5e7eb"
 _MARKS = "osD^v"
 _DPI = 140
+LEAST = 4.0
+"""Points that an axis of scores spans at least."""
 
 
 class _Style:
@@ -84,8 +86,11 @@ def _bars(found: Estimate, factor: float) -> list[list[float]] | None:
     return [[factor * (found.mean - found.low)], [factor * (found.high - found.mean)]]
 
 
-def _limits(found: list[Estimate], factor: float) -> tuple[float, float]:
-    """Ends that hold all means and, as far as they do not dwarf them, the intervals."""
+def _limits(found: list[Estimate], factor: float, unit: str) -> tuple[float, float]:
+    """Ends that hold all means and, as far as they do not dwarf them, the intervals.
+
+    Differences of a tenth of a point are not to fill a picture.
+    """
     means = [factor * e.mean for e in found]
     low, high = min(means), max(means)
     room = (high - low) or abs(high) or 1.0
@@ -94,6 +99,8 @@ def _limits(found: list[Estimate], factor: float) -> tuple[float, float]:
             low = min(low, max(factor * e.low, min(means) - 0.6 * room))
             high = max(high, min(factor * e.high, max(means) + 0.6 * room))
     pad = 0.06 * ((high - low) or 1.0)
+    if unit == "points":
+        pad = max(pad, (LEAST - (high - low)) / 2)
     return low - pad, high + pad
 
 
@@ -116,14 +123,14 @@ def _scatter(axes: Axes, group: Group, style: _Style, kx: str, ky: str) -> None:
         shares = [fx * x.mean for _, x, _ in points]
         axes.set_xlim(min(shares) / 2, max(shares) * 2)
     else:
-        axes.set_xlim(*_limits([x for _, x, _ in points], fx))
+        axes.set_xlim(*_limits([x for _, x, _ in points], fx, mx.unit))
     low, high = min(y.mean for *_, y in points), max(y.mean for *_, y in points)
     if ky == "kl" and positive and high > 12 * low:
         axes.set_yscale("log")
         _round_ticks(axes.yaxis)
         axes.set_ylim(low / 1.6, high * 1.6)
     else:
-        axes.set_ylim(*_limits([y for *_, y in points], fy))
+        axes.set_ylim(*_limits([y for *_, y in points], fy, my.unit))
     for cell, x, y in points:
         look = style.of(cell)
         spot = ([fx * x.mean], [fy * y.mean])
