@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from retain.models.builtin import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DTYPES", "LoadedModel", "is_decoder", "load_model"]
+__all__ = ["DTYPES", "LoadedModel", "has_causal_head", "is_decoder", "load_model"]
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -80,7 +79,7 @@ def load_model(
     tf.utils.logging.disable_progress_bar()
     try:
         config = tf.AutoConfig.from_pretrained(where, **common)
-        causal = _causal(config.architectures or [])
+        causal = has_causal_head(config.architectures or [])
         auto: Any
         if num_labels is not None:
             auto, kwargs = (
@@ -122,23 +121,18 @@ def is_decoder(name: str) -> bool | None:
     """
     if (BUILTIN[name].path if name in BUILTIN else name).endswith(".gguf"):
         return True
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    import transformers as tf
 
     try:
-        where = Path(_resolve(name))
-        file: Any = where / "config.json"
-        if not where.is_dir():
-            file = try_to_load_from_cache(str(where), "config.json")
-        if not isinstance(file, str | Path):
-            return None
-        named = json.loads(Path(file).read_text(encoding="utf-8")).get("architectures") or []
-        return _causal(named) if named else None
-    except (ModelError, HFValidationError, OSError, ValueError, AttributeError):
+        config, _ = tf.PreTrainedConfig.get_config_dict(_resolve(name), local_files_only=True)
+    except (ModelError, OSError, ValueError):
         return None
+    named = config.get("architectures")
+    return has_causal_head(named) if named else None
 
 
-def _causal(architectures: Sequence[str]) -> bool:
+def has_causal_head(architectures: Sequence[str]) -> bool:
+    """Whether the classes that a configuration names are of a decoder with its head."""
     return any("CausalLM" in a or "LMHead" in a for a in architectures)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from retain.errors import ModelError
 from retain.models.adapter import LoraSite, attach_lora, lora_sites
 from retain.models.builtin import BUILTIN, cache_folder, offline, resolve_builtin, unknown_model
+from retain.models.load import has_causal_head
 from retain.models.readers import first_readers, inputs_of
 
 __all__ = ["Outline", "load_skeleton", "outline"]
@@ -176,7 +177,7 @@ def _is_decoder(config: Any) -> bool:
     from transformers.models.auto import modeling_auto as known
 
     if config.architectures:
-        return any("CausalLM" in a or "LMHead" in a for a in config.architectures)
+        return has_causal_head(config.architectures)
     return (
         config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         and config.model_type not in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
