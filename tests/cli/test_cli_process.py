@@ -68,9 +68,9 @@ def test_ctrl_c_keeps_a_checkpoint_and_resume_finishes(
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=QUIET,
         preexec_fn=_hears,
     )  # fmt: skip
-    state = out / "checkpoints" / "checkpoint-10" / "trainer_state.json"
+    last = out / "checkpoints" / "checkpoint-10" / "retention.json"  # of the files of a checkpoint
     limit = time.monotonic() + 60
-    while not state.exists():
+    while not last.exists():
         assert process.poll() is None, process.stderr
         assert time.monotonic() < limit
         time.sleep(0.01)

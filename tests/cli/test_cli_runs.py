@@ -245,12 +245,13 @@ class TestResume:
         assert found["resumed_from"] == "checkpoint-9"
         self.same(stopped, trained)
 
+    @pytest.mark.parametrize("missing", ["trainer_state.json", "retention.json", "optimizer.pt"])
     def test_passes_over_a_broken_checkpoint(
-        self, retain: Any, stopped: Path, trained: Path
+        self, retain: Any, stopped: Path, trained: Path, missing: str
     ) -> None:
         kept = stopped / "checkpoints"
         shutil.copytree(kept / "checkpoint-9", kept / "checkpoint-11")
-        (kept / "checkpoint-11" / "trainer_state.json").unlink()
+        (kept / "checkpoint-11" / missing).unlink()
         found = retain("train", "--resume", "--out", stopped, "--json").json
         assert found["resumed_from"] == "checkpoint-9"
         self.same(stopped, trained)

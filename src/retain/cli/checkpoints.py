@@ -22,7 +22,7 @@ __all__ = [
     "tidy",
 ]
 
-_STATE, _WEIGHTS = "trainer_state.json", "adapter_model.safetensors"
+_STATE, _WEIGHTS, _HELD = "trainer_state.json", "adapter_model.safetensors", "retention.json"
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -36,12 +36,16 @@ def _step(path: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
-def _whole(path: Path) -> bool:
-    """Whether a checkpoint was written to its end; the trainer's state is its last file."""
+def _whole(path: Path, held: bool) -> bool:
+    """Whether a checkpoint was written to its end.
+
+    Its last file is the trainer's state, or in a run with retention what that has learned.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
-        json.loads((path / _STATE).read_text(encoding="utf-8"))
+        for name in (_STATE, _HELD) if held else (_STATE,):
+            json.loads((path / name).read_text(encoding="utf-8"))
         with safe_open(path / _WEIGHTS, framework="pt"):
             pass
     except (OSError, ValueError, SafetensorError):
@@ -49,10 +53,10 @@ def _whole(path: Path) -> bool:
     return zipfile.is_zipfile(path / "optimizer.pt")
 
 
-def set_aside_broken(folder: Path) -> Path | None:
+def set_aside_broken(folder: Path, held: bool) -> Path | None:
     """The last whole checkpoint; newer ones that a crash cut short are renamed out of the way."""
     for path in reversed(checkpoints(folder)):
-        if _whole(path):
+        if _whole(path, held):
             return path
         aside = path.with_name(f"broken-{path.name}")
         try:
@@ -68,16 +72,21 @@ def set_aside_broken(folder: Path) -> Path | None:
     return None
 
 
-def drop_broken(folder: Path) -> None:
+def drop_broken(folder: Path, held: bool) -> None:
     """Removes what a failure left of the checkpoint that was being written."""
     for path in checkpoints(folder):
-        if not _whole(path):
+        if not _whole(path, held):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def last_whole(folder: Path) -> Path | None:
-    """The last whole checkpoint."""
-    return next((p for p in reversed(checkpoints(folder)) if _whole(p)), None)
+def last_whole(folder: Path, held: bool) -> Path | None:
+    """The last whole checkpoint.
+
+    Args:
+        folder: of the checkpoints.
+        held: the run has retention, not plain LoRA.
+    """
+    return next((p for p in reversed(checkpoints(folder)) if _whole(p, held)), None)
 
 
 def refuse_leftovers(folder: Path) -> None:

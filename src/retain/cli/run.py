@@ -46,7 +46,7 @@ def run_training(config: RunConfig, screen: Screen, *, resume: bool, overwrite: 
 
 
 def _usable(config: RunConfig, kept: Path) -> str:
-    last = checkpoints.last_whole(kept)
+    last = checkpoints.last_whole(kept, config.method != "none")
     if last is not None:
         return f"{last} is whole; go on with: retain train --resume --out {config.out}"
     none = "no checkpoint yet" if config.training.save_steps else "no checkpoint (--save-steps 50)"
@@ -99,11 +99,11 @@ class _Run:
         held = self._held(early["curvature"])
         if first_rank():
             if self.resume:
-                checkpoints.set_aside_broken(self.kept)
+                checkpoints.set_aside_broken(self.kept, held is not None)
             else:
                 checkpoints.clear(self.kept)  # --overwrite
             write_json(self.out / RUN, finite(c.model_dump(mode="json")))
-        last = checkpoints.last_whole(self.kept) if self.resume else None
+        last = checkpoints.last_whole(self.kept, held is not None) if self.resume else None
         if self.resume:
             self.screen.say(f"going on from {last or 'the start: no checkpoint is whole'}")
         self.screen.say(f"training on {len(examples)} rows")
@@ -232,7 +232,7 @@ class _Run:
             ) from error
         finally:
             if first_rank():
-                checkpoints.drop_broken(self.kept)
+                checkpoints.drop_broken(self.kept, held is not None)
 
     def _early(self) -> dict[str, Any]:
         """What can be read, and refused, before the model is loaded."""
