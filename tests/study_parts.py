@@ -61,7 +61,7 @@ class Catalogue:
                 return "it wants a decoder"
             return "no weight to hold" if (kind, adapter) == ("held", "prefix") else None
 
-        return MethodFacts(1.0 if strength is None else strength, False, options, refusal)
+        return MethodFacts(1.0 if strength is None else strength, False, options, "drawn", refusal)
 
 
 def pretended(tmp_path: Path, **changes: Any) -> tuple[StudySpec, Grid, Work]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from retain.retention.laplace import Retention
     from retain.retention.soften import soften
     from retain.training.callback import RetentionCallback
+    from retain.training.head import fit_head
     from retain.training.start import Start
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "attach_lora",
     "fit_curvature",
+    "fit_head",
     "grow_lora",
     "load_curvature",
     "load_model",
@@ -55,6 +57,7 @@ _HOMES = {
     "Start": "retain.training.start",
     "attach_lora": "retain.models.adapter",
     "fit_curvature": "retain.curvature.estimate",
+    "fit_head": "retain.training.head",
     "grow_lora": "retain.models.growing",
     "load_curvature": "retain.curvature.artifact",
     "load_model": "retain.models.load",

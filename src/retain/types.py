@@ -19,6 +19,9 @@ Products = Literal["auto", "float32"]
 Update = Literal["gradient", "proximal"]
 """How the force is applied: added to the gradient, or as a proximal step after the optimiser's."""
 
+HeadStart = Literal["drawn", "fitted"]
+"""How a new classification head begins: at random, or fitted: see `retain.training.head`."""
+
 FactorRank = int | Literal["auto"] | None
 """What wide sides of Kronecker factors are cut to: see `retain.curvature.settings.sketch_rank`."""
 

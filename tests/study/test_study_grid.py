@@ -61,6 +61,30 @@ def test_a_decoder_is_known_by_its_configuration(tmp_path: Path) -> None:
     assert known.decoder("nobody/has-this") is known.decoder("no:such name/of a/model") is None
 
 
+def test_how_a_classifiers_outputs_begin() -> None:
+    """Fitted where the study or the method says so, and nothing of it is said of a decoder."""
+    study = {k: v for k, v in PRETENDED.items() if k != "model"} | {"orders": {"a": ["a"]}}
+    methods = {"none": None, "fitted": {"kind": "none", "head": "fitted"}}
+    study |= {"models": ["decoder", "encoder", "unknown"], "adapters": {"lora": {}}}
+    study["training"] = {}
+    found = expand(parse_study(study | {"methods": methods}), Path(), Catalogue()).runs
+    fitted = {(r.config["model"], r.config["method"]["label"]) for r in found if "head" in r.config}
+    assert fitted == {("encoder", "fitted"), ("unknown", "fitted")}
+    assert {r.config["head"] for r in found if "head" in r.config} == {"fitted"}
+    assert len({r.key for r in found}) == len(found)
+    assert Known().method("auto", None, {}).head == "fitted"
+    assert Known().method("wiener", None, {}).head == Known().method("none", None, {}).head
+
+
+@pytest.mark.parametrize(("head", "fitted"), [(None, True), ("fitted", True), ("drawn", False)])
+def test_the_recipe_begins_with_a_fitted_head_unless_told(head: str | None, fitted: bool) -> None:
+    study = PRETENDED | {"model": "minilm-22m", "orders": {"one": ["glue/sst2"]}, "seeds": [0]}
+    study |= {"adapters": {"lora": {"rank": 4}}, "methods": {"auto": {"head": head}}}
+    study["training"] = {}
+    (run,) = expand(parse_study(study), Path(), Known()).runs
+    assert ("head" in run.config) is fitted
+
+
 def test_methods_tell_the_grid_what_they_want() -> None:
     kl = Known().method("self_replay", None, {})
     assert kl.refusal("lora", True) is kl.refusal("lora", None) is None

@@ -200,7 +200,8 @@ def test_an_encoder_holds_all_tasks_side_by_side(tmp_path: Path) -> None:
                    num_attention_heads=2, max_position_embeddings=32, pad_token_id=0)
     ).save_pretrained(tmp_path / "bert")  # fmt: skip
     path = tiny_study(
-        tmp_path / "study", tmp_path / "bert", methods={"none": {}},
+        tmp_path / "study", tmp_path / "bert", seeds=[0],
+        methods={"none": {}, "fitted": {"kind": "none", "head": "fitted"}},
         adapters={"lora": {"rank": 2}, "full": {}},
     )  # fmt: skip
     for task in (tmp_path / "study" / "tasks").iterdir():
@@ -209,8 +210,10 @@ def test_an_encoder_holds_all_tasks_side_by_side(tmp_path: Path) -> None:
     text = regression.read_text().replace("kind: choice", "kind: regression\nmetric: pearson")
     regression.write_text("".join(x for x in text.splitlines(True) if "options" not in x))
     grid, work = opened(path, tmp_path / "out")
-    for run in grid.runs[:2]:
+    losses = {}
+    for run in grid.runs:
         found = run_sequence(run.config, state=Keep(tmp_path / run.key, {}), work=work)
+        losses[run.config["adapter"]["name"], run.config["method"]["label"]] = found["losses"]
         assert found["metrics"] == ["accuracy", "accuracy", "pearson"]
         assert found["retention"] == []
         assert found["losses"][2] is None and found["losses"][0] > 0
@@ -220,6 +223,8 @@ def test_an_encoder_holds_all_tasks_side_by_side(tmp_path: Path) -> None:
             run_sequence(run.config, state=state, work=work)
         state.stop_after = -1
         assert plain(run_sequence(run.config, state=state, work=work)) == plain(found)
+    for adapter in ("lora", "full"):
+        assert losses[adapter, "fitted"] != losses[adapter, "none"]
 
 
 def test_a_default_that_changes_is_another_run(

@@ -109,26 +109,28 @@ def load_model(
 
 
 def is_decoder(name: str) -> bool | None:
-    """Whether a model has a language-model head, by the configuration that is on this disk.
+    """Whether a model has a language-model head, by its configuration.
 
-    Nothing is loaded or fetched.
+    Of a model that is not on this disk the configuration alone is fetched.
 
     Args:
         name: as for `load_model`.
 
     Returns:
-        None where no configuration is here, or it names no architecture.
+        None where no configuration can be had, or it names no architecture.
     """
     if (BUILTIN[name].path if name in BUILTIN else name).endswith(".gguf"):
         return True
     import transformers as tf
 
-    try:
-        config, _ = tf.PreTrainedConfig.get_config_dict(_resolve(name), local_files_only=True)
-    except (ModelError, OSError, ValueError):
-        return None
-    named = config.get("architectures")
-    return has_causal_head(named) if named else None
+    for here in (True, False):
+        try:
+            config, _ = tf.PreTrainedConfig.get_config_dict(_resolve(name), local_files_only=here)
+        except (ModelError, OSError, ValueError):
+            continue
+        named = config.get("architectures")
+        return has_causal_head(named) if named else None
+    return None
 
 
 def has_causal_head(architectures: Sequence[str]) -> bool:

@@ -5,7 +5,8 @@ tasks use. What it reads none the less, B answers for: the K-FAC curvature of th
 base model pulls it back (`retain.retention.laplace`). Each does what the other cannot, since the
 filter knows nothing of outputs, and a force acts only after a step has been made. Without source
 text it is the filter alone. The curvature stays that of the base model; of the tasks nothing but
-second moments is kept.
+second moments is kept. The outputs of a classifier's task begin fitted to the model as it is
+(`retain.training.head`), since those drawn at random distort it while they learn.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from retain.retention.laplace import Retention, check_strength
 from retain.retention.measuring import fit_on, packed, unpacked
 from retain.retention.method import Context, Task
 from retain.retention.wiener import Wiener
+from retain.types import HeadStart
 
 __all__ = ["Auto"]
 
@@ -41,6 +43,7 @@ class Auto(Wiener):
 
     name: ClassVar[str] = "auto"
     weighted: ClassVar[bool] = True
+    head: ClassVar[HeadStart] = "fitted"
 
     def __init__(self, strength: float = 10.0, **options: Any) -> None:
         check_strength(strength)

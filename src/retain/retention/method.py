@@ -13,6 +13,7 @@ from retain.data.batches import Batch, Example
 from retain.errors import ConfigError
 from retain.models.adapters.base import Adapter
 from retain.models.heads import is_causal
+from retain.types import HeadStart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,6 +78,8 @@ class Method:
         why_not: for a kind of adapter that it does not compose with, the reason; under
             ``classifier``, why it needs a causal model, where it does.
         weighted: whether `strength` means anything to it.
+        head: how the outputs of a classifier's task begin: ``drawn`` at random, or ``fitted`` to
+            the model as it is (`retain.training.head`). What runs the method sees to it.
     """
 
     name: ClassVar[str]
@@ -84,6 +87,7 @@ class Method:
     stores_data: ClassVar[bool] = False
     why_not: ClassVar[dict[str, str]] = {}
     weighted: ClassVar[bool] = True
+    head: ClassVar[HeadStart] = "drawn"
 
     def __init__(self, strength: float = 0.0) -> None:
         self.strength = strength

@@ -15,6 +15,7 @@ from retain.config import TrainConfig, validate
 from retain.errors import ConfigError, RetainError, unknown
 from retain.study.reading import RUNNERS_OWN
 from retain.study.spec import AdapterSpec, CellSpec, MethodSpec, StudySpec
+from retain.types import HeadStart
 
 __all__ = ["Catalogue", "Grid", "MethodFacts", "Run", "expand", "run_key"]
 
@@ -28,6 +29,7 @@ class MethodFacts:
         stores_data: whether it keeps rows of earlier tasks.
         options: all of them, its defaults among them, so that a default that changes is another
             run.
+        head: how a classifier's outputs begin with it.
         refusal: why it does not compose with a kind of adapter, or of model (a decoder or not;
             None where that is not known); None where it does.
     """
@@ -35,6 +37,7 @@ class MethodFacts:
     strength: float
     stores_data: bool
     options: dict[str, Any]
+    head: HeadStart
     refusal: Callable[[str, bool | None], str | None]
 
 
@@ -217,6 +220,8 @@ class _Expansion:
                     "general": spec.general and spec.general.model_dump(mode="json"),
                     "evaluation": spec.evaluation.for_key(),
                 }
+                if self.decoders[model] is not True and (method.head or facts.head) == "fitted":
+                    config["head"] = "fitted"
                 yield place, Run(run_key(config), config)
 
     def _method(self, label: str, method: MethodSpec, facts: MethodFacts) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Known:
         return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:16]
 
     def decoder(self, model: str) -> bool | None:
-        """By the configuration on this disk; see `retain.models.load.is_decoder`."""
+        """By its configuration; see `retain.models.load.is_decoder`."""
         from retain.models.load import is_decoder
 
         return is_decoder(model)
@@ -69,4 +69,4 @@ class Known:
             return None
 
         whole = method_options(kind) | options
-        return MethodFacts(float(made.strength), made.stores_data, whole, refusal)
+        return MethodFacts(float(made.strength), made.stores_data, whole, made.head, refusal)

@@ -22,6 +22,7 @@ from retain.study.runner import Work, finite
 from retain.study.state import SequenceState
 from retain.study.training import Clock, peak_memory, reset_peak_memory, settings
 from retain.study.untrained import read_untrained, untrained_file
+from retain.training.head import fit_head
 from retain.training.loop import train
 
 __all__ = ["run_sequence"]
@@ -140,6 +141,8 @@ class _Sequence:
         self.say(f"{place}: training")
         set_seed(seed)
         with self.clock.on("method"):
+            if self.config.get("head") == "fitted" and task.columns is not None:
+                self._fit_head(task)
             rows = self.method.before_task(task)
         with self.clock.on("train"):
             result = train(
@@ -167,6 +170,12 @@ class _Sequence:
             if self.reference is not None and (each or index + 1 == len(self.tasks)):
                 found = self.reference.measure(self.adapter.model).to_dict()
                 self.data["retention"].append({"after": index, **found})
+
+    def _fit_head(self, task: Task) -> None:
+        fit_head(
+            self.adapter.model, task.examples, columns=task.columns, seed=task.seed,
+            batch_size=self.config["evaluation"]["batch_size"], progress=False,
+        )  # fmt: skip
 
     def _untrained(self) -> dict[str, Any]:
         """Scores before training: another run's, with the time that they took, or made now."""

@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from retain.types import HeadStart
+
 __all__ = ["AdapterSpec", "CellSpec", "MethodSpec", "SourceSpec", "StudySpec"]
 
 DType = Literal["float32", "bfloat16", "float64"]
@@ -59,11 +61,14 @@ class MethodSpec(_Open):
     Attributes:
         kind: a name in `retain.retention`; the label by default.
         strength: a number, several that are each tried, or the method's own where it is null.
+        head: how a classifier's outputs begin: ``drawn`` at random, ``fitted`` to the model as it
+            is before each task, or as the method has it where it is null.
         training: settings that differ from the study's.
     """
 
     kind: str = ""
     strength: float | list[float] | None = None
+    head: HeadStart | None = None
     training: dict[str, Any] = {}
 
     @property
