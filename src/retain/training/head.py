@@ -125,6 +125,10 @@ def fit_head(
     return HeadFit(len(labelled), probe.ridge, probe.loss, probe.known, probe.tells)
 
 
+_Call = tuple[nn.Linear, Tensor, Tensor]
+"""A layer, what it read and what it gave."""
+
+
 def _single(model: nn.Module, columns: slice | None) -> bool:
     config: Any = unwrap(model).config
     outputs: int = config.num_labels if columns is None else columns.stop - columns.start
@@ -137,9 +141,9 @@ def _features(
 ) -> tuple[nn.Linear, Tensor, Tensor]:
     """The last layer of the head; what it reads, [rows, width]; and the rows' targets, [rows]."""
     inner: Any = unwrap(model)
-    seen: list[tuple[nn.Linear, Tensor]] = []
+    seen: list[_Call] = []
     handles = [
-        m.register_forward_pre_hook(lambda m, args: seen.append((m, args[0].detach())))
+        m.register_forward_hook(lambda m, args, out: seen.append((m, args[0], out)))
         for m in inner.modules()
         if isinstance(m, nn.Linear) and m.out_features == inner.config.num_labels
     ]
@@ -164,9 +168,7 @@ def _features(
     return layer, torch.cat(features), torch.cat(targets)
 
 
-def _last(
-    seen: Sequence[tuple[nn.Linear, Tensor]], mask: Tensor, logits: Tensor
-) -> tuple[nn.Linear, Tensor]:
+def _last(seen: Sequence[_Call], mask: Tensor, logits: Tensor) -> tuple[nn.Linear, Tensor]:
     """The layer that gave the logits, and what it read of each row.
 
     A decoder's head answers at all positions, and its last token's answer is taken.
@@ -174,13 +176,12 @@ def _last(
     Raises:
         ModelError: there is none.
     """
-    for layer, read in reversed(seen):
+    rows = torch.arange(len(logits), device=logits.device)
+    for layer, read, given in reversed(seen):
         if read.dim() == 3:
-            read = read[torch.arange(len(read), device=read.device), mask.sum(dim=1) - 1]
-        if read.shape[0] == len(logits):
-            given = nn.functional.linear(read, layer.weight, layer.bias)
-            if torch.allclose(given.float(), logits.float(), rtol=0.02, atol=1e-3):
-                return layer, read
+            read, given = (x[rows, mask.sum(dim=1) - 1] for x in (read, given))
+        if given.shape == logits.shape and torch.allclose(given.to(logits), logits):
+            return layer, read
     raise ModelError(
         "the head does not end in a linear layer",
         got=f"{len(seen)} linear layers as wide as the head, none of which gives the logits",
