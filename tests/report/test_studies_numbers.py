@@ -30,7 +30,7 @@ from retain.report.studies.finding import finding
 from retain.report.studies.intervals import Estimate, estimate, paired, t_quantile
 from retain.report.studies.metrics import METRICS, metric
 from retain.report.studies.names import names, series
-from retain.report.studies.pictures import LEAST, _limits, has_course
+from retain.report.studies.pictures import LEAST, _limits, _panels, _Style, has_course
 from retain.report.studies.records import Study, read_studies
 from retain.report.studies.tables import (
     difference_table,
@@ -344,6 +344,17 @@ def test_a_tenth_of_a_point_does_not_fill_a_picture() -> None:
         [Estimate(0.1, None, None, 1), Estimate(0.5, None, None, 1)], 100.0, "points"
     )
     assert low < 10 and high > 50 and high - low < 46
+
+
+@pytest.mark.parametrize("share", [0.0073, 0.02])
+def test_scores_are_drawn_against_shares_where_these_differ(share: float) -> None:
+    """Two ways of plain training of one size would be two points above each other."""
+    plain = METHODS[0]
+    again = ("fitted", *plain[1:])
+    runs = [make_run(TASKS, plain, 0), make_run(TASKS, again, 0, share=share)]
+    group = _group({**make_study(), "runs": runs})
+    drawn = ("scatter", "share", "average") in _panels(group, _Style(group))
+    assert drawn is (share == 0.02)
 
 
 class TestFinding:

@@ -222,7 +222,7 @@ def _panels(group: Group, style: _Style) -> list[tuple[str, str, str]]:
     for key in ("forgetting", "kl"):
         if len(group.cells) > 1 and group.has(first) and group.has(key):
             panels.append(("scatter", first, key))
-    bare = [cell for cell in group.cells if not cell.held and cell.mean("share") is not None]
+    bare = {cell.mean("share") for cell in group.cells if not cell.held} - {None}
     score = "loss" if first == "loss" else "average"
     if len(bare) > 1 and group.has(score):
         panels.append(("scatter", "share", score))
