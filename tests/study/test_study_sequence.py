@@ -197,7 +197,8 @@ def test_an_encoder_holds_all_tasks_side_by_side(tmp_path: Path) -> None:
     torch.manual_seed(0)
     BertModel(
         BertConfig(vocab_size=9, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
-                   num_attention_heads=2, max_position_embeddings=32, pad_token_id=0)
+                   num_attention_heads=2, max_position_embeddings=32, pad_token_id=0,
+                   initializer_range=0.5)
     ).save_pretrained(tmp_path / "bert")  # fmt: skip
     path = tiny_study(
         tmp_path / "study", tmp_path / "bert", seeds=[0],
