@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from families import DEBERTA, ENCODERS, built
+from families import FAMILIES as DECODERS
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -17,31 +18,17 @@ from retain.data.sources import encode
 from retain.errors import ModelError, SourceError
 from tiny import base
 
-WORDS = 40
-COMMON: dict[str, Any] = {
-    "vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
-    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "num_labels": 3,
-    "initializer_range": 0.4,
-}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
-    "Bert": {},
-    "Roberta": {},
-    "DistilBert": {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2},
-    "Electra": {"embedding_size": 16},
-    "ModernBert": {"cls_token_id": 0, "sep_token_id": 1},
-    "MPNet": {},
-    "DebertaV2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
-    "Llama": {},
-    "Qwen3": {"head_dim": 8},
-    "GPT2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    **ENCODERS,
+    "DebertaV2": DEBERTA,
+    **{name: DECODERS[name] for name in ("Llama", "Qwen3", "GPT2")},
 }
 
 
-def classifier(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**COMMON | FAMILIES[family] | changes)
-    return AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval()
+def classifier(family: str, **changes: Any) -> Any:
+    """One with features wide enough apart to be told."""
+    wide = {"num_labels": 3, "initializer_range": 0.4, **FAMILIES[family], **changes}
+    return built(AutoModelForSequenceClassification, family, **wide).eval()
 
 
 def labelled(count: int = 24, classes: int = 3) -> list[dict[str, Any]]:
@@ -107,7 +94,7 @@ def test_dropout_plays_no_part_and_the_mode_is_put_back() -> None:
 
 
 def test_a_regression() -> None:
-    model = classifier("Bert", dtype=torch.float64, num_labels=1)
+    model = classifier("Bert", num_labels=1).double()
     rows = encode(labelled(), None, max_length=16, causal=False)
     wanted = [-1.5 + 0.5 * len(e.tokens) for e in rows]
     rows = [type(e)(e.tokens, (value,)) for e, value in zip(rows, wanted, strict=True)]  # type: ignore[arg-type]

@@ -18,9 +18,7 @@ def drawn(rows: int, width: int, seed: int = 0) -> Tensor:
     return 5 + sizes * torch.randn(rows, width, generator=random, dtype=torch.float64)
 
 
-def objective(
-    weight: Tensor, bias: Tensor, x: Tensor, targets: Tensor, ridge: float, dense: bool = True
-) -> Tensor:
+def objective(weight: Tensor, bias: Tensor, x: Tensor, targets: Tensor, ridge: float) -> Tensor:
     """That of the docstring, in the features' own unit."""
     size = (x - x.mean(dim=0)).square().mean().sqrt()
     outputs = x @ weight.T + bias

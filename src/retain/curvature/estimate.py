@@ -32,7 +32,7 @@ from retain.data.batches import Batch, Example, batches, collate
 from retain.data.sources import Row
 from retain.models.adapter import row_scales, unwrap
 from retain.models.fingerprint import fingerprint
-from retain.models.heads import is_causal
+from retain.models.heads import is_causal, pad_id
 from retain.models.idle import bypassed, is_idle
 from retain.models.modes import evaluating
 from retain.types import FactorRank, Fisher, Products, Space, Structure
@@ -140,7 +140,7 @@ def fit_curvature(
     layers = hooked(sites, space if estimating.backward else "weight")
     device = place(sites[0]).device
     inner: Any = unwrap(model)
-    pad = getattr(inner.config, "pad_token_id", None) or 0
+    pad = pad_id(inner)
     pass_over = list(batches(examples, batch_size, pad))
     base = fingerprint(model)
     settings = {

@@ -14,7 +14,7 @@ from retain.data.batches import Batch, batches
 from retain.data.sources import Row, encode, read_rows
 from retain.errors import SourceError
 from retain.models.adapter import adapter_off
-from retain.models.heads import forward_logits, is_causal
+from retain.models.heads import forward_logits, is_causal, pad_id
 from retain.models.modes import evaluating
 from retain.retention.reference import Forgetting, Reference, Total, log_probabilities
 
@@ -58,7 +58,7 @@ def measure_forgetting(
         )
     found = read_rows(source, rows)
     examples = encode(found, tokenizer, max_length=max_length, causal=is_causal(model))[:rows]
-    pad = getattr(model.config, "pad_token_id", None) or 0
+    pad = pad_id(model)
     device = next(model.parameters()).device
     total = Total()
     every = list(batches(examples, min(batch_size, len(examples)), pad))

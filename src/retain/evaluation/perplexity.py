@@ -28,7 +28,7 @@ from retain.data.batches import Example, batches
 from retain.data.sources import Row, encode, read_rows
 from retain.errors import ConfigError
 from retain.evaluation.forgetting import answer_loss
-from retain.models.heads import is_causal
+from retain.models.heads import is_causal, pad_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,7 +101,7 @@ def measure_perplexity(
     examples = whole[:rows]
     if stride is not None:
         examples = [w for e in examples for w in _windows(e, max_length, stride)]
-    pad = getattr(model.config, "pad_token_id", None) or 0
+    pad = pad_id(model)
     device = next(model.parameters()).device
     every = [b.to(device) for b in batches(examples, min(batch_size, len(examples)), pad)]
     loss = answer_loss(model, every)

@@ -21,7 +21,7 @@ from retain.data.batches import Example, batches
 from retain.data.tokens import tokenize
 from retain.errors import ConfigError
 from retain.evaluation.reuse import branch_logits, can_reuse
-from retain.models.heads import forward_logits
+from retain.models.heads import forward_logits, pad_id
 from retain.models.modes import evaluating
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def score_options(
         ConfigError: a prompt or an option without tokens, or a prompt without options.
     """
     device = next(model.parameters()).device
-    pad = getattr(model.config, "pad_token_id", None) or 0
+    pad = pad_id(model)
     asked = _questions(tokenizer, prompts, options, max_length)
     unique = list({id(q): q for q in asked}.values())
     again = not (reuse and any(len(q.leaves) > 1 for q in unique) and can_reuse(model))

@@ -21,7 +21,7 @@ from retain.errors import ConfigError, SourceError, unknown
 from retain.evaluation.generation import generate
 from retain.evaluation.metrics import METRICS, TEXT_METRICS, compute, row_scores
 from retain.evaluation.ranking import score_options
-from retain.models.heads import forward_logits, is_causal
+from retain.models.heads import forward_logits, is_causal, pad_id
 from retain.models.modes import evaluating
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def _encoder(
         out = tokenizer(*item.texts, truncation=True, max_length=max_length)
         segments = tuple(out.get("token_type_ids", ()))
         examples.append(Example(tuple(out["input_ids"]), (0,), (), segments))
-    pad = getattr(model.config, "pad_token_id", None) or 0
+    pad = pad_id(model)
     device = next(model.parameters()).device
     every = list(batches(examples, min(batch_size, len(examples)), pad))
     rows: list[Tensor] = [torch.empty(0)] * len(items)

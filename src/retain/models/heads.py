@@ -12,7 +12,7 @@ from retain.data.batches import Batch
 from retain.errors import ModelError
 from retain.models.adapter import unwrap
 
-__all__ = ["compact_head", "forward_body", "forward_logits", "is_causal"]
+__all__ = ["compact_head", "forward_body", "forward_logits", "is_causal", "pad_id"]
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -42,6 +42,11 @@ def is_causal(model: nn.Module) -> bool:
         allowed="a ...ForCausalLM or ...ForSequenceClassification model",
         fix="load an encoder with num_labels=...",
     )
+
+
+def pad_id(model: Any) -> int:
+    """The token that pads a model's batches; 0 where it has none, for the mask hides it."""
+    return getattr(model.config, "pad_token_id", None) or 0
 
 
 def forward_logits(model: nn.Module, batch: Batch) -> Tensor:

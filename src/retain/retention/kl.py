@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from retain.data.batches import Batch, Example, collate
 from retain.errors import SourceError, unknown
-from retain.models.heads import forward_logits
+from retain.models.heads import forward_logits, pad_id
 from retain.models.modes import evaluating
 from retain.retention.laplace import check_strength
 from retain.retention.method import Context, Method, Task
@@ -136,7 +136,7 @@ class KL(Method):
         return torch.cat(parts)
 
     def _collate(self, examples: Sequence[Example]) -> Batch:
-        pad = getattr(self.context.adapter.model.config, "pad_token_id", None) or 0
+        pad = pad_id(self.context.adapter.model)
         return collate(examples, pad)
 
 

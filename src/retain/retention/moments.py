@@ -31,7 +31,7 @@ from retain.curvature.sketch import sketch_finish, sketch_update
 from retain.data.batches import Batch, Example, batches
 from retain.errors import ConfigError, MismatchError, SourceError
 from retain.models.adapter import LoraSite
-from retain.models.heads import forward_body, is_causal
+from retain.models.heads import forward_body, is_causal, pad_id
 from retain.models.modes import evaluating
 
 __all__ = ["Moments", "check_reading", "input_moments", "inputs_of", "moments_of"]
@@ -192,7 +192,7 @@ def input_moments(
             allowed="one at least",
             fix="give more data",
         )
-    pad = getattr(model.config, "pad_token_id", None) or 0
+    pad = pad_id(model)
     device = sites[0].a.device
     skip = not first and is_causal(model)
     starts = [int(skip and len(e.tokens) > 1) for e in examples]

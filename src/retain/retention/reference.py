@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from retain.data.batches import Batch, Example, batches
 from retain.models.adapter import adapter_off
-from retain.models.heads import forward_logits
+from retain.models.heads import forward_logits, pad_id
 from retain.models.modes import evaluating
 
 __all__ = ["Forgetting", "Reference", "Total", "log_probabilities"]
@@ -74,7 +74,7 @@ class Reference:
         progress: bool = False,
         label: str = "base predictions",
     ) -> None:
-        pad = getattr(model.config, "pad_token_id", None) or 0
+        pad = pad_id(model)
         device = next(model.parameters()).device
         self.batches = [b.to(device) for b in batches(examples, batch_size, pad)]
         with base(model):

@@ -26,7 +26,7 @@ from retain.data.batches import Example, batches
 from retain.data.sources import Row
 from retain.errors import ModelError, SourceError
 from retain.models.adapter import unwrap
-from retain.models.heads import is_causal
+from retain.models.heads import forward_logits, is_causal, pad_id
 from retain.models.modes import evaluating
 from retain.training.probe import Probe, fit_probe
 
@@ -37,6 +37,9 @@ __all__ = ["HeadFit", "fit_head"]
 
 ROWS = 2048
 """Rows that a head is fitted on at most."""
+
+_Call = tuple[nn.Linear, Tensor, Tensor]
+"""A layer, what it read and what it gave."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ def fit_head(
         model, data, tokenizer, causal=False, rows=rows, max_length=max_length, batch_size=1,
         seed=seed, partial=None, progress=progress,
     )  # fmt: skip
-    labelled = [e for e in found if e.targets[0] >= 0 or _single(model, columns)]
+    values = _width(model, columns) == 1
+    labelled = [e for e in found if values or e.targets[0] >= 0]
     if len(labelled) < 2:
         raise SourceError(
             "there is too little to fit a head on",
@@ -111,7 +115,7 @@ def fit_head(
         )
     layer, features, targets = _features(model, labelled, min(batch_size, len(labelled)), progress)
     outputs = columns or slice(0, layer.out_features)
-    count = outputs.stop - outputs.start
+    count = _width(model, columns)
     if count > 1 and int(targets.max()) >= count:
         raise SourceError(
             "a label has no output",
@@ -125,14 +129,11 @@ def fit_head(
     return HeadFit(len(labelled), probe.ridge, probe.loss, probe.known, probe.tells)
 
 
-_Call = tuple[nn.Linear, Tensor, Tensor]
-"""A layer, what it read and what it gave."""
-
-
-def _single(model: nn.Module, columns: slice | None) -> bool:
+def _width(model: nn.Module, columns: slice | None) -> int:
+    """How many outputs answer."""
     config: Any = unwrap(model).config
     outputs: int = config.num_labels if columns is None else columns.stop - columns.start
-    return outputs == 1
+    return outputs
 
 
 @torch.no_grad()
@@ -148,7 +149,7 @@ def _features(
         if isinstance(m, nn.Linear) and m.out_features == inner.config.num_labels
     ]
     device = next(inner.parameters()).device
-    pad = getattr(inner.config, "pad_token_id", None) or 0
+    pad = pad_id(inner)
     features, targets, layer = [], [], None
     try:
         with evaluating(model):
@@ -157,10 +158,10 @@ def _features(
                 disable=not progress, leave=False,
             ):  # fmt: skip
                 seen.clear()
-                logits = model(**batch.to(device).inputs).logits
-                layer, read = _last(seen, batch.mask.to(device), logits)
+                batch = batch.to(device)
+                layer, read = _last(seen, batch.mask, forward_logits(model, batch))
                 features.append(read.double().cpu())
-                targets.append(batch.targets)
+                targets.append(batch.targets.cpu())
     finally:
         for handle in handles:
             handle.remove()

@@ -18,6 +18,7 @@ from retain.config import TrainConfig
 from retain.curvature.curvature import Curvature
 from retain.data.batches import Example, collate
 from retain.errors import ConfigError, SourceError
+from retain.models.heads import pad_id
 from retain.retention.method import Method
 from retain.training.callback import RetentionCallback
 from retain.training.loss import head_of
@@ -135,7 +136,7 @@ def train(
             allowed="the class of each row, from 0",
             fix="leave out rows without a label",
         )
-    pad = getattr(model.config, "pad_token_id", None) or 0
+    pad = pad_id(model)
     watch = _Watch(measure, measure_every)
     callbacks: list[TrainerCallback] = [watch]
     if curvature is not None:
