@@ -1,0 +1,308 @@
+"""Chats to tokens, through the tokenizer's chat template, and which of them are the assistant's.
+
+Tokens are those of TRL's SFTTrainer, with ``assistant_only_loss=True`` where the assistant's turns
+alone are learned: the template's own ``{% generation %}`` marks tell them, or those of the training
+template that TRL has for it. For other templates the chat is written turn by turn and compared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from retain.data.counts import RowCounts
+from retain.data.messages import Message
+from retain.data.tokens import plain
+from retain.errors import SourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Chats", "shared"]
+
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_CHARACTERS = 4096
+_PER_TOKEN = 16
+
+
+def shared(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Length of the common beginning."""
+    if b[: len(a)] == a:
+        return len(a)
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+class Chats:
+    """Writes chats with one tokenizer.
+
+    Args:
+        tokenizer: with a chat template.
+        max_length: so many tokens of a chat are wanted at most.
+        counts: where tools that the template passes over are counted.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, counts: RowCounts
+    ) -> None:
+        self.tokenizer, self.max_length, self.counts = tokenizer, max_length, counts
+        self._training: str | None = None
+        self._how: str | None = None
+        self._parts = False
+
+    @property
+    def template(self) -> str | None:
+        """The tokenizer's template, or None."""
+        found: Any = getattr(self.tokenizer, "chat_template", None)
+        if isinstance(found, dict):
+            found = found.get("default") or next(iter(found.values()), None)
+        return found or None
+
+    def whole(
+        self, messages: list[Message], tools: Any, options: dict[str, Any]
+    ) -> tuple[list[int], int]:
+        """A chat's tokens, and how many more there are about."""
+        ids, _, more = self._read(messages, tools, options, assistant=False)
+        return ids, more
+
+    def turns(
+        self, messages: list[Message], tools: Any, options: dict[str, Any]
+    ) -> tuple[list[int], list[bool], int]:
+        """A chat's tokens, which of them are the assistant's, and how many more there are."""
+        return self._read(messages, tools, options, assistant=True)
+
+    def answer(
+        self,
+        prompt: list[Message],
+        completion: list[Message],
+        tools: Any,
+        options: dict[str, Any],
+    ) -> tuple[list[int], int, int]:
+        """A chat's tokens, where its completion begins, and how many more tokens there are."""
+        ids, more = self.whole(prompt + completion, tools, options)
+        head = self._ids(_short(prompt, self._room)[0], tools, options, add_generation_prompt=True)
+        return ids, shared(head, ids), more
+
+    @property
+    def _room(self) -> int:
+        return max(_CHARACTERS, _PER_TOKEN * self.max_length)
+
+    def _read(
+        self, messages: list[Message], tools: Any, options: dict[str, Any], assistant: bool
+    ) -> tuple[list[int], list[bool], int]:
+        room = self._room
+        while True:
+            some, left = _short(messages, room)
+            self._check(some, tools, options)
+            if assistant:
+                ids, mask = self._marked(some, tools, options)
+            else:
+                ids, mask = self._ids(some, tools, options), []
+            if not left or len(ids) >= 2 * self.max_length:
+                break
+            room *= 8
+        length = sum(len(m.get("content", "")) for m in some)
+        return ids, mask, round(left * len(ids) / max(length, 1))
+
+    def _marked(
+        self, messages: list[Message], tools: Any, options: dict[str, Any]
+    ) -> tuple[list[int], list[bool]]:
+        how = self._marks()
+        if how == "compared":
+            return self._compared(messages, tools, options)
+        try:
+            out = self._call(
+                messages, tools, options, tokenize=True, return_dict=True,
+                return_assistant_tokens_mask=True,
+                chat_template=self._training if how == "trained" else None,
+            )  # fmt: skip
+        except ValueError as error:
+            if "char_to_token" not in str(error) and "fast" not in str(error).lower():
+                raise
+            raise _untold("a tokenizer without offsets") from error
+        return list(out["input_ids"]), [bool(m) for m in out["assistant_masks"]]
+
+    def _marks(self) -> str:
+        """How the assistant's tokens are told: by the template, by TRL's, or by comparing."""
+        if self._how is None:
+            self._how = "compared"
+            if _MARKS.search(self._need()):
+                self._how = "own"
+            else:
+                self._training = self._trained()
+                self._how = "trained" if self._training else "compared"
+        return self._how
+
+    def _trained(self) -> str | None:
+        """TRL's training template for this one, if it has one and is installed."""
+        try:
+            from trl.chat_template_utils import get_training_chat_template
+        except ImportError:
+            return None
+        try:
+            found: str | None = get_training_chat_template(self.tokenizer)
+        except (ValueError, TypeError, TemplateError):
+            return None
+        return found
+
+    def _compared(
+        self, messages: list[Message], tools: Any, options: dict[str, Any]
+    ) -> tuple[list[int], list[bool]]:
+        text = self._text(messages, tools, options)
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            end = self._text(messages[: i + 1], tools, options)
+            start = self._start(messages, i, end, tools, options)
+            if not text.startswith(end.rstrip()) or start is None:
+                raise _untold(f"the assistant's turn, message {i + 1}, reads otherwise alone")
+            spans.append((start, min(len(end), len(text))))
+        out = self.tokenizer(text, add_special_tokens=False, verbose=False)
+        ids = list(out["input_ids"])
+        mask = [False] * len(ids)
+        if not self.tokenizer.is_fast and spans:
+            raise _untold("a tokenizer without offsets")
+        for start, stop in spans:
+            first = next(
+                (t for c in range(start, stop) if (t := out.char_to_token(c)) is not None), None
+            )
+            last = next(
+                (
+                    t
+                    for c in range(stop - 1, start - 1, -1)
+                    if (t := out.char_to_token(c)) is not None
+                ),
+                None,
+            )
+            if first is not None and last is not None:
+                mask[first : last + 1] = [True] * (last + 1 - first)
+        return ids, mask
+
+    def _start(
+        self, messages: list[Message], i: int, end: str, tools: Any, options: dict[str, Any]
+    ) -> int | None:
+        """Where the assistant's own words begin in the text `end` of a chat up to its turn."""
+        if i:
+            before = self._text(messages[:i], tools, options)
+            if not end.startswith(before):
+                return None
+            asked = self._text(messages[:i], tools, options, add_generation_prompt=True)
+            if asked != before:
+                return max(len(before), shared(asked, end))
+        else:
+            before = ""
+        return len(before) + self._header(before, messages[:i], end, tools, options)
+
+    def _header(
+        self, before: str, earlier: list[Message], end: str, tools: Any, options: dict[str, Any]
+    ) -> int:
+        """Length of what a template without a generation prompt writes before an answer."""
+        probes = [
+            self._text([*earlier, {"role": "assistant", "content": c}], tools, options)
+            for c in ("0", "Z")
+        ]
+        header = probes[0][len(before) : shared(*probes)]
+        return shared(header, end[len(before) :])
+
+    def _check(self, messages: list[Message], tools: Any, options: dict[str, Any]) -> None:
+        """Refuses a template that leaves out what a message says; counts tools left out.
+
+        Templates of models that see images may want contents as parts: so they get them then.
+        """
+        text = self._text(messages, tools, options)
+        missing = _missing(messages, text)
+        if missing and not self._parts:
+            self._parts = True
+            text = self._text(messages, tools, options)
+            missing = _missing(messages, text)
+        if missing:
+            raise SourceError(
+                "the chat template leaves out what a message says",
+                got=f"{missing!r:.60}",
+                allowed="a template that writes what users say and which tools are called",
+                fix="set tokenizer.chat_template to one that does",
+            )
+        if tools and self._text(messages, None, options) == text:
+            self.counts.tools_unwritten += 1
+
+    def _text(
+        self, messages: list[Message], tools: Any, options: dict[str, Any], **more: Any
+    ) -> str:
+        return str(self._call(messages, tools, options, tokenize=False, **more))
+
+    def _ids(
+        self, messages: list[Message], tools: Any, options: dict[str, Any], **more: Any
+    ) -> list[int]:
+        return plain(self.tokenizer, self._text(messages, tools, options, **more))
+
+    def _call(
+        self, messages: list[Message], tools: Any, options: dict[str, Any], **more: Any
+    ) -> Any:
+        self._need()
+        if self._parts:
+            messages = [_in_parts(m) for m in messages]
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=tools, **options, **more)
+        except (TemplateError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise SourceError(
+                "the chat template cannot write a chat",
+                got=f"{str(error)[:120]}; roles {', '.join(m['role'] for m in messages)[:80]}",
+                allowed="what the tokenizer's chat template takes",
+                fix="change the chat, or set tokenizer.chat_template",
+            ) from error
+
+    def _need(self) -> str:
+        template = self.template
+        if template is None:
+            raise SourceError(
+                "a chat needs a chat template",
+                got="a tokenizer without one",
+                allowed="a tokenizer of a chat model, or rows of text or prompt + completion",
+                fix="set tokenizer.chat_template, or take the tokenizer of the instructed model",
+            )
+        return template
+
+
+def _missing(messages: list[Message], text: str) -> str:
+    """Something that a user says, or the name of a called tool, that is not in the text."""
+    squeezed = "".join(text.split())
+    for message in messages:
+        said = message.get("content", "") if message["role"] == "user" else ""
+        if "".join(said.split()) not in squeezed:
+            return str(said)
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call) if isinstance(call, dict) else {}
+            name = str(function.get("name", "")) if isinstance(function, dict) else ""
+            if name not in text:
+                return name
+    return ""
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": content}]}
+
+
+def _short(messages: list[Message], room: int) -> tuple[list[Message], int]:
+    """Messages with contents of at most so many characters, and how many were cut."""
+    left = sum(max(0, len(m.get("content", "")) - room) for m in messages)
+    if not left:
+        return messages, 0
+    return [{**m, "content": m["content"][:room]} if "content" in m else m for m in messages], left
+
+
+def _untold(why: str) -> SourceError:
+    return SourceError(
+        "the chat template does not tell which tokens are the assistant's",
+        got=why,
+        allowed="a template with {% generation %} marks, one that TRL knows, or one that writes "
+        "each turn alike",
+        fix="learn every turn: loss='all' (--loss all); or pip install trl",
+    )
