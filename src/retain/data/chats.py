@@ -168,19 +168,9 @@ class Chats:
         if not self.tokenizer.is_fast and spans:
             raise _untold("a tokenizer without offsets")
         for start, stop in spans:
-            first = next(
-                (t for c in range(start, stop) if (t := out.char_to_token(c)) is not None), None
-            )
-            last = next(
-                (
-                    t
-                    for c in range(stop - 1, start - 1, -1)
-                    if (t := out.char_to_token(c)) is not None
-                ),
-                None,
-            )
-            if first is not None and last is not None:
-                mask[first : last + 1] = [True] * (last + 1 - first)
+            tokens = [t for c in range(start, stop) if (t := out.char_to_token(c)) is not None]
+            if tokens:
+                mask[tokens[0] : tokens[-1] + 1] = [True] * (tokens[-1] + 1 - tokens[0])
         return ids, mask
 
     def _start(

@@ -76,10 +76,7 @@ class RowCounts:
         ]
         lines = [f"{count} {what}" for count, what in found if count]
         if self.tokens_cut:
-            lines[-1:] = [
-                *lines[-1:],
-                f"about {self.tokens_cut} tokens behind {length} are not read",
-            ]
+            lines.append(f"about {self.tokens_cut} tokens behind {length} are not read")
         if self.columns:
             names = sorted(self.columns)
             named = ", ".join(f"{n} ({self.columns[n]} rows)" for n in names[:_NAMED])

@@ -112,19 +112,14 @@ def content_of(
             fix='write rows as {"text": "..."}',
         )
     cells = {k: v for k, v in row.items() if not absent(v)}
-    found = None
-    kinds = _CAUSAL if causal else _CLASSIFIER
-    for name, strict, read in kinds:
+    for name, strict, read in _CAUSAL if causal else _CLASSIFIER:
         found = read(cells, row, template)
         if found is not None:
-            break
-    if found is None:
-        raise _unknown(cells, row, causal)
-    content, used = found
-    if not causal:
-        used = used | {"label", "labels"}
-    check_columns(cells, used, content, name, strict=strict, causal=causal, counts=counts)
-    return content
+            content, used = found
+            used = used if causal else used | {"label", "labels"}
+            check_columns(cells, used, content, name, strict=strict, causal=causal, counts=counts)
+            return content
+    raise _unknown(cells, row, causal)
 
 
 def _ready(cells: Row, row: Row, template: str | None) -> _Found | None:
@@ -376,11 +371,18 @@ def _unknown(cells: Row, row: Row, causal: bool) -> SourceError:
     known = [n for n in ("text", *_SINGLE) if n in row]
     if (known and known[0] in cells) or (known and not cells):
         name = known[0]
+        value = cells.get(name)
+        if isinstance(value, list) and _chatty(value) and causal:
+            fix = f"rename {name!r} to 'messages'"
+        elif isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+            fix = "join the strings, or give each a row of its own"
+        else:
+            fix = "fill the row, or leave it out"
         return SourceError(
             "a row's text is no string",
             got=f"{name} that holds {row[name]!r:.40}",
             allowed="a string",
-            fix="fill the row, or leave it out",
+            fix=fix,
         )
     allowed = (
         "text, prompt + completion, messages, input_ids, or another format of docs/data.md"

@@ -1,13 +1,14 @@
 """Rows that are tokenised already, as SFTTrainer, Trainer or `datasets.map` have left them.
 
 ``attention_mask`` says which tokens are padding, on the left or on the right: they are no text.
-``labels`` of -100 are not learned, ``completion_mask`` and ``assistant_masks`` likewise. Packed rows
-(``seq_lengths``, or ``position_ids`` that begin again) are several texts.
+``labels`` of -100 are not learned, nor is what ``completion_mask`` and ``assistant_masks`` leave out.
+Packed rows (``seq_lengths``, or ``position_ids`` that begin again) are several texts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from operator import index
 from typing import Any
 
@@ -180,7 +181,7 @@ def _texts(cells: Mapping[str, Any], kept: slice) -> list[tuple[int, int]]:
         places = _numbers(cells, "position_ids")[kept]
         starts = [i for i, place in enumerate(places) if place == 0]
         bounds = [*starts, size]
-        wanted = [i for a, b in zip(bounds, bounds[1:], strict=False) for i in range(b - a)]
+        wanted = [i for a, b in pairwise(bounds) for i in range(b - a)]
         if len(places) != size or wanted != places:
             raise SourceError(
                 "position_ids do not count up",
