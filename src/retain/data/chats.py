@@ -8,7 +8,6 @@ template that TRL has for it. For other templates the chat is written turn by tu
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -16,25 +15,17 @@ from jinja2 import TemplateError
 from retain.data.counts import RowCounts
 from retain.data.messages import Message
 from retain.data.tokens import plain
+from retain.data.turns import assistant_spans, shared, untold
 from retain.errors import SourceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Chats", "shared"]
+__all__ = ["Chats"]
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CHARACTERS = 4096
 _PER_TOKEN = 16
-
-
-def shared(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Length of the common beginning."""
-    if b[: len(a)] == a:
-        return len(a)
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
 
 
 class Chats:
@@ -123,7 +114,7 @@ class Chats:
         except ValueError as error:
             if "char_to_token" not in str(error) and "fast" not in str(error).lower():
                 raise
-            raise _untold("a tokenizer without offsets") from error
+            raise untold("a tokenizer without offsets") from error
         return list(out["input_ids"]), [bool(m) for m in out["assistant_masks"]]
 
     def _marks(self) -> str:
@@ -152,52 +143,21 @@ class Chats:
     def _compared(
         self, messages: list[Message], tools: Any, options: dict[str, Any]
     ) -> tuple[list[int], list[bool]]:
-        text = self._text(messages, tools, options)
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            end = self._text(messages[: i + 1], tools, options)
-            start = self._start(messages, i, end, tools, options)
-            if not text.startswith(end.rstrip()) or start is None:
-                raise _untold(f"the assistant's turn, message {i + 1}, reads otherwise alone")
-            spans.append((start, min(len(end), len(text))))
+        if not self.tokenizer.is_fast:
+            raise untold("a tokenizer without offsets")
+
+        def write(some: list[Message], asked: bool) -> str:
+            return self._text(some, tools, options, add_generation_prompt=asked)
+
+        text = write(messages, False)
+        spans = assistant_spans(messages, text, write, self.tokenizer.all_special_tokens)
         out = self.tokenizer(text, add_special_tokens=False, verbose=False)
-        ids = list(out["input_ids"])
-        mask = [False] * len(ids)
-        if not self.tokenizer.is_fast and spans:
-            raise _untold("a tokenizer without offsets")
+        mask = [False] * len(out["input_ids"])
         for start, stop in spans:
             tokens = [t for c in range(start, stop) if (t := out.char_to_token(c)) is not None]
             if tokens:
                 mask[tokens[0] : tokens[-1] + 1] = [True] * (tokens[-1] + 1 - tokens[0])
-        return ids, mask
-
-    def _start(
-        self, messages: list[Message], i: int, end: str, tools: Any, options: dict[str, Any]
-    ) -> int | None:
-        """Where the assistant's own words begin in the text `end` of a chat up to its turn."""
-        if i:
-            before = self._text(messages[:i], tools, options)
-            if not end.startswith(before):
-                return None
-            asked = self._text(messages[:i], tools, options, add_generation_prompt=True)
-            if asked != before:
-                return max(len(before), shared(asked, end))
-        else:
-            before = ""
-        return len(before) + self._header(before, messages[:i], end, tools, options)
-
-    def _header(
-        self, before: str, earlier: list[Message], end: str, tools: Any, options: dict[str, Any]
-    ) -> int:
-        """Length of what a template without a generation prompt writes before an answer."""
-        probes = [
-            self._text([*earlier, {"role": "assistant", "content": c}], tools, options)
-            for c in ("0", "Z")
-        ]
-        header = probes[0][len(before) : shared(*probes)]
-        return shared(header, end[len(before) :])
+        return list(out["input_ids"]), mask
 
     def _check(self, messages: list[Message], tools: Any, options: dict[str, Any]) -> None:
         """Refuses a template that leaves out what a message says; counts tools left out.
@@ -286,13 +246,3 @@ def _short(messages: list[Message], room: int) -> tuple[list[Message], int]:
     if not left:
         return messages, 0
     return [{**m, "content": m["content"][:room]} if "content" in m else m for m in messages], left
-
-
-def _untold(why: str) -> SourceError:
-    return SourceError(
-        "the chat template does not tell which tokens are the assistant's",
-        got=why,
-        allowed="a template with {% generation %} marks, one that TRL knows, or one that writes "
-        "each turn alike",
-        fix="learn every turn: loss='all' (--loss all); or pip install trl",
-    )

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Literal, get_args
 from jinja2 import TemplateError
 
 from retain.data.batches import Example
-from retain.data.chats import Chats, shared
+from retain.data.chats import Chats
 from retain.data.counts import RowCounts
 from retain.data.formats import Answer, Chat, Content, Pair, Ready, Row, Text, content_of
 from retain.data.labels import target_of
 from retain.data.messages import absent
 from retain.data.ready import ready_causal, ready_classified
 from retain.data.tokens import Ends, beginning, ends_of, plain
+from retain.data.turns import shared
 from retain.errors import SourceError, unknown
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Rows that are tokenised already, as SFTTrainer, Trainer or `datasets.map` have left them.
 
 ``attention_mask`` says which tokens are padding, on the left or on the right: they are no text.
-``labels`` of -100 are not learned, nor is what ``completion_mask`` and ``assistant_masks`` leave out.
+``labels`` of -100 are not learned, nor is what ``completion_mask`` and ``assistant_masks`` omit.
 Packed rows (``seq_lengths``, or ``position_ids`` that begin again) are several texts.
 """
 
