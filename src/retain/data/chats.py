@@ -115,7 +115,15 @@ class Chats:
             if "char_to_token" not in str(error) and "fast" not in str(error).lower():
                 raise
             raise untold("a tokenizer without offsets") from error
-        return list(out["input_ids"]), [bool(m) for m in out["assistant_masks"]]
+        ids, mask = list(out["input_ids"]), [bool(m) for m in out["assistant_masks"]]
+        self.counts.ends_unlearned += self._endless(ids, mask)
+        return ids, mask
+
+    def _endless(self, ids: list[int], mask: list[bool]) -> bool:
+        """Whether a special token ends the assistant's turn and its marks leave that out."""
+        special = set(self.tokenizer.get_added_vocab().values())
+        stops = [i for i in range(1, len(ids)) if mask[i - 1] and not mask[i]]
+        return any(ids[i] in special and ids[i - 1] not in special for i in stops)
 
     def _marks(self) -> str:
         """How the assistant's tokens are told: by the template, by TRL's, or by comparing."""
@@ -164,8 +172,13 @@ class Chats:
 
         Templates of models that see images may want contents as parts: so they get them then.
         """
-        text = self._text(messages, tools, options)
-        missing = _missing(messages, text)
+        try:
+            text = self._text(messages, tools, options)
+            missing = _missing(messages, text)
+        except SourceError:
+            if self._parts or self.template is None:
+                raise
+            missing = "everything"
         if missing and not self._parts:
             self._parts = True
             text = self._text(messages, tools, options)

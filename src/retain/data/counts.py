@@ -25,6 +25,8 @@ class RowCounts:
         tokens_cut: tokens behind ``max_length``, estimated for very long texts.
         rejected_unread: preference pairs, of which the chosen answer alone is read.
         tools_unwritten: chats whose tools the chat template does not write.
+        ends_unlearned: chats whose template leaves the end token of a turn out of its
+            ``{% generation %}`` marks, so that it is not learned.
         columns_unread: columns that were passed over.
         max_length: of the last call.
         columns: how many rows have each of those columns.
@@ -40,6 +42,7 @@ class RowCounts:
     tokens_cut: int = 0
     rejected_unread: int = 0
     tools_unwritten: int = 0
+    ends_unlearned: int = 0
     columns_unread: int = 0
     max_length: int = 0
     columns: dict[str, int] = field(default_factory=dict, repr=False)
@@ -73,6 +76,11 @@ class RowCounts:
             (self.texts_cut, f"{of} are cut at {length}"),
             (self.rejected_unread, f"{of} are preference pairs: the chosen answer alone is read"),
             (self.tools_unwritten, f"{of} have tools that the chat template does not write"),
+            (
+                self.ends_unlearned,
+                f"{of} are chats whose template leaves the end of a turn out of its generation "
+                "marks: it is not learned",
+            ),
         ]
         lines = [f"{count} {what}" for count, what in found if count]
         if self.tokens_cut:

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from retain.data.contents import Row
 from retain.data.encoding import encode
-from retain.data.formats import Row
 from retain.data.labels import UNLABELLED
 from retain.errors import SourceError
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from retain.errors import SourceError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Ends", "beginning", "ends_of", "tokenize"]
+__all__ = ["Ends", "beginning", "ends_of", "need", "plain", "tokenize"]
 
 _CHARACTERS = 4096
 _PER_TOKEN = 16
@@ -63,9 +65,9 @@ def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def beginning(
-    tokenizer: PreTrainedTokenizerBase, text: str, need: int | None
+    tokenizer: PreTrainedTokenizerBase, text: str, count: int | None
 ) -> tuple[list[int], int]:
-    """The first tokens of a text, at least `need` of them; all where it is not far longer.
+    """The first tokens of a text, at least `count` of them; all where it is not far longer.
 
     A text of megabytes is read as far as needed. A cut may change the tokens next to it, so twice
     the tokens needed are read.
@@ -73,11 +75,11 @@ def beginning(
     Returns:
         The tokens, without special tokens, and how many more there are about.
     """
-    if need is not None:
-        size = max(_CHARACTERS, _PER_TOKEN * need)
+    if count is not None:
+        size = max(_CHARACTERS, _PER_TOKEN * count)
         while size < len(text):
             ids = plain(tokenizer, text[:size])
-            if len(ids) >= 2 * need:
+            if len(ids) >= 2 * count:
                 return ids, round((len(text) - size) * len(ids) / size)
             size *= 8
     return plain(tokenizer, text), 0
@@ -90,3 +92,19 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     What a tokenizer writes behind is left out: the text goes on.
     """
     return ends_of(tokenizer).begun(plain(tokenizer, str(text)))
+
+
+def need(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """The tokenizer that text needs.
+
+    Raises:
+        SourceError: there is none.
+    """
+    if tokenizer is None:
+        raise SourceError(
+            "text needs a tokenizer",
+            got="tokenizer=None",
+            allowed="the model's tokenizer, or rows with input_ids",
+            fix="pass tokenizer=..., or load the model by a name that has one",
+        )
+    return tokenizer
