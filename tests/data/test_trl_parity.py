@@ -106,6 +106,12 @@ FORMATS: dict[str, Format] = {
         ],
         max_length=7,
     ),
+    "prompt + completion, all, cut": Format(
+        [{"prompt": "long enough", "completion": "4"}, {"prompt": "2", "completion": "4"}],
+        loss="all",
+        trl={"completion_only_loss": False},
+        max_length=7,
+    ),
     "messages, all": Format([{"messages": CHAT}, {"messages": CHAT[:2]}], loss="all"),
     "messages, assistant": Format(
         [{"messages": CHAT}, {"messages": CHAT[:3]}], trl=ASSISTANT, marked=True

@@ -100,7 +100,7 @@ class CausalRows:
                 content.prompt, content.completion, content.tools, content.options
             )
             empty = False
-        if start >= self.max_length:
+        if start >= self.max_length and self.loss != "all":
             self.counts.left_out_no_room += 1
             return []
         self.counts.completions_empty += empty
@@ -117,9 +117,8 @@ class CausalRows:
 
     def _ready(self, content: Ready) -> list[Example]:
         found: list[Example] = []
-        for e in ready_causal(content.cells, self.loss):
-            ids = [*e.tokens, *e.targets[-1:]]
-            found += self._cut(ids, [False, *e.predict], 0)
+        for ids, learned in ready_causal(content.cells, self.loss):
+            found += self._cut(ids, learned, 0)
         return found
 
     def _cut(

@@ -53,9 +53,10 @@ class ClassRows:
         else:
             check_text(content)
             assert isinstance(content, Text | Pair)
-            pair = isinstance(content, Pair)
-            texts = (content.first, content.second) if pair else (content.text,)
-            ids, segments, more = self._tokens(texts)
+            if isinstance(content, Pair):
+                ids, segments, more = self._tokens(content.first, content.second)
+            else:
+                ids, segments, more = self._tokens(content.text)
         if not ids:
             self.counts.left_out_empty += 1
             return []
@@ -64,7 +65,7 @@ class ClassRows:
             self.counts.tokens_cut += more + max(0, len(ids) - size)
         return [Example(tuple(ids[:size]), (target,), (), tuple(segments[:size]))]
 
-    def _tokens(self, texts: tuple[str, ...]) -> tuple[list[int], list[int], int]:
+    def _tokens(self, *texts: str) -> tuple[list[int], list[int], int]:
         """One or two texts as the tokenizer joins and cuts them: tokens, types, tokens behind."""
         tok, size = need(self.given), self.max_length
         more = 0

@@ -8,13 +8,11 @@ are no text (ids, sources, scores) are not even told.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from retain.data.contents import Content
 from retain.data.counts import RowCounts
 from retain.errors import SourceError
-
-if TYPE_CHECKING:
-    from retain.data.formats import Content
 
 __all__ = ["check_columns", "strings"]
 

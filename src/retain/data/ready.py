@@ -12,7 +12,6 @@ from itertools import pairwise
 from operator import index
 from typing import Any
 
-from retain.data.batches import Example
 from retain.data.messages import absent
 from retain.errors import SourceError
 
@@ -21,8 +20,8 @@ __all__ = ["ready_causal", "ready_classified"]
 _MASKS = ("completion_mask", "assistant_masks")
 
 
-def ready_causal(cells: Mapping[str, Any], loss: str) -> list[Example]:
-    """A row's texts, each with the tokens that are learned; whole, at any length.
+def ready_causal(cells: Mapping[str, Any], loss: str) -> list[tuple[list[int], list[bool]]]:
+    """The tokens of each of a row's texts, and which of them are learned; whole, at any length.
 
     Args:
         cells: the row's columns.
@@ -58,11 +57,7 @@ def ready_causal(cells: Mapping[str, Any], loss: str) -> list[Example]:
             fix="take token_type_ids out",
         )
     kept = _kept(cells, len(ids))
-    found = []
-    for start, stop in _texts(cells, kept):
-        text, counts = ids[start:stop], learned[start:stop]
-        found.append(Example(tuple(text[:-1]), tuple(text[1:]), tuple(counts[1:])))
-    return found
+    return [(ids[start:stop], learned[start:stop]) for start, stop in _texts(cells, kept)]
 
 
 def ready_classified(cells: Mapping[str, Any]) -> tuple[list[int], list[int]]:
