@@ -22,7 +22,13 @@ _READ_AS_INPUT = {
 }  # fmt: skip
 """What goes with input_ids, and says nothing beside text."""
 
-_CHANGES = _READ_AS_INPUT | {
+_NO_TEXT = {
+    "images", "image", "audio", "audios", "video", "videos", "pixel_values", "input_values",
+    "input_features", "inputs_embeds", "decoder_input_ids", "decoder_attention_mask",
+}  # fmt: skip
+"""What a model of text alone cannot read."""
+
+_CHANGES = _READ_AS_INPUT | _NO_TEXT | {
     # what a chat template is given
     "tools", "functions", "function_call", "chat_template_kwargs", "documents", "system",
     "system_prompt", "system_message", "messages", "conversations", "conversation", "history",
@@ -30,9 +36,6 @@ _CHANGES = _READ_AS_INPUT | {
     # what an answer rests on
     "context", "passage", "passages", "document", "reasoning", "reasoning_content", "thinking",
     "thought", "instruction", "input", "output", "text", "text_pair",
-    # what is no text
-    "images", "image", "audio", "audios", "video", "videos", "pixel_values", "input_values",
-    "input_features", "inputs_embeds", "decoder_input_ids", "decoder_attention_mask",
     # how much a row counts
     "weight", "weights", "sample_weight", "loss_weight",
 }  # fmt: skip
@@ -81,14 +84,15 @@ def check_columns(
         value = cells[key]
         if _blank(value):
             continue
-        if ready:
-            _check_beside_ids(key, value, cells["input_ids"])
+        if ready and key != "label":
+            if _beside_ids(key, value, cells["input_ids"]):
+                counts.unread(str(key))
             continue
         if key in {"label", "labels"} and causal and not isinstance(value, list | tuple):
             counts.unread(str(key))
             continue
         if key not in _CHANGES:
-            if key in _PASSED or str(key).startswith("_") or str(key).lower().endswith(_ENDS):
+            if _passed(key):
                 continue
             if not (strict and strings(value)):
                 counts.unread(str(key))
@@ -96,6 +100,12 @@ def check_columns(
         if not _said(value, content):
             raise _lost(str(key), name)
         counts.unread(str(key))
+
+
+def _passed(key: Any) -> bool:
+    """Whether a column's name is one of things that are no text."""
+    name = str(key).lower()
+    return name in _PASSED or name.startswith("_") or name.endswith(_ENDS)
 
 
 def _lost(key: str, name: str) -> SourceError:
@@ -108,15 +118,20 @@ def _lost(key: str, name: str) -> SourceError:
     )
 
 
-def _check_beside_ids(key: str, value: Any, ids: Any) -> None:
-    """Refuses another input of the model. Text is passed over: the tokens were made of it."""
-    if key in _READ_AS_INPUT - {"loss_mask"} or key == "label" or key in _PASSED:
-        return
+def _beside_ids(key: str, value: Any, ids: Any) -> bool:
+    """Whether a column beside tokens is to be counted: text is not, for they were made of it.
+
+    Raises:
+        SourceError: it is another input of the model.
+    """
+    if key in _READ_AS_INPUT - {"loss_mask"} or (key not in _CHANGES and _passed(key)):
+        return False
     value = value.tolist() if hasattr(value, "tolist") else value
-    numbers = isinstance(value, list | tuple) and not strings(value)
-    alike = numbers and len(value) == len(ids)
-    if alike or (key in _CHANGES and not strings(value)):
+    text = bool(strings(value))
+    alike = isinstance(value, list | tuple) and not text and len(value) == len(ids)
+    if alike or key in _NO_TEXT or (key in _CHANGES and not text):
         raise _lost(str(key), "input_ids")
+    return not text
 
 
 def strings(value: Any) -> list[str]:

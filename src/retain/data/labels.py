@@ -13,6 +13,7 @@ __all__ = ["UNLABELLED", "target_of"]
 UNLABELLED = -1
 """The target of a classifier's row without a label; a regression's is NaN."""
 
+_MOST = 2**31
 _NONE = (-1, -100)  # GLUE's test rows have -1, and PyTorch passes over -100
 
 
@@ -27,11 +28,13 @@ def target_of(label: Any, regression: bool | None) -> int | float:
     Raises:
         SourceError: anything else.
     """
+    if hasattr(label, "item") and getattr(label, "ndim", 1) == 0:
+        label = label.item()  # of numpy or torch
     if label is None or (isinstance(label, str) and not label.strip()):
         return math.nan if regression else UNLABELLED
     number = _number(label)
-    if number is None or not math.isfinite(number):
-        raise _refused(label, regression)
+    if number is None or not abs(number) < math.inf:
+        raise _refused(label, number, regression)
     if regression:
         return float(number)
     if number in _NONE:
@@ -39,16 +42,14 @@ def target_of(label: Any, regression: bool | None) -> int | float:
     if isinstance(number, float) and not number.is_integer():
         if regression is None:
             return number
-        raise _refused(label, regression)
-    if number < 0 and regression is False:
-        raise _refused(label, regression)
+        raise _refused(label, number, regression)
+    if (number < 0 and regression is False) or abs(number) >= _MOST:
+        raise _refused(label, number, regression)
     return int(number)
 
 
 def _number(label: Any) -> int | float | None:
     """The number that a label is, exactly; None for what is no number."""
-    if hasattr(label, "item") and getattr(label, "ndim", 1) == 0:
-        label = label.item()  # of numpy or torch
     if isinstance(label, bool):
         return None
     if isinstance(label, float):
@@ -69,14 +70,14 @@ def _number(label: Any) -> int | float | None:
         return None
 
 
-def _refused(label: Any, regression: bool | None) -> SourceError:
+def _refused(label: Any, number: float | None, regression: bool | None) -> SourceError:
     if isinstance(label, bool):
         fix = "write false as 0 and true as 1"
     elif isinstance(label, list | tuple):
         fix = "give one label a row: rows of several labels cannot be learned here"
-    elif isinstance(label, str) and _number(label) is None:
+    elif isinstance(label, str) and number is None:
         fix = "number the classes from 0, in the order of the model's config.id2label"
-    elif regression is False and isinstance(_number(label), float):
+    elif number is not None and abs(number) < _MOST and number % 1:
         fix = "number the classes from 0, or load the model with num_labels=1 for a regression"
     else:
         fix = "repair the label, or leave the row out"

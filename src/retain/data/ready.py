@@ -172,11 +172,11 @@ def _texts(cells: Mapping[str, Any], kept: slice) -> list[tuple[int, int]]:
                 fix="pack the rows again",
             )
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    elif not absent(cells.get("position_ids")):
+    if not absent(cells.get("position_ids")):
         places = _numbers(cells, "position_ids")[kept]
-        starts = [i for i, place in enumerate(places) if place == 0]
-        bounds = [*starts, size]
-        wanted = [i for a, b in pairwise(bounds) for i in range(b - a)]
+        if absent(cells.get("seq_lengths")):
+            starts = [i for i, place in enumerate(places) if place == 0]
+        wanted = [i for a, b in pairwise([*starts, size]) for i in range(b - a)]
         if len(places) != size or wanted != places:
             raise SourceError(
                 "position_ids do not count up",
