@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from typing import Any
 
@@ -169,21 +170,18 @@ VALUES: list[Any] = ["something else", ["something", "else"], [{"type": "image"}
 
 
 @pytest.mark.parametrize("key", sorted(_CHANGES | {"anything", "explanation", "label"}))
-@pytest.mark.parametrize("name", READ)
-def test_no_column_is_lost_unsaid(name: str, key: str) -> None:
+def test_no_column_is_lost_unsaid(key: str) -> None:
     """Whatever stands in it, a column changes what is read, is refused, or is counted."""
-    row, whole, learned = READ[name]
-    if key in row:
-        return
     refused = []
-    for value in VALUES:
-        try:
-            got, kept, counts = read({**row, key: value})
-        except SourceError as error:
-            refused.append(str(error))
-            continue
-        made_of = "input_ids" in row and not isinstance(value, float) and key not in _NO_TEXT
-        assert (got, kept) != (whole, learned) or key in counts.columns or made_of, value
+    for name, (row, whole, learned) in READ.items():
+        for value in VALUES if key not in row else ():
+            try:
+                got, kept, counts = read({**row, key: value})
+            except SourceError as error:
+                refused.append(str(error))
+                continue
+            made_of = "input_ids" in row and not isinstance(value, float) and key not in _NO_TEXT
+            assert (got, kept) != (whole, learned) or key in counts.columns or made_of, name
     assert all("row 1" in line and "fix:" in line for line in refused)
 
 
@@ -343,6 +341,11 @@ REFUSED: dict[str, tuple[Row, str, Row]] = {
         {"messages": [{"role": "user", "content": "\udc00"}, YO]},
         "lone surrogate",
         {"messages": CHAT},
+    ),
+    "a preference's question": (
+        {"question": "a", "chosen": "b", "rejected": "c"},
+        "its prompt under another name.*fix: rename 'question' to 'prompt'",
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
     ),
     "the same answer twice": (
         {"chosen": "ab", "rejected": "ab"},
@@ -559,3 +562,36 @@ def test_a_text_as_long_as_a_row_may_be_is_not_cut() -> None:
     assert counts.lines() == []
     encode([{"text": "abcde"}], made(bos=True), max_length=6, causal=True, counts=counts)
     assert counts.tokens_cut == 1  # its end token
+
+
+def test_without_trl_a_chat_is_compared_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl.chat_template_utils", None)
+    assert read({"messages": CHAT})[:2] == READ["messages"][1:]
+    monkeypatch.setattr("retain.data.turns.find_spec", lambda name: None)
+    odd = "{% for m in messages %}{% if loop.last %}LAST {% endif %}{{ m.content }}{% endfor %}"
+    with pytest.raises(SourceError, match="fix: pip install trl"):
+        encode([{"messages": CHAT * 2}], made(template=odd), max_length=99, causal=True)
+
+
+@pytest.mark.parametrize("calls", [[TOOL], json.dumps([TOOL])])
+def test_calls_of_tools_may_be_json_text(calls: Any) -> None:
+    turn = {"role": "assistant", "content": None, "tool_calls": calls}
+    text, learned, _ = read({"messages": [HI, turn], "tools": "", "chat_template_kwargs": ""})
+    assert text.startswith("<|im_start|>user")
+    assert learned == f"CALL {json.dumps([TOOL])}<|im_end|>\n"
+
+
+def test_a_column_named_pack_does_not_pack() -> None:
+    counts = RowCounts()
+    rows = [{"text": "abcdef", "pack": "of six"}]
+    assert len(encode(rows, made(), max_length=3, causal=True, counts=counts)) == 1
+    assert counts.columns == {"pack": 1}
+
+
+@pytest.mark.parametrize("cls", [True, False])
+def test_what_a_tokenizer_writes_behind_but_the_end_token_stays(cls: bool) -> None:
+    tokenizer = made(cls=cls, eos_token=None)
+    for row in ({"text": "ab"}, {"prompt": "a", "completion": "b"}):
+        found = encode([row], tokenizer, max_length=9, causal=True)[0]
+        whole = tokenizer.decode([*found.tokens, found.targets[-1]])
+        assert whole == ("[CLS]ab[SEP]" if cls else "ab")

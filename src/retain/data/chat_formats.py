@@ -45,6 +45,14 @@ def preference(cells: Row, row: Row, template: str | None) -> Found | None:
         used = {"prompt", "chosen", "rejected"}
         return _answered(cells, prompt, chosen, used, template)
     if isinstance(chosen, str) and isinstance(rejected, str):
+        asked = next((k for k in ("question", "instruction", "query", "input") if k in cells), None)
+        if asked is not None:
+            raise SourceError(
+                "a preference pair has its prompt under another name",
+                got=f"{asked} beside chosen and rejected",
+                allowed="prompt, chosen and rejected",
+                fix=f"rename {asked!r} to 'prompt'",
+            )
         head = _implicit(chosen, rejected)
         return _answered(cells, chosen[:head], chosen[head:], {"chosen", "rejected"}, template)
     good, bad = (messages_of(cells[k], k, template) for k in ("chosen", "rejected"))
@@ -89,6 +97,7 @@ def chat(cells: Row, row: Row, template: str | None) -> Found | None:
 def _extra(cells: Row) -> tuple[tuple[list[Any] | None, dict[str, Any]], set[str]]:
     """What goes to the chat template besides messages: tools, and options."""
     tools, options = cells.get("tools"), cells.get("chat_template_kwargs")
+    tools, options = (None if isinstance(v, str) and not v.strip() else v for v in (tools, options))
     if tools is not None:
         found = from_json(tools, "tools", list)
         tools = without_none([from_json(t, "tools", dict) for t in found]) or None

@@ -52,7 +52,7 @@ _PASSED = {
     "worker", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "word_ids",
 }  # fmt: skip
 _ENDS = ("_id", "_ids", "_idx", "_url", "_score", "_type", "_name", "_date", "_time", "_count",
-         "_hash", "_lang", "_source", "_model")  # fmt: skip
+         "_hash", "_lang", "_path", "_source", "_model")  # fmt: skip
 
 
 def check_columns(

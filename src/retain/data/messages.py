@@ -139,6 +139,10 @@ def _message(value: Any, where: str, template: str | None) -> Message:
                 allowed="every turn of the assistant is learned",
                 fix="cut the chat before that turn, or give prompt and completion",
             )
+    if isinstance(message.get("tool_calls"), str):
+        calls = message.pop("tool_calls")
+        if calls.strip():
+            message["tool_calls"] = from_json(calls, f"tool_calls of {where}", list)
     message["content"] = _content(message, where)
     if message["content"] is None:
         del message["content"]

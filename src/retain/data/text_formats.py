@@ -29,7 +29,8 @@ def text(cells: Row, row: Row, template: str | None) -> Found | None:
     """``text``, the column that TRL reads by default."""
     if not isinstance(cells.get("text"), str) or "text_pair" in cells:
         return None
-    return Text(cells["text"], bool(cells.get("pack"))), {"text", "pack"}
+    pack = {"pack"} if cells.get("pack") is True else set()
+    return Text(cells["text"], cells.get("pack") is True), {"text"} | pack
 
 
 def alpaca(cells: Row, row: Row, template: str | None) -> Found | None:

@@ -52,8 +52,10 @@ def ends_of(tokenizer: PreTrainedTokenizerBase) -> Ends:
     bare, whole = plain(tokenizer, "a"), list(tokenizer("a")["input_ids"])
     eos: Any = getattr(tokenizer, "eos_token_id", None)
     size = len(bare)
+    if not size:  # a tokenizer without letters: what it writes is all there is
+        return Ends(tuple(i for i in whole if i != eos), (), eos)
     for start in range(len(whole) - size + 1):
-        if size and whole[start : start + size] == bare:
+        if whole[start : start + size] == bare:
             last = tuple(i for i in whole[start + size :] if i != eos)
             return Ends(tuple(whole[:start]), last, eos)
     return Ends((), (), eos)

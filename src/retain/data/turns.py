@@ -7,6 +7,7 @@ whole. A template that writes earlier turns otherwise once others follow cannot 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from retain.data.messages import Message
@@ -86,10 +87,12 @@ def _length(text: str, longer: str, ends: Sequence[str]) -> int | None:
 
 def untold(why: str) -> SourceError:
     """The error for a template of which the assistant's part cannot be told."""
+    all_turns = "learn every turn with loss='all' (--loss all)"
+    known = find_spec("trl") is not None
     return SourceError(
         "the chat template does not tell which tokens are the assistant's",
         got=why,
         allowed="a template with {% generation %} marks, one that TRL knows, or one that writes "
         "each turn alike",
-        fix="learn every turn: loss='all' (--loss all); or pip install trl",
+        fix=all_turns if known else f"pip install trl, which knows many templates; or {all_turns}",
     )
