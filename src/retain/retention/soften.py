@@ -23,6 +23,7 @@ from retain.curvature.curvature import Curvature
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, check_number
 from retain.models.adapter import LoraSite, lora_sites, unwrap
 from retain.models.names import of_head
+from retain.models.off import left_on
 from retain.retention.softened import Softened
 from retain.retention.spans import CoreSpan, KroneckerSpan, Span, sides
 
@@ -165,12 +166,14 @@ def _check_adapter(model: nn.Module, sites: list[LoraSite]) -> None:
         )
         if there
     ]
+    left = None if more else left_on(inner)
+    more += [left[0]] if left is not None else []
     if more:
         raise ModelError(
             "the adapter is more than an update B A of linear layers, so it cannot be softened",
             got=", ".join(more),
             allowed="plain LoRA",
-            fix="train plain LoRA, without use_dora, modules_to_save and bias",
+            fix="train plain LoRA: init_lora_weights=True, no use_dora, modules_to_save or bias",
         )
     odd = [s.name for s in sites if not bool(s.a.isfinite().all() and s.b.isfinite().all())]
     if odd:

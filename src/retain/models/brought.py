@@ -1,0 +1,60 @@
+"""What an adapter does to its base's own weights when it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from retain.errors import ModelError
+from retain.models.adapters.originals import Swap
+from retain.models.wrappers import canonical
+
+__all__ = ["check_vocabulary", "keep_changed", "weights_of"]
+
+
+def weights_of(model: nn.Module, keys: Collection[str]) -> list[Swap]:
+    """The base's parameters with their values: copies of those that a file's keys overwrite."""
+    ours = {canonical(key) for key in keys}
+    return [
+        (p, p.detach().clone() if canonical(name) in ours else p.data)
+        for name, p in model.named_parameters()
+    ]
+
+
+def keep_changed(peft: PeftModel, before: list[Swap]) -> None:
+    """Keeps what loading has changed, as ``retain_originals``, unless some are gone altogether."""
+    there = {id(p) for p in peft.parameters()}
+    if any(id(p) not in there for p, _ in before):  # 4-bit weights that were packed anew
+        return
+    peft.retain_originals = [  # type: ignore[assignment]
+        (p, value)
+        for p, value in before
+        if p.data.data_ptr() != value.data_ptr() and not torch.equal(p.data, value.to(p.data))
+    ]
+
+
+def check_vocabulary(model: Any, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Refuses an adapter with embeddings of another vocabulary.
+
+    Raises:
+        ModelError: it is one.
+    """
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    ids = {id(t) for t in tables if t is not None}
+    names = [f"{name}.weight" for name, module in model.named_modules() if id(module) in ids]
+    own = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    for key, shape in shapes.items():
+        name = canonical(key)
+        if name in names and name in own and shape[0] != own[name][0]:
+            raise ModelError(
+                "the vocabulary was resized before the adapter was trained",
+                got=f"{folder} with {shape[0]} tokens, a base with {own[name][0]}",
+                allowed="an adapter of the base's own vocabulary",
+                fix=f"in Python: model.resize_token_embeddings({shape[0]}), "
+                "retain.models.saved.load_adapter(model, folder), retain.measure_forgetting",
+            )
