@@ -11,30 +11,30 @@ from peft import PeftModel
 from torch import nn
 
 from retain.errors import ModelError
-from retain.models.adapters.originals import Swap
 from retain.models.wrappers import canonical
 
 __all__ = ["check_vocabulary", "keep_changed", "weights_of"]
 
 
-def weights_of(model: nn.Module, keys: Collection[str]) -> list[Swap]:
-    """The base's parameters with their values: copies of those that a file's keys overwrite."""
+def weights_of(model: nn.Module, keys: Collection[str]) -> dict[str, Tensor]:
+    """The base's parameters by name, as they are: copies of those that a file's keys overwrite."""
     ours = {canonical(key) for key in keys}
-    return [
-        (p, p.detach().clone() if canonical(name) in ours else p.data)
+    return {
+        name: p.detach().clone() if canonical(name) in ours else p.data
         for name, p in model.named_parameters()
-    ]
+    }
 
 
-def keep_changed(peft: PeftModel, before: list[Swap]) -> None:
-    """Keeps what loading has changed, as ``retain_originals``, unless some are gone altogether."""
-    there = {id(p) for p in peft.parameters()}
-    if any(id(p) not in there for p, _ in before):  # 4-bit weights that were packed anew
-        return
+def keep_changed(peft: PeftModel, before: dict[str, Tensor]) -> None:
+    """Keeps what loading has changed, as ``retain_originals``, unless it is not there any more."""
+    now = {canonical(name): p for name, p in peft.named_parameters()}
+    if any(name not in now or now[name].shape != value.shape for name, value in before.items()):
+        return  # 4-bit weights that were packed anew
     peft.retain_originals = [  # type: ignore[assignment]
-        (p, value)
-        for p, value in before
-        if p.data.data_ptr() != value.data_ptr() and not torch.equal(p.data, value.to(p.data))
+        (now[name], value)
+        for name, value in before.items()
+        if now[name].data_ptr() != value.data_ptr()
+        and not torch.equal(now[name].data, value.to(now[name].data))
     ]
 
 

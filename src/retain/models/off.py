@@ -183,9 +183,11 @@ def left_on(model: nn.Module, kept: Collection[int] | None = None) -> Left | Non
         taken = _taken_out(inner)
         if taken is not None:
             return taken, _TO_LOAD
-    biased = any(
-        getattr(config, "bias", "none") not in ("none", None) for config in configs.values()
-    )
+        brought = {id(p) for p, _ in vars(inner).get("retain_originals") or ()}
+        names = [canonical(n) for n, p in inner.named_parameters() if id(p) in brought]
+        if names:
+            return f"weights of the base that came with it, such as {names[0]}", _TO_LOAD
+    biased = any((getattr(c, "bias", None) or "none") != "none" for c in configs.values())
     ours, prefix = _adapters_own(inner), getattr(getattr(inner, "base_model", None), "prefix", "")
     trained = [
         canonical(name)
