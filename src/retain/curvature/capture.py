@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from retain.data.batches import Batch
 from retain.models.adapter import LoraSite, unwrap
 from retain.models.heads import forward_body
+from retain.models.host import no_autocast
 from retain.models.readers import first_readers, inputs_of
 from retain.models.sites import Site
 
@@ -88,6 +89,7 @@ def split_idle(sites: Sequence[Site], receive: Receive) -> Receive:
     """
     found = {site.name: site for site in sites if isinstance(site, LoraSite)}
 
+    @no_autocast()
     def whole(name: str, x: Tensor, g: Tensor) -> None:
         site = found[name]
         a = site.a.detach()

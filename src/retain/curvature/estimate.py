@@ -33,6 +33,7 @@ from retain.data.sources import Row
 from retain.models.adapter import row_scales, unwrap
 from retain.models.fingerprint import fingerprint
 from retain.models.heads import is_causal, pad_id
+from retain.models.host import no_autocast
 from retain.models.idle import bypassed, is_idle
 from retain.models.modes import evaluating
 from retain.types import FactorRank, Fisher, Products, Space, Structure
@@ -54,6 +55,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 """A structure's estimator: what a new one adds."""
 
 
+@no_autocast()
 def fit_curvature(
     model: nn.Module,
     source: str | Path | Iterable[Row] | Sequence[Example] = "self",

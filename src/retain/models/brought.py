@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from retain.errors import ModelError
 from retain.models.wrappers import canonical

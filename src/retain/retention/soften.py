@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from retain.curvature.curvature import Curvature
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, check_number
 from retain.models.adapter import LoraSite, lora_sites, unwrap
+from retain.models.host import no_autocast
 from retain.models.names import of_head
 from retain.models.off import left_on
 from retain.retention.softened import Softened
@@ -33,6 +34,7 @@ WIDEST = 32
 """Largest rank where a layer is one matrix of rank^2 rows."""
 
 
+@no_autocast()
 def soften(
     model: nn.Module,
     curvature: Curvature,
