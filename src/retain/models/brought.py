@@ -11,17 +11,25 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from retain.errors import ModelError
+from retain.models.taken import BESIDE
 from retain.models.wrappers import canonical
 
 __all__ = ["check_vocabulary", "keep_changed", "weights_of"]
 
 
-def weights_of(model: nn.Module, keys: Collection[str]) -> dict[str, Tensor]:
-    """The base's parameters by name, as they are: copies of those that a file's keys overwrite."""
+def weights_of(model: nn.Module, keys: Collection[str], init: object) -> dict[str, Tensor]:
+    """Copies of the base's parameters that loading an adapter may change, by name.
+
+    Args:
+        model: the base.
+        keys: of the adapter's file.
+        init: its ``init_lora_weights``; some change the base's weights, in place or not.
+    """
     ours = {canonical(key) for key in keys}
     return {
-        name: p.detach().clone() if canonical(name) in ours else p.data
+        name: p.detach().clone()
         for name, p in model.named_parameters()
+        if canonical(name) in ours or str(init) not in BESIDE
     }
 
 
@@ -33,8 +41,7 @@ def keep_changed(peft: PeftModel, before: dict[str, Tensor]) -> None:
     peft.retain_originals = [  # type: ignore[assignment]
         (now[name], value)
         for name, value in before.items()
-        if now[name].data_ptr() != value.data_ptr()
-        and not torch.equal(now[name].data, value.to(now[name].data))
+        if not torch.equal(now[name].data, value.to(now[name].data))
     ]
 
 

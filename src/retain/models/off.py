@@ -3,11 +3,12 @@
 PEFT's own ``disable_adapter`` makes all of an adapter trainable again on leaving it (also an A that
 is held, or that its user has frozen), unmerges what is merged, and knows nothing of what an adapter
 has changed besides. Here nothing but the layers' switches is touched, and what off would not
-undo is either undone (`retain.models.saved.load_adapter` keeps the base's weights) or refused.
+undo is either undone (`retain.models.saved.load_adapter` keeps the base's weights, and
+`retain.models.taken` those of a start) or refused.
 
 Off is not the model that was there before where
 
-- the initialisation takes its share out of the base's weights: PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA;
+- the initialisation takes its share out of the base's weights (`retain.models.taken`);
 - weights of the base train beside the adapter, or came with it from its file: embeddings, biases,
   norms (not those in ``modules_to_save`` or ``trainable_token_indices``: there PEFT keeps both);
 - the adapter is merged into the base, or repeats its layers.
@@ -27,6 +28,7 @@ from torch import nn
 from retain.errors import ModelError
 from retain.models.adapters.originals import Swap, swapped
 from retain.models.names import of_head
+from retain.models.taken import start_of, taken_out
 from retain.models.wrappers import canonical, unwrap
 
 __all__ = [
@@ -40,9 +42,6 @@ __all__ = [
 
 Left = tuple[str, str]
 """What stays on when an adapter is switched off, and what to do about it."""
-
-FRESH = {"True", "False", "gaussian", "eva", "orthogonal", "mica"}
-"""LoRA's initialisations that leave the base's weights alone."""
 
 KINDS = {
     "ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA",
@@ -91,7 +90,9 @@ def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
 def exactly_off(model: nn.Module) -> Iterator[None]:
     """`switched_off`, with the base's own weights in their places, or an error."""
     kept: list[Swap] | None = vars(model).get("retain_originals")
-    left = left_on(model, None if kept is None else {id(p) for p, _ in kept})
+    start = start_of(model) if kept is None and taken_out(model) else None
+    done = kept if start is None else start
+    left = left_on(model, None if done is None else {id(p) for p, _ in done})
     if left is not None:
         raise ModelError(
             "with its adapter switched off, the model is not its base",
@@ -99,7 +100,7 @@ def exactly_off(model: nn.Module) -> Iterator[None]:
             allowed="an adapter beside a base that stays as it is",
             fix=left[1],
         )
-    with swapped(kept or ()), switched_off(model):
+    with swapped(done or ()), switched_off(model, all_of_it=start is None):
         yield
 
 
@@ -107,15 +108,10 @@ def exactly_off(model: nn.Module) -> Iterator[None]:
 def base_to_sample(model: nn.Module) -> Iterator[None]:
     """Inside it the model writes as its base does, with or without an adapter.
 
-    Where an initialisation has moved a share of the base's weights into the adapter (PiSSA and its
-    like), the fresh adapter and the rest together are the base, so there the adapter stays on.
-
     Raises:
         ModelError: see `adapter_off`.
     """
-    inner: Any = unwrap(model)
-    unknown = vars(inner).get("retain_originals") is None
-    if not carries_adapter(inner) or (unknown and _taken_out(inner)):
+    if not carries_adapter(model):
         yield
         return
     with adapter_off(model):
@@ -133,10 +129,16 @@ _SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 @contextmanager
-def switched_off(model: nn.Module) -> Iterator[None]:
-    """Switches PEFT's layers off and nothing else; a prompt's model runs its base alone."""
+def switched_off(model: nn.Module, *, all_of_it: bool = True) -> Iterator[None]:
+    """Switches PEFT's layers off and nothing else; a prompt's model runs its base alone.
+
+    Args:
+        model: PEFT's.
+        all_of_it: else LoRA stays on, and what is trained whole beside it is off.
+    """
     inner: Any = unwrap(model)
-    layers: list[Any] = [m for m in inner.modules() if isinstance(m, _SWITCHED)]
+    kinds = _SWITCHED if all_of_it else AuxiliaryTrainingWrapper
+    layers: list[Any] = [m for m in inner.modules() if isinstance(m, kinds)]
     before = [layer._disable_adapters for layer in layers]
     whole = isinstance(inner, PeftModel)
     prompted = whole and inner.active_peft_config.is_prompt_learning
@@ -180,9 +182,9 @@ def left_on(model: nn.Module, kept: Collection[int] | None = None) -> Left | Non
         if getattr(config, "layer_replication", None):
             return "layers that the adapter repeats", "leave layer_replication out"
     if kept is None:
-        taken = _taken_out(inner)
+        taken = taken_out(inner)
         if taken is not None:
-            return taken, _TO_LOAD
+            return f"init_lora_weights={taken!r}, which changes the base's weights", _TO_LOAD
         brought = {id(p) for p, _ in vars(inner).get("retain_originals") or ()}
         names = [canonical(n) for n, p in inner.named_parameters() if id(p) in brought]
         if names:
@@ -204,16 +206,6 @@ def left_on(model: nn.Module, kept: Collection[int] | None = None) -> Left | Non
             f"weights of the base that train beside it: {len(trained)}, such as {trained[0]}",
             "freeze them; or train them in modules_to_save, where PEFT keeps the base's too",
         )
-    return None
-
-
-def _taken_out(model: nn.Module) -> str | None:
-    """The initialisation that has changed the base's weights; None where none has."""
-    configs: dict[str, Any] = getattr(unwrap(model), "peft_config", None) or {}
-    for config in configs.values():
-        given = str(getattr(config, "init_lora_weights", True))
-        if given not in FRESH:
-            return f"init_lora_weights={given!r}, which changes the base's weights"
     return None
 
 

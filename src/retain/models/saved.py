@@ -62,7 +62,7 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
         ModelError: it is missing or damaged, or belongs to another model or vocabulary.
     """
     folder = folder.expanduser()
-    check_adapter(folder)
+    config = check_adapter(folder)
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
@@ -73,7 +73,7 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
             found = set(file.keys())
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in found}
         check_vocabulary(model, shapes, folder)
-        before = weights_of(model, found)
+        before = weights_of(model, found, config.get("init_lora_weights", True))
         peft = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
         missing = set(get_peft_model_state_dict(peft, save_embedding_layers=False)) - found
     except (OSError, SafetensorError) as error:
