@@ -29,7 +29,7 @@ def weights_of(model: nn.Module, keys: Collection[str], init: object) -> dict[st
     return {
         name: p.detach().clone()
         for name, p in model.named_parameters()
-        if canonical(name) in ours or str(init) not in BESIDE
+        if canonical(name) in ours or str(init).lower() not in BESIDE
     }
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "adapter_off",
     "base_to_sample",
     "carries_adapter",
+    "check_on",
     "exactly_off",
     "left_on",
     "switched_off",
@@ -118,6 +119,23 @@ def base_to_sample(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def check_on(model: nn.Module) -> None:
+    """Refuses a model whose adapter is switched off: what is measured of it would be the base.
+
+    Raises:
+        ModelError: it is.
+    """
+    inner: Any = unwrap(model)
+    layers = [m for m in inner.modules() if isinstance(m, _SWITCHED)]
+    if any(layer._disable_adapters for layer in layers):
+        raise ModelError(
+            "the adapter is switched off",
+            got="layers of PEFT that are disabled",
+            allowed="an adapter that is on",
+            fix="model.enable_adapter_layers()",
+        )
+
+
 def carries_adapter(model: nn.Module) -> bool:
     """Whether a model carries an adapter of PEFT's, by `PeftModel` or by transformers."""
     inner = unwrap(model)
@@ -182,6 +200,9 @@ def left_on(model: nn.Module, kept: Collection[int] | None = None) -> Left | Non
         if getattr(config, "layer_replication", None):
             return "layers that the adapter repeats", "leave layer_replication out"
     if kept is None:
+        grown: Left | None = vars(inner).get("retain_left")
+        if grown is not None:
+            return grown
         taken = taken_out(inner)
         if taken is not None:
             return f"init_lora_weights={taken!r}, which changes the base's weights", _TO_LOAD

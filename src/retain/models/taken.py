@@ -19,7 +19,7 @@ from retain.models.wrappers import unwrap
 
 __all__ = ["BESIDE", "start_of", "taken_out"]
 
-BESIDE = {"True", "False", "gaussian", "eva", "orthogonal", "mica"}
+BESIDE = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
 """LoRA's initialisations that leave the base's weights alone."""
 
 
@@ -27,7 +27,7 @@ def taken_out(model: nn.Module) -> str | None:
     """The initialisation that has changed the base's weights; None where none has."""
     configs: dict[str, Any] = getattr(unwrap(model), "peft_config", None) or {}
     for config in configs.values():
-        given = str(getattr(config, "init_lora_weights", True))
+        given = str(getattr(config, "init_lora_weights", True)).lower()
         if given not in BESIDE:
             return given
     return None
