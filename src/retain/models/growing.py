@@ -39,7 +39,7 @@ def grow_lora(
 
     Raises:
         ConfigError: no rows to add.
-        ModelError: layers of several ranks, DoRA, biases of B or new tokens.
+        ModelError: layers of several ranks, DoRA, biases of B, or new tokens.
     """
     if rank < 1:
         raise ConfigError("too few rows to add", got=rank, allowed="1 or more", fix="rank=16")

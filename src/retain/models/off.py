@@ -57,6 +57,8 @@ _TO_LOAD = (
     "which keeps the base's weights (retain eval does)"
 )
 
+_TO_SEE = "fit the curvature, or measure once, before training: the adapter's start is kept then"
+
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
@@ -205,7 +207,8 @@ def left_on(model: nn.Module, kept: Collection[int] | None = None) -> Left | Non
             return grown
         taken = taken_out(inner)
         if taken is not None:
-            return f"init_lora_weights={taken!r}, which changes the base's weights", _TO_LOAD
+            fix = _TO_LOAD if taken.startswith(("pissa", "olora")) else _TO_SEE
+            return f"init_lora_weights={taken!r}, which changes the base's weights", fix
         brought = {id(p) for p, _ in vars(inner).get("retain_originals") or ()}
         names = [canonical(n) for n, p in inner.named_parameters() if id(p) in brought]
         if names:
