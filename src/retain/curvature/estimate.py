@@ -33,8 +33,11 @@ from retain.data.sources import Row
 from retain.models.adapter import row_scales, unwrap
 from retain.models.fingerprint import fingerprint
 from retain.models.heads import is_causal, pad_id
+from retain.models.host import no_autocast
 from retain.models.idle import bypassed, is_idle
 from retain.models.modes import evaluating
+from retain.models.off import check_on
+from retain.models.taken import start_of
 from retain.types import FactorRank, Fisher, Products, Space, Structure
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 """A structure's estimator: what a new one adds."""
 
 
+@no_autocast()
 def fit_curvature(
     model: nn.Module,
     source: str | Path | Iterable[Row] | Sequence[Example] = "self",
@@ -132,6 +136,9 @@ def fit_curvature(
         rank = None
     causal = is_causal(model)
     sites = fit_sites(model, space)
+    if not is_idle(sites):
+        check_on(model)
+    start_of(model)  # of an adapter that began in the base's weights, for what is measured later
     examples = source_examples(
         model, source, tokenizer, causal, rows, max_length, batch_size, seed, partial, progress
     )

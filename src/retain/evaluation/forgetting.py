@@ -16,6 +16,7 @@ from retain.errors import SourceError
 from retain.models.adapter import adapter_off
 from retain.models.heads import forward_logits, is_causal, pad_id
 from retain.models.modes import evaluating
+from retain.models.off import check_on
 from retain.retention.reference import Forgetting, Reference, Total, log_probabilities
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def measure_forgetting(
 
     Raises:
         SourceError: the text is missing, empty or smaller than one batch.
-        ModelError: the model has no adapter or no head.
+        ModelError: the model has no adapter or no head, or an adapter that cannot be switched off
+            so that the base is what it was; see `retain.models.off`.
     """
     if isinstance(source, str) and source == "self":
         raise SourceError(
@@ -56,6 +58,7 @@ def measure_forgetting(
             allowed="a data set, a file or rows",
             fix="sample rows first: retain.models.sample",
         )
+    check_on(model)
     found = read_rows(source, rows)
     examples = encode(found, tokenizer, max_length=max_length, causal=is_causal(model))[:rows]
     pad = pad_id(model)

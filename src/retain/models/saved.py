@@ -55,17 +55,25 @@ def check_adapter(folder: Path) -> dict[str, Any]:
 def load_adapter(model: Any, folder: Path) -> PeftModel:
     """Puts the adapter of a folder on a base model; it is not trainable.
 
+    Weights of the base that the adapter brings along (embeddings, biases) or changes (PiSSA) are
+    kept as they were, for `retain.models.off.adapter_off`.
+
     Raises:
-        ModelError: it is missing or damaged, or belongs to another model.
+        ModelError: it is missing or damaged, or belongs to another model or vocabulary.
     """
     folder = folder.expanduser()
-    check_adapter(folder)
+    config = check_adapter(folder)
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
+
+    from retain.models.brought import check_vocabulary, keep_changed, weights_of
 
     try:
         with safe_open(folder / _WEIGHTS, framework="pt") as file:
             found = set(file.keys())
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in found}
+        check_vocabulary(model, shapes, folder)
+        before = weights_of(model, found, config.get("init_lora_weights", True))
         peft = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
         missing = set(get_peft_model_state_dict(peft, save_embedding_layers=False)) - found
     except (OSError, SafetensorError) as error:
@@ -78,6 +86,7 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
             "the adapter does not fit the model",
             f"{folder} without {len(missing)} weights, such as {min(missing)}",
         )
+    keep_changed(peft, before)
     return peft
 
 

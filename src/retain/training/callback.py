@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,10 @@ from retain.models.adapter import unwrap
 from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
 from retain.retention.laplace import Retention, check_strength
-from retain.training.handling import check_gradients, check_trainer, go_first, record
-from retain.training.start import AUTO, FILTER, Held, Start, release_left, why_no_filter
+from retain.training.handling import check_gradients, check_trainer, check_trains, go_first, record
+from retain.training.held import Held, release_left
+from retain.training.running import Running
+from retain.training.start import AUTO, FILTER, Start, why_no_filter
 from retain.types import UPDATES, Update
 
 if TYPE_CHECKING:
@@ -44,7 +47,8 @@ class RetentionCallback(TrainerCallback):
     ``retention.json`` of each checkpoint. A budget is settled by measuring before the last
     checkpoint and when training ends; earlier checkpoints may be above it.
 
-    A training that breaks off leaves its filter on A until the next one with a callback begins.
+    A training that breaks off (Ctrl-C, an exception) leaves nothing on the model: what holds A acts
+    while the training runs alone, and a plain trainer afterwards is plain.
 
     Args:
         curvature: fitted on the trainer's model.
@@ -120,6 +124,19 @@ class RetentionCallback(TrainerCallback):
         resuming = state.global_step > 0
         release_left(model, resuming=resuming)
         self._held = self._nats = self.why_no_filter = None
+        try:
+            self._begin(args, state, model, kwargs)
+        except BaseException:  # nothing is left half held
+            release_left(model, resuming=resuming)
+            raise
+        go_first(self)
+
+    def _begin(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, kwargs: dict[str, Any]
+    ) -> None:
+        """Holds the model from now on."""
+        resuming = state.global_step > 0
+        check_trains(model)
         needed = self.start is not None or self.budget is not None
         kept = _kept(args, state, needed) if resuming else {}
         start = self._chosen(model, kwargs["train_dataloader"], kept if resuming else None)
@@ -133,6 +150,7 @@ class RetentionCallback(TrainerCallback):
                 resuming=resuming,
                 first=kept.get("first", 0),
             )
+            self._held.guard(Running())
         self.retention = Retention(
             model,
             self.curvature,
@@ -152,11 +170,12 @@ class RetentionCallback(TrainerCallback):
                     fix="leave update out",
                 )
             self.retention.only(self._held.rows)
-            if not resuming and self.retention.make_room():
+            with self._still():
+                moved = not resuming and self.retention.make_room()
+            if moved:
                 self._held.renew()
         if self.retention.budget is not None and "strength" in kept:  # it had one before
             self.retention.budget.restore(kept)
-        go_first(self)
 
     def _chosen(self, model: nn.Module, loader: Any, kept: dict[str, Any] | None) -> Start | None:
         """The start; of a run that goes on, what it was when it began."""
@@ -169,6 +188,10 @@ class RetentionCallback(TrainerCallback):
             why_no_filter(model, self.curvature, self.past, loader) if held else "the strength is 0"
         )
         return Start(FILTER) if self.why_no_filter is None else None
+
+    def _still(self) -> AbstractContextManager[None]:
+        """While the retention moves weights: what the start holds stays."""
+        return nullcontext() if self._held is None else self._held.still()
 
     @property
     def strength(self) -> float:
@@ -209,9 +232,16 @@ class RetentionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.retention is not None
-        self.retention.finish()
+        with self._still():
+            self.retention.finish()
         if self._held is not None:
             self._held.release()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._held is not None:
+            self._held.begin_step()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -220,7 +250,10 @@ class RetentionCallback(TrainerCallback):
         if not args.fp16:  # a gradient scaler skips such steps by itself
             check_gradients(self.retention.parameters(), state.global_step + 1)
         if self.update == "gradient":
-            self._nats = self.retention.add_force()
+            with self._still():
+                self._nats = self.retention.add_force()
+        if self._held is not None:
+            self._held.end_step()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -229,10 +262,11 @@ class RetentionCallback(TrainerCallback):
         skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
         if self._held is not None:
             self._held.after_step()
-        if self.update == "proximal" and not skipped:
-            self._nats = self.retention.apply_proximal(kwargs["optimizer"])
-        if state.global_step + 1 >= state.max_steps:  # before the last evaluation and checkpoint
-            self.retention.finish()
+        with self._still():
+            if self.update == "proximal" and not skipped:
+                self._nats = self.retention.apply_proximal(kwargs["optimizer"])
+            if state.global_step + 1 >= state.max_steps:  # before the last evaluation
+                self.retention.finish()
 
     def on_log(
         self,
