@@ -161,7 +161,7 @@ def parse_yaml(text: str) -> Any:
         raise Unreadable(f"larger than {YAML_BYTES} bytes")
     _check_unicode(text)
     try:
-        return yaml.load(text, _Loader)  # noqa: S506: a SafeLoader
+        return yaml.load(text, _Loader)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise Unreadable(f"line {line}: the character #x{error.character:02x}") from None
@@ -225,8 +225,9 @@ def _check_unicode(text: str) -> None:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema within bounds; every failure is a `yaml.MarkedYAMLError`."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
-    yaml_constructors: dict[Any, Any] = {}
+    # Of the class, as PyYAML has them.
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+    yaml_constructors: dict[Any, Any] = {}  # noqa: RUF012
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -263,7 +264,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+            return super().construct_object(node, deep)
         except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
             self._refuse(" ".join(str(error).split())[:120], node.start_mark)
 

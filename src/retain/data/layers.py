@@ -28,7 +28,7 @@ def read_layers(path: Path, library: Path) -> dict[str, Any]:
         library: where an included file is looked for when it is not beside the file that names it.
 
     Raises:
-        ConfigError: a file is missing or damaged, is no mapping, includes itself, or lies elsewhere.
+        ConfigError: a file is missing, damaged or no mapping, includes itself, or lies elsewhere.
     """
     try:
         top = path.resolve()

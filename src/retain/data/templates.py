@@ -29,8 +29,9 @@ from jinja2 import (
     nodes,
     pass_context,
 )
+from jinja2.exceptions import SecurityError
 from jinja2.runtime import LoopContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError, safe_range
+from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
@@ -198,43 +199,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         return meter.made(super().call(__context, __obj, *args, **kwargs))
 
 
-_PLAIN = frozenset(
-    [
-        "capitalize",
-        "casefold",
-        "count",
-        "endswith",
-        "find",
-        "index",
-        "isalnum",
-        "isalpha",
-        "isascii",
-        "isdecimal",
-        "isdigit",
-        "islower",
-        "isnumeric",
-        "isspace",
-        "istitle",
-        "isupper",
-        "lower",
-        "lstrip",
-        "partition",
-        "removeprefix",
-        "removesuffix",
-        "rfind",
-        "rindex",
-        "rpartition",
-        "rsplit",
-        "rstrip",
-        "split",
-        "splitlines",
-        "startswith",
-        "strip",
-        "swapcase",
-        "title",
-        "upper",
-    ]
-)
+_PLAIN = frozenset([
+    "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha",
+    "isascii", "isdecimal", "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper",
+    "lower", "lstrip", "partition", "removeprefix", "removesuffix", "rfind", "rindex",
+    "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase",
+    "title", "upper",
+])  # fmt: skip
 _METHODS: dict[type, frozenset[str]] = {
     str: _PLAIN | {"center", "expandtabs", "join", "ljust", "replace", "rjust", "zfill"},
     list: frozenset({"count", "index"}),
@@ -269,7 +240,7 @@ def _check_call(meter: _Meter, called: Any, args: tuple[Any, ...], kwargs: Any) 
         _check_widths(*args)
     elif kind is str and name not in _PLAIN:
         _check_numbers(args, kwargs)
-        meter.check(owner.count("\t") * WIDTH if name == "expandtabs" else WIDTH)
+        meter.check(str(owner).count("\t") * WIDTH if name == "expandtabs" else WIDTH)
 
 
 def _check_numbers(args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
@@ -298,53 +269,17 @@ def _sub(text: object, pattern: object, by: object) -> str:
     return replace_all(str(pattern), str(by), str(text), _METER.get().left)
 
 
-_PLAIN_FILTERS = frozenset(
-    [
-        "abs",
-        "attr",
-        "capitalize",
-        "count",
-        "d",
-        "default",
-        "dictsort",
-        "e",
-        "escape",
-        "first",
-        "float",
-        "forceescape",
-        "groupby",
-        "int",
-        "items",
-        "last",
-        "length",
-        "list",
-        "lower",
-        "map",
-        "max",
-        "min",
-        "reject",
-        "rejectattr",
-        "reverse",
-        "round",
-        "safe",
-        "select",
-        "selectattr",
-        "sort",
-        "string",
-        "striptags",
-        "title",
-        "trim",
-        "unique",
-        "upper",
-        "urlencode",
-        "wordcount",
-    ]
-)
-_WIDE_FILTERS = frozenset(
-    ["batch", "center", "indent", "round", "slice", "tojson", "truncate", "wordwrap"]
-)
+_PLAIN_FILTERS = frozenset([
+    "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first",
+    "float", "forceescape", "groupby", "int", "items", "last", "length", "list", "lower", "map",
+    "max", "min", "reject", "rejectattr", "reverse", "round", "safe", "select", "selectattr",
+    "sort", "string", "striptags", "title", "trim", "unique", "upper", "urlencode", "wordcount",
+])  # fmt: skip
+_WIDE_FILTERS = frozenset([
+    "batch", "center", "indent", "round", "slice", "tojson", "truncate", "wordwrap",
+])  # fmt: skip
 _GROWING_FILTERS = frozenset(["format", "join", "replace", "sum"])
-"""Filters: those of `_PLAIN_FILTERS` return no more than they were given, the others are checked."""
+"""Filters: those of `_PLAIN_FILTERS` return no more than they were given, others are checked."""
 
 
 def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
