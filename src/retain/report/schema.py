@@ -250,7 +250,7 @@ def read_result(path: Path) -> Result:
     """
     again = "run the command that makes the result again"
     try:
-        data = read_json(path)
+        data = read_json(path, nan=True)
     except OSError as error:
         raise SourceError(
             "the result cannot be read",
