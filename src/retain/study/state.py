@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from retain.documents import read_json
 from retain.files import whole_file, write_json
 
 __all__ = ["Kept", "SequenceState"]
@@ -55,7 +55,7 @@ class SequenceState:
         from retain.data.tensors import read_tensors
 
         try:
-            note = read_json(self.folder / "state.json")
+            note = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
             if note["stamp"] != self.stamp:
                 return None
             tensors = [
