@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from retain.cli.common import Screen
+from retain.documents import read_json
 from retain.errors import MismatchError, ModelError
 
 __all__ = ["check_finite", "measure", "own_text", "result_of", "train_record"]
@@ -21,9 +21,7 @@ def train_record(adapter: Path, model: Any) -> dict[str, Any]:
     from retain.models.fingerprint import fingerprint
 
     try:
-        record = json.loads(
-            (adapter.expanduser().resolve().parent / "train.json").read_text("utf-8")
-        )
+        record = read_json(adapter.expanduser().resolve().parent / "train.json")
         known = record["model"]["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retain.cli.common import AsJson, Quiet, Screen, name_list
-from retain.errors import ConfigError
+from retain.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from retain.config import RunConfig
@@ -138,7 +138,7 @@ def train(
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
     """``--set key=value`` as a dictionary, the values read as YAML."""
-    import yaml
+    from retain.documents import parse_yaml
 
     found: dict[str, Any] = {}
     for pair in pairs:
@@ -146,11 +146,11 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
         try:
             if not key.strip() or not equals:
                 raise ValueError("no key=value")
-            found[key.strip()] = yaml.safe_load(value)
-        except (ValueError, yaml.YAMLError) as error:
+            found[key.strip()] = parse_yaml(value)
+        except ValueError as error:
             raise ConfigError(
                 "a --set is not accepted",
-                got=repr(pair),
+                got=f"{shown(pair)}: {error}",
                 allowed="key=value",
                 fix="--set training.warmup=10",
             ) from error

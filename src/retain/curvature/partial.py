@@ -23,6 +23,7 @@ from retain.curvature.artifact import digest_of
 from retain.curvature.gather import Gather
 from retain.data.batches import Example
 from retain.data.tensors import read_tensors
+from retain.documents import read_json
 from retain.files import clear_scratch, whole_file, write_json
 
 __all__ = ["Partial", "fit_key", "forget", "kept_rows"]
@@ -93,7 +94,7 @@ def kept_rows(
         return make()
     path = Path(f"{partial}.text").expanduser()
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path)
         if known["of"] == list(what):
             return list(known["rows"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from retain.data.batches import Example
 from retain.data.fitting import fit_prompt
-from retain.data.items import Item, missing, template
+from retain.data.items import Item, missing
 from retain.data.sources import Row, read_rows
 from retain.data.specs import TaskSpec
+from retain.data.templates import template
 from retain.data.tokens import tokenize
 from retain.errors import ConfigError, SourceError, unknown
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from retain.documents import read_json
 from retain.study.grid import Grid, Run
 from retain.study.runner import Work, read_record
 
@@ -59,9 +59,7 @@ def is_running(run: Run, work: Work) -> bool:
 
 def _tasks_done(run: Run, work: Work) -> int:
     try:
-        note: Mapping[str, Any] = json.loads(
-            (work.state(run.key) / "state.json").read_text(encoding="utf-8")
-        )
+        note: Mapping[str, Any] = read_json(work.state(run.key) / "state.json")
         return int(note["done"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from retain.config import validate
+from retain.documents import read_json
 from retain.errors import ConfigError, ModelError
 from retain.models.adapters.base import Options, new_heads
 from retain.models.fingerprint import fingerprint
@@ -67,7 +68,7 @@ def read_config(folder: Path, kind: str) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise refused("the folder holds no adapter", f"{folder} without {name}", kind)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
         found = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"{folder / CONFIG} ({type(error).__name__}: {error})"
