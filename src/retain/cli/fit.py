@@ -137,8 +137,9 @@ def fit(
     from retain.data.sources import read_rows
     from retain.models.load import load_model
 
-    if source != "self":
-        read_rows(source, rows)  # a mistake in the source shows before the model loads
+    text: Any = source
+    if source != "self":  # a mistake in the source shows before the model loads
+        text = read_rows(source, rows, seed=seed, max_length=max_length)
     try:
         screen.say(f"loading {model}")
         base, tokenizer, _ = load_model(
@@ -147,7 +148,7 @@ def fit(
         start = time.perf_counter()
         curvature = fit_curvature(
             _with_adapter(base, adapter, fresh),
-            source,
+            text,
             cast(Structure, structure),
             tokenizer=tokenizer,
             space=cast(Space, space),

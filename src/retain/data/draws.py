@@ -16,7 +16,10 @@ import numpy as np
 
 from retain.errors import ConfigError
 
-__all__ = ["check_limit", "draw", "draw_from", "sample"]
+__all__ = ["HELD_OUT", "check_limit", "draw", "draw_from", "sample"]
+
+HELD_OUT = 1_000_000
+"""Added to a seed for text that is to be another than what a curvature is measured on."""
 
 T = TypeVar("T")
 

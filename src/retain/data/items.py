@@ -15,6 +15,8 @@ from typing import Any
 from jinja2 import StrictUndefined, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from retain.data.nulls import is_none, present
+
 __all__ = ["Item", "expression", "missing", "template"]
 
 
@@ -30,7 +32,7 @@ class Item:
             (regression).
         texts: the one or two texts that an encoder reads.
         group: rows of one group are scored together (MultiRC's questions, ReCoRD's); else "".
-        row: the number of the row in its split.
+        row: the place of the row in its split, from 0; people are told it from 1.
         references: all texts that count as right, where there are several (ReCoRD); without a
             leading space.
     """
@@ -57,6 +59,7 @@ def _sub(text: object, pattern: str, by: str) -> str:
 
 _JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 _JINJA.filters["sub"] = _sub
+_JINJA.tests["none"] = is_none
 
 
 @cache
@@ -64,10 +67,11 @@ def template(text: str) -> Callable[[Mapping[str, Any]], str]:
     """A template as a function from a row to a text.
 
     Raises:
-        jinja2.TemplateError: it does not compile; from the function, a field is missing.
+        jinja2.TemplateError: it does not compile; from the function, a field is missing
+            or null.
     """
     compiled = _JINJA.from_string(text)
-    return lambda fields: compiled.render(fields)
+    return lambda fields: compiled.render(present(fields))
 
 
 @cache
@@ -80,7 +84,7 @@ def expression(text: str) -> Callable[[Mapping[str, Any]], Any]:
     compiled = _JINJA.compile_expression(text, undefined_to_none=False)
 
     def value(fields: Mapping[str, Any]) -> Any:
-        found = compiled(fields)
+        found = compiled(present(fields))
         if isinstance(found, Undefined):
             str(found)  # raises, and says which field is missing
         return found

@@ -42,9 +42,9 @@ def read_rows(
       a list or a `torch.utils.data.Dataset`; a table of pandas, Polars or Arrow; or a stream of
       rows, such as a generator. A row is a dictionary or a string.
 
-    With a `limit` the rows are drawn from all rows, every row alike, and come in the source's order:
-    the same for the same seed whatever the format, and a smaller limit gives a part of a larger
-    one's. Memory grows with the limit, not with the file (but for one huge JSON object). Rows that
+    With a `limit` the rows are drawn from all rows, every row alike, and come in the source's
+    order: the same for the same seed whatever the format, and a smaller limit gives a part of a
+    larger one's. Memory grows with the limit, not with the file (but for one huge JSON object). Rows that
     are not drawn are not checked, but for CSV. Of a stream the draw is from its first 10,000 rows
     (eight times the limit if that is more), and a warning says so if there are more.
 

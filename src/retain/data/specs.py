@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from retain.config import validate
 from retain.data.items import Item, expression, missing, template
 from retain.data.layers import read_layers
+from retain.data.placed import place_of
 from retain.errors import ConfigError, SourceError, unknown
 
 __all__ = ["Hub", "Splits", "TaskSpec", "list_tasks", "load_orders", "load_task", "template_text"]
@@ -200,7 +201,7 @@ class TaskSpec(_Strict):
 
         Args:
             row: fields by name.
-            number: of the row in its split.
+            number: the row's place in its split, from 0.
 
         Raises:
             SourceError: the row lacks a field, or its answer is none of its options.
@@ -229,7 +230,7 @@ class TaskSpec(_Strict):
         except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
             why = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise SourceError(
-                f"row {number} does not fit task {self.name}",
+                f"{place_of(row, number + 1)} does not fit task {self.name}",
                 got=f"{why[:160]}; fields: {', '.join(map(str, row))}",
                 allowed="the fields that the task's templates name",
                 fix="rename the fields of the data, or change the templates of the task",

@@ -99,8 +99,9 @@ def reading(path: Path) -> Iterator[None]:
         raise _encoding(path) from error
     except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
         raise SourceError(
-            f"{path} is not whole, or is no {path.suffix.lower()} data",
-            got=f"{type(error).__name__}: {str(error)[:120]}",
+            f"{path} cannot be read",
+            got=f"a file that is cut short, or is no {path.suffix.lower()} data "
+            f"({type(error).__name__}: {str(error)[:80]})",
             allowed="a sound compressed file",
             fix="download or compress it again; a file that is not compressed needs a name "
             f"without {path.suffix}",
