@@ -31,7 +31,7 @@ def check_limit(limit: int | None) -> None:
     if limit is None or (isinstance(limit, int) and not isinstance(limit, bool) and limit > 0):
         return
     raise ConfigError(
-        "the number of rows is none", got=repr(limit), allowed="1 or more, or None for all",
+        "a limit that is no number of rows", got=repr(limit), allowed="1 or more, or None for all",
         fix="limit=128",
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 from retain.data.draws import draw, draw_from
@@ -32,6 +32,8 @@ def given_rows(source: Any, limit: int | None, seed: int) -> list[PlacedRow]:
     if _is(source, "datasets", "Dataset"):
         if source.format["type"] in _PLAIN:
             source = source.with_format(None, columns=source.format["columns"])
+    elif _is(source, "datasets", "IterableDataset"):
+        source = source.with_format(None)
     elif any(hasattr(source, f"__arrow_c_{kind}__") for kind in ("stream", "array")):
         return _table(source, limit, seed)
     if _by_number(source):
@@ -53,7 +55,8 @@ _ALLOWED = "a data set, a list of dictionaries or strings, a table, a path"
 
 def _numbered(source: Any, limit: int | None, seed: int) -> list[PlacedRow]:
     places = draw(len(source), limit, seed)
-    if isinstance(source, list | tuple) and len(places) == len(source):
+    whole = isinstance(source, list | tuple) or _is(source, "datasets", "Dataset")
+    if whole and len(places) == len(source):  # a data set reads many rows at once this way
         return [as_row(row, number) for number, row in enumerate(source, start=1)]
     return [as_row(source[place], place + 1) for place in places]
 
@@ -64,7 +67,11 @@ def _table(source: Any, limit: int | None, seed: int) -> list[PlacedRow]:
 
     try:
         if _is(source, "pandas", "DataFrame"):
-            check_names([str(name) for name in source.columns], "the data frame")
+            check_names(
+                [str(name) for name in source.columns],
+                "the data frame",
+                "frame.columns = [...]",
+            )
             places = draw(len(source), limit, seed)
             some = source if len(places) == len(source) else source.iloc[list(places)]
             table = pyarrow.Table.from_pandas(some, preserve_index=False)
@@ -120,17 +127,15 @@ class _First:
 
 def _by_number(source: Any) -> bool:
     """Whether rows can be asked for by number."""
-    if _is(source, "torch.utils.data", "IterableDataset") or _is(
-        source, "datasets", "IterableDataset"
-    ):
+    if _is(source, "torch.utils.data", "IterableDataset"):
         return False
     return hasattr(source, "__len__") and hasattr(source, "__getitem__")
 
 
-def _is(source: object, package: str, name: str) -> bool:
-    """Whether an object is of a class, without importing its package."""
+def _is(source: object, package: str, *names: str) -> bool:
+    """Whether an object is of one of some classes, without importing their package."""
     return any(
-        c.__name__ == name and f"{c.__module__}.".startswith(f"{package}.")
+        c.__name__ in names and f"{c.__module__}.".startswith(f"{package}.")
         for c in type(source).__mro__
     )
 
@@ -151,42 +156,33 @@ def _refuse(source: Any) -> None:
 
 
 def _mapping(source: Mapping[Any, Any]) -> SourceError:
-    names = ", ".join(str(key) for key in source)
+    """What is said of a mapping: splits, columns, or one row."""
+    kind, names = type(source).__name__, ", ".join(map(str, source)) or "nothing"
     values = list(source.values())
-    parts = [
-        v for v in values if _is(v, "datasets", "Dataset") or _is(v, "datasets", "IterableDataset")
-    ]
-    rows = [v for v in values if isinstance(v, list | tuple) and v and isinstance(v[0], Mapping)]
-    if (
-        "Dict" in type(source).__name__
-        or parts
-        or (len(rows) == len(values) and "messages" not in source and values)
-    ):
-        first = next((n for n in source if n == "train"), next(iter(source), "train"))
+    splits = [v for v in values if _is(v, "datasets", "Dataset", "IterableDataset")]
+    lists = [v for v in values if isinstance(v, list | tuple) and v and isinstance(v[0], Mapping)]
+    known = [n for n in source if n in {"train", "test", "validation"}]
+    if kind in {"DatasetDict", "IterableDatasetDict"} or splits or (known and lists):
+        first = "train" if "train" in source else next(iter(source), "train")
         return SourceError(
             "the source is several splits",
-            got=f"{type(source).__name__} of {names or 'nothing'}",
+            got=f"{kind} of {names}",
             allowed="one split",
             fix=f"pick a split: source[{first!r}]",
         )
-    lengths = {len(v) for v in values if hasattr(v, "__len__") and not isinstance(v, str | Mapping)}
-    if (
-        values
-        and len(lengths) == 1
-        and all(hasattr(v, "__len__") and not isinstance(v, str | Mapping) for v in values)
-    ):
-        return SourceError(
-            "the source is a dictionary of columns",
-            got=f"{type(source).__name__} of {names}",
-            allowed="rows; [row] if it is one row",
-            fix="datasets.Dataset.from_dict(dict(source))",
-        )
+    sizes = {len(v) if _is_column(v) else None for v in values}
+    columns = bool(values) and len(sizes) == 1 and None not in sizes
+    one = "[source] if it is one row"
     return SourceError(
-        "the source is one row",
-        got=f"{type(source).__name__} of {names or 'nothing'}",
-        allowed="a list of rows",
-        fix="[source]",
+        f"the source is {'columns, not rows' if columns else 'one row, not a list of rows'}",
+        got=f"{kind} of {names}",
+        allowed="rows, one after the other",
+        fix=f"datasets.Dataset.from_dict(dict(source)); {one}" if columns else one,
     )
+
+
+def _is_column(value: Any) -> bool:
+    return hasattr(value, "__len__") and not isinstance(value, str | bytes | Mapping)
 
 
 def _named(source: Any) -> str:
@@ -203,6 +199,8 @@ _NOT_ROWS: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (lambda s: _is(s, "torch", "Tensor") or _is(s, "numpy", "ndarray"),
      "texts: source.tolist(); tokens: [{'input_ids': ids} for ids in source.tolist()]"),
     (lambda s: _is(s, "polars", "LazyFrame"), "source.collect()"),
-    (lambda s: isinstance(s, Iterable) and isinstance(s, type), "make one: source(...)"),
+    (lambda s: _is(s, "pyarrow", "Array", "ChunkedArray"), "texts: source.to_pylist()"),
+    (lambda s: _is(s, "polars", "Series"), "texts: source.to_list()"),
+    (lambda s: isinstance(s, type), "make one: source(...)"),
     (lambda s: type(s).__name__ == "Example", "[source]"),
 )  # fmt: skip

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from retain.data.filetypes.found import kind_of
 from retain.errors import SourceError
 
 __all__ = ["hub_name", "load_hub"]
@@ -20,7 +21,7 @@ def hub_name(source: str | Path) -> tuple[str, str | None, str | None] | None:
     A name whose first part is a folder here is a path, and so is every `Path`.
     """
     found = _NAME.fullmatch(source) if isinstance(source, str) else None
-    if found is None or Path(str(source).partition("/")[0]).exists():
+    if found is None or kind_of(Path(source)) or Path(str(source).partition("/")[0]).exists():
         return None
     return found[1], found[2], found[3]
 

@@ -50,8 +50,8 @@ def load_items(
         spec: the task.
         split: "train" or "eval".
         data_dir: folder that holds ``<spec.local>/<file>.jsonl.gz`` (or ``.jsonl``); without it
-            the data set is read from the hub. What lies outside of it, by ``..``, as an absolute path
-            or through a link, is refused.
+            the data set is read from the hub. A path that leads out of it, by ``..``, as an
+            absolute one or through a link, is refused.
         limit: at most so many rows; None for all.
         seed: of the subset.
         tokenizer: with one, prompts too long are cut here (see `retain.data.fitting`), so that

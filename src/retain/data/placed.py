@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from retain.errors import SourceError
 
-__all__ = ["Passage", "PlacedRow", "as_row", "place_of"]
+__all__ = ["Passage", "PlacedRow", "as_row", "half_character", "place_of"]
 
 _LABELS = frozenset({"label", "labels"})
 
@@ -67,7 +67,7 @@ def as_row(value: object, number: int, unit: str = "row", path: Path | None = No
         SourceError: the value is neither, or its keys are not all strings.
     """
     if isinstance(value, str):
-        return PlacedRow({"text": value}, number, unit, path)
+        value = {"text": value}
     where = f"{unit} {number}" + ("" if path is None else f" of {path}")
     if not isinstance(value, Mapping):
         raise SourceError(
@@ -84,11 +84,41 @@ def as_row(value: object, number: int, unit: str = "row", path: Path | None = No
             allowed="names of columns as keys",
             fix="give {'text': ...} for each row",
         )
+    half = half_character(value)
+    if half is not None:
+        raise SourceError(
+            f"{where} holds half a character",
+            got=ascii(half)[:60],
+            allowed="whole characters: an emoji is two such halves in JSON",
+            fix="text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace'), or take the "
+            "row out",
+        )
     row = PlacedRow(value, number, unit, path)
     for key, found in value.items():
         if isinstance(found, float) and math.isnan(found) and key not in _LABELS:
             row[key] = None
     return row
+
+
+def half_character(value: object) -> str | None:
+    r"""The text in a value that holds half a character, such as ``\ud83d`` alone; else None.
+
+    JSON can write it, and no tokenizer can read it.
+    """
+    if isinstance(value, str):
+        if value.isascii():
+            return None
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            return value
+        return None
+    inner: Iterable[object] = ()
+    if isinstance(value, Mapping):
+        inner = [*value.keys(), *value.values()]
+    elif isinstance(value, list | tuple) and not isinstance(next(iter(value), 0), int | float):
+        inner = value  # and no list of tokens
+    return next((found for found in map(half_character, inner) if found is not None), None)
 
 
 def _article(value: object) -> str:
@@ -105,6 +135,6 @@ def _mend(value: object) -> str:
         return "rows = [{'input_ids': ids} for ids in rows]"
     if isinstance(value, tuple | list) and value and all(isinstance(v, Mapping) for v in value):
         return "rows = [{'messages': chat} for chat in rows]"
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return "leave the row out"
     return "give {'text': ...} for each row"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +24,7 @@ Row = Mapping[str, Any]
 
 
 def read_rows(
-    source: str | Path | Iterable[Row | str],
+    source: str | os.PathLike[str] | Iterable[Row | str],
     limit: int | None = None,
     *,
     seed: int = 0,
@@ -44,9 +45,10 @@ def read_rows(
 
     With a `limit` the rows are drawn from all rows, every row alike, and come in the source's
     order: the same for the same seed whatever the format, and a smaller limit gives a part of a
-    larger one's. Memory grows with the limit, not with the file (but for one huge JSON object). Rows that
-    are not drawn are not checked, but for CSV. Of a stream the draw is from its first 10,000 rows
-    (eight times the limit if that is more), and a warning says so if there are more.
+    larger one's. Memory grows with the limit, not with the file (but for one huge JSON
+    object). Rows that are not drawn are not checked, but for CSV. Of a stream the draw is from its
+    first 10,000 rows (eight times the limit if that is more), and a warning says so if there are
+    more.
 
     A plain text file is one long row, ``{"text": ..., "pack": True}``; with a `limit` it is so many
     passages from places that are drawn, unless the whole file is hardly longer.
@@ -62,6 +64,8 @@ def read_rows(
         ConfigError: a limit below 1.
     """
     check_limit(limit)
+    if isinstance(source, os.PathLike) and not isinstance(source, Path):
+        source = Path(source)
     if isinstance(source, str | Path):
         rows = _read_path(source, limit, seed, max_length)
     else:
@@ -110,13 +114,11 @@ def read_files(
         return _texts(files, limit, seed, max_length)
     if kind in {".parquet", ".arrow"}:
         return _tables(files, limit, seed)
-    if limit is None:
-        found = itertools.chain.from_iterable(map(_all, files))
-        return [reader.row(record) for reader, record in found]
-    stream = itertools.chain.from_iterable(map(_all, files))
-    drawn = draw_from(stream, limit, seed)
+    found: Iterable[tuple[Any, Any]] = itertools.chain.from_iterable(map(_all, files))
+    if limit is not None:
+        found = [pair for _, pair in draw_from(found, limit, seed)]
     rows = []
-    for _, (reader, record) in drawn:
+    for reader, record in found:
         with reading(reader.path):
             rows.append(reader.row(record))
     return rows
@@ -153,7 +155,7 @@ def _texts(
     texts = []
     for path in files:
         with reading(path):
-            texts.append(Text(path))
+            texts.append(cast(Text, open_file(path)))
     if limit is not None:
         length = block_length(sum(text.size for text in texts), limit, max_length)
         for text in texts:
@@ -196,7 +198,7 @@ def _several(folder: Path) -> SourceError:
     splits = sorted(p.name for p in folder.iterdir() if p.is_dir())
     first = "train" if "train" in splits else next(iter(splits), "SPLIT")
     return SourceError(
-        "the folder holds several splits",
+        "the folder holds splits, not rows",
         got=f"{', '.join(splits)} in {folder}",
         allowed="one split",
         fix=f"pick a split: {folder / first}",
@@ -211,6 +213,13 @@ def _no_such(source: str | Path, reason: str | None = None) -> SourceError:
             got="self",
             allowed=f"a file: {KINDS}",
             fix="leave the source out where the model's own text is the default; see --help",
+        )
+    if "://" in text:
+        return SourceError(
+            "a source on the network is not read",
+            got=text[:80],
+            allowed="a file, a folder, or a data set of the hub as owner/name",
+            fix=f"download it first: curl -LO {text}",
         )
     prose = len(text) > 255 or "\n" in text or text.count(" ") > 3
     return SourceError(

@@ -233,7 +233,9 @@ class TaskSpec(_Strict):
                 f"{place_of(row, number + 1)} does not fit task {self.name}",
                 got=f"{why[:160]}; fields: {', '.join(map(str, row))}",
                 allowed="the fields that the task's templates name",
-                fix="rename the fields of the data, or change the templates of the task",
+                fix="fill the field or take the row out; {{ field or '' }} writes nothing for null"
+                if why.endswith("is null")
+                else "rename the fields of the data, or change the templates of the task",
             ) from error
 
     def _choices(self, row: Mapping[str, Any]) -> list[str]:

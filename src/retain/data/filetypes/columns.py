@@ -107,7 +107,9 @@ def _within(
     return [as_row(r, n, "row", path) for r, n in zip(some, numbers, strict=True)], stop
 
 
-def check_names(names: Sequence[str], what: str) -> None:
+def check_names(
+    names: Sequence[str], what: str, fix: str = "table.rename_columns([...]) in pyarrow"
+) -> None:
     """Raises `SourceError` if two columns have one name."""
     twice = next((name for name in names if list(names).count(name) > 1), None)
     if twice is not None:
@@ -115,5 +117,5 @@ def check_names(names: Sequence[str], what: str) -> None:
             f"{what} has two columns of one name",
             got=twice,
             allowed="each column's name once",
-            fix="rename one of them: table.rename_columns([...]) in pyarrow",
+            fix=f"rename one of them: {fix}",
         )

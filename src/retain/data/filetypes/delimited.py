@@ -63,8 +63,8 @@ class Delimited:
                     yield line, cells
             except csv.Error as error:
                 raise SourceError(
-                    f"line {line} of {self.path} is no CSV",
-                    got=str(error),
+                    f"line {line} of {self.path} cannot be read",
+                    got=f"no CSV ({error})",
                     allowed='cells with a quotation mark inside quoted, and it doubled: "a ""b"""',
                     fix=f"look at the line: sed -n {line}p {self.path}; from pandas "
                     "frame.to_json(path, orient='records', lines=True) needs no quotes",
@@ -120,7 +120,7 @@ class Delimited:
     def _ragged(self, line: int, cells: list[str], mark: str) -> SourceError:
         more = len(cells) > len(self.header)
         return SourceError(
-            f"line {line} of {self.path} has {len(cells)} cells",
+            f"line {line} of {self.path} has {len(cells)} cell{'s' * (len(cells) != 1)}",
             got=f"{mark.join(cells)[:80]!r}",
             allowed=f"{len(self.header)}, as in its header: {', '.join(self.header)[:80]}",
             fix=f"put texts that hold {_NAMES.get(mark, mark)} in quotation marks"

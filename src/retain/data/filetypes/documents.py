@@ -70,6 +70,13 @@ class Documents:
 
     def _covered(self, line: int, value: Any) -> Iterator[Record]:
         """The rows of a file that is one object."""
+        if isinstance(value, dict) and _is_frame(value):
+            raise SourceError(
+                f"{self.path} holds columns, not rows",
+                got=f"an object of {', '.join(map(str, list(value)[:6]))}",
+                allowed="an array of objects, or JSON Lines",
+                fix="from pandas: frame.to_json(path, orient='records', lines=True)",
+            )
         if not isinstance(value, dict) or any(key in value for key in _ROWS):
             yield 1, line, value
             return
@@ -91,15 +98,15 @@ class Documents:
                 fix="pick one: from Python "
                 f"json.load(open({self.path.name!r}))[{name!r}] is a list that can be given",
             )
-        columns = [key for key, cell in value.items() if isinstance(cell, dict)]
-        if (columns and len(columns) == len(value)) or ("columns" in value and "data" in value):
-            raise SourceError(
-                f"{self.path} holds columns, not rows",
-                got=f"an object with {', '.join(map(str, list(value)[:6]))}",
-                allowed="an array of objects, or JSON Lines",
-                fix="from pandas: frame.to_json(path, orient='records', lines=True)",
-            )
         yield 1, line, value
+
+
+def _is_frame(value: dict[str, Any]) -> bool:
+    """Whether an object is a data frame as pandas writes it without orient='records'."""
+    if {"columns", "data"} <= set(value):
+        return True
+    cells = list(value.values())
+    return bool(cells) and all(isinstance(cell, dict) and "0" in cell for cell in cells)
 
 
 def _numbered(values: Iterator[tuple[int, Any]]) -> Iterator[Record]:
@@ -181,8 +188,8 @@ class _Values:
         line = self._here(place)
         piece = self._text[max(0, place - 20) : place + 40]
         return SourceError(
-            f"line {line} of {self._path} is no JSON",
-            got=f"{reason}: {piece!r}" if piece else reason,
+            f"line {line} of {self._path} cannot be read",
+            got=f"no JSON ({reason})" + (f": {piece!r}" if piece else ""),
             allowed="an array of objects, or one object after the other",
             fix=f"look at the line: sed -n {line}p {self._path}; repair it",
         )

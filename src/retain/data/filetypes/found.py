@@ -11,7 +11,7 @@ from retain.data.filetypes.columns import Arrow, Parquet
 from retain.data.filetypes.delimited import Delimited
 from retain.data.filetypes.documents import Documents
 from retain.data.filetypes.lines import Lines
-from retain.data.filetypes.opened import COMPRESSIONS
+from retain.data.filetypes.opened import COMPRESSIONS, check_head
 from retain.data.filetypes.text import Text
 from retain.errors import SourceError
 
@@ -57,6 +57,7 @@ def open_file(path: Path) -> Reader:
         SourceError: its columns are not sound.
         OSError, ValueError: it cannot be read.
     """
+    check_head(path)
     kind = kind_of(path)
     if kind in {".csv", ".tsv"}:
         return Delimited(path, kind == ".tsv")
@@ -107,7 +108,8 @@ def _alike(files: list[Path], where: Path, named: bool = False) -> list[Path]:
             "the files are of several kinds",
             got=f"{', '.join(kinds)} in {where}",
             allowed="shards of one kind",
-            fix=f"name one file, or a pattern: '{_folder(where)}/*{kinds[0]}'",
+            fix=f"name one file, such as {files[0]}, or a pattern: "
+            f"'{files[0].parent}/*{''.join(files[0].suffixes[-2:])}'",
         )
     splits = {_split(p): p for p in reversed(files)}
     if not named and len(splits) > 1 and _SPLITS & set(splits):
@@ -130,14 +132,8 @@ def _pick(splits: dict[str, Path], files: Sequence[Path]) -> str:
 
 def _split(path: Path) -> str:
     """The name of a file without suffixes and numbers of shards."""
-    stem = path.name[: -sum(map(len, path.suffixes[-2:])) or None]
-    if kind_of(path) and path.suffix.lower() not in COMPRESSIONS:
-        stem = path.stem
-    return _SHARD.sub("", stem).lower()
-
-
-def _folder(where: Path) -> Path:
-    return where if where.is_dir() else where.parent
+    packed = path.suffix.lower() in COMPRESSIONS
+    return _SHARD.sub("", path.with_suffix("").stem if packed else path.stem).lower()
 
 
 def _no_rows(path: Path, inside: Sequence[Path]) -> SourceError:

@@ -71,8 +71,8 @@ class Lines:
         elif "Extra data" in reason:
             fix = "begin a new line for each object"
         return SourceError(
-            f"line {number} of {self.path} is no JSON",
-            got=f"{reason}{column}: {text.strip()[:60]!r}",
+            f"line {number} of {self.path} cannot be read",
+            got=f"no JSON ({reason}{column}): {text.strip()[:60]!r}",
             allowed="one JSON object a line",
             fix=fix,
         )

@@ -14,7 +14,15 @@ from typing import IO, cast
 
 from retain.errors import SourceError
 
-__all__ = ["COMPRESSIONS", "decoded", "open_bytes", "open_text", "reading", "size_of"]
+__all__ = [
+    "COMPRESSIONS",
+    "check_head",
+    "decoded",
+    "open_bytes",
+    "open_text",
+    "reading",
+    "size_of",
+]
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
@@ -93,7 +101,6 @@ def reading(path: Path) -> Iterator[None]:
     import pyarrow
 
     try:
-        _check_head(path)
         yield
     except UnicodeDecodeError as error:
         raise _encoding(path) from error
@@ -123,7 +130,7 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_head(path: Path) -> None:
+def check_head(path: Path) -> None:
     """Refuses what is something else than its name says.
 
     Raises:
