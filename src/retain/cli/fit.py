@@ -31,7 +31,7 @@ __all__ = ["EXAMPLE", "fit"]
 
 EXAMPLE = "Example: retain fit smollm2-135m self -o curvature.safetensors"
 
-Text = "What the model should not forget: a .txt, .md, .jsonl, .json, .csv or .parquet file, or "
+Text = "What the model should not forget: a file of text or rows, a folder of them, or "
 
 
 def fit(
