@@ -111,7 +111,7 @@ def test_what_holds_no_rows_is_refused(kind: str) -> None:
 def test_a_row_that_is_none_is_named(kind: str, lazy: bool) -> None:
     row, fix = BAD_ROWS[kind]
     rows = [*ROWS, row, *ROWS]
-    with pytest.raises(SourceError, match="^row 7 ") as error:
+    with pytest.raises(SourceError, match=r"^row 7 ") as error:
         read_rows(iter(rows) if lazy else rows)
     assert fix in str(error.value.fix)
 

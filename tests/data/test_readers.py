@@ -134,7 +134,7 @@ REFUSED: dict[str, tuple[str, str | bytes, str, str]] = {
     "a NUL": ("a.jsonl", LINES * 400 + '{"text": "a\0"}', "line 8001 of .*NUL", "sed -n 8001p"),
     "a NUL in text": ("a.txt", b"a\n" * 9 + b"b\0\n", "line 10 of .*NUL", "sed -n 10p"),
     "gzip without .gz": ("a.jsonl", gzip.compress(LINES.encode()), "got: gzip data", "mv "),
-    "zstd without .zst": ("a.csv", zstd(LINES.encode()), "got: zstd data", "mv "),
+    "zstd without .zst": ("a.csv", zstd(CSV.encode()), "got: zstd data", "mv "),
     "no gzip in .gz": ("a.csv.gz", CSV, "cannot be read.*no .gz data", "without .gz"),
     "a cut .gz": ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9], "cut short", "download"),
     "a cut .xz": ("a.jsonl.xz", lzma.compress(LINES.encode())[:-9], "cut short", "download"),
@@ -386,7 +386,7 @@ class TestPaths:
         path.chmod(0)
         if os.access(path, os.R_OK):
             pytest.skip("root reads everything")
-        with pytest.raises(SourceError, match="cannot be read.*Permission denied"):
+        with pytest.raises(SourceError, match=r"cannot be read.*Permission denied"):
             read_rows(path)
 
 
@@ -434,7 +434,7 @@ class TestHub:
         with pytest.raises(SourceError, match="several splits; got: b, train") as error:
             read_rows("own/two")
         assert error.value.fix == "own/two:train"
-        with pytest.raises(SourceError, match="several configurations.*'a', 'b'"):
+        with pytest.raises(SourceError, match=r"several configurations.*'a', 'b'"):
             read_rows("own/several")
 
     @pytest.mark.parametrize(
