@@ -22,14 +22,18 @@ def inside(folder: Path, below: str | Path, what: str) -> Path:
     """
     path = folder / below
     try:
-        home, real = folder.resolve(), path.resolve()
         if "\x00" in str(below):
             raise ValueError("a NUL byte")
+        home, real = folder.resolve(), path.resolve()
+        path.is_file()  # raises if no file can have such a name
     except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise SourceError(
-            f"{what} is no path", got=f"{str(below)!r}: {error}", allowed=f"a path below {folder}",
+            f"{what} is no path",
+            got=f"{str(below)[:80]!r}: {reason}",
+            allowed=f"a path below {folder}",
             fix="correct it",
-        ) from error  # fmt: skip
+        ) from error
     if real.is_relative_to(home) and not Path(below).is_absolute():
         return path
     raise SourceError(

@@ -120,7 +120,7 @@ def _subset(
 def _local(spec: TaskSpec, split: Split, data_dir: Path) -> list[Row]:
     home, name = data_dir.expanduser(), getattr(spec.files, split)
     what = f"local: or files: of task {spec.name}"
-    paths = [inside(home, f"{spec.local}/{name}{s}", what) for s in _SUFFIXES if spec.local]
+    paths = [inside(home, Path(spec.local, f"{name}{s}"), what) for s in _SUFFIXES if spec.local]
     path = next((p for p in paths if p.is_file()), None)
     if path is None:
         raise SourceError(

@@ -12,7 +12,9 @@ from retain.errors import SourceError
 __all__ = ["Arrow", "Parquet", "check_names"]
 
 _BATCH = 1024
-_BUFFER = 1 << 20
+_BYTES = 2 << 20
+"""Rows, and bytes, of a Parquet batch at most; the bytes as they are on average."""
+_BUFFER = 1 << 16
 
 
 class Parquet:
@@ -41,10 +43,14 @@ class Parquet:
         rows: list[PlacedRow] = []
         done, start = 0, 0
         for group in range(self._file.num_row_groups):
-            stop = start + self._file.metadata.row_group(group).num_rows
+            about = self._file.metadata.row_group(group)
+            stop = start + about.num_rows
             if done < len(places) and places[done] < stop:
-                at = start
-                for batch in self._file.iter_batches(_BATCH, row_groups=[group], use_threads=False):
+                at, size = start, 1 + about.total_byte_size // about.num_rows
+                batches = self._file.iter_batches(
+                    max(1, min(_BATCH, _BYTES // size)), row_groups=[group], use_threads=False
+                )
+                for batch in batches:
                     found, done = _within(places, done, at, batch, self.path)
                     rows += found
                     at += batch.num_rows
