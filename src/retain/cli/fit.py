@@ -137,9 +137,8 @@ def fit(
     from retain.data.sources import read_rows
     from retain.models.load import load_model
 
-    text: Any = source
     if source != "self":  # a mistake in the source shows before the model loads
-        text = read_rows(source, rows, seed=seed, max_length=max_length)
+        read_rows(source, rows, seed=seed, max_length=max_length)
     try:
         screen.say(f"loading {model}")
         base, tokenizer, _ = load_model(
@@ -148,7 +147,7 @@ def fit(
         start = time.perf_counter()
         curvature = fit_curvature(
             _with_adapter(base, adapter, fresh),
-            text,
+            source,
             cast(Structure, structure),
             tokenizer=tokenizer,
             space=cast(Space, space),
