@@ -74,12 +74,15 @@ def evaluate(
     out = out and check_file(out)
     name = base_of(adapter, model)
     quieten(screen.progress)
+    from retain.data.draws import HELD_OUT
     from retain.data.sources import read_rows
     from retain.files import write_json
     from retain.models.load import load_model
     from retain.models.saved import load_adapter
 
-    given = read_rows(source, rows) if source is not None else None
+    given = None
+    if source is not None:
+        given = read_rows(source, rows, seed=HELD_OUT + seed, max_length=max_length)
     size = {"rows": rows, "max_length": max_length, "batch_size": batch_size}
     try:
         screen.say(f"loading {name}")

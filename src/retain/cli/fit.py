@@ -31,7 +31,7 @@ __all__ = ["EXAMPLE", "fit"]
 
 EXAMPLE = "Example: retain fit smollm2-135m self -o curvature.safetensors"
 
-Text = "What the model should not forget: a .txt, .md, .jsonl, .json, .csv or .parquet file, or "
+Text = "What the model should not forget: a file of text or rows, a folder of them, or "
 
 
 def fit(
@@ -137,8 +137,8 @@ def fit(
     from retain.data.sources import read_rows
     from retain.models.load import load_model
 
-    if source != "self":
-        read_rows(source, rows)  # a mistake in the source shows before the model loads
+    if source != "self":  # a mistake in the source shows before the model loads
+        read_rows(source, rows, seed=seed, max_length=max_length)
     try:
         screen.say(f"loading {model}")
         base, tokenizer, _ = load_model(

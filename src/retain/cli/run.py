@@ -72,6 +72,7 @@ class _Run:
 
         from retain.curvature.artifact import load_curvature
         from retain.data.batches import batches
+        from retain.data.draws import sample
         from retain.data.sources import encode
         from retain.files import write_json
         from retain.models.heads import is_causal
@@ -94,7 +95,8 @@ class _Run:
                 fix="train classifiers from Python",
             )
         rows = early["rows"] if self.problems is None else self._problem_rows()
-        examples = encode(rows, self.tokenizer, max_length=training.max_length, causal=True)
+        every = encode(rows, self.tokenizer, max_length=training.max_length, causal=True)
+        examples = sample(every, c.limit, training.seed)  # a text that is one row gives many
         next(iter(batches(examples, training.batch_size, 0)))  # refuses what fills no batch
         held = self._held(early["curvature"])
         if first_rank():
@@ -255,7 +257,8 @@ class _Run:
         if self.problems is None:
             from retain.data.sources import read_rows
 
-            found["rows"] = read_rows(c.data, c.limit)
+            size = {"seed": c.training.seed, "max_length": c.training.max_length}
+            found["rows"] = read_rows(c.data, c.limit, **size)
         if c.method != "none" and c.curvature is not None:
             from retain.curvature.artifact import load_curvature
 

@@ -106,6 +106,7 @@ def soften(
     quieten(screen.progress)
     from retain.cli.softening import Softening
     from retain.curvature.artifact import load_curvature
+    from retain.data.draws import HELD_OUT
     from retain.data.sources import read_rows
     from retain.files import write_json
     from retain.models.load import load_model
@@ -113,7 +114,9 @@ def soften(
     from retain.retention.budget import check_budget
 
     check_budget(budget)
-    text = read_rows(source, rows) if source is not None else None
+    text = None
+    if source is not None:
+        text = read_rows(source, rows, seed=HELD_OUT + seed, max_length=max_length)
     try:
         far = load_curvature(curvature)
         near = None if target_curvature is None else load_curvature(target_curvature)

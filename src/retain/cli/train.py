@@ -86,7 +86,9 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the order of the data (0).")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (bfloat16).")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use at most so many rows.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use at most so many rows, drawn from all.")
+    ] = None,
     save_steps: Annotated[
         int | None, typer.Option(help="Keep a checkpoint every so many steps (0: none).")
     ] = None,

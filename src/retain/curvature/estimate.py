@@ -90,9 +90,9 @@ def fit_curvature(
     Args:
         model: a PEFT model with LoRA on linear layers, or a plain one to be trained in full; a
             causal or sequence-classification head.
-        source: ``"self"`` (text that the base model samples), a path (.txt, .jsonl, .jsonl.gz,
-            .json, .csv, .parquet), a `datasets.Dataset`, or a list of rows; see
-            `retain.data.sources` for the columns. A list of `Example` is taken as it is.
+        source: ``"self"`` (text that the base model samples), a file, a folder, a data set, a
+            table, a list or a stream; see `retain.data.readers.read_rows`, and docs/data.md for
+            the columns. A list of `Example` is taken as it is.
         structure: see `retain.types.Structure` and docs/curvature.md.
         tokenizer: for text; not needed for rows with ``input_ids``. A model loaded from a name
             finds its own.
@@ -101,11 +101,11 @@ def fit_curvature(
             sequence's own gradient is squared), ``exact`` (all labels), ``tempered`` or
             ``reversed``; see `retain.curvature.labels`. ``activation`` uses no labels.
         samples: draws of each label (``mc``, ``tempered``).
-        rows: rows of the source that are read at most.
+        rows: rows of the source that are read at most, drawn from all of them.
         max_length: tokens of a row that are read at most.
         batch_size: rows a pass. Memory and speed only: the result does not depend on it, but for
             rounding, and for what sketches of a low rank lose (0.6 % at rank 4).
-        seed: of label draws, of noise (``activation``) and of the self-sampled text.
+        seed: of the rows, of label draws, of noise (``activation``) and of the self-sampled text.
         rank: keep each side of a factor that is at least twice as wide as a sketch of this rank
             (``kfac``, ``shampoo``, ``activation``); see `retain.curvature.sketch`. ``auto`` keeps
             sides up to 2048 whole, and wider ones as sketches of rank 256; None keeps all whole.

@@ -11,6 +11,7 @@ from retain.data.contents import Answer, Chat, Pair, Ready, Row, Text, check_tex
 from retain.data.counts import RowCounts
 from retain.data.formats import content_of
 from retain.data.messages import absent
+from retain.data.placed import Passage
 from retain.data.ready import ready_causal
 from retain.data.tokens import Ends, beginning, ends_of, need
 from retain.data.turns import shared
@@ -66,6 +67,8 @@ class CausalRows:
             return self._chat(content)
         if isinstance(content, Pair):
             return self._text(Text(f"{content.first}\n{content.second}"))
+        if isinstance(row, Passage):
+            return self._passage(content, row.begins)
         return self._text(content)
 
     def _text(self, content: Text) -> list[Example]:
@@ -83,6 +86,12 @@ class CausalRows:
         found = [_example(p, [True] * len(p)) for p in pieces if len(p) > 1]
         self.counts.left_out_empty += not found
         return found
+
+    def _passage(self, content: Text, begins: bool) -> list[Example]:
+        """The first tokens of a piece of a longer text, which ends somewhere else."""
+        ids, _ = beginning(need(self.given), content.text, self.max_length)
+        ids = self.ends.begun(ids) if begins else ids
+        return self._cut(ids[: self.max_length], [True] * min(len(ids), self.max_length), 0)
 
     def _answer(self, content: Answer) -> list[Example]:
         if isinstance(content.prompt, str) and isinstance(content.completion, str):

@@ -17,6 +17,7 @@ from retain.data.causal_rows import CausalRows
 from retain.data.class_rows import ClassRows
 from retain.data.contents import Row
 from retain.data.counts import RowCounts
+from retain.data.placed import place_of
 from retain.errors import SourceError, unknown
 
 if TYPE_CHECKING:
@@ -84,14 +85,17 @@ def encode(
             TemplateError,
         ) as error:
             raise SourceError(
-                f"row {number} of the source cannot be used",
+                f"{place_of(row, number)} cannot be used",
                 got=f"{type(error).__name__}: {str(error)[:160]}",
                 allowed="the formats of docs/data.md",
                 fix="repair the row, or leave it out",
             ) from error
         except SourceError as error:
             raise SourceError(
-                error.what, got=f"{error.got} (row {number})", allowed=error.allowed, fix=error.fix
+                error.what,
+                got=f"{error.got} ({place_of(row, number)})",
+                allowed=error.allowed,
+                fix=error.fix,
             ) from error
     if not examples:
         raise _nothing(told, len(rows), max_length)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from retain.data.batches import Example
+from retain.data.filetypes.found import kind_of
+from retain.data.folders import inside
 from retain.data.items import Item
 from retain.data.loading import encode_items, load_items
 from retain.data.sources import Row, encode, read_rows
@@ -210,7 +212,9 @@ def _long_enough(
     source: Mapping[str, Any], path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> list[Row]:
     """The rows of a file that have enough words; a text that is one row is cut into rows first."""
-    rows = read_rows(path)
+    # A study's rows are drawn from all rows of its file; of a long text passages are enough.
+    most = 4 * (source["rows"] + source["heldout"]) if kind_of(path) == ".txt" else None
+    rows = read_rows(path, most, seed=HELDOUT_SEED, max_length=source["max_length"])
     if any(row.get("pack") for row in rows):
         pieces = encode(rows, tokenizer, max_length=source["max_length"], causal=True)
         return [{"input_ids": [*piece.tokens, piece.targets[-1]]} for piece in pieces]
@@ -225,13 +229,14 @@ def _choose(size: int, count: int, seed: int) -> set[int]:
 
 
 def _data_file(source: Mapping[str, Any], split: str, work: Work) -> Path:
-    folder = (work.data_dir or Path()) / str(source["name"])
+    home = work.data_dir or Path()
     for suffix in (".jsonl.gz", ".jsonl", ".txt"):
-        if (path := folder / f"{split}{suffix}").is_file():
+        name = f"{source['name']}/{split}{suffix}"
+        if (path := inside(home, name, "source.name")).is_file():
             return path
     raise SourceError(
         "no such source",
-        got=folder / f"{split}.jsonl.gz",
+        got=home / str(source["name"]) / f"{split}.jsonl.gz",
         allowed="a file .jsonl.gz, .jsonl or .txt",
         fix="give --data-dir, the folder that holds the local data",
     )

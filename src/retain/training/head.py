@@ -85,10 +85,10 @@ def fit_head(
         tokenizer: for text.
         columns: the outputs that answer these rows, whose labels count from 0; all by default. A
             single one is a regression.
-        rows: that are used at most.
+        rows: that are used at most, drawn from all.
         max_length: tokens of a row.
         batch_size: rows a forward pass.
-        seed: of the cross-validation's parts.
+        seed: of the rows and of the cross-validation's parts.
         progress: show a bar.
 
     Raises:
