@@ -15,7 +15,17 @@ from retain import __version__
 from retain.cli import demo, fit, plan, report, soften, study, tasks, train
 from retain.cli import eval as evaluation
 from retain.cli.common import Interrupted
-from retain.errors import ConfigError, OutputError, RetainError, TrainingError, unknown
+from retain.errors import (
+    ConfigError,
+    OutputError,
+    RetainError,
+    RetainWarning,
+    SourceError,
+    TrainingError,
+    memory_full,
+    unknown,
+)
+from retain.files import why_unwritable
 
 __all__ = ["main"]
 
@@ -80,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", category=UserWarning, module=r"retain(\.|$)")
+            warnings.filterwarnings("always", category=RetainWarning)
             code = get_command(app).main(args=argv, prog_name="retain", standalone_mode=False)
         sys.stdout.flush()
         if code == 130:  # typer's word for a Ctrl-C that no command had something to say about
@@ -87,7 +99,10 @@ def main(argv: list[str] | None = None) -> int:
         return int(code or 0)
     except BrokenPipeError:
         return 1
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        if isinstance(stop.__cause__, EOFError):  # typer takes a file that ends too early for it
+            _say(_explain(stop.__cause__) or stop.__cause__)
+            return OutputError.exit_code
         _say(Interrupted("nothing half-written was left behind"))
         return 130
     except Interrupted as stop:
@@ -122,24 +137,24 @@ def _explain(error: Exception) -> RetainError | None:
         return error
     if isinstance(error, typer.TyperException):
         return _usage(error)
-    name, text = type(error).__name__, str(error)
-    if (
-        isinstance(error, MemoryError)
-        or name == "OutOfMemoryError"
-        or "can't allocate memory" in text
-    ):
+    text = str(error)
+    if memory_full(error):
         return TrainingError(
             "the memory is full",
-            got=text.partition("\n")[0][:160] or name,
+            got=text.partition("\n")[0][:160] or type(error).__name__,
             allowed="what the machine has",
             fix="a smaller --batch-size or --max-length, or a larger training.accumulation",
         )
-    full = any(
-        sign in text for sign in ("inline_container", "PytorchStreamWriter", "No space left")
-    )
-    if isinstance(error, OSError) or (full and name in {"RuntimeError", "SafetensorError"}):
+    if isinstance(error, EOFError):
+        return SourceError(
+            "a file ends too early",
+            got=text or type(error).__name__,
+            allowed="whole files",
+            fix="copy the file again, or make it again",
+        )
+    reason = why_unwritable(error)
+    if reason is not None:
         place = getattr(error, "filename", None)
-        reason = getattr(error, "strerror", None) or text.partition("\n")[0][:160] or name
         return OutputError(
             "a file cannot be read or written",
             got=f"{place}: {reason}" if place else reason,

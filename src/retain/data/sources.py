@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from retain.data.batches import Example
+from retain.data.counts import RowCounts
 from retain.data.tokens import tokenize
 from retain.errors import SourceError
 
@@ -146,6 +147,8 @@ def encode(
     *,
     max_length: int,
     causal: bool,
+    loss: str = "assistant",
+    counts: RowCounts | None = None,
 ) -> list[Example]:
     """Tokenises rows, cut to `max_length` tokens; rows that predict nothing are left out.
 
@@ -159,11 +162,14 @@ def encode(
         raise SourceError("max_length is too small", got=max_length, allowed="2 or more", fix="128")
     examples: list[Example] = []
     long = 0
+    quiet = counts is not None
+    counts = counts or RowCounts()
+    counts.rows += len(rows)
     for number, row in enumerate(rows, start=1):
         before = len(examples)
         try:
             examples += (
-                _causal(row, tokenizer, max_length)
+                _causal(row, tokenizer, max_length, counts)
                 if causal
                 else [_classify(row, tokenizer, max_length)]
             )
@@ -186,8 +192,11 @@ def encode(
             raise SourceError(
                 error.what, got=f"{error.got} (row {number})", allowed=error.allowed, fix=error.fix
             ) from error
-        long += len(examples) == before and "prompt" in row and "completion" in row
-    if long:
+        full = len(examples) == before and "prompt" in row and "completion" in row
+        long += full
+        counts.left_out_no_room += full
+        counts.left_out_empty += len(examples) == before and not full
+    if long and not (quiet and examples):
         _say_long(long, len(rows), max_length, bool(examples))
     if not examples:
         raise SourceError(
@@ -213,7 +222,9 @@ def _say_long(long: int, rows: int, max_length: int, some: bool) -> None:
     )
 
 
-def _causal(row: Row, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> list[Example]:
+def _causal(
+    row: Row, tokenizer: PreTrainedTokenizerBase | None, max_length: int, counts: RowCounts
+) -> list[Example]:
     start = 0
     if "input_ids" in row:
         ids = [int(i) for i in row["input_ids"]]
@@ -234,6 +245,10 @@ def _causal(row: Row, tokenizer: PreTrainedTokenizerBase | None, max_length: int
         pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
     else:
         pieces = [ids[:max_length]]
+        if len(ids) > max_length > start:
+            counts.completions_cut += start > 0
+            counts.texts_cut += start == 0
+            counts.tokens_cut += len(ids) - max_length
     return [
         Example(
             tuple(piece[:-1]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +13,13 @@ from retain.curvature.curvature import Curvature
 from retain.curvature.rows import source_examples
 from retain.data.batches import Example
 from retain.data.sources import Row
-from retain.errors import ConfigError, TrainingError, unknown
-from retain.files import write_json
+from retain.errors import ConfigError, unknown
 from retain.models.adapter import unwrap
 from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
 from retain.retention.laplace import Retention, check_strength
 from retain.training.handling import check_gradients, check_trainer, go_first, record
+from retain.training.keeping import keep, kept_in
 from retain.training.start import AUTO, FILTER, Held, Start, release_left, why_no_filter
 from retain.types import UPDATES, Update
 
@@ -41,7 +40,8 @@ class RetentionCallback(TrainerCallback):
     To each record of the trainer's log it adds ``task_loss``, ``predicted_nats`` and
     ``retention_strength``, so every ``report_to`` backend gets them; with a budget also
     ``retention_correction``. What a budget has learned, and whether there is a filter, is kept in
-    ``retention.json`` of each checkpoint. A budget is settled by measuring before the last
+    ``trainer_state.json`` of each checkpoint, and read from the one that is resumed, wherever it
+    lies. A budget is settled by measuring before the last
     checkpoint and when training ends; earlier checkpoints may be above it.
 
     A training that breaks off leaves its filter on A until the next one with a callback begins.
@@ -121,7 +121,7 @@ class RetentionCallback(TrainerCallback):
         release_left(model, resuming=resuming)
         self._held = self._nats = self.why_no_filter = None
         needed = self.start is not None or self.budget is not None
-        kept = _kept(args, state, needed) if resuming else {}
+        kept = kept_in(state, needed) if resuming else {}
         start = self._chosen(model, kwargs["train_dataloader"], kept if resuming else None)
         if start is not None:
             self._held = start.begin(
@@ -191,19 +191,16 @@ class RetentionCallback(TrainerCallback):
             progress=False,
         )  # fmt: skip
 
-    def on_save(
+    def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.retention is not None
-        if state.is_world_process_zero:
-            budget = self.retention.budget
-            held = self._held
-            kept = {
-                "start": FILTER if held is not None and held.filter is not None else None,
-                "first": 0 if held is None else held.rows.start or 0,
-            }
-            learned = {} if budget is None else budget.state()
-            write_json(_place(args, state), kept | learned)
+        budget, held = self.retention.budget, self._held
+        kept = {
+            "start": FILTER if held is not None and held.filter is not None else None,
+            "first": 0 if held is None else held.rows.start or 0,
+        }
+        keep(state, kept | ({} if budget is None else budget.state()))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -252,28 +249,3 @@ class RetentionCallback(TrainerCallback):
         if self.retention is not None and self.retention.budget is not None:
             added["retention_correction"] = self.retention.budget.correction
         record(state, logs, added)
-
-
-def _place(args: TrainingArguments, state: TrainerState) -> Path:
-    """The file of a checkpoint in which a run's own state is kept."""
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "retention.json"
-
-
-def _kept(args: TrainingArguments, state: TrainerState, needed: bool) -> dict[str, Any]:
-    """What that file holds.
-
-    Raises:
-        TrainingError: there is none, and it is needed.
-    """
-    path = _place(args, state)
-    if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    if needed:
-        raise TrainingError(
-            "the checkpoint does not say how it was held",
-            got=f"no {path}",
-            allowed="a checkpoint in output_dir that a run with this callback has finished writing",
-            fix="resume from an earlier one; start=None goes on with the force alone",
-        )
-    return {}
