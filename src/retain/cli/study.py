@@ -113,10 +113,12 @@ def run(
             f"what is done is kept in {work.out}; the same command goes on after the last "
             "finished task"
         ) from None
-    lines = [[name, str(counts[name])] for name in ("done", "failed", "elsewhere")]
+    lines = [[name, str(counts[name])] for name in ("done", "failed", "unfinished", "elsewhere")]
     screen.table(f"study {spec.name}", ["runs", ""], lines)
     if counts["failed"]:
         screen.say(f"why: retain study status {study} --out {work.out}")
+    if counts["unfinished"]:
+        screen.say("the machine lacked something: the same command tries unfinished runs again")
     screen.say(f"results: {work.out / 'study.json'}")
     screen.emit({"study": spec.name, "results": work.out / "study.json", **counts})
 
@@ -203,6 +205,8 @@ def _progress(
         def line(run: Any, outcome: Any) -> None:
             why = f": {outcome.error}" if outcome.error else ""
             screen.say(f"{outcome.status}: {run.title}{why}")
+            for note in outcome.notes:
+                screen.note(f"{run.title}: {note}")
 
         yield (lambda text: None), line
         return
@@ -219,5 +223,7 @@ def _progress(
             bar.advance(task)
             why = f": {outcome.error}" if outcome.error else ""
             bar.console.print(f"{outcome.status}: {run.title}{why}", markup=False)
+            for note in outcome.notes:
+                bar.console.print(f"{run.title}: {note}", markup=False)
 
         yield (lambda text: bar.update(task, description=text)), told

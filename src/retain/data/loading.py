@@ -18,7 +18,7 @@ from retain.errors import ConfigError, SourceError, unknown
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Split", "encode_items", "fit_prompt", "load_items"]
+__all__ = ["Split", "encode_items", "fit_prompt", "load_items", "local_file"]
 
 Split = Literal["train", "eval"]
 
@@ -115,11 +115,19 @@ def _subset(
     return sorted(shuffled[:limit])
 
 
+def local_file(spec: TaskSpec, split: str, data_dir: Path) -> Path | None:
+    """The file of a task's rows in a data folder; None where there is none."""
+    if not spec.local:
+        return None
+    place = data_dir.expanduser() / spec.local / getattr(spec.files, split)
+    return next((p for s in _SUFFIXES if (p := Path(f"{place}{s}")).is_file()), None)
+
+
 def _local(spec: TaskSpec, split: Split, data_dir: Path) -> list[Row]:
     folder = data_dir.expanduser() / spec.local
     name = getattr(spec.files, split)
-    path = next((p for s in _SUFFIXES if (p := folder / f"{name}{s}").is_file()), None)
-    if path is None or not spec.local:
+    path = local_file(spec, split, data_dir)
+    if path is None:
         raise SourceError(
             f"the {split} rows of task {spec.name} are not here",
             got=f"no {folder / name}.jsonl.gz" if spec.local else "no local: in the task's file",
