@@ -65,9 +65,7 @@ def _filters(config: RunConfig) -> bool:
     )
 
 
-def _grown(
-    model: Any, c: RunConfig, chain: Chain, source: Any, past: Any, screen: Screen
-) -> Any:
+def _grown(model: Any, c: RunConfig, chain: Chain, source: Any, past: Any, screen: Screen) -> Any:
     """The adapter of the run before, with fresh rows for a filter; cut first if it is large."""
     from retain.curvature.merge import reanchored
     from retain.models.adapter import lora_sites

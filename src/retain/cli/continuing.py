@@ -131,13 +131,13 @@ def _settings(run: Path) -> RunConfig:
 
 def _changed(chain: Chain, digests: dict[str, str]) -> list[str]:
     """What is not as the run left it. The states of earlier versions have no digests."""
-    now = {chain.source.name: file_digest, chain.past.name: file_digest, "adapter": adapter_digest}
-    places = {chain.source.name: chain.source, chain.past.name: chain.past, "adapter": chain.adapter}
-    return [
-        str(places[name])
-        for name, digest in digests.items()
-        if name in now and now[name](places[name]) != digest
-    ]
+    places = {
+        chain.source.name: (chain.source, file_digest),
+        chain.past.name: (chain.past, file_digest),
+        "adapter": (chain.adapter, adapter_digest),
+    }
+    known = ((*places[name], digest) for name, digest in digests.items() if name in places)
+    return [str(path) for path, digest_of, digest in known if digest_of(path) != digest]
 
 
 def check_state(past: Any, model: Any, chain: Chain) -> None:
@@ -245,7 +245,9 @@ def keep_state(
         found = reanchored(past, model) + found
     with whole_folder(out / "state", "the state of the run", STATE) as new:
         found.save(new / "past.safetensors")
-        source.save(new / "source.safetensors")  # what the run was held by, whatever its file is now
+        source.save(
+            new / "source.safetensors"
+        )  # what the run was held by, whatever its file is now
         runs = [*(before.runs if before else []), entry]
         digests = {path.name: file_digest(path) for path in sorted(new.glob("*.safetensors"))}
         digests["adapter"] = adapter_digest(out / "adapter")

@@ -21,7 +21,9 @@ from retain.cli.common import (
     quieten,
     size_text,
 )
+from retain.cli.folders import check_curvature
 from retain.curvature.settings import RANKS, SKETCHES, check_settings, factor_rank_of
+from retain.files import locked
 from retain.types import FISHERS, SPACES, STRUCTURES, Fisher, Space, Structure
 
 if TYPE_CHECKING:
@@ -120,6 +122,7 @@ def fit(
     )  # fmt: skip
     screen = Screen(as_json, quiet)
     output = check_file(output)
+    check_curvature(output)
     partial = output.with_name(f"{output.name}.partial")
     if adapter is not None:
         from retain.models.saved import check_adapter
@@ -139,37 +142,38 @@ def fit(
 
     if source != "self":
         read_rows(source, rows)  # a mistake in the source shows before the model loads
-    try:
-        screen.say(f"loading {model}")
-        base, tokenizer, _ = load_model(
-            model, dtype=dtype, num_labels=num_labels, trust_remote_code=trust_remote_code
-        )
-        start = time.perf_counter()
-        curvature = fit_curvature(
-            _with_adapter(base, adapter, fresh),
-            source,
-            cast(Structure, structure),
-            tokenizer=tokenizer,
-            space=cast(Space, space),
-            fisher=cast(Fisher, fisher),
-            samples=samples,
-            rows=rows,
-            max_length=max_length,
-            batch_size=batch_size,
-            seed=seed,
-            rank=sketches,
-            share=share,
-            temperature=temperature,
-            partial=partial,
-            save_every=save_every,
-            progress=screen.progress,
-        )
-        seconds = time.perf_counter() - start
-        curvature.save(output)
-        forget(partial)
-    except KeyboardInterrupt:
-        kept = f"; the same command goes on from {partial}" if partial.is_file() else ""
-        raise Interrupted(f"{output} was not written or changed{kept}") from None
+    with locked(output, file=True):
+        try:
+            screen.say(f"loading {model}")
+            base, tokenizer, _ = load_model(
+                model, dtype=dtype, num_labels=num_labels, trust_remote_code=trust_remote_code
+            )
+            start = time.perf_counter()
+            curvature = fit_curvature(
+                _with_adapter(base, adapter, fresh),
+                source,
+                cast(Structure, structure),
+                tokenizer=tokenizer,
+                space=cast(Space, space),
+                fisher=cast(Fisher, fisher),
+                samples=samples,
+                rows=rows,
+                max_length=max_length,
+                batch_size=batch_size,
+                seed=seed,
+                rank=sketches,
+                share=share,
+                temperature=temperature,
+                partial=partial,
+                save_every=save_every,
+                progress=screen.progress,
+            )
+            seconds = time.perf_counter() - start
+            curvature.save(output)
+            forget(partial)
+        except KeyboardInterrupt:
+            kept = f"; the same command goes on from {partial}" if partial.is_file() else ""
+            raise Interrupted(f"{output} was not written or changed{kept}") from None
     info, size = curvature.info, output.stat().st_size
     screen.say(
         f"{structure} curvature of {len(info.sites)} layers from {info.tokens:,} tokens in "
@@ -177,7 +181,8 @@ def fit(
         f"next: retain train --model {model} --data word-problems --out runs/held "
         f"--curvature {output}"
     )
-    screen.emit({"path": output, "seconds": seconds, "bytes": size, "info": info.to_dict()})
+    found = {"path": output, "seconds": seconds, "bytes": size, "info": info.to_dict()}
+    screen.emit(found | {"notes": screen.notes})
 
 
 def _with_adapter(base: Any, folder: Path | None, fresh: AdapterConfig) -> Any:

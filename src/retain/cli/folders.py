@@ -8,7 +8,19 @@ from typing import Any
 
 from retain.files import check_ours, clear_scratch, has_schema, recover, remove_ours, writing
 
-__all__ = ["STATE", "check_run", "check_soften", "drop_state", "is_curvature", "is_settings"]
+__all__ = [
+    "STATE",
+    "check_curvature",
+    "check_demo",
+    "check_page",
+    "check_result",
+    "check_run",
+    "check_soften",
+    "check_study",
+    "drop_state",
+    "is_curvature",
+    "is_settings",
+]
 
 STATE = ("source.safetensors", "past.safetensors", "state.json")
 """What ``state/`` holds."""
@@ -51,7 +63,7 @@ def check_run(out: Path, *, curvature: bool) -> None:
         return mine and _is_adapter(path)
 
     check_ours(settings, is_settings, "the settings of a run", out)
-    check_ours(record, lambda p: has_schema(p, "retain.train/1"), "the record of a run", out)
+    check_ours(record, _with_schema("retain.train/1"), "the record of a run", out)
     check_ours(out / "adapter", adapter, "the adapter of a run", out)
     check_ours(out / "state", _is_state, "the state of a run", out)
     check_ours(out / "checkpoints", lambda p: _is_kept(p, settings), "checkpoints of a run", out)
@@ -77,6 +89,79 @@ def check_soften(out: Path) -> None:
     )
     for name in ("soften.svg", "soften.png"):
         check_ours(out / name, mine, "a picture of a softening", out)
+
+
+def check_demo(out: Path) -> None:
+    """The same for ``retain demo``.
+
+    Raises:
+        OutputError: something in it is not of an earlier demo.
+    """
+    sampled = _json(out / "source" / "source.json")
+    mine = has_schema(out / "result.json", "retain.result/1") or (
+        isinstance(sampled, dict) and sampled.keys() >= {"key", "rows", "text"}
+    )
+    names = ("source", "rows", "adapters", "curvature.safetensors", "result.json", "report.html",
+             "tradeoff.png", "training.png")  # fmt: skip
+    for name in names:
+        check_ours(out / name, lambda path: mine, "a result of a demo", out)
+
+
+def check_study(out: Path) -> None:
+    """The same for ``retain study``, whose other files have names that nobody else gives.
+
+    Raises:
+        OutputError: something in it is not of an earlier study.
+    """
+    is_study = _with_schema("retain.study/1")
+    check_ours(out / "study.json", is_study, "the table of a study", out)
+    for name in ("runs", "state", "locks", "failures", "source", "untrained", "earlier"):
+        check_ours(out / name, Path.is_dir, "a folder of a study", out)
+
+
+def check_result(path: Path) -> None:
+    """Refuses to write a result of ``retain eval`` over another file.
+
+    Raises:
+        OutputError: there is one.
+    """
+    check_ours(path, _with_schema("retain.result/1"), "the result of an eval", path)
+
+
+def check_curvature(path: Path) -> None:
+    """Refuses to write a curvature over another file.
+
+    Raises:
+        OutputError: there is one.
+    """
+    check_ours(path, is_curvature, "the curvature of a fit", path)
+
+
+def check_page(page: Path, *beside: str) -> None:
+    """Refuses to write a page over one that ``retain report`` did not make.
+
+    Args:
+        page: the page.
+        beside: names of pictures that are written beside it.
+
+    Raises:
+        OutputError: there is one, or a picture without such a page.
+    """
+    for path in (page, *(page.with_name(name) for name in beside)):
+        check_ours(path, lambda _: _is_page(page), "the page of a report", page)
+
+
+def _is_page(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except OSError:
+        return False
+    return b"<title>retain report: " in head
+
+
+def _with_schema(schema: str) -> Any:
+    return lambda path: has_schema(path, schema)
 
 
 def drop_state(out: Path) -> None:

@@ -14,7 +14,7 @@ from retain.cli.common import (
     problem_count,
     quieten,
 )
-from retain.cli.continuing import Chain, keep_state, read_chain
+from retain.cli.continuing import keep_state, read_chain
 from retain.cli.folders import check_run, drop_state
 from retain.cli.holding import Held, find_curvature
 from retain.cli.train import RUN
@@ -215,9 +215,7 @@ class _Run:
 
         start = None
         if held is not None:
-            start, self.why_no_filter = start_of(
-                self.config, self.model, held.curvature, self.past
-            )
+            start, self.why_no_filter = start_of(self.config, self.model, held.curvature, self.past)
             if self.why_no_filter is not None:
                 why = self.why_no_filter
                 self.screen.note(f"held by the force alone, without a filter: {why}")

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from retain.cli.common import AsJson, Interrupted, Quiet, Screen, quieten
+from retain.cli.folders import check_study
 from retain.errors import ConfigError, unknown
 from retain.files import check_folder
 
@@ -81,6 +82,7 @@ def run(
     screen = Screen(as_json, quiet)
     spec, work = _open(study, out, data_dir, limit, seeds)
     check_folder(work.out)
+    check_study(work.out)
     quieten(False)
     from dataclasses import replace
 

@@ -36,9 +36,9 @@ def why_unwritable(error: BaseException) -> str | None:
 
 
 @contextmanager
-def writing(what: str, path: Path, *, fix: str = "free some disk, or choose another path") -> (
-    Iterator[None]
-):
+def writing(
+    what: str, path: Path, *, fix: str = "free some disk, or choose another path"
+) -> Iterator[None]:
     """Turns whatever a full or broken disk makes of its block into one `OutputError`.
 
     Args:

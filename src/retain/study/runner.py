@@ -1,7 +1,7 @@
 """Do one run of a study once: locked, written whole, its failure recorded.
 
-A failure is recorded where the run's configuration or data caused it. What the machine lacked (disk,
-memory, a connection) says nothing of the run: it is told, and tried again next time.
+A failure is recorded where the run's configuration or data caused it. What the machine lacked
+(disk, memory, a connection) says nothing of the run: it is told, and tried again next time.
 """
 
 from __future__ import annotations

@@ -101,9 +101,7 @@ class SequenceState:
 
 
 def _say_anew(why: str) -> None:
-    warnings.warn(
-        f"the run begins again: what was kept of it {why}", RetainWarning, stacklevel=3
-    )
+    warnings.warn(f"the run begins again: what was kept of it {why}", RetainWarning, stacklevel=3)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from retain.curvature.curvature import Curvature
 from retain.curvature.rows import source_examples
 from retain.data.batches import Example
 from retain.data.sources import Row
-from retain.errors import ConfigError, unknown
+from retain.errors import ConfigError, RetainWarning, unknown
 from retain.models.adapter import unwrap
 from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
@@ -56,7 +57,8 @@ class RetentionCallback(TrainerCallback):
         start: what LoRA's A may read: ``"wiener"`` puts it behind a filter that passes what the
             training rows use and the source text does not; or a `retain.Start`; None, all. By
             default ``"auto"``, the recipe: the filter, wherever a fresh LoRA and the curvature
-            allow it and the strength is not 0; else the force alone, and `why_no_filter` says why.
+            allow it and the strength is not 0; else the force alone, with a warning, and
+            `why_no_filter` says why.
         source: with a budget, text on which the true divergence is measured now and then: rows, a
             data set or a file as for `retain.fit_curvature`, ``"self"`` (the model samples it), or
             None to believe the prediction. By default ``"self"`` for a causal model.
@@ -164,11 +166,14 @@ class RetentionCallback(TrainerCallback):
             return self.start
         if kept is not None:
             return Start(FILTER) if kept.get("start") == FILTER else None
-        held = self._strength or self.budget is not None
-        self.why_no_filter = (
-            why_no_filter(model, self.curvature, self.past, loader) if held else "the strength is 0"
-        )
-        return Start(FILTER) if self.why_no_filter is None else None
+        if not self._strength and self.budget is None:
+            self.why_no_filter = "the strength is 0"
+            return None
+        self.why_no_filter = why_no_filter(model, self.curvature, self.past, loader)
+        if self.why_no_filter is None:
+            return Start(FILTER)
+        _warn(f"held by the force alone, without a filter: {self.why_no_filter}")
+        return None
 
     @property
     def strength(self) -> float:
@@ -182,6 +187,7 @@ class RetentionCallback(TrainerCallback):
         causal, source = is_causal(model), self.source
         if isinstance(source, str) and source == "auto":
             if not causal:
+                _warn("the budget is of predicted nats: a classifier writes no text to measure on")
                 return ()
             source = "self"
         tokenizer = self.tokenizer or getattr(model, "retain_tokenizer", None) or trainers
@@ -249,3 +255,8 @@ class RetentionCallback(TrainerCallback):
         if self.retention is not None and self.retention.budget is not None:
             added["retention_correction"] = self.retention.budget.correction
         record(state, logs, added)
+
+
+def _warn(text: str) -> None:
+    """Says once in what lesser way the run is held."""
+    warnings.warn(text, RetainWarning, stacklevel=3)

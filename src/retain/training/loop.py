@@ -252,4 +252,3 @@ class _Bar(ProgressCallback):
             if "predicted_nats" in logs:
                 shown["nats"] = f"{logs['predicted_nats']:.4f}"
             self.training_bar.set_postfix(shown)
-
