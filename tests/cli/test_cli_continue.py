@@ -126,7 +126,6 @@ def test_the_state_does_not_grow(months: list[Path]) -> None:
     ("more", "said"),
     [
         (["--rank", 5], "has another adapter.rank"),
-        (["--model", "minilm-22m"], "has another model"),
         (["--method", "none"], "held by what came before"),
         (["--set", "max_rank=7"], "leaves no room for what was learned before"),
         (["--curvature", "c.safetensors"], "has a curvature of its own"),

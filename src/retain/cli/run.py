@@ -127,16 +127,6 @@ class _Run:
         if not first_rank():
             return
         adapter = save_adapter(self.model, self.out / "adapter", c.model)
-        if held is not None and c.keep_state:
-            entry = {"data": c.data, "examples": len(examples), "seed": training.seed}
-            entry |= {"data_digest": identity["data"], "budget": c.budget}
-            entry |= {"predicted_nats": held.curvature.quadratic(self.model)}
-            keep_state(
-                self.model, examples, held.curvature, self.past, self.out, finite(entry),
-                self.chain, self.screen,
-            )  # fmt: skip
-        else:
-            drop_state(self.out)
         record = self._record(held, last) | {
             "examples": len(examples),
             "rows": counts.to_dict(),
@@ -148,6 +138,16 @@ class _Run:
             "history": history + result.history,
         }
         write_json(self.out / "train.json", finite(record))
+        if held is not None and c.keep_state:
+            entry = {"data": c.data, "examples": len(examples), "seed": training.seed}
+            entry |= {"data_digest": identity["data"], "budget": c.budget}
+            entry |= {"predicted_nats": held.curvature.quadratic(self.model)}
+            keep_state(
+                self.model, examples, held.curvature, self.past, self.out, finite(entry),
+                self.chain, self.screen,
+            )  # fmt: skip
+        else:
+            drop_state(self.out)
         self._tell(record, adapter)
 
     def _base(self) -> Any:

@@ -178,7 +178,7 @@ def train(
             trainer.add_callback(_Bar())
         began = time.perf_counter()
         last = last_whole(out) if resume and out else None
-        trainer.train(resume_from_checkpoint=last and str(last))
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = time.perf_counter() - began
     finally:
         if scratch:
