@@ -43,6 +43,17 @@ class _Group(TyperGroup):
             raise unknown("command", args[0], self.commands)
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:  # which typer would take for a Ctrl-C
+            raise SourceError(
+                "a file ends too early",
+                got=str(error) or type(error).__name__,
+                allowed="whole files",
+                fix="copy the file again, or make it again",
+            ) from error
+
 
 app = typer.Typer(
     cls=_Group,
@@ -99,10 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(code or 0)
     except BrokenPipeError:
         return 1
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        if isinstance(stop.__cause__, EOFError):  # typer takes a file that ends too early for it
-            _say(_explain(stop.__cause__) or stop.__cause__)
-            return OutputError.exit_code
+    except (KeyboardInterrupt, typer.Abort):
         _say(Interrupted("nothing half-written was left behind"))
         return 130
     except Interrupted as stop:
@@ -144,13 +152,6 @@ def _explain(error: Exception) -> RetainError | None:
             got=text.partition("\n")[0][:160] or type(error).__name__,
             allowed="what the machine has",
             fix="a smaller --batch-size or --max-length, or a larger training.accumulation",
-        )
-    if isinstance(error, EOFError):
-        return SourceError(
-            "a file ends too early",
-            got=text or type(error).__name__,
-            allowed="whole files",
-            fix="copy the file again, or make it again",
         )
     reason = why_unwritable(error)
     if reason is not None:

@@ -95,10 +95,10 @@ def read_chain(folder: str | Path) -> Chain:
             raise ValueError(f"no {' and '.join(missing)}")
         changed = _changed(chain, dict(found.get("digests") or {}))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        missed = isinstance(error, OSError)
         raise ConfigError(
             "there is nothing to continue from",
-            got=f"{run}: {reason}",
+            got=f"{error.filename}: {error.strerror}" if missed else f"{run}: {error}",
             allowed="the --out of a run with --keep-state that has ended",
             fix="train that run again with --keep-state",
         ) from error

@@ -5,6 +5,7 @@ A checkpoint whose files are not those of its seal (a kill, a full disk, a chang
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,10 +53,16 @@ class Seal(TrainerCallback):
         place = folder / f"checkpoint-{state.global_step}"
         settle(place)
         files = {p.name: file_digest(p) for p in sorted(place.iterdir()) if p.is_file()}
-        write_json(place / SEAL, {"schema": SCHEMA, "of": self.of, "files": files})
+        seal = {"schema": SCHEMA, "of": self.of, "files": files}
+        write_json(place / SEAL, seal | {"digest": _digest(seal)})
         sync(folder)
         for old in checkpoints(folder)[:-KEPT]:
             remove_ours(old, FILES)
+
+
+def _digest(seal: Mapping[str, Any]) -> str:
+    """Of the seal itself, whose digests of the rows are compared with those of now."""
+    return hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -73,11 +80,11 @@ def why_broken(path: Path) -> str | None:
     """Why a checkpoint cannot be gone on from; None for one that is as it was written."""
     try:
         seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
-        good = seal["schema"] == SCHEMA and isinstance(seal["of"], dict)
-        files: dict[str, str] = dict(seal["files"])
+        digest = seal.pop("digest")
+        files, good = dict(seal["files"]), seal["schema"] == SCHEMA and digest == _digest(seal)
     except OSError:
         return f"it was not written to its end (no {SEAL})"
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{SEAL} is damaged"
     if not good or "trainer_state.json" not in files:
         return f"{SEAL} is damaged"
