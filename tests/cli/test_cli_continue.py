@@ -199,6 +199,13 @@ def test_a_state_goes_with_its_adapter(
     assert not (run / "state").exists()  # it was of the adapter before
 
 
+def test_a_run_does_not_take_the_place_of_the_one_before(
+    retain: Any, months: list[Path], data: Path
+) -> None:
+    argv = ("--data", data, "--continue-from", months[0], "-o", months[0] / "." / "adapter" / "..")
+    retain("train", *argv).refused("take the place", "another --out")
+
+
 def test_plain_lora_has_no_state(retain: Any, data: Path, tmp_path: Path) -> None:
     argv = ("--data", data, "-o", tmp_path / "out", "--method", "none", "--keep-state")
     retain("train", *argv).refused("no state to keep", "--keep-state")

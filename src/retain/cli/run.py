@@ -17,6 +17,7 @@ from retain.cli.common import (
 from retain.cli.continuing import keep_state, read_chain
 from retain.cli.folders import check_run, drop_state
 from retain.cli.holding import Held, find_curvature
+from retain.cli.recording import record_of, tell
 from retain.cli.train import RUN
 from retain.config import RunConfig
 from retain.errors import ConfigError, ModelError
@@ -34,6 +35,14 @@ def run_training(config: RunConfig, screen: Screen, *, resume: bool, overwrite: 
         RetainError: whatever the library has to say.
     """
     out = check_folder(Path(config.out))
+    before = config.continue_from
+    if before is not None and Path(before).expanduser().resolve() == out.resolve():
+        raise ConfigError(
+            "the run would take the place of the one that it continues from",
+            got=f"--out {out}",
+            allowed="another folder; a run that is stopped half-way would leave neither",
+            fix="choose another --out",
+        )
     kept = out / "checkpoints"
     own = config.method != "none" and config.curvature is None and config.continue_from is None
     with locked(out):
@@ -127,7 +136,7 @@ class _Run:
         if not first_rank():
             return
         adapter = save_adapter(self.model, self.out / "adapter", c.model)
-        record = self._record(held, last) | {
+        record = record_of(c, self.model, held, last) | {
             "examples": len(examples),
             "rows": counts.to_dict(),
             "digests": identity,
@@ -148,7 +157,7 @@ class _Run:
             )  # fmt: skip
         else:
             drop_state(self.out)
-        self._tell(record, adapter)
+        tell(record, adapter, self.out, self.screen)
 
     def _base(self) -> Any:
         """The base model; its tokenizer is kept.
@@ -193,7 +202,8 @@ class _Run:
         if last is None:
             self.screen.note("no checkpoint is whole: the run begins anew")
         else:
-            checkpoints.check_identity(last, identity)
+            if first_rank():  # which knows the digests of the files
+                checkpoints.check_identity(last, identity)
             self.screen.say(f"going on from {last}")
         return last
 
@@ -277,39 +287,3 @@ class _Run:
         return problem_rows(
             self.tokenizer, word_problems("train", count, self.config.training.seed)
         )
-
-    def _record(self, held: Held | None, last: Path | None) -> dict[str, Any]:
-        from retain.models.adapter import share_trainable
-        from retain.models.fingerprint import fingerprint
-        from retain.study.provenance import provenance
-
-        trainable, total = share_trainable(self.model)
-        return {
-            "schema": "retain.train/1",
-            **provenance(self.config.training.seed),
-            "config": self.config.model_dump(mode="json"),
-            "model": {
-                "name": self.config.model, "parameters": total - trainable,
-                "trainable": trainable, "fingerprint": fingerprint(self.model),
-            },
-            "curvature": held and {
-                "path": str(held.path), "seconds": held.seconds,
-                "info": held.curvature.info.to_dict(),
-            },
-            "resumed_from": last and last.name,
-            "predicted_nats": held and held.curvature.quadratic(self.model),
-        }  # fmt: skip
-
-    def _tell(self, record: dict[str, Any], adapter: Path) -> None:
-        losses = [entry["loss"] for entry in record["history"]]
-        lines = [["steps", str(record["steps"])], ["seconds", f"{record['seconds']:.1f}"]]
-        if losses:
-            lines.append(["loss, first to last step", f"{losses[0]:.3f} to {losses[-1]:.3f}"])
-        if record["predicted_nats"] is not None:
-            nats = f"{record['predicted_nats']:.3g} nats per token"
-            lines.append(["predicted forgetting", nats])
-        self.screen.table("trained", ["", ""], [*lines, ["adapter", str(adapter)]])
-        self.screen.say(
-            f"next: retain eval --model {self.config.model} --adapter {adapter} --probe"
-        )
-        self.screen.emit({"adapter": adapter, "record": self.out / "train.json", **record})

@@ -10,15 +10,14 @@ import json
 import math
 import os
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retain.errors import OutputError, RetainError, RetainWarning, memory_full
+from retain.errors import OutputError, RetainError, memory_full
 from retain.files import clear_scratch, first_rank, whole_file, write_json, writing
+from retain.study.heard import heard
 from retain.study.lacking import lacks_disk, lacks_something
 
 __all__ = ["RUN_SCHEMA", "Outcome", "RunFunction", "Work", "execute", "read_record", "standing"]
@@ -169,12 +168,11 @@ def execute(
     path = work.lock(key)
     with writing("the lock of a run", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        with writing("the lock of a run", path):
+        lock = FileLock(path)
+        try:
             lock.acquire(timeout=1)
-    except Timeout:
-        return Outcome(key, "elsewhere", fresh=False)
+        except Timeout:
+            return Outcome(key, "elsewhere", fresh=False)
     try:
         known = _known(key, config, work)
         if known is not None:
@@ -255,7 +253,7 @@ def _attempt(
     function = work.function or _run_sequence()
     notes: list[str] = []
     try:
-        with _heard(notes):
+        with heard(notes):
             body = function(config, state=state, work=work, say=say or (lambda text: None))
         notes += [note for note in body.pop("notes", ()) if note not in notes]
         return {**header, **finite(body), "notes": notes}
@@ -271,27 +269,6 @@ def _attempt(
         _write_trace(work.trace(key), traceback.format_exc())
         status = "unfinished" if lacks_something(error) else "failed"
         return header | {"status": status, "error": one_line(error), "notes": notes}
-
-
-@contextmanager
-def _heard(notes: list[str]) -> Iterator[None]:
-    """Keeps what this package warns of, each once."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("always", category=RetainWarning)
-        warnings.filterwarnings("always", category=UserWarning, module=r"retain(\.|$)")
-        before = warnings.showwarning
-
-        def show(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-            where = str(args[0]) if args else ""
-            ours = issubclass(category, RetainWarning) or "retain" in Path(where).parts
-            text = " ".join(str(message).split())
-            if not ours:
-                before(message, category, *args, **kwargs)
-            elif text not in notes:
-                notes.append(text)
-
-        warnings.showwarning = show
-        yield
 
 
 def _run_sequence() -> RunFunction:
