@@ -95,10 +95,12 @@ def read_chain(folder: str | Path) -> Chain:
             raise ValueError(f"no {' and '.join(missing)}")
         changed = _changed(chain, dict(found.get("digests") or {}))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        missed = isinstance(error, OSError)
+        what = f"{run}: {error}"
+        if isinstance(error, OSError):
+            what = f"{error.filename}: {error.strerror}"
         raise ConfigError(
             "there is nothing to continue from",
-            got=f"{error.filename}: {error.strerror}" if missed else f"{run}: {error}",
+            got=what,
             allowed="the --out of a run with --keep-state that has ended",
             fix="train that run again with --keep-state",
         ) from error

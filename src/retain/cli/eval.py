@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -125,4 +126,4 @@ def _tell(screen: Screen, found: dict[str, Any], out: Path | None) -> None:
             )
     screen.table("base and tuned", ["", "base", "with the adapter"], rows)
     if out is not None:
-        screen.say(f"{out}\nnext: retain report {out}")
+        screen.say(f"{out}\nnext: retain report {quote(str(out))}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -178,8 +179,8 @@ def fit(
     screen.say(
         f"{structure} curvature of {len(info.sites)} layers from {info.tokens:,} tokens in "
         f"{seconds:.1f} s, relative error {info.error:.1%}\n{output}: {size_text(size)}\n"
-        f"next: retain train --model {model} --data word-problems --out runs/held "
-        f"--curvature {output}"
+        f"next: retain train --model {quote(model)} --data word-problems --out runs/held "
+        f"--curvature {quote(str(output))}"
     )
     found = {"path": output, "seconds": seconds, "bytes": size, "info": info.to_dict()}
     screen.emit(found | {"notes": screen.notes})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from retain.cli.common import Screen
@@ -54,6 +55,6 @@ def tell(record: dict[str, Any], adapter: Path, out: Path, screen: Screen) -> No
     if record["predicted_nats"] is not None:
         lines.append(["predicted forgetting", f"{record['predicted_nats']:.3g} nats per token"])
     screen.table("trained", ["", ""], [*lines, ["adapter", str(adapter)]])
-    model = record["config"]["model"]
-    screen.say(f"next: retain eval --model {model} --adapter {adapter} --probe")
+    model, place = quote(record["config"]["model"]), quote(str(adapter))
+    screen.say(f"next: retain eval --model {model} --adapter {place} --probe")
     screen.emit({"adapter": adapter, "record": out / "train.json", **record})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -184,4 +185,4 @@ def _tell(screen: Screen, result: dict[str, Any], written: Path) -> None:
             kl = [p[key]["kl"] for p in (before, chosen)]
             lines.append([f"{name}, nats per token", *(f"{value:.3g}" for value in kl)])
     screen.table("softened", ["", "before", "after"], lines)
-    screen.say(f"{written}\nnext: retain eval --adapter {written} --probe")
+    screen.say(f"{written}\nnext: retain eval --adapter {quote(str(written))} --probe")
