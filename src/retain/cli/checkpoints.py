@@ -38,7 +38,7 @@ def set_aside_broken(folder: Path) -> list[str]:
     Raises:
         OutputError: it cannot be renamed.
     """
-    from retain.training.checkpoints import FILES, checkpoints, why_broken
+    from retain.training.checkpoints import checkpoints, own_files, why_broken
 
     said = []
     for path in reversed(checkpoints(folder)):
@@ -47,7 +47,7 @@ def set_aside_broken(folder: Path) -> list[str]:
             break
         aside = path.with_name(f"broken-{path.name}")
         with writing("the folder of the checkpoints", folder):
-            remove_ours(aside, FILES)
+            remove_ours(aside, own_files(aside))
             for number in range(2, 100):
                 if not aside.exists():
                     break
@@ -59,12 +59,12 @@ def set_aside_broken(folder: Path) -> list[str]:
 
 def drop_broken(folder: Path) -> None:
     """Removes what a failure left of the checkpoint that was being written."""
-    from retain.training.checkpoints import FILES, SEAL, checkpoints
+    from retain.training.checkpoints import SEAL, checkpoints, own_files
 
     for path in checkpoints(folder):
         if not (path / SEAL).is_file():
             with contextlib.suppress(OSError):
-                remove_ours(path, FILES)
+                remove_ours(path, own_files(path))
 
 
 def check_identity(checkpoint: Path, now: Mapping[str, Any]) -> None:
@@ -109,11 +109,11 @@ def clear(folder: Path) -> None:
     Raises:
         OutputError: one cannot be removed.
     """
-    from retain.training.checkpoints import FILES, checkpoints
+    from retain.training.checkpoints import checkpoints, own_files
 
     with writing("the folder of the checkpoints", folder):
         for path in [*checkpoints(folder), *folder.glob("broken-checkpoint-*")]:
-            remove_ours(path, FILES)
+            remove_ours(path, own_files(path))
 
 
 def tidy(out: Path, kept: Path, settings: str) -> None:

@@ -50,7 +50,7 @@ def check_ours(path: Path, ours: Callable[[Path], bool], what: str, out: Path) -
         ) from error
     if not ours(path):
         raise OutputError(
-            f"{what} would take the place of something that retain did not write",
+            f"{what} would take the place of something that this command did not write",
             got=path,
             allowed=f"a new folder, or one of an earlier {what.partition(' of ')[2] or 'run'}",
             fix=f"move it, or choose another --out than {out}",

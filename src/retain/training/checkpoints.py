@@ -5,6 +5,7 @@ A checkpoint whose files are not those of its seal (a kill, a full disk, a chang
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from retain.files import file_digest, remove_ours, settle, sync, write_json
 
-__all__ = ["FILES", "SEAL", "Seal", "checkpoints", "last_whole", "seal_of", "why_broken"]
+__all__ = ["SEAL", "Seal", "checkpoints", "last_whole", "own_files", "seal_of", "why_broken"]
 
 SEAL = "digests.json"
 SCHEMA = "retain.checkpoint/1"
@@ -29,7 +30,7 @@ FILES = (
     "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin",
     "retention.json", SEAL,
 )  # fmt: skip
-"""What the trainer and this package put into a checkpoint."""
+"""What they put into one that has no seal."""
 
 
 class Seal(TrainerCallback):
@@ -57,7 +58,7 @@ class Seal(TrainerCallback):
         write_json(place / SEAL, seal | {"digest": _digest(seal)})
         sync(folder)
         for old in checkpoints(folder)[:-KEPT]:
-            remove_ours(old, FILES)
+            remove_ours(old, own_files(old))
 
 
 def _digest(seal: Mapping[str, Any]) -> str:
@@ -95,6 +96,15 @@ def why_broken(path: Path) -> str | None:
         except OSError as error:
             return f"{name}: {error.strerror}"
     return None
+
+
+def own_files(path: Path) -> tuple[str, ...]:
+    """Patterns of what the trainer and this package put into a checkpoint."""
+    try:
+        files = json.loads((path / SEAL).read_text(encoding="utf-8"))["files"]
+        return (*FILES, *(glob.escape(name) for name in files))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return FILES
 
 
 def last_whole(folder: Path) -> Path | None:
