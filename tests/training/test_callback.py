@@ -212,7 +212,8 @@ def test_what_a_budget_has_learned_is_in_the_checkpoint(tmp_path: Path) -> None:
     run.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
     for got, want in zip(weights(other).values(), weights(model).values(), strict=True):
         torch.testing.assert_close(got, want)
-    kept = json.loads((tmp_path / "a" / "checkpoint-4" / "retention.json").read_text())
+    state = json.loads((tmp_path / "a" / "checkpoint-4" / "trainer_state.json").read_text())
+    kept = state["stateful_callbacks"]["retain"]
     assert kept["reached"] is True and kept["strength"] != 10.0
 
 

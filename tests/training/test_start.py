@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import TrainerCallback
 
 from retain import Retention, RetentionCallback, Start
 from retain.data.batches import Example
-from retain.errors import ConfigError, MismatchError, ModelError, TrainingError
+from retain.errors import ConfigError, MismatchError, ModelError
 from retain.models.adapter import adapter_off, lora_sites
 from retain.models.growing import grow_lora
 from retain.retention.filters import InputFilter, Thin, Whole, wiener
@@ -373,19 +372,6 @@ def test_a_proximal_step_is_no_way_to_train_some_rows(tmp_path: Path) -> None:
     call = RetentionCallback(fit(tiny("llama"), structure="kfac"), 1.0, "proximal")
     with pytest.raises(ConfigError, match="moves all rows"):
         trainer(model, tmp_path, [call]).train()
-
-
-def test_a_checkpoint_that_does_not_say_how_it_was_held_is_refused(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    model = tiny("llama")
-    trainer(model, tmp_path, [RetentionCallback(fit(model, structure="kfac"))], **options).train()
-    (tmp_path / "checkpoint-3" / "retention.json").unlink()
-    for start, refused in (("auto", True), (None, False)):
-        again = tiny("llama")
-        call = RetentionCallback(fit(again, structure="kfac"), start=start)
-        run = trainer(again, tmp_path, [call], **options)
-        with pytest.raises(TrainingError, match="how it was held") if refused else nullcontext():
-            run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 class Broken(TrainerCallback):

@@ -18,7 +18,7 @@ from retain.data.class_rows import ClassRows
 from retain.data.contents import Row
 from retain.data.counts import RowCounts
 from retain.data.placed import place_of
-from retain.errors import SourceError, unknown
+from retain.errors import RetainWarning, SourceError, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ def encode(
         ConfigError: an unknown loss.
 
     Warns:
-        UserWarning: something was left out, cut or passed over, and `counts` is None.
+        RetainWarning: something was left out, cut or passed over, and `counts` is None.
     """
     if max_length < 2:
         raise SourceError("max_length is too small", got=max_length, allowed="2 or more", fix="128")
@@ -100,7 +100,7 @@ def encode(
     if not examples:
         raise _nothing(told, len(rows), max_length)
     if counts is None and (lines := told.lines()):
-        warnings.warn("; ".join(lines), UserWarning, stacklevel=2)
+        warnings.warn("; ".join(lines), RetainWarning, stacklevel=2)
     return examples
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from retain.data.draws import draw, draw_from
 from retain.data.filetypes.columns import check_names
 from retain.data.placed import PlacedRow, as_row
-from retain.errors import SourceError
+from retain.errors import RetainWarning, SourceError
 
 __all__ = ["STREAMED", "given_rows"]
 
@@ -101,7 +101,7 @@ def _streamed(stream: Iterator[Any], limit: int | None, seed: int) -> list[Place
         warnings.warn(
             f"the source is a stream: {limit} rows are drawn from its first {most}; shuffle it "
             "first if its order means something, or give a data set with a length",
-            UserWarning,
+            RetainWarning,
             stacklevel=2,
         )
     return [as_row(row, place + 1) for place, row in found]

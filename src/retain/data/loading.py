@@ -20,7 +20,7 @@ from retain.errors import ConfigError, SourceError, unknown
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Split", "encode_items", "fit_prompt", "load_items"]
+__all__ = ["Split", "encode_items", "fit_prompt", "load_items", "local_file"]
 
 Split = Literal["train", "eval"]
 
@@ -118,15 +118,24 @@ def _subset(
     return sorted(shuffled[:limit])
 
 
-def _local(spec: TaskSpec, split: Split, data_dir: Path) -> list[Row]:
+def local_file(spec: TaskSpec, split: Split, data_dir: Path) -> Path | None:
+    """The file of a task's rows in a data folder; None where there is none.
+
+    Raises:
+        ConfigError: the task names a place outside that folder.
+    """
     home, name = data_dir.expanduser(), getattr(spec.files, split)
     what = f"local: or files: of task {spec.name}"
     paths = [inside(home, Path(spec.local, f"{name}{s}"), what) for s in _SUFFIXES if spec.local]
-    path = next((p for p in paths if p.is_file()), None)
+    return next((p for p in paths if p.is_file()), None)
+
+
+def _local(spec: TaskSpec, split: Split, data_dir: Path) -> list[Row]:
+    path = local_file(spec, split, data_dir)
     if path is None:
         raise SourceError(
             f"the {split} rows of task {spec.name} are not here",
-            got=f"no {home / spec.local / name}.jsonl.gz"
+            got=f"no {data_dir.expanduser() / spec.local / getattr(spec.files, split)}.jsonl.gz"
             if spec.local
             else "no local: in the task's file",
             allowed="a file .jsonl.gz or .jsonl with one row a line",

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retain.errors import ModelError, OutputError
+from retain.errors import ModelError
+from retain.files import file_digest, whole_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["check_adapter", "load_adapter", "save_adapter", "whole_folder"]
+__all__ = ["FILES", "adapter_digest", "check_adapter", "load_adapter", "save_adapter"]
 
 _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+FILES = (_CONFIG, _WEIGHTS)
+"""What an adapter's folder holds; anything else in it is somebody else's."""
 
 
 def check_adapter(folder: Path) -> dict[str, Any]:
@@ -102,6 +102,8 @@ def _bad(what: str, got: object) -> ModelError:
 def save_adapter(model: PeftModel, folder: Path, base: str) -> Path:
     """Writes a plain PEFT adapter; an older one stays until the new one is whole.
 
+    Other files in the folder stay.
+
     Args:
         model: the model with its adapter.
         folder: where it is to be.
@@ -112,42 +114,22 @@ def save_adapter(model: PeftModel, folder: Path, base: str) -> Path:
     """
     for config in model.peft_config.values():
         config.base_model_name_or_path = base
-    with whole_folder(folder) as new:
+    with whole_folder(folder, "the adapter", FILES) as new:
         model.save_pretrained(str(new), save_embedding_layers=False)
         (new / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with paths of this machine
     return folder
 
 
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A scratch folder to write to; it takes the place of `folder` when the block ends well.
+def adapter_digest(folder: Path) -> str:
+    """What tells the adapter in a folder from another: its weights and its settings.
+
+    The name of the base model is none of them: the base may have moved.
 
     Raises:
-        OutputError: the place cannot be written, or the disk is full.
+        OSError: a file cannot be read.
+        ValueError: the configuration is damaged.
     """
-    from safetensors import SafetensorError
-
-    scratch = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        new, old = scratch / "new", scratch / "old"
-        new.mkdir()
-        yield new
-        if folder.exists():
-            os.replace(folder, old)
-        try:
-            os.replace(new, folder)
-        finally:
-            if old.exists() and not folder.exists():  # whatever broke in, the older one stays
-                os.replace(old, folder)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            "the adapter cannot be written",
-            got=f"{folder}: {error}",
-            allowed="a folder that can be written, with room on the disk",
-            fix="free some disk, or choose another --out",
-        ) from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    settings = {k: v for k, v in config.items() if k != "base_model_name_or_path"}
+    text = json.dumps(settings, sort_keys=True) + file_digest(folder / _WEIGHTS)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -24,6 +24,7 @@ from retain.errors import ConfigError, ModelError, SourceError
 from retain.files import first_rank, write_json
 from retain.models.heads import is_causal
 from retain.models.load import load_model
+from retain.study.inputs import model_digest
 from retain.study.known import task_path
 from retain.study.runner import Work
 
@@ -172,6 +173,8 @@ def _samples(config: Mapping[str, Any], base: Base, work: Work, count: int, seed
 
     length = config["source"]["max_length"]
     wanted = [config["model"], config["dtype"], count, length, seed]
+    digest = model_digest(str(config["model"]))  # of a local model, which may change at its place
+    wanted += [] if digest is None else [digest]
     name = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
     path = work.out / "source" / f"{name}.json"
     try:
