@@ -229,9 +229,7 @@ def test_samples_and_heads(tiny_folder: Any) -> None:
 def test_weights_that_cannot_be_trained_with_are_refused() -> None:
     with torch.inference_mode():
         model = fresh()
-    with pytest.raises(
-        ModelError, match=r"made in torch.inference_mode.*fix: load it outside"
-    ):
+    with pytest.raises(ModelError, match=r"made in torch.inference_mode.*fix: load it outside"):
         fit_curvature(model, ROWS["llama"], batch_size=2, progress=False)
     assert measure_forgetting(model, ROWS["llama"]).kl == 0
 
