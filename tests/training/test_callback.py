@@ -23,6 +23,10 @@ DATA = [
 ]
 
 
+PRECISION: dict[str, Any] = {}
+"""What the arguments say of it; see the folder's conftest."""
+
+
 class Backend(TrainerCallback):
     """Stands for a backend of ``report_to``: keeps what it is given, when it is given."""
 
@@ -46,7 +50,7 @@ def trainer(
             "per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 0.01,
             "logging_steps": 1, "report_to": "none", "save_strategy": "no", "use_cpu": True,
             "disable_tqdm": True, "dataloader_pin_memory": False, "lr_scheduler_type": "constant",
-            "max_grad_norm": 1.0, **options,
+            "max_grad_norm": 1.0, **PRECISION, **options,
         },
     )  # fmt: skip
     return Trainer(model=model, args=arguments, train_dataset=DATA, callbacks=callbacks)
