@@ -13,7 +13,9 @@ from tokenizers_made import CHATML, MARKED, TOKENIZERS, made
 
 from retain.data.columns import _CHANGES, _NO_TEXT
 from retain.data.counts import RowCounts
+from retain.data.fitting import fit_prompt
 from retain.data.sources import encode
+from retain.data.tokens import tokenize
 from retain.errors import ConfigError, SourceError
 
 Row = dict[str, Any]
@@ -443,6 +445,11 @@ def test_keys_that_arrow_has_filled_are_left_out_however_deep() -> None:
             {"messages": CHAT},
             "leaves out what a message says; got: 'hi'",
         ),
+        (
+            "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+            {"messages": CHAT, "system": "Brief."},
+            "leaves out what a message says; got: 'Brief.'",
+        ),
         ("{{ raise_exception('roles!') }}", {"messages": CHAT}, "cannot write a chat; got: roles!"),
         (
             "{% for m in messages %}{{ m.content }}{% endfor %}",
@@ -482,12 +489,33 @@ def test_a_role_that_the_template_names_is_known() -> None:
     assert encode(rows, made(template=template), max_length=99, causal=True)
 
 
-def test_marks_that_leave_out_the_end_are_told() -> None:
-    template = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        ("<|im_end|>{% endgeneration %}", False),
+        ("<|im_end|>\n{% endgeneration %}", False),
+        ("{% endgeneration %}<|im_end|>", True),
+    ],
+)
+def test_marks_that_leave_out_the_end_are_told(end: str, told: bool) -> None:
+    template = MARKED.replace("<|im_end|>{% endgeneration %}", end)
     counts = RowCounts()
     tokenizer = made(template=template, eos_token="<|im_end|>")
-    encode([{"messages": CHAT}], tokenizer, max_length=99, causal=True, counts=counts)
-    assert counts.ends_unlearned == 1 and "not learned" in counts.lines()[0]
+    rows: list[Row] = [{"messages": [*CHAT, *CHAT]}]
+    encode(rows, tokenizer, max_length=99, causal=True, counts=counts)
+    assert counts.ends_unlearned == told
+    assert [line for line in counts.lines() if "not learned" in line] == counts.lines()
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_prompt_begins_and_goes_on(kind: str) -> None:
+    tokenizer = made(**TOKENIZERS[kind])
+    begin = "<s>" if TOKENIZERS[kind].get("bos") else ""
+    for text in ("Answer:", f"{begin}Answer:"):
+        assert tokenizer.decode(tokenize(tokenizer, text)) == f"{begin}Answer:"
+    cut = fit_prompt("a long question:", tokenizer, 10)
+    assert len(tokenize(tokenizer, cut)) <= 10
+    assert cut == "question:"
 
 
 def test_an_unknown_loss_is_refused() -> None:

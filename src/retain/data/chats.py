@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Chats"]
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_HEARD = ("user", "system", "developer")  # the assistant's thoughts are often left out
 _CHARACTERS = 4096
 _PER_TOKEN = 16
 
@@ -43,6 +44,7 @@ class Chats:
         self.tokenizer, self.max_length, self.counts = tokenizer, max_length, counts
         self._training: str | None = None
         self._how: str | None = None
+        self._using: str | None = None  # in place of the tokenizer's own template
         self._parts = False
 
     @property
@@ -86,6 +88,8 @@ class Chats:
         self, messages: list[Message], tools: Any, options: dict[str, Any], assistant: bool
     ) -> tuple[list[int], list[bool], int]:
         room = self._room
+        trained = assistant and self._marks() == "trained"
+        self._using = self._training if trained else None
         while True:
             some, left = _short(messages, room)
             self._check(some, tools, options)
@@ -102,14 +106,12 @@ class Chats:
     def _marked(
         self, messages: list[Message], tools: Any, options: dict[str, Any]
     ) -> tuple[list[int], list[bool]]:
-        how = self._marks()
-        if how == "compared":
+        if self._marks() == "compared":
             return self._compared(messages, tools, options)
         try:
             out = self._call(
                 messages, tools, options, tokenize=True, return_dict=True,
                 return_assistant_tokens_mask=True,
-                chat_template=self._training if how == "trained" else None,
             )  # fmt: skip
         except ValueError as error:
             if "char_to_token" not in str(error) and "fast" not in str(error).lower():
@@ -122,8 +124,14 @@ class Chats:
     def _endless(self, ids: list[int], mask: list[bool]) -> bool:
         """Whether a special token ends the assistant's turn and its marks leave that out."""
         special = set(self.tokenizer.get_added_vocab().values())
-        stops = [i for i in range(1, len(ids)) if mask[i - 1] and not mask[i]]
-        return any(ids[i] in special and ids[i - 1] not in special for i in stops)
+        for stop in range(1, len(ids)):
+            if mask[stop - 1] and not mask[stop] and ids[stop] in special:
+                last = stop - 1
+                while mask[last - 1] and not str(self.tokenizer.decode([ids[last]])).strip():
+                    last -= 1  # a line break behind the end token
+                if ids[last] not in special:
+                    return True
+        return False
 
     def _marks(self) -> str:
         """How the assistant's tokens are told: by the template, by TRL's, or by comparing."""
@@ -176,22 +184,35 @@ class Chats:
             text = self._text(messages, tools, options)
             missing = _missing(messages, text)
         except SourceError:
-            if self._parts or self.template is None:
+            if (
+                self._parts
+                or self.template is None
+                or not self._takes_parts(messages, tools, options)
+            ):
                 raise
             missing = "everything"
-        if missing and not self._parts:
-            self._parts = True
+        if missing and not self._parts and self._takes_parts(messages, tools, options):
+            self._parts, missing = True, ""
             text = self._text(messages, tools, options)
-            missing = _missing(messages, text)
         if missing:
             raise SourceError(
                 "the chat template leaves out what a message says",
                 got=f"{missing!r:.60}",
-                allowed="a template that writes what users say and which tools are called",
+                allowed="a template that writes what user and system say, and the calls of tools",
                 fix="set tokenizer.chat_template to one that does",
             )
         if tools and self._text(messages, None, options) == text:
             self.counts.tools_unwritten += 1
+
+    def _takes_parts(self, messages: list[Message], tools: Any, options: dict[str, Any]) -> bool:
+        """Whether the template writes everything once contents are parts."""
+        self._parts = True
+        try:
+            return not _missing(messages, self._text(messages, tools, options))
+        except SourceError:
+            return False
+        finally:
+            self._parts = False
 
     def _text(
         self, messages: list[Message], tools: Any, options: dict[str, Any], **more: Any
@@ -210,7 +231,9 @@ class Chats:
         if self._parts:
             messages = [_in_parts(m) for m in messages]
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools, **options, **more)
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=self._using, **options, **more
+            )
         except (TemplateError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise SourceError(
                 "the chat template cannot write a chat",
@@ -232,10 +255,10 @@ class Chats:
 
 
 def _missing(messages: list[Message], text: str) -> str:
-    """Something that a user says, or the name of a called tool, that is not in the text."""
+    """What a user or the system says, or the name of a called tool, that is not in the text."""
     squeezed = "".join(text.split())
     for message in messages:
-        said = message.get("content", "") if message["role"] == "user" else ""
+        said = message.get("content", "") if message["role"] in _HEARD else ""
         if "".join(said.split()) not in squeezed:
             return str(said)
         for call in message.get("tool_calls") or ():
