@@ -101,3 +101,11 @@ def test_a_task_names_the_line(tmp_path: Path, change: dict[str, Any]) -> None:
     assert "or ''" in str(error.value.fix)
     path.write_text("".join(json.dumps(row) + "\n" for row in (sound, sound)))
     assert len(load_items(spec, "train", data_dir=tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["{% for word in text %}{{ word }}{% endfor %}", "{{ text|length }}"]
+)
+def test_it_is_no_empty_list(text: str) -> None:
+    with pytest.raises(TemplateError, match="is null"):
+        template(text)(ROW)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from jinja2 import StrictUndefined
+from jinja2 import Undefined
 
 __all__ = ["Null", "is_none", "present"]
 
 
-class Null(StrictUndefined):
+class Null(Undefined):
     """What stands for None in a template: false, equal to None, and an error where it is written.
 
     ``is none``, ``or`` and the filter ``default`` work as with None.
@@ -18,19 +18,21 @@ class Null(StrictUndefined):
 
     __slots__ = ()
 
-    def __bool__(self) -> bool:
-        return False
-
     def __eq__(self, other: object) -> bool:
         return is_none(other)
 
-    def __ne__(self, other: object) -> bool:
-        return not is_none(other)
+    __hash__ = Undefined.__hash__
 
-    def __hash__(self) -> int:
-        return hash(None)
+    def __str__(self) -> NoReturn:
+        self._fail_with_undefined_error()
 
     def __repr__(self) -> NoReturn:  # what a list that is written asks of its parts
+        self._fail_with_undefined_error()
+
+    def __iter__(self) -> NoReturn:
+        self._fail_with_undefined_error()
+
+    def __len__(self) -> NoReturn:
         self._fail_with_undefined_error()
 
 

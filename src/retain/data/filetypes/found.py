@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from retain.data.filetypes.columns import Arrow, Parquet
@@ -61,8 +61,10 @@ def open_file(path: Path) -> Reader:
     kind = kind_of(path)
     if kind in {".csv", ".tsv"}:
         return Delimited(path, kind == ".tsv")
-    made = {".txt": Text, ".jsonl": Lines, ".json": Documents, ".parquet": Parquet}
-    return made.get(str(kind), Arrow)(path)
+    made: dict[str | None, Callable[[Path], Reader]] = {
+        ".txt": Text, ".jsonl": Lines, ".json": Documents, ".parquet": Parquet, ".arrow": Arrow
+    }  # fmt: skip
+    return made[kind](path)
 
 
 def files_of(source: str | Path) -> list[Path]:
