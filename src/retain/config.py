@@ -81,6 +81,7 @@ class RunConfig(_Strict):
     max_rank: int | None = Field(None, ge=2, description="of runs that continue; 4 times the rank")
     keep_state: bool = False
     limit: int | None = Field(None, ge=1)
+    loss: Literal["assistant", "all"] = Field("assistant", description="the turns of a chat")
     trust_remote_code: bool = False
     adapter: AdapterConfig = AdapterConfig()
     training: TrainConfig = TrainConfig()

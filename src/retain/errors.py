@@ -32,9 +32,11 @@ __all__ = [
     "ModelError",
     "OutputError",
     "RetainError",
+    "RetainWarning",
     "SourceError",
     "TrainingError",
     "check_number",
+    "memory_full",
     "shown",
     "unknown",
 ]
@@ -156,3 +158,17 @@ def check_number(what: str, value: object, fix: str, *, positive: bool = False) 
         return
     allowed = "a finite number above 0" if positive else "a finite number, 0 or above"
     raise ConfigError(what, got=value, allowed=allowed, fix=fix)
+
+
+class RetainWarning(UserWarning):
+    """Something is done in a lesser way than was asked for; each is said once."""
+
+
+def memory_full(error: BaseException) -> bool:
+    """Whether an error says that the machine, or its accelerator, has no memory left."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+        or "Cannot allocate memory" in str(error)
+    )

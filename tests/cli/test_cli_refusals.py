@@ -168,7 +168,7 @@ class TestSources:
     @pytest.mark.parametrize(
         ("row", "why"),
         [
-            ({"prompt": 3, "completion": "x"}, "text input"),
+            ({"prompt": 3, "completion": "x"}, "no string"),
             ({"input_ids": "abc"}, "'a'"),
             ({"messages": [{"role": "user", "content": "hello"}]}, "chat template"),
         ],
@@ -176,7 +176,7 @@ class TestSources:
     def test_a_row_of_another_kind(self, fit: Any, tmp_path: Path, row: Any, why: str) -> None:
         path = tmp_path / "rows.jsonl"
         path.write_text(json.dumps({"text": "sound"}) + "\n" + json.dumps(row))
-        fit("-q", what=path).refused("row 2 of the source", why)
+        fit("-q", what=path).refused("line 2 of rows.jsonl", why)
 
     def test_other_columns(self, train: Any, tmp_path: Path) -> None:
         path = tmp_path / "rows.jsonl"

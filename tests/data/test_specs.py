@@ -245,7 +245,7 @@ class TestMistakes:
         ],
     )
     def test_rows_that_do_not_fit(self, tmp_path: Path, row: dict[str, Any], said: str) -> None:
-        with pytest.raises(SourceError, match="row 7 does not fit task mine") as error:
+        with pytest.raises(SourceError, match="row 8 does not fit task mine") as error:
             load_task(write(tmp_path, **MINE)).render(row, 7)
         assert said in str(error.value)
 

@@ -221,5 +221,5 @@ def test_a_row_of_a_hostile_task_is_refused() -> None:
     spec = TaskSpec(
         name="mine", description="d", kind="choice", prompt="{{ 'a' * 10**10 }}", options=("a", "b")
     )
-    with pytest.raises(SourceError, match="row 3 does not fit task mine; got: the template makes"):
+    with pytest.raises(SourceError, match="row 4 does not fit task mine; got: the template makes"):
         spec.render({"label": 0}, 3)

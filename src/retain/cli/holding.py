@@ -52,7 +52,7 @@ def find_curvature(
             screen.say(f"using the curvature in {path}")
             return Held(found, path, None)
         except CurvatureError as error:
-            screen.say(f"{path} is not used: {error.what}")
+            screen.note(f"{path} is not used, and made anew: {error.what}")
     screen.say("no curvature is given: measuring one on text that the model writes")
     start = time.perf_counter()
     fitted = fit_curvature(

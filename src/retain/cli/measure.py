@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from retain.cli.common import Screen
+from retain.data.draws import HELD_OUT
 from retain.documents import read_json
 from retain.errors import MismatchError, ModelError
 
 __all__ = ["check_finite", "measure", "own_text", "result_of", "train_record"]
-
-_OFFSET = 1_000_000  # away from the seeds of fit, so that the text is held out
 
 
 def train_record(adapter: Path, model: Any) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def own_text(
         tokenizer,
         count=size["rows"],
         max_length=size["max_length"],
-        seed=_OFFSET + seed,
+        seed=HELD_OUT + seed,
         progress=screen.progress,
     )
 
@@ -75,7 +74,7 @@ def measure(
     if source is None:
         source = own_text(model, tokenizer, size, seed, screen)
     forgetting = measure_forgetting(
-        model, source, tokenizer=tokenizer, progress=screen.progress, **size
+        model, source, tokenizer=tokenizer, seed=HELD_OUT + seed, progress=screen.progress, **size
     )
     check_finite(forgetting.kl)
     found: dict[str, Any] = {"forgetting": forgetting.to_dict(), "probe": None, "task": None}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from retain.curvature.partial import kept_rows
 from retain.data.batches import Batch, Example, collate
+from retain.data.draws import sample
 from retain.data.sources import Row, encode, read_rows
 from retain.errors import SourceError
 from retain.models.fingerprint import fingerprint
@@ -32,7 +33,7 @@ def source_examples(
     partial: str | Path | None,
     progress: bool,
 ) -> Sequence[Example]:
-    """Tokenised rows of a source, at most `rows` of them; see `fit_curvature`.
+    """Tokenised rows of a source, at most `rows` of them, drawn by `seed`; see `fit_curvature`.
 
     Raises:
         SourceError: text that is missing, empty or smaller than one batch; or ``"self"`` for a
@@ -57,10 +58,16 @@ def source_examples(
         )
     found: Sequence[Example]
     if isinstance(source, list | tuple) and source and isinstance(source[0], Example):
-        found = source[:rows]
+        found = sample(source, rows, seed)
     else:
-        read: list[Row] = read_rows(source, rows)  # type: ignore[arg-type]
-        found = encode(read, tokenizer, max_length=max_length, causal=causal)[:rows]
+        read: list[Row] = read_rows(
+            source,  # type: ignore[arg-type]
+            rows,
+            seed=seed,
+            max_length=max_length,
+        )
+        every = encode(read, tokenizer, max_length=max_length, causal=causal)
+        found = sample(every, rows, seed)  # a text that is one row gives many
     if len(found) < batch_size:
         raise SourceError(
             "the source is smaller than one batch",

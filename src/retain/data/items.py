@@ -19,7 +19,7 @@ class Item:
             (regression).
         texts: the one or two texts that an encoder reads.
         group: rows of one group are scored together (MultiRC's questions, ReCoRD's); else "".
-        row: the number of the row in its split.
+        row: the place of the row in its split, from 0; people are told it from 1.
         references: all texts that count as right, where there are several (ReCoRD); without a
             leading space.
     """

@@ -19,6 +19,7 @@ from retain.config import validate
 from retain.data.items import Item, missing
 from retain.data.layers import read_layers
 from retain.data.patterns import PatternError, compile_pattern
+from retain.data.placed import place_of
 from retain.data.templates import expression, template
 from retain.errors import ConfigError, SourceError, shown, unknown
 
@@ -212,7 +213,7 @@ class TaskSpec(_Strict):
 
         Args:
             row: fields by name.
-            number: of the row in its split.
+            number: the row's place in its split, from 0.
 
         Raises:
             SourceError: the row lacks a field, or its answer is none of its options.
@@ -241,10 +242,12 @@ class TaskSpec(_Strict):
         except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
             why = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise SourceError(
-                f"row {number} does not fit task {self.name}",
+                f"{place_of(row, number + 1)} does not fit task {self.name}",
                 got=f"{why[:160]}; fields: {', '.join(map(str, row))}",
                 allowed="the fields that the task's templates name",
-                fix="rename the fields of the data, or change the templates of the task",
+                fix="fill the field or take the row out; {{ field or '' }} writes nothing for null"
+                if why.endswith("is null")
+                else "rename the fields of the data, or change the templates of the task",
             ) from error
 
     def _choices(self, row: Mapping[str, Any]) -> list[str]:

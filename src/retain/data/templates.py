@@ -35,6 +35,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from retain.data.nulls import is_none, present
 from retain.data.patterns import LONGER, replace_all
 
 __all__ = ["expression", "template"]
@@ -344,6 +345,7 @@ def _environment() -> _Environment:
     made.filters = {n: _metered(n, f) for n, f in made.filters.items() if n in taken}
     made.filters |= {"sub": _metered("sub", _sub)}
     made.filters |= {"_each": _each, "_made": _made, "_text": _text}
+    made.tests["none"] = is_none
     made.globals = {"range": safe_range, "dict": dict, "namespace": Namespace}
     return made
 
@@ -357,7 +359,7 @@ def template(text: str) -> Callable[[Mapping[str, Any]], str]:
 
     Raises:
         jinja2.TemplateError: it does not compile, or is not taken; from the function, a field is
-            missing, or it goes beyond its bounds.
+            missing or null, or it goes beyond its bounds.
     """
     if "{" not in text and "\r" not in text:
         return lambda fields: text
@@ -368,7 +370,7 @@ def template(text: str) -> Callable[[Mapping[str, Any]], str]:
     def render(fields: Mapping[str, Any]) -> str:
         with _plain_errors(), _metering(fields) as meter:
             parts = []
-            for part in compiled.generate(fields):
+            for part in compiled.generate(present(fields)):
                 meter.charge(len(part))
                 parts.append(part)
             return "".join(parts)
@@ -389,7 +391,7 @@ def expression(text: str) -> Callable[[Mapping[str, Any]], Any]:
 
     def value(fields: Mapping[str, Any]) -> Any:
         with _plain_errors(), _metering(fields):
-            found = compiled(fields)
+            found = compiled(present(fields))
             if isinstance(found, Undefined):
                 str(found)  # raises, and says which field is missing
             return list(found) if isinstance(found, Iterator) else found

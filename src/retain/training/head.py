@@ -27,6 +27,7 @@ from retain.data.sources import Row
 from retain.errors import ModelError, SourceError
 from retain.models.adapter import unwrap
 from retain.models.heads import forward_logits, is_causal, pad_id
+from retain.models.host import no_autocast
 from retain.models.modes import evaluating
 from retain.training.probe import Probe, fit_probe
 
@@ -61,6 +62,7 @@ class HeadFit:
     placed: bool
 
 
+@no_autocast()
 def fit_head(
     model: nn.Module,
     data: str | Path | Iterable[Row] | Sequence[Example],
@@ -83,10 +85,10 @@ def fit_head(
         tokenizer: for text.
         columns: the outputs that answer these rows, whose labels count from 0; all by default. A
             single one is a regression.
-        rows: that are used at most.
+        rows: that are used at most, drawn from all.
         max_length: tokens of a row.
         batch_size: rows a forward pass.
-        seed: of the cross-validation's parts.
+        seed: of the rows and of the cross-validation's parts.
         progress: show a bar.
 
     Raises:

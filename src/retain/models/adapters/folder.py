@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from retain.config import validate
 from retain.documents import read_json
 from retain.errors import ConfigError, ModelError
+from retain.files import whole_folder
 from retain.models.adapters.base import Options, new_heads
 from retain.models.fingerprint import fingerprint
-from retain.models.saved import whole_folder
+from retain.models.saved import FILES
 
 __all__ = [
     "check_base",
@@ -46,7 +47,7 @@ def write_adapter(folder: Path, config: dict[str, Any], tensors: Mapping[str, Te
     from safetensors.torch import save_file
 
     named = {PREFIX + n: t.detach().contiguous() for n, t in tensors.items()}
-    with whole_folder(folder) as new:
+    with whole_folder(folder, "the adapter", FILES) as new:
         save_file(named, new / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
         (new / CONFIG).write_text(text + "\n", encoding="utf-8")
