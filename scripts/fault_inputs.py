@@ -60,6 +60,11 @@ def _train(folder: Path, out: str, *argv: str) -> list[str]:
     return ["train", *argv, "--out", out, "--quiet", *again]
 
 
+def _study(folder: Path) -> list[str]:
+    argv = ["study", "study.yaml", "--out", "out", "--data-dir", "data", "--threads", "1"]
+    return [*argv, "--quiet"]
+
+
 @dataclass(frozen=True)
 class Job:
     """A command on some inputs.
@@ -120,20 +125,20 @@ JOBS = {
             ("run",), (*_CHECKPOINT, ("record", "run/run.json"), ("config", "train.yaml")),
         ),
         Job(
-            "study", "begun",
-            lambda folder: ["study", "study.yaml", "--out", "out", "--data-dir", "data", "--quiet",
-                            "--threads", "1"],
-            ("out",),
+            "study", "begun", _study, ("out",),
             (("config", "study.yaml"), ("config", "tasks/one.yaml"), ("rows", "data/one/train.jsonl"),
              ("rows", "data/two/validation.jsonl"), ("rows", "source.jsonl")),
             True,
         ),
         Job(
-            "study again", "studied",
-            lambda folder: ["study", "study.yaml", "--out", "out", "--data-dir", "data", "--quiet",
-                            "--threads", "1"],
-            ("out",),
-            (("record", "out/runs/*.json"), ("record", "out/study.json"), ("record", "out/*/*")),
+            "study again", "studied", _study, ("out",),
+            (("record", "out/runs/*.json"), ("record", "out/study.json"),
+             ("record", "out/untrained/*.json")),
+        ),
+        Job(
+            "study on", "half", _study, ("out",),
+            (("state", "out/state/*/state.json"), ("state", "out/state/*/*.safetensors"),
+             ("record", "out/untrained/*.json")),
         ),
         Job(
             "soften", "trained",
@@ -167,6 +172,7 @@ BASES: dict[str, tuple[str, str | None]] = {
     "trained": ("fitted", "train"),
     "stopped": ("trained", None),
     "studied": ("begun", "study"),
+    "half": ("begun", None),
 }
 """Folder of inputs -> the one that it is a copy of, and the job that was done in it."""
 

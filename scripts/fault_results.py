@@ -63,12 +63,7 @@ def _digest(path: Path, folder: Path) -> str:
 
 def _steady(value: Any) -> Any:
     if isinstance(value, dict):
-        # PEFT writes target_modules, a set, in any order.
-        return {
-            key: sorted(map(str, part)) if key == "target_modules" and part else _steady(part)
-            for key, part in value.items()
-            if key not in VOLATILE
-        }
+        return {key: _steady(part) for key, part in value.items() if key not in VOLATILE}
     return [_steady(part) for part in value] if isinstance(value, list) else value
 
 

@@ -168,8 +168,18 @@ def start(argv: list[str], folder: Path, said: Path) -> int:
         os._exit(code)
 
 
-def run(argv: list[str], folder: Path, limit: float, kill_at: float | None = None) -> Ended:
-    """Runs a command to its end, to a limit, or until it is killed."""
+def run(
+    argv: list[str], folder: Path, limit: float, kill_at: float | None = None, sign: str = ""
+) -> Ended:
+    """Runs a command to its end, to a limit, or until it is killed.
+
+    Args:
+        argv: the command.
+        folder: where it runs.
+        limit: seconds after which it counts as hanging.
+        kill_at: seconds until it is killed; or, with a `sign`, after that.
+        sign: a pattern of files in the folder; it is killed when one is there.
+    """
     said = folder.with_name(f"{folder.name}.said")
     begin, child = time.monotonic(), start(argv, folder, said)
     status = 0
@@ -178,7 +188,9 @@ def run(argv: list[str], folder: Path, limit: float, kill_at: float | None = Non
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             break
-        if passed > (limit if kill_at is None else kill_at):
+        if sign and next(folder.glob(sign), None) is not None:
+            begin, sign = time.monotonic(), ""
+        if passed > (limit if kill_at is None or sign else kill_at):
             if kill_at is None:
                 os.kill(child, signal.SIGUSR1)  # says where it is
                 time.sleep(0.2)
@@ -195,29 +207,33 @@ def run(argv: list[str], folder: Path, limit: float, kill_at: float | None = Non
 
 def prepare(out: Path, seed: int) -> dict[str, Reference]:
     """The folders of inputs, and what each job leaves of them when nothing happens."""
-    bases, known = out / "bases", out / "references.json"
-    if not known.exists():
+    bases, times = out / "bases", out / "seconds.json"
+    if not times.exists():
         shutil.rmtree(bases, ignore_errors=True)
-        found: dict[str, Any] = {}
         for name, (before, job) in BASES.items():
-            made = bases / name
+            made = bases / name / "trial"
             if not before:
                 os.waitpid(fork(lambda made=made: write_inputs(made, seed)), 0)  # type: ignore[misc]
             else:
-                copy(bases / before, made)
+                copy(bases / before / "trial", made)
             if name == "stopped":
                 stop(made)
+            if name == "half":
+                study = JOBS["study"]
+                run(study.argv(made), made, 300, 0.0, "out/state/*/state.json")
             if job:
                 alone(JOBS[job], made)
+        seconds = {}
         for job_name, each in JOBS.items():
-            folder = out / "reference" / "trial"
-            copy(bases / each.base, folder)
-            seconds = alone(each, folder)
-            left = (results(folder, each.outputs), sorted(listing(folder, ["."])))
-            found[job_name] = [*left, named_inputs(folder, each.outputs), seconds]
-        known.write_text(json.dumps(found))
-    read = json.loads(known.read_text())
-    return {name: Reference(r, set(files), i, s) for name, (r, files, i, s) in read.items()}
+            copy(bases / each.base / "trial", out / "reference" / job_name / "trial")
+            seconds[job_name] = alone(each, out / "reference" / job_name / "trial")
+        times.write_text(json.dumps(seconds))
+    found = {}
+    for job_name, took in json.loads(times.read_text()).items():
+        folder, outputs = out / "reference" / job_name / "trial", JOBS[job_name].outputs
+        left, files = results(folder, outputs), listing(folder, ["."])
+        found[job_name] = Reference(left, files, named_inputs(folder, outputs), took)
+    return found
 
 
 def alone(job: Job, folder: Path) -> float:
@@ -270,7 +286,7 @@ def trial(
     ]
     job = draw.choice(jobs)
     folder = out / f"work-{number % options.jobs}" / "trial"
-    copy(out / "bases" / job.base, folder)
+    copy(out / "bases" / job.base / "trial", folder)
     act = killed if kind == "kill" else mutated
     found = act(job, folder, references[job.name], draw, options.patience)
     if not keep:
@@ -311,10 +327,8 @@ def mutated(
 ) -> dict[str, Any]:
     """Damages one file, and runs the command."""
     family, pattern = draw.choice(job.targets)
-    files = sorted(p for p in folder.glob(pattern) if p.is_file()) or sorted(
-        p for p in folder.glob(job.targets[0][1]) if p.is_file()
-    )
-    path = draw.choice(files)
+    every = (pattern, *(other for _, other in job.targets))
+    path = draw.choice(next(f for p in every if (f := sorted(folder.glob(p)))))
     before = meaning(path)
     how = damage(path, draw)
     found: dict[str, Any] = {
