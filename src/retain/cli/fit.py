@@ -21,6 +21,7 @@ from retain.cli.common import (
     quieten,
     size_text,
 )
+from retain.cli.measure import say_cut
 from retain.curvature.settings import RANKS, SKETCHES, check_settings, factor_rank_of
 from retain.types import FISHERS, SPACES, STRUCTURES, Fisher, Space, Structure
 
@@ -144,6 +145,8 @@ def fit(
         base, tokenizer, _ = load_model(
             model, dtype=dtype, num_labels=num_labels, trust_remote_code=trust_remote_code
         )
+        if source == "self":
+            say_cut(base, max_length, screen)
         start = time.perf_counter()
         curvature = fit_curvature(
             _with_adapter(base, adapter, fresh),

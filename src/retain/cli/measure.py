@@ -11,7 +11,7 @@ from typing import Any
 from retain.cli.common import Screen
 from retain.errors import MismatchError, ModelError
 
-__all__ = ["check_finite", "measure", "own_text", "result_of", "train_record"]
+__all__ = ["check_finite", "measure", "own_text", "result_of", "say_cut", "train_record"]
 
 _OFFSET = 1_000_000  # away from the seeds of fit, so that the text is held out
 
@@ -45,6 +45,7 @@ def own_text(
     from retain.models.sample import sample_rows
 
     screen.say("the base model writes the text that forgetting is measured on")
+    say_cut(model, size["max_length"], screen)
     return sample_rows(
         model,
         tokenizer,
@@ -53,6 +54,15 @@ def own_text(
         seed=_OFFSET + seed,
         progress=screen.progress,
     )
+
+
+def say_cut(model: Any, length: int, screen: Screen) -> None:
+    """Says so where text that the model writes will be shorter than was asked for."""
+    from retain.models.sizes import positions
+
+    most = positions(model)
+    if most is not None and length > most:
+        screen.say(f"the model has {most} positions: its own text is cut to {most} tokens a row")
 
 
 def check_finite(kl: float) -> None:

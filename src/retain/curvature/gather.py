@@ -13,7 +13,7 @@ from retain.curvature.labels import cotangents
 from retain.curvature.record import Record, Source
 from retain.data.batches import Batch
 from retain.errors import CurvatureError
-from retain.models.heads import forward_body, forward_logits
+from retain.models.heads import are_values, forward_body, forward_logits
 from retain.types import Fisher, Products
 
 __all__ = ["Gather"]
@@ -80,8 +80,9 @@ class Gather:
         with torch.enable_grad():
             logits = forward_logits(self.model, batch)
             ways = cotangents(
-                logits, batch.lengths, batch.targets, batch.rows, fisher, samples, seed, temperature
-            )
+                logits, batch.lengths, batch.targets, batch.rows, fisher, samples, seed,
+                temperature, are_values(self.model, logits),
+            )  # fmt: skip
             for cotangent, self._weight, last in ways:
                 self._fired.clear()
                 self._total = None

@@ -12,7 +12,9 @@ from retain.data.batches import Batch, Example, collate
 from retain.data.sources import Row, encode, read_rows
 from retain.errors import SourceError
 from retain.models.fingerprint import fingerprint
+from retain.models.heads import check_labels, row_label
 from retain.models.sample import sample_rows
+from retain.models.sizes import check_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +38,7 @@ def source_examples(
 
     Raises:
         SourceError: text that is missing, empty or smaller than one batch; or ``"self"`` for a
-            model that cannot write.
+            model that cannot write; or rows that its tables have no place for.
     """
     tokenizer = tokenizer or getattr(model, "retain_tokenizer", None)
     if isinstance(source, str) and source == "self":
@@ -60,7 +62,9 @@ def source_examples(
         found = source[:rows]
     else:
         read: list[Row] = read_rows(source, rows)  # type: ignore[arg-type]
+        check_labels(model, () if causal else (row_label(row) for row in read))
         found = encode(read, tokenizer, max_length=max_length, causal=causal)[:rows]
+    check_sizes(model, found, tokenizer, labels=False)
     if len(found) < batch_size:
         raise SourceError(
             "the source is smaller than one batch",

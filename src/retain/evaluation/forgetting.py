@@ -14,9 +14,17 @@ from retain.data.batches import Batch, batches
 from retain.data.sources import Row, encode, read_rows
 from retain.errors import SourceError
 from retain.models.adapter import adapter_off
-from retain.models.heads import forward_logits, is_causal, pad_id
+from retain.models.heads import (
+    check_labels,
+    forward_logits,
+    is_causal,
+    is_regression,
+    pad_id,
+    row_label,
+)
 from retain.models.modes import evaluating
-from retain.retention.reference import Forgetting, Reference, Total, log_probabilities
+from retain.models.sizes import check_sizes
+from retain.retention.reference import Forgetting, Reference, Total, predictions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +54,8 @@ def measure_forgetting(
         progress: show a bar.
 
     Raises:
-        SourceError: the text is missing, empty or smaller than one batch.
+        SourceError: the text is missing, empty or smaller than one batch, or the model's tables
+            have no place for it.
         ModelError: the model has no adapter or no head.
     """
     if isinstance(source, str) and source == "self":
@@ -57,16 +66,20 @@ def measure_forgetting(
             fix="sample rows first: retain.models.sample",
         )
     found = read_rows(source, rows)
-    examples = encode(found, tokenizer, max_length=max_length, causal=is_causal(model))[:rows]
+    causal = is_causal(model)
+    tokenizer = tokenizer or getattr(model, "retain_tokenizer", None)
+    check_labels(model, () if causal else (row_label(row) for row in found))
+    examples = encode(found, tokenizer, max_length=max_length, causal=causal)[:rows]
+    check_sizes(model, examples, tokenizer)
     pad = pad_id(model)
     device = next(model.parameters()).device
-    total = Total()
+    total = Total(is_regression(model))
     every = list(batches(examples, min(batch_size, len(examples)), pad))
     for batch in tqdm(every, desc="forgetting", unit="batch", disable=not progress):
         batch = batch.to(device)
         with adapter_off(model):
-            base = log_probabilities(model, batch)
-        total.add(batch, base, log_probabilities(model, batch))
+            base = predictions(model, batch)
+        total.add(batch, base, predictions(model, batch))
     return total.result()
 
 

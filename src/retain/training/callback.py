@@ -21,6 +21,7 @@ from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
 from retain.retention.laplace import Retention, check_strength
 from retain.training.handling import check_gradients, check_trainer, go_first, record
+from retain.training.reading import check_loader
 from retain.training.start import AUTO, FILTER, Held, Start, release_left, why_no_filter
 from retain.types import UPDATES, Update
 
@@ -66,8 +67,10 @@ class RetentionCallback(TrainerCallback):
         ConfigError: a value out of range, a source without a budget, or, when training begins, what
             does not go together with the trainer's settings.
         ModelError: when training begins, of what nothing would hold: DeepSpeed, sharded weights,
-            `modules_to_save`; or a start for an adapter that is not fresh.
-        SourceError: when training begins, if the source is missing or empty.
+            `modules_to_save`, labels that do not exclude each other; or a start for an adapter that
+            is not fresh.
+        SourceError: when training begins, if the source is missing or empty, or a first batch lies
+            outside of the model's tables.
         MismatchError: when training begins, if the curvature is of another model.
         TrainingError: when a gradient is not a finite number.
     """
@@ -118,6 +121,7 @@ class RetentionCallback(TrainerCallback):
         check_trainer(args, kwargs.get("optimizer"))
         model: nn.Module = unwrap(kwargs["model"])
         resuming = state.global_step > 0
+        check_loader(model, kwargs["train_dataloader"], args.seed)
         release_left(model, resuming=resuming)
         self._held = self._nats = self.why_no_filter = None
         needed = self.start is not None or self.budget is not None

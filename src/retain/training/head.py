@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 
 from retain.curvature.rows import source_examples
 from retain.data.batches import Example, batches
-from retain.data.sources import Row
+from retain.data.sources import Row, read_rows
 from retain.errors import ModelError, SourceError
 from retain.models.adapter import unwrap
-from retain.models.heads import forward_logits, is_causal, pad_id
+from retain.models.heads import check_single, forward_logits, is_causal, pad_id, row_label
 from retain.models.modes import evaluating
 from retain.training.probe import Probe, fit_probe
 
@@ -100,11 +100,15 @@ def fit_head(
             allowed="a ...ForSequenceClassification model",
             fix="leave fit_head out",
         )
-    found = source_examples(
+    values = _width(model, columns) == 1
+    if columns is None:
+        check_single(model)
+    if values and not _ready(data):  # what is no label cannot be told from -1 afterwards
+        data = [row for row in read_rows(data, rows) if row_label(row) not in (None, "")]  # type: ignore[arg-type]
+    found = [] if _ready(data) and not data else source_examples(
         model, data, tokenizer, causal=False, rows=rows, max_length=max_length, batch_size=1,
         seed=seed, partial=None, progress=progress,
     )  # fmt: skip
-    values = _width(model, columns) == 1
     labelled = [e for e in found if values or e.targets[0] >= 0]
     if len(labelled) < 2:
         raise SourceError(
@@ -127,6 +131,11 @@ def fit_head(
     if probe.tells:
         _place(layer, outputs, probe)
     return HeadFit(len(labelled), probe.ridge, probe.loss, probe.known, probe.tells)
+
+
+def _ready(data: object) -> bool:
+    """Whether rows are tokenised, or there are none."""
+    return isinstance(data, list | tuple) and (not data or isinstance(data[0], Example))
 
 
 def _width(model: nn.Module, columns: slice | None) -> int:
@@ -159,7 +168,7 @@ def _features(
             ):  # fmt: skip
                 seen.clear()
                 batch = batch.to(device)
-                layer, read = _last(seen, batch.mask, forward_logits(model, batch))
+                layer, read = _last(seen, forward_logits(model, batch))
                 features.append(read.double().cpu())
                 targets.append(batch.targets.cpu())
     finally:
@@ -169,18 +178,20 @@ def _features(
     return layer, torch.cat(features), torch.cat(targets)
 
 
-def _last(seen: Sequence[_Call], mask: Tensor, logits: Tensor) -> tuple[nn.Linear, Tensor]:
+def _last(seen: Sequence[_Call], logits: Tensor) -> tuple[nn.Linear, Tensor]:
     """The layer that gave the logits, and what it read of each row.
 
-    A decoder's head answers at all positions, and its last token's answer is taken.
+    A decoder's head answers at all positions, and the answer of one of them is taken.
 
     Raises:
         ModelError: there is none.
     """
     rows = torch.arange(len(logits), device=logits.device)
     for layer, read, given in reversed(seen):
-        if read.dim() == 3:
-            read, given = (x[rows, mask.sum(dim=1) - 1] for x in (read, given))
+        if read.dim() == 3:  # a text that ends with the token that pads ends before it, there
+            alike = torch.isclose(given.to(logits), logits[:, None]).all(-1)
+            last = (alike * torch.arange(1, alike.shape[1] + 1, device=alike.device)).argmax(dim=1)
+            read, given = read[rows, last], given[rows, last]
         if given.shape == logits.shape and torch.allclose(given.to(logits), logits):
             return layer, read
     raise ModelError(
