@@ -98,8 +98,8 @@ def write(
         eos_token_id=ends or None,
         pad_token_id=pad,
         do_sample=temperature is not None,
-        top_k=0,  # without it transformers samples from the 50 most likely
-        **({} if temperature is None else {"temperature": temperature}),
+        # without a top_k of 0 transformers would sample from the 50 most likely
+        **({} if temperature is None else {"temperature": temperature, "top_k": 0}),
     )
     with evaluating(model), torch.no_grad(), compact_head(model), plain_generation(model):
         out = model.generate(  # type: ignore[operator]

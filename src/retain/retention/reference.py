@@ -91,7 +91,7 @@ class Reference:
 
 
 def predictions(model: nn.Module, batch: Batch) -> Tensor:
-    """Log-probabilities, or the outputs of a regression: [predictions, classes], float32 or wider."""
+    """Log-probabilities, or a regression's outputs: [predictions, classes], at least float32."""
     with evaluating(model), torch.no_grad():
         logits = forward_logits(model, batch)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
