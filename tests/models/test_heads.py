@@ -28,7 +28,8 @@ from retain.data.batches import Example, batches, collate
 from retain.errors import ConfigError, CurvatureError, ModelError, RetainError, SourceError
 from retain.evaluation.perplexity import measure_perplexity
 from retain.models.adapter import adapter_off, lora_sites
-from retain.models.heads import check_labels, forward_logits, head_kind, is_causal, pad_id
+from retain.models.heads import forward_logits, is_causal, pad_id
+from retain.models.kinds import check_labels, head_kind
 from retain.retention.reference import Reference
 from retain.training.loop import train
 from tiny import move, relative

@@ -26,7 +26,7 @@ from retain.errors import ModelError, RetainError, SourceError
 from retain.evaluation.generation import generate
 from retain.evaluation.perplexity import measure_perplexity
 from retain.evaluation.ranking import score_options
-from retain.models.heads import pad_id, rows_of_embedding
+from retain.models.heads import is_causal, pad_id, rows_of_embedding
 from retain.models.sample import sample_rows
 from retain.models.sizes import check_sizes, pad_multiple, positions
 from retain.training.loop import train
@@ -143,7 +143,7 @@ def collated(model: Any, rows: list[dict[str, Any]], **changes: Any) -> None:
 
     def gathered(items: list[dict[str, Any]]) -> dict[str, Any]:
         ids = torch.tensor([r["input_ids"] for r in items])
-        labels = ids if retain.models.heads.is_causal(model) else [r["label"] for r in items]
+        labels = ids if is_causal(model) else [r["label"] for r in items]
         return {
             "input_ids": ids, "attention_mask": torch.ones_like(ids),
             "labels": torch.as_tensor(labels), **changes,
@@ -163,7 +163,7 @@ def collated(model: Any, rows: list[dict[str, Any]], **changes: Any) -> None:
 def trained(model: Any, rows: list[dict[str, Any]]) -> None:
     from retain.data.sources import encode
 
-    causal = retain.models.heads.is_causal(model)
+    causal = is_causal(model)
     examples = encode(rows, None, max_length=999, causal=causal)
     train(model, examples, TrainConfig(batch_size=8), progress=False)
 

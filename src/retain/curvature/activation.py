@@ -34,7 +34,8 @@ from retain.curvature.factor import ScalarFactor, SketchFactor
 from retain.curvature.kronecker import KroneckerBlock
 from retain.curvature.record import Record
 from retain.data.batches import Batch, Example
-from retain.models.heads import are_values, divergence, forward_logits
+from retain.models.heads import divergence, forward_logits
+from retain.models.kinds import are_values
 
 __all__ = ["ActivationEstimator", "nats_of_noise", "noisy_rows"]
 

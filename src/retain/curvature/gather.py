@@ -13,7 +13,8 @@ from retain.curvature.labels import cotangents
 from retain.curvature.record import Record, Source
 from retain.data.batches import Batch
 from retain.errors import CurvatureError
-from retain.models.heads import are_values, forward_body, forward_logits
+from retain.models.heads import forward_body, forward_logits
+from retain.models.kinds import are_values
 from retain.types import Fisher, Products
 
 __all__ = ["Gather"]

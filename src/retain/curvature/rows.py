@@ -12,7 +12,7 @@ from retain.data.batches import Batch, Example, collate
 from retain.data.sources import Row, encode, read_rows
 from retain.errors import SourceError
 from retain.models.fingerprint import fingerprint
-from retain.models.heads import check_labels, row_label
+from retain.models.kinds import check_labels, row_label
 from retain.models.sample import sample_rows
 from retain.models.sizes import check_sizes
 

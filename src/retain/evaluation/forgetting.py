@@ -14,14 +14,8 @@ from retain.data.batches import Batch, batches
 from retain.data.sources import Row, encode, read_rows
 from retain.errors import SourceError
 from retain.models.adapter import adapter_off
-from retain.models.heads import (
-    check_labels,
-    forward_logits,
-    is_causal,
-    is_regression,
-    pad_id,
-    row_label,
-)
+from retain.models.heads import forward_logits, is_causal, pad_id
+from retain.models.kinds import check_labels, is_regression, row_label
 from retain.models.modes import evaluating
 from retain.models.sizes import check_sizes
 from retain.retention.reference import Forgetting, Reference, Total, predictions

@@ -16,13 +16,8 @@ from torch import Tensor, nn
 
 from retain.data.batches import Example
 from retain.errors import ModelError, SourceError
-from retain.models.heads import (
-    check_labels,
-    finds_end_by_pad,
-    head_kind,
-    inner_model,
-    rows_of_embedding,
-)
+from retain.models.heads import finds_end_by_pad, rows_of_embedding
+from retain.models.kinds import check_labels, head_kind, inner_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +47,9 @@ def positions(model: nn.Module) -> int | None:
     kind = getattr(config, "model_type", None)
     if kind == "tapas":  # its positions begin again in each cell
         return None
-    found = [int(config.max_seq_len)] if kind == "mpt" else []  # its biases are made in forward
+    found = (
+        [config.max_seq_len] if config is not None and kind == "mpt" else []
+    )  # its biases are made in forward
     for module in inner.modules():
         here = vars(module) | module._buffers
         found += [len(t) for key in _TENSORS if isinstance(t := here.get(key), Tensor)]
@@ -139,7 +136,7 @@ def check_sizes(
     """Refuses rows that lie outside of a model's tables: tokens, token types, positions, labels.
 
     Args:
-        model: with a head that is known, see `retain.models.heads`.
+        model: with a head that is known, see `retain.models.kinds`.
         examples: tokenised rows.
         tokenizer: by which they were made, if it is known; the errors say more then.
         labels: are those of the whole head; else they are left alone.

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from retain.data.batches import Batch, Example, batches
 from retain.models.adapter import adapter_off
-from retain.models.heads import divergence, forward_logits, is_regression, pad_id
+from retain.models.heads import divergence, forward_logits, pad_id
+from retain.models.kinds import is_regression
 from retain.models.modes import evaluating
 
 __all__ = ["Forgetting", "Reference", "Total", "predictions"]

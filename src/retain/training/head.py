@@ -26,7 +26,8 @@ from retain.data.batches import Example, batches
 from retain.data.sources import Row, read_rows
 from retain.errors import ModelError, SourceError
 from retain.models.adapter import unwrap
-from retain.models.heads import check_single, forward_logits, is_causal, pad_id, row_label
+from retain.models.heads import forward_logits, is_causal, pad_id
+from retain.models.kinds import check_single, row_label
 from retain.models.modes import evaluating
 from retain.training.probe import Probe, fit_probe
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from retain.data.batches import Example
-from retain.models.heads import check_labels, head_kind, inner_model, several_labels
+from retain.models.kinds import check_labels, head_kind, inner_model, several_labels
 from retain.models.sizes import check_length, check_sizes
 
 __all__ = ["check_loader", "loader_examples"]
