@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors import SafetensorError
 
-from retain.errors import ConfigError, TrainingError, unknown
+from retain.errors import ConfigError, OutputError, RetainWarning, TrainingError, unknown
 from retain.study.grid import Grid, MethodFacts, expand
 from retain.study.reading import parse_study
 from retain.study.runner import Work
@@ -64,6 +68,27 @@ class Catalogue:
         return MethodFacts(1.0 if strength is None else strength, False, options, "drawn", refusal)
 
 
+LACKING: dict[str, Exception] = {
+    "accelerator memory": torch.OutOfMemoryError("CUDA out of memory"),
+    "host memory": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    "a connection": ConnectionResetError("Connection reset by peer"),
+    "time": TimeoutError("timed out"),
+    "open files": OSError(errno.EMFILE, "Too many open files"),
+}
+"""What a machine may lack, as an error."""
+
+FULL: dict[str, Exception] = {
+    "disk": OSError(errno.ENOSPC, "No space left on device"),
+    "quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
+    "torch's disk": RuntimeError("basic_ios::clear: iostream error"),
+    "safetensors' disk": SafetensorError("I/O error: No space left on device (os error 28)"),
+    "our disk": OutputError("the state of a run cannot be written", got="x"),
+}
+"""What the disk may lack."""
+
+LACKING |= FULL
+
+
 def pretended(tmp_path: Path, **changes: Any) -> tuple[StudySpec, Grid, Work]:
     """A study whose runs `pretend` does."""
     spec = parse_study(PRETENDED | changes)
@@ -85,6 +110,11 @@ def pretend(config: Mapping[str, Any], *, state: Any, work: Work, say: Any) -> d
         raise TrainingError("the loss is not finite", got="NaN\nat step 3", fix="lower it")
     if trouble == "memory":
         raise MemoryError
+    if trouble in LACKING and not (work.out.parent / "mended").exists():
+        raise LACKING[trouble]
+    if trouble == "note":
+        warnings.warn("held in a lesser way", RetainWarning, stacklevel=1)
+        warnings.warn("held in a lesser way", RetainWarning, stacklevel=1)
     if trouble == "stop":
         raise KeyboardInterrupt
     if trouble == "wait":

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from retain.errors import ConfigError, unknown
+from retain.documents import read_mapping
+from retain.errors import ConfigError, shown, unknown
 from retain.types import Update
 
 __all__ = ["AdapterConfig", "RunConfig", "TrainConfig", "read_config", "read_settings", "validate"]
@@ -81,6 +81,7 @@ class RunConfig(_Strict):
     max_rank: int | None = Field(None, ge=2, description="of runs that continue; 4 times the rank")
     keep_state: bool = False
     limit: int | None = Field(None, ge=1)
+    loss: Literal["assistant", "all"] = Field("assistant", description="the turns of a chat")
     trust_remote_code: bool = False
     adapter: AdapterConfig = AdapterConfig()
     training: TrainConfig = TrainConfig()
@@ -101,24 +102,9 @@ def read_settings(path: str | Path, overrides: dict[str, Any]) -> dict[str, Any]
     Raises:
         ConfigError: no such file, or no YAML mapping.
     """
-    found: Any = {}
+    found: dict[str, Any] = {}
     if path:
-        try:
-            found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                "the configuration cannot be read",
-                got=f"{path}: {str(error).splitlines()[0]}",
-                allowed="a YAML file",
-                fix="check the path and the file",
-            ) from error
-        if not isinstance(found, dict):
-            raise ConfigError(
-                "the configuration is no mapping",
-                got=type(found).__name__,
-                allowed="keys with values",
-                fix="write 'key: value' lines",
-            )
+        found = read_mapping(path, "the configuration", "check the path and the file")
     for dotted, value in overrides.items():
         if value is None:
             continue
@@ -157,10 +143,10 @@ def validate(found: dict[str, Any], kind: type[Model]) -> Model:
         if first["type"] == "literal_error":
             allowed = re.findall(r"'([^']*)'", first["ctx"]["expected"])
             name = next(part for part in reversed(where) if not part.isdigit())
-            raise unknown(name, str(first["input"]), allowed) from error
+            raise unknown(name, shown(first["input"], plain=True), allowed) from error
         raise ConfigError(
             f"the value of {'.'.join(where) or 'the configuration'} is not accepted",
-            got=repr(first.get("input"))[:120],
+            got=shown(first.get("input")),
             allowed=first["msg"].removeprefix("Value error, "),
             fix="change it in the file or on the command line",
         ) from error

@@ -18,7 +18,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable
+
+_GOT = 600
+"""Characters of what was found that an error repeats, at most."""
 
 __all__ = [
     "ArtifactError",
@@ -28,9 +32,12 @@ __all__ = [
     "ModelError",
     "OutputError",
     "RetainError",
+    "RetainWarning",
     "SourceError",
     "TrainingError",
     "check_number",
+    "memory_full",
+    "shown",
     "unknown",
 ]
 
@@ -53,12 +60,14 @@ class RetainError(Exception):
         self.what, self.got, self.allowed, self.fix = what, got, allowed, fix
         parts = [what]
         if got is not None:
-            parts.append(f"got: {got}")
+            parts.append(f"got: {_cut(str(got), _GOT)}")
         if allowed is not None:
             parts.append(f"allowed: {allowed}")
         if fix is not None:
             parts.append(f"fix: {fix}")
-        super().__init__(" ".join("; ".join(parts).split()))
+        line = " ".join("; ".join(parts).split())
+        # What others wrote may be in it: nothing that a terminal would take for a command.
+        super().__init__("".join(c if c.isprintable() else "\ufffd" for c in line))
 
 
 class ConfigError(RetainError):
@@ -96,11 +105,40 @@ class OutputError(RetainError):
 def unknown(kind: str, got: str, allowed: Iterable[str], **extra: str) -> ConfigError:
     """A `ConfigError` for an unknown name, with the nearest known name where one is near."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(got, names, n=1, cutoff=0.5) if len(got) < 200 else []
     fix = f"did you mean {near[0]!r}?" if near else f"use one of the allowed {kind} names"
     return ConfigError(
-        f"unknown {kind}", got=repr(got), allowed=", ".join(names), fix=extra.get("fix", fix)
+        f"unknown {kind}", got=shown(got), allowed=", ".join(names), fix=extra.get("fix", fix)
     )
+
+
+def shown(value: object, limit: int = 120, *, plain: bool = False) -> str:
+    """What others wrote, for an error: its ``repr``, bounded in length, depth and time.
+
+    Args:
+        value: anything.
+        limit: characters at most.
+        plain: a text as it is, without quotation marks.
+    """
+    if plain and isinstance(value, str):
+        return _cut(value, limit)
+    return _cut(_Short(limit).repr(value), limit)
+
+
+class _Short(reprlib.Repr):
+    """Never walks more than a few parts of a value, however often these stand for one another."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, limit, limit
+        self.maxlist = self.maxtuple = self.maxset = self.maxdict = 5
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 256 else f"<a number of {x.bit_length()} bits>"
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def check_number(what: str, value: object, fix: str, *, positive: bool = False) -> None:
@@ -120,3 +158,17 @@ def check_number(what: str, value: object, fix: str, *, positive: bool = False) 
         return
     allowed = "a finite number above 0" if positive else "a finite number, 0 or above"
     raise ConfigError(what, got=value, allowed=allowed, fix=fix)
+
+
+class RetainWarning(UserWarning):
+    """Something is done in a lesser way than was asked for; each is said once."""
+
+
+def memory_full(error: BaseException) -> bool:
+    """Whether an error says that the machine, or its accelerator, has no memory left."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+        or "Cannot allocate memory" in str(error)
+    )

@@ -126,7 +126,6 @@ def test_the_state_does_not_grow(months: list[Path]) -> None:
     ("more", "said"),
     [
         (["--rank", 5], "has another adapter.rank"),
-        (["--model", "minilm-22m"], "has another model"),
         (["--method", "none"], "held by what came before"),
         (["--set", "max_rank=7"], "leaves no room for what was learned before"),
         (["--curvature", "c.safetensors"], "has a curvature of its own"),
@@ -198,6 +197,13 @@ def test_a_state_goes_with_its_adapter(
     again = ("--model", told["model"], "--rank", 4, "-o", run, "--overwrite")
     assert retain("train", *argv, *again).code == 0
     assert not (run / "state").exists()  # it was of the adapter before
+
+
+def test_a_run_does_not_take_the_place_of_the_one_before(
+    retain: Any, months: list[Path], data: Path
+) -> None:
+    argv = ("--data", data, "--continue-from", months[0], "-o", months[0] / "." / "adapter" / "..")
+    retain("train", *argv).refused("take the place", "another --out")
 
 
 def test_plain_lora_has_no_state(retain: Any, data: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_resume_finishes(
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=QUIET,
         preexec_fn=_hears,
     )  # fmt: skip
-    last = out / "checkpoints" / "checkpoint-10" / "retention.json"  # of the files of a checkpoint
+    last = out / "checkpoints" / "checkpoint-10" / "digests.json"  # its last file
     limit = time.monotonic() + 60
     while not last.exists():
         assert process.poll() is None, process.stderr

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from study_parts import tiny_study
 
@@ -49,9 +51,48 @@ def test_a_failure_is_told(retain: Any, model: Path, tmp_path: Path) -> None:
     told = retain("study", "status", path, "--out", out)
     assert "failed: " in told.out and "are not here" in told.out
     again = ["study", path, "--out", out, "--data-dir", path.parent / "data", "--only", "lora"]
-    assert retain(*again, "--json").json["failed"] == 1
-    found = retain(*again, "--retry-failed", "--json").json
+    found = retain(*again, "--json").json  # its data are there now: another run than the failed one
     assert (found["done"], found["failed"], found["before"]) == (1, 0, 0)
+
+
+def one_label(folder: Path) -> None:
+    path = folder / "data" / "one" / "train.jsonl"
+    path.write_text(path.read_text().replace('"label": 0', '"label": 1', 1))
+
+
+def another_order(folder: Path) -> None:
+    path = folder / "data" / "two" / "validation.jsonl"
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+
+
+def another_model(folder: Path) -> None:
+    path = folder / "base" / "model.safetensors"
+    weights = load_file(path)
+    save_file({n: w + 0.01 for n, w in weights.items()}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("change", [one_label, another_order, another_model])
+def test_a_record_of_other_data_is_not_used_again(
+    change: Any, retain: Any, model: Path, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "s", tmp_path / "out"
+    small = SMALL | {"adapters": {"lora": {"rank": 2}}}
+    path = tiny_study(folder, folder / "base", **small)
+    shutil.copytree(model, folder / "base")
+    argv = ("study", path, "--out", out, "--data-dir", folder / "data")
+    assert retain(*argv, "--json").json["done"] == 1
+    record = next((out / "runs").glob("*.json"))
+    first = record.read_bytes()
+    assert retain(*argv, "--json").json["before"] == 1
+    change(folder)
+    again = retain(*argv)
+    assert again.code == 0 and "done again, since" in again.out
+    assert again.out.count(" changed; the earlier record: ") == 1
+    kept = out / "earlier" / f"{record.stem}-1.json"
+    assert kept.read_bytes() == first and record.read_bytes() != first
+    assert retain(*argv, "--json").json["before"] == 1
+    study = json.loads((out / "study.json").read_text())
+    assert study["runs"] == [json.loads(record.read_text())]
 
 
 def test_refusals(

@@ -151,7 +151,7 @@ class TestRows:
         with pytest.raises(SourceError, match="no row with a gold label"):
             load_items(SST2, "train", data_dir=tmp_path)
         put(tmp_path, SST2, [{"text": "a", "label": 0}], "validation.jsonl")
-        with pytest.raises(SourceError, match=r"row 0 does not fit.*fields: text, label"):
+        with pytest.raises(SourceError, match=r"line 1 of validation.jsonl .*fields: text, label"):
             load_items(SST2, "eval", data_dir=tmp_path)
         with pytest.raises(ConfigError, match="did you mean 'train'"):
             load_items(SST2, "trian", data_dir=tmp_path)  # type: ignore[arg-type]
@@ -263,7 +263,7 @@ class TestDecoder:
         assert plain.decode(told) == " 2.8</s>"
 
     def test_an_answer_without_room(self, plain: Any) -> None:
-        with pytest.raises(SourceError, match=r"row 5 .* no room.*max_length of 100 or more"):
+        with pytest.raises(SourceError, match=r"row 6 .* no room.*max_length of 100 or more"):
             encode_items(
                 [item("q", " " + "x" * 35, row=5)], plain, max_length=36, causal=True, spec=SST2
             )

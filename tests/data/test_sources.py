@@ -71,5 +71,5 @@ def test_the_name_self_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SourceError, match="leave the source out"):
         read_rows("self")
     Path("self").mkdir()
-    with pytest.raises(SourceError, match="no such source; got: self"):
+    with pytest.raises(SourceError, match="holds no file of rows; got: self: nothing"):
         read_rows("self")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def write(folder: Path, name: str = "mine.yaml", /, **fields: Any) -> Path:
 
 def local(spec: TaskSpec, row: dict[str, Any]) -> dict[str, Any]:
     """A hub's row in the task's fields."""
-    from retain.data.items import template
+    from retain.data.templates import template
 
     return {**row, **{field: template(text)(row) for field, text in spec.hub.fields.items()}}
 
@@ -144,8 +145,31 @@ class TestIncludes:
     def test_a_file_beside_it_comes_first(self, tmp_path: Path) -> None:
         write(tmp_path, "base.yaml", name="base", **MINE)
         write(tmp_path, "deep/middle.yaml", include="../base.yaml", max_length=99)
-        spec = load_task(write(tmp_path, "deep/top.yaml", include="middle.yaml", prompt="{{a}}"))
+        spec = load_task(write(tmp_path, "top.yaml", include="deep/middle.yaml", prompt="{{a}}"))
         assert (spec.name, spec.max_length, spec.prompt) == ("top", 99, "{{a}}")
+
+    @pytest.mark.parametrize("kind", ["above", "absolute", "link", "folder link", "NUL", "list"])
+    def test_outside_the_folder(self, kind: str, tmp_path: Path) -> None:
+        outside = write(tmp_path, "outside/base.yaml", **MINE)
+        folder = tmp_path / "mine"
+        folder.mkdir()
+        (folder / "link.yaml").symlink_to(outside)
+        (folder / "links").symlink_to(outside.parent, target_is_directory=True)
+        base: Any = {
+            "above": "../outside/base.yaml", "absolute": str(outside), "link": "link.yaml",
+            "folder link": "links/base.yaml", "NUL": "a\0b", "list": ["base.yaml"],
+        }[kind]  # fmt: skip
+        with pytest.raises(ConfigError, match="an include is not read") as error:
+            load_task(write(folder, include=base))
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("name", ["zero", "pipe", "folder"])
+    def test_no_regular_file(self, name: str, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "zero").symlink_to("/dev/zero")
+        with pytest.raises(ConfigError, match=r"no regular file|is outside"):
+            load_task(write(tmp_path, include=name))
 
     def test_a_circle(self, tmp_path: Path) -> None:
         write(tmp_path, "a.yaml", include="b.yaml")
@@ -185,6 +209,9 @@ class TestMistakes:
             ({"prompt": "{{text"}, "a template that compiles"),
             ({"answer": "gold |"}, "a template that compiles"),
             ({"pattern": "("}, "a template that compiles"),
+            ({"pattern": "a{99999999999}"}, "larger counts"),
+            ({"prompt": "{% include 'x' %}"}, "Include is not taken"),
+            ({"options": [str(n) for n in range(1001)]}, "at most 1000 options"),
             ({"kind": "generate", "metric": "exact_match"}, "options for kind 'choice'"),
             ({"texts": ["a", "b", "c"]}, "at most two texts"),
             ({"max_length": 3}, "max_length"),
@@ -218,7 +245,7 @@ class TestMistakes:
         ],
     )
     def test_rows_that_do_not_fit(self, tmp_path: Path, row: dict[str, Any], said: str) -> None:
-        with pytest.raises(SourceError, match="row 7 does not fit task mine") as error:
+        with pytest.raises(SourceError, match="row 8 does not fit task mine") as error:
             load_task(write(tmp_path, **MINE)).render(row, 7)
         assert said in str(error.value)
 

@@ -203,7 +203,8 @@ def test_a_row_longer_than_the_positions(kind: str, door: str) -> None:
 def test_a_token_without_a_row(kind: str, door: str, token: int) -> None:
     model, call = at(kind, door)
     rows = with_id(token)
-    with pytest.raises(SourceError, match=rf"no row in the model's embedding; got: token {token} "):
+    said = "no row in the model's embedding; got: token" if token >= 0 or door == "callback" else ""
+    with pytest.raises(SourceError, match=f"{said}.* {token} "):
         call(model, rows)
 
 

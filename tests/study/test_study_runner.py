@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from retain.errors import ConfigError
+from retain.errors import ConfigError, OutputError, SourceError
 from retain.study.engines import in_processes
+from retain.study.lacking import lacks_disk, lacks_something
 from retain.study.runner import execute, read_record
 from retain.study.status import study_status
 from retain.study.studies import run_study
-from study_parts import calls, pretended
+from study_parts import FULL, LACKING, calls, pretended
 
 ONE = {"orders": {"ab": ["a", "b"]}, "methods": {"none": {}}, "adapters": {"lora": {}}}
 
@@ -31,7 +32,7 @@ def test_a_study_is_done_once(tmp_path: Path) -> None:
     spec, grid, work = pretended(tmp_path)
     told: list[str] = []
     counts = run_study(spec, grid, work, tell=lambda run, outcome: told.append(run.title))
-    assert counts == {"done": 16, "failed": 0, "elsewhere": 0, "before": 0}
+    assert counts == {"done": 16, "failed": 0, "unfinished": 0, "elsewhere": 0, "before": 0}
     assert told == [run.title for run in grid.runs]
     found = json.loads((work.out / "study.json").read_text())
     assert found["schema"] == "retain.study/1"
@@ -43,7 +44,7 @@ def test_a_study_is_done_once(tmp_path: Path) -> None:
     assert not list(work.out.rglob(".*"))
     before = tables_of(work.out)
     counts = run_study(spec, grid, work)
-    assert counts == {"done": 16, "failed": 0, "elsewhere": 0, "before": 16}
+    assert counts == {"done": 16, "failed": 0, "unfinished": 0, "elsewhere": 0, "before": 16}
     assert len(calls(work)) == 16
     assert tables_of(work.out) == before
     assert study_status(grid, work)["left"] == []
@@ -60,7 +61,7 @@ def test_failures_are_recorded_and_do_not_stop_it(tmp_path: Path) -> None:
     changes = {"adapters": {"bad": {"kind": "lora", "trouble": "error"}, "lora": {}}}
     spec, grid, work = pretended(tmp_path, **(ONE | changes))
     counts = run_study(spec, grid, work)
-    assert counts == {"done": 2, "failed": 2, "elsewhere": 0, "before": 0}
+    assert counts == {"done": 2, "failed": 2, "unfinished": 0, "elsewhere": 0, "before": 0}
     record = read_record(work.record(grid.runs[0].key))
     assert record is not None and record["status"] == "failed"
     assert record["error"] == "the loss is not finite; got: NaN at step 3; fix: lower it"
@@ -75,15 +76,59 @@ def test_failures_are_recorded_and_do_not_stop_it(tmp_path: Path) -> None:
     from dataclasses import replace
 
     counts = run_study(spec, grid, replace(work, retry_failed=True))
-    assert counts == {"done": 2, "failed": 2, "elsewhere": 0, "before": 2}
+    assert counts == {"done": 2, "failed": 2, "unfinished": 0, "elsewhere": 0, "before": 2}
     assert len(calls(work)) == 6
 
 
-def test_a_full_memory_is_a_failure(tmp_path: Path) -> None:
-    spec, grid, work = pretended(tmp_path, **(ONE | {"adapters": {"lora": {"trouble": "memory"}}}))
-    assert run_study(spec, grid, work)["failed"] == 2
+@pytest.mark.parametrize("trouble", sorted(LACKING.keys() - FULL.keys()))
+def test_what_the_machine_lacked_is_tried_again(trouble: str, tmp_path: Path) -> None:
+    changes = {"adapters": {"lora": {"trouble": trouble}, "other": {"kind": "lora"}}}
+    spec, grid, work = pretended(tmp_path, **(ONE | changes))
+    told: list[Any] = []
+    counts = run_study(spec, grid, work, tell=lambda run, outcome: told.append(outcome))
+    assert (counts["done"], counts["unfinished"], counts["failed"]) == (2, 2, 0)
+    assert [o.status for o in told if o.error] == ["unfinished"] * 2
+    assert read_record(work.record(grid.runs[0].key)) is None
+    assert len(study_status(grid, work)["left"]) == 2
+    (tmp_path / "mended").touch()
+    counts = run_study(spec, grid, work)
+    assert (counts["done"], counts["unfinished"], counts["before"]) == (4, 0, 2)
+    assert not list(work.out.glob("failures/*"))
+
+
+@pytest.mark.parametrize("trouble", sorted(FULL))
+def test_a_full_disk_stops_the_study_in_one_line(trouble: str, tmp_path: Path) -> None:
+    changes = {"adapters": {"lora": {"trouble": trouble}, "other": {"kind": "lora"}}}
+    spec, grid, work = pretended(tmp_path, **(ONE | changes))
+    with pytest.raises(OutputError) as caught:
+        run_study(spec, grid, work)
+    assert "\n" not in str(caught.value)
+    assert not list(work.out.glob("runs/*"))
+    (tmp_path / "mended").touch()
+    assert run_study(spec, grid, work)["done"] == 4
+
+
+def test_a_failure_behind_a_wrapper_is_known_by_its_cause(tmp_path: Path) -> None:
+    def wrapped(cause: BaseException) -> Exception:
+        try:
+            raise SourceError("rows cannot be read") from cause
+        except SourceError as error:
+            return error
+
+    assert lacks_something(wrapped(LACKING["a connection"]))
+    assert lacks_disk(wrapped(LACKING["disk"]))
+    assert not lacks_something(wrapped(ValueError("a bad row")))
+    assert not lacks_something(wrapped(FileNotFoundError(2, "No such file")))
+    assert not lacks_something(OSError("repo x is not a valid model identifier"))
+
+
+def test_lesser_ways_are_in_the_record_and_told(tmp_path: Path) -> None:
+    spec, grid, work = pretended(tmp_path, **(ONE | {"adapters": {"lora": {"trouble": "note"}}}))
+    told: list[Any] = []
+    run_study(spec, grid, work, tell=lambda run, outcome: told.append(outcome))
     record = read_record(work.record(grid.runs[0].key))
-    assert record is not None and record["error"].startswith("the memory is full; got: MemoryError")
+    assert record is not None and record["notes"] == ["held in a lesser way"]
+    assert told[0].notes == ("held in a lesser way",)
 
 
 def test_ctrl_c_leaves_no_lock_and_no_half_file(tmp_path: Path) -> None:
@@ -118,7 +163,13 @@ def test_a_damaged_record_is_done_again(tmp_path: Path) -> None:
     spec, grid, work = pretended(tmp_path, **ONE)
     run_study(spec, grid, work)
     work.record(grid.runs[0].key).write_text('{"schema": "retain.ru')
-    assert run_study(spec, grid, work) == {"done": 2, "failed": 0, "elsewhere": 0, "before": 1}
+    assert run_study(spec, grid, work) == {
+        "done": 2,
+        "failed": 0,
+        "unfinished": 0,
+        "elsewhere": 0,
+        "before": 1,
+    }
 
 
 def test_processes_give_the_same_tables(tmp_path: Path) -> None:
@@ -138,9 +189,10 @@ def test_a_worker_that_dies_is_one_failure(tmp_path: Path) -> None:
     _, grid, work = pretended(tmp_path, **(ONE | changes))
     found = {o.key: o for o in in_processes(grid.runs, work, 1)}
     status = {run.config["adapter"]["name"]: found[run.key].status for run in grid.runs}
-    assert status == {"lora": "done", "bad": "failed"}
-    record = read_record(work.record(grid.runs[1].key))
-    assert record is not None and "the process of the run died" in record["error"]
+    assert status == {"lora": "done", "bad": "unfinished"}
+    bad = next(run for run in grid.runs if run.config["adapter"]["name"] == "bad")
+    assert "the process of the run died" in str(found[bad.key].error)
+    assert read_record(work.record(bad.key)) is None
 
 
 def test_a_worker_that_dies_while_the_parent_is_busy_costs_no_run(tmp_path: Path) -> None:
@@ -155,7 +207,7 @@ def test_a_worker_that_dies_while_the_parent_is_busy_costs_no_run(tmp_path: Path
         time.sleep(2.0)  # the other worker dies meanwhile
     status = [found.get(run.key) for run in grid.runs]
     assert status == [
-        "failed" if run.config["adapter"]["name"] == "bad" else "done" for run in grid.runs
+        "unfinished" if run.config["adapter"]["name"] == "bad" else "done" for run in grid.runs
     ]
 
 

@@ -23,6 +23,10 @@ DATA = [
 ]
 
 
+PRECISION: dict[str, Any] = {}
+"""What the arguments say of it; see the folder's conftest."""
+
+
 class Backend(TrainerCallback):
     """Stands for a backend of ``report_to``: keeps what it is given, when it is given."""
 
@@ -46,7 +50,7 @@ def trainer(
             "per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 0.01,
             "logging_steps": 1, "report_to": "none", "save_strategy": "no", "use_cpu": True,
             "disable_tqdm": True, "dataloader_pin_memory": False, "lr_scheduler_type": "constant",
-            "max_grad_norm": 1.0, **options,
+            "max_grad_norm": 1.0, **PRECISION, **options,
         },
     )  # fmt: skip
     return Trainer(model=model, args=arguments, train_dataset=DATA, callbacks=callbacks)
@@ -212,7 +216,8 @@ def test_what_a_budget_has_learned_is_in_the_checkpoint(tmp_path: Path) -> None:
     run.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
     for got, want in zip(weights(other).values(), weights(model).values(), strict=True):
         torch.testing.assert_close(got, want)
-    kept = json.loads((tmp_path / "a" / "checkpoint-4" / "retention.json").read_text())
+    state = json.loads((tmp_path / "a" / "checkpoint-4" / "trainer_state.json").read_text())
+    kept = state["stateful_callbacks"]["retain"]
     assert kept["reached"] is True and kept["strength"] != 10.0
 
 

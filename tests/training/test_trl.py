@@ -16,8 +16,10 @@ from retain.training.reading import loader_examples
 ARGUMENTS: dict[str, Any] = {
     "per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1,
     "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
-    "bf16": False,
 }  # fmt: skip
+
+PRECISION: dict[str, Any] = {}
+"""What the arguments say of it; see the folder's conftest."""
 
 
 def common(folder: Path, tmp_path: Path, rows: list[dict[str, str]], config: Any) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def common(folder: Path, tmp_path: Path, rows: list[dict[str, str]], config: Any
         "processing_class": tokenizer,
         "peft_config": lora,
         "train_dataset": Dataset.from_list(rows),
-        "args": config(output_dir=str(tmp_path), **ARGUMENTS),
+        "args": config(output_dir=str(tmp_path), **ARGUMENTS, **PRECISION),
     }
 
 

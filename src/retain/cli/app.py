@@ -15,7 +15,17 @@ from retain import __version__
 from retain.cli import demo, fit, plan, report, soften, study, tasks, train
 from retain.cli import eval as evaluation
 from retain.cli.common import Interrupted
-from retain.errors import ConfigError, OutputError, RetainError, TrainingError, unknown
+from retain.errors import (
+    ConfigError,
+    OutputError,
+    RetainError,
+    RetainWarning,
+    SourceError,
+    TrainingError,
+    memory_full,
+    unknown,
+)
+from retain.files import why_unwritable
 
 __all__ = ["main"]
 
@@ -32,6 +42,17 @@ class _Group(TyperGroup):
         if args and not args[0].startswith("-") and args[0] not in self.commands:
             raise unknown("command", args[0], self.commands)
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:  # which typer would take for a Ctrl-C
+            raise SourceError(
+                "a file ends too early",
+                got=str(error) or type(error).__name__,
+                allowed="whole files",
+                fix="copy the file again, or make it again",
+            ) from error
 
 
 app = typer.Typer(
@@ -80,6 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", category=UserWarning, module=r"retain(\.|$)")
+            warnings.filterwarnings("always", category=RetainWarning)
             code = get_command(app).main(args=argv, prog_name="retain", standalone_mode=False)
         sys.stdout.flush()
         if code == 130:  # typer's word for a Ctrl-C that no command had something to say about
@@ -122,24 +145,17 @@ def _explain(error: Exception) -> RetainError | None:
         return error
     if isinstance(error, typer.TyperException):
         return _usage(error)
-    name, text = type(error).__name__, str(error)
-    if (
-        isinstance(error, MemoryError)
-        or name == "OutOfMemoryError"
-        or "can't allocate memory" in text
-    ):
+    text = str(error)
+    if memory_full(error):
         return TrainingError(
             "the memory is full",
-            got=text.partition("\n")[0][:160] or name,
+            got=text.partition("\n")[0][:160] or type(error).__name__,
             allowed="what the machine has",
             fix="a smaller --batch-size or --max-length, or a larger training.accumulation",
         )
-    full = any(
-        sign in text for sign in ("inline_container", "PytorchStreamWriter", "No space left")
-    )
-    if isinstance(error, OSError) or (full and name in {"RuntimeError", "SafetensorError"}):
+    reason = why_unwritable(error)
+    if reason is not None:
         place = getattr(error, "filename", None)
-        reason = getattr(error, "strerror", None) or text.partition("\n")[0][:160] or name
         return OutputError(
             "a file cannot be read or written",
             got=f"{place}: {reason}" if place else reason,

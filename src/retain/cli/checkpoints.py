@@ -1,96 +1,98 @@
-"""Checkpoints of a training run: which of them are whole, and what they remember."""
+"""Checkpoints in a run's folder: which is gone on from, and what becomes of the others."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from retain.errors import ConfigError, OutputError
+from retain.errors import ConfigError
+from retain.files import remove_ours, writing
 
 __all__ = [
-    "checkpoints",
+    "check_identity",
     "clear",
     "drop_broken",
     "history",
-    "last_whole",
     "refuse_leftovers",
     "set_aside_broken",
     "tidy",
 ]
 
-_STATE, _WEIGHTS, _HELD = "trainer_state.json", "adapter_model.safetensors", "retention.json"
+_PLACES = {
+    "data": ("the rows to learn from", "data"),
+    "base": ("the base model", "model"),
+    "source": ("the source's curvature", "curvature"),
+    "past": ("the state of the run before", "continue-from"),
+}
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, whole or not, by step."""
-    found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and _step(p) >= 0]
-    return sorted(found, key=_step)
+def set_aside_broken(folder: Path) -> list[str]:
+    """Renames the checkpoints that are newer than the last whole one out of the way.
 
+    Returns:
+        For each, why.
 
-def _step(path: Path) -> int:
-    number = path.name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
-
-
-def _whole(path: Path, held: bool) -> bool:
-    """Whether a checkpoint was written to its end.
-
-    Its last file is the trainer's state, or in a run with retention what that has learned.
+    Raises:
+        OutputError: it cannot be renamed.
     """
-    from safetensors import SafetensorError, safe_open
+    from retain.training.checkpoints import checkpoints, own_files, why_broken
 
-    try:
-        for name in (_STATE, _HELD) if held else (_STATE,):
-            json.loads((path / name).read_text(encoding="utf-8"))
-        with safe_open(path / _WEIGHTS, framework="pt"):
-            pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return zipfile.is_zipfile(path / "optimizer.pt")
-
-
-def set_aside_broken(folder: Path, held: bool) -> Path | None:
-    """The last whole checkpoint; newer ones that a crash cut short are renamed out of the way."""
+    said = []
     for path in reversed(checkpoints(folder)):
-        if _whole(path, held):
-            return path
+        reason = why_broken(path)
+        if reason is None:
+            break
         aside = path.with_name(f"broken-{path.name}")
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
+        with writing("the folder of the checkpoints", folder):
+            remove_ours(aside, own_files(aside))
+            for number in range(2, 100):
+                if not aside.exists():
+                    break
+                aside = aside.with_name(f"broken-{path.name}-{number}")  # it holds others' files
             path.rename(aside)
-        except OSError as error:
-            raise OutputError(
-                "a broken checkpoint cannot be moved aside",
-                got=f"{path}: {error.strerror}",
-                allowed="a folder that can be written",
-                fix=f"remove {path}",
-            ) from error
-    return None
+        said.append(f"{path.name} is passed over: {reason}")
+    return said
 
 
-def drop_broken(folder: Path, held: bool) -> None:
+def drop_broken(folder: Path) -> None:
     """Removes what a failure left of the checkpoint that was being written."""
+    from retain.training.checkpoints import SEAL, checkpoints, own_files
+
     for path in checkpoints(folder):
-        if not _whole(path, held):
-            shutil.rmtree(path, ignore_errors=True)
+        if not (path / SEAL).is_file():
+            with contextlib.suppress(OSError):
+                remove_ours(path, own_files(path))
 
 
-def last_whole(folder: Path, held: bool) -> Path | None:
-    """The last whole checkpoint.
+def check_identity(checkpoint: Path, now: Mapping[str, Any]) -> None:
+    """Refuses to go on with other rows, another base model or another curvature.
 
-    Args:
-        folder: of the checkpoints.
-        held: the run has retention, not plain LoRA.
+    Where they lie does not count.
+
+    Raises:
+        ConfigError: one of them is not what the run began with.
     """
-    return next((p for p in reversed(checkpoints(folder)) if _whole(p, held)), None)
+    from retain.training.checkpoints import seal_of
+
+    then = seal_of(checkpoint)
+    for name, (what, option) in _PLACES.items():
+        if then.get(name) != now.get(name):
+            raise ConfigError(
+                f"{what} changed since the run began",
+                got=f"digest {str(now.get(name))[:12]}",
+                allowed=f"{str(then.get(name))[:12]}, that of {checkpoint.name}",
+                fix=f"put back what it was, or say with --{option} where it lies now; "
+                "or start again with --overwrite",
+            )
 
 
 def refuse_leftovers(folder: Path) -> None:
     """Raises `ConfigError` where another run's checkpoints lie, which would be mixed up."""
+    from retain.training.checkpoints import checkpoints
+
     found = checkpoints(folder)
     if found:
         raise ConfigError(
@@ -102,16 +104,23 @@ def refuse_leftovers(folder: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Removes the checkpoints in a folder."""
-    for path in [*checkpoints(folder), *folder.glob("broken-checkpoint-*")]:
-        shutil.rmtree(path, ignore_errors=True)
+    """Removes the run's checkpoints in a folder; what others put there stays.
+
+    Raises:
+        OutputError: one cannot be removed.
+    """
+    from retain.training.checkpoints import checkpoints, own_files
+
+    with writing("the folder of the checkpoints", folder):
+        for path in [*checkpoints(folder), *folder.glob("broken-checkpoint-*")]:
+            remove_ours(path, own_files(path))
 
 
 def tidy(out: Path, kept: Path, settings: str) -> None:
     """Leaves no empty folder, and no settings of a run of which nothing else is left."""
     with contextlib.suppress(OSError):
         kept.rmdir()
-    if not kept.exists() and not (out / "train.json").exists():
+    if not any(path.exists() for path in (kept, out / "train.json", out / "adapter")):
         with contextlib.suppress(OSError):
             (out / settings).unlink()
     with contextlib.suppress(OSError):
@@ -120,7 +129,7 @@ def tidy(out: Path, kept: Path, settings: str) -> None:
 
 def history(checkpoint: Path) -> list[dict[str, Any]]:
     """The log up to a checkpoint, in the form of `retain.training.loop.TrainResult`."""
-    log = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))["log_history"]
+    log = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return [
         {
             "step": entry["step"],

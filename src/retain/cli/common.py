@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -54,13 +55,27 @@ class Interrupted(Exception):
 class Screen:
     """Where a command prints: text for people, or one JSON object, on stdout.
 
-    Under ``torchrun`` the first process alone prints.
+    Under ``torchrun`` the first process alone prints. What this package warns of becomes a note.
+
+    Attributes:
+        notes: in what a lesser way than was asked for something was done, each once; they belong
+            into the record of what the command made.
     """
 
     def __init__(self, as_json: bool, quiet: bool) -> None:
         self.as_json = as_json and first_rank()
         self.quiet = quiet or as_json or not first_rank()
         self.progress = not self.quiet and sys.stderr.isatty()
+        self.notes: list[str] = []
+        # `retain.cli.app.main` lets our own warnings alone through, and puts this back at its end.
+        warnings.showwarning = lambda message, *args, **kwargs: self.note(str(message))
+
+    def note(self, text: str) -> None:
+        """A line for people that is kept for the record too, once."""
+        text = " ".join(text.split())
+        if text not in self.notes:
+            self.notes.append(text)
+            self.say(text)
 
     def say(self, text: str) -> None:
         """A line for people."""

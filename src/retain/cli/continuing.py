@@ -2,27 +2,28 @@
 
 A run with ``--keep-state`` leaves ``state/`` in its folder: ``source.safetensors`` (the curvature
 of the source text around the base model, which never changes), ``past.safetensors`` (that of all
-tasks so far, merged, around the weights that the run ended with) and ``state.json``. The next run
-starts at the adapter, is held by both, and leaves the same three files: however many months, the
-memory is that of two curvatures.
+tasks so far, merged, around the weights that the run ended with) and ``state.json``, with digests
+of these and of the adapter. The next run starts at the adapter, is held by both, and leaves the
+same three files: however many months, the memory is that of two curvatures. Where the base model
+and the folders lie does not count: the base is told by its fingerprint.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from retain.cli.common import Screen
+from retain.cli.folders import STATE
 from retain.config import RunConfig, read_config
-from retain.errors import ConfigError, MismatchError, OutputError
-from retain.files import write_json
+from retain.errors import ConfigError, MismatchError
+from retain.files import file_digest, whole_folder, write_json
+from retain.models.saved import adapter_digest
 
-__all__ = ["Chain", "check_state", "drop_state", "inherit", "keep_state", "read_chain"]
+__all__ = ["Chain", "check_state", "inherit", "keep_state", "read_chain"]
 
 SCHEMA = "retain.state/1"
 HELD = ("method", "strength", "budget", "start", "gain", "weight", "max_rank")
@@ -42,6 +43,7 @@ class Chain:
         source: the file of the source text's curvature.
         past: the file of the earlier tasks' curvature.
         runs: one entry for each run so far, the first one first.
+        model: where its base model lay.
     """
 
     folder: Path
@@ -49,6 +51,26 @@ class Chain:
     source: Path
     past: Path
     runs: list[dict[str, Any]]
+    model: str
+
+    def check_base(self, mine: str, known: str, name: str) -> None:
+        """Refuses another base model.
+
+        Args:
+            mine: the fingerprint of the model that was loaded.
+            known: that of the base of the run.
+            name: what was loaded.
+
+        Raises:
+            MismatchError: they differ.
+        """
+        if mine != known:
+            raise MismatchError(
+                "the model is not the base of the run to continue from",
+                got=f"{name} with fingerprint {mine}",
+                allowed=f"{known}, which {self.model} had when {self.folder} was trained",
+                fix="say with --model where that model lies now",
+            )
 
 
 def read_chain(folder: str | Path) -> Chain:
@@ -60,8 +82,9 @@ def read_chain(folder: str | Path) -> Chain:
     run = Path(folder).expanduser()
     state = run / "state"
     chain = Chain(
-        run, run / "adapter", state / "source.safetensors", state / "past.safetensors", []
-    )
+        run, run / "adapter", state / "source.safetensors", state / "past.safetensors", [],
+        str(_settings(run).model),
+    )  # fmt: skip
     try:
         found = json.loads((state / "state.json").read_text(encoding="utf-8"))
         if found["schema"] != SCHEMA:
@@ -70,15 +93,53 @@ def read_chain(folder: str | Path) -> Chain:
         missing = [p.name for p in (chain.adapter, chain.source, chain.past) if not p.exists()]
         if missing:
             raise ValueError(f"no {' and '.join(missing)}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        changed = _changed(chain, dict(found.get("digests") or {}))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"{run}: {error}"
+        if isinstance(error, OSError):
+            what = f"{error.filename}: {error.strerror}"
         raise ConfigError(
             "there is nothing to continue from",
-            got=f"{run}: {reason}",
+            got=what,
             allowed="the --out of a run with --keep-state that has ended",
             fix="train that run again with --keep-state",
         ) from error
+    if changed:
+        raise MismatchError(
+            "the run to continue from has changed since it ended",
+            got=f"{' and '.join(changed)} with other contents",
+            allowed="adapter/ and state/ as one run left them",
+            fix="put back what they were, or train that run again with --keep-state",
+        )
     return chain
+
+
+def _settings(run: Path) -> RunConfig:
+    """The settings of an earlier run.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    path = run / "run.json"
+    if not path.is_file():
+        raise ConfigError(
+            "there is nothing to continue from",
+            got=f"{run} without run.json",
+            allowed="the --out of a run with --keep-state that has ended",
+            fix="check --continue-from",
+        )
+    return read_config(path, {"out": str(run)}, RunConfig)
+
+
+def _changed(chain: Chain, digests: dict[str, str]) -> list[str]:
+    """What is not as the run left it. The states of earlier versions have no digests."""
+    places = {
+        chain.source.name: (chain.source, file_digest),
+        chain.past.name: (chain.past, file_digest),
+        "adapter": (chain.adapter, adapter_digest),
+    }
+    known = ((*places[name], digest) for name, digest in digests.items() if name in places)
+    return [str(path) for path, digest_of, digest in known if digest_of(path) != digest]
 
 
 def check_state(past: Any, model: Any, chain: Chain) -> None:
@@ -101,23 +162,17 @@ def check_state(past: Any, model: Any, chain: Chain) -> None:
         )
 
 
-def drop_state(out: Path) -> None:
-    """Removes the state that an earlier run left in a folder whose adapter is a new one now."""
-    shutil.rmtree(out / "state", ignore_errors=True)
-
-
 def inherit(given: dict[str, Any], chain: Chain) -> dict[str, Any]:
     """The settings that are given, with the model and the adapter of the earlier run.
 
     How it was held (`HELD`) goes on too, unless something else is given: a strength takes the place
-    of a budget.
+    of a budget. The model may lie elsewhere now; that it is the same is told by its fingerprint.
 
     Raises:
         ConfigError: one is given that differs from it.
     """
-    kept = read_config(chain.folder / "run.json", {"out": str(chain.folder)}, RunConfig)
+    kept = _settings(chain.folder)
     mine = {
-        "model": kept.model,
         "dtype": kept.dtype,
         **{f"adapter.{name}": value for name, value in kept.adapter.model_dump().items()},
     }
@@ -146,13 +201,14 @@ def inherit(given: dict[str, Any], chain: Chain) -> dict[str, Any]:
     held = {name: getattr(kept, name) for name in HELD if kept.method != "none"}
     if given.get("strength") is not None:
         del held["budget"]
+    held["model"] = kept.model
     return held | {name: value for name, value in given.items() if value is not None} | mine
 
 
 def keep_state(
     model: Any,
     examples: Sequence[Any],
-    source: Path,
+    source: Any,
     past: Any,
     out: Path,
     entry: dict[str, Any],
@@ -164,7 +220,7 @@ def keep_state(
     Args:
         model: trained, with its adapter.
         examples: the rows that it learned.
-        source: the file of the source text's curvature.
+        source: the source text's curvature.
         past: the curvature of the tasks before, or None.
         out: the run's folder.
         entry: of this run, for ``state.json``.
@@ -174,14 +230,12 @@ def keep_state(
     Raises:
         OutputError: the folder cannot be written.
     """
-    from retain.curvature.artifact import load_curvature
     from retain.curvature.estimate import fit_curvature
     from retain.curvature.merge import reanchored
-    from retain.models.saved import whole_folder
     from retain.retention.rows import choose
 
     screen.say("measuring what the task relies on, for the runs that continue from this one")
-    info = load_curvature(source).info
+    info = source.info
     rows = choose(examples, ROWS, entry["seed"])
     found = fit_curvature(
         model, rows, info.structure, space=info.space, fisher=info.fisher,
@@ -191,25 +245,13 @@ def keep_state(
     )  # fmt: skip
     if past is not None:
         found = reanchored(past, model) + found
-    with whole_folder(out / "state") as new:
+    with whole_folder(out / "state", "the state of the run", STATE) as new:
         found.save(new / "past.safetensors")
-        _same_file(source, new / "source.safetensors")
+        source.save(
+            new / "source.safetensors"
+        )  # what the run was held by, whatever its file is now
         runs = [*(before.runs if before else []), entry]
-        write_json(new / "state.json", {"schema": SCHEMA, "runs": runs})
+        digests = {path.name: file_digest(path) for path in sorted(new.glob("*.safetensors"))}
+        digests["adapter"] = adapter_digest(out / "adapter")
+        write_json(new / "state.json", {"schema": SCHEMA, "runs": runs, "digests": digests})
     return out / "state"
-
-
-def _same_file(source: Path, target: Path) -> None:
-    """A second name of a file where the disk allows it, else a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        try:
-            shutil.copyfile(source, target)
-        except OSError as error:
-            raise OutputError(
-                "the source's curvature cannot be kept",
-                got=f"{target}: {error.strerror}",
-                allowed="a folder that can be written, with room on the disk",
-                fix="free some disk and train again",
-            ) from error

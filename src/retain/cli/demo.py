@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from retain.cli.common import AsJson, Interrupted, Quiet, Screen, quieten
-from retain.files import check_folder
+from retain.cli.folders import check_demo
+from retain.files import check_folder, locked
 
 __all__ = ["EXAMPLE", "demo"]
 
@@ -37,14 +38,16 @@ def demo(
         from retain.report.page import write_report
         from retain.study.demo import run_demo
 
-        result = run_demo(
-            out=out,
-            seed=seed,
-            quick=quick,
-            progress=screen.progress,
-            verbose=not (quiet or as_json),
-        )
-        page = write_report(out / "result.json", out / "report.html")[0]
+        with locked(out):
+            check_demo(out)
+            result = run_demo(
+                out=out,
+                seed=seed,
+                quick=quick,
+                progress=screen.progress,
+                verbose=not (quiet or as_json),
+            )
+            page = write_report(out / "result.json", out / "report.html")[0]
     except KeyboardInterrupt:
         raise Interrupted(
             f"the stages that are done are kept in {out}; the same command goes on from there"

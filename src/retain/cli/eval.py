@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +22,7 @@ from retain.cli.common import (
     problem_count,
     quieten,
 )
+from retain.cli.folders import check_result
 from retain.cli.measure import measure, result_of, train_record
 from retain.errors import ConfigError, unknown
 
@@ -72,25 +74,35 @@ def evaluate(
             fix="--adapter runs/held/adapter",
         )
     out = out and check_file(out)
+    if out is not None:
+        check_result(out)
     name = base_of(adapter, model)
     quieten(screen.progress)
+    from retain.data.draws import HELD_OUT
     from retain.data.sources import read_rows
     from retain.files import write_json
     from retain.models.load import load_model
     from retain.models.saved import load_adapter
 
-    given = read_rows(source, rows) if source is not None else None
+    given = None
+    if source is not None:
+        given = read_rows(source, rows, seed=HELD_OUT + seed, max_length=max_length)
     size = {"rows": rows, "max_length": max_length, "batch_size": batch_size}
     try:
         screen.say(f"loading {name}")
         base, tokenizer, _ = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
         tuned = load_adapter(base, adapter)
         record = train_record(adapter, tuned)
+        if not record:
+            screen.note(
+                "no train.json beside the adapter: that this is its base model is not checked"
+            )
         measured = measure(tuned, tokenizer, given, size, seed, probe, problems, screen)
     except KeyboardInterrupt:
         raise Interrupted("nothing was written") from None
     result = finite(
         result_of(name, dtype, seed, tuned, record, measured, source or "self", adapter)
+        | {"notes": screen.notes}
     )
     if out is not None:
         write_json(out, result)
@@ -117,4 +129,4 @@ def _tell(screen: Screen, found: dict[str, Any], out: Path | None) -> None:
             )
     screen.table("base and tuned", ["", "base", "with the adapter"], rows)
     if out is not None:
-        screen.say(f"{out}\nnext: retain report {out}")
+        screen.say(f"{out}\nnext: retain report {quote(str(out))}")

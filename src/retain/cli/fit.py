@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -21,8 +22,9 @@ from retain.cli.common import (
     quieten,
     size_text,
 )
-from retain.cli.measure import say_cut
+from retain.cli.folders import check_curvature
 from retain.curvature.settings import RANKS, SKETCHES, check_settings, factor_rank_of
+from retain.files import locked
 from retain.types import FISHERS, SPACES, STRUCTURES, Fisher, Space, Structure
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ __all__ = ["EXAMPLE", "fit"]
 
 EXAMPLE = "Example: retain fit smollm2-135m self -o curvature.safetensors"
 
-Text = "What the model should not forget: a .txt, .md, .jsonl, .json, .csv or .parquet file, or "
+Text = "What the model should not forget: a file of text or rows, a folder of them, or "
 
 
 def fit(
@@ -121,6 +123,7 @@ def fit(
     )  # fmt: skip
     screen = Screen(as_json, quiet)
     output = check_file(output)
+    check_curvature(output)
     partial = output.with_name(f"{output.name}.partial")
     if adapter is not None:
         from retain.models.saved import check_adapter
@@ -139,48 +142,49 @@ def fit(
     from retain.models.load import load_model
 
     if source != "self":
-        read_rows(source, rows)  # a mistake in the source shows before the model loads
-    try:
-        screen.say(f"loading {model}")
-        base, tokenizer, _ = load_model(
-            model, dtype=dtype, num_labels=num_labels, trust_remote_code=trust_remote_code
-        )
-        if source == "self":
-            say_cut(base, max_length, screen)
-        start = time.perf_counter()
-        curvature = fit_curvature(
-            _with_adapter(base, adapter, fresh),
-            source,
-            cast(Structure, structure),
-            tokenizer=tokenizer,
-            space=cast(Space, space),
-            fisher=cast(Fisher, fisher),
-            samples=samples,
-            rows=rows,
-            max_length=max_length,
-            batch_size=batch_size,
-            seed=seed,
-            rank=sketches,
-            share=share,
-            temperature=temperature,
-            partial=partial,
-            save_every=save_every,
-            progress=screen.progress,
-        )
-        seconds = time.perf_counter() - start
-        curvature.save(output)
-        forget(partial)
-    except KeyboardInterrupt:
-        kept = f"; the same command goes on from {partial}" if partial.is_file() else ""
-        raise Interrupted(f"{output} was not written or changed{kept}") from None
+        # a mistake in the source shows before the model loads
+        read_rows(source, rows, seed=seed, max_length=max_length)
+    with locked(output, file=True):
+        try:
+            screen.say(f"loading {model}")
+            base, tokenizer, _ = load_model(
+                model, dtype=dtype, num_labels=num_labels, trust_remote_code=trust_remote_code
+            )
+            start = time.perf_counter()
+            curvature = fit_curvature(
+                _with_adapter(base, adapter, fresh),
+                source,
+                cast(Structure, structure),
+                tokenizer=tokenizer,
+                space=cast(Space, space),
+                fisher=cast(Fisher, fisher),
+                samples=samples,
+                rows=rows,
+                max_length=max_length,
+                batch_size=batch_size,
+                seed=seed,
+                rank=sketches,
+                share=share,
+                temperature=temperature,
+                partial=partial,
+                save_every=save_every,
+                progress=screen.progress,
+            )
+            seconds = time.perf_counter() - start
+            curvature.save(output)
+            forget(partial)
+        except KeyboardInterrupt:
+            kept = f"; the same command goes on from {partial}" if partial.is_file() else ""
+            raise Interrupted(f"{output} was not written or changed{kept}") from None
     info, size = curvature.info, output.stat().st_size
     screen.say(
         f"{structure} curvature of {len(info.sites)} layers from {info.tokens:,} tokens in "
         f"{seconds:.1f} s, relative error {info.error:.1%}\n{output}: {size_text(size)}\n"
-        f"next: retain train --model {model} --data word-problems --out runs/held "
-        f"--curvature {output}"
+        f"next: retain train --model {quote(model)} --data word-problems --out runs/held "
+        f"--curvature {quote(str(output))}"
     )
-    screen.emit({"path": output, "seconds": seconds, "bytes": size, "info": info.to_dict()})
+    found = {"path": output, "seconds": seconds, "bytes": size, "info": info.to_dict()}
+    screen.emit(found | {"notes": screen.notes})
 
 
 def _with_adapter(base: Any, folder: Path | None, fresh: AdapterConfig) -> Any:

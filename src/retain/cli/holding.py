@@ -7,16 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from retain.cli.common import Screen
-from retain.cli.measure import say_cut
 from retain.config import RunConfig
 from retain.errors import CurvatureError, MismatchError
 from retain.files import first_rank
 
 __all__ = ["Held", "find_curvature"]
-
-
-TOKENS = 128
-"""Of a row of text that the model writes."""
 
 
 class Held(NamedTuple):
@@ -57,14 +52,12 @@ def find_curvature(
             screen.say(f"using the curvature in {path}")
             return Held(found, path, None)
         except CurvatureError as error:
-            screen.say(f"{path} is not used: {error.what}")
+            screen.note(f"{path} is not used, and made anew: {error.what}")
     screen.say("no curvature is given: measuring one on text that the model writes")
-    say_cut(model, TOKENS, screen)
     start = time.perf_counter()
     fitted = fit_curvature(
-        model, "self", tokenizer=tokenizer, max_length=TOKENS, seed=config.training.seed,
-        progress=screen.progress,
-    )  # fmt: skip
+        model, "self", tokenizer=tokenizer, seed=config.training.seed, progress=screen.progress
+    )
     if first_rank():
         fitted.save(path)
     return Held(fitted, path, time.perf_counter() - start)

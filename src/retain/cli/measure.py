@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from retain.cli.common import Screen
+from retain.data.draws import HELD_OUT
+from retain.documents import read_json
 from retain.errors import MismatchError, ModelError
 
-__all__ = ["check_finite", "measure", "own_text", "result_of", "say_cut", "train_record"]
-
-_OFFSET = 1_000_000  # away from the seeds of fit, so that the text is held out
+__all__ = ["check_finite", "measure", "own_text", "result_of", "train_record"]
 
 
 def train_record(adapter: Path, model: Any) -> dict[str, Any]:
@@ -21,9 +20,7 @@ def train_record(adapter: Path, model: Any) -> dict[str, Any]:
     from retain.models.fingerprint import fingerprint
 
     try:
-        record = json.loads(
-            (adapter.expanduser().resolve().parent / "train.json").read_text("utf-8")
-        )
+        record = read_json(adapter.expanduser().resolve().parent / "train.json")
         known = record["model"]["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
@@ -45,24 +42,14 @@ def own_text(
     from retain.models.sample import sample_rows
 
     screen.say("the base model writes the text that forgetting is measured on")
-    say_cut(model, size["max_length"], screen)
     return sample_rows(
         model,
         tokenizer,
         count=size["rows"],
         max_length=size["max_length"],
-        seed=_OFFSET + seed,
+        seed=HELD_OUT + seed,
         progress=screen.progress,
     )
-
-
-def say_cut(model: Any, length: int, screen: Screen) -> None:
-    """Says so where text that the model writes will be shorter than was asked for."""
-    from retain.models.sizes import positions
-
-    most = positions(model)
-    if most is not None and length > most:
-        screen.say(f"the model has {most} positions: its own text is cut to {most} tokens a row")
 
 
 def check_finite(kl: float) -> None:
@@ -87,7 +74,7 @@ def measure(
     if source is None:
         source = own_text(model, tokenizer, size, seed, screen)
     forgetting = measure_forgetting(
-        model, source, tokenizer=tokenizer, progress=screen.progress, **size
+        model, source, tokenizer=tokenizer, seed=HELD_OUT + seed, progress=screen.progress, **size
     )
     check_finite(forgetting.kl)
     found: dict[str, Any] = {"forgetting": forgetting.to_dict(), "probe": None, "task": None}

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from retain.cli.common import AsJson, Quiet, Screen, check_file
+from retain.cli.folders import check_page
 from retain.errors import ConfigError
 
 __all__ = ["EXAMPLE", "report"]
@@ -51,6 +52,7 @@ def report(
     if of_study or len(given) > 1:
         from retain.report.studies.page import write_study_report
 
+        check_page(page)
         written = write_study_report(given, page, markdown_file=tables[0], latex_file=tables[1])
     elif any(tables):
         raise ConfigError(
@@ -62,6 +64,7 @@ def report(
     else:
         from retain.report.page import write_report
 
+        check_page(page, "tradeoff.png", "training.png")
         written = write_report(given[0], page)
     screen.say("\n".join(map(str, written)))
     screen.emit({"written": written})

@@ -14,12 +14,14 @@ from retain.cli.common import (
     problem_count,
     quieten,
 )
-from retain.cli.continuing import Chain, check_state, drop_state, keep_state, read_chain
+from retain.cli.continuing import keep_state, read_chain
+from retain.cli.folders import check_run, drop_state
 from retain.cli.holding import Held, find_curvature
+from retain.cli.recording import record_of, tell
 from retain.cli.train import RUN
 from retain.config import RunConfig
-from retain.errors import ConfigError, MismatchError, ModelError, OutputError
-from retain.files import check_folder, first_rank
+from retain.errors import ConfigError, ModelError
+from retain.files import check_folder, file_digest, first_rank, locked, write_json, writing
 from retain.models.saved import save_adapter
 
 __all__ = ["run_training"]
@@ -33,20 +35,34 @@ def run_training(config: RunConfig, screen: Screen, *, resume: bool, overwrite: 
         RetainError: whatever the library has to say.
     """
     out = check_folder(Path(config.out))
+    before = config.continue_from
+    if before is not None and Path(before).expanduser().resolve() == out.resolve():
+        raise ConfigError(
+            "the run would take the place of the one that it continues from",
+            got=f"--out {out}",
+            allowed="another folder; a run that is stopped half-way would leave neither",
+            fix="choose another --out",
+        )
     kept = out / "checkpoints"
-    if not resume and not overwrite:
-        checkpoints.refuse_leftovers(kept)
-    try:
-        _Run(config, screen, out, resume).run()
-    except KeyboardInterrupt:
-        raise Interrupted(_usable(config, kept)) from None
-    finally:
+    own = config.method != "none" and config.curvature is None and config.continue_from is None
+    with locked(out):
         if first_rank():
-            checkpoints.tidy(out, kept, RUN)
+            check_run(out, curvature=own)
+        if not resume and not overwrite:
+            checkpoints.refuse_leftovers(kept)
+        try:
+            _Run(config, screen, out, resume).run()
+        except KeyboardInterrupt:
+            raise Interrupted(_usable(config, kept)) from None
+        finally:
+            if first_rank():
+                checkpoints.tidy(out, kept, RUN)
 
 
 def _usable(config: RunConfig, kept: Path) -> str:
-    last = checkpoints.last_whole(kept, config.method != "none")
+    from retain.training.checkpoints import last_whole
+
+    last = last_whole(kept)
     if last is not None:
         return f"{last} is whole; go on with: retain train --resume --out {config.out}"
     none = "no checkpoint yet" if config.training.save_steps else "no checkpoint (--save-steps 50)"
@@ -60,6 +76,7 @@ class _Run:
         self.chain = None if config.continue_from is None else read_chain(config.continue_from)
         self.source: Any = None
         self.past: Any = None
+        self.why_no_filter: str | None = None
 
     def run(self) -> None:
         c, training = self.config, self.config.training
@@ -70,22 +87,24 @@ class _Run:
             get_available_reporting_integrations as installed,
         )
 
+        from retain.cli.adapting import adapted
+        from retain.cli.identity import placed, rows_digest
         from retain.curvature.artifact import load_curvature
         from retain.data.batches import batches
+        from retain.data.counts import RowCounts
+        from retain.data.draws import sample
         from retain.data.sources import encode
-        from retain.files import write_json
+        from retain.models.fingerprint import fingerprint
         from retain.models.heads import is_causal
-        from retain.models.load import load_model
 
         check_choices(("report_to", training.report_to, ["none", "all", *installed()]))
-        self.screen.say(f"loading {c.model}")
-        base, self.tokenizer, _ = load_model(
-            c.model, dtype=c.dtype, trust_remote_code=c.trust_remote_code
-        )
+        self.config = c = placed(c)
+        base = self._base()
         if self.chain is not None:
             self.source = load_curvature(self.chain.source)
             self.past = load_curvature(self.chain.past)
-        self.model = self._adapted(base)
+            self.chain.check_base(fingerprint(base), self.source.info.model, c.model)
+        self.model = adapted(base, c, self.chain, self.source, self.past, self.screen)
         if not is_causal(self.model):
             raise ModelError(
                 "the model is no causal language model",
@@ -94,106 +113,106 @@ class _Run:
                 fix="train classifiers from Python",
             )
         rows = early["rows"] if self.problems is None else self._problem_rows()
-        examples = encode(rows, self.tokenizer, max_length=training.max_length, causal=True)
+        counts = RowCounts()
+        every = encode(
+            rows, self.tokenizer, max_length=training.max_length, causal=True, loss=c.loss,
+            counts=counts,
+        )  # fmt: skip
+        examples = sample(every, c.limit, training.seed)  # a text that is one row gives many
+        for line in counts.lines():
+            self.screen.note(line)
         next(iter(batches(examples, training.batch_size, 0)))  # refuses what fills no batch
         held = self._held(early["curvature"])
+        identity = {
+            "data": rows_digest(examples),
+            "base": fingerprint(self.model),
+            "source": held and (early["digest"] or self._digest(held.path)),
+            "past": self.chain and self._digest(self.chain.past),
+        }
+        last = self._last(identity)
         if first_rank():
-            if self.resume:
-                checkpoints.set_aside_broken(self.kept, held is not None)
-            else:
-                checkpoints.clear(self.kept)  # --overwrite
             write_json(self.out / RUN, finite(c.model_dump(mode="json")))
-        last = checkpoints.last_whole(self.kept, held is not None) if self.resume else None
-        if self.resume:
-            self.screen.say(f"going on from {last or 'the start: no checkpoint is whole'}")
         self.screen.say(f"training on {len(examples)} rows")
         history = checkpoints.history(last) if last else []  # before newer ones replace it
-        result = self._train(examples, held)
+        result = self._train(examples, held, identity)
         if not first_rank():
             return
         adapter = save_adapter(self.model, self.out / "adapter", c.model)
-        if held is not None and c.keep_state:
-            entry = {"data": c.data, "examples": len(examples), "seed": training.seed}
-            entry |= {"budget": c.budget, "predicted_nats": held.curvature.quadratic(self.model)}
-            keep_state(
-                self.model, examples, held.path, self.past, self.out, finite(entry), self.chain,
-                self.screen,
-            )  # fmt: skip
-        else:
-            drop_state(self.out)
-        record = self._record(held, len(examples), last) | {
+        record = record_of(c, self.model, held, last) | {
+            "examples": len(examples),
+            "rows": counts.to_dict(),
+            "digests": identity,
+            "why_no_filter": self.why_no_filter,
+            "notes": self.screen.notes,
             "steps": result.steps,
             "seconds": result.seconds,
             "history": history + result.history,
         }
         write_json(self.out / "train.json", finite(record))
-        self._tell(record, adapter)
+        if held is not None and c.keep_state:
+            entry = {"data": c.data, "examples": len(examples), "seed": training.seed}
+            entry |= {"data_digest": identity["data"], "budget": c.budget}
+            entry |= {"predicted_nats": held.curvature.quadratic(self.model)}
+            keep_state(
+                self.model, examples, held.curvature, self.past, self.out, finite(entry),
+                self.chain, self.screen,
+            )  # fmt: skip
+        else:
+            drop_state(self.out)
+        tell(record, adapter, self.out, self.screen)
 
-    def _adapted(self, base: Any) -> Any:
-        """The model with a fresh adapter, or with that of the run to continue from."""
-        from retain.models.adapter import attach_lora
-        from retain.models.saved import load_adapter
+    def _base(self) -> Any:
+        """The base model; its tokenizer is kept.
 
-        if self.chain is None:
-            return attach_lora(base, **self.config.adapter.model_dump())
-        model = load_adapter(base, self.chain.adapter)
-        check_state(self.past, model, self.chain)
-        model = self._grown(model, self.chain)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".lora_" in name)
-        return model
-
-    @property
-    def _filters(self) -> bool:
-        """Whether the run has a filter, if its curvature allows it."""
-        from retain.training.start import FILTER
-
-        c = self.config
-        return c.start == FILTER or (
-            c.start is None and c.method == "auto" and bool(c.strength or c.budget is not None)
-        )
-
-    def _grown(self, model: Any, chain: Chain) -> Any:
-        """The adapter of the run before, with fresh rows for a filter; cut first if it is large."""
-        from retain.curvature.merge import reanchored
-        from retain.models.adapter import lora_sites
-        from retain.models.growing import grow_lora
-        from retain.retention.compact import compacted
-        from retain.training.start import FILTER, why_no_inputs
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        from retain.models.load import load_model
 
         c = self.config
-        reason = why_no_inputs(self.source)
-        if reason is not None and c.start == FILTER:
-            raise MismatchError(
-                "no filter can be made for this run",
-                got=reason,
-                allowed="a source curvature with input sides, such as kfac in weight space",
-                fix="leave --start out, so that the force acts alone",
+        self.screen.say(f"loading {c.model}")
+        try:
+            base, self.tokenizer, _ = load_model(
+                c.model, dtype=c.dtype, trust_remote_code=c.trust_remote_code
             )
-        if not self._filters or reason is not None:
-            return model
-        sites, factors = lora_sites(model), None
-        fresh, most = c.adapter.rank, c.max_rank or 4 * c.adapter.rank
-        if sites[0].rank + fresh > most:
-            felt = reanchored(self.source, model) + reanchored(self.past, model)
-            factors, lost = compacted(sites, felt, most - fresh)
-            self.screen.say(
-                f"the adapter is cut from rank {sites[0].rank} to {most - fresh}, and loses "
-                f"{lost:.2%} of what the curvature feels of it; max_rank={most}"
-            )
-        return grow_lora(model, fresh, factors=factors, seed=c.adapter.seed + len(chain.runs))
+        except ModelError as error:
+            if self.chain is None or self.chain.model != c.model:
+                raise
+            raise ModelError(
+                "the base model of the run to continue from cannot be loaded",
+                got=error.got,
+                allowed="the same model, wherever it lies now",
+                fix="if it has moved, say with --model where it lies now",
+            ) from error
+        return base
 
-    def _start(self, held: Held) -> Any:
-        from retain.training.start import FILTER, Start, why_no_filter
+    def _last(self, identity: dict[str, Any]) -> Path | None:
+        """The checkpoint to go on from, of the same run; what is broken goes out of the way.
 
-        c = self.config
-        kind: str | None = c.start
-        if kind is None and self._filters:
-            reason = why_no_filter(self.model, held.curvature, self.past)
-            if reason is not None:
-                self.screen.say(f"held by the force alone, without a filter: {reason}")
-            kind = FILTER if reason is None else None
-        return None if kind in (None, "random") else Start(kind, gain=c.gain, weight=c.weight)
+        Raises:
+            ConfigError: the run was of other rows, another base or another curvature.
+        """
+        from retain.training.checkpoints import last_whole
+
+        if not self.resume:
+            if first_rank():
+                checkpoints.clear(self.kept)  # --overwrite
+            return None
+        for line in checkpoints.set_aside_broken(self.kept) if first_rank() else ():
+            self.screen.note(line)
+        last = last_whole(self.kept)
+        if last is None:
+            self.screen.note("no checkpoint is whole: the run begins anew")
+        else:
+            if first_rank():  # which knows the digests of the files
+                checkpoints.check_identity(last, identity)
+            self.screen.say(f"going on from {last}")
+        return last
+
+    @staticmethod
+    def _digest(path: Path) -> str | None:
+        """Of a file; the first process alone keeps it."""
+        return file_digest(path) if first_rank() else None
 
     def _held(self, given: Any) -> Held | None:
         if self.chain is None:
@@ -202,37 +221,36 @@ class _Run:
             )
         return Held(self.source, self.chain.source, None)
 
-    def _train(self, examples: Any, held: Held | None) -> Any:
-        from safetensors import SafetensorError
-
+    def _train(self, examples: Any, held: Held | None, identity: dict[str, Any]) -> Any:
+        from retain.cli.adapting import start_of
         from retain.training.loop import train
 
+        start = None
+        if held is not None:
+            start, self.why_no_filter = start_of(self.config, self.model, held.curvature, self.past)
+            if self.why_no_filter is not None:
+                why = self.why_no_filter
+                self.screen.note(f"held by the force alone, without a filter: {why}")
+        fix = "free some disk; earlier checkpoints are untouched, --resume goes on from them"
         try:
-            return train(
-                self.model,
-                examples,
-                self.config.training,
-                curvature=held and held.curvature,
-                strength=self.config.strength,
-                budget=self.config.budget if held else None,
-                past=self.past,
-                start=self._start(held) if held else None,
-                out=self.kept,
-                progress=self.screen.progress,
-                resume=self.resume,
-            )
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-                raise  # that is torch's word for a file that it could not write
-            raise OutputError(
-                "a checkpoint cannot be written",
-                got=f"{self.kept}: {error}",
-                allowed="a folder that can be written, with room on the disk",
-                fix="free some disk; earlier checkpoints are untouched, --resume goes on from them",
-            ) from error
+            with writing("a checkpoint", self.kept, fix=fix):
+                return train(
+                    self.model,
+                    examples,
+                    self.config.training,
+                    curvature=held and held.curvature,
+                    strength=self.config.strength,
+                    budget=self.config.budget if held else None,
+                    past=self.past,
+                    start=start,
+                    out=self.kept,
+                    progress=self.screen.progress,
+                    resume=self.resume,
+                    identity=identity,
+                )
         finally:
             if first_rank():
-                checkpoints.drop_broken(self.kept, held is not None)
+                checkpoints.drop_broken(self.kept)
 
     def _early(self) -> dict[str, Any]:
         """What can be read, and refused, before the model is loaded."""
@@ -251,15 +269,17 @@ class _Run:
                 allowed="twice the rank at least",
                 fix=f"--set max_rank={4 * c.adapter.rank}",
             )
-        found: dict[str, Any] = {"rows": None, "curvature": None}
+        found: dict[str, Any] = {"rows": None, "curvature": None, "digest": None}
         if self.problems is None:
             from retain.data.sources import read_rows
 
-            found["rows"] = read_rows(c.data, c.limit)
+            size = {"seed": c.training.seed, "max_length": c.training.max_length}
+            found["rows"] = read_rows(c.data, c.limit, **size)
         if c.method != "none" and c.curvature is not None:
             from retain.curvature.artifact import load_curvature
 
             found["curvature"] = load_curvature(c.curvature)
+            found["digest"] = self._digest(Path(c.curvature).expanduser())
         return found
 
     def _problem_rows(self) -> list[dict[str, str]]:
@@ -270,40 +290,3 @@ class _Run:
         return problem_rows(
             self.tokenizer, word_problems("train", count, self.config.training.seed)
         )
-
-    def _record(self, held: Held | None, examples: int, last: Path | None) -> dict[str, Any]:
-        from retain.models.adapter import share_trainable
-        from retain.models.fingerprint import fingerprint
-        from retain.study.provenance import provenance
-
-        trainable, total = share_trainable(self.model)
-        return {
-            "schema": "retain.train/1",
-            **provenance(self.config.training.seed),
-            "config": self.config.model_dump(mode="json"),
-            "model": {
-                "name": self.config.model, "parameters": total - trainable,
-                "trainable": trainable, "fingerprint": fingerprint(self.model),
-            },
-            "curvature": held and {
-                "path": str(held.path), "seconds": held.seconds,
-                "info": held.curvature.info.to_dict(),
-            },
-            "examples": examples,
-            "resumed_from": last and last.name,
-            "predicted_nats": held and held.curvature.quadratic(self.model),
-        }  # fmt: skip
-
-    def _tell(self, record: dict[str, Any], adapter: Path) -> None:
-        losses = [entry["loss"] for entry in record["history"]]
-        lines = [["steps", str(record["steps"])], ["seconds", f"{record['seconds']:.1f}"]]
-        if losses:
-            lines.append(["loss, first to last step", f"{losses[0]:.3f} to {losses[-1]:.3f}"])
-        if record["predicted_nats"] is not None:
-            nats = f"{record['predicted_nats']:.3g} nats per token"
-            lines.append(["predicted forgetting", nats])
-        self.screen.table("trained", ["", ""], [*lines, ["adapter", str(adapter)]])
-        self.screen.say(
-            f"next: retain eval --model {self.config.model} --adapter {adapter} --probe"
-        )
-        self.screen.emit({"adapter": adapter, "record": self.out / "train.json", **record})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -20,8 +21,9 @@ from retain.cli.common import (
     finite,
     quieten,
 )
+from retain.cli.folders import check_soften
 from retain.errors import ConfigError
-from retain.files import check_folder
+from retain.files import check_folder, locked
 
 __all__ = ["EXAMPLE", "soften"]
 
@@ -104,38 +106,71 @@ def soften(
     folder = check_folder(folder)
     name = base_of(adapter, model)
     quieten(screen.progress)
+    options: dict[str, Any] = {
+        "budget": budget, "depth": depth, "epsilon": epsilon, "points": points, "seed": seed,
+        "dtype": dtype, "trust": trust_remote_code, "measure": measure, "source": source,
+        "size": {"rows": rows, "max_length": max_length, "batch_size": batch_size},
+    }  # fmt: skip
+    with locked(folder):
+        check_soften(folder)
+        _soften(adapter, curvature, target_curvature, name, folder, screen, options)
+
+
+def _soften(
+    adapter: Path, curvature: Path, target: Path | None, name: str, folder: Path, screen: Screen,
+    options: dict[str, Any],
+) -> None:  # fmt: skip
+    """What the command does in its folder."""
     from retain.cli.softening import Softening
     from retain.curvature.artifact import load_curvature
+    from retain.data.draws import HELD_OUT
     from retain.data.sources import read_rows
     from retain.files import write_json
     from retain.models.load import load_model
     from retain.models.saved import load_adapter, save_adapter
     from retain.retention.budget import check_budget
 
-    check_budget(budget)
-    text = read_rows(source, rows) if source is not None else None
+    source, seed, dtype = options["source"], options["seed"], options["dtype"]
+    check_budget(options["budget"])
+    text = None
+    if source is not None:
+        text = read_rows(
+            source, options["size"]["rows"], seed=HELD_OUT + seed,
+            max_length=options["size"]["max_length"],
+        )  # fmt: skip
     try:
         far = load_curvature(curvature)
-        near = None if target_curvature is None else load_curvature(target_curvature)
+        near = None if target is None else load_curvature(target)
         screen.say(f"loading {name}")
-        base, tokenizer, _ = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        base, tokenizer, _ = load_model(name, dtype=dtype, trust_remote_code=options["trust"])
         tuned = load_adapter(base, adapter)
         start = time.perf_counter()
-        work = Softening(tuned, far, near, depth=depth, epsilon=epsilon)
-        if measure:
-            size = {"rows": rows, "max_length": max_length, "batch_size": batch_size}
-            work.measure_on(tokenizer, text, size, seed, screen)
-        record = work.record(budget, points) | {"seconds": time.perf_counter() - start}
+        work = Softening(tuned, far, near, depth=options["depth"], epsilon=options["epsilon"])
+        if options["measure"]:
+            work.measure_on(tokenizer, text, options["size"], seed, screen)
+        record = work.record(options["budget"], options["points"])
+        record |= {"seconds": time.perf_counter() - start}
         files = {"start": str(adapter), "curvature": str(curvature),
-                 "target_curvature": target_curvature and str(target_curvature),
-                 "source": (source or "self") if measure else None}  # fmt: skip
+                 "target_curvature": target and str(target),
+                 "source": (source or "self") if options["measure"] else None}  # fmt: skip
         result = finite(work.described(record, name, dtype, seed, files))
+        result["notes"] = screen.notes
         pictures = work.pictures(result)
         work.apply()
-        written = save_adapter(tuned, folder / "adapter", name)
+        record_file = folder / "soften.json"
+        first = not record_file.exists()
+        if first:
+            write_json(record_file, result)  # before all else: it tells that the folder is ours
+        try:
+            written = save_adapter(tuned, folder / "adapter", name)
+        except BaseException:
+            if first:
+                record_file.unlink(missing_ok=True)
+            raise
     except KeyboardInterrupt:
         raise Interrupted("nothing was written") from None
-    write_json(folder / "soften.json", result)
+    if not first:
+        write_json(record_file, result)
     for path in work.write_pictures(pictures, folder):
         screen.say(str(path))
     _tell(screen, result, written)
@@ -156,4 +191,4 @@ def _tell(screen: Screen, result: dict[str, Any], written: Path) -> None:
             kl = [p[key]["kl"] for p in (before, chosen)]
             lines.append([f"{name}, nats per token", *(f"{value:.3g}" for value in kl)])
     screen.table("softened", ["", "before", "after"], lines)
-    screen.say(f"{written}\nnext: retain eval --adapter {written} --probe")
+    screen.say(f"{written}\nnext: retain eval --adapter {quote(str(written))} --probe")

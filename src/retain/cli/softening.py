@@ -80,6 +80,7 @@ class Softening:
             seed: of the run; text that the base writes depends on it.
             screen: where to say so.
         """
+        from retain.data.draws import HELD_OUT, sample
         from retain.data.sources import encode
         from retain.evaluation.forgetting import Reference
         from retain.models.heads import is_causal
@@ -89,8 +90,9 @@ class Softening:
         if rows is None:
             rows = own_text(self.model, tokenizer, size, seed, screen)
         causal = is_causal(self.model)
-        examples = encode(rows, tokenizer, max_length=length, causal=causal)[:count]
-        check_sizes(self.model, examples, tokenizer)
+        every = encode(rows, tokenizer, max_length=length, causal=causal)
+        examples = sample(every, count, HELD_OUT + seed)
+        check_sizes(self.model, examples, tokenizer, labels=False)
         batch = min(size["batch_size"], len(examples))
         self.base = Reference(self.model, examples, batch_size=batch, progress=screen.progress)
 

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from retain.cli.common import AsJson, Interrupted, Quiet, Screen, quieten
+from retain.cli.folders import check_study
 from retain.errors import ConfigError, unknown
 from retain.files import check_folder
 
@@ -81,6 +82,7 @@ def run(
     screen = Screen(as_json, quiet)
     spec, work = _open(study, out, data_dir, limit, seeds)
     check_folder(work.out)
+    check_study(work.out)
     quieten(False)
     from dataclasses import replace
 
@@ -113,10 +115,12 @@ def run(
             f"what is done is kept in {work.out}; the same command goes on after the last "
             "finished task"
         ) from None
-    lines = [[name, str(counts[name])] for name in ("done", "failed", "elsewhere")]
+    lines = [[name, str(counts[name])] for name in ("done", "failed", "unfinished", "elsewhere")]
     screen.table(f"study {spec.name}", ["runs", ""], lines)
     if counts["failed"]:
         screen.say(f"why: retain study status {study} --out {work.out}")
+    if counts["unfinished"]:
+        screen.say("the machine lacked something: the same command tries unfinished runs again")
     screen.say(f"results: {work.out / 'study.json'}")
     screen.emit({"study": spec.name, "results": work.out / "study.json", **counts})
 
@@ -203,6 +207,8 @@ def _progress(
         def line(run: Any, outcome: Any) -> None:
             why = f": {outcome.error}" if outcome.error else ""
             screen.say(f"{outcome.status}: {run.title}{why}")
+            for note in outcome.notes:
+                screen.note(f"{run.title}: {note}")
 
         yield (lambda text: None), line
         return
@@ -219,5 +225,7 @@ def _progress(
             bar.advance(task)
             why = f": {outcome.error}" if outcome.error else ""
             bar.console.print(f"{outcome.status}: {run.title}{why}", markup=False)
+            for note in outcome.notes:
+                bar.console.print(f"{run.title}: {note}", markup=False)
 
         yield (lambda text: bar.update(task, description=text)), told

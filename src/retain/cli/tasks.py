@@ -128,7 +128,7 @@ def _show(
         rows = [_row(item, tokenizer) for item in items]
     screen.say("\n".join([f"{spec.name}, version {spec.version}", *_facts(spec)]))
     for number, row in enumerate(rows, start=1):
-        screen.say(f"\n{split} row {row['row']} ({number} of {len(rows)}){_counted(row)}")
+        screen.say(f"\n{split} row {row['row'] + 1} ({number} of {len(rows)}){_counted(row)}")
         screen.say(_indented(row["prompt"]))
         screen.say(_answers(row))
     if not wanted:

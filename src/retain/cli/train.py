@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retain.cli.common import AsJson, Quiet, Screen, name_list
-from retain.errors import ConfigError
+from retain.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from retain.config import RunConfig
@@ -21,6 +21,9 @@ RUN = "run.json"
 """The settings of a run, in its output folder; --resume reads them."""
 
 _FREE = {("training", "save_steps"), ("training", "report_to"), ("out",)}  # may change on --resume
+
+_PLACES = {("model",), ("data",), ("curvature",), ("continue_from",)}
+"""May lie elsewhere on --resume: that they are the same is told by the checkpoint's digests."""
 
 
 def train(
@@ -86,7 +89,13 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the order of the data (0).")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (bfloat16).")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use at most so many rows.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use at most so many rows, drawn from all.")
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="assistant: of a chat, the assistant's turns alone are learned; all."),
+    ] = None,
     save_steps: Annotated[
         int | None, typer.Option(help="Keep a checkpoint every so many steps (0: none).")
     ] = None,
@@ -115,7 +124,8 @@ def train(
     given: dict[str, Any] = {
         "model": model, "data": data, "out": out, "curvature": curvature, "strength": strength,
         "budget": budget, "start": start, "continue_from": continue_from, "keep_state": keep_state,
-        "method": method, "dtype": dtype, "limit": limit, "trust_remote_code": trust_remote_code,
+        "method": method, "dtype": dtype, "limit": limit, "loss": loss,
+        "trust_remote_code": trust_remote_code,
         "adapter.rank": rank, "adapter.alpha": alpha, "adapter.seed": adapter_seed,
         "adapter.targets": None if targets is None else name_list(targets),
         "training.learning_rate": learning_rate, "training.epochs": epochs,
@@ -138,7 +148,7 @@ def train(
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
     """``--set key=value`` as a dictionary, the values read as YAML."""
-    import yaml
+    from retain.documents import parse_yaml
 
     found: dict[str, Any] = {}
     for pair in pairs:
@@ -146,11 +156,11 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
         try:
             if not key.strip() or not equals:
                 raise ValueError("no key=value")
-            found[key.strip()] = yaml.safe_load(value)
-        except (ValueError, yaml.YAMLError) as error:
+            found[key.strip()] = parse_yaml(value)
+        except ValueError as error:
             raise ConfigError(
                 "a --set is not accepted",
-                got=repr(pair),
+                got=f"{shown(pair)}: {error}",
                 allowed="key=value",
                 fix="--set training.warmup=10",
             ) from error
@@ -200,7 +210,8 @@ def _resumed(path: Path | None, given: dict[str, Any]) -> RunConfig:
     now = read_config(path or kept, given | {"out": out}, RunConfig)
     was, new = _flat(before.model_dump()), _flat(now.model_dump())
     for key in sorted(was.keys() - _FREE):
-        if was[key] != new[key]:
+        moved = key in _PLACES and None not in (was[key], new[key])
+        if was[key] != new[key] and not moved:
             raise ConfigError(
                 f"the run to resume has another {'.'.join(key)}",
                 got=new[key],

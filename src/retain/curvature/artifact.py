@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from retain.curvature.block import Block
+from retain.curvature.check import check_curvature, check_described, check_tensors
 from retain.curvature.curvature import Curvature
 from retain.curvature.diagonal import DiagonalBlock
 from retain.curvature.eigen import EigenBlock
@@ -28,12 +29,16 @@ from retain.curvature.info import CurvatureInfo
 from retain.curvature.kronecker import KroneckerBlock
 from retain.curvature.link import Link
 from retain.data.tensors import read_tensors
-from retain.errors import ArtifactError
+from retain.documents import parse_json
+from retain.errors import ArtifactError, shown
 from retain.files import whole_file
 
 __all__ = ["digest_of", "load_curvature", "save_curvature"]
 
 FORMAT = "retain.curvature/1"
+
+PARTS: tuple[set[str], ...] = ({""}, {".scale"}, {".vectors", ".diagonal", ".bound"})
+"""The endings of the names of a factor's tensors."""
 
 
 def save_curvature(curvature: Curvature, path: str | Path) -> Path:
@@ -65,13 +70,14 @@ def save_curvature(curvature: Curvature, path: str | Path) -> Path:
 
 
 def load_curvature(path: str | Path) -> Curvature:
-    """Reads a curvature file and checks its digest.
+    """Reads a curvature file; checks its digest, and that it can be a curvature.
 
     Raises:
-        ArtifactError: no such file, not a curvature file, truncated, or altered.
+        ArtifactError: no such file, not a curvature file, truncated, altered, or with contents
+            that no fit has: see `retain.curvature.check`.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not _is_file(path):
         raise ArtifactError(
             "no such curvature file",
             got=path,
@@ -81,20 +87,30 @@ def load_curvature(path: str | Path) -> Curvature:
     try:
         tensors, metadata = read_tensors(path)
         text = metadata["retain"]
-        described = json.loads(text)
+        described = parse_json(text)
         if described["format"] != FORMAT:
-            raise _damaged(path, f"format {described['format']!r}", f"format {FORMAT!r}")
+            raise _damaged(path, f"format {shown(described['format'])}", f"format {FORMAT!r}")
         digest = metadata.get("digest")  # of 0.1.0; now it is inside
         if digest is None:
             digest = described.pop("digest")
             text = json.dumps(described)
         if digest != digest_of(text, tensors):
             raise _damaged(path, "contents that do not match their digest", "an unaltered file")
-        return _rebuild(described, tensors)
-    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
-        raise _damaged(
-            path, f"{type(error).__name__}: {error}", "a whole curvature file"
-        ) from error
+        check_tensors(tensors)
+        curvature = _rebuild(check_described(described), described, tensors)
+        check_curvature(curvature, tensors)
+        return curvature
+    except KeyError as error:
+        raise _damaged(path, f"no {shown(error.args[0])}", "a whole curvature file") from error
+    except (SafetensorError, ValueError, TypeError, LookupError, OSError, MemoryError) as error:
+        raise _damaged(path, str(error)[:300], "a whole curvature file") from error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except ValueError:  # a NUL in the name
+        return False
 
 
 def _damaged(path: Path, got: str, allowed: str) -> ArtifactError:
@@ -133,8 +149,9 @@ def _anchor_names(count: int) -> tuple[str, ...]:
     return ("B", "A") if count == 2 else ("W",)
 
 
-def _rebuild(described: dict[str, Any], tensors: dict[str, Tensor]) -> Curvature:
-    info = CurvatureInfo(**described["info"])
+def _rebuild(
+    info: CurvatureInfo, described: dict[str, Any], tensors: dict[str, Tensor]
+) -> Curvature:
     alias: dict[str, str] = described["alias"]
     for name, known in alias.items():
         tensors[name] = tensors[known]
@@ -144,21 +161,28 @@ def _rebuild(described: dict[str, Any], tensors: dict[str, Tensor]) -> Curvature
         """One object for all blocks that read the same tensors."""
         ends = ("", ".scale", ".vectors", ".diagonal", ".bound")
         names = [prefix + end for end in ends if prefix + end in tensors]
+        if {n.removeprefix(prefix) for n in names} not in PARTS:
+            raise ValueError(f"{shown(prefix, plain=True)} is missing, or a part of it")
         key = tuple(sorted(alias.get(n, n) for n in names))
         if key not in known_factors:
             found = {n.removeprefix(prefix): tensors[n] for n in names}
             known_factors[key] = factor_from(found, size)
         return known_factors[key]
 
+    def matrix(name: str) -> Tensor:
+        if tensors[name].dim() != 2:
+            raise ValueError(f"{shown(name, plain=True)} is no matrix")
+        return tensors[name]
+
     blocks: dict[str, Block] = {}
     for layer, (d_out, d_in) in described["shapes"].items():
         get = f"blocks/{layer}/".__add__
         if info.structure == "diagonal":
-            blocks[layer] = DiagonalBlock(tensors[get("values")])
+            blocks[layer] = DiagonalBlock(matrix(get("values")))
         elif info.structure == "identity":
             blocks[layer] = IdentityBlock(tensors[get("scale")], (d_out, d_in))
         elif info.structure == "ekfac":
-            blocks[layer] = EigenBlock(*(tensors[get(n)] for n in ("inputs", "outputs", "values")))
+            blocks[layer] = EigenBlock(*(matrix(get(n)) for n in ("inputs", "outputs", "values")))
         else:
             sides = factor(get("inputs"), d_in), factor(get("outputs"), d_out)
             blocks[layer] = KroneckerBlock(*sides)

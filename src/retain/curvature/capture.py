@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from retain.data.batches import Batch
+from retain.errors import ModelError
 from retain.models.adapter import LoraSite, unwrap
 from retain.models.heads import forward_body
+from retain.models.host import no_autocast
 from retain.models.readers import first_readers, inputs_of
 from retain.models.sites import Site
 
@@ -30,7 +32,17 @@ def capture(model: nn.Module, layers: Mapping[str, nn.Module], receive: Receive)
 
     Works with gradient checkpointing of both kinds: a hook sits on the output tensor that the
     gradient really flows through, whichever of the two forward passes made it.
+
+    Raises:
+        ModelError: the model was made in inference mode, so that no gradient passes it.
     """
+    if any(p.is_inference() for p in model.parameters()):
+        raise ModelError(
+            "no gradient passes a model that was made in torch.inference_mode()",
+            got="weights that are inference tensors",
+            allowed="ordinary weights",
+            fix="load it outside of inference mode; torch.no_grad() does no harm",
+        )
 
     def hook(name: str) -> Callable[..., Any]:
         def forward(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -88,6 +100,7 @@ def split_idle(sites: Sequence[Site], receive: Receive) -> Receive:
     """
     found = {site.name: site for site in sites if isinstance(site, LoraSite)}
 
+    @no_autocast()
     def whole(name: str, x: Tensor, g: Tensor) -> None:
         site = found[name]
         a = site.a.detach()

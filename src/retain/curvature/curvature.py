@@ -29,6 +29,7 @@ from retain.curvature.moves import Moves, anchor_of, place
 from retain.curvature.stack import Stack, stacks
 from retain.errors import ConfigError, MismatchError
 from retain.models.adapter import LoraSite
+from retain.models.host import no_autocast
 from retain.models.sites import LinearSite, Site, find_sites
 
 __all__ = ["Anchor", "Curvature", "Pull"]
@@ -70,6 +71,7 @@ class Curvature:
             f"{i.tokens} tokens, {self.memory() / 2**20:.1f} MiB)"
         )
 
+    @no_autocast()
     def matvec(self, d: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """F d, for displacements by block name: each of its block's shape."""
         self._check_names(d)
@@ -79,6 +81,7 @@ class Curvature:
             out[j] = out[j] + link.transposed(d[i])
         return out
 
+    @no_autocast()
     def quadratic(self, at: nn.Module | Mapping[str, Tensor]) -> float:
         """Predicted ``KL(anchor || model)`` in nats per source token: ``0.5 d^T F d``.
 
@@ -175,6 +178,7 @@ class Curvature:
         self.anchor = {n: tuple(t.to(device) for t in kept) for n, kept in self.anchor.items()}
         return self
 
+    @no_autocast()
     def pulls(self, sites: Sequence[Site], *, rounded: bool = False) -> tuple[float, list[Pull]]:
         """The quadratic and its gradient in each trained parameter, in closed form.
 

@@ -33,8 +33,11 @@ from retain.data.sources import Row
 from retain.models.adapter import row_scales, unwrap
 from retain.models.fingerprint import fingerprint
 from retain.models.heads import is_causal, pad_id
+from retain.models.host import no_autocast
 from retain.models.idle import bypassed, is_idle
 from retain.models.modes import evaluating
+from retain.models.off import check_on
+from retain.models.taken import start_of
 from retain.types import FactorRank, Fisher, Products, Space, Structure
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 """A structure's estimator: what a new one adds."""
 
 
+@no_autocast()
 def fit_curvature(
     model: nn.Module,
     source: str | Path | Iterable[Row] | Sequence[Example] = "self",
@@ -86,9 +90,9 @@ def fit_curvature(
     Args:
         model: a PEFT model with LoRA on linear layers, or a plain one to be trained in full; a
             causal or sequence-classification head.
-        source: ``"self"`` (text that the base model samples), a path (.txt, .jsonl, .jsonl.gz,
-            .json, .csv, .parquet), a `datasets.Dataset`, or a list of rows; see
-            `retain.data.sources` for the columns. A list of `Example` is taken as it is.
+        source: ``"self"`` (text that the base model samples), a file, a folder, a data set, a
+            table, a list or a stream; see `retain.data.readers.read_rows`, and docs/data.md for
+            the columns. A list of `Example` is taken as it is.
         structure: see `retain.types.Structure` and docs/curvature.md.
         tokenizer: for text; not needed for rows with ``input_ids``. A model loaded from a name
             finds its own.
@@ -97,11 +101,11 @@ def fit_curvature(
             sequence's own gradient is squared), ``exact`` (all labels), ``tempered`` or
             ``reversed``; see `retain.curvature.labels`. ``activation`` uses no labels.
         samples: draws of each label (``mc``, ``tempered``).
-        rows: rows of the source that are read at most.
+        rows: rows of the source that are read at most, drawn from all of them.
         max_length: tokens of a row that are read at most.
         batch_size: rows a pass. Memory and speed only: the result does not depend on it, but for
             rounding, and for what sketches of a low rank lose (0.6 % at rank 4).
-        seed: of label draws, of noise (``activation``) and of the self-sampled text.
+        seed: of the rows, of label draws, of noise (``activation``) and of the self-sampled text.
         rank: keep each side of a factor that is at least twice as wide as a sketch of this rank
             (``kfac``, ``shampoo``, ``activation``); see `retain.curvature.sketch`. ``auto`` keeps
             sides up to 2048 whole, and wider ones as sketches of rank 256; None keeps all whole.
@@ -132,6 +136,9 @@ def fit_curvature(
         rank = None
     causal = is_causal(model)
     sites = fit_sites(model, space)
+    if not is_idle(sites):
+        check_on(model)
+    start_of(model)  # of an adapter that began in the base's weights, for what is measured later
     examples = source_examples(
         model, source, tokenizer, causal, rows, max_length, batch_size, seed, partial, progress
     )

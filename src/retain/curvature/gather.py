@@ -14,6 +14,7 @@ from retain.curvature.record import Record, Source
 from retain.data.batches import Batch
 from retain.errors import CurvatureError
 from retain.models.heads import forward_body, forward_logits
+from retain.models.host import no_autocast
 from retain.models.kinds import are_values
 from retain.types import Fisher, Products
 
@@ -109,6 +110,7 @@ class Gather:
         self.estimator.turn(self.passes)
         self.passes += 1
 
+    @no_autocast()
     def receive(self, name: str, x: Tensor, g: Tensor) -> None:
         """Takes one layer's inputs and output gradients (or outputs) from the hooks."""
         batch = self._batch

@@ -41,6 +41,7 @@ from retain.curvature.moves import anchor_of
 from retain.curvature.spectral import eigh
 from retain.errors import MismatchError
 from retain.models.fingerprint import fingerprint
+from retain.models.host import no_autocast
 
 __all__ = ["merge", "reanchored"]
 
@@ -52,6 +53,7 @@ class _Weights(NamedTuple):
     inputs: list[float]
 
 
+@no_autocast()
 def merge(a: Curvature, b: Curvature) -> Curvature:
     """The sum of two curvatures.
 
@@ -88,6 +90,7 @@ def merge(a: Curvature, b: Curvature) -> Curvature:
     return Curvature(blocks, a.anchor, info, links)
 
 
+@no_autocast()
 def reanchored(curvature: Curvature, model: nn.Module) -> Curvature:
     """The same blocks around the model's present weights: the online Laplace step.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from retain.curvature.artifact import digest_of
 from retain.curvature.gather import Gather
 from retain.data.batches import Example
 from retain.data.tensors import read_tensors
+from retain.documents import read_json
+from retain.errors import RetainWarning
 from retain.files import clear_scratch, whole_file, write_json
 
 __all__ = ["Partial", "fit_key", "forget", "kept_rows"]
@@ -45,21 +48,27 @@ class Partial:
     def load(self, run: Gather, device: torch.device) -> int:
         """Puts what was gathered into `run`; returns how many batches of its pass are done.
 
-        A file of another fit, or one that cannot be read, counts as none.
+        A file of another fit, or one that cannot be read, counts as none, with a warning.
         """
         if self.path is None or not self.path.is_file():
             return 0
         try:
             kept, metadata = read_tensors(self.path)
         except (SafetensorError, OSError):
-            return 0
+            return self._anew("cannot be read")
         if metadata.get("retain") != self.key:
-            return 0
+            return self._anew("is of other text, settings or weights")
         if metadata.get("digest") != digest_of(self.key, kept):
-            return 0
+            return self._anew("is damaged")
         done = int(kept.pop("done"))
         run.load(kept, device)
         return done
+
+    def _anew(self, why: str) -> int:
+        warnings.warn(
+            f"the fit begins anew: what was kept in {self.path} {why}", RetainWarning, stacklevel=3
+        )
+        return 0
 
     def save(self, run: Gather, done: int, *, force: bool = False) -> None:
         """Writes the file if it is time.
@@ -93,7 +102,7 @@ def kept_rows(
         return make()
     path = Path(f"{partial}.text").expanduser()
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path)
         if known["of"] == list(what):
             return list(known["rows"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from retain.curvature.partial import kept_rows
 from retain.data.batches import Batch, Example, collate
+from retain.data.draws import sample
 from retain.data.sources import Row, encode, read_rows
 from retain.errors import SourceError
 from retain.models.fingerprint import fingerprint
-from retain.models.kinds import check_labels, row_label
+from retain.models.kinds import check_labels, is_regression, row_label
 from retain.models.sample import sample_rows
 from retain.models.sizes import check_sizes
 
@@ -33,8 +34,11 @@ def source_examples(
     seed: int,
     partial: str | Path | None,
     progress: bool,
+    regression: bool | None = None,
 ) -> Sequence[Example]:
-    """Tokenised rows of a source, at most `rows` of them; see `fit_curvature`.
+    """Tokenised rows of a source, at most `rows` of them, drawn by `seed`; see `fit_curvature`.
+
+    A classifier's labels are values where `regression` says so; by default, where its head does.
 
     Raises:
         SourceError: text that is missing, empty or smaller than one batch; or ``"self"`` for a
@@ -59,11 +63,19 @@ def source_examples(
         )
     found: Sequence[Example]
     if isinstance(source, list | tuple) and source and isinstance(source[0], Example):
-        found = source[:rows]
+        found = sample(source, rows, seed)
     else:
-        read: list[Row] = read_rows(source, rows)  # type: ignore[arg-type]
+        read: list[Row] = read_rows(
+            source,  # type: ignore[arg-type]
+            rows,
+            seed=seed,
+            max_length=max_length,
+        )
         check_labels(model, () if causal else (row_label(row) for row in read))
-        found = encode(read, tokenizer, max_length=max_length, causal=causal)[:rows]
+        if regression is None:
+            regression = not causal and is_regression(model)
+        every = encode(read, tokenizer, max_length=max_length, causal=causal, regression=regression)
+        found = sample(every, rows, seed)  # a text that is one row gives many
     check_sizes(model, found, tokenizer, labels=False)
     if len(found) < batch_size:
         raise SourceError(

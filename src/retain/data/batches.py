@@ -3,7 +3,7 @@
 A causal model's example of tokens s_0 .. s_n is kept as inputs s_0 .. s_{n-1} and targets
 s_1 .. s_n: the last token predicts nothing, so it is never fed. ``predict`` marks the targets
 that count (all of a text; the completion of a prompt). A classifier's example has one target,
-its label, and ``predict`` is empty.
+its label (a class, or the value of a regression), and ``predict`` is empty.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ class Example:
 
     Attributes:
         tokens: input ids.
-        targets: the next token at each position (causal), or the one label (classification).
+        targets: the next token at each position (causal), or the one label: a class (-1 for none),
+            or the value of a regression (NaN for none).
         predict: which positions' targets count; empty for classification.
         segments: BERT's token types, where the tokenizer gives them.
     """
 
     tokens: tuple[int, ...]
-    targets: tuple[int, ...]
+    targets: tuple[int | float, ...]
     predict: tuple[bool, ...] = ()
     segments: tuple[int, ...] = ()
 
@@ -48,7 +49,7 @@ class Batch:
     Attributes:
         inputs: arguments of the model: ``input_ids`` and ``attention_mask``, [batch, seq].
         predict: [batch, seq], true where a target counts; None for classification.
-        targets: [predictions], row after row.
+        targets: [predictions], row after row; whole numbers, or real ones of a regression.
         lengths: predictions of each row.
         rows: the number of each row in its source.
     """
@@ -86,7 +87,7 @@ def collate(
     mask = torch.zeros(shape, dtype=torch.long)
     segments = torch.zeros(shape, dtype=torch.long)
     predict = torch.zeros(shape, dtype=torch.bool)
-    targets: list[int] = []
+    targets: list[int | float] = []
     for i, e in enumerate(examples):
         n = len(e.tokens)
         ids[i, :n] = torch.tensor(e.tokens)
@@ -99,7 +100,7 @@ def collate(
         else:
             targets += e.targets
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if examples[0].segments:
+    if any(e.segments for e in examples):
         inputs["token_type_ids"] = segments
     causal = bool(examples[0].predict)
     return Batch(

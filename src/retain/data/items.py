@@ -1,21 +1,10 @@
-"""One row of a task, as every way of training and scoring wants it, and the templates behind it.
-
-Templates are Jinja's, in its sandbox: they see the row's fields and can run no code. Beyond
-Jinja's own filters there is ``sub(pattern, by)``, Python's `re.sub`.
-"""
+"""One row of a task, as every way of training and scoring wants it."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
-from jinja2 import StrictUndefined, Undefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-__all__ = ["Item", "expression", "missing", "template"]
+__all__ = ["Item", "missing"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +19,7 @@ class Item:
             (regression).
         texts: the one or two texts that an encoder reads.
         group: rows of one group are scored together (MultiRC's questions, ReCoRD's); else "".
-        row: the number of the row in its split.
+        row: the place of the row in its split, from 0; people are told it from 1.
         references: all texts that count as right, where there are several (ReCoRD); without a
             leading space.
     """
@@ -49,43 +38,6 @@ class Item:
         if self.options and isinstance(self.answer, int):
             return self.options[self.answer]
         return f" {self.answer}"
-
-
-def _sub(text: object, pattern: str, by: str) -> str:
-    return re.sub(pattern, by, str(text))
-
-
-_JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-_JINJA.filters["sub"] = _sub
-
-
-@cache
-def template(text: str) -> Callable[[Mapping[str, Any]], str]:
-    """A template as a function from a row to a text.
-
-    Raises:
-        jinja2.TemplateError: it does not compile; from the function, a field is missing.
-    """
-    compiled = _JINJA.from_string(text)
-    return lambda fields: compiled.render(fields)
-
-
-@cache
-def expression(text: str) -> Callable[[Mapping[str, Any]], Any]:
-    """A Jinja expression, such as ``choices.label.index(answerKey)``, as a function of a row.
-
-    Raises:
-        jinja2.TemplateError: it does not compile; from the function, a field is missing.
-    """
-    compiled = _JINJA.compile_expression(text, undefined_to_none=False)
-
-    def value(fields: Mapping[str, Any]) -> Any:
-        found = compiled(fields)
-        if isinstance(found, Undefined):
-            str(found)  # raises, and says which field is missing
-        return found
-
-    return value
 
 
 def missing(gold: object) -> bool:

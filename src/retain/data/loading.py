@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from retain.data.batches import Example
 from retain.data.fitting import fit_prompt
-from retain.data.items import Item, missing, template
+from retain.data.folders import inside
+from retain.data.items import Item, missing
 from retain.data.sources import Row, read_rows
 from retain.data.specs import TaskSpec
+from retain.data.templates import template
 from retain.data.tokens import tokenize
 from retain.errors import ConfigError, SourceError, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Split", "encode_items", "fit_prompt", "load_items"]
+__all__ = ["Split", "encode_items", "fit_prompt", "load_items", "local_file"]
 
 Split = Literal["train", "eval"]
 
@@ -49,7 +51,8 @@ def load_items(
         spec: the task.
         split: "train" or "eval".
         data_dir: folder that holds ``<spec.local>/<file>.jsonl.gz`` (or ``.jsonl``); without it
-            the data set is read from the hub.
+            the data set is read from the hub. A path that leads out of it, by ``..``, as an
+            absolute one or through a link, is refused.
         limit: at most so many rows; None for all.
         seed: of the subset.
         tokenizer: with one, prompts too long are cut here (see `retain.data.fitting`), so that
@@ -115,14 +118,26 @@ def _subset(
     return sorted(shuffled[:limit])
 
 
+def local_file(spec: TaskSpec, split: Split, data_dir: Path) -> Path | None:
+    """The file of a task's rows in a data folder; None where there is none.
+
+    Raises:
+        ConfigError: the task names a place outside that folder.
+    """
+    home, name = data_dir.expanduser(), getattr(spec.files, split)
+    what = f"local: or files: of task {spec.name}"
+    paths = [inside(home, Path(spec.local, f"{name}{s}"), what) for s in _SUFFIXES if spec.local]
+    return next((p for p in paths if p.is_file()), None)
+
+
 def _local(spec: TaskSpec, split: Split, data_dir: Path) -> list[Row]:
-    folder = data_dir.expanduser() / spec.local
-    name = getattr(spec.files, split)
-    path = next((p for s in _SUFFIXES if (p := folder / f"{name}{s}").is_file()), None)
-    if path is None or not spec.local:
+    path = local_file(spec, split, data_dir)
+    if path is None:
         raise SourceError(
             f"the {split} rows of task {spec.name} are not here",
-            got=f"no {folder / name}.jsonl.gz" if spec.local else "no local: in the task's file",
+            got=f"no {data_dir.expanduser() / spec.local / getattr(spec.files, split)}.jsonl.gz"
+            if spec.local
+            else "no local: in the task's file",
             allowed="a file .jsonl.gz or .jsonl with one row a line",
             fix="put the file there, or name another folder with --data-dir"
             + (f", or leave it out to read {spec.hub.path} from the hub" if spec.hub.path else ""),
@@ -197,7 +212,7 @@ def _fitted(
     prompt = fit_prompt(item.prompt, tokenizer, max_length - answer, spec.truncate)
     if not prompt:
         raise SourceError(
-            f"row {item.row} of task {spec.name} leaves no room for a prompt",
+            f"row {item.row + 1} of task {spec.name} leaves no room for a prompt",
             got=f"an answer of {answer} tokens, max_length {max_length}",
             allowed="at least one token of the prompt and the whole answer",
             fix=f"a max_length of {answer + 64} or more",

@@ -6,7 +6,6 @@ from that file; FILE is looked for beside it, then among the tasks of the packag
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
@@ -17,9 +16,12 @@ from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from retain.config import validate
-from retain.data.items import Item, expression, missing, template
+from retain.data.items import Item, missing
 from retain.data.layers import read_layers
-from retain.errors import ConfigError, SourceError, unknown
+from retain.data.patterns import PatternError, compile_pattern
+from retain.data.placed import place_of
+from retain.data.templates import expression, template
+from retain.errors import ConfigError, SourceError, shown, unknown
 
 __all__ = ["Hub", "Splits", "TaskSpec", "list_tasks", "load_orders", "load_task", "template_text"]
 
@@ -38,6 +40,9 @@ Metric = Literal[
     "group_em",
     "f1a_em",
 ]
+
+_MOST = 1_000
+"""Options, or fields, of a task: each is a template."""
 
 _ORDERS = "orders.yaml"
 _TEMPLATE = "custom"
@@ -130,7 +135,9 @@ class TaskSpec(_Strict):
     @classmethod
     def _words(cls, value: object) -> object:
         if isinstance(value, list) and not all(isinstance(word, str) for word in value):
-            raise ValueError("words in quotation marks (YAML takes yes, no, on, 1 for no words)")
+            raise ValueError(
+                "words in quotation marks (YAML takes true, false, null and 1 for no words)"
+            )
         return value
 
     @model_validator(mode="after")
@@ -138,10 +145,14 @@ class TaskSpec(_Strict):
         if (self.kind == "choice") != bool(self.options):
             raise ValueError("options for kind 'choice', and for no other kind")
         if isinstance(self.options, tuple):
+            if len(self.options) > _MOST:
+                raise ValueError(f"at most {_MOST} options")
             if len(self.options) == 1 or len(set(self.options)) < len(self.options):
                 raise ValueError("two or more different options")
             if any(o != o.strip() or not o for o in self.options):
                 raise ValueError("options without spaces around them; they get one in front")
+        if len(self.hub.fields) > _MOST:
+            raise ValueError(f"at most {_MOST} fields of the hub")
         if len(self.texts) > 2:
             raise ValueError("at most two texts")
         allowed = {"choice": {*Metric.__args__} - _NUMBERS, "generate": _TEXTS}  # type: ignore[attr-defined]
@@ -159,9 +170,11 @@ class TaskSpec(_Strict):
                 template(text)
             for text in filter(None, (one, self.answer, self.references, self.group)):
                 expression(text)
-            re.compile(self.pattern)
-        except (TemplateError, re.error) as error:
-            raise ValueError(f"a template that compiles ({error} in {text!r})") from error
+            text = self.pattern
+            compile_pattern(text)
+        except (TemplateError, PatternError) as error:
+            why = shown(str(error), 200, plain=True)
+            raise ValueError(f"a template that compiles ({why} in {shown(text)})") from error
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -200,7 +213,7 @@ class TaskSpec(_Strict):
 
         Args:
             row: fields by name.
-            number: of the row in its split.
+            number: the row's place in its split, from 0.
 
         Raises:
             SourceError: the row lacks a field, or its answer is none of its options.
@@ -226,13 +239,15 @@ class TaskSpec(_Strict):
     def _fitting(self, row: Mapping[str, Any], number: int) -> Iterator[None]:
         try:
             yield
-        except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+        except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
             why = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise SourceError(
-                f"row {number} does not fit task {self.name}",
+                f"{place_of(row, number + 1)} does not fit task {self.name}",
                 got=f"{why[:160]}; fields: {', '.join(map(str, row))}",
                 allowed="the fields that the task's templates name",
-                fix="rename the fields of the data, or change the templates of the task",
+                fix="fill the field or take the row out; {{ field or '' }} writes nothing for null"
+                if why.endswith("is null")
+                else "rename the fields of the data, or change the templates of the task",
             ) from error
 
     def _choices(self, row: Mapping[str, Any]) -> list[str]:

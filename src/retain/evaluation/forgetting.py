@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from retain.data.batches import Batch, batches
+from retain.data.draws import HELD_OUT, sample
 from retain.data.sources import Row, encode, read_rows
 from retain.errors import SourceError
 from retain.models.adapter import adapter_off
 from retain.models.heads import forward_logits, is_causal, pad_id
 from retain.models.kinds import check_labels, is_regression, row_label
 from retain.models.modes import evaluating
+from retain.models.off import check_on
 from retain.models.sizes import check_sizes
 from retain.retention.reference import Forgetting, Reference, Total, predictions
 
@@ -34,6 +36,7 @@ def measure_forgetting(
     rows: int = 64,
     max_length: int = 128,
     batch_size: int = 8,
+    seed: int = HELD_OUT,
     progress: bool = False,
 ) -> Forgetting:
     """KL, perplexities and flips of a tuned model against its base, on held-out source text.
@@ -42,15 +45,18 @@ def measure_forgetting(
         model: a PEFT model; its base is itself with the adapter off.
         source: held-out text, as for `retain.fit_curvature` (but not ``"self"``).
         tokenizer: for text.
-        rows: rows that are read at most.
+        rows: rows that are read at most, drawn from all.
         max_length: tokens of a row that are read at most.
         batch_size: rows a pass.
+        seed: of the draw; by default another than that of `retain.fit_curvature`, so that of one
+            long text other parts are read.
         progress: show a bar.
 
     Raises:
         SourceError: the text is missing, empty or smaller than one batch, or the model's tables
             have no place for it.
-        ModelError: the model has no adapter or no head.
+        ModelError: the model has no adapter or no head, or an adapter that cannot be switched off
+            so that the base is what it was; see `retain.models.off`.
     """
     if isinstance(source, str) and source == "self":
         raise SourceError(
@@ -59,17 +65,19 @@ def measure_forgetting(
             allowed="a data set, a file or rows",
             fix="sample rows first: retain.models.sample",
         )
-    found = read_rows(source, rows)
-    causal = is_causal(model)
+    causal, regression = is_causal(model), is_regression(model)
+    check_on(model)
     tokenizer = tokenizer or getattr(model, "retain_tokenizer", None)
+    found = read_rows(source, rows, seed=seed, max_length=max_length)
     check_labels(model, () if causal else (row_label(row) for row in found))
-    examples = encode(found, tokenizer, max_length=max_length, causal=causal)[:rows]
-    check_sizes(model, examples, tokenizer)
+    every = encode(found, tokenizer, max_length=max_length, causal=causal, regression=regression)
+    examples = sample(every, rows, seed)
+    check_sizes(model, examples, tokenizer, labels=not regression)
     pad = pad_id(model)
     device = next(model.parameters()).device
-    total = Total(is_regression(model))
-    every = list(batches(examples, min(batch_size, len(examples)), pad))
-    for batch in tqdm(every, desc="forgetting", unit="batch", disable=not progress):
+    total = Total(regression)
+    padded = list(batches(examples, min(batch_size, len(examples)), pad))
+    for batch in tqdm(padded, desc="forgetting", unit="batch", disable=not progress):
         batch = batch.to(device)
         with adapter_off(model):
             base = predictions(model, batch)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import io
-import json
 import logging
 import random
 import re
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch import random as torch_random
 
+from retain.documents import parse_json
 from retain.errors import ConfigError, SourceError, unknown
 from retain.models.adapter import unwrap
 from retain.models.generating import plain_generation
@@ -147,7 +147,7 @@ def local_rows(task: str, split: str, data_dir: str | Path) -> list[dict[str, An
         return []
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file if line.strip()]
+            rows = [parse_json(line) for line in file if line.strip()]
     except (OSError, EOFError, ValueError) as error:
         raise SourceError(
             "the data of a general task cannot be read",

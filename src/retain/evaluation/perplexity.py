@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from retain.data.batches import Example, batches
+from retain.data.draws import sample
 from retain.data.sources import Row, encode, read_rows
 from retain.errors import ConfigError
 from retain.evaluation.forgetting import answer_loss
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["Perplexity", "measure_perplexity"]
 
 _WHOLE = 1 << 40  # no row is longer
+_WINDOWS = 8
+"""Lengths of a window that a passage of a text file has at least, about, where windows move on."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def measure_perplexity(
     max_length: int = 256,
     stride: int | None = None,
     batch_size: int = 8,
+    seed: int = 0,
 ) -> Perplexity:
     """Perplexity on rows of text; see the module for the tokens that count.
 
@@ -72,10 +76,11 @@ def measure_perplexity(
         model: a causal model, as it is (an adapter stays on).
         source: text, as for `retain.fit_curvature` (but not ``"self"``).
         tokenizer: for text.
-        rows: rows that are read at most.
+        rows: rows that are read at most, drawn from all; of a plain text file, passages.
         max_length: tokens of a row, or of a window.
         stride: tokens between the beginnings of two windows; None cuts rows instead.
         batch_size: rows, or windows, a pass.
+        seed: of the draw.
 
     Raises:
         ConfigError: the model is not causal, or a stride that does not fit.
@@ -96,11 +101,12 @@ def measure_perplexity(
             allowed=f"1 to {max_length - 1}, less than max_length",
             fix=f"{max(1, max_length // 2)}",
         )
-    found = read_rows(source, rows)
+    needed = max_length if stride is None else _WINDOWS * max_length
+    found = read_rows(source, rows, seed=seed, max_length=needed)
     whole = encode(
         found, tokenizer, max_length=max_length if stride is None else _WHOLE, causal=True
     )
-    examples = whole[:rows]
+    examples = read = sample(whole, rows, seed)
     if stride is not None:
         examples = [w for e in examples for w in _windows(e, max_length, stride)]
     check_sizes(model, examples, tokenizer)
@@ -109,7 +115,7 @@ def measure_perplexity(
     every = [b.to(device) for b in batches(examples, min(batch_size, len(examples)), pad)]
     loss = answer_loss(model, every)
     tokens = sum(e.predictions for e in examples)
-    return Perplexity(math.exp(loss) if loss < 700 else math.inf, loss, tokens, len(whole[:rows]))
+    return Perplexity(math.exp(loss) if loss < 700 else math.inf, loss, tokens, len(read))
 
 
 def _windows(row: Example, length: int, stride: int) -> list[Example]:

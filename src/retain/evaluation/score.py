@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from retain.data.batches import Example, batches
 from retain.data.fitting import fit_prompt
 from retain.data.items import Item
-from retain.errors import ConfigError, SourceError, unknown
+from retain.data.patterns import PatternError, first_match
+from retain.errors import ConfigError, SourceError, shown, unknown
 from retain.evaluation.generation import generate
 from retain.evaluation.metrics import METRICS, TEXT_METRICS, compute, row_scores
 from retain.evaluation.ranking import score_options
@@ -256,7 +257,15 @@ def _extract(text: str, pattern: str | None) -> str | None:
     """The answer in a text, or None."""
     if not pattern:
         return text.strip() or None
-    match = re.search(pattern, text)
+    try:
+        match = first_match(pattern, text)
+    except PatternError as error:
+        raise ConfigError(
+            "the pattern of a task finds no answer",
+            got=f"{shown(pattern)} in {shown(text)}: {error}",
+            allowed="a pattern that comes to an end",
+            fix="change pattern: in the task's file",
+        ) from error
     if match is None:
         return None
     return (match.group(1) if match.re.groups else match.group(0) or "").strip() or None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 
 from retain.errors import ConfigError, ModelError
 from retain.models.names import of_head
+from retain.models.off import adapter_off
+from retain.models.wrappers import canonical, unwrap
 
 __all__ = [
     "LoraSite",
@@ -167,26 +168,6 @@ def drawn(model: nn.Module, config: LoraConfig, seed: int, name: str = "default"
     return peft
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model under the wrappers of distributed training and compilation."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in {"DistributedDataParallel", "DataParallel"}:
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def canonical(name: str) -> str:
-    """A module's or parameter's name in the base model, without PEFT's wrappers."""
-    for prefix in ("base_model.model.", "module.", "_orig_mod."):
-        name = name.removeprefix(prefix)
-    for wrapper in (".base_layer", ".original_module", ".token_adapter"):
-        name = name.replace(wrapper, "")
-    return name
-
-
 def lora_sites(model: nn.Module, adapter: str | None = None) -> list[LoraSite]:
     """The LoRA layers of a model, in the order of its modules.
 
@@ -269,33 +250,6 @@ def _refuse_sharded(site: LoraSite) -> None:
                 allowed="whole LoRA weights on each process",
                 fix="use DDP, or exclude the LoRA weights from sharding",
             )
-
-
-@contextmanager
-def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
-    """The base model: the same modules with the adapter switched off.
-
-    A model that an adapter of the study is attached to (``model.retain_adapter``, see
-    `retain.models.adapters.base`) is switched off by that; any other must be PEFT's.
-
-    Raises:
-        ModelError: a model without an adapter.
-    """
-    inner: Any = unwrap(model)
-    attached = vars(inner).get("retain_adapter")
-    if attached is not None:
-        with attached.off():
-            yield inner
-        return
-    if not isinstance(inner, PeftModel):
-        raise ModelError(
-            "the model has no adapter to switch off",
-            got=type(inner).__name__,
-            allowed="a peft.PeftModel",
-            fix="measure the model that carries the adapter",
-        )
-    with inner.disable_adapter():
-        yield inner
 
 
 def share_trainable(model: nn.Module) -> tuple[int, int]:

@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from retain.documents import read_json
 from retain.errors import ModelError, OutputError
 
 __all__ = [
@@ -167,7 +168,7 @@ def convert_gguf(source: Path, target: Path) -> Path:
 def _sealed(folder: Path, source: Path | None = None) -> bool:
     """True when `folder` holds a whole conversion (of `source`) whose checksum agrees."""
     try:
-        seal = json.loads((folder / _SEAL).read_text())
+        seal = read_json(folder / _SEAL)
         if source is not None and seal["source"] != _identity(source):
             return False
         return bool(seal["sha256"] == _sha256(folder / _WEIGHTS))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from retain.errors import ConfigError, ModelError
 from retain.models.adapter import drawn, lora_sites
+from retain.models.off import left_on
 
 __all__ = ["grow_lora"]
 
@@ -70,7 +71,12 @@ def grow_lora(
         layer: {key: value.clone() for key, value in module.original_module.state_dict().items()}
         for layer, module in _whole(model).items()
     }  # unloading puts what was trained in their place
+    known, left = vars(model).get("retain_originals"), left_on(model)
     grown = drawn(model.unload(), config, seed, name)
+    if known is not None:  # of a base that an adapter has changed, see `retain.models.off`
+        grown.retain_originals = known
+    elif left is not None:
+        grown.retain_left = left  # type: ignore[assignment]
     for layer, module in _whole(grown).items():
         module.original_module.load_state_dict(whole[layer])
     with torch.no_grad():

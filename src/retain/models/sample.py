@@ -2,7 +2,7 @@
 
 Half of the rows continue from the start of a document, half from the start of a chat (where
 the tokenizer has a chat template), so that both the plain and the instructed side of the model
-speak. The adapter, if any, is off.
+speak. The adapter, if any, is off (or with the rest the base: `base_to_sample`).
 
 Where the tokenizer does not write the first token of a document by itself, every second document
 comes without it. Users' texts then begin with any token, and what attention parks on the first
@@ -12,7 +12,6 @@ a curvature that never met it leaves it free (docs/log.md).
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +20,8 @@ from tqdm.auto import tqdm
 
 from retain.data.batches import Example
 from retain.errors import ModelError, SourceError
-from retain.models.adapter import adapter_off
 from retain.models.generating import write
+from retain.models.off import base_to_sample
 from retain.models.sizes import check_sizes, cut_length
 
 if TYPE_CHECKING:
@@ -74,9 +73,8 @@ def sample_rows(
     device = next(model.parameters()).device
     rows: list[dict[str, Any]] = []
     bar = tqdm(total=count, desc="self-samples", unit="row", disable=not progress)
-    off = adapter_off(model) if hasattr(model, "disable_adapter") else nullcontext()
     devices = [device] if device.type == "cuda" else []
-    with off, torch.random.fork_rng(devices), bar:
+    with base_to_sample(model), torch.random.fork_rng(devices), bar:
         torch.manual_seed(seed)
         for i, prefix in enumerate(prefixes):
             share = count // len(prefixes) + (i < count % len(prefixes))

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retain.errors import ModelError, OutputError
+from retain.errors import ModelError
+from retain.files import file_digest, whole_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["check_adapter", "load_adapter", "save_adapter", "whole_folder"]
+__all__ = ["FILES", "adapter_digest", "check_adapter", "load_adapter", "save_adapter"]
 
 _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+FILES = (_CONFIG, _WEIGHTS)
+"""What an adapter's folder holds; anything else in it is somebody else's."""
 
 
 def check_adapter(folder: Path) -> dict[str, Any]:
@@ -55,17 +55,25 @@ def check_adapter(folder: Path) -> dict[str, Any]:
 def load_adapter(model: Any, folder: Path) -> PeftModel:
     """Puts the adapter of a folder on a base model; it is not trainable.
 
+    Weights of the base that the adapter brings along (embeddings, biases) or changes (PiSSA) are
+    kept as they were, for `retain.models.off.adapter_off`.
+
     Raises:
-        ModelError: it is missing or damaged, or belongs to another model.
+        ModelError: it is missing or damaged, or belongs to another model or vocabulary.
     """
     folder = folder.expanduser()
-    check_adapter(folder)
+    config = check_adapter(folder)
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
+
+    from retain.models.brought import check_vocabulary, keep_changed, weights_of
 
     try:
         with safe_open(folder / _WEIGHTS, framework="pt") as file:
             found = set(file.keys())
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in found}
+        check_vocabulary(model, shapes, folder)
+        before = weights_of(model, found, config.get("init_lora_weights", True))
         peft = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
         missing = set(get_peft_model_state_dict(peft, save_embedding_layers=False)) - found
     except (OSError, SafetensorError) as error:
@@ -78,6 +86,7 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
             "the adapter does not fit the model",
             f"{folder} without {len(missing)} weights, such as {min(missing)}",
         )
+    keep_changed(peft, before)
     return peft
 
 
@@ -93,6 +102,8 @@ def _bad(what: str, got: object) -> ModelError:
 def save_adapter(model: PeftModel, folder: Path, base: str) -> Path:
     """Writes a plain PEFT adapter; an older one stays until the new one is whole.
 
+    Other files in the folder stay.
+
     Args:
         model: the model with its adapter.
         folder: where it is to be.
@@ -103,42 +114,22 @@ def save_adapter(model: PeftModel, folder: Path, base: str) -> Path:
     """
     for config in model.peft_config.values():
         config.base_model_name_or_path = base
-    with whole_folder(folder) as new:
+    with whole_folder(folder, "the adapter", FILES) as new:
         model.save_pretrained(str(new), save_embedding_layers=False)
         (new / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with paths of this machine
     return folder
 
 
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A scratch folder to write to; it takes the place of `folder` when the block ends well.
+def adapter_digest(folder: Path) -> str:
+    """What tells the adapter in a folder from another: its weights and its settings.
+
+    The name of the base model is none of them: the base may have moved.
 
     Raises:
-        OutputError: the place cannot be written, or the disk is full.
+        OSError: a file cannot be read.
+        ValueError: the configuration is damaged.
     """
-    from safetensors import SafetensorError
-
-    scratch = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        new, old = scratch / "new", scratch / "old"
-        new.mkdir()
-        yield new
-        if folder.exists():
-            os.replace(folder, old)
-        try:
-            os.replace(new, folder)
-        finally:
-            if old.exists() and not folder.exists():  # whatever broke in, the older one stays
-                os.replace(old, folder)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            "the adapter cannot be written",
-            got=f"{folder}: {error}",
-            allowed="a folder that can be written, with room on the disk",
-            fix="free some disk, or choose another --out",
-        ) from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    settings = {k: v for k, v in config.items() if k != "base_model_name_or_path"}
+    text = json.dumps(settings, sort_keys=True) + file_digest(folder / _WEIGHTS)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from retain.data.batches import Example
-from retain.errors import ModelError, SourceError
+from retain.errors import ModelError, RetainWarning, SourceError
 from retain.models.heads import finds_end_by_pad, rows_of_embedding
 from retain.models.kinds import check_labels, head_kind, inner_model
 
@@ -73,14 +73,14 @@ def cut_length(model: nn.Module, length: int) -> int:
     """A row's length for text that the model is to write itself: as many tokens as it can read.
 
     Warns:
-        UserWarning: it is less than was asked for.
+        RetainWarning: it is less than was asked for.
     """
     most = positions(model)
     if most is None or length <= most:
         return length
     warnings.warn(
         f"the model has {most} positions: its own text is cut to {most} tokens a row, not {length}",
-        UserWarning,
+        RetainWarning,
         stacklevel=3,
     )
     return most

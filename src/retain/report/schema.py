@@ -6,7 +6,6 @@ that was not measured is `null` in the file and `None` here.
 
 from __future__ import annotations
 
-import json
 import operator
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from retain.errors import SourceError
+from retain.documents import read_json
+from retain.errors import SourceError, shown
 
 __all__ = ["SCHEMA", "Claim", "Result", "Role", "Row", "read_result"]
 
@@ -250,7 +250,7 @@ def read_result(path: Path) -> Result:
     """
     again = "run the command that makes the result again"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path, nan=True)
     except OSError as error:
         raise SourceError(
             "the result cannot be read",
@@ -266,7 +266,7 @@ def read_result(path: Path) -> Result:
     if name != SCHEMA:
         raise SourceError(
             f"{path} is not a result this version reads",
-            got=f"schema {name!r}",
+            got=f"schema {shown(name)}",
             allowed=repr(SCHEMA),
             fix="give a result.json, or use the version of retain that wrote it",
         )
@@ -276,10 +276,9 @@ def read_result(path: Path) -> Result:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         more = f" and {error.error_count() - 1} more" if error.error_count() > 1 else ""
-        got = repr(first["input"])
         raise SourceError(
             f"{path} does not follow {SCHEMA} at {where}{more}",
-            got=got if len(got) <= 60 else got[:57] + "...",
+            got=shown(first["input"], 60),
             allowed=first["msg"],
             fix=again,
         ) from error

@@ -21,6 +21,7 @@ from retain.data.batches import Example
 from retain.retention.laplace import Retention, check_strength
 from retain.retention.measuring import fit_on, packed, unpacked
 from retain.retention.method import Context, Task
+from retain.retention.rows import choose
 from retain.retention.wiener import Wiener
 from retain.types import HeadStart
 
@@ -55,7 +56,8 @@ class Auto(Wiener):
         super().begin(context)
         self.curvature = None
         if self.strength and context.source:
-            self.curvature = fit_on(context, context.source[: self.rows], "kfac", context.seed)
+            rows = choose(context.source, self.rows, context.seed)
+            self.curvature = fit_on(context, rows, "kfac", context.seed)
 
     def before_task(self, task: Task) -> Sequence[Example]:
         rows = super().before_task(task)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from retain.errors import ConfigError
 from retain.models.adapter import LoraSite, lora_sites
+from retain.retention.hooks import Change, GradientHooks
 from retain.retention.method import Method, Task
 
 __all__ = ["Block", "Blockwise", "OpenBlock", "block_of"]
@@ -36,13 +37,12 @@ class Block:
         self.sites, rank = list(sites), sites[0].rank
         self.span = slice(*span.indices(rank)[:2])
         self.rest = [slice(None, self.span.start), slice(self.span.stop, None)]
-        self._handles = []
+        pairs: list[tuple[nn.Parameter, Change]] = []
         for site in self.sites:
             mask = torch.zeros(rank, 1, dtype=site.a.dtype, device=site.a.device)
             mask[self.span] = 1
-            # At the gradient's birth, so that clipping sees the block alone.
-            self._handles.append(site.b.register_hook(mask.T.mul))
-            self._handles.append(site.a.register_hook(mask.mul))
+            pairs += [(site.b, mask.T.mul), (site.a, mask.mul)]
+        self.hooks = GradientHooks(pairs)
         self.renew()
 
     def renew(self) -> None:
@@ -59,8 +59,7 @@ class Block:
 
     def release(self) -> None:
         """Lets all blocks train again."""
-        for handle in self._handles:
-            handle.remove()
+        self.hooks.detach()
 
 
 class OpenBlock:

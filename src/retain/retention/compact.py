@@ -19,6 +19,7 @@ from retain.curvature.curvature import Curvature
 from retain.curvature.kronecker import KroneckerBlock
 from retain.errors import MismatchError
 from retain.models.adapter import LoraSite
+from retain.models.host import no_autocast
 
 __all__ = ["compacted"]
 
@@ -26,6 +27,7 @@ ROUNDING = 1e-4
 """Of a root's singular values: those below this share of the largest are rounding."""
 
 
+@no_autocast()
 def compacted(
     sites: Sequence[LoraSite], curvature: Curvature, rank: int
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:

@@ -101,11 +101,14 @@ class Curved(Method, ABC):
                 self.curvature,
                 self.strength,
                 budget=self.budget,
-                probe=self.context.source[:PROBE_ROWS] if causal else (),
+                probe=self._probe() if causal else (),
                 update=self.update,
                 resuming=True,  # of several tasks only the first starts at the anchor
             )
         return task.examples
+
+    def _probe(self) -> Sequence[Example]:
+        return choose(self.context.source, PROBE_ROWS, self.context.seed)
 
     def before_step(self, model: nn.Module) -> float | None:
         if self.retention is None or self.update != "gradient":
@@ -220,7 +223,7 @@ class Fitted(Curved):
                 allowed="mc, exact, tempered",
                 fix="fisher: mc",
             )
-        rows = list(examples[: self.rows])
+        rows = choose(examples, self.rows, seed)
         with _answering(model, columns):
             found = fit_on(self.context, rows, self.structure, seed, **self.options)
         # The loss (z - y)^2 is, in nats, that of a normal distribution of variance 1/2, whose

@@ -35,6 +35,8 @@ from torch import Tensor
 from retain.curvature.factor import Factor, SketchFactor
 from retain.errors import check_number
 from retain.models.adapter import LoraSite
+from retain.models.host import no_autocast
+from retain.retention.hooks import GradientHooks
 from retain.retention.moments import Moments, check_reading, inputs_of
 
 __all__ = ["InputFilter", "Thin", "Whole", "check_filter", "filter_of", "wiener"]
@@ -192,6 +194,7 @@ class InputFilter:
         resuming: A has been set before.
     """
 
+    @no_autocast()
     def __init__(
         self,
         sites: Sequence[LoraSite],
@@ -225,17 +228,11 @@ class InputFilter:
             s.a[span].detach().to(p.dtype, copy=True)
             for s, p in zip(self.sites, self.filters, strict=True)
         ]
-        # At the gradient's birth, so that clipping sees what is left of it.
-        self._handles = [
-            s.a.register_hook(lambda g, p=p: self._filtered(g, p))
-            for s, p in zip(self.sites, self.filters, strict=True)
-        ]
+        self.hooks = GradientHooks(
+            [(s.a, _Back(p, span)) for s, p in zip(self.sites, self.filters, strict=True)]
+        )
 
-    def _filtered(self, gradient: Tensor, p: Whole | Thin) -> Tensor:
-        found = gradient.clone()
-        found[self.span] = p.back(gradient[self.span].to(p.dtype)).to(found.dtype)
-        return found
-
+    @no_autocast()
     def after_step(self) -> None:
         """Filters what the optimiser's step has added to A."""
         with torch.no_grad():
@@ -253,6 +250,16 @@ class InputFilter:
 
     def release(self) -> None:
         """Lets A train freely again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self.hooks.detach()
+
+
+class _Back:
+    """``g P^T`` of some rows of a gradient."""
+
+    def __init__(self, p: Whole | Thin, span: slice) -> None:
+        self.p, self.span = p, span
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        found = gradient.clone()
+        found[self.span] = self.p.back(gradient[self.span].to(self.p.dtype)).to(found.dtype)
+        return found

@@ -54,7 +54,8 @@ class MomentKeeper(Blockwise):
         super().begin(context)
         self.old = None
         if context.source and self.source_weight and self.reads:
-            self.old = self._measure(context.source[: self.rows]).times(self.source_weight)
+            rows = choose(context.source, self.rows, context.seed)
+            self.old = self._measure(rows).times(self.source_weight)
 
     def before_task(self, task: Task) -> Sequence[Example]:
         if self.reads:

@@ -26,6 +26,7 @@ from retain.curvature.curvature import Curvature, Pull
 from retain.curvature.moves import proximal
 from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, TrainingError, check_number, unknown
+from retain.models.host import no_autocast
 from retain.models.kinds import head_kind
 from retain.models.sites import LinearSite, check_held
 from retain.retention.budget import Budget, anchored, scale_back, settle
@@ -75,6 +76,7 @@ class Retention:
             probe beside other trained weights, or an unknown update.
     """
 
+    @no_autocast()
     def __init__(
         self,
         model: nn.Module,
@@ -147,6 +149,7 @@ class Retention:
         """Nats of task loss that one nat of predicted forgetting weighs now."""
         return self._strength if self.budget is None else self.budget.strength
 
+    @no_autocast()
     def predicted(self) -> float:
         """Predicted nats per source token at the present adapter."""
         return self.forces.predicted()
@@ -167,6 +170,7 @@ class Retention:
         self.rows = rows
         self.forces.only(rows)
 
+    @no_autocast()
     def make_room(self) -> bool:
         """Before training: what is there may have spent four fifths of the budget.
 
@@ -199,6 +203,7 @@ class Retention:
         optimizer.step()
         return self.apply_proximal(optimizer)
 
+    @no_autocast()
     def add_force(self) -> float:
         """Adds ``strength * dq`` to each gradient; returns predicted nats.
 
@@ -219,6 +224,7 @@ class Retention:
                     parameter.grad.add_(gradient, alpha=self.strength)
         return nats
 
+    @no_autocast()
     def apply_proximal(self, optimizer: Optimizer) -> float:
         """Pulls the adapter back after a step of `optimizer`; returns predicted nats."""
         if self.strength:
@@ -238,6 +244,7 @@ class Retention:
         assert self.probe is not None
         return self.probe.measure(self.model).kl
 
+    @no_autocast()
     def finish(self) -> float | None:
         """When training has ended: takes back what is above the budget.
 

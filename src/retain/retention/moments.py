@@ -32,6 +32,7 @@ from retain.data.batches import Batch, Example, batches
 from retain.errors import ConfigError, MismatchError, SourceError
 from retain.models.adapter import LoraSite
 from retain.models.heads import forward_body, is_causal, pad_id
+from retain.models.host import no_autocast
 from retain.models.modes import evaluating
 
 __all__ = ["Moments", "check_reading", "input_moments", "inputs_of", "moments_of"]
@@ -208,6 +209,7 @@ def input_moments(
         weights: list[Tensor] = []  # of the batch that runs, [batch * seq]
 
         def hear(name: str) -> Any:
+            @no_autocast()  # a layer may run in one of its own
             def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 x = args[0].detach()
                 rows = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))

@@ -76,7 +76,7 @@ def unpack(state: dict[str, Tensor]) -> list[Kept]:
         rows.append(
             Kept(
                 tuple(tokens.tolist()),
-                tuple(t if real else int(t) for t in targets.tolist()),
+                tuple(int(t) if not real and t.is_integer() else t for t in targets.tolist()),
                 tuple(predict.tolist()),
                 tuple(segments.tolist()),
                 None if start < 0 else (start, stop),

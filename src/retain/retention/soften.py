@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from retain.curvature.curvature import Curvature
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, check_number
 from retain.models.adapter import LoraSite, lora_sites, unwrap
+from retain.models.host import no_autocast
 from retain.models.names import of_head
+from retain.models.off import left_on
 from retain.retention.softened import Softened
 from retain.retention.spans import CoreSpan, KroneckerSpan, Span, sides
 
@@ -32,6 +34,7 @@ WIDEST = 32
 """Largest rank where a layer is one matrix of rank^2 rows."""
 
 
+@no_autocast()
 def soften(
     model: nn.Module,
     curvature: Curvature,
@@ -165,12 +168,14 @@ def _check_adapter(model: nn.Module, sites: list[LoraSite]) -> None:
         )
         if there
     ]
+    left = None if more else left_on(inner)
+    more += [left[0]] if left is not None else []
     if more:
         raise ModelError(
             "the adapter is more than an update B A of linear layers, so it cannot be softened",
             got=", ".join(more),
             allowed="plain LoRA",
-            fix="train plain LoRA, without use_dora, modules_to_save and bias",
+            fix="train plain LoRA: init_lora_weights=True, no use_dora, modules_to_save or bias",
         )
     odd = [s.name for s in sites if not bool(s.a.isfinite().all() and s.b.isfinite().all())]
     if odd:

@@ -66,14 +66,16 @@ class Soften(Method):
                 allowed="at least one row",
                 fix="give a source",
             )
-        self.curvature = fit_on(context, context.source[: self.rows], "kfac", context.seed)
+        self.curvature = fit_on(
+            context, choose(context.source, self.rows, context.seed), "kfac", context.seed
+        )
 
     def after_task(self, task: Task) -> None:
         model, context = self.context.adapter.model, self.context
         assert self.curvature is not None
         read = choose(task.examples, self.rows, task.seed)
         target = fit_on(context, read, "kfac", task.seed)
-        held = context.source[: self.probe]
+        held = choose(context.source, self.probe, context.seed + 1)
         base = Reference(model, held, batch_size=min(context.batch_size, len(held)))
         soft = soften(model, self.curvature, target=target)
         soft.apply(soft.within_measured(self.budget, lambda: base.measure(model).kl))

@@ -26,6 +26,7 @@ from torch import Tensor
 from retain.curvature.spectral import eigh
 from retain.errors import check_number, unknown
 from retain.models.adapter import LoraSite
+from retain.models.host import no_autocast
 from retain.retention.moments import Moments, check_reading, inputs_of
 
 __all__ = ["STARTS", "check_start", "discriminants", "set_start"]
@@ -52,6 +53,7 @@ def check_start(kind: str, gain: float, epsilon: float, answers: float, rows: in
     check_number("gain is out of range", gain, "gain=1", positive=True)
 
 
+@no_autocast()
 def set_start(
     sites: Sequence[LoraSite],
     new: Moments | None,

@@ -7,7 +7,6 @@ again when the settings that it depends on have changed.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from retain.data.batches import Example
 from retain.data.problems import Problem, word_problems
 from retain.data.sources import encode
 from retain.data.tasks import problem_examples
+from retain.documents import read_json
 from retain.errors import CurvatureError
 from retain.evaluation.forgetting import Reference
 from retain.files import check_folder, write_json
@@ -274,7 +274,7 @@ def _label(strength: float | None) -> str:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -17,7 +17,7 @@ from typing import Any
 
 from retain.errors import ConfigError
 from retain.study.grid import Run
-from retain.study.runner import Outcome, Work, execute, write_failure
+from retain.study.runner import Outcome, Work, execute
 
 __all__ = ["ENGINES", "check_engine", "in_order", "in_processes", "on_ray"]
 
@@ -52,8 +52,8 @@ def in_order(runs: Sequence[Run], work: Work, say: Say | None = None) -> Iterato
 def in_processes(runs: Sequence[Run], work: Work, jobs: int) -> Iterator[Outcome]:
     """Up to `jobs` runs at a time, each in a worker process.
 
-    When a worker dies, the runs that were under way are done again one at a time, and the one
-    whose worker dies again is recorded as failed.
+    When a worker dies, the runs that were under way are done again one at a time; the one whose
+    worker dies again is unfinished, and tried again next time.
     """
     left = deque(runs)
     while left:
@@ -64,7 +64,7 @@ def in_processes(runs: Sequence[Run], work: Work, jobs: int) -> Iterator[Outcome
             died: list[Run] = []
             yield from _pool(alone, work, 1, died)
             for run in died:
-                yield write_failure(run.key, run.config, work, _DIED)
+                yield Outcome(run.key, "unfinished", _DIED)
 
 
 def _pool(left: deque[Run], work: Work, jobs: int, died: list[Run]) -> Iterator[Outcome]:
@@ -158,7 +158,7 @@ def on_ray(runs: Sequence[Run], work: Work, jobs: int | None = None) -> Iterator
                 try:
                     yield ray.get(ready[0])
                 except ray.exceptions.WorkerCrashedError:
-                    yield write_failure(run.key, run.config, work, _DIED)
+                    yield Outcome(run.key, "unfinished", _DIED)
         finally:
             for task in running:
                 ray.cancel(task, force=True)

@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from retain.data.batches import Example
+from retain.data.filetypes.found import kind_of
+from retain.data.folders import inside
 from retain.data.items import Item
 from retain.data.loading import encode_items, load_items
 from retain.data.sources import Row, encode, read_rows
 from retain.data.specs import TaskSpec, load_task
+from retain.documents import read_json
 from retain.errors import ConfigError, ModelError, SourceError
 from retain.files import first_rank, write_json
 from retain.models.heads import is_causal
 from retain.models.load import load_model
+from retain.study.inputs import model_digest
 from retain.study.known import task_path
 from retain.study.runner import Work
 
@@ -169,10 +173,12 @@ def _samples(config: Mapping[str, Any], base: Base, work: Work, count: int, seed
 
     length = config["source"]["max_length"]
     wanted = [config["model"], config["dtype"], count, length, seed]
+    digest = model_digest(str(config["model"]))  # of a local model, which may change at its place
+    wanted += [] if digest is None else [digest]
     name = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
     path = work.out / "source" / f"{name}.json"
     try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["rows"])
+        return list(read_json(path)["rows"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     rows: list[Row] = [
@@ -209,7 +215,9 @@ def _long_enough(
     source: Mapping[str, Any], path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> list[Row]:
     """The rows of a file that have enough words; a text that is one row is cut into rows first."""
-    rows = read_rows(path)
+    # A study's rows are drawn from all rows of its file; of a long text passages are enough.
+    most = 4 * (source["rows"] + source["heldout"]) if kind_of(path) == ".txt" else None
+    rows = read_rows(path, most, seed=HELDOUT_SEED, max_length=source["max_length"])
     if any(row.get("pack") for row in rows):
         pieces = encode(rows, tokenizer, max_length=source["max_length"], causal=True)
         return [{"input_ids": [*piece.tokens, piece.targets[-1]]} for piece in pieces]
@@ -224,13 +232,14 @@ def _choose(size: int, count: int, seed: int) -> set[int]:
 
 
 def _data_file(source: Mapping[str, Any], split: str, work: Work) -> Path:
-    folder = (work.data_dir or Path()) / str(source["name"])
+    home = work.data_dir or Path()
     for suffix in (".jsonl.gz", ".jsonl", ".txt"):
-        if (path := folder / f"{split}{suffix}").is_file():
+        name = f"{source['name']}/{split}{suffix}"
+        if (path := inside(home, name, "source.name")).is_file():
             return path
     raise SourceError(
         "no such source",
-        got=folder / f"{split}.jsonl.gz",
+        got=home / str(source["name"]) / f"{split}.jsonl.gz",
         allowed="a file .jsonl.gz, .jsonl or .txt",
         fix="give --data-dir, the folder that holds the local data",
     )

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from retain.config import TrainConfig, validate
-from retain.errors import ConfigError, unknown
+from retain.documents import read_mapping
+from retain.errors import ConfigError, shown, unknown
 from retain.study.spec import StudySpec
 
 __all__ = ["RUNNERS_OWN", "parse_study", "read_study"]
@@ -25,7 +25,6 @@ RUNNERS_OWN = {
 }
 """Keys of the training settings that are not a study's there, and where they are."""
 
-_BOOL = "tag:yaml.org,2002:bool"
 _SHORT = {"model": "models", "adapter": "adapters", "method": "methods", "order": "orders"}
 
 
@@ -42,7 +41,8 @@ def read_study(
     Raises:
         ConfigError: no such file, no YAML, an unknown key or name, or a value out of range.
     """
-    return parse_study(_load(path), limit=limit, seeds=seeds)
+    fix = "check the path and the file; see benchmarks/studies for examples"
+    return parse_study(read_mapping(path, "the study", fix), limit=limit, seeds=seeds)
 
 
 def parse_study(
@@ -80,36 +80,6 @@ def _limited(data: Any, limit: int) -> Any:
         return data
     counts = {split: data.get(split) or limit for split in ("train", "test")}
     return data | {s: min(limit, n) if isinstance(n, int) else n for s, n in counts.items()}
-
-
-class _Loader(yaml.SafeLoader):
-    """Takes true and false alone for truth values, as YAML 1.2 does: ``on`` is an option's name."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, found) for tag, found in pairs if tag != _BOOL or first in "tTfF"]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        found = yaml.load(path.expanduser().read_text(encoding="utf-8"), _Loader)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "the study cannot be read",
-            got=f"{path}: {str(error).splitlines()[0]}",
-            allowed="a YAML file",
-            fix="check the path and the file",
-        ) from error
-    if not isinstance(found, dict):
-        raise ConfigError(
-            "the study is no mapping",
-            got=type(found).__name__,
-            allowed="keys with values",
-            fix="write 'key: value' lines; see benchmarks/studies for examples",
-        )
-    return found
 
 
 def _spelled_out(found: Any, *only: str) -> Any:
@@ -164,7 +134,7 @@ def _check_training(spec: StudySpec) -> None:
         if not isinstance(tasks, dict) or not all(isinstance(t, dict) for t in tasks.values()):
             raise ConfigError(
                 "training.tasks is no mapping",
-                got=repr(tasks)[:80],
+                got=shown(tasks, 80),
                 allowed="names of tasks, each with settings",
                 fix="tasks: {cl15/sst2: {epochs: 2}}",
             )
@@ -174,7 +144,7 @@ def _check_training(spec: StudySpec) -> None:
                 if key in settings:
                     raise ConfigError(
                         f"{key} is no setting of a study's training",
-                        got=f"{key}: {settings[key]}",
+                        got=f"{key}: {shown(settings[key], plain=True)}",
                         allowed="the other training settings",
                         fix=fix,
                     )

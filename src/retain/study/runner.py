@@ -1,19 +1,26 @@
-"""Do one run of a study once: locked, written whole, its failure recorded."""
+"""Do one run of a study once: locked, written whole, its failure recorded.
+
+A failure is recorded where the run's configuration or data caused it. What the machine lacked
+(disk, memory, a connection) says nothing of the run: it is told, and tried again next time.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retain.errors import RetainError
-from retain.files import clear_scratch, first_rank, whole_file, write_json
+from retain.errors import OutputError, RetainError, memory_full
+from retain.files import clear_scratch, first_rank, whole_file, write_json, writing
+from retain.study.heard import heard
+from retain.study.lacking import lacks_disk, lacks_something
 
-__all__ = ["RUN_SCHEMA", "Outcome", "RunFunction", "Work", "execute", "read_record"]
+__all__ = ["RUN_SCHEMA", "Outcome", "RunFunction", "Work", "execute", "read_record", "standing"]
 
 RUN_SCHEMA = "retain.run/1"
 
@@ -51,6 +58,10 @@ class Work:
         """The folder of what a run keeps between tasks."""
         return self.out / "state" / key
 
+    def earlier(self, key: str, number: int) -> Path:
+        """The file of a record that was put aside, since the run's data have changed."""
+        return self.out / "earlier" / f"{key}-{number}.json"
+
     def lock(self, key: str) -> Path:
         """The file that is locked while a run is done."""
         return self.out / "locks" / f"{key}.lock"
@@ -66,15 +77,18 @@ class Outcome:
 
     Attributes:
         key: of the run.
-        status: ``done``, ``failed``, or ``elsewhere`` (another process is at it).
-        error: one line, for a failed one.
+        status: ``done``, ``failed``, ``unfinished`` (the machine lacked something; it is tried
+            again next time), or ``elsewhere`` (another process is at it).
+        error: one line, for a failed or unfinished one.
         fresh: whether it was done now, and not before.
+        notes: what was done in a lesser way than was asked for, or again.
     """
 
     key: str
     status: str
     error: str | None = None
     fresh: bool = True
+    notes: tuple[str, ...] = ()
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -87,13 +101,52 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return found if good else None
 
 
+def standing(key: str, config: Mapping[str, Any], work: Work) -> dict[str, Any] | None:
+    """The record of a run, if it stands: its data and model are those that are there now.
+
+    A failed one stands unless it is to be done again.
+    """
+    record = read_record(work.record(key))
+    if record is None:
+        return None
+    if record["status"] == "failed":
+        again = work.retry_failed or _changed(record, config, work, gone=True)
+        return None if again else record
+    return None if _changed(record, config, work) else record
+
+
+def _changed(
+    record: Mapping[str, Any], config: Mapping[str, Any], work: Work, *, gone: bool = False
+) -> list[str]:
+    """Which inputs of a record have other contents now.
+
+    Args:
+        record: of the run; those of earlier versions do not say what they are of.
+        config: of the run.
+        work: where the data lie.
+        gone: one that is there now and was not counts too.
+    """
+    then = record.get("inputs")
+    if not isinstance(then, dict):
+        return []
+    now = _inputs(config, work)
+    return [n for n, d in now.items() if then.get(n, d if not gone else None) != d]
+
+
+def _inputs(config: Mapping[str, Any], work: Work) -> dict[str, str]:
+    from retain.study.inputs import input_digests
+
+    return input_digests(config, work)
+
+
 def execute(
     key: str, config: Mapping[str, Any], work: Work, say: Callable[[str], None] | None = None
 ) -> Outcome:
     """Does one run, unless it is done, or another process is at it.
 
-    Whatever goes wrong in it is recorded; only Ctrl-C and a folder that cannot be written stop
-    the study. A lock belongs to a living process: that of a killed one is free.
+    What its configuration makes go wrong is recorded; what the machine lacks is not, and a disk
+    that cannot be written stops the study, as Ctrl-C does. A lock belongs to a living process: that
+    of a killed one is free.
 
     Args:
         key: hash of `config`.
@@ -102,9 +155,9 @@ def execute(
         say: told in a few words what is being done.
 
     Raises:
-        OutputError: the record cannot be written.
+        OutputError: the record, or something that the run keeps, cannot be written.
     """
-    known = _known(key, work)
+    known = _known(key, config, work)
     if known is not None:
         return known
     if not first_rank():
@@ -113,35 +166,50 @@ def execute(
     from filelock import FileLock, Timeout
 
     path = work.lock(key)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing("the lock of a run", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            return Outcome(key, "elsewhere", fresh=False)
     try:
-        with FileLock(path, timeout=1):
-            known = _known(key, work)
-            if known is not None:
-                return known
-            record = _attempt(key, config, work, say)
+        known = _known(key, config, work)
+        if known is not None:
+            return known
+        again = _put_aside(key, config, work)
+        record = _attempt(key, config, work, say)
+        notes = (*again, *record.get("notes", ()))
+        if record["status"] != "unfinished":
             clear_scratch(work.record(key))
             write_json(work.record(key), record)
-            if record["status"] == "done":
-                _state(key, work, {}).clear()
-                work.trace(key).unlink(missing_ok=True)
-    except Timeout:
-        return Outcome(key, "elsewhere", fresh=False)
-    return Outcome(key, record["status"], record["error"])
+        if record["status"] == "done":
+            _state(key, work, {}).clear()
+            work.trace(key).unlink(missing_ok=True)
+    finally:
+        lock.release()
+    return Outcome(key, record["status"], record["error"], notes=notes)
 
 
-def write_failure(key: str, config: Mapping[str, Any], work: Work, error: str) -> Outcome:
-    """Records a run whose process died."""
-    from retain.study.provenance import provenance
-
-    header = _header(key, config, work, provenance(int(config["seed"])))
-    write_json(work.record(key), header | {"status": "failed", "error": error})
-    return Outcome(key, "failed", error)
-
-
-def _known(key: str, work: Work) -> Outcome | None:
+def _put_aside(key: str, config: Mapping[str, Any], work: Work) -> list[str]:
+    """Moves the record of other data out of the way; says so."""
     record = read_record(work.record(key))
-    if record is None or (record["status"] == "failed" and work.retry_failed):
+    if record is None or record["status"] != "done":
+        return []
+    changed = _changed(record, config, work)
+    number = 1
+    while work.earlier(key, number).exists():
+        number += 1
+    place = work.earlier(key, number)
+    with writing("the earlier record of a run", place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(work.record(key), place)
+    return [f"done again, since {', '.join(changed)} changed; the earlier record: {place}"]
+
+
+def _known(key: str, config: Mapping[str, Any], work: Work) -> Outcome | None:
+    record = standing(key, config, work)
+    if record is None:
         return None
     return Outcome(key, record["status"], record["error"], fresh=False)
 
@@ -178,15 +246,29 @@ def _attempt(
     where = provenance(int(config["seed"]))
     where["hardware"]["threads"] = torch.get_num_threads()
     commit = (where["commit"] or "").rstrip("+")  # files beside the code may come while it runs
-    state = _state(key, work, {"versions": where["versions"], "commit": commit})
-    header = _header(key, config, work, where)
+    inputs = _inputs(config, work)
+    stamp = {"versions": where["versions"], "commit": commit}
+    state = _state(key, work, stamp | ({"inputs": inputs} if inputs else {}))
+    header = _header(key, config, work, where) | {"inputs": inputs}
     function = work.function or _run_sequence()
+    notes: list[str] = []
     try:
-        body = function(config, state=state, work=work, say=say or (lambda text: None))
-        return {**header, **finite(body)}
+        with heard(notes):
+            body = function(config, state=state, work=work, say=say or (lambda text: None))
+        notes += [note for note in body.pop("notes", ()) if note not in notes]
+        return {**header, **finite(body), "notes": notes}
     except Exception as error:
+        if lacks_disk(error):
+            reason = one_line(error)
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(
+                "a run cannot be kept", got=reason, allowed="room on the disk",
+                fix="free some disk; the same command goes on after the last finished task",
+            ) from error  # fmt: skip
         _write_trace(work.trace(key), traceback.format_exc())
-        return header | {"status": "failed", "error": one_line(error)}
+        status = "unfinished" if lacks_something(error) else "failed"
+        return header | {"status": status, "error": one_line(error), "notes": notes}
 
 
 def _run_sequence() -> RunFunction:
@@ -200,8 +282,7 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, RetainError):
         return text
-    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if full or "can't allocate memory" in text:
+    if memory_full(error):
         return (
             f"the memory is full; got: {text[:160] or type(error).__name__}; fix: smaller batches"
         )

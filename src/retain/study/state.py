@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from retain.errors import RetainWarning
 from retain.files import whole_file, write_json
 
 __all__ = ["Kept", "SequenceState"]
@@ -55,8 +57,13 @@ class SequenceState:
         from retain.data.tensors import read_tensors
 
         try:
-            note = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+            text = (self.folder / "state.json").read_text(encoding="utf-8")
+        except OSError:
+            return None
+        try:
+            note = json.loads(text)
             if note["stamp"] != self.stamp:
+                _say_anew("is of other versions, code or data")
                 return None
             tensors = [
                 read_tensors(self.folder / f"{part}-{note['done']}.safetensors")[0]
@@ -64,6 +71,7 @@ class SequenceState:
             ]
             return Kept(note["done"], note["data"], *tensors)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            _say_anew("is damaged")
             return None
 
     def save(
@@ -90,6 +98,10 @@ class SequenceState:
         """Deletes it."""
         if self.writes:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _say_anew(why: str) -> None:
+    warnings.warn(f"the run begins again: what was kept of it {why}", RetainWarning, stacklevel=3)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

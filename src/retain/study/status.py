@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from retain.documents import read_json
 from retain.study.grid import Grid, Run
-from retain.study.runner import Work, read_record
+from retain.study.runner import Work, standing
 
 __all__ = ["is_running", "study_status"]
 
@@ -27,7 +27,7 @@ def study_status(grid: Grid, work: Work) -> dict[str, Any]:
     }  # fmt: skip
     for run in grid.runs:
         entry: dict[str, Any] = {"key": run.key, "run": run.title}
-        record = read_record(work.record(run.key))
+        record = standing(run.key, run.config, work)
         if record is not None and record["status"] == "done":
             found["done"] += 1
             continue
@@ -59,9 +59,7 @@ def is_running(run: Run, work: Work) -> bool:
 
 def _tasks_done(run: Run, work: Work) -> int:
     try:
-        note: Mapping[str, Any] = json.loads(
-            (work.state(run.key) / "state.json").read_text(encoding="utf-8")
-        )
+        note: Mapping[str, Any] = read_json(work.state(run.key) / "state.json")
         return int(note["done"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0

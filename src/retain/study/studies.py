@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from retain.errors import unknown
-from retain.files import check_folder, clear_scratch, first_rank, write_json
+from retain.files import check_folder, clear_scratch, first_rank, write_json, writing
 from retain.study.engines import ENGINES, check_engine, in_order, in_processes, on_ray
 from retain.study.grid import Grid, Run
-from retain.study.runner import Outcome, Work, finite, read_record
+from retain.study.runner import Outcome, Work, finite, standing
 from retain.study.spec import StudySpec
 from retain.study.tables import tables, with_intransigence
 
@@ -46,8 +47,8 @@ def run_study(
         tell: told of each run that has ended.
 
     Returns:
-        How many runs are ``done``, ``failed`` or ``elsewhere``, and how many of them were done
-        before (``before``).
+        How many runs are ``done``, ``failed``, ``unfinished`` (the machine lacked something; they
+        are tried again next time) or ``elsewhere``, and how many were done ``before``.
 
     Raises:
         ConfigError: an unknown engine, or one that is not installed; nothing matches `only`.
@@ -62,8 +63,8 @@ def run_study(
     by_key = {run.key: run for run in wanted}
     left = []
     for run in wanted:
-        record = read_record(work.record(run.key))
-        if record is None or (record["status"] == "failed" and work.retry_failed):
+        record = standing(run.key, run.config, work)
+        if record is None:
             left.append(run)
         else:
             counts[record["status"]] += 1
@@ -75,7 +76,7 @@ def run_study(
         if tell is not None:
             tell(by_key[outcome.key], outcome)
     collect(spec, grid, work)
-    return {name: counts[name] for name in ("done", "failed", "elsewhere", "before")}
+    return {name: counts[name] for name in ("done", "failed", "unfinished", "elsewhere", "before")}
 
 
 def _outcomes(
@@ -98,16 +99,22 @@ def collect(spec: StudySpec, grid: Grid, work: Work) -> None:
         return
     from filelock import FileLock
 
-    work.out.mkdir(parents=True, exist_ok=True)
-    (work.out / "locks").mkdir(exist_ok=True)
-    with FileLock(work.out / "locks" / "study.lock"):
+    place = work.out / "locks" / "study.lock"
+    with writing("the lock of the study", place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place)
+        lock.acquire()
+    try:
         clear_scratch(work.out / "study.json")
         write_json(work.out / "study.json", study_file(spec, grid, work))
+    finally:
+        lock.release()
 
 
 def study_file(spec: StudySpec, grid: Grid, work: Work) -> dict[str, Any]:
     """What ``study.json`` holds."""
-    found = (read_record(work.record(run.key)) for run in grid.runs)
+    kept = replace(work, retry_failed=False)  # what failed is shown until it is done
+    found = (standing(run.key, run.config, kept) for run in grid.runs)
     records = [record for record in found if record is not None]
     filled = iter(with_intransigence([r for r in records if r["status"] == "done"]))
     whole = [next(filled) if r["status"] == "done" else r for r in records]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from retain.curvature.estimate import versions
+from retain.documents import read_json
 from retain.models.adapters.base import Adapter
 from retain.models.heads import is_causal
 from retain.study.grid import run_key
@@ -62,7 +62,7 @@ def untrained_file(
 def read_untrained(path: Path) -> dict[str, Any] | None:
     """What a file says, ``{"scores", "general", "seconds"}``; None where there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError):
         return None
     good = isinstance(found, dict) and {"scores", "general", "seconds"} <= set(found)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,17 @@ from retain.curvature.curvature import Curvature
 from retain.curvature.rows import source_examples
 from retain.data.batches import Example
 from retain.data.sources import Row
-from retain.errors import ConfigError, TrainingError, unknown
-from retain.files import write_json
+from retain.errors import ConfigError, RetainWarning, unknown
 from retain.models.adapter import unwrap
 from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
 from retain.retention.laplace import Retention, check_strength
-from retain.training.handling import check_gradients, check_trainer, go_first, record
+from retain.training.handling import check_gradients, check_trainer, check_trains, go_first, record
+from retain.training.held import Held, release_left
+from retain.training.keeping import keep, kept_in
 from retain.training.reading import check_loader
-from retain.training.start import AUTO, FILTER, Held, Start, release_left, why_no_filter
+from retain.training.running import Running
+from retain.training.start import AUTO, FILTER, Start, why_no_filter
 from retain.types import UPDATES, Update
 
 if TYPE_CHECKING:
@@ -42,10 +45,12 @@ class RetentionCallback(TrainerCallback):
     To each record of the trainer's log it adds ``task_loss``, ``predicted_nats`` and
     ``retention_strength``, so every ``report_to`` backend gets them; with a budget also
     ``retention_correction``. What a budget has learned, and whether there is a filter, is kept in
-    ``retention.json`` of each checkpoint. A budget is settled by measuring before the last
+    ``trainer_state.json`` of each checkpoint, and read from the one that is resumed, wherever it
+    lies. A budget is settled by measuring before the last
     checkpoint and when training ends; earlier checkpoints may be above it.
 
-    A training that breaks off leaves its filter on A until the next one with a callback begins.
+    A training that breaks off (Ctrl-C, an exception) leaves nothing on the model: what holds A acts
+    while the training runs alone, and a plain trainer afterwards is plain.
 
     Args:
         curvature: fitted on the trainer's model.
@@ -57,7 +62,8 @@ class RetentionCallback(TrainerCallback):
         start: what LoRA's A may read: ``"wiener"`` puts it behind a filter that passes what the
             training rows use and the source text does not; or a `retain.Start`; None, all. By
             default ``"auto"``, the recipe: the filter, wherever a fresh LoRA and the curvature
-            allow it and the strength is not 0; else the force alone, and `why_no_filter` says why.
+            allow it and the strength is not 0; else the force alone, with a warning, and
+            `why_no_filter` says why.
         source: with a budget, text on which the true divergence is measured now and then: rows, a
             data set or a file as for `retain.fit_curvature`, ``"self"`` (the model samples it), or
             None to believe the prediction. By default ``"self"`` for a causal model.
@@ -124,8 +130,21 @@ class RetentionCallback(TrainerCallback):
         check_loader(model, kwargs["train_dataloader"], args.seed)
         release_left(model, resuming=resuming)
         self._held = self._nats = self.why_no_filter = None
+        try:
+            self._begin(args, state, model, kwargs)
+        except BaseException:  # nothing is left half held
+            release_left(model, resuming=resuming)
+            raise
+        go_first(self)
+
+    def _begin(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, kwargs: dict[str, Any]
+    ) -> None:
+        """Holds the model from now on."""
+        resuming = state.global_step > 0
+        check_trains(model)
         needed = self.start is not None or self.budget is not None
-        kept = _kept(args, state, needed) if resuming else {}
+        kept = kept_in(state, needed) if resuming else {}
         start = self._chosen(model, kwargs["train_dataloader"], kept if resuming else None)
         if start is not None:
             self._held = start.begin(
@@ -137,6 +156,7 @@ class RetentionCallback(TrainerCallback):
                 resuming=resuming,
                 first=kept.get("first", 0),
             )
+            self._held.guard(Running())
         self.retention = Retention(
             model,
             self.curvature,
@@ -156,11 +176,12 @@ class RetentionCallback(TrainerCallback):
                     fix="leave update out",
                 )
             self.retention.only(self._held.rows)
-            if not resuming and self.retention.make_room():
+            with self._still():
+                moved = not resuming and self.retention.make_room()
+            if moved:
                 self._held.renew()
         if self.retention.budget is not None and "strength" in kept:  # it had one before
             self.retention.budget.restore(kept)
-        go_first(self)
 
     def _chosen(self, model: nn.Module, loader: Any, kept: dict[str, Any] | None) -> Start | None:
         """The start; of a run that goes on, what it was when it began."""
@@ -168,11 +189,18 @@ class RetentionCallback(TrainerCallback):
             return self.start
         if kept is not None:
             return Start(FILTER) if kept.get("start") == FILTER else None
-        held = self._strength or self.budget is not None
-        self.why_no_filter = (
-            why_no_filter(model, self.curvature, self.past, loader) if held else "the strength is 0"
-        )
-        return Start(FILTER) if self.why_no_filter is None else None
+        if not self._strength and self.budget is None:
+            self.why_no_filter = "the strength is 0"
+            return None
+        self.why_no_filter = why_no_filter(model, self.curvature, self.past, loader)
+        if self.why_no_filter is None:
+            return Start(FILTER)
+        _warn(f"held by the force alone, without a filter: {self.why_no_filter}")
+        return None
+
+    def _still(self) -> AbstractContextManager[None]:
+        """While the retention moves weights: what the start holds stays."""
+        return nullcontext() if self._held is None else self._held.still()
 
     @property
     def strength(self) -> float:
@@ -186,6 +214,7 @@ class RetentionCallback(TrainerCallback):
         causal, source = is_causal(model), self.source
         if isinstance(source, str) and source == "auto":
             if not causal:
+                _warn("the budget is of predicted nats: a classifier writes no text to measure on")
                 return ()
             source = "self"
         tokenizer = self.tokenizer or getattr(model, "retain_tokenizer", None) or trainers
@@ -195,27 +224,31 @@ class RetentionCallback(TrainerCallback):
             progress=False,
         )  # fmt: skip
 
-    def on_save(
+    def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.retention is not None
-        if state.is_world_process_zero:
-            budget = self.retention.budget
-            held = self._held
-            kept = {
-                "start": FILTER if held is not None and held.filter is not None else None,
-                "first": 0 if held is None else held.rows.start or 0,
-            }
-            learned = {} if budget is None else budget.state()
-            write_json(_place(args, state), kept | learned)
+        budget, held = self.retention.budget, self._held
+        kept = {
+            "start": FILTER if held is not None and held.filter is not None else None,
+            "first": 0 if held is None else held.rows.start or 0,
+        }
+        keep(state, kept | ({} if budget is None else budget.state()))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.retention is not None
-        self.retention.finish()
+        with self._still():
+            self.retention.finish()
         if self._held is not None:
             self._held.release()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._held is not None:
+            self._held.begin_step()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -224,7 +257,10 @@ class RetentionCallback(TrainerCallback):
         if not args.fp16:  # a gradient scaler skips such steps by itself
             check_gradients(self.retention.parameters(), state.global_step + 1)
         if self.update == "gradient":
-            self._nats = self.retention.add_force()
+            with self._still():
+                self._nats = self.retention.add_force()
+        if self._held is not None:
+            self._held.end_step()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -233,10 +269,11 @@ class RetentionCallback(TrainerCallback):
         skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
         if self._held is not None:
             self._held.after_step()
-        if self.update == "proximal" and not skipped:
-            self._nats = self.retention.apply_proximal(kwargs["optimizer"])
-        if state.global_step + 1 >= state.max_steps:  # before the last evaluation and checkpoint
-            self.retention.finish()
+        with self._still():
+            if self.update == "proximal" and not skipped:
+                self._nats = self.retention.apply_proximal(kwargs["optimizer"])
+            if state.global_step + 1 >= state.max_steps:  # before the last evaluation
+                self.retention.finish()
 
     def on_log(
         self,
@@ -258,26 +295,6 @@ class RetentionCallback(TrainerCallback):
         record(state, logs, added)
 
 
-def _place(args: TrainingArguments, state: TrainerState) -> Path:
-    """The file of a checkpoint in which a run's own state is kept."""
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "retention.json"
-
-
-def _kept(args: TrainingArguments, state: TrainerState, needed: bool) -> dict[str, Any]:
-    """What that file holds.
-
-    Raises:
-        TrainingError: there is none, and it is needed.
-    """
-    path = _place(args, state)
-    if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    if needed:
-        raise TrainingError(
-            "the checkpoint does not say how it was held",
-            got=f"no {path}",
-            allowed="a checkpoint in output_dir that a run with this callback has finished writing",
-            fix="resume from an earlier one; start=None goes on with the force alone",
-        )
-    return {}
+def _warn(text: str) -> None:
+    """Says once in what lesser way the run is held."""
+    warnings.warn(text, RetainWarning, stacklevel=3)

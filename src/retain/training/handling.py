@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 
 from retain.errors import ConfigError, ModelError, TrainingError
+from retain.training.running import handler_frame
 
-__all__ = ["check_gradients", "check_trainer", "go_first", "record"]
+__all__ = ["check_gradients", "check_trainer", "check_trains", "go_first", "record"]
 
 
 def check_gradients(parameters: Iterable[nn.Parameter], step: int) -> None:
@@ -62,18 +61,30 @@ def check_trainer(args: TrainingArguments, optimizer: object) -> None:
         )
 
 
+def check_trains(model: nn.Module) -> None:
+    """Refuses a model of which nothing trains.
+
+    Raises:
+        ModelError: an adapter that was loaded for inference, most likely.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelError(
+            "no weight of the model trains",
+            got="requires_grad=False everywhere, as an adapter loaded for inference has it",
+            allowed="an adapter that trains",
+            fix="PeftModel.from_pretrained(model, folder, is_trainable=True)",
+        )
+
+
 def go_first(callback: TrainerCallback) -> None:
     """Moves a callback to the front of its trainer's handler, which is calling it now.
 
     Backends of ``report_to`` come before a user's callbacks, and would log before `on_log`
     could add to the record. A callback is not told its handler, so it is found on the stack.
     """
-    frame = sys._getframe(1)
-    while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            if callback in handler.callbacks:
-                handler.callbacks.remove(callback)
-                handler.callbacks.insert(0, callback)
-            return
-        frame = frame.f_back  # type: ignore[assignment]
+    frame = handler_frame()
+    if frame is not None:
+        handler = frame.f_locals["self"]
+        if callback in handler.callbacks:
+            handler.callbacks.remove(callback)
+            handler.callbacks.insert(0, callback)

@@ -23,11 +23,12 @@ from tqdm.auto import tqdm
 
 from retain.curvature.rows import source_examples
 from retain.data.batches import Example, batches
-from retain.data.sources import Row, read_rows
+from retain.data.sources import Row
 from retain.errors import ModelError, SourceError
 from retain.models.adapter import unwrap
 from retain.models.heads import forward_logits, is_causal, pad_id
-from retain.models.kinds import check_single, row_label
+from retain.models.host import no_autocast
+from retain.models.kinds import check_single
 from retain.models.modes import evaluating
 from retain.training.probe import Probe, fit_probe
 
@@ -62,6 +63,7 @@ class HeadFit:
     placed: bool
 
 
+@no_autocast()
 def fit_head(
     model: nn.Module,
     data: str | Path | Iterable[Row] | Sequence[Example],
@@ -84,10 +86,10 @@ def fit_head(
         tokenizer: for text.
         columns: the outputs that answer these rows, whose labels count from 0; all by default. A
             single one is a regression.
-        rows: that are used at most.
+        rows: that are used at most, drawn from all.
         max_length: tokens of a row.
         batch_size: rows a forward pass.
-        seed: of the cross-validation's parts.
+        seed: of the rows and of the cross-validation's parts.
         progress: show a bar.
 
     Raises:
@@ -104,13 +106,11 @@ def fit_head(
     values = _width(model, columns) == 1
     if columns is None:
         check_single(model)
-    if values and not _ready(data):  # what is no label cannot be told from -1 afterwards
-        data = [row for row in read_rows(data, rows) if row_label(row) not in (None, "")]  # type: ignore[arg-type]
-    found = [] if _ready(data) and not data else source_examples(
+    found = source_examples(
         model, data, tokenizer, causal=False, rows=rows, max_length=max_length, batch_size=1,
-        seed=seed, partial=None, progress=progress,
+        seed=seed, partial=None, progress=progress, regression=values,
     )  # fmt: skip
-    labelled = [e for e in found if values or e.targets[0] >= 0]
+    labelled = [e for e in found if (e.targets[0] == e.targets[0] if values else e.targets[0] >= 0)]
     if len(labelled) < 2:
         raise SourceError(
             "there is too little to fit a head on",
@@ -132,11 +132,6 @@ def fit_head(
     if probe.tells:
         _place(layer, outputs, probe)
     return HeadFit(len(labelled), probe.ridge, probe.loss, probe.known, probe.tells)
-
-
-def _ready(data: object) -> bool:
-    """Whether rows are tokenised, or there are none."""
-    return isinstance(data, list | tuple) and (not data or isinstance(data[0], Example))
 
 
 def _width(model: nn.Module, columns: slice | None) -> int:

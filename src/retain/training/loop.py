@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from retain.models.kinds import check_single, is_regression
 from retain.models.sizes import check_sizes, pad_multiple
 from retain.retention.method import Method
 from retain.training.callback import RetentionCallback
+from retain.training.checkpoints import Seal, last_whole
 from retain.training.loss import head_of
 from retain.training.method import MethodCallback
 from retain.training.start import Start
@@ -95,6 +96,7 @@ def train(
     measure_every: int = 20,
     progress: bool = True,
     resume: bool = False,
+    identity: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Trains a PEFT model's adapter in place.
 
@@ -117,7 +119,8 @@ def train(
         measure: gives the true KL in nats; called every `measure_every` steps and at the end.
         measure_every: steps.
         progress: show a bar.
-        resume: go on from the last checkpoint in `out`, if there is one.
+        resume: go on from the last whole checkpoint in `out`, if there is one.
+        identity: what tells the run from another, kept in its checkpoints' seals.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -158,6 +161,8 @@ def train(
         callbacks.append(held)
     if method is not None:
         callbacks.append(MethodCallback(method))
+    if out is not None:
+        callbacks.append(Seal(identity or {}))  # last, when the others have written
 
     def gathered(rows: list[tuple[int, Example]]) -> dict[str, Any]:
         found = [example for _, example in rows]
@@ -184,7 +189,8 @@ def train(
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(_Bar())
         began = time.perf_counter()
-        trainer.train(resume_from_checkpoint=_last_checkpoint(out) if resume and out else None)
+        last = last_whole(out) if resume and out else None
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = time.perf_counter() - began
     finally:
         if scratch:
@@ -227,7 +233,6 @@ def _arguments(config: TrainConfig, folder: str, keep: bool, progress: bool) -> 
         logging_first_step=True,
         save_strategy="steps" if keep and config.save_steps else "no",
         save_steps=config.save_steps or 500,
-        save_total_limit=2,
         seed=config.seed,
         data_seed=config.seed,
         report_to=config.report_to,
@@ -259,9 +264,3 @@ class _Bar(ProgressCallback):
             if "predicted_nats" in logs:
                 shown["nats"] = f"{logs['predicted_nats']:.4f}"
             self.training_bar.set_postfix(shown)
-
-
-def _last_checkpoint(out: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    return get_last_checkpoint(str(out)) if out.is_dir() else None

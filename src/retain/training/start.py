@@ -14,19 +14,17 @@ from retain.curvature.kronecker import KroneckerBlock
 from retain.errors import ModelError, SourceError, unknown
 from retain.models.adapter import LoraSite, adapter_off, lora_sites
 from retain.models.heads import is_causal
-from retain.retention.blocks import Block
 from retain.retention.filters import InputFilter, check_filter
 from retain.retention.moments import Moments, input_moments, moments_of
 from retain.retention.start import STARTS, check_start, set_start
+from retain.training.held import Held
 from retain.training.reading import loader_examples
 
 __all__ = [
     "AUTO",
     "FILTER",
-    "Held",
     "Start",
     "fresh_rows",
-    "release_left",
     "why_no_filter",
     "why_no_inputs",
 ]
@@ -37,68 +35,6 @@ AUTO = "auto"
 
 WIDEST = 8192
 """Values that a layer reads, up to which the recipe has a whole filter for it: 256 MiB each."""
-
-
-_MARK = "_retain_held"
-"""The attribute of an A that tells what holds it."""
-
-
-class Held:
-    """What A is held by during a run: its filter, or else it stays as it is.
-
-    Args:
-        sites: the layers.
-        rows: of A that train, with their columns of B; all else stays.
-        filtered: the filter of those rows, or None.
-    """
-
-    def __init__(
-        self, sites: Sequence[LoraSite], rows: slice, filtered: InputFilter | None
-    ) -> None:
-        self.sites, self.rows, self.filter = list(sites), rows, filtered
-        self.block = None if rows == slice(None) else Block(sites, rows)
-        for site in self.sites:
-            setattr(site.a, _MARK, self)
-            if filtered is None:
-                site.a.requires_grad_(False)
-
-    def after_step(self) -> None:
-        """After a step of the optimiser."""
-        if self.filter is not None:
-            self.filter.after_step()
-        if self.block is not None:
-            self.block.put_back()
-
-    def renew(self) -> None:
-        """The rows that are held stay where they are now."""
-        if self.block is not None:
-            self.block.renew()
-
-    def release(self) -> None:
-        """Lets A train freely again."""
-        for held in (self.filter, self.block):
-            if held is not None:
-                held.release()
-        for site in self.sites:
-            site.a.requires_grad_(True)
-            if getattr(site.a, _MARK, None) is self:
-                delattr(site.a, _MARK)
-
-
-def release_left(model: nn.Module, *, resuming: bool = False) -> None:
-    """Releases what a training that broke off has left on A.
-
-    Where it has learned nothing yet, A is what it was before its filter again.
-
-    Args:
-        model: with its adapter.
-        resuming: A is from a checkpoint, and is right as it is.
-    """
-    for held in {id(h): h for p in model.parameters() if (h := getattr(p, _MARK, None))}.values():
-        held.release()
-        idle = not any(bool(site.b[:, held.rows].any()) for site in held.sites)
-        if held.filter is not None and idle and not resuming:
-            held.filter.undo()
 
 
 def fresh_rows(sites: Sequence[LoraSite]) -> slice | None:
@@ -128,6 +64,8 @@ def why_no_filter(
         sites = lora_sites(model)
     except ModelError as error:
         return error.what
+    if not all(site.a.requires_grad for site in sites):
+        return "A does not train"
     if fresh_rows(sites) is None:
         return "the adapter is not fresh"
     reason = why_no_inputs(curvature)
@@ -253,6 +191,13 @@ class Start:
                 got="a LoRA whose B is not 0",
                 allowed="B = 0 as PEFT attaches it, in the last rows at least",
                 fix="leave start out to go on with this adapter",
+            )
+        if self.kind == FILTER and not all(site.a.requires_grad for site in sites):
+            raise ModelError(
+                "a filter is for an A that trains",
+                got="A with requires_grad=False",
+                allowed="LoRA whose A trains",
+                fix="start=None holds the model by the force alone",
             )
         if self.kind == FILTER:
             source = moments_of(curvature)

@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from retain.config import validate
+from retain.documents import read_json
 from retain.errors import ConfigError, ModelError
+from retain.files import whole_folder
 from retain.models.adapters.base import Options, new_heads
 from retain.models.fingerprint import fingerprint
-from retain.models.saved import whole_folder
+from retain.models.saved import FILES
 
 __all__ = [
     "check_base",
@@ -45,7 +47,7 @@ def write_adapter(folder: Path, config: dict[str, Any], tensors: Mapping[str, Te
     from safetensors.torch import save_file
 
     named = {PREFIX + n: t.detach().contiguous() for n, t in tensors.items()}
-    with whole_folder(folder) as new:
+    with whole_folder(folder, "the adapter", FILES) as new:
         save_file(named, new / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
         (new / CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -67,7 +69,7 @@ def read_config(folder: Path, kind: str) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise refused("the folder holds no adapter", f"{folder} without {name}", kind)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
         found = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"{folder / CONFIG} ({type(error).__name__}: {error})"

@@ -13,6 +13,7 @@ from torch import nn
 
 from retain.models.adapter import attach_lora
 from retain.models.adapters.base import Adapter, Options, check_plain, size_of
+from retain.models.off import exactly_off
 from retain.models.saved import check_adapter, load_adapter, save_adapter
 
 __all__ = ["Lora", "LoraOptions"]
@@ -53,14 +54,8 @@ class Lora(Adapter):
     @contextmanager
     def off(self) -> Iterator[nn.Module]:
         """See `Adapter.off`. A head is the one that the base model came with."""
-        model: Any = self.model
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        try:
-            with model.disable_adapter():
-                yield model
-        finally:
-            for parameter, flag in flags:  # PEFT makes all of an adapter trainable again
-                parameter.requires_grad_(flag)
+        with exactly_off(self.model):
+            yield self.model
 
     def save(self, folder: Path, base: str) -> Path:
         """See `Adapter.save`."""

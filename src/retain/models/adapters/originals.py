@@ -5,17 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["Originals"]
+__all__ = ["Originals", "Swap", "swapped"]
+
+Swap = tuple[nn.Parameter, Tensor]
+"""A parameter, and what takes its place."""
+
+
+@contextmanager
+def swapped(pairs: Iterable[Swap]) -> Iterator[None]:
+    """Puts other values in the places of parameters' own; afterwards they are what they were.
+
+    No second module is held: they are swapped in as the parameters' data, so that whatever holds a
+    parameter (an optimiser, a tied layer, a graph whose backward pass is still to come) goes on
+    with it.
+    """
+    pairs = [(p, value.to(p.data)) for p, value in pairs]
+    trained = [p.data for p, _ in pairs]
+    try:
+        for p, value in pairs:
+            p.data = value
+        yield
+    finally:
+        for (p, _), data in zip(pairs, trained, strict=True):
+            p.data = data
 
 
 class Originals:
-    """Copies of some parameters of a model, which take their places for a while.
-
-    No second module is held: the copies are swapped in as the parameters' data, so that whatever
-    holds a parameter (an optimiser, a tied layer, a graph whose backward pass is still to come)
-    goes on with it.
+    """Copies of some parameters of a model, which take their places for a while (`swapped`).
 
     Args:
         model: the model.
@@ -32,11 +50,5 @@ class Originals:
         found = dict(model.named_parameters())
         for name, kept in self.kept.items():  # where the model has been moved since
             self.kept[name] = kept.to(found[name].device)
-        trained = {n: found[n].data for n in self.kept}
-        try:
-            for name, kept in self.kept.items():
-                found[name].data = kept
+        with swapped([(found[name], kept) for name, kept in self.kept.items()]):
             yield
-        finally:
-            for name, data in trained.items():
-                found[name].data = data

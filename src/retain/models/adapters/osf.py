@@ -31,6 +31,7 @@ from retain.models.adapters.folder import (
     write_adapter,
 )
 from retain.models.adapters.originals import Originals
+from retain.models.off import switched_off
 
 __all__ = ["OSF", "OSFOptions"]
 
@@ -109,9 +110,8 @@ class OSF(Adapter):
     @contextmanager
     def off(self) -> Iterator[nn.Module]:
         """See `Adapter.off`. The original weights take the places of the decomposed ones."""
-        model: Any = self.model
-        with self.originals.swapped(model), model.disable_adapter():
-            yield model
+        with self.originals.swapped(self.model), switched_off(self.model):
+            yield self.model
 
     def decompose(self, preserve: float) -> None:
         """Writes what was learned into the weights, and splits them anew; the function stays.

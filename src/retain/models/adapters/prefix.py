@@ -14,7 +14,7 @@ from peft import (
     PeftModelForSequenceClassification,
     PrefixTuningConfig,
 )
-from peft.utils import ModulesToSaveWrapper, load_peft_weights, set_peft_model_state_dict
+from peft.utils import load_peft_weights, set_peft_model_state_dict
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -24,6 +24,7 @@ from retain.models.adapters.base import Adapter, Options, check_plain, checkpoin
 from retain.models.adapters.folder import read_config, refused
 from retain.models.heads import is_causal
 from retain.models.modes import evaluating
+from retain.models.off import switched_off
 from retain.models.saved import save_adapter
 
 __all__ = ["Prefix", "PrefixOptions"]
@@ -102,27 +103,8 @@ class Prefix(Adapter):
 
         PEFT's own ``disable_adapter`` fails on classifiers, and leaves the trained head on.
         """
-        model: Any = self.model
-        if "forward" in vars(model):  # it is off already
-            yield model
-            return
-        base = model.base_model
-        heads = [m for m in base.modules() if isinstance(m, ModulesToSaveWrapper)]
-        names = [n for n in ("forward", "generate") if hasattr(base, n)]
-        flags = [(p, p.requires_grad) for head in heads for p in head.parameters()]
-        try:
-            for head in heads:
-                head.enable_adapters(False)
-            for name in names:
-                setattr(model, name, getattr(base, name))
-            yield model
-        finally:
-            for name in names:
-                vars(model).pop(name, None)
-            for head in heads:
-                head.enable_adapters(True)
-            for parameter, flag in flags:  # PEFT makes a head trainable again
-                parameter.requires_grad_(flag)
+        with switched_off(self.model):
+            yield self.model
 
     def save(self, folder: Path, base: str) -> Path:
         """See `Adapter.save`: a plain PEFT folder, which keeps what a projection gives alone."""

@@ -6,14 +6,14 @@ A study is a `study.json` (schema ``retain.study/1``), or the records of its run
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from retain.errors import SourceError
+from retain.documents import read_json
+from retain.errors import SourceError, shown
 from retain.report.schema import Hardware, Interval
 
 __all__ = ["RUN", "STUDY", "Run", "Study", "read_studies", "schema_of"]
@@ -184,7 +184,7 @@ class Study(_Part):
 
 def _load(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except OSError as error:
         raise SourceError(
             "the result cannot be read",
@@ -204,7 +204,7 @@ def _load(path: Path) -> Any:
 def schema_of(path: Path) -> str | None:
     """The schema that a file names; None where it cannot be read or names none."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError):
         return None
     name = data.get("schema") if isinstance(data, dict) else None
@@ -234,10 +234,9 @@ def _check(path: Path, model: type[_Part], data: Any) -> Any:
         return model.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        got = repr(first["input"])
         raise SourceError(
             f"{path} does not follow its schema at {'.'.join(map(str, first['loc']))}",
-            got=got if len(got) <= 60 else got[:57] + "...",
+            got=shown(first["input"], 60),
             allowed=first["msg"],
             fix="run the study again; it keeps the runs that are done",
         ) from error
@@ -261,7 +260,7 @@ def read_studies(paths: Iterable[Path]) -> list[Study]:
         else:
             raise SourceError(
                 f"{path} is not a result this version reads",
-                got=f"schema {name!r}",
+                got=f"schema {shown(name)}",
                 allowed=f"{STUDY!r}, {RUN!r}, or one 'retain.result/1' alone",
                 fix="give the results of retain study, or those of a demo alone",
             )

@@ -1,0 +1,165 @@
+"""Columns beside those that a format reads: which may be passed over, and which never.
+
+A column that changes what a row means is refused by name, unless what it says stands in the text
+that is read. Others are passed over and counted; names that many data sets have for things that
+are no text (ids, sources, scores) are not even told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from retain.data.contents import Content
+from retain.data.counts import RowCounts
+from retain.errors import SourceError
+
+__all__ = ["check_columns", "strings"]
+
+_READ_AS_INPUT = {
+    "attention_mask", "labels", "token_type_ids", "position_ids", "completion_mask",
+    "assistant_masks", "seq_lengths", "loss_mask",
+}  # fmt: skip
+"""What goes with input_ids, and says nothing beside text."""
+
+_NO_TEXT = {
+    "images", "image", "audio", "audios", "video", "videos", "pixel_values", "input_values",
+    "input_features", "inputs_embeds", "decoder_input_ids", "decoder_attention_mask",
+}  # fmt: skip
+"""What a model of text alone cannot read."""
+
+_CHANGES = _READ_AS_INPUT | _NO_TEXT | {
+    # what a chat template is given
+    "tools", "functions", "function_call", "chat_template_kwargs", "documents", "system",
+    "system_prompt", "system_message", "messages", "conversations", "conversation", "history",
+    "prompt", "completion", "chosen", "rejected", "role",
+    # what an answer rests on
+    "context", "passage", "passages", "document", "reasoning", "reasoning_content", "thinking",
+    "thought", "instruction", "input", "output", "text", "text_pair",
+    # how much a row counts
+    "weight", "weights", "sample_weight", "loss_weight",
+}  # fmt: skip
+
+_PASSED = {
+    "id", "ids", "idx", "index", "uid", "uuid", "guid", "qid", "pid", "source", "src", "origin",
+    "dataset", "subset", "config", "split", "fold", "url", "uri", "link", "domain", "lang",
+    "language", "locale", "license", "category", "categories", "topic", "topics", "subject", "tag",
+    "tags", "type", "kind", "level", "difficulty", "score", "scores", "rating", "stars", "quality",
+    "votes", "likes", "date", "time", "timestamp", "created", "created_at", "updated_at", "year",
+    "author", "user", "username", "model", "generator", "engine", "meta", "metadata", "info",
+    "extra", "hash", "md5", "sha", "sha256", "file", "filename", "path", "row", "length", "len",
+    "num_tokens", "n_tokens", "token_count", "dump", "label_text", "label_name", "annotator",
+    "worker", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "word_ids",
+}  # fmt: skip
+_ENDS = ("_id", "_ids", "_idx", "_url", "_score", "_type", "_name", "_date", "_time", "_count",
+         "_hash", "_lang", "_path", "_source", "_model")  # fmt: skip
+
+
+def check_columns(
+    cells: Mapping[str, Any],
+    used: set[str],
+    content: Content,
+    name: str,
+    *,
+    strict: bool,
+    causal: bool,
+    counts: RowCounts,
+) -> None:
+    """Refuses a column that would be lost, and counts one that is passed over.
+
+    Args:
+        cells: the row's columns that hold something.
+        used: those that are read.
+        content: what was read.
+        name: of the format.
+        strict: any other column of text is refused.
+        causal: for a decoder, which reads no ``label``.
+        counts: where the others are counted.
+
+    Raises:
+        SourceError: a column changes what the row means.
+    """
+    ready = name == "input_ids"
+    for key in cells.keys() - used:
+        value = cells[key]
+        if _blank(value):
+            continue
+        if ready and key != "label":
+            if _beside_ids(key, value, cells["input_ids"]):
+                counts.unread(str(key))
+            continue
+        if key in {"label", "labels"} and causal and not isinstance(value, list | tuple):
+            counts.unread(str(key))
+            continue
+        if key not in _CHANGES:
+            if _passed(key):
+                continue
+            if not (strict and strings(value)):
+                counts.unread(str(key))
+                continue
+        if not _said(value, content):
+            raise _lost(str(key), name)
+        counts.unread(str(key))
+
+
+def _passed(key: Any) -> bool:
+    """Whether a column's name is one of things that are no text."""
+    name = str(key).lower()
+    return name in _PASSED or name.startswith("_") or name.endswith(_ENDS)
+
+
+def _lost(key: str, name: str) -> SourceError:
+    return SourceError(
+        f"the column {key!r} would be lost",
+        got=f"{key} beside {name}",
+        allowed="columns that the format reads (docs/data.md), ids, sources and scores",
+        fix=f"take {key!r} out, or write what it says into "
+        + ("the messages" if name == "messages" else "the text or the prompt"),
+    )
+
+
+def _beside_ids(key: str, value: Any, ids: Any) -> bool:
+    """Whether a column beside tokens is to be counted: text is not, for they were made of it.
+
+    Raises:
+        SourceError: it is another input of the model.
+    """
+    if key in _READ_AS_INPUT - {"loss_mask"} or (key not in _CHANGES and _passed(key)):
+        return False
+    value = value.tolist() if hasattr(value, "tolist") else value
+    text = bool(strings(value))
+    alike = isinstance(value, list | tuple) and not text and len(value) == len(ids)
+    if alike or key in _NO_TEXT or (key in _CHANGES and not text):
+        raise _lost(str(key), "input_ids")
+    return not text
+
+
+def strings(value: Any) -> list[str]:
+    """All text in a value, however deep, but for the roles of messages."""
+    if isinstance(value, str):
+        return [value] if value.strip() else []
+    if isinstance(value, Mapping):
+        return [s for k, v in value.items() if k != "role" for s in strings(v)]
+    if isinstance(value, list | tuple):
+        return [s for v in value for s in strings(v)]
+    return strings(value.tolist()) if hasattr(value, "tolist") and value.ndim else []
+
+
+def _blank(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    return isinstance(value, list | tuple | dict) and not value
+
+
+def _said(value: Any, content: Content) -> bool:
+    """Whether what a column says is in what is read, or the other way round."""
+    wanted = [_squeezed(s) for s in strings(value)]
+    if not wanted:
+        return False
+    read = [_squeezed(s) for s in strings(vars(content))]
+    joined, whole = " ".join(read), " ".join(wanted)
+    return all(s in joined for s in wanted) or all(s in whole for s in read)
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,97 @@
+"""What became of the rows: how many were left out, cut, or read in part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+__all__ = ["RowCounts"]
+
+_NAMED = 6  # so many columns are named in a line
+
+
+@dataclass
+class RowCounts:
+    """Counts over the rows that were tokenised; calls with the same object add up.
+
+    Attributes:
+        rows: that were given.
+        left_out_no_room: rows whose prompt fills ``max_length``, so nothing is left to learn.
+        left_out_empty: rows without text, or of fewer than two tokens.
+        left_out_unlearned: rows in which nothing is to be learned: a chat without a turn of the
+            assistant, labels that are all -100.
+        completions_cut: completions (or chats) that end before their end token.
+        completions_empty: completions of no text: their end token alone is learned.
+        texts_cut: texts of which the end is not read.
+        tokens_cut: tokens behind ``max_length``, estimated for very long texts.
+        rejected_unread: preference pairs, of which the chosen answer alone is read.
+        tools_unwritten: chats whose tools the chat template does not write.
+        ends_unlearned: chats whose template leaves the end token of a turn out of its
+            ``{% generation %}`` marks, so that it is not learned.
+        columns_unread: columns that were passed over.
+        max_length: of the last call.
+        columns: how many rows have each of those columns.
+    """
+
+    rows: int = 0
+    left_out_no_room: int = 0
+    left_out_empty: int = 0
+    left_out_unlearned: int = 0
+    completions_cut: int = 0
+    completions_empty: int = 0
+    texts_cut: int = 0
+    tokens_cut: int = 0
+    rejected_unread: int = 0
+    tools_unwritten: int = 0
+    ends_unlearned: int = 0
+    columns_unread: int = 0
+    max_length: int = 0
+    columns: dict[str, int] = field(default_factory=dict, repr=False)
+
+    @property
+    def left_out(self) -> int:
+        """Rows that are not learned from."""
+        return self.left_out_no_room + self.left_out_empty + self.left_out_unlearned
+
+    def unread(self, column: str) -> None:
+        """Counts a column of a row that was passed over."""
+        self.columns[column] = self.columns.get(column, 0) + 1
+        self.columns_unread = len(self.columns)
+
+    def lines(self) -> list[str]:
+        """One line for each kind of loss that happened; none where nothing was lost."""
+        of, length = f"of {self.rows} rows", f"max_length={self.max_length}"
+        found = [
+            (
+                self.left_out_no_room,
+                f"{of} have a prompt that fills {length}; they are left out",
+            ),
+            (self.left_out_empty, f"{of} hold fewer than two tokens; they are left out"),
+            (
+                self.left_out_unlearned,
+                f"{of} have nothing to learn (no assistant's turn within {length}, or every label "
+                "-100); they are left out",
+            ),
+            (self.completions_cut, f"{of} are cut at {length} and lose the end of their answer"),
+            (self.completions_empty, f"{of} have an empty answer: its end token alone is learned"),
+            (self.texts_cut, f"{of} are cut at {length}"),
+            (self.rejected_unread, f"{of} are preference pairs: the chosen answer alone is read"),
+            (self.tools_unwritten, f"{of} have tools that the chat template does not write"),
+            (
+                self.ends_unlearned,
+                f"{of} are chats whose template leaves the end of a turn out of its generation "
+                "marks: it is not learned",
+            ),
+        ]
+        lines = [f"{count} {what}" for count, what in found if count]
+        if self.tokens_cut:
+            lines.append(f"about {self.tokens_cut} tokens behind {length} are not read")
+        if self.columns:
+            names = sorted(self.columns)
+            named = ", ".join(f"{n} ({self.columns[n]} rows)" for n in names[:_NAMED])
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            lines.append(f"columns that are not read: {named}{more}")
+        return lines
+
+    def to_dict(self) -> dict[str, int]:
+        """The counts, for a record."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "columns"}

@@ -1,0 +1,169 @@
+"""Which files a path names, and what each of them is."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from retain.data.filetypes.columns import Arrow, Parquet
+from retain.data.filetypes.delimited import Delimited
+from retain.data.filetypes.documents import Documents
+from retain.data.filetypes.lines import Lines
+from retain.data.filetypes.opened import COMPRESSIONS, check_head
+from retain.data.filetypes.text import Text
+from retain.errors import SourceError
+
+__all__ = ["KINDS", "Reader", "files_of", "kind_of", "open_file"]
+
+Reader = Text | Lines | Documents | Delimited | Parquet | Arrow
+
+_SUFFIXES = {
+    ".txt": ".txt", ".md": ".txt", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".json": ".json",
+    ".csv": ".csv", ".tsv": ".tsv", ".parquet": ".parquet", ".arrow": ".arrow",
+}  # fmt: skip
+_BINARY = (".parquet", ".arrow")  # these compress by themselves
+_BESIDE = re.compile(
+    r"(readme|licen[cs]e|copying|notice|changelog|sources|dataset_infos?|dataset_dict|state"
+    r"|_success)(\..*)?$",
+    re.IGNORECASE,
+)
+_SHARD = re.compile(r"([-_.]?(part|shard|chunk)?[-_.]?\d+([-_.]?of[-_.]?\d+)?)+$", re.IGNORECASE)
+_SPLITS = frozenset(
+    {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "development"}
+    | {"eval", "evaluation", "heldout", "held_out"}
+)
+
+KINDS = (
+    f"{', '.join(s for s in _SUFFIXES)} (all but the last two also compressed: "
+    f"{', '.join(COMPRESSIONS)})"
+)
+
+
+def kind_of(path: Path) -> str | None:
+    """What a file is by its name, such as ".jsonl"; None if it is nothing that can be read."""
+    suffixes = [s.lower() for s in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        kind = _SUFFIXES.get(suffixes[0]) if len(suffixes) == 2 else None
+        return None if kind in _BINARY else kind
+    return _SUFFIXES.get(suffixes[-1]) if suffixes else None
+
+
+def open_file(path: Path) -> Reader:
+    """A file as something to read rows from.
+
+    Raises:
+        SourceError: its columns are not sound.
+        OSError, ValueError: it cannot be read.
+    """
+    check_head(path)
+    kind = kind_of(path)
+    if kind in {".csv", ".tsv"}:
+        return Delimited(path, kind == ".tsv")
+    made: dict[str | None, Callable[[Path], Reader]] = {
+        ".txt": Text, ".jsonl": Lines, ".json": Documents, ".parquet": Parquet, ".arrow": Arrow
+    }  # fmt: skip
+    return made[kind](path)
+
+
+def files_of(source: str | Path) -> list[Path]:
+    """The files of a path, a folder or a pattern such as ``data/*.parquet``; none if it is none.
+
+    Raises:
+        SourceError: a folder without files to read, or with files of several kinds or splits; a
+            file of an unknown kind.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if kind_of(path) is None:
+            raise _unknown(path)
+        return [path]
+    if path.is_dir():
+        inside = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+        rows = [p for p in inside if not _BESIDE.match(p.name) and kind_of(p) is not None]
+        if not rows:
+            raise _no_rows(path, inside)
+        return _alike(rows, path)
+    if path.exists():
+        raise SourceError(
+            "the source is no regular file",
+            got=f"{path}, a device or a pipe",
+            allowed="a file or a folder",
+            fix="write what it holds into a file",
+        )
+    if glob.has_magic(str(path)):
+        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
+        rows = [p for p in found if p.is_file()]
+        for row in rows:
+            if kind_of(row) is None:
+                raise _unknown(row)
+        return _alike(rows, path, named=True) if rows else []
+    return []
+
+
+def _alike(files: list[Path], where: Path, named: bool = False) -> list[Path]:
+    """The same files, if they hold rows of one kind and of one split."""
+    kinds = sorted({str(kind_of(p)) for p in files})
+    if len(kinds) > 1:
+        raise SourceError(
+            "the files are of several kinds",
+            got=f"{', '.join(kinds)} in {where}",
+            allowed="shards of one kind",
+            fix=f"name one file, such as {files[0]}, or a pattern: "
+            f"'{files[0].parent}/*{''.join(files[0].suffixes[-2:])}'",
+        )
+    splits = {_split(p): p for p in reversed(files)}
+    if not named and len(splits) > 1 and _SPLITS & set(splits):
+        raise SourceError(
+            "the folder holds several splits",
+            got=f"{', '.join(sorted(splits))} in {where}",
+            allowed="the shards of one",
+            fix=f"pick one: {_pick(splits, files)}",
+        )
+    return files
+
+
+def _pick(splits: dict[str, Path], files: Sequence[Path]) -> str:
+    name = "train" if "train" in splits else sorted(_SPLITS & set(splits))[0]
+    shards = [p for p in files if _split(p) == name]
+    if len(shards) == 1:
+        return str(shards[0])
+    return f"'{shards[0].parent}/{name}*{shards[0].suffix}'"
+
+
+def _split(path: Path) -> str:
+    """The name of a file without suffixes and numbers of shards."""
+    packed = path.suffix.lower() in COMPRESSIONS
+    return _SHARD.sub("", path.with_suffix("").stem if packed else path.stem).lower()
+
+
+def _no_rows(path: Path, inside: Sequence[Path]) -> SourceError:
+    below = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    others = ", ".join(p.name for p in (*inside, *below)[:5])
+    return SourceError(
+        "the folder holds no file of rows",
+        got=f"{path}: {others or 'nothing'}",
+        allowed=KINDS,
+        fix=f"name the folder below: {below[0]}" if below else "name another folder",
+    )
+
+
+def _unknown(path: Path) -> SourceError:
+    near = {".text": ".txt", ".log": ".txt", ".json5": ".json", ".tab": ".tsv", ".pq": ".parquet"}
+    better = near.get(path.suffix.lower())
+    fix = {
+        ".xlsx": "save it as CSV UTF-8", ".xls": "save it as CSV UTF-8",
+        ".zip": "unpack it", ".tar": "unpack it", ".tgz": "unpack it",
+        ".pkl": "pickles run code: write it as JSON Lines or Parquet",
+        ".pickle": "pickles run code: write it as JSON Lines or Parquet",
+        ".safetensors": "give text; a curvature goes to --curvature",
+    }.get(path.suffix.lower())  # fmt: skip
+    if better is not None:
+        fix = f"mv {path} {path.with_suffix(better)}"
+    return SourceError(
+        "a source of an unknown kind",
+        got=str(path),
+        allowed=KINDS,
+        fix=fix or "give it the suffix of what it holds",
+    )

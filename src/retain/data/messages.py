@@ -1,0 +1,190 @@
+"""Messages of a chat as data sets write them: checked, and in one form."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from retain.errors import SourceError
+
+__all__ = ["Message", "absent", "from_json", "messages_of", "without_none"]
+
+Message = dict[str, Any]
+
+_ROLES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""ShareGPT's names of the speakers, as chat templates have them."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_WEIGHTS = ("weight", "train", "trainable", "loss", "mask", "masked")
+
+
+def absent(value: Any) -> bool:
+    """Whether a value stands for none: None, NaN, and what pandas has for them."""
+    if value is None or type(value).__name__ in {"NAType", "NaTType"}:
+        return True
+    return isinstance(value, float) and math.isnan(value)
+
+
+def without_none(value: Any) -> Any:
+    """A value without the keys whose value is none: Arrow fills these in where rows differ."""
+    if isinstance(value, Mapping):
+        return {k: without_none(v) for k, v in value.items() if not absent(v)}
+    if isinstance(value, list | tuple):
+        return [without_none(v) for v in value]
+    return value
+
+
+def from_json(value: Any, name: str, kind: type | tuple[type, ...]) -> Any:
+    """A column's value; from JSON where it is a string.
+
+    Raises:
+        SourceError: it is neither of the kind wanted nor JSON of it.
+    """
+    found = value.tolist() if hasattr(value, "tolist") else value  # numpy's, of pandas
+    if isinstance(found, str):
+        try:
+            found = json.loads(found)
+        except (ValueError, RecursionError) as error:
+            raise _refused(name, value, str(error) or "JSON that is too deep") from error
+    if isinstance(found, tuple):
+        found = list(found)
+    if not isinstance(found, kind):
+        raise _refused(name, value, f"{type(found).__name__}")
+    return found
+
+
+def _refused(name: str, value: Any, why: str) -> SourceError:
+    return SourceError(
+        f"{name} cannot be read",
+        got=f"{value!r:.60} ({why[:80]})",
+        allowed=f"{name} as a list, or as JSON text of one"
+        if name != "chat_template_kwargs"
+        else f"{name} as an object, or as JSON text of one",
+        fix="for plain text name the column text"
+        if name in {"messages", "conversations", "conversation"}
+        else "repair the row",
+    )
+
+
+def messages_of(value: Any, name: str, template: str | None = None) -> list[Message]:
+    """A chat's messages, each with a ``role`` and strings as ``content``.
+
+    ShareGPT's ``from`` and ``value`` become ``role`` and ``content``, its speakers ``user`` and
+    ``assistant``. Text parts of a content are joined, as templates write them.
+
+    Args:
+        value: a list of messages, or JSON text of one.
+        name: of its column.
+        template: the chat template; a role that stands in it in quotes is known too.
+
+    Raises:
+        SourceError: no such list, no or an unknown role, or a content that is no text.
+    """
+    found = from_json(value, name, list)
+    if not found:
+        raise SourceError(
+            "a chat is empty",
+            got=f"{name}: []",
+            allowed="one message or more",
+            fix=f"leave out rows without {name}",
+        )
+    if isinstance(found[0], list | tuple):
+        raise SourceError(
+            "a chat is a list of chats",
+            got=f"{name} with {len(found)} lists",
+            allowed="one chat a row",
+            fix="give each chat a row of its own",
+        )
+    return [_message(m, f"message {i} of {name}", template) for i, m in enumerate(found, start=1)]
+
+
+def _message(value: Any, where: str, template: str | None) -> Message:
+    if not isinstance(value, Mapping):
+        raise SourceError(
+            f"{where} is no message",
+            got=f"{value!r:.60}",
+            allowed='objects such as {"role": "user", "content": "..."}',
+            fix="for plain text name the column text",
+        )
+    message: Message = without_none(value)
+    for old, new in (("from", "role"), ("value", "content")):
+        if old in message and new not in message:
+            message[new] = message.pop(old)
+    role = message.get("role")
+    role = _ROLES.get(role, role) if isinstance(role, str) else role
+    if not isinstance(role, str) or not _known(role, template):
+        raise SourceError(
+            f"{where} has no role" if role is None else f"{where} has an unknown role",
+            got=f"keys {', '.join(map(str, value)) or 'none'}" if role is None else f"{role!r:.40}",
+            allowed=f"{', '.join(ROLES[:5])}; ShareGPT's human and gpt",
+            fix='write messages as {"role": "user", "content": "..."}',
+        )
+    message["role"] = role
+    for key in _WEIGHTS:
+        if key in message and message.pop(key) not in (1, True):
+            raise SourceError(
+                f"{where} is not to be learned by its {key!r}, which cannot be done here",
+                got=f"{key}: {value[key]!r:.20}",
+                allowed="every turn of the assistant is learned",
+                fix="cut the chat before that turn, or give prompt and completion",
+            )
+    if isinstance(message.get("tool_calls"), str):
+        calls = message.pop("tool_calls")
+        if calls.strip():
+            message["tool_calls"] = from_json(calls, f"tool_calls of {where}", list)
+    message["content"] = _content(message, where)
+    if message["content"] is None:
+        del message["content"]
+    return message
+
+
+def _known(role: str, template: str | None) -> bool:
+    return role in ROLES or f"'{role}'" in (template or "") or f'"{role}"' in (template or "")
+
+
+def _content(message: Message, where: str) -> str | None:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None:
+        if any(message.get(k) for k in ("tool_calls", "function_call", "reasoning_content")):
+            return None
+        raise SourceError(
+            f"{where} says nothing",
+            got=f"{message['role']} without content or tool_calls",
+            allowed="content as a string, or tool_calls",
+            fix='leave the message out, or give it "content": ""',
+        )
+    if isinstance(content, list):
+        texts = []
+        for part in content:
+            text = part if isinstance(part, str) else None
+            if isinstance(part, dict) and part.get("type", "text") in ("text", "input_text"):
+                text = part.get("text")
+            if not isinstance(text, str):
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise SourceError(
+                    f"{where} has a part that is no text",
+                    got=f"a part of type {kind!r:.30}",
+                    allowed='parts such as {"type": "text", "text": "..."}',
+                    fix="leave out rows with images or sound",
+                )
+            texts.append(text)
+        return "".join(texts)
+    raise SourceError(
+        f"{where} has a content that is no text",
+        got=f"{type(content).__name__}: {content!r:.60}",
+        allowed="a string, or a list of text parts",
+        fix="write the content as a string",
+    )

@@ -1,0 +1,140 @@
+"""Rows that know where they come from, so that an error can name the line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from retain.errors import SourceError
+
+__all__ = ["Passage", "PlacedRow", "as_row", "half_character", "place_of"]
+
+_LABELS = frozenset({"label", "labels"})
+
+
+class PlacedRow(dict[str, Any]):
+    """A row, and the place that it was read from.
+
+    Attributes:
+        number: of the row or of its first line, counted from 1.
+        unit: what the number counts: "row" or "line".
+        path: of the file; None for rows that were given.
+    """
+
+    __slots__ = ("number", "path", "unit")
+
+    def __init__(
+        self, fields: Mapping[str, Any], number: int, unit: str = "row", path: Path | None = None
+    ) -> None:
+        super().__init__(fields)
+        self.number, self.unit, self.path = number, unit, path
+
+    def __reduce__(self) -> Any:
+        return type(self), (dict(self), self.number, self.unit, self.path)
+
+    @property
+    def place(self) -> str:
+        """Such as ``line 7 of train.jsonl``."""
+        where = "" if self.path is None else f" of {self.path.name}"
+        return f"{self.unit} {self.number}{where}"
+
+
+class Passage(PlacedRow):
+    """A piece of a longer text, of which only the first tokens are wanted."""
+
+    __slots__ = ()
+
+    @property
+    def begins(self) -> bool:
+        """Whether the text begins here."""
+        return self.number == 0
+
+
+def place_of(row: Mapping[str, Any], number: int) -> str:
+    """Where a row stands in its source; ``row NUMBER`` if it does not say."""
+    return str(getattr(row, "place", f"row {number}"))
+
+
+def as_row(value: object, number: int, unit: str = "row", path: Path | None = None) -> PlacedRow:
+    """A mapping or a text as a row.
+
+    NaN is what pandas has where a value is missing, so it counts as None; but not as a label,
+    where it may also be the result of a wrong computation.
+
+    Raises:
+        SourceError: the value is neither, or its keys are not all strings.
+    """
+    if isinstance(value, str):
+        value = {"text": value}
+    where = f"{unit} {number}" + ("" if path is None else f" of {path}")
+    if not isinstance(value, Mapping):
+        raise SourceError(
+            f"{where} is neither a mapping nor a text",
+            got=f"{_article(value)}: {value!r:.60}" if value is not None else "None",
+            allowed="a dictionary such as {'text': ...}, or a string",
+            fix=_mend(value),
+        )
+    strange = next((key for key in value if not isinstance(key, str)), None)
+    if strange is not None or None in value:
+        raise SourceError(
+            f"{where} has a key that is no string",
+            got=repr(strange),
+            allowed="names of columns as keys",
+            fix="give {'text': ...} for each row",
+        )
+    half = half_character(value)
+    if half is not None:
+        raise SourceError(
+            f"{where} holds half a character",
+            got=ascii(half)[:60],
+            allowed="whole characters: an emoji is two such halves in JSON",
+            fix="text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace'), or take the "
+            "row out",
+        )
+    row = PlacedRow(value, number, unit, path)
+    for key, found in value.items():
+        if isinstance(found, float) and math.isnan(found) and key not in _LABELS:
+            row[key] = None
+    return row
+
+
+def half_character(value: object) -> str | None:
+    r"""The text in a value that holds half a character, such as ``\ud83d`` alone; else None.
+
+    JSON can write it, and no tokenizer can read it.
+    """
+    if isinstance(value, str):
+        if value.isascii():
+            return None
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            return value
+        return None
+    inner: Iterable[object] = ()
+    if isinstance(value, Mapping):
+        inner = [*value.keys(), *value.values()]
+    elif isinstance(value, list | tuple) and not isinstance(next(iter(value), 0), int | float):
+        inner = value  # and no list of tokens
+    return next((found for found in map(half_character, inner) if found is not None), None)
+
+
+def _article(value: object) -> str:
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
+
+
+def _mend(value: object) -> str:
+    if isinstance(value, bytes | bytearray):
+        return "decode it: row.decode('utf-8')"
+    if isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[0], str):
+        return "rows = [{'text': text, 'label': label} for text, label in rows]"
+    if isinstance(value, tuple | list) and value and all(isinstance(v, int) for v in value):
+        return "rows = [{'input_ids': ids} for ids in rows]"
+    if isinstance(value, tuple | list) and value and all(isinstance(v, Mapping) for v in value):
+        return "rows = [{'messages': chat} for chat in rows]"
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "leave the row out"
+    return "give {'text': ...} for each row"

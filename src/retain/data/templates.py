@@ -1,0 +1,425 @@
+"""Jinja templates of files that others wrote: no code, and an end within bounds.
+
+Jinja's own sandbox keeps a template from running code. This one also keeps it from taking the
+machine's time or memory: it takes the parts of the language that fill a text from a row (no macros,
+no imports, no recursion), and each render has a budget of characters and steps, and a time. What
+could grow in one go (a product, a power, a width, a replacement) is measured before it is done.
+
+Beyond Jinja's filters there is ``sub(pattern, by)``, which is `re.sub`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import time
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set, ValuesView
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any, ClassVar
+
+from jinja2 import (
+    StrictUndefined,
+    TemplateAssertionError,
+    TemplateError,
+    TemplateRuntimeError,
+    Undefined,
+    nodes,
+    pass_context,
+)
+from jinja2.exceptions import SecurityError
+from jinja2.runtime import LoopContext
+from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+from retain.data.nulls import is_none, present
+from retain.data.patterns import LONGER, replace_all
+
+__all__ = ["expression", "template"]
+
+LENGTH, NODES = 100_000, 5_000
+"""Characters, and parts in braces, of one template, at most."""
+
+BUDGET, SHARE = 2_000_000, 20
+"""Characters that one render may make: so many, and so many times those of its row."""
+
+STEP, ITEM = 20, 8
+"""Characters that a step (a turn of a loop, a call, a filter) and a value in a list count as."""
+
+SECONDS = 2.0
+"""Of one render; of a long row `retain.data.patterns.LONGER` more for each character."""
+
+WIDTH, BITS = 10_000, 4_096
+"""Of a padded text; of a whole number."""
+
+
+class _Meter:
+    """What one render has left."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        size = _size(fields, 1 << 40)
+        self.left = BUDGET + SHARE * size
+        self.end = time.monotonic() + SECONDS + LONGER * size
+
+    def check(self, count: int) -> None:
+        """Raises if so many characters, about to be made, are more than are left."""
+        if count > self.left:
+            raise TemplateRuntimeError("the template makes too much text, or takes too many steps")
+
+    def charge(self, count: int) -> None:
+        self.check(count)
+        self.left -= count
+        if time.monotonic() > self.end:
+            raise TemplateRuntimeError("the template takes too long for a row")
+
+    def size(self, value: Any) -> int:
+        """The size of a value, as far as it matters here."""
+        return _size(value, self.left)
+
+    def made(self, value: Any) -> Any:
+        """A value that has been made, charged; those of a generator when they are asked for."""
+        if isinstance(value, Iterator):
+            return map(self.made, self.each(value))
+        self.charge(self.size(value))
+        return value
+
+    def each(self, values: Iterable[Any]) -> Iterator[Any]:
+        """Values that are there, each charged as a step."""
+        for value in values:
+            self.charge(STEP)
+            yield value
+
+
+_METER: ContextVar[_Meter] = ContextVar("meter")
+
+
+def _size(value: Any, most: int) -> int:
+    """Characters and items of a value, those that are shared counted each time, up to `most`."""
+    total, waiting = 0, [value]
+    while waiting and total <= most:
+        each = waiting.pop()
+        total += 1
+        if isinstance(each, str | bytes):
+            total += len(each)
+        elif isinstance(each, Mapping):
+            total += ITEM * len(each)
+            waiting += [*each.keys(), *each.values()]
+        elif isinstance(each, list | tuple | Set | ValuesView):
+            total += ITEM * len(each)
+            waiting += each
+        elif isinstance(each, range):
+            total += ITEM * len(each)
+        elif isinstance(each, int) and not isinstance(each, bool):
+            total += each.bit_length() // 8
+    return total
+
+
+class _Bounded(NodeTransformer):
+    """Refuses what is not taken, and puts a meter where things are made."""
+
+    taken: ClassVar[tuple[type[nodes.Node], ...]] = (
+        nodes.Template, nodes.Output, nodes.TemplateData, nodes.Name, nodes.NSRef, nodes.Const,
+        nodes.List, nodes.Tuple, nodes.Dict, nodes.Pair, nodes.Keyword, nodes.CondExpr,
+        nodes.Filter, nodes.Test, nodes.Call, nodes.Getattr, nodes.Getitem, nodes.Slice,
+        nodes.BinExpr, nodes.UnaryExpr, nodes.Concat, nodes.Compare, nodes.Operand, nodes.If,
+        nodes.For, nodes.Assign, nodes.With, nodes.Scope,
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+        self.count += 1
+        if not isinstance(node, self.taken):
+            raise TemplateAssertionError(f"{type(node).__name__} is not taken", node.lineno)
+        if self.count > NODES:
+            raise TemplateAssertionError(f"more than {NODES} parts", node.lineno)
+        found: nodes.Node = super().generic_visit(node, *args, **kwargs)
+        return found
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        if node.recursive:
+            raise TemplateAssertionError("a recursive loop is not taken", node.lineno)
+        self.generic_visit(node)
+        node.iter = _through("_each", node.iter)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _through("_text", nodes.List(node.nodes, lineno=node.lineno))
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        return _through("_made", node) if isinstance(node.arg, nodes.Slice) else node
+
+    def visit_List(self, node: nodes.List | nodes.Tuple | nodes.Dict) -> nodes.Node:
+        self.generic_visit(node)
+        return node if getattr(node, "ctx", "load") == "store" else _through("_made", node)
+
+    visit_Tuple = visit_Dict = visit_List
+
+
+def _through(name: str, node: Any) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
+
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        bounded = _Bounded().visit(source)
+        bounded.set_environment(self)
+        return super()._generate(bounded, *args, **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        meter = _METER.get()
+        meter.charge(STEP)
+        if isinstance(left, int) and isinstance(right, int):
+            a, b = left.bit_length(), right.bit_length()
+            if (a + b if operator == "*" else a * right if operator == "**" else 0) > BITS:
+                raise TemplateRuntimeError("the template makes too large a number")
+        elif operator == "*":
+            times, other = (left, right) if isinstance(left, int) else (right, left)
+            meter.check(meter.size(other) * times if isinstance(times, int) else 0)
+        elif operator == "+":
+            meter.check(meter.size(left) + meter.size(right))
+        elif operator == "%" and isinstance(left, str):
+            _check_widths(left)
+            meter.check(left.count("%") * meter.size(right))
+        return meter.made(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        meter = _METER.get()
+        meter.charge(STEP)
+        args = tuple(list(meter.each(a)) if isinstance(a, Iterator) else a for a in args)
+        if not isinstance(__obj, Undefined):
+            _check_call(meter, __obj, args, kwargs)
+        return meter.made(super().call(__context, __obj, *args, **kwargs))
+
+
+_PLAIN = frozenset([
+    "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha",
+    "isascii", "isdecimal", "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper",
+    "lower", "lstrip", "partition", "removeprefix", "removesuffix", "rfind", "rindex",
+    "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase",
+    "title", "upper",
+])  # fmt: skip
+_METHODS: dict[type, frozenset[str]] = {
+    str: _PLAIN | {"center", "expandtabs", "join", "ljust", "replace", "rjust", "zfill"},
+    list: frozenset({"count", "index"}),
+    tuple: frozenset({"count", "index"}),
+    dict: frozenset({"get", "items", "keys", "values"}),
+    float: frozenset({"is_integer"}),
+    datetime.date: frozenset({"isoformat", "strftime"}),
+    datetime.datetime: frozenset({"isoformat", "strftime"}),
+}
+"""Methods that a template may call; those of `_PLAIN` return no more than they were given."""
+
+
+def _check_call(meter: _Meter, called: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+    owner, name = getattr(called, "__self__", None), getattr(called, "__name__", "")
+    if called is safe_range or called is dict or called is Namespace:
+        return
+    if isinstance(owner, LoopContext) and name in ("cycle", "changed"):
+        return
+    if isinstance(called, types.FunctionType) and name == "format":  # the sandbox's own
+        text = getattr(getattr(called, "__wrapped__", None), "__self__", "")
+        _check_widths(text)
+        meter.check((meter.size(args) + meter.size(kwargs)) * (text.count("{") + 1))
+        return
+    kind: type = next((k for k in type(owner).__mro__ if k in _METHODS), object)
+    if not isinstance(called, types.BuiltinMethodType) or name not in _METHODS.get(kind, ()):
+        raise SecurityError(f"a call of {name or type(called).__name__} is not taken")
+    if name == "replace":
+        meter.check(_replaced(owner, *args[:2]))
+    elif name == "join":
+        meter.check(_joined(meter, owner, *args))
+    elif name == "strftime":
+        _check_widths(*args)
+    elif kind is str and name not in _PLAIN:
+        _check_numbers(args, kwargs)
+        meter.check(str(owner).count("\t") * WIDTH if name == "expandtabs" else WIDTH)
+
+
+def _check_numbers(args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+    if any(isinstance(n, int | float) and abs(n) > WIDTH for n in (*args, *kwargs.values())):
+        raise TemplateRuntimeError(f"the template has a width above {WIDTH}")
+
+
+def _check_widths(text: object = "", *_: object) -> None:
+    if re.search(r"%[^%a-zA-Z]*?(?:\*|\d{4})|\{[^{}]*(?:\{|\d{4})", str(text)):
+        raise TemplateRuntimeError("the template has a format with a width above 999")
+
+
+def _replaced(text: object, old: object = "", new: object = "", *_: object) -> int:
+    """Characters of a text with `old` replaced, at most."""
+    text = str(text)
+    return len(text) + (text.count(str(old)) + 1) * len(str(new))
+
+
+def _joined(meter: _Meter, between: object, values: object = (), *_: object) -> int:
+    """Characters of values put together, at most."""
+    size = meter.size(values)
+    return size + size // ITEM * len(str(between))
+
+
+def _sub(text: object, pattern: object, by: object) -> str:
+    return replace_all(str(pattern), str(by), str(text), _METER.get().left)
+
+
+_PLAIN_FILTERS = frozenset([
+    "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first",
+    "float", "forceescape", "groupby", "int", "items", "last", "length", "list", "lower", "map",
+    "max", "min", "reject", "rejectattr", "reverse", "round", "safe", "select", "selectattr",
+    "sort", "string", "striptags", "title", "trim", "unique", "upper", "urlencode", "wordcount",
+])  # fmt: skip
+_WIDE_FILTERS = frozenset([
+    "batch", "center", "indent", "round", "slice", "tojson", "truncate", "wordwrap",
+])  # fmt: skip
+_GROWING_FILTERS = frozenset(["format", "join", "replace", "sum"])
+"""Filters: those of `_PLAIN_FILTERS` return no more than they were given, others are checked."""
+
+
+def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that is charged for what it makes."""
+    wants = getattr(function, "jinja_pass_arg", None)
+    first: Callable[[Any], tuple[Any, ...]] = {
+        "context": lambda context: (context,),
+        "eval_context": lambda context: (context.eval_ctx,),
+        "environment": lambda context: (context.environment,),
+    }.get(getattr(wants, "name", ""), lambda context: ())
+
+    @pass_context
+    def run(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        meter = _METER.get()
+        meter.charge(STEP)
+        given = (*args, *kwargs.values())
+        if name in _WIDE_FILTERS:
+            _check_numbers(args, kwargs)
+        if name == "indent" or name == "wordwrap":
+            lines = str(value).count("\n") + 1 if name == "indent" else len(str(value))
+            most = max((len(g) if isinstance(g, str) else int(g or 0) for g in given), default=4)
+            meter.check(len(str(value)) + lines * most)
+        elif name == "tojson":
+            meter.check(meter.size(value) * (8 + sum(g for g in given if isinstance(g, int))))
+        elif name == "format":
+            _check_widths(value)
+            meter.check(str(value).count("%") * (meter.size(args) + meter.size(kwargs)))
+        elif name == "join":
+            value = list(meter.each(value))
+            meter.check(_joined(meter, args[0] if args else kwargs.get("d", ""), value))
+        elif name == "replace":
+            meter.check(_replaced(value, *args[:2]))
+        elif name == "sum" and not all(isinstance(g, int | float | str) for g in given):
+            raise TemplateRuntimeError("the template adds what are no numbers")
+        return meter.made(function(*first(context), value, *args, **kwargs))
+
+    return run
+
+
+@pass_context
+def _each(context: Any, values: Any) -> Iterator[Any]:
+    return _METER.get().each(values)
+
+
+@pass_context
+def _made(context: Any, value: Any) -> Any:
+    return _METER.get().made(value)
+
+
+@pass_context
+def _text(context: Any, values: list[Any]) -> str:
+    meter = _METER.get()
+    meter.check(meter.size(values))
+    return str(meter.made("".join(map(str, values))))
+
+
+def _environment() -> _Environment:
+    made = _Environment(
+        undefined=StrictUndefined, keep_trailing_newline=True, optimized=False, cache_size=0
+    )
+    taken = _PLAIN_FILTERS | _WIDE_FILTERS | _GROWING_FILTERS
+    made.filters = {n: _metered(n, f) for n, f in made.filters.items() if n in taken}
+    made.filters |= {"sub": _metered("sub", _sub)}
+    made.filters |= {"_each": _each, "_made": _made, "_text": _text}
+    made.tests["none"] = is_none
+    made.globals = {"range": safe_range, "dict": dict, "namespace": Namespace}
+    return made
+
+
+_JINJA = _environment()
+
+
+@lru_cache(maxsize=4096)
+def template(text: str) -> Callable[[Mapping[str, Any]], str]:
+    """A template as a function from a row to a text.
+
+    Raises:
+        jinja2.TemplateError: it does not compile, or is not taken; from the function, a field is
+            missing or null, or it goes beyond its bounds.
+    """
+    if "{" not in text and "\r" not in text:
+        return lambda fields: text
+    with _plain_errors():
+        _check_length(text)
+        compiled = _JINJA.from_string(text)
+
+    def render(fields: Mapping[str, Any]) -> str:
+        with _plain_errors(), _metering(fields) as meter:
+            parts = []
+            for part in compiled.generate(present(fields)):
+                meter.charge(len(part))
+                parts.append(part)
+            return "".join(parts)
+
+    return render
+
+
+@lru_cache(maxsize=4096)
+def expression(text: str) -> Callable[[Mapping[str, Any]], Any]:
+    """A Jinja expression, such as ``choices.label.index(answerKey)``, as a function of a row.
+
+    Raises:
+        jinja2.TemplateError: as from `template`.
+    """
+    with _plain_errors():
+        _check_length(text)
+        compiled = _JINJA.compile_expression(text, undefined_to_none=False)
+
+    def value(fields: Mapping[str, Any]) -> Any:
+        with _plain_errors(), _metering(fields):
+            found = compiled(present(fields))
+            if isinstance(found, Undefined):
+                str(found)  # raises, and says which field is missing
+            return list(found) if isinstance(found, Iterator) else found
+
+    return value
+
+
+def _check_length(text: str) -> None:
+    if len(text) > LENGTH:
+        raise TemplateAssertionError(f"more than {LENGTH} characters", 1)
+
+
+@contextmanager
+def _metering(fields: Mapping[str, Any]) -> Iterator[_Meter]:
+    meter = _Meter(fields)
+    token = _METER.set(meter)
+    try:
+        yield meter
+    finally:
+        _METER.reset(token)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Whatever goes wrong in a template is a `jinja2.TemplateError`."""
+    try:
+        yield
+    except TemplateError:
+        raise
+    except Exception as error:
+        raise TemplateRuntimeError(f"{type(error).__name__}: {error}"[:300]) from error

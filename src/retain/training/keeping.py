@@ -1,0 +1,88 @@
+"""What a callback keeps in a checkpoint: in the trainer's own state, which the trainer reads back.
+
+`transformers` keeps ``stateful_callbacks`` in ``trainer_state.json``, and loads it from the
+checkpoint that is resumed, wherever that lies. A callback that is an ``ExportableState`` would be
+made anew from it where ``restore_callback_states_from_checkpoint`` is set, without its curvature;
+so this is an entry of our own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerState
+
+from retain.errors import TrainingError
+
+__all__ = ["keep", "kept_in"]
+
+_ENTRY = "retain"
+_NUMBERS = ("first", "steps", "strength", "correction")
+
+
+def keep(state: TrainerState, kept: dict[str, Any]) -> None:
+    """Puts plain data into the trainer's state, with the step that they are of."""
+    entries: Any = state.stateful_callbacks
+    entries[_ENTRY] = {"step": state.global_step, **kept}
+
+
+def kept_in(state: TrainerState, needed: bool) -> dict[str, Any]:
+    """What the checkpoint that is resumed holds.
+
+    Args:
+        state: of the trainer, read from the checkpoint.
+        needed: the run cannot go on without it.
+
+    Raises:
+        TrainingError: it holds nothing, or what is no state of ours, and it is needed.
+    """
+    entries: Any = state.stateful_callbacks
+    found, where = entries.get(_ENTRY), "trainer_state.json"
+    if found is None:  # a checkpoint of an earlier version has a file of its own
+        path = _resumed()
+        where = str(path) if path else where
+        found = _read(path / "retention.json") if path else None
+        found = None if found is None else found | {"step": state.global_step}
+    if found is None:
+        why = f"nothing of it in {where}"
+    elif found.get("step") != state.global_step:  # what it holds is of a checkpoint before
+        why = f"steps {found.get('step')} to {state.global_step} were trained without the callback"
+    elif not all(_is_number(found.get(name, 0)) for name in _NUMBERS):
+        why = f"damaged values in {where}"
+    else:
+        return dict(found)
+    if needed:
+        raise TrainingError(
+            "the checkpoint does not say how it was held",
+            got=why,
+            allowed="a checkpoint of a run with this callback, at any place",
+            fix="resume from another one; start=None goes on with the force alone",
+        )
+    return {}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _resumed() -> Path | None:
+    """The checkpoint that is resumed; callbacks are not told, so it is found on the stack."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        place = frame.f_locals.get("resume_from_checkpoint")
+        if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(place, str):
+            return Path(place)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

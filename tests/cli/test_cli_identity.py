@@ -1,0 +1,333 @@
+"""A run is told by contents: of checkpoints, rows, base and curvature; not by where they lie."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from retain.cli import main
+
+FILES = (
+    "adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt",
+    "rng_state.pth", "trainer_state.json", "training_args.bin", "digests.json",
+)  # fmt: skip
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def grown(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+HOW: tuple[Callable[[Path], None], ...] = (gone, emptied, cut, flipped, grown, a_folder)
+
+
+@pytest.fixture(scope="module")
+def start(
+    tmp_path_factory: pytest.TempPathFactory, model: Path, data: Path, curvature: Path
+) -> Callable[..., Path]:
+    """Starts a run in a folder of its own, with its own copies of all that it reads."""
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copytree(model, folder / "base")
+    shutil.copy(data, folder / "rows.jsonl")
+    shutil.copy(curvature, folder / "c.safetensors")
+    argv = ["train", "--model", folder / "base", "--data", folder / "rows.jsonl", "--rank", 4]
+    argv += ["--curvature", folder / "c.safetensors", "--out", folder / "run", "--max-steps", 4]
+    argv += ["--save-steps", 2, "--batch-size", 4, "--dtype", "float32", "--max-length", 24]
+    argv += ["--learning-rate", 0.02, "--budget", 0.01, "--quiet"]
+    assert main([str(a) for a in argv]) == 0
+
+    def run(target: Path) -> Path:
+        shutil.copytree(folder, target, dirs_exist_ok=True)
+        text = (target / "run" / "run.json").read_text()
+        (target / "run" / "run.json").write_text(text.replace(str(folder), str(target)))
+        return target
+
+    return run
+
+
+@pytest.fixture
+def whole(start: Any, tmp_path: Path) -> Path:
+    """Of a finished run, with the checkpoints 2 and 4."""
+    return start(tmp_path / "w")
+
+
+@pytest.fixture
+def half(whole: Path) -> Path:
+    """The same, stopped after step 2."""
+    shutil.rmtree(whole / "run" / "checkpoints" / "checkpoint-4")
+    return whole
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
+
+
+def resumed(retain: Any, folder: Path, want: dict[str, torch.Tensor], *more: object) -> Any:
+    """Resumes, and checks that it ends in the same bytes."""
+    shutil.rmtree(folder / "run" / "adapter")
+    found = retain("train", "--resume", "--out", folder / "run", "--json", *more).json
+    for name, tensor in adapter(folder).items():
+        assert torch.equal(tensor, want[name])
+    return found
+
+
+class TestCheckpoint:
+    @pytest.mark.parametrize("name", FILES)
+    @pytest.mark.parametrize("how", HOW)
+    def test_one_that_changed_is_passed_over(
+        self, how: Any, name: str, retain: Any, whole: Path
+    ) -> None:
+        if (how, name) == (grown, "digests.json"):
+            name = "scheduler.pt"  # a blank at the end of JSON says nothing else
+        want = adapter(whole)
+        how(whole / "run" / "checkpoints" / "checkpoint-4" / name)
+        found = resumed(retain, whole, want)
+        assert found["resumed_from"] == "checkpoint-2"
+        assert [n for n in found["notes"] if "checkpoint-4 is passed over" in n and name in n]
+        assert json.loads((whole / "run" / "train.json").read_text())["notes"] == found["notes"]
+
+    def test_it_is_said(self, retain: Any, whole: Path) -> None:
+        flipped(whole / "run" / "checkpoints" / "checkpoint-4" / "scheduler.pt")
+        outcome = retain("train", "--resume", "--out", whole / "run")
+        assert "checkpoint-4 is passed over: scheduler.pt has changed" in outcome.out
+        assert "going on from" in outcome.out and "checkpoint-2" in outcome.out
+
+    def test_none_is_whole(self, retain: Any, whole: Path) -> None:
+        want = adapter(whole)
+        for number in (2, 4):
+            flipped(whole / "run" / "checkpoints" / f"checkpoint-{number}" / "optimizer.pt")
+        found = resumed(retain, whole, want)
+        assert found["resumed_from"] is None
+        assert len(found["notes"]) == 3
+        assert "no checkpoint is whole: the run begins anew" in found["notes"]
+
+    def test_others_files_in_it_do_not_matter(self, retain: Any, half: Path) -> None:
+        note = half / "run" / "checkpoints" / "checkpoint-2" / "note.txt"
+        note.write_text("mine")
+        found = retain("train", "--resume", "--out", half / "run", "--json").json
+        assert found["resumed_from"] == "checkpoint-2"
+        assert note.read_text() == "mine"
+
+    def test_a_damaged_one_is_no_end_of_file_to_typer(
+        self, retain: Any, monkeypatch: pytest.MonkeyPatch, whole: Path
+    ) -> None:
+        def ends(*_: object) -> None:
+            raise EOFError("Ran out of input")
+
+        monkeypatch.setattr("retain.cli.report.check_file", ends)
+        retain("report", "r.json").refused("ends too early", "Ran out of input")
+
+
+def reordered(path: Path) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(reversed(lines)))
+
+
+def one_letter(path: Path) -> None:
+    path.write_text(path.read_text().replace("cat", "bat", 1))
+
+
+def one_less(path: Path) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def another_base(path: Path) -> None:
+    weights = load_file(path / "model.safetensors")
+    save_file(
+        {n: w + 0.01 for n, w in weights.items()}, path / "model.safetensors", {"format": "pt"}
+    )
+
+
+class TestInputs:
+    @pytest.mark.parametrize("how", [reordered, one_letter, one_less])
+    def test_rows_that_changed_are_refused(self, how: Any, retain: Any, half: Path) -> None:
+        how(half / "rows.jsonl")
+        retain("train", "--resume", "--out", half / "run").refused(
+            "the rows to learn from changed", "--data", "--overwrite"
+        )
+        assert (half / "run" / "adapter").exists()
+
+    def test_another_base_is_refused(self, retain: Any, half: Path) -> None:
+        another_base(half / "base")
+        outcome = retain("train", "--resume", "--out", half / "run")
+        outcome.refused("another base model")  # the curvature's word
+
+    def test_another_base_is_refused_without_a_curvature(
+        self, retain: Any, model: Path, data: Path, tmp_path: Path
+    ) -> None:
+        base = Path(shutil.copytree(model, tmp_path / "base"))
+        argv = ("--model", base, "--data", data, "--method", "none", "--max-steps", 2, "-q")
+        argv = (*argv, "--save-steps", 1, "--batch-size", 4, "-o", tmp_path / "run")
+        assert retain("train", *argv).code == 0
+        another_base(base)
+        retain("train", "--resume", "-o", tmp_path / "run").refused(
+            "the base model changed", "--model"
+        )
+
+    def test_another_curvature_is_refused(self, retain: Any, source: Path, half: Path) -> None:
+        other = half / "other.safetensors"
+        assert retain("fit", half / "base", source, "-o", other, "--seed", 5, "-q").code == 0
+        shutil.copy(other, half / "c.safetensors")
+        retain("train", "--resume", "--out", half / "run").refused("curvature changed")
+
+    def test_all_may_have_moved(self, retain: Any, half: Path, tmp_path: Path) -> None:
+        want = adapter(half)
+        there = Path(half.rename(tmp_path / "elsewhere"))
+        (there / "run").rename(there / "walk")
+        argv = ("--model", there / "base", "--data", there / "rows.jsonl")
+        argv = (*argv, "--curvature", there / "c.safetensors")
+        found = retain("train", "--resume", "--out", there / "walk", "--json", *argv).json
+        assert found["resumed_from"] == "checkpoint-2"
+        (there / "walk").rename(there / "run")
+        for name, tensor in adapter(there).items():
+            assert torch.equal(tensor, want[name])
+
+    def test_paths_hold_from_another_folder(
+        self, retain: Any, half: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.chdir(half)
+        argv = ("--model", "base", "--data", "rows.jsonl", "--curvature", "c.safetensors")
+        argv = (*argv, "--max-steps", 2, "--save-steps", 1, "--batch-size", 4, "-q", "--rank", 4)
+        assert retain("train", *argv, "--out", "new", "--keep-state").code == 0
+        monkeypatch.chdir(tmp_path)
+        assert retain("train", "--resume", "--out", half / "new", "-q").code == 0
+        more = ("--data", half / "rows.jsonl", "--batch-size", 4, "--max-steps", 1, "-q")
+        assert retain("train", "--continue-from", half / "new", *more, "-o", "next").code == 0
+
+
+class TestContinue:
+    @pytest.fixture(scope="class")
+    def may(self, start: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = start(tmp_path_factory.mktemp("may") / "w")
+        argv = ["train", "--model", folder / "base", "--data", folder / "rows.jsonl", "--rank", 4]
+        argv += ["--curvature", folder / "c.safetensors", "--out", folder / "may", "--max-steps", 2]
+        argv += ["--batch-size", 4, "--dtype", "float32", "--keep-state", "-q"]
+        assert main([str(a) for a in argv]) == 0
+        return folder
+
+    @pytest.fixture
+    def moved(self, may: Path, tmp_path: Path) -> Path:
+        """The base lies under another name now, and so does the run."""
+        shutil.copytree(may / "base", tmp_path / "moved")
+        shutil.copytree(may / "may", tmp_path / "mai")
+        path = tmp_path / "mai" / "run.json"
+        path.write_text(path.read_text().replace(str(may / "base"), str(tmp_path / "base")))
+        return tmp_path
+
+    def argv(self, folder: Path, *more: object) -> tuple[object, ...]:
+        return ("train", "--continue-from", folder / "mai", "--batch-size", 4, "--max-steps", 1,
+                "--out", folder / "june", "-q", *more)  # fmt: skip
+
+    def test_a_base_that_moved(self, retain: Any, moved: Path, data: Path) -> None:
+        retain(*self.argv(moved, "--data", data)).refused("cannot be loaded", "--model")
+        assert retain(*self.argv(moved, "--data", data, "--model", moved / "moved")).code == 0
+        record = json.loads((moved / "june" / "run.json").read_text())
+        assert record["model"] == str(moved / "moved")
+
+    def test_another_model_of_its_shape(
+        self, retain: Any, moved: Path, data: Path, other_model: Path
+    ) -> None:
+        retain(*self.argv(moved, "--data", data, "--model", other_model)).refused(
+            "not the base of the run", "fingerprint", "--model"
+        )
+        assert not (moved / "june").exists()
+
+    def test_another_model_at_its_place(
+        self, retain: Any, moved: Path, data: Path, other_model: Path
+    ) -> None:
+        shutil.copytree(other_model, moved / "base")
+        retain(*self.argv(moved, "--data", data)).refused("not the base of the run")
+
+
+class TestSaid:
+    """What is done in a lesser way is said once, and kept in the record."""
+
+    CASES = (
+        ([{"prompt": "long " * 20, "completion": "x"}] * 6, "6 of 14 rows", "left_out_no_room"),
+        ([{"prompt": "a", "completion": "long " * 20}] * 5, "5 of 13 rows", "completions_cut"),
+        ([{"text": "long " * 20}] * 4, "4 of 12 rows", "texts_cut"),
+        ([{"text": ""}] * 3, "3 of 11 rows", "left_out_empty"),
+    )
+
+    @pytest.mark.parametrize(("rows", "said", "counted"), CASES)
+    @pytest.mark.parametrize("as_json", [False, True])
+    def test_rows(
+        self, rows: Any, said: str, counted: str, as_json: bool, retain: Any, model: Path,
+        tmp_path: Path,
+    ) -> None:  # fmt: skip
+        number = len(rows)
+        rows = rows + [{"prompt": "a", "completion": "b"}] * 8
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        argv = ("--model", model, "--data", path, "--max-length", 16, "--batch-size", 4)
+        argv = (*argv, "--max-steps", 1, "--method", "none", "-o", tmp_path / "out")
+        outcome = retain("train", *argv, *(["--json"] if as_json else []))
+        assert outcome.code == 0
+        assert outcome.out.count(said) == 1
+        record = json.loads((tmp_path / "out" / "train.json").read_text())
+        assert len([n for n in record["notes"] if said in n]) == 1
+        assert record["rows"]["rows"] == len(rows)
+        assert record["rows"][counted] == number
+
+    def test_no_filter(
+        self, retain: Any, model: Path, data: Path, source: Path, tmp_path: Path
+    ) -> None:
+        held = tmp_path / "d.safetensors"
+        assert retain("fit", model, source, "-o", held, "--structure", "diagonal", "-q").code == 0
+        argv = ("--model", model, "--data", data, "--curvature", held, "--batch-size", 4)
+        found = retain("train", *argv, "--max-steps", 1, "-o", tmp_path / "out", "--json").json
+        assert "structure diagonal" in found["why_no_filter"]
+        assert [n for n in found["notes"] if found["why_no_filter"] in n]
+
+    def test_our_own_warnings_alone_reach_the_screen(
+        self, retain: Any, monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
+    ) -> None:
+        import warnings
+
+        from retain.errors import RetainWarning
+        from retain.models.load import load_model
+
+        def loads(*args: Any, **options: Any) -> Any:
+            for _ in range(3):
+                warnings.warn("of ours", RetainWarning, stacklevel=1)
+                warnings.warn_explicit("of others", UserWarning, "/x/torch/a.py", 1, "torch.a")
+                warnings.warn_explicit("of ours too", UserWarning, "a.py", 1, "retain.data.a")
+            return load_model(*args, **options)
+
+        monkeypatch.setattr("retain.models.load.load_model", loads)
+        argv = ("-o", tmp_path / "c.safetensors", "--rows", 8, "--max-length", 12)
+        outcome = retain("fit", model, *argv)
+        assert outcome.code == 0 and outcome.err == ""
+        assert outcome.out.splitlines().count("of ours") == 1
+        assert outcome.out.splitlines().count("of ours too") == 1
+        assert "of others" not in outcome.out
+        assert "of ours" in retain("fit", model, *argv, "--json").json["notes"]

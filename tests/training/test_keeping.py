@@ -1,0 +1,146 @@
+"""Resuming in a user's own Trainer: what was kept is read from the checkpoint that is resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from retain import RetentionCallback, fit_curvature
+from retain.errors import TrainingError
+from tiny import ROWS, tiny, weights
+
+DATA = [
+    {"input_ids": [1 + i, 2 + i % 3, 12 - i, 5], "labels": [1 + i, 2 + i % 3, 12 - i, 5]}
+    for i in range(8)
+]
+STEPS, HALF = 6, 3
+
+
+def held(**options: Any) -> tuple[nn.Module, RetentionCallback]:
+    model = tiny("llama")
+    curvature = fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
+    return model, RetentionCallback(curvature, **options)
+
+
+def trainer(folder: Path, model: nn.Module, calls: list[Any], **options: Any) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        **{
+            "per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": 0.01,
+            "report_to": "none", "save_strategy": "steps", "save_steps": HALF, "use_cpu": True,
+            "disable_tqdm": True, "dataloader_pin_memory": False, **options,
+        },
+    )  # fmt: skip
+    return Trainer(model=model, args=arguments, train_dataset=DATA, callbacks=calls)
+
+
+@pytest.fixture(scope="module", params=[{}, {"budget": 0.02, "source": ROWS["llama"]}])
+def whole(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Options, the folder of an uninterrupted run, and what it ended with."""
+    folder = tmp_path_factory.mktemp("whole")
+    model, call = held(**request.param)
+    trainer(folder, model, [call]).train()
+    return request.param, folder, weights(model)
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["same folder", "true", "new folder", "renamed", "another run's checkpoint of that number",
+     "deep path", "a trailing slash"],
+)  # fmt: skip
+def test_a_checkpoint_is_resumed_wherever_it_lies(how: str, whole: Any, tmp_path: Path) -> None:
+    options, folder, want = whole
+    place, out = folder / f"checkpoint-{HALF}", tmp_path / "out"
+    resumed: str | bool = str(place)
+    if how in ("same folder", "true"):
+        shutil.copytree(place, out / place.name)
+        resumed = how == "true" or str(out / place.name)
+    elif how == "renamed":
+        resumed = str(shutil.copytree(place, tmp_path / "backup of the third"))
+    elif how == "deep path":
+        resumed = str(shutil.copytree(place, tmp_path / "a" / "b" / "checkpoint-77"))
+    elif how == "a trailing slash":
+        resumed = f"{place}/"
+    elif how.startswith("another"):
+        other, call = held(start=None, strength=500.0)
+        trainer(out, other, [call]).train()
+    model, call = held(**options)
+    run = trainer(out, model, [call])
+    run.train(resume_from_checkpoint=resumed)
+    for got, expected in zip(weights(model).values(), want.values(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_an_earlier_version_s_file_is_read_from_there_too(whole: Any, tmp_path: Path) -> None:
+    options, folder, want = whole
+    place = Path(shutil.copytree(folder / f"checkpoint-{HALF}", tmp_path / "old"))
+    state = json.loads((place / "trainer_state.json").read_text())
+    kept = state["stateful_callbacks"].pop("retain")
+    (place / "trainer_state.json").write_text(json.dumps(state))
+    del kept["step"]
+    (place / "retention.json").write_text(json.dumps(kept))
+    model, call = held(**options)
+    trainer(tmp_path / "out", model, [call]).train(resume_from_checkpoint=str(place))
+    for got, expected in zip(weights(model).values(), want.values(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_one_that_was_trained_without_it_is_refused(tmp_path: Path) -> None:
+    model = tiny("llama")
+    trainer(tmp_path, model, []).train()
+    for start, refused in (("auto", True), (None, False)):
+        again, call = held(start=start)
+        with pytest.raises(TrainingError, match="how it was held") if refused else nullcontext():
+            trainer(tmp_path / "o", again, [call]).train(
+                resume_from_checkpoint=str(tmp_path / f"checkpoint-{HALF}")
+            )
+
+
+def test_steps_without_it_in_between_are_noticed(whole: Any, tmp_path: Path) -> None:
+    _, folder, _ = whole
+    plain = trainer(tmp_path, tiny("llama"), [], max_steps=5, save_steps=5)
+    plain.train(resume_from_checkpoint=str(folder / f"checkpoint-{HALF}"))
+    model, call = held()
+    with pytest.raises(TrainingError, match="steps 3 to 5 were trained without"):
+        trainer(tmp_path, model, [call]).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-5")
+        )
+
+
+@pytest.mark.parametrize("value", [None, "ten", [1], float("nan")])
+def test_damaged_values_are_refused(value: Any, whole: Any, tmp_path: Path) -> None:
+    options, folder, _ = whole
+    place = Path(shutil.copytree(folder / f"checkpoint-{HALF}", tmp_path / "damaged"))
+    state = json.loads((place / "trainer_state.json").read_text())
+    state["stateful_callbacks"]["retain"]["first"] = value
+    (place / "trainer_state.json").write_text(json.dumps(state))
+    model, call = held(**options)
+    with pytest.raises(TrainingError, match="damaged values"):
+        trainer(tmp_path / "o", model, [call]).train(resume_from_checkpoint=str(place))
+
+
+def test_other_callbacks_may_be_restored(whole: Any, tmp_path: Path) -> None:
+    options, folder, want = whole
+    model, call = held(**options)
+    run = trainer(tmp_path, model, [call], restore_callback_states_from_checkpoint=True)
+    run.train(resume_from_checkpoint=str(folder / f"checkpoint-{HALF}"))
+    for got, expected in zip(weights(model).values(), want.values(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_only_the_model_saved_goes_on_too(tmp_path: Path) -> None:
+    model, call = held()
+    trainer(tmp_path, model, [call], save_only_model=True).train()
+    place = tmp_path / f"checkpoint-{HALF}"
+    assert not (place / "optimizer.pt").exists()
+    again, call = held()
+    trainer(tmp_path / "o", again, [call]).train(resume_from_checkpoint=str(place))
+    assert call.why_no_filter is None and call._held is not None
