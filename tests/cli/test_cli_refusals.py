@@ -176,7 +176,7 @@ class TestSources:
     def test_a_row_of_another_kind(self, fit: Any, tmp_path: Path, row: Any, why: str) -> None:
         path = tmp_path / "rows.jsonl"
         path.write_text(json.dumps({"text": "sound"}) + "\n" + json.dumps(row))
-        fit("-q", what=path).refused("(row 2)", why)
+        fit("-q", what=path).refused("(line 2 of rows.jsonl)", why)
 
     def test_other_columns(self, train: Any, tmp_path: Path) -> None:
         path = tmp_path / "rows.jsonl"
