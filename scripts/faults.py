@@ -75,7 +75,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/faults"), help="folder of the trials")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/faults"), help="folder of the trials"
+    )
     parser.add_argument("--kills", type=int, default=20, help="kills that strike")
     parser.add_argument("--mutations", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -94,7 +96,9 @@ def main() -> int:
         print(json.dumps(found, indent=1))
         return found["verdict"] in BAD
     done = read_trials(out)
-    workers = [fork(lambda n=n: work(out, options, references, done, n)) for n in range(options.jobs)]  # type: ignore[misc]
+    workers = [
+        fork(lambda n=n: work(out, options, references, done, n)) for n in range(options.jobs)
+    ]  # type: ignore[misc]
     for worker in workers:
         os.waitpid(worker, 0)
     trials = list(read_trials(out).values())
@@ -371,7 +375,9 @@ def judged(
 
 def sound(line: str) -> bool:
     """Whether a line says what was got and what to do, in words of ours."""
-    return "; fix: " in line and not re.match(r"(?:retain: )?[A-Za-z_.]*(?:Error|Exception)\b", line)
+    return "; fix: " in line and not re.match(
+        r"(?:retain: )?[A-Za-z_.]*(?:Error|Exception)\b", line
+    )
 
 
 def failures(folder: Path, names: tuple[str, ...]) -> list[str]:

@@ -90,7 +90,7 @@ class Softening:
         if rows is None:
             rows = own_text(self.model, tokenizer, size, seed, screen)
         causal = is_causal(self.model)
-        every = encode(rows, tokenizer, max_length=length, causal=causal)
+        every = encode(rows, tokenizer, max_length=length, causal=causal, loss="source")
         examples = sample(every, count, HELD_OUT + seed)
         check_sizes(self.model, examples, tokenizer, labels=False)
         batch = min(size["batch_size"], len(examples))

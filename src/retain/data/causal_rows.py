@@ -28,7 +28,7 @@ class CausalRows:
     Args:
         tokenizer: None will do for rows that are tokenised already.
         max_length: tokens of a row at most.
-        loss: "assistant" or "all"; see `retain.data.encoding.encode`.
+        loss: "assistant", "source" or "all"; see `retain.data.encoding.encode`.
         counts: of what was left out or cut.
     """
 
@@ -118,7 +118,11 @@ class CausalRows:
         return self._cut(ids, [every or i >= start for i in range(len(ids))], more, answer=True)
 
     def _chat(self, content: Chat) -> list[Example]:
-        if self.loss == "all":
+        unanswered = self.loss == "source" and not any(
+            message.get("role") == "assistant" for message in content.messages
+        )
+        self.counts.chats_unanswered += unanswered
+        if self.loss == "all" or unanswered:
             ids, more = self.chats.whole(content.messages, content.tools, content.options)
             mask = [True] * len(ids)
         else:
