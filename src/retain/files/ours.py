@@ -52,7 +52,7 @@ def check_ours(path: Path, ours: Callable[[Path], bool], what: str, out: Path) -
         raise OutputError(
             f"{what} would take the place of something that this command did not write",
             got=path,
-            allowed=f"a new folder, or one of an earlier {what.partition(' of ')[2] or 'run'}",
+            allowed="a new folder, or one that the same command has written",
             fix=f"move it, or choose another --out than {out}",
         )
 
