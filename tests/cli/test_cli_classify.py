@@ -210,6 +210,7 @@ REFUSED: dict[str, tuple[list[Any], list[str], list[str]]] = {
     "GLUE's for none": ([0, 1, -1, 1] * 6, [], ["row 3 of the data has no label"]),
     "from 1": ([1, 2, 3] * 8, [], ["not counted from 0", "--num-labels 4"]),
     "one class": ([0] * 24, [], ["the labels are no classes"]),
+    "a blank name": (["x", "  ", "y"] * 8, [], ["row 2 of the data has no label"]),
     "one name": (["x"] * 24, [], ["the labels are no classes"]),
     "identities": (
         [7000 + 0 * i if i else 0 for i in range(24)],

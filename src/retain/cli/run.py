@@ -113,7 +113,7 @@ class _Run:
         counts = RowCounts()
         every = encode(
             rows, self.tokenizer, max_length=training.max_length, causal=causal, loss=c.loss,
-            counts=counts, regression=labels and labels.regression,
+            counts=counts, regression=None if labels is None else labels.regression,
         )  # fmt: skip
         examples = sample(every, c.limit, training.seed)  # a text that is one row gives many
         for line in counts.lines():
