@@ -623,3 +623,12 @@ def test_what_a_tokenizer_writes_behind_but_the_end_token_stays(cls: bool) -> No
         found = encode([row], tokenizer, max_length=9, causal=True)[0]
         whole = tokenizer.decode([*found.tokens, found.targets[-1]])
         assert whole == ("[CLS]ab[SEP]" if cls else "ab")
+
+
+def test_a_source_reads_a_chat_without_an_answer_whole() -> None:
+    whole, learned, counts = read({"messages": [HI]}, loss="source")
+    assert learned == whole.removeprefix("<|im_start|>") and counts.chats_unanswered == 1
+    assert counts.lines() == ["1 of 1 rows are chats without an assistant's turn: read whole"]
+    assert read({"messages": CHAT}, loss="source")[1] == "yo<|im_end|>\n"
+    with pytest.raises(SourceError, match="nothing in the source is to be learned"):
+        read({"messages": [HI]})

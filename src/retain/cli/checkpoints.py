@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from retain.documents import read_json
 from retain.errors import ConfigError
 from retain.files import remove_ours, writing
 
@@ -129,7 +129,7 @@ def tidy(out: Path, kept: Path, settings: str) -> None:
 
 def history(checkpoint: Path) -> list[dict[str, Any]]:
     """The log up to a checkpoint, in the form of `retain.training.loop.TrainResult`."""
-    log = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    log = read_json(checkpoint / "trainer_state.json", nan=True)["log_history"]
     return [
         {
             "step": entry["step"],

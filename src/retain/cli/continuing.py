@@ -10,7 +10,6 @@ and the folders lie does not count: the base is told by its fingerprint.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from retain.cli.common import Screen
 from retain.cli.folders import STATE
 from retain.config import RunConfig, read_config
+from retain.documents import read_json
 from retain.errors import ConfigError, MismatchError
 from retain.files import file_digest, whole_folder, write_json
 from retain.models.saved import adapter_digest
@@ -86,7 +86,7 @@ def read_chain(folder: str | Path) -> Chain:
         str(_settings(run).model),
     )  # fmt: skip
     try:
-        found = json.loads((state / "state.json").read_text(encoding="utf-8"))
+        found = read_json(state / "state.json")
         if found["schema"] != SCHEMA:
             raise ValueError(f"schema {found['schema']}")
         chain.runs.extend(found["runs"])

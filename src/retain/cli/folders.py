@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from retain.documents import read_json
 from retain.files import check_ours, clear_scratch, has_schema, recover, remove_ours, writing
 
 __all__ = [
@@ -198,6 +198,6 @@ def _is_kept(path: Path, settings: Path) -> bool:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError, RecursionError):
         return None

@@ -92,7 +92,9 @@ class Softening:
             rows = own_text(self.model, tokenizer, size, seed, screen)
         causal = is_causal(self.model)
         regression = is_regression(self.model)
-        every = encode(rows, tokenizer, max_length=length, causal=causal, regression=regression)
+        every = encode(
+            rows, tokenizer, max_length=length, causal=causal, loss="source", regression=regression
+        )
         examples = sample(every, count, HELD_OUT + seed)
         check_sizes(self.model, examples, tokenizer, labels=not regression)
         batch = min(size["batch_size"], len(examples))

@@ -9,8 +9,8 @@ have no direction (``G`` is a multiple of the identity), and that the same *rela
 the same in each layer, ``tr G_l * E||y_l||^2 / d_out = const``. On SmolLM2-135M the second holds
 within a factor of 2.4 (one standard deviation over layers) where ``tr G_l = const`` is off by 5.
 
-gamma brings it to nats: noise of relative size eta is added to the outputs of all L layers on the
-first eighth of the rows, the KL divergence that it causes is measured, and
+gamma brings it to nats: noise of relative size eta is added to the outputs of all L layers on
+one in eight rows, the KL divergence that it causes is measured, and
 ``KL = 0.5 eta^2 L gamma``. Two forward passes over these rows more, and still no gradient: it runs
 on any quantised base. Rows differ: on text that SmolLM2-135M samples, gamma of four rows has a
 relative standard deviation of 0.55.
@@ -40,7 +40,7 @@ from retain.models.kinds import are_values
 __all__ = ["ActivationEstimator", "nats_of_noise", "noisy_rows"]
 
 NOISY_SHARE, NOISY_TOKENS = 8, 250
-"""Gamma is measured on one in so many rows, the first ones, that have at least so many tokens."""
+"""Gamma is measured on one in so many rows, drawn, that have at least so many tokens."""
 
 _CHUNK = 32
 """Predictions whose probabilities are held in float32 at a time."""
@@ -123,14 +123,17 @@ def nats_of_noise(
     return max(2 * total / len(base), 0.0) / (eta**2 * len(layers))
 
 
-def noisy_rows(examples: Sequence[Example]) -> int:
-    """How many of the first rows gamma is measured on."""
-    tokens = 0
-    for n, example in enumerate(examples, 1):
-        tokens += len(example.tokens)
+def noisy_rows(examples: Sequence[Example], seed: int) -> list[int]:
+    """The numbers of the rows that gamma is measured on, sorted: a draw, as rows may be in order."""
+    order, tokens = (
+        torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist(),
+        0,
+    )
+    for n, row in enumerate(order, 1):
+        tokens += len(examples[row].tokens)
         if tokens >= NOISY_TOKENS and n * NOISY_SHARE >= len(examples):
-            return n
-    return len(examples)
+            return sorted(order[:n])
+    return sorted(order)
 
 
 @contextmanager

@@ -194,8 +194,8 @@ def fit_curvature(
             # In the order of the layers: a resumed fit has them in another, and sums would differ.
             traces = {n: float(run.traces[n]) / run.predictions for n in layers if n in run.traces}
         else:
-            some = range(noisy_rows(examples))
-            noisy = collate([examples[i] for i in some], pad, list(some)).to(device)
+            some = noisy_rows(examples, seed)
+            noisy = collate([examples[i] for i in some], pad, some).to(device)
             with bypassed(sites) if idle else nullcontext():
                 gamma = nats_of_noise(model, layers, noisy, seed)
             traces = dict.fromkeys(layers, gamma)

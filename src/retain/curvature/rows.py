@@ -74,7 +74,10 @@ def source_examples(
         check_labels(model, () if causal else (row_label(row) for row in read))
         if regression is None:
             regression = not causal and is_regression(model)
-        every = encode(read, tokenizer, max_length=max_length, causal=causal, regression=regression)
+        every = encode(
+            read, tokenizer, max_length=max_length, causal=causal, loss="source",
+            regression=regression,
+        )  # fmt: skip
         found = sample(every, rows, seed)  # a text that is one row gives many
     check_sizes(model, found, tokenizer, labels=False)
     if len(found) < batch_size:

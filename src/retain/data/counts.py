@@ -24,6 +24,7 @@ class RowCounts:
         texts_cut: texts of which the end is not read.
         tokens_cut: tokens behind ``max_length``, estimated for very long texts.
         rejected_unread: preference pairs, of which the chosen answer alone is read.
+        chats_unanswered: chats of a source without a turn of the assistant, which are read whole.
         tools_unwritten: chats whose tools the chat template does not write.
         ends_unlearned: chats whose template leaves the end token of a turn out of its
             ``{% generation %}`` marks, so that it is not learned.
@@ -41,6 +42,7 @@ class RowCounts:
     texts_cut: int = 0
     tokens_cut: int = 0
     rejected_unread: int = 0
+    chats_unanswered: int = 0
     tools_unwritten: int = 0
     ends_unlearned: int = 0
     columns_unread: int = 0
@@ -75,6 +77,7 @@ class RowCounts:
             (self.completions_empty, f"{of} have an empty answer: its end token alone is learned"),
             (self.texts_cut, f"{of} are cut at {length}"),
             (self.rejected_unread, f"{of} are preference pairs: the chosen answer alone is read"),
+            (self.chats_unanswered, f"{of} are chats without an assistant's turn: read whole"),
             (self.tools_unwritten, f"{of} have tools that the chat template does not write"),
             (
                 self.ends_unlearned,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Loss", "encode"]
 
-Loss = Literal["assistant", "all"]
+Loss = Literal["assistant", "source", "all"]
 
 
 def encode(
@@ -46,7 +46,8 @@ def encode(
         max_length: tokens of a row at most.
         causal: for a decoder, else for a classifier.
         loss: "assistant" learns the assistant's turns of a chat and the completions of prompts,
-            "all" every token.
+            "all" every token. "source" is for text that the model is held to or measured on: as
+            "assistant", and of a chat without an assistant's turn every token.
         counts: told what was left out, cut or passed over; without it a warning says so.
         regression: whether a classifier's labels are values, or classes (False): classes that are
             no whole numbers are refused then. None takes both as they come.

@@ -70,7 +70,10 @@ def measure_forgetting(
     tokenizer = tokenizer or getattr(model, "retain_tokenizer", None)
     found = read_rows(source, rows, seed=seed, max_length=max_length)
     check_labels(model, () if causal else (row_label(row) for row in found))
-    every = encode(found, tokenizer, max_length=max_length, causal=causal, regression=regression)
+    every = encode(
+        found, tokenizer, max_length=max_length, causal=causal, loss="source",
+        regression=regression,
+    )  # fmt: skip
     examples = sample(every, rows, seed)
     check_sizes(model, examples, tokenizer, labels=not regression)
     pad = pad_id(model)

@@ -104,7 +104,11 @@ def measure_perplexity(
     needed = max_length if stride is None else _WINDOWS * max_length
     found = read_rows(source, rows, seed=seed, max_length=needed)
     whole = encode(
-        found, tokenizer, max_length=max_length if stride is None else _WHOLE, causal=True
+        found,
+        tokenizer,
+        max_length=max_length if stride is None else _WHOLE,
+        causal=True,
+        loss="source",
     )
     examples = read = sample(whole, rows, seed)
     if stride is not None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from retain.documents import read_json
 from retain.errors import OutputError
 
 __all__ = ["check_ours", "foreign", "has_schema", "remove_ours"]
@@ -16,7 +16,7 @@ __all__ = ["check_ours", "foreign", "has_schema", "remove_ours"]
 def has_schema(path: Path, schema: str) -> bool:
     """Whether a file is JSON with a schema of ours."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and found.get("schema") == schema

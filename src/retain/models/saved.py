@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retain.documents import read_json
 from retain.errors import ModelError
 from retain.files import file_digest, whole_folder
 
@@ -45,7 +46,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
             )
         raise _bad("the folder holds no adapter", f"{folder} without {_WEIGHTS}")
     try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / _CONFIG)
         kind = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -127,7 +128,17 @@ def save_adapter(model: PeftModel, folder: Path, base: str) -> Path:
             inner.config.architectures = [type(inner).__name__]
             inner.config.to_json_file(new / HEAD)
         (new / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with paths of this machine
+        _sort_sets(new / _CONFIG)
     return folder
+
+
+def _sort_sets(path: Path) -> None:
+    """Puts what PEFT holds as a set, and writes in any order, in one order: the same bytes."""
+    config = read_json(path)
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def adapter_digest(folder: Path) -> str:
@@ -139,7 +150,7 @@ def adapter_digest(folder: Path) -> str:
         OSError: a file cannot be read.
         ValueError: the configuration is damaged.
     """
-    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / _CONFIG)
     settings = {k: v for k, v in config.items() if k != "base_model_name_or_path"}
     text = json.dumps(settings, sort_keys=True) + file_digest(folder / _WEIGHTS)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -162,7 +162,7 @@ def load_source(
         ]
     else:
         pair = _texts(source, work, seed, base.tokenizer)
-    size = {"max_length": source["max_length"], "causal": True}
+    size = {"max_length": source["max_length"], "causal": True, "loss": "source"}
     fit, held = (encode(rows, base.tokenizer, **size) for rows in pair)
     return fit[: source["rows"]], held[: source["heldout"]]
 
@@ -219,7 +219,9 @@ def _long_enough(
     most = 4 * (source["rows"] + source["heldout"]) if kind_of(path) == ".txt" else None
     rows = read_rows(path, most, seed=HELDOUT_SEED, max_length=source["max_length"])
     if any(row.get("pack") for row in rows):
-        pieces = encode(rows, tokenizer, max_length=source["max_length"], causal=True)
+        pieces = encode(
+            rows, tokenizer, max_length=source["max_length"], causal=True, loss="source"
+        )
         return [{"input_ids": [*piece.tokens, piece.targets[-1]]} for piece in pieces]
     least = source["min_words"]
     return [r for r in rows if not least or len(str(r.get("text", "")).split()) >= least]

@@ -6,7 +6,6 @@ A failure is recorded where the run's configuration or data caused it. What the 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import traceback
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retain.documents import read_json
 from retain.errors import OutputError, RetainError, memory_full
 from retain.files import clear_scratch, first_rank, whole_file, write_json, writing
 from retain.study.heard import heard
@@ -94,7 +94,7 @@ class Outcome:
 def read_record(path: Path) -> dict[str, Any] | None:
     """A record; None where there is none, or what is there is no record."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError):
         return None
     good = isinstance(found, dict) and found.get("schema") == RUN_SCHEMA

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from retain.documents import read_json
 from retain.errors import RetainWarning
 from retain.files import whole_file, write_json
 
@@ -56,12 +56,10 @@ class SequenceState:
 
         from retain.data.tensors import read_tensors
 
-        try:
-            text = (self.folder / "state.json").read_text(encoding="utf-8")
-        except OSError:
+        if not (self.folder / "state.json").exists():
             return None
         try:
-            note = json.loads(text)
+            note = read_json(self.folder / "state.json")
             if note["stamp"] != self.stamp:
                 _say_anew("is of other versions, code or data")
                 return None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from retain.documents import read_json
 from retain.files import file_digest, remove_ours, settle, sync, write_json
 
 __all__ = ["SEAL", "Seal", "checkpoints", "last_whole", "own_files", "seal_of", "why_broken"]
@@ -80,7 +81,7 @@ def _step(path: Path) -> int:
 def why_broken(path: Path) -> str | None:
     """Why a checkpoint cannot be gone on from; None for one that is as it was written."""
     try:
-        seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
+        seal = read_json(path / SEAL)
         digest = seal.pop("digest")
         files, good = dict(seal["files"]), seal["schema"] == SCHEMA and digest == _digest(seal)
     except OSError:
@@ -101,7 +102,7 @@ def why_broken(path: Path) -> str | None:
 def own_files(path: Path) -> tuple[str, ...]:
     """Patterns of what the trainer and this package put into a checkpoint."""
     try:
-        files = json.loads((path / SEAL).read_text(encoding="utf-8"))["files"]
+        files = read_json(path / SEAL)["files"]
         return (*FILES, *(glob.escape(name) for name in files))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return FILES
@@ -115,5 +116,5 @@ def last_whole(folder: Path) -> Path | None:
 
 def seal_of(checkpoint: Path) -> dict[str, Any]:
     """What the run of a whole checkpoint is of."""
-    found = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+    found = read_json(checkpoint / SEAL)
     return dict(found["of"])

@@ -8,7 +8,6 @@ so this is an entry of our own.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerState
 
+from retain.documents import read_json
 from retain.errors import TrainingError
 
 __all__ = ["keep", "kept_in"]
@@ -71,7 +71,7 @@ def _is_number(value: object) -> bool:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
