@@ -124,11 +124,9 @@ def nats_of_noise(
 
 
 def noisy_rows(examples: Sequence[Example], seed: int) -> list[int]:
-    """The numbers of the rows that gamma is measured on, sorted: a draw, as rows may be in order."""
-    order, tokens = (
-        torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist(),
-        0,
-    )
+    """The numbers of the rows that gamma is measured on, drawn: a source may be in some order."""
+    random = torch.Generator().manual_seed(seed)
+    order, tokens = torch.randperm(len(examples), generator=random).tolist(), 0
     for n, row in enumerate(order, 1):
         tokens += len(examples[row].tokens)
         if tokens >= NOISY_TOKENS and n * NOISY_SHARE >= len(examples):
