@@ -129,8 +129,8 @@ class TestText:
         path.write_text("".join(f"{i:03} " for i in range(200)))
         tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
         found = source_examples(
-            AutoModelForCausalLM.from_pretrained(tiny_folder), path, tokenizer, causal=True, rows=ASKED, max_length=32, batch_size=1, seed=2,
-            partial=None, progress=False,
+            AutoModelForCausalLM.from_pretrained(tiny_folder), path, tokenizer, causal=True,
+            rows=ASKED, max_length=32, batch_size=1, seed=2, partial=None, progress=False,
         )  # fmt: skip
         rows = [{"text": path.read_text(), "pack": True}]
         every = encode(rows, tokenizer, max_length=32, causal=True)
