@@ -41,8 +41,8 @@ def sources(folder: Path) -> list[Any]:
 def test_a_curvature(seed: int, tmp_path: Path) -> None:
     for source in [*sources(tmp_path), encode(ROWS, None, max_length=8, causal=True)]:
         found = source_examples(
-            tiny("llama"), source, None, causal=True, rows=ASKED, max_length=8, batch_size=1, seed=seed,
-            partial=None, progress=False,
+            tiny("llama"), source, None, causal=True, rows=ASKED, max_length=8, batch_size=1,
+            seed=seed, partial=None, progress=False,
         )  # fmt: skip
         assert found == encode(drawn(seed), None, max_length=8, causal=True)
         assert found != encode(ROWS[:ASKED], None, max_length=8, causal=True)
