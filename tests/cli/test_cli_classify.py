@@ -20,7 +20,7 @@ from transformers import (
 )
 
 KINDS = ["red", "blue", "green"]
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "big", "house", "while", "small", "bird", "sang", "old", "song", "out"]
+WORDS = [a + b for a in ("ca", "do", "mi", "lo", "su") for b in ("t", "g", "n", "p")]
 
 
 def save_encoder(folder: Path, tokens: Path, head: int | None = None, **changes: Any) -> Path:
