@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -72,6 +72,10 @@ class RunConfig(_Strict):
     out: str
     method: Literal["auto", "laplace", "none"] = "auto"
     curvature: str | None = None
+    source: str | None = Field(None, description="text that the curvature is measured on")
+    num_labels: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None, description="classes of a classifier; 1 for a regression"
+    )
     strength: float = Field(10.0, ge=0)
     budget: float | None = Field(None, gt=0, description="nats per source token, for the strength")
     start: Literal["random", "wiener", "discriminant"] | None = None

@@ -41,8 +41,8 @@ def sources(folder: Path) -> list[Any]:
 def test_a_curvature(seed: int, tmp_path: Path) -> None:
     for source in [*sources(tmp_path), encode(ROWS, None, max_length=8, causal=True)]:
         found = source_examples(
-            None, source, None, causal=True, rows=ASKED, max_length=8, batch_size=1, seed=seed,
-            partial=None, progress=False,
+            tiny("llama"), source, None, causal=True, rows=ASKED, max_length=8, batch_size=1,
+            seed=seed, partial=None, progress=False,
         )  # fmt: skip
         assert found == encode(drawn(seed), None, max_length=8, causal=True)
         assert found != encode(ROWS[:ASKED], None, max_length=8, causal=True)
@@ -109,10 +109,11 @@ class TestText:
 
     def test_passages(self, text: Path, tiny_folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+        model = AutoModelForCausalLM.from_pretrained(tiny_folder)
 
         def places(seed: int) -> list[int]:
             found = source_examples(
-                None, text, tokenizer, causal=True, rows=ASKED, max_length=32, batch_size=1,
+                model, text, tokenizer, causal=True, rows=ASKED, max_length=32, batch_size=1,
                 seed=seed, partial=None, progress=False,
             )  # fmt: skip
             assert len(found) == ASKED
@@ -128,8 +129,8 @@ class TestText:
         path.write_text("".join(f"{i:03} " for i in range(200)))
         tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
         found = source_examples(
-            None, path, tokenizer, causal=True, rows=ASKED, max_length=32, batch_size=1, seed=2,
-            partial=None, progress=False,
+            AutoModelForCausalLM.from_pretrained(tiny_folder), path, tokenizer, causal=True,
+            rows=ASKED, max_length=32, batch_size=1, seed=2, partial=None, progress=False,
         )  # fmt: skip
         rows = [{"text": path.read_text(), "pack": True}]
         every = encode(rows, tokenizer, max_length=32, causal=True)

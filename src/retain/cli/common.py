@@ -156,7 +156,15 @@ def base_of(adapter: Path, model: str | None) -> str:
     """
     from retain.models.saved import check_adapter
 
-    name = check_adapter(adapter).get("base_model_name_or_path")
+    found = check_adapter(adapter)
+    if found.get("task_type") == "SEQ_CLS":
+        raise ConfigError(
+            "a classifier's adapter brings its own head, and its base has none to compare it with",
+            got=f"{adapter} with task_type SEQ_CLS",
+            allowed="the adapter of a language model",
+            fix="score it in Python: see docs/classifiers.md",
+        )
+    name = found.get("base_model_name_or_path")
     if not (model or name):
         raise ConfigError(
             "nothing says which base model the adapter is for",

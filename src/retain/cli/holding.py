@@ -23,8 +23,9 @@ class Held(NamedTuple):
 
 
 def find_curvature(
-    config: RunConfig, given: Any, out: Path, model: Any, tokenizer: Any, screen: Screen
-) -> Held | None:
+    config: RunConfig, given: Any, out: Path, model: Any, tokenizer: Any, screen: Screen,
+    *, anew: bool = False,
+) -> Held | None:  # fmt: skip
     """The curvature for a run, checked to fit its model; None for plain LoRA.
 
     Args:
@@ -34,6 +35,7 @@ def find_curvature(
         model: with its fresh adapter.
         tokenizer: its tokenizer.
         screen: where to say what is done.
+        anew: one that an earlier run has left in the folder is not used.
 
     Raises:
         MismatchError: the given curvature does not fit.
@@ -45,18 +47,21 @@ def find_curvature(
     from retain.curvature.artifact import load_curvature
     from retain.curvature.estimate import fit_curvature
 
-    path = out / "curvature.safetensors"
-    if path.is_file():
+    path, source = out / "curvature.safetensors", config.source or "self"
+    if path.is_file() and not anew:
         try:
             found = _start_at(load_curvature(path), model)
+            if config.source is None and found.info.note != source:
+                raise MismatchError(f"it was measured on {found.info.note}")
             screen.say(f"using the curvature in {path}")
             return Held(found, path, None)
         except CurvatureError as error:
             screen.note(f"{path} is not used, and made anew: {error.what}")
-    screen.say("no curvature is given: measuring one on text that the model writes")
+    what = "text that the model writes" if config.source is None else source
+    screen.say(f"no curvature is given: measuring one on {what}")
     start = time.perf_counter()
     fitted = fit_curvature(
-        model, "self", tokenizer=tokenizer, seed=config.training.seed, progress=screen.progress
+        model, source, tokenizer=tokenizer, seed=config.training.seed, progress=screen.progress
     )
     if first_rank():
         fitted.save(path)

@@ -56,5 +56,8 @@ def tell(record: dict[str, Any], adapter: Path, out: Path, screen: Screen) -> No
         lines.append(["predicted forgetting", f"{record['predicted_nats']:.3g} nats per token"])
     screen.table("trained", ["", ""], [*lines, ["adapter", str(adapter)]])
     model, place = quote(record["config"]["model"]), quote(str(adapter))
-    screen.say(f"next: retain eval --model {model} --adapter {place} --probe")
+    if record.get("labels"):
+        screen.say("next: load it as docs/classifiers.md says")
+    else:
+        screen.say(f"next: retain eval --model {model} --adapter {place} --probe")
     screen.emit({"adapter": adapter, "record": out / "train.json", **record})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from retain.cli import checkpoints
+from retain.cli import checkpoints, classify
 from retain.cli.common import (
     Interrupted,
     Screen,
@@ -77,12 +77,16 @@ class _Run:
         self.source: Any = None
         self.past: Any = None
         self.why_no_filter: str | None = None
+        self.labels: classify.Labels | None = None
 
     def run(self) -> None:
         c, training = self.config, self.config.training
         self.problems = problem_count(c.data, "train")
         early = self._early()
         quieten(self.screen.progress)
+        if classify.wanted(c):
+            classify.check_settings(c, self.problems)
+            early["rows"], self.labels = classify.labels_of(early["rows"], c)
         from transformers.integrations.integration_utils import (
             get_available_reporting_integrations as installed,
         )
@@ -104,24 +108,19 @@ class _Run:
             self.source = load_curvature(self.chain.source)
             self.past = load_curvature(self.chain.past)
             self.chain.check_base(fingerprint(base), self.source.info.model, c.model)
-        self.model = adapted(base, c, self.chain, self.source, self.past, self.screen)
-        if not is_causal(self.model):
-            raise ModelError(
-                "the model is no causal language model",
-                got=type(base).__name__,
-                allowed="a model that continues text",
-                fix="train classifiers from Python",
-            )
+        causal, labels = is_causal(base), self.labels
         rows = early["rows"] if self.problems is None else self._problem_rows()
         counts = RowCounts()
         every = encode(
-            rows, self.tokenizer, max_length=training.max_length, causal=True, loss=c.loss,
-            counts=counts,
+            rows, self.tokenizer, max_length=training.max_length, causal=causal, loss=c.loss,
+            counts=counts, regression=None if labels is None else labels.regression,
         )  # fmt: skip
         examples = sample(every, c.limit, training.seed)  # a text that is one row gives many
         for line in counts.lines():
             self.screen.note(line)
         next(iter(batches(examples, training.batch_size, 0)))  # refuses what fills no batch
+        head = labels and classify.fit_new_head(base, examples, labels, c, self.screen)
+        self.model = adapted(base, c, self.chain, self.source, self.past, self.screen)
         held = self._held(early["curvature"])
         identity = {
             "data": rows_digest(examples),
@@ -141,6 +140,7 @@ class _Run:
         record = record_of(c, self.model, held, last) | {
             "examples": len(examples),
             "rows": counts.to_dict(),
+            "labels": labels and labels.to_dict() | {"head": head},
             "digests": identity,
             "why_no_filter": self.why_no_filter,
             "notes": self.screen.notes,
@@ -171,6 +171,9 @@ class _Run:
 
         c = self.config
         self.screen.say(f"loading {c.model}")
+        if self.labels is not None:
+            base, self.tokenizer, _ = classify.load_classifier(c, self.labels)
+            return base
         try:
             base, self.tokenizer, _ = load_model(
                 c.model, dtype=c.dtype, trust_remote_code=c.trust_remote_code
@@ -215,10 +218,16 @@ class _Run:
         return file_digest(path) if first_rank() else None
 
     def _held(self, given: Any) -> Held | None:
+        if self.labels is not None and self.config.method != "none":
+            reason = classify.why_not_held(self.config, self.labels)
+            if reason is not None:
+                self.screen.note(f"nothing is held: {reason}")
+                return None
         if self.chain is None:
             return find_curvature(
-                self.config, given, self.out, self.model, self.tokenizer, self.screen
-            )
+                self.config, given, self.out, self.model, self.tokenizer, self.screen,
+                anew=self.config.source is not None and not self.resume,
+            )  # fmt: skip
         return Held(self.source, self.chain.source, None)
 
     def _train(self, examples: Any, held: Held | None, identity: dict[str, Any]) -> Any:

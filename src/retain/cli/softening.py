@@ -84,15 +84,19 @@ class Softening:
         from retain.data.sources import encode
         from retain.evaluation.forgetting import Reference
         from retain.models.heads import is_causal
+        from retain.models.kinds import is_regression
         from retain.models.sizes import check_sizes
 
         count, length = size["rows"], size["max_length"]
         if rows is None:
             rows = own_text(self.model, tokenizer, size, seed, screen)
         causal = is_causal(self.model)
-        every = encode(rows, tokenizer, max_length=length, causal=causal, loss="source")
+        regression = is_regression(self.model)
+        every = encode(
+            rows, tokenizer, max_length=length, causal=causal, loss="source", regression=regression
+        )
         examples = sample(every, count, HELD_OUT + seed)
-        check_sizes(self.model, examples, tokenizer, labels=False)
+        check_sizes(self.model, examples, tokenizer, labels=not regression)
         batch = min(size["batch_size"], len(examples))
         self.base = Reference(self.model, examples, batch_size=batch, progress=screen.progress)
 

@@ -42,6 +42,20 @@ def train(
     curvature: Annotated[
         str | None, typer.Option(help="A file of retain fit; made in --out by default.")
     ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to measure the curvature on, in place of the model's own: a file, as for "
+            "retain fit."
+        ),
+    ] = None,
+    num_labels: Annotated[
+        str | None,
+        typer.Option(
+            help="Train a classifier of text and label: the number of classes, 1 for values, or "
+            "auto (an encoder's default) to count the labels."
+        ),
+    ] = None,
     strength: Annotated[
         float | None,
         typer.Option(help="How much keeping weighs against learning, 0 or more (10)."),
@@ -123,6 +137,7 @@ def train(
     """Learn a task with a LoRA adapter, and forget little of what the model knew."""
     given: dict[str, Any] = {
         "model": model, "data": data, "out": out, "curvature": curvature, "strength": strength,
+        "source": source, "num_labels": num_labels,
         "budget": budget, "start": start, "continue_from": continue_from, "keep_state": keep_state,
         "method": method, "dtype": dtype, "limit": limit, "loss": loss,
         "trust_remote_code": trust_remote_code,

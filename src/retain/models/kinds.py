@@ -44,7 +44,7 @@ _OTHERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("MultipleChoice",), "the model ranks several texts at once",
      f"for a label of each pair of texts, {_LOADED}"),
     (("MaskedLM", "PreTraining", "NextSentencePrediction", "WithLMHeadModel"),
-     "the model fills gaps in a text", f"for classes, {_LOADED}; --num-labels for retain fit"),
+     "the model fills gaps in a text", f"for classes, {_LOADED}; --num-labels on the command line"),
     (("WithValueHead",), "the model has a value head beside its own",
      "give the model inside it: model.pretrained_model"),
     (("ImageTextToText", "Vision2Seq", "ImageClassification", "SpeechSeq2Seq", "CTC",
@@ -152,7 +152,7 @@ def _check_order(name: str, config: Any) -> None:
 def _refuse(names: list[str], config: Any) -> NoReturn:
     """Says what a model is, and what to load in its place."""
     allowed = "a ...ForCausalLM or ...ForSequenceClassification model"
-    fix, what = f"for classes, {_LOADED}; --num-labels for retain fit", "the model has no head"
+    fix, what = f"for classes, {_LOADED}; --num-labels on the command line", "the model has no head"
     for ends, does, instead in _OTHERS:
         if any(name.endswith(ends) for name in names):
             raise ModelError(does, got=names[0], allowed=allowed, fix=instead)

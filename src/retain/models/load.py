@@ -24,7 +24,15 @@ from retain.models.builtin import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DTYPES", "LoadedModel", "has_causal_head", "is_decoder", "load_model"]
+__all__ = [
+    "DTYPES",
+    "LoadedModel",
+    "has_causal_head",
+    "is_decoder",
+    "is_encoder",
+    "load_model",
+    "own_labels",
+]
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -121,6 +129,36 @@ def is_decoder(name: str) -> bool | None:
     """
     if (BUILTIN[name].path if name in BUILTIN else name).endswith(".gguf"):
         return True
+    named = _settings_of(name).get("architectures")
+    return has_causal_head(named) if named else None
+
+
+def is_encoder(name: str) -> bool:
+    """Whether a model reads text and does not write it, by its configuration; see `is_decoder`."""
+    found = {} if is_decoder(name) else _settings_of(name)
+    named = found.get("architectures") or []
+    other = ("Conditional", "EncoderModel", "Image", "Vision", "CTC", "Audio")
+    return (
+        bool(named)
+        and not found.get("is_encoder_decoder")
+        and not any(part in name for name in named for part in other)
+        and not found.keys() & {"vision_config", "audio_config", "num_decoder_layers"}
+    )
+
+
+def own_labels(name: str) -> list[str] | None:
+    """The classes of the classification head that a model comes with; None without one."""
+    found = _settings_of(name)
+    if not any("ForSequenceClassification" in a for a in found.get("architectures") or []):
+        return None
+    names = found.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
+    return [str(names[key]) for key in sorted(names, key=int)]
+
+
+def _settings_of(name: str) -> dict[str, Any]:
+    """A model's configuration as it is written; {} where none can be had."""
+    if (BUILTIN[name].path if name in BUILTIN else name).endswith(".gguf"):
+        return {}
     import transformers as tf
 
     for here in (True, False):
@@ -128,9 +166,8 @@ def is_decoder(name: str) -> bool | None:
             config, _ = tf.PreTrainedConfig.get_config_dict(_resolve(name), local_files_only=here)
         except (ModelError, OSError, ValueError):
             continue
-        named = config.get("architectures")
-        return has_causal_head(named) if named else None
-    return None
+        return dict(config)
+    return {}
 
 
 def has_causal_head(architectures: Sequence[str]) -> bool:

@@ -21,6 +21,9 @@ _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors",
 FILES = (_CONFIG, _WEIGHTS)
 """What an adapter's folder holds; anything else in it is somebody else's."""
 
+HEAD = "config.json"
+"""Beside a classifier's adapter: the model's configuration, which names the classes of its head."""
+
 
 def check_adapter(folder: Path) -> dict[str, Any]:
     """The configuration of the LoRA adapter in a folder; loads no weights.
@@ -103,6 +106,8 @@ def _bad(what: str, got: object) -> ModelError:
 def save_adapter(model: PeftModel, folder: Path, base: str) -> Path:
     """Writes a plain PEFT adapter; an older one stays until the new one is whole.
 
+    A classifier's comes with its head, and with the configuration that names its classes.
+
     Other files in the folder stay.
 
     Args:
@@ -115,8 +120,13 @@ def save_adapter(model: PeftModel, folder: Path, base: str) -> Path:
     """
     for config in model.peft_config.values():
         config.base_model_name_or_path = base
-    with whole_folder(folder, "the adapter", FILES) as new:
+    head = any(config.task_type == "SEQ_CLS" for config in model.peft_config.values())
+    with whole_folder(folder, "the adapter", (*FILES, *([HEAD] if head else []))) as new:
         model.save_pretrained(str(new), save_embedding_layers=False)
+        if head:
+            inner: Any = model.get_base_model()
+            inner.config.architectures = [type(inner).__name__]
+            inner.config.to_json_file(new / HEAD)
         (new / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with paths of this machine
         _sort_sets(new / _CONFIG)
     return folder

@@ -171,7 +171,7 @@ def _label(example: Example) -> object:
 
 
 def _check_ids(
-    ids: Sequence[int], rows: int | None, number: int, tokenizer: PreTrainedTokenizerBase | None
+    ids: Sequence[float], rows: int | None, number: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
     least, most = min(ids, default=0), max(ids, default=0)
     if least >= 0 and (rows is None or most < rows):

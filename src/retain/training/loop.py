@@ -142,6 +142,13 @@ def train(
             allowed=f"at least {config.batch_size} examples",
             fix="lower batch_size",
         )
+    if regression and any(e.targets[0] != e.targets[0] for e in examples):
+        raise SourceError(
+            "a row to learn from has no label",
+            got="no number",
+            allowed="the value of each row",
+            fix="leave out rows without a label",
+        )
     own = whole and regression == values
     check_sizes(model, examples, getattr(model, "retain_tokenizer", None), labels=own)
     if not regression and any(not e.predict and e.targets[0] < 0 for e in examples):

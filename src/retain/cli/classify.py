@@ -1,0 +1,260 @@
+"""``retain train`` of a classifier: its labels, its new head, and what it can be held by.
+
+A new head is fitted to the model as it is before anything else (`retain.training.head`): a
+curvature that is measured before would be that of a head that says nothing. A classifier writes no
+text of its own, so it is held on text that is given (``--source``), and on none without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from retain.cli.common import Screen
+from retain.config import RunConfig
+from retain.errors import ConfigError, SourceError
+
+__all__ = [
+    "Labels",
+    "check_settings",
+    "fit_new_head",
+    "labels_of",
+    "load_classifier",
+    "wanted",
+    "why_not_held",
+]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the rows of a classifier are labelled with.
+
+    Attributes:
+        count: outputs of the head; one is a regression.
+        names: of the classes, in their order, where the rows name them.
+        known: the base model comes with a head of so many outputs, which goes on.
+    """
+
+    count: int
+    names: tuple[str, ...] = ()
+    known: bool = False
+
+    @property
+    def regression(self) -> bool:
+        """Whether labels are values."""
+        return self.count == 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the record."""
+        return asdict(self) | {"names": list(self.names)}
+
+
+def wanted(config: RunConfig) -> bool:
+    """Whether a run trains a classifier: where it says so, or its model is an encoder."""
+    from retain.models.load import is_encoder
+
+    return config.num_labels is not None or is_encoder(config.model)
+
+
+def check_settings(config: RunConfig, problems: int | None) -> None:
+    """Refuses, before the model is loaded, what a classifier cannot do.
+
+    Raises:
+        ConfigError: text to continue, a run that continues or is continued, or a curvature or a
+            way of holding without the text to measure it on.
+    """
+    if problems is not None:
+        raise ConfigError(
+            "a classifier learns rows with a label",
+            got=f"data {config.data}",
+            allowed="a file of text (or pairs of texts) and label",
+            fix="give such a file with --data, or a decoder with --model",
+        )
+    if config.keep_state or config.continue_from is not None:
+        raise ConfigError(
+            "a run of a classifier is not continued",
+            got="keep_state" if config.keep_state else f"continue_from {config.continue_from}",
+            allowed="one run after the other from a base model",
+            fix="leave --keep-state and --continue-from out",
+        )
+    held = config.method == "laplace" or config.budget is not None or config.start is not None
+    if held and config.source is None and config.curvature is None:
+        raise ConfigError(
+            "a classifier writes no text that it could be held on",
+            got="no --source",
+            allowed="a file of texts like those whose answers are to stay",
+            fix="--source texts.jsonl; or leave --method, --budget and --start out",
+        )
+
+
+def labels_of(
+    rows: Sequence[Mapping[str, Any]], config: RunConfig
+) -> tuple[list[Mapping[str, Any]], Labels]:
+    """The rows with their labels as numbers, and what these are.
+
+    Labels that are all text name the classes, in alphabetical order (or in that of the base
+    model's own head, where it has the same names); whole numbers from 0 count them; other numbers
+    are values.
+
+    Raises:
+        SourceError: a row without a label, or labels that are no classes.
+        ConfigError: more or fewer of them than asked for.
+    """
+    from retain.data.labels import target_of
+    from retain.models.kinds import row_label
+    from retain.models.load import own_labels
+
+    own = own_labels(config.model)
+    asked = None if config.num_labels in (None, "auto") else int(config.num_labels or 0)
+    found = [row_label(row) for row in rows]
+    for number, label in enumerate(found, start=1):
+        if label is None or not str(label).strip() or (label in (-1, -100) and asked != 1):
+            raise SourceError(
+                f"row {number} of the data has no label",
+                got=f"label {label!r}",
+                allowed="a label in each row",
+                fix="leave the row out",
+            )
+    text = [isinstance(label, str) and not _is_number(label) for label in found]
+    if any(text):
+        odd = next((n for n, label in enumerate(found, 1) if not isinstance(label, str)), None)
+        if odd is not None:
+            raise SourceError(
+                f"row {odd} of the data has a label of another kind",
+                got=f"label {found[odd - 1]!r}, beside {found[text.index(True)]!r}",
+                allowed="names alone, or numbers alone",
+                fix="write all labels as text",
+            )
+        names = sorted({str(label).strip() for label in found})
+        same = own is not None and sorted(own) == names
+        names = list(own) if own is not None and same else names
+        _check_count(len(names), asked, len(rows), f"{len(names)} names")
+        places = {name: place for place, name in enumerate(names)}
+        numbered = [_with(r, places[str(v).strip()]) for r, v in zip(rows, found, strict=True)]
+        return numbered, Labels(len(names), tuple(names), same)
+    values: list[int | float] = []
+    for number, label in enumerate(found, start=1):
+        try:
+            values.append(target_of(label, True if asked == 1 else None))
+        except SourceError as error:
+            raise SourceError(
+                error.what, got=f"{error.got} (row {number})", allowed=error.allowed, fix=error.fix
+            ) from error
+    if asked == 1 or (asked is None and any(isinstance(v, float) for v in values)):
+        return list(rows), Labels(1, known=own is not None and len(own) == 1)
+    if asked is None:
+        least, most = min(values), int(max(values))
+        if least > 0:
+            raise SourceError(
+                "the labels are not counted from 0",
+                got=f"{least} to {most}",
+                allowed="0 to one less than the number of classes",
+                fix=f"number them from 0, or --num-labels {most + 1}; --num-labels 1 for values",
+            )
+        _check_count(most + 1, None, len(rows), f"labels up to {most}")
+    count = asked or int(max(values)) + 1
+    return list(rows), Labels(count, known=own is not None and len(own) == count)
+
+
+def why_not_held(config: RunConfig, labels: Labels) -> str | None:
+    """Why a classifier is not held; None where it is.
+
+    Raises:
+        ConfigError: a curvature that was measured before the head was fitted.
+    """
+    if config.curvature is not None and not labels.known:
+        raise ConfigError(
+            "a curvature that was measured before the head was fitted tells nothing of it",
+            got=f"curvature {config.curvature}, and a new head of {labels.count} outputs",
+            allowed="text, on which it is measured once the head is fitted",
+            fix="--source texts.jsonl in place of --curvature",
+        )
+    if config.curvature is None and config.source is None:
+        return "a classifier writes no text of its own; --source gives some"
+    return None
+
+
+def _check_count(count: int, asked: int | None, rows: int, got: str) -> None:
+    if asked is not None and asked != count:
+        raise ConfigError(
+            "the labels are not as many as asked for",
+            got=f"{got}, --num-labels {asked}",
+            allowed=f"--num-labels {count}",
+            fix="leave --num-labels out, or check the labels",
+        )
+    if not 2 <= count <= rows:
+        raise SourceError(
+            "the labels are no classes",
+            got=f"{got} in {rows} rows",
+            allowed="two classes or more, and no more of them than rows",
+            fix="check the labels; --num-labels 1 for values, or the number of classes",
+        )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _with(row: Mapping[str, Any], label: int) -> Mapping[str, Any]:
+    return {**{k: v for k, v in row.items() if k != "labels"}, "label": label}
+
+
+def load_classifier(config: RunConfig, labels: Labels) -> Any:
+    """The base model with its head, and its tokenizer; a new head is drawn by the run's seed.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    import torch
+
+    from retain.models.load import load_model
+
+    more: dict[str, Any] = {}
+    if labels.names:
+        more["id2label"] = dict(enumerate(labels.names))
+        more["label2id"] = {name: place for place, name in enumerate(labels.names)}
+    if not labels.known:  # what the files of a known head say of it stays
+        kinds = {True: "regression", False: "single_label_classification"}
+        more["problem_type"] = kinds[labels.regression]
+    with torch.random.fork_rng():
+        torch.manual_seed(config.training.seed)
+        return load_model(
+            config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code,
+            num_labels=labels.count, ignore_mismatched_sizes=True, **more,
+        )  # fmt: skip
+
+
+def fit_new_head(
+    model: Any, examples: Sequence[Any], labels: Labels, config: RunConfig, screen: Screen
+) -> dict[str, Any] | None:
+    """Fits a new head, and says so; None where the base model's own goes on.
+
+    Args:
+        model: the base model.
+        examples: of the run.
+        labels: theirs.
+        config: of the run.
+        screen: where to say it.
+
+    Raises:
+        RetainError: see `retain.fit_head`.
+    """
+    if labels.known:
+        screen.note(f"the base model's own head of {labels.count} outputs goes on; none is fitted")
+        return None
+    from retain.training.head import fit_head
+
+    found = fit_head(model, list(examples), seed=config.training.seed, progress=screen.progress)
+    unit = "squared error" if labels.regression else "nats"
+    screen.say(
+        f"a new head of {labels.count} outputs, fitted on {found.rows} rows: "
+        f"{found.loss:.3g} {unit} a row, {found.known:.3g} without the text"
+    )
+    if not found.placed:
+        screen.note("the head stays as it was drawn: the model's features do not foretell a label")
+    return asdict(found)
