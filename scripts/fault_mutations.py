@@ -231,7 +231,9 @@ def _number(path: Path, draw: random.Random) -> None:
 
     text = path.read_text(encoding="utf-8")
     match = draw.choice([*re.finditer(r"(?<=[ \[])-?\d+(?:\.\d+)?\b", text)])
-    by = draw.choice([_HUGE, "1e999", "-1e999", "NaN", "Infinity", ".inf", "0x" + "f" * 99, "1e400"])
+    by = draw.choice(
+        [_HUGE, "1e999", "-1e999", "NaN", "Infinity", ".inf", "0x" + "f" * 99, "1e400"]
+    )
     path.write_text(text[: match.start()] + by + text[match.end() :], encoding="utf-8")
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 __all__ = ["listing", "meaning", "named_inputs", "results"]
 
-VOLATILE = frozenset(
-    "seconds created peak_memory_gib commit resumed_from started ended time host pid "
-    "train_runtime train_samples_per_second train_steps_per_second memory notes".split()
-)
+VOLATILE = frozenset([
+    "seconds", "created", "peak_memory_gib", "memory", "commit", "resumed_from", "notes", "time",
+    "train_runtime", "train_samples_per_second", "train_steps_per_second",
+])  # fmt: skip
 """Keys of records that differ between any two runs of a command: times, and what was said."""
 
 INPUTS = ("config", "digests", "data", "inputs", "model", "examples", "start", "source")

@@ -19,6 +19,8 @@ holds are not done again. The last output is a table, which docs/faults.md expla
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import json
 import os
 import random
@@ -39,13 +41,13 @@ os.environ |= {
     "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore",
 }  # fmt: skip
 
-from fault_inputs import BASES, JOBS, Job, stop, write_inputs  # noqa: E402
-from fault_mutations import damage  # noqa: E402
-from fault_results import listing, meaning, named_inputs, results  # noqa: E402
+from fault_inputs import BASES, JOBS, Job, stop, write_inputs
+from fault_mutations import damage
+from fault_results import listing, meaning, named_inputs, results
 
 VERDICTS = (
-    "same bytes", "refused in one line", "other inputs, named", "raw", "hang", "silent", "leftovers",
-    "other bytes", "ended first",
+    "same bytes", "refused in one line", "other inputs, named", "raw", "hang", "silent",
+    "leftovers", "other bytes", "ended first",
 )  # fmt: skip
 BAD = frozenset({"raw", "hang", "silent", "leftovers", "other bytes"})
 
@@ -75,7 +77,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/faults"), help="folder of the trials")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/faults"), help="folder of the trials"
+    )
     parser.add_argument("--kills", type=int, default=20, help="kills that strike")
     parser.add_argument("--mutations", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -94,7 +98,9 @@ def main() -> int:
         print(json.dumps(found, indent=1))
         return found["verdict"] in BAD
     done = read_trials(out)
-    workers = [fork(lambda n=n: work(out, options, references, done, n)) for n in range(options.jobs)]  # type: ignore[misc]
+    workers = [
+        fork(lambda n=n: work(out, options, references, done, n)) for n in range(options.jobs)
+    ]
     for worker in workers:
         os.waitpid(worker, 0)
     trials = list(read_trials(out).values())
@@ -104,24 +110,13 @@ def main() -> int:
 
 def load_libraries() -> None:
     """Imports once what each command would import; no model runs here, so forks start clean."""
-    import gc
-
-    import datasets
-    import peft
-    import scipy.stats
-    import sklearn.metrics
-    import transformers.trainer
-
-    import retain.cli.run
-    import retain.cli.softening
-    import retain.curvature.estimate
-    import retain.models.load
-    import retain.models.sample
-    import retain.study.sequence
-    import retain.study.studies
-
-    assert datasets and peft and scipy and sklearn and transformers and retain
-    transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+    for name in (
+        "datasets", "peft", "scipy.stats", "sklearn.metrics", "transformers.trainer", "pyarrow.csv",
+        "transformers.models.llama.modeling_llama", "matplotlib.pyplot", "retain.cli.run",
+        "retain.cli.softening", "retain.curvature.estimate", "retain.models.load",
+        "retain.models.sample", "retain.study.sequence", "retain.study.studies",
+    ):  # fmt: skip
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()
 
@@ -213,7 +208,7 @@ def prepare(out: Path, seed: int) -> dict[str, Reference]:
         for name, (before, job) in BASES.items():
             made = bases / name / "trial"
             if not before:
-                os.waitpid(fork(lambda made=made: write_inputs(made, seed)), 0)  # type: ignore[misc]
+                os.waitpid(fork(lambda made=made: write_inputs(made, seed)), 0)
             else:
                 copy(bases / before / "trial", made)
             if name == "stopped":
@@ -371,7 +366,9 @@ def judged(
 
 def sound(line: str) -> bool:
     """Whether a line says what was got and what to do, in words of ours."""
-    return "; fix: " in line and not re.match(r"(?:retain: )?[A-Za-z_.]*(?:Error|Exception)\b", line)
+    return "; fix: " in line and not re.match(
+        r"(?:retain: )?[A-Za-z_.]*(?:Error|Exception)\b", line
+    )
 
 
 def failures(folder: Path, names: tuple[str, ...]) -> list[str]:
