@@ -19,6 +19,7 @@ holds are not done again. The last output is a table, which docs/faults.md expla
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib
 import json
@@ -189,7 +190,9 @@ def run(
             if kill_at is None:
                 os.kill(child, signal.SIGUSR1)  # says where it is
                 time.sleep(0.2)
-            os.killpg(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has no group yet
+                os.killpg(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             status = signal.SIGKILL
             break
@@ -378,7 +381,7 @@ def failures(folder: Path, names: tuple[str, ...]) -> list[str]:
         if "/runs/" in name and name.endswith(".json"):
             try:
                 record = json.loads((folder / name).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 continue
             if isinstance(record, dict) and record.get("status") == "failed":
                 found.append(str(record.get("error")))
