@@ -35,7 +35,8 @@ from retain.models.adapter import lora_sites
 from retain.models.sample import sample_rows
 from retain.study.provenance import provenance
 from retain.study.training import trim_memory
-from retain.training.start import Held, Start
+from retain.training.held import Held
+from retain.training.start import Start
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -168,15 +168,15 @@ class TestSources:
     @pytest.mark.parametrize(
         ("row", "why"),
         [
-            ({"prompt": 3, "completion": "x"}, "no string"),
-            ({"input_ids": "abc"}, "'a'"),
-            ({"messages": [{"role": "user", "content": "hello"}]}, "chat template"),
+            ({"prompt": 3, "completion": "x"}, "prompt is no string"),
+            ({"input_ids": "abc"}, "input_ids is no list of whole numbers"),
+            ({"messages": [{"role": "user", "content": "hello"}]}, "a chat needs a chat template"),
         ],
     )
     def test_a_row_of_another_kind(self, fit: Any, tmp_path: Path, row: Any, why: str) -> None:
         path = tmp_path / "rows.jsonl"
         path.write_text(json.dumps({"text": "sound"}) + "\n" + json.dumps(row))
-        fit("-q", what=path).refused("line 2 of rows.jsonl", why)
+        fit("-q", what=path).refused("(line 2 of rows.jsonl)", why)
 
     def test_other_columns(self, train: Any, tmp_path: Path) -> None:
         path = tmp_path / "rows.jsonl"

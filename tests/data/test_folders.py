@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,3 +92,13 @@ def test_no_path(home: Path) -> None:
     with pytest.raises(SourceError):
         load_items(spec(local="loop"), "train", data_dir=home)
     assert inside(home, "mine", "it") == home / "mine"
+
+
+@pytest.mark.parametrize("name", ["../outside", "{tmp}/outside", "mine/../.."])
+def test_a_study_too(home: Path, name: str) -> None:
+    from retain.study.material import _data_file
+
+    work: Any = SimpleNamespace(data_dir=home)
+    assert _data_file({"name": "mine"}, "train", work) == home / "mine" / "train.jsonl"
+    with pytest.raises(SourceError, match="leads out of the data folder"):
+        _data_file({"name": name.replace("{tmp}", str(home.parent))}, "train", work)

@@ -8,15 +8,19 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
+from tokenizers import processors
+from transformers import AutoTokenizer
 
+from retain.data.counts import RowCounts
 from retain.data.draws import draw
 from retain.data.filetypes.text import Text, block_length
 from retain.data.placed import Passage
-from retain.data.sources import read_rows
+from retain.data.sources import encode, read_rows
 from retain.errors import SourceError
 
 WORDS = ["river", "stone", "lamp", "green", "quick", "seven", "paper", "cloud", "music", "north"]
@@ -59,8 +63,11 @@ def test_blocks_make_up_the_text(name: str, kind: str, length: int, tmp_path: Pa
         assert joined == TEXTS[kind]
     for block in blocks:  # each is what is there at its place
         assert raw[block.number :].startswith(block["text"].encode())
-    some = list(range(0, len(text), 3))
-    assert text.take(some) == [b for b in text.take(range(len(text))) if b.number // length in some]
+    assert abs(len(text) * length - len(raw)) < length or len(text) == 1
+    some = range(0, len(text), 3)
+    alone = [block for place in some for block in text.take([place])]
+    assert text.take(some) == alone  # whichever others are read
+    assert all(block in blocks for block in alone)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.txt.gz"])
@@ -179,3 +186,51 @@ def test_a_draw_of_a_stream_holds_only_what_it_draws() -> None:
     assert len(read_rows((Row() for _ in range(5_000)), 10)) == 10
     assert most < 20
     assert list(draw(5_000, 10, 0)) != list(range(10))
+
+
+class TestPassages:
+    """What becomes of a drawn passage: its first tokens, and nothing that is counted as lost."""
+
+    @pytest.fixture(scope="class")
+    def tokenizer(self, tiny_folder: Path) -> Any:
+        return AutoTokenizer.from_pretrained(tiny_folder)
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        path = tmp_path / "a.txt"
+        path.write_text(english(400_000))
+        return path
+
+    @pytest.mark.parametrize("length", [16, 128, 1024])
+    @pytest.mark.parametrize("known", [False, True])
+    def test_one_row_each(self, path: Path, tokenizer: Any, length: int, known: bool) -> None:
+        counts = RowCounts()
+        rows = read_rows(path, 20, max_length=length if known else None)
+        found = encode(rows, tokenizer, max_length=length, causal=True, counts=counts)
+        assert len(found) == 20
+        for row, example in zip(rows, found, strict=True):
+            ids = [*example.tokens, example.targets[-1]]
+            assert len(ids) == length
+            assert row["text"].startswith(tokenizer.decode(ids))
+            assert all(example.predict)
+        assert counts.lines() == []
+
+    def test_only_the_first_begins(self, path: Path, tiny_folder: Path) -> None:
+        headed = AutoTokenizer.from_pretrained(tiny_folder)
+        headed.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+        rows = read_rows(path, 150, max_length=128)
+        assert isinstance(rows[0], Passage) and rows[0].begins
+        found = encode(rows, headed, max_length=128, causal=True)
+        assert [e.tokens[0] == 0 for e in found] == [True] + [False] * 149
+        assert not any(1 in e.targets for e in found)
+
+    def test_the_line_of_the_file_is_named(self, tmp_path: Path, tokenizer: Any) -> None:
+        path = tmp_path / "a.jsonl"
+        lines = ['{"text": "so"}', "", '{"text": "so"}', '{"text": 5}']
+        path.write_text("\n".join(lines))
+        with pytest.raises(SourceError, match=r"line 4 of a\.jsonl"):
+            encode(read_rows(path), tokenizer, max_length=8, causal=True)
+        with pytest.raises(SourceError, match=r"row 2\b"):
+            encode([{"text": "so"}, {"text": 5}], tokenizer, max_length=8, causal=True)

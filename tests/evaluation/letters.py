@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 
 class Letters:
     """The letters a to k are the ids 1 to 11; anything else is left out."""
@@ -20,5 +18,5 @@ class Letters:
             ids = ids[: int(str(options["max_length"]))]
         return {"input_ids": ids}
 
-    def batch_decode(self, rows: torch.Tensor, skip_special_tokens: bool) -> list[str]:
-        return ["".join(chr(96 + t) for t in row if 0 < t < 12) for row in rows.tolist()]
+    def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        return ["".join(chr(96 + t) for t in row if 0 < t < 12) for row in rows]

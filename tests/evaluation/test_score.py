@@ -161,10 +161,8 @@ def test_a_decoder_may_write_a_number(decoder: torch.nn.Module) -> None:
                 "".join("abcdefghij"[int(c)] if c.isdigit() else c for c in text)
             )
 
-        def batch_decode(self, rows: torch.Tensor, skip_special_tokens: bool) -> list[str]:
-            return [
-                f"it is {row[0]}.{row[1]} or 7" if row[0] != 5 else "?" for row in rows.tolist()
-            ]
+        def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
+            return [f"it is {row[0]}.{row[1]} or 7" if row[0] != 5 else "?" for row in rows]
 
     prompts = ["abcdef", "a", "gh", "ik", "dca"]
     texts = generate(decoder, Digits(), prompts, max_new_tokens=2)

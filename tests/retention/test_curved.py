@@ -94,8 +94,7 @@ def test_ewc_is_the_explicit_penalty(model: str, which: int) -> None:
     fisher = naive_fisher(attached.model, task)
     method.after_task(task)
     for name, diagonal in fisher.items():
-        # the small slope of a regression's logits leaves 1 + O((FLAT z)^2)
-        assert relative(method.curvature.blocks[name].values, 0.5 * diagonal) < 1e-3
+        assert relative(method.curvature.blocks[name].values, 0.5 * diagonal) < 1e-9
     shaken(attached.model, seed=9, size=0.3)
     method.before_task(later)
     sites = lora_sites(attached.model)
@@ -107,7 +106,7 @@ def test_ewc_is_the_explicit_penalty(model: str, which: int) -> None:
     for site in sites:
         site.a.grad, site.b.grad = torch.ones_like(site.a), torch.ones_like(site.b)
     nats = method.before_step(attached.model)
-    slack = 1e-9 if which == 0 else 1e-3
+    slack = 1e-9
     for p, g in zip([p for s in sites for p in (s.a, s.b)], want, strict=True):
         assert relative(p.grad - 1, g) < slack
     assert nats == pytest.approx(float(penalty.detach()), rel=slack)
@@ -174,7 +173,7 @@ def test_a_regression_has_a_curvature_of_the_right_size(structure: str) -> None:
     )
     if structure == "activation":
         assert 0.05 < ratio < 20
-    else:  # sampled labels of a logit at 1/2 have one squared gradient
+    else:  # random signs have one squared gradient
         assert ratio == pytest.approx(1.0, rel=0.35)
     method.options["fisher"] = "empirical"
     with pytest.raises(ConfigError, match="no labels of this kind"):
@@ -188,5 +187,5 @@ def test_the_narrowed_answers_end_with_the_fit() -> None:
     with _answering(attached.model, slice(0, 2)):
         assert torch.equal(forward_logits(attached.model, batch), whole[:, :2])
     with _answering(attached.model, slice(2, 3)):
-        assert forward_logits(attached.model, batch).shape == (2, 2)
+        assert torch.equal(forward_logits(attached.model, batch), whole[:, 2:3])
     assert torch.equal(forward_logits(attached.model, batch), whole)

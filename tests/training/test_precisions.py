@@ -67,11 +67,12 @@ def made(kind: str, data: str, half: bool, folder: Path, out: Path, said: dict[s
     """A trainer as a user's script has it."""
     common: dict[str, Any] = {
         "output_dir": str(out), "max_steps": 4, "per_device_train_batch_size": 4,
-        "learning_rate": 3e-3, "logging_steps": 1, "report_to": "none", "save_strategy": "no",
+        "learning_rate": 1e-2, "logging_steps": 1, "report_to": "none", "save_strategy": "no",
         "disable_tqdm": True, "use_cpu": True, "lr_scheduler_type": "constant", **said,
     }  # fmt: skip
     model, tokenizer, _ = load_model(folder, dtype="bfloat16" if half else "float32")
     tokenizer.chat_template = CHATML
+    wilder(model)
     torch.manual_seed(0)
     if kind == "sft":
         from trl import SFTConfig, SFTTrainer
@@ -101,6 +102,14 @@ def made(kind: str, data: str, half: bool, folder: Path, out: Path, said: dict[s
     return Trainer(peft, arguments, data_collator=padded, train_dataset=data_set)
 
 
+def wilder(model: torch.nn.Module) -> None:
+    """Weights large enough for predictions that differ, so that there is something to forget."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(10)
+
+
 LABELLED = [{"input_ids": [*r["input_ids"], 1 + i], "label": r["label"]}
             for i in range(6) for r in ROWS["bert"]]  # fmt: skip
 
@@ -122,6 +131,7 @@ def encoder(half: bool) -> Any:
     model = BertForSequenceClassification(
         BertConfig(vocab_size=32, num_attention_heads=2, num_labels=3, pad_token_id=0, **shape)
     )
+    wilder(model)
     return model.to(torch.bfloat16) if half else model
 
 
@@ -173,11 +183,12 @@ def test_bf16_agrees_with_float32(
     out = tmp_path_factory.getbasetemp()
     want = trained(kind, way, "float32", tiny_folder, out, data)
     got = trained(kind, way, precision, tiny_folder, out, data)
-    # 8 bits of mantissa; sums of hundreds of such products; a step is a sign at first, under Adam
-    assert got[0] == pytest.approx(want[0], rel=0.01)
-    assert got[1][-1] > 0
-    assert got[1] == pytest.approx(want[1], rel=0.15, abs=1e-5)
-    assert got[2:] == pytest.approx(want[2:], rel=0.15, abs=1e-5)
+    # 8 bits of mantissa through two layers; and Adam's first steps are signs, so that a gradient
+    # whose rounding is as large as itself moves a weight the whole way
+    assert got[0] == pytest.approx(want[0], rel=0.02)
+    assert got[1][-1] > 1e-4
+    assert got[1] == pytest.approx(want[1], rel=0.15)
+    assert got[2:] == pytest.approx(want[2:], rel=0.1)
     if precision == "nothing said" and kind in ("causal", "classifier"):
         assert got == want  # transformers' own default is float32
 

@@ -84,6 +84,7 @@ class Softening:
         from retain.data.sources import encode
         from retain.evaluation.forgetting import Reference
         from retain.models.heads import is_causal
+        from retain.models.sizes import check_sizes
 
         count, length = size["rows"], size["max_length"]
         if rows is None:
@@ -91,6 +92,7 @@ class Softening:
         causal = is_causal(self.model)
         every = encode(rows, tokenizer, max_length=length, causal=causal)
         examples = sample(every, count, HELD_OUT + seed)
+        check_sizes(self.model, examples, tokenizer, labels=False)
         batch = min(size["batch_size"], len(examples))
         self.base = Reference(self.model, examples, batch_size=batch, progress=screen.progress)
 

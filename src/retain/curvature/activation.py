@@ -32,10 +32,10 @@ from retain.curvature.block import Block
 from retain.curvature.estimator import Estimator, Fitted, flat
 from retain.curvature.factor import ScalarFactor, SketchFactor
 from retain.curvature.kronecker import KroneckerBlock
-from retain.curvature.labels import check_classes
 from retain.curvature.record import Record
 from retain.data.batches import Batch, Example
-from retain.models.heads import forward_logits
+from retain.models.heads import divergence, forward_logits
+from retain.models.kinds import are_values
 
 __all__ = ["ActivationEstimator", "nats_of_noise", "noisy_rows"]
 
@@ -107,19 +107,19 @@ def nats_of_noise(
         seed: of the noise.
         eta: size of the noise, relative to the root mean square of each layer's output.
 
-    Raises:
-        CurvatureError: the model has one output, which no noise costs any nats.
     """
     with torch.no_grad():
         base = forward_logits(model, batch)
-        check_classes(base)
+        regression = are_values(model, base)
         with _noise(layers, batch, seed, eta):
             moved = forward_logits(model, batch)
         total = 0.0
         for one, other in zip(base.split(_CHUNK), moved.split(_CHUNK), strict=True):
             wide = torch.promote_types(one.dtype, torch.float32)
-            p, q = one.to(wide).log_softmax(-1), other.to(wide).log_softmax(-1)
-            total += float((p.exp() * (p - q)).sum(1).double().sum())
+            p, q = one.to(wide), other.to(wide)
+            if not regression:
+                p, q = p.log_softmax(-1), q.log_softmax(-1)
+            total += float(divergence(p, q, regression).double().sum())
     return max(2 * total / len(base), 0.0) / (eta**2 * len(layers))
 
 

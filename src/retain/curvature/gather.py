@@ -15,6 +15,7 @@ from retain.data.batches import Batch
 from retain.errors import CurvatureError
 from retain.models.heads import forward_body, forward_logits
 from retain.models.host import no_autocast
+from retain.models.kinds import are_values
 from retain.types import Fisher, Products
 
 __all__ = ["Gather"]
@@ -81,8 +82,9 @@ class Gather:
         with torch.enable_grad():
             logits = forward_logits(self.model, batch)
             ways = cotangents(
-                logits, batch.lengths, batch.targets, batch.rows, fisher, samples, seed, temperature
-            )
+                logits, batch.lengths, batch.targets, batch.rows, fisher, samples, seed,
+                temperature, are_values(self.model, logits),
+            )  # fmt: skip
             for cotangent, self._weight, last in ways:
                 self._fired.clear()
                 self._total = None

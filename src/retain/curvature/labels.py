@@ -16,6 +16,12 @@ their gradients vanish. Two ways out:
 - ``reversed``: y is the label in the data and the gradient in the logits is
   ``e_y - softmax(-z)``, the logits' signs being reversed in the probabilities alone (arXiv
   2603.18596). It is large exactly where the model is sure and right. Not in nats.
+
+The outputs of a regression are means of normal distributions of variance 1 (see
+`retain.models.kinds`): the gradient of ``log N(y; z, 1)`` is ``y - z``, whose second moment over y
+is the identity. One backward pass for each output adds up to it (``exact``); ``mc`` draws y - z as
+random signs, which have the same second moment and less noise than a normal number's (over T when
+``tempered``).
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from torch import Tensor
 from retain.errors import CurvatureError, SourceError
 from retain.types import Fisher
 
-__all__ = ["EXACT_LIMIT", "check_classes", "cotangents"]
+__all__ = ["EXACT_LIMIT", "cotangents"]
 
 EXACT_LIMIT = 4096
 """Most backward passes that one batch may ask of the exact Fisher."""
@@ -44,11 +50,13 @@ def cotangents(
     samples: int,
     seed: int,
     temperature: float = 1.0,
+    regression: bool = False,
 ) -> Iterator[tuple[Tensor, float, bool]]:
     """Gradients to send back from the logits, each with its weight in the expectation.
 
     Args:
-        logits: [predictions, classes], one sequence's predictions after the other's.
+        logits: [predictions, classes], one sequence's predictions after the other's; or the outputs
+            of a regression.
         lengths: predictions of each sequence, in order; they sum to ``predictions``.
         targets: [predictions], the data's labels (for ``empirical`` and ``reversed``).
         rows: number of each sequence in the source; with `seed` it fixes the sequence's draws,
@@ -57,16 +65,20 @@ def cotangents(
         samples: draws for each prediction (``mc``, ``tempered``).
         seed: of the draws.
         temperature: T of ``tempered``.
+        regression: see the module.
 
     Yields:
         (cotangent [predictions, classes], weight, whether it is the last). The last one may lie in
         the memory of the logits, which a model's backward pass does not read.
 
     Raises:
-        CurvatureError: ``exact`` would need more than `EXACT_LIMIT` passes, or there is one class.
+        CurvatureError: ``exact`` would need more than `EXACT_LIMIT` passes, or labels of a
+            regression are asked for.
         SourceError: ``empirical`` or ``reversed`` where a row has no label, or one of no class.
     """
-    check_classes(logits)
+    if regression:
+        yield from _of_values(logits.detach(), lengths, rows, fisher, samples, seed, temperature)
+        return
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     heat = temperature if fisher == "tempered" else 1.0
     if fisher == "reversed":
@@ -107,19 +119,38 @@ def cotangents(
                 yield cotangent, 1.0, t == longest - 1 and y == classes - 1
 
 
-def check_classes(logits: Tensor) -> None:
-    """Refuses a head of one output, whose softmax is 1 whatever it says.
-
-    Raises:
-        CurvatureError: it is one.
-    """
-    if logits.shape[-1] == 1:
+def _of_values(
+    outputs: Tensor,
+    lengths: list[int],
+    rows: list[int],
+    fisher: Fisher,
+    samples: int,
+    seed: int,
+    temperature: float,
+) -> Iterator[tuple[Tensor, float, bool]]:
+    """The same for a regression."""
+    if fisher not in ("mc", "tempered", "exact"):
         raise CurvatureError(
-            "one output is a regression, which has no labels",
-            got="logits of 1 class",
-            allowed="2 classes or more",
-            fix="load the model with num_labels=2 or more",
+            "a regression has no labels of this kind",
+            got=f"fisher={fisher!r}",
+            allowed="mc, exact, tempered",
+            fix="fisher='mc'",
         )
+    width = outputs.shape[-1]
+    if fisher == "exact":
+        for k in range(width):
+            way = torch.zeros_like(outputs)
+            way[:, k] = 1.0
+            yield way, 1.0, k == width - 1
+        return
+    heat = temperature if fisher == "tempered" else 1.0
+    for sample in range(samples):
+        drawn = [
+            torch.randint(2, (n, width), generator=_random(f"{seed}:{row}:{sample}"))
+            for n, row in zip(lengths, rows, strict=True)
+        ]
+        way = (2 * torch.cat(drawn) - 1).to(outputs) / heat
+        yield way, 1.0 / samples, sample == samples - 1
 
 
 def _check_labels(targets: Tensor, classes: int, fisher: Fisher) -> None:
@@ -157,10 +188,15 @@ def _minus_(p: Tensor, labels: Tensor) -> Tensor:
     return p
 
 
+def _random(key: str) -> torch.Generator:
+    """The draws of a name."""
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
+    return torch.Generator().manual_seed(number)
+
+
 def _draw(p: Tensor, key: str) -> Tensor:
     """One label for each row of p, by the inverse of the distribution function."""
-    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
-    u = torch.rand(len(p), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+    u = torch.rand(len(p), 1, dtype=torch.float64, generator=_random(key))
     u = u.to(p.device, p.dtype)
     found = []
     for part, level in zip(_chunks(p), u.split(len(_chunks(p)[0])), strict=True):

@@ -13,7 +13,9 @@ from retain.data.draws import sample
 from retain.data.sources import Row, encode, read_rows
 from retain.errors import SourceError
 from retain.models.fingerprint import fingerprint
+from retain.models.kinds import check_labels, is_regression, row_label
 from retain.models.sample import sample_rows
+from retain.models.sizes import check_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,12 +34,15 @@ def source_examples(
     seed: int,
     partial: str | Path | None,
     progress: bool,
+    regression: bool | None = None,
 ) -> Sequence[Example]:
     """Tokenised rows of a source, at most `rows` of them, drawn by `seed`; see `fit_curvature`.
 
+    A classifier's labels are values where `regression` says so; by default, where its head does.
+
     Raises:
         SourceError: text that is missing, empty or smaller than one batch; or ``"self"`` for a
-            model that cannot write.
+            model that cannot write; or rows that its tables have no place for.
     """
     tokenizer = tokenizer or getattr(model, "retain_tokenizer", None)
     if isinstance(source, str) and source == "self":
@@ -66,8 +71,12 @@ def source_examples(
             seed=seed,
             max_length=max_length,
         )
-        every = encode(read, tokenizer, max_length=max_length, causal=causal)
+        check_labels(model, () if causal else (row_label(row) for row in read))
+        if regression is None:
+            regression = not causal and is_regression(model)
+        every = encode(read, tokenizer, max_length=max_length, causal=causal, regression=regression)
         found = sample(every, rows, seed)  # a text that is one row gives many
+    check_sizes(model, found, tokenizer, labels=False)
     if len(found) < batch_size:
         raise SourceError(
             "the source is smaller than one batch",

@@ -60,6 +60,8 @@ class CausalRows:
         if isinstance(content, Ready):
             return self._ready(content)
         check_text(content)
+        if isinstance(row, Passage) and isinstance(content, Text):
+            return self._passage(content.text, row.begins)
         if isinstance(content, Answer):
             self.counts.rejected_unread += not absent(row.get("rejected"))
             return self._answer(content)
@@ -67,8 +69,6 @@ class CausalRows:
             return self._chat(content)
         if isinstance(content, Pair):
             return self._text(Text(f"{content.first}\n{content.second}"))
-        if isinstance(row, Passage):
-            return self._passage(content, row.begins)
         return self._text(content)
 
     def _text(self, content: Text) -> list[Example]:
@@ -87,11 +87,12 @@ class CausalRows:
         self.counts.left_out_empty += not found
         return found
 
-    def _passage(self, content: Text, begins: bool) -> list[Example]:
-        """The first tokens of a piece of a longer text, which ends somewhere else."""
-        ids, _ = beginning(need(self.given), content.text, self.max_length)
-        ids = self.ends.begun(ids) if begins else ids
-        return self._cut(ids[: self.max_length], [True] * min(len(ids), self.max_length), 0)
+    def _passage(self, text: str, begins: bool) -> list[Example]:
+        """The first piece of a passage; nothing is lost, as the text goes on by itself."""
+        ids, _ = beginning(need(self.given), text, self.max_length)
+        ids = (self.ends.begun(ids) if begins else ids)[: self.max_length]
+        self.counts.left_out_empty += len(ids) < 2
+        return [_example(ids, [True] * len(ids))] if len(ids) > 1 else []
 
     def _answer(self, content: Answer) -> list[Example]:
         if isinstance(content.prompt, str) and isinstance(content.completion, str):

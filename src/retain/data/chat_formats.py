@@ -138,6 +138,9 @@ def _answered(
     """A prompt and its completion, of strings or of messages."""
     if isinstance(prompt, str) and isinstance(completion, str):
         return Answer(prompt, completion), used
+    for name, value in (("prompt", prompt), ("completion", completion)):
+        if not isinstance(value, str | list | tuple):
+            string_of({name: value}, name)
     if isinstance(prompt, str) != isinstance(completion, str):
         raise SourceError(
             "prompt and completion are of two kinds",

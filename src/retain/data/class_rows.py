@@ -9,6 +9,7 @@ from retain.data.contents import Pair, Ready, Row, Text, check_text
 from retain.data.counts import RowCounts
 from retain.data.formats import content_of
 from retain.data.labels import target_of
+from retain.data.messages import native
 from retain.data.ready import ready_classified
 from retain.data.tokens import need, plain
 from retain.errors import SourceError
@@ -89,7 +90,7 @@ def _label(row: Row) -> object:
     Raises:
         SourceError: both, and they differ.
     """
-    found = [row[name] for name in ("label", "labels") if row.get(name) is not None]
+    found = [v for name in ("label", "labels") if (v := native(row.get(name))) is not None]
     if len(found) > 1 and found[0] != found[1]:
         raise SourceError(
             "a row has two labels",

@@ -126,7 +126,8 @@ def _beside_ids(key: str, value: Any, ids: Any) -> bool:
     """
     if key in _READ_AS_INPUT - {"loss_mask"} or (key not in _CHANGES and _passed(key)):
         return False
-    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(ids, list | tuple):
+        return False  # refused when it is read
     text = bool(strings(value))
     alike = isinstance(value, list | tuple) and not text and len(value) == len(ids)
     if alike or key in _NO_TEXT or (key in _CHANGES and not text):
@@ -142,7 +143,7 @@ def strings(value: Any) -> list[str]:
         return [s for k, v in value.items() if k != "role" for s in strings(v)]
     if isinstance(value, list | tuple):
         return [s for v in value for s in strings(v)]
-    return strings(value.tolist()) if hasattr(value, "tolist") and value.ndim else []
+    return []
 
 
 def _blank(value: Any) -> bool:

@@ -13,7 +13,7 @@ from retain.data.chat_formats import chat, orca, preference, prompt_completion, 
 from retain.data.columns import check_columns
 from retain.data.contents import Content, Found, Ready, Row
 from retain.data.counts import RowCounts
-from retain.data.messages import absent
+from retain.data.messages import absent, native
 from retain.data.text_formats import (
     SINGLE,
     alpaca,
@@ -49,7 +49,7 @@ def content_of(
             allowed="a dictionary a row, or a string",
             fix='write rows as {"text": "..."}',
         )
-    cells = {k: v for k, v in row.items() if not absent(v)}
+    cells = {k: v for k, given in row.items() if not absent(v := native(given))}
     for name, strict, read in _CAUSAL if causal else _CLASSIFIER:
         found = read(cells, row, template)
         if found is not None:

@@ -6,6 +6,7 @@ import math
 from operator import index
 from typing import Any
 
+from retain.data.messages import native
 from retain.errors import SourceError
 
 __all__ = ["UNLABELLED", "target_of"]
@@ -28,8 +29,7 @@ def target_of(label: Any, regression: bool | None) -> int | float:
     Raises:
         SourceError: anything else.
     """
-    if hasattr(label, "item") and getattr(label, "ndim", 1) == 0:
-        label = label.item()  # of numpy or torch
+    label = native(label)
     if label is None or (isinstance(label, str) and not label.strip()):
         return math.nan if regression else UNLABELLED
     number = _number(label)

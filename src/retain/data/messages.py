@@ -9,7 +9,7 @@ from typing import Any
 
 from retain.errors import SourceError
 
-__all__ = ["Message", "absent", "from_json", "messages_of", "without_none"]
+__all__ = ["Message", "absent", "from_json", "messages_of", "native", "without_none"]
 
 Message = dict[str, Any]
 
@@ -36,8 +36,14 @@ def absent(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
+def native(value: Any) -> Any:
+    """A value of Python's own in place of numpy's or torch's."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def without_none(value: Any) -> Any:
     """A value without the keys whose value is none: Arrow fills these in where rows differ."""
+    value = native(value)
     if isinstance(value, Mapping):
         return {k: without_none(v) for k, v in value.items() if not absent(v)}
     if isinstance(value, list | tuple):
@@ -51,7 +57,7 @@ def from_json(value: Any, name: str, kind: type | tuple[type, ...]) -> Any:
     Raises:
         SourceError: it is neither of the kind wanted nor JSON of it.
     """
-    found = value.tolist() if hasattr(value, "tolist") else value  # numpy's, of pandas
+    found = value
     if isinstance(found, str):
         try:
             found = json.loads(found)

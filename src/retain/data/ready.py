@@ -79,7 +79,6 @@ def _numbers(cells: Mapping[str, Any], name: str) -> list[int]:
         SourceError: it is none.
     """
     values = cells[name]
-    values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, list | tuple):
         raise _no_numbers(name, f"{type(values).__name__}: {values!r:.40}")
     found = []

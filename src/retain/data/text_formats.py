@@ -57,7 +57,6 @@ def question(cells: Row, row: Row, template: str | None) -> Found | None:
     answer = cells[told]
     if isinstance(answer, Mapping) and "text" in answer:  # SQuAD's answers
         answer = answer["text"]
-    answer = answer.tolist() if hasattr(answer, "tolist") else answer
     if isinstance(answer, list | tuple) and answer:
         answer = answer[0]
     if not isinstance(answer, str):

@@ -16,9 +16,11 @@ from retain.data.sources import Row, encode, read_rows
 from retain.errors import SourceError
 from retain.models.adapter import adapter_off
 from retain.models.heads import forward_logits, is_causal, pad_id
+from retain.models.kinds import check_labels, is_regression, row_label
 from retain.models.modes import evaluating
 from retain.models.off import check_on
-from retain.retention.reference import Forgetting, Reference, Total, log_probabilities
+from retain.models.sizes import check_sizes
+from retain.retention.reference import Forgetting, Reference, Total, predictions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +53,8 @@ def measure_forgetting(
         progress: show a bar.
 
     Raises:
-        SourceError: the text is missing, empty or smaller than one batch.
+        SourceError: the text is missing, empty or smaller than one batch, or the model's tables
+            have no place for it.
         ModelError: the model has no adapter or no head, or an adapter that cannot be switched off
             so that the base is what it was; see `retain.models.off`.
     """
@@ -62,19 +65,23 @@ def measure_forgetting(
             allowed="a data set, a file or rows",
             fix="sample rows first: retain.models.sample",
         )
+    causal, regression = is_causal(model), is_regression(model)
     check_on(model)
+    tokenizer = tokenizer or getattr(model, "retain_tokenizer", None)
     found = read_rows(source, rows, seed=seed, max_length=max_length)
-    every = encode(found, tokenizer, max_length=max_length, causal=is_causal(model))
+    check_labels(model, () if causal else (row_label(row) for row in found))
+    every = encode(found, tokenizer, max_length=max_length, causal=causal, regression=regression)
     examples = sample(every, rows, seed)
+    check_sizes(model, examples, tokenizer, labels=not regression)
     pad = pad_id(model)
     device = next(model.parameters()).device
-    total = Total()
+    total = Total(regression)
     padded = list(batches(examples, min(batch_size, len(examples)), pad))
     for batch in tqdm(padded, desc="forgetting", unit="batch", disable=not progress):
         batch = batch.to(device)
         with adapter_off(model):
-            base = log_probabilities(model, batch)
-        total.add(batch, base, log_probabilities(model, batch))
+            base = predictions(model, batch)
+        total.add(batch, base, predictions(model, batch))
     return total.result()
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from retain.data.tokens import tokenize
-from retain.models.heads import compact_head
-from retain.models.modes import evaluating
+from retain.models.generating import write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +29,8 @@ def generate(
 ) -> list[str]:
     """Greedy continuations of prompts, in order, without special tokens.
 
+    No setting of the model's own generation plays a part, see `retain.models.generating`.
+
     Args:
         model: a causal model in any mode; it is put into evaluation mode for the while.
         tokenizer: its tokenizer. Prompts are padded on the left.
@@ -40,28 +40,15 @@ def generate(
         progress: show a bar.
         label: of the bar.
     """
-    device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id
     ids = [tokenize(tokenizer, p) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     answers = [""] * len(ids)
     bar = tqdm(total=len(ids), desc=label, unit="answer", disable=not progress)
-    with evaluating(model), torch.no_grad(), compact_head(model), bar:
+    with bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            width = max(len(ids[i]) for i in rows)
-            tokens = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in rows])
-            mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in rows])
-            out = model.generate(  # type: ignore[operator]
-                input_ids=tokens.to(device),
-                attention_mask=mask.to(device),
-                do_sample=False,
-                repetition_penalty=1.0,
-                no_repeat_ngram_size=0,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad,
-            )
-            texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+            out = write(model, tokenizer, [ids[i] for i in rows], new_tokens=max_new_tokens)
+            texts = tokenizer.batch_decode(out, skip_special_tokens=True)
             for i, text in zip(rows, texts, strict=True):
                 answers[i] = text
             bar.update(len(rows))

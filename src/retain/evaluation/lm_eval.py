@@ -25,6 +25,7 @@ from torch import random as torch_random
 from retain.documents import parse_json
 from retain.errors import ConfigError, SourceError, unknown
 from retain.models.adapter import unwrap
+from retain.models.generating import plain_generation
 from retain.models.heads import is_causal
 from retain.models.modes import evaluating
 
@@ -92,7 +93,8 @@ def evaluate_general(
             fix="load it without num_labels",
         )
     quiet = nullcontext() if progress else redirect_stderr(io.StringIO())
-    with _quiet_logs(progress), quiet, _same_random(), evaluating(model):
+    plain = plain_generation(model)
+    with _quiet_logs(progress), quiet, _same_random(), evaluating(model), plain:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 

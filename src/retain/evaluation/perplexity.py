@@ -30,6 +30,7 @@ from retain.data.sources import Row, encode, read_rows
 from retain.errors import ConfigError
 from retain.evaluation.forgetting import answer_loss
 from retain.models.heads import is_causal, pad_id
+from retain.models.sizes import check_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +84,8 @@ def measure_perplexity(
 
     Raises:
         ConfigError: the model is not causal, or a stride that does not fit.
-        SourceError: the text is missing, empty or damaged.
+        SourceError: the text is missing, empty or damaged, or the model's tables have no place for
+            it.
     """
     if not is_causal(model):
         raise ConfigError(
@@ -107,6 +109,7 @@ def measure_perplexity(
     examples = read = sample(whole, rows, seed)
     if stride is not None:
         examples = [w for e in examples for w in _windows(e, max_length, stride)]
+    check_sizes(model, examples, tokenizer)
     pad = pad_id(model)
     device = next(model.parameters()).device
     every = [b.to(device) for b in batches(examples, min(batch_size, len(examples)), pad)]

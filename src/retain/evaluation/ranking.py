@@ -23,6 +23,7 @@ from retain.errors import ConfigError
 from retain.evaluation.reuse import branch_logits, can_reuse
 from retain.models.heads import forward_logits, pad_id
 from retain.models.modes import evaluating
+from retain.models.sizes import check_length, pad_multiple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,6 +124,11 @@ def score_options(
     pad = pad_id(model)
     asked = _questions(tokenizer, prompts, options, max_length)
     unique = list({id(q): q for q in asked}.values())
+    longest = max((len(q.head) + len(leaf) for q in unique for leaf in q.leaves), default=0)
+    check_length(
+        model, [longest], "the longest prompt with its option",
+        fix="shorter prompts, or a model of more positions",
+    )  # fmt: skip
     again = not (reuse and any(len(q.leaves) > 1 for q in unique) and can_reuse(model))
     branched = [] if again else [q for q in unique if len(q.leaves) > 1]
     plain = unique if again else [q for q in unique if len(q.leaves) == 1]
@@ -131,7 +137,8 @@ def score_options(
         owners = [(q, k) for q in plain for k in range(len(q.leaves))]
         if owners:
             examples = [_example(q, k) for q, k in owners]
-            for batch in batches(examples, min(batch_size, len(examples)), pad, multiple=8):
+            multiple = pad_multiple(model, examples, 8)
+            for batch in batches(examples, min(batch_size, len(examples)), pad, multiple=multiple):
                 picks, start = _Picks(), 0
                 for row, n in zip(batch.rows, batch.lengths, strict=True):
                     q, k = owners[row]

@@ -24,6 +24,7 @@ from retain.evaluation.metrics import METRICS, TEXT_METRICS, compute, row_scores
 from retain.evaluation.ranking import score_options
 from retain.models.heads import forward_logits, is_causal, pad_id
 from retain.models.modes import evaluating
+from retain.models.sizes import check_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -222,6 +223,7 @@ def _encoder(
         out = tokenizer(*item.texts, truncation=True, max_length=max_length)
         segments = tuple(out.get("token_type_ids", ()))
         examples.append(Example(tuple(out["input_ids"]), (0,), (), segments))
+    check_sizes(model, examples, tokenizer, labels=False)
     pad = pad_id(model)
     device = next(model.parameters()).device
     every = list(batches(examples, min(batch_size, len(examples)), pad))

@@ -1,7 +1,8 @@
-"""Run a model and get logits only where something is predicted."""
+"""Run a model and get its outputs only where something is predicted."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,44 +10,59 @@ from typing import Any
 from torch import Tensor, nn
 
 from retain.data.batches import Batch
-from retain.errors import ModelError
 from retain.models.adapter import unwrap
+from retain.models.kinds import inner_model, is_causal, writes
 
-__all__ = ["compact_head", "forward_body", "forward_logits", "is_causal", "pad_id"]
+__all__ = [
+    "compact_head",
+    "divergence",
+    "finds_end_by_pad",
+    "forward_body",
+    "forward_logits",
+    "is_causal",
+    "pad_id",
+    "rows_of_embedding",
+]
 
 
-def is_causal(model: nn.Module) -> bool:
-    """True for a causal language model, false for a sequence classifier.
+def divergence(base: Tensor, tuned: Tensor, regression: bool) -> Tensor:
+    """``KL(base || tuned)`` of each prediction in nats, [predictions].
 
-    Raises:
-        ModelError: a model without either head, or with one whose labels are not exclusive.
+    Args:
+        base: log-probabilities, or the outputs of a regression, [predictions, outputs].
+        tuned: the same of the tuned model.
+        regression: see `retain.models.kinds`.
     """
-    inner: Any = unwrap(model)
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    name = type(base).__name__
-    if "SequenceClassification" in name:
-        config: Any = getattr(base, "config", None)
-        if getattr(config, "problem_type", None) == "multi_label_classification":
-            raise ModelError(
-                "the head's labels do not exclude each other",
-                got="problem_type='multi_label_classification'",
-                allowed="single-label classification: predictions are read as a softmax",
-                fix="train one label at a time, or plain LoRA with your own trainer",
-            )
-        return False
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return True
-    raise ModelError(
-        "the model has no head that predicts",
-        got=name,
-        allowed="a ...ForCausalLM or ...ForSequenceClassification model",
-        fix="load an encoder with num_labels=...",
-    )
+    if regression:
+        return 0.5 * (base - tuned).square().sum(-1)
+    return (base.exp() * (base - tuned)).sum(-1)
+
+
+def rows_of_embedding(model: nn.Module) -> int | None:
+    """How many tokens a model has a row for; None for one without such a table."""
+    find: Any = getattr(inner_model(model), "get_input_embeddings", None)
+    try:
+        table = None if find is None else find()
+    except NotImplementedError:
+        return None
+    if not isinstance(table, nn.Module):
+        return None
+    inner = next((m for m in table.modules() if isinstance(m, nn.Embedding)), None)
+    return None if inner is None else int(inner.num_embeddings)
 
 
 def pad_id(model: Any) -> int:
-    """The token that pads a model's batches; 0 where it has none, for the mask hides it."""
-    return getattr(model.config, "pad_token_id", None) or 0
+    """The token that pads a model's batches; 0 where it has none, for the mask hides it.
+
+    A token that the model has no row for is none.
+    """
+    pad, rows = getattr(model.config, "pad_token_id", None), rows_of_embedding(model)
+    return pad if pad is not None and 0 <= pad < (rows or math.inf) else 0
+
+
+def finds_end_by_pad(model: nn.Module) -> bool:
+    """Whether a classifier reads the last token that is no padding, as decoders with a head do."""
+    return not is_causal(model) and writes(inner_model(model).config)
 
 
 def forward_logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -16,7 +16,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from accelerate.utils.operations import ConvertOutputsToFp32
+from accelerate.utils.operations import ConvertOutputsToFp32  # type: ignore[import-untyped]
 from torch import nn
 
 __all__ = ["no_autocast", "own_forwards"]
@@ -24,7 +24,7 @@ __all__ = ["no_autocast", "own_forwards"]
 _KINDS = [
     kind
     for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla", "ipu", "privateuseone")
-    if torch.amp.is_autocast_available(kind)  # type: ignore[attr-defined]
+    if torch.amp.is_autocast_available(kind)
 ]
 """Kinds of device that autocast may be on for, each by itself."""
 
@@ -73,7 +73,8 @@ def own_forwards(model: nn.Module) -> Iterator[None]:
 def _without_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A forward under the wrappers of accelerate and ``torch.autocast``, which may be several."""
     whole: Any = forward
-    function = found = getattr(forward, "__func__", forward)
+    found: Any = getattr(forward, "__func__", forward)
+    function = found
     while _is_autocast(function):
         function = function.__wrapped__
     if function is found:

@@ -243,5 +243,5 @@ def _adapters_own(model: nn.Module) -> set[int]:
             base = module.original_module
         else:
             continue
-        found |= {id(p) for p in module.parameters()} - {id(p) for p in base.parameters()}  # type: ignore[attr-defined]
+        found |= {id(p) for p in module.parameters()} - {id(p) for p in base.parameters()}
     return found

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from retain.data.batches import Example
 from retain.errors import ModelError, SourceError
-from retain.models.heads import compact_head
-from retain.models.modes import evaluating
+from retain.models.generating import write
 from retain.models.off import base_to_sample
+from retain.models.sizes import check_sizes, cut_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,42 +66,24 @@ def sample_rows(
             allowed="the model's tokenizer",
             fix="pass tokenizer=...",
         )
-    ends = _ends(model, tokenizer)
-    pad = tokenizer.pad_token_id
-    if pad is None:  # as generation does by itself
-        pad = min(ends) if ends else 0
     prefixes = _prefixes(tokenizer)
+    max_length = cut_length(model, max_length)
+    check_sizes(model, [_as_example(p) for p in prefixes], tokenizer)
     bare = list(tokenizer("a")["input_ids"])[:1] != prefixes[0]
     device = next(model.parameters()).device
     rows: list[dict[str, Any]] = []
     bar = tqdm(total=count, desc="self-samples", unit="row", disable=not progress)
     devices = [device] if device.type == "cuda" else []
-    with (
-        base_to_sample(model),
-        evaluating(model),
-        torch.no_grad(),
-        torch.random.fork_rng(devices),
-        compact_head(model),
-        bar,
-    ):
+    with base_to_sample(model), torch.random.fork_rng(devices), bar:
         torch.manual_seed(seed)
         for i, prefix in enumerate(prefixes):
             share = count // len(prefixes) + (i < count % len(prefixes))
             for start in range(0, share, batch_size):
                 size = min(batch_size, share - start)
-                ids = torch.tensor([prefix] * size, device=device)
+                new = max(2, max_length - len(prefix))
                 try:
-                    out = model.generate(  # type: ignore[operator]
-                        input_ids=ids,
-                        attention_mask=torch.ones_like(ids),
-                        do_sample=True,
-                        temperature=temperature,
-                        top_k=0,
-                        top_p=1.0,
-                        repetition_penalty=1.0,
-                        no_repeat_ngram_size=0,
-                        max_new_tokens=max(2, max_length - len(prefix)),
-                        pad_token_id=pad,
+                    out = write(
+                        model, tokenizer, [prefix] * size, new_tokens=new, temperature=temperature
                     )
                 except RuntimeError as error:
                     if "probability tensor" not in str(error):
@@ -111,7 +94,7 @@ def sample_rows(
                         allowed="finite numbers",
                         fix="check the model's weights, or dtype='float32'",
                     ) from error
-                found = [_cut(r, len(prefix), pad, ends) for r in out.tolist()]
+                found = [[*prefix, *new_ids] for new_ids in out]
                 if bare and not i:
                     found[1::2] = [ids[1:] if len(ids) > 2 else ids for ids in found[1::2]]
                 rows += [{"input_ids": ids} for ids in found]
@@ -138,21 +121,5 @@ def _prefixes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return prefixes
 
 
-def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens at which the model's generation ends; none for a model that never stops."""
-    config = getattr(model, "generation_config", None)
-    given = getattr(config, "eos_token_id", None)
-    given = tokenizer.eos_token_id if given is None else given
-    if given is None:
-        return set()
-    return set(given) if isinstance(given, list | tuple) else {int(given)}
-
-
-def _cut(ids: list[int], start: int, pad: int, ends: set[int]) -> list[int]:
-    """The row without its padding. Where the pad is an end token too, one of them stays."""
-    if not ends:
-        return ids  # a text that never ends is not padded
-    end = len(ids)
-    while end > start + 2 and ids[end - 1] == pad and (pad not in ends or ids[end - 2] in ends):
-        end -= 1
-    return ids[:end]
+def _as_example(tokens: list[int]) -> Example:
+    return Example(tuple(tokens), tuple(tokens), (True,) * len(tokens))

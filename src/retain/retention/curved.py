@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -35,9 +34,6 @@ __all__ = ["Curved", "Fitted"]
 
 PROBE_ROWS = 8
 """Of source text, on which a budget is measured."""
-
-FLAT = 0.01
-"""How much of a regression's output is let into the logit that stands for it, see `_regression`."""
 
 
 class Curved(Method, ABC):
@@ -230,7 +226,9 @@ class Fitted(Curved):
         rows = choose(examples, self.rows, seed)
         with _answering(model, columns):
             found = fit_on(self.context, rows, self.structure, seed, **self.options)
-        return self._weighted(8 / FLAT**2, found) if regression else found
+        # The loss (z - y)^2 is, in nats, that of a normal distribution of variance 1/2, whose
+        # Fisher is 2; the curvature of a regression is that of variance 1.
+        return self._weighted(2, found) if regression else found
 
     @staticmethod
     def _weighted(weight: float, curvature: Curvature) -> Curvature:
@@ -246,8 +244,6 @@ def _answering(model: nn.Module, columns: slice | None) -> Iterator[None]:
 
     def narrow(_module: nn.Module, _args: Any, output: Any) -> Any:
         output.logits = output.logits[:, columns]
-        if columns.stop - columns.start == 1:
-            output.logits = _regression(output.logits)
         return output
 
     handle = model.register_forward_hook(narrow)
@@ -255,13 +251,3 @@ def _answering(model: nn.Module, columns: slice | None) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _regression(z: Tensor) -> Tensor:
-    """Two logits that have a regression's Fisher, up to a factor.
-
-    The loss ``(z - y)^2`` is, in nats, that of a normal distribution of variance 1/2, whose Fisher
-    in z is 2. The logits ``(c z, 0)`` have the Fisher ``c^2 p (1 - p)``: for a small c that is
-    ``c^2 / 4``, and 8 / c^2 times it is 2.
-    """
-    return torch.cat([FLAT * z, torch.zeros_like(z)], 1)

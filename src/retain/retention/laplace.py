@@ -27,6 +27,7 @@ from retain.curvature.moves import proximal
 from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, TrainingError, check_number, unknown
 from retain.models.host import no_autocast
+from retain.models.kinds import head_kind
 from retain.models.sites import LinearSite, check_held
 from retain.retention.budget import Budget, anchored, scale_back, settle
 from retain.retention.forces import Forces
@@ -69,7 +70,8 @@ class Retention:
     Raises:
         MismatchError: the curvature is of another model; or, in adapter space and in full
             fine-tuning, the model does not start at the anchor.
-        ModelError: pre-trained weights train beside the LoRA that nothing would hold.
+        ModelError: pre-trained weights train beside the LoRA that nothing would hold; or a head
+            that is not known.
         ConfigError: a strength that is negative or not finite, a budget that is not above 0, a
             probe beside other trained weights, or an unknown update.
     """
@@ -98,6 +100,7 @@ class Retention:
                 allowed="a strength, update='gradient'",
                 fix="leave beside out",
             )
+        head_kind(model)
         self.curvature, self.update = curvature, update
         self.budget = None if budget is None else Budget(budget)
         self._strength = strength

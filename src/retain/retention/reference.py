@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 
 from retain.data.batches import Batch, Example, batches
 from retain.models.adapter import adapter_off
-from retain.models.heads import forward_logits, pad_id
+from retain.models.heads import divergence, forward_logits, pad_id
+from retain.models.kinds import is_regression
 from retain.models.modes import evaluating
 
-__all__ = ["Forgetting", "Reference", "Total", "log_probabilities"]
+__all__ = ["Forgetting", "Reference", "Total", "predictions"]
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ class Forgetting:
     Attributes:
         kl: ``KL(base || tuned)`` in nats per token.
         kl_interval: its 95 % interval, from the spread over sequences.
-        ppl_base: perplexity of the base, over predictions with a label; NaN where none has one.
+        ppl_base: perplexity of the base, over predictions with a label; NaN where none has one, and
+            of a regression.
         ppl: perplexity of the tuned model.
-        flips: share of predictions whose most likely label changed.
+        flips: share of predictions whose most likely label changed; NaN of a regression.
         tokens: predictions.
     """
 
@@ -79,36 +81,45 @@ class Reference:
         self.batches = [b.to(device) for b in batches(examples, batch_size, pad)]
         with base(model):
             bar = tqdm(self.batches, desc=label, unit="batch", disable=not progress)
-            self.base = [log_probabilities(model, batch) for batch in bar]
+            self.base = [predictions(model, batch) for batch in bar]
 
     def measure(self, model: nn.Module) -> Forgetting:
         """Compares the tuned model (the adapter on) with the base."""
-        total = Total()
+        total = Total(is_regression(model))
         for batch, base in zip(self.batches, self.base, strict=True):
-            total.add(batch, base, log_probabilities(model, batch))
+            total.add(batch, base, predictions(model, batch))
         return total.result()
 
 
-def log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
-    """[predictions, classes] in float32 at least."""
+def predictions(model: nn.Module, batch: Batch) -> Tensor:
+    """Log-probabilities, or a regression's outputs: [predictions, classes], at least float32."""
     with evaluating(model), torch.no_grad():
         logits = forward_logits(model, batch)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide if is_regression(model) else wide.log_softmax(-1)
 
 
 class Total:
-    """Sums over batches."""
+    """Sums over batches of `predictions`.
 
-    def __init__(self) -> None:
+    Args:
+        regression: they are values.
+    """
+
+    def __init__(self, regression: bool) -> None:
+        self.regression = regression
         self.kl: list[float] = []  # of each sequence
         self.sizes: list[int] = []
         self.loss_base = self.loss = self.flips = 0.0
         self.labelled = 0
 
     def add(self, batch: Batch, base: Tensor, tuned: Tensor) -> None:
-        kl = (base.exp() * (base - tuned)).sum(-1)
+        kl = divergence(base, tuned, self.regression)
         self.kl += [float(part.double().sum()) for part in kl.split(batch.lengths)]
         self.sizes += batch.lengths
+        if self.regression:
+            self.flips = math.nan
+            return
         rows = torch.nonzero(batch.targets >= 0)[:, 0]
         where = rows, batch.targets[rows]
         self.labelled += len(rows)

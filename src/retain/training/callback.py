@@ -23,6 +23,7 @@ from retain.retention.laplace import Retention, check_strength
 from retain.training.handling import check_gradients, check_trainer, check_trains, go_first, record
 from retain.training.held import Held, release_left
 from retain.training.keeping import keep, kept_in
+from retain.training.reading import check_loader
 from retain.training.running import Running
 from retain.training.start import AUTO, FILTER, Start, why_no_filter
 from retain.types import UPDATES, Update
@@ -72,8 +73,10 @@ class RetentionCallback(TrainerCallback):
         ConfigError: a value out of range, a source without a budget, or, when training begins, what
             does not go together with the trainer's settings.
         ModelError: when training begins, of what nothing would hold: DeepSpeed, sharded weights,
-            `modules_to_save`; or a start for an adapter that is not fresh.
-        SourceError: when training begins, if the source is missing or empty.
+            `modules_to_save`, labels that do not exclude each other; or a start for an adapter that
+            is not fresh.
+        SourceError: when training begins, if the source is missing or empty, or a first batch lies
+            outside of the model's tables.
         MismatchError: when training begins, if the curvature is of another model.
         TrainingError: when a gradient is not a finite number.
     """
@@ -124,6 +127,7 @@ class RetentionCallback(TrainerCallback):
         check_trainer(args, kwargs.get("optimizer"))
         model: nn.Module = unwrap(kwargs["model"])
         resuming = state.global_step > 0
+        check_loader(model, kwargs["train_dataloader"], args.seed)
         release_left(model, resuming=resuming)
         self._held = self._nats = self.why_no_filter = None
         try:

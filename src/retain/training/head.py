@@ -28,6 +28,7 @@ from retain.errors import ModelError, SourceError
 from retain.models.adapter import unwrap
 from retain.models.heads import forward_logits, is_causal, pad_id
 from retain.models.host import no_autocast
+from retain.models.kinds import check_single
 from retain.models.modes import evaluating
 from retain.training.probe import Probe, fit_probe
 
@@ -102,12 +103,14 @@ def fit_head(
             allowed="a ...ForSequenceClassification model",
             fix="leave fit_head out",
         )
+    values = _width(model, columns) == 1
+    if columns is None:
+        check_single(model)
     found = source_examples(
         model, data, tokenizer, causal=False, rows=rows, max_length=max_length, batch_size=1,
-        seed=seed, partial=None, progress=progress,
+        seed=seed, partial=None, progress=progress, regression=values,
     )  # fmt: skip
-    values = _width(model, columns) == 1
-    labelled = [e for e in found if values or e.targets[0] >= 0]
+    labelled = [e for e in found if (e.targets[0] == e.targets[0] if values else e.targets[0] >= 0)]
     if len(labelled) < 2:
         raise SourceError(
             "there is too little to fit a head on",
@@ -161,7 +164,7 @@ def _features(
             ):  # fmt: skip
                 seen.clear()
                 batch = batch.to(device)
-                layer, read = _last(seen, batch.mask, forward_logits(model, batch))
+                layer, read = _last(seen, forward_logits(model, batch))
                 features.append(read.double().cpu())
                 targets.append(batch.targets.cpu())
     finally:
@@ -171,18 +174,20 @@ def _features(
     return layer, torch.cat(features), torch.cat(targets)
 
 
-def _last(seen: Sequence[_Call], mask: Tensor, logits: Tensor) -> tuple[nn.Linear, Tensor]:
+def _last(seen: Sequence[_Call], logits: Tensor) -> tuple[nn.Linear, Tensor]:
     """The layer that gave the logits, and what it read of each row.
 
-    A decoder's head answers at all positions, and its last token's answer is taken.
+    A decoder's head answers at all positions, and the answer of one of them is taken.
 
     Raises:
         ModelError: there is none.
     """
     rows = torch.arange(len(logits), device=logits.device)
     for layer, read, given in reversed(seen):
-        if read.dim() == 3:
-            read, given = (x[rows, mask.sum(dim=1) - 1] for x in (read, given))
+        if read.dim() == 3:  # a text that ends with the token that pads ends before it, there
+            alike = torch.isclose(given.to(logits), logits[:, None]).all(-1)
+            last = (alike * torch.arange(1, alike.shape[1] + 1, device=alike.device)).argmax(dim=1)
+            read, given = read[rows, last], given[rows, last]
         if given.shape == logits.shape and torch.allclose(given.to(logits), logits):
             return layer, read
     raise ModelError(

@@ -19,6 +19,8 @@ from retain.curvature.curvature import Curvature
 from retain.data.batches import Example, collate
 from retain.errors import ConfigError, SourceError
 from retain.models.heads import pad_id
+from retain.models.kinds import check_single, is_regression
+from retain.models.sizes import check_sizes, pad_multiple
 from retain.retention.method import Method
 from retain.training.callback import RetentionCallback
 from retain.training.checkpoints import Seal, last_whole
@@ -111,7 +113,8 @@ def train(
             are called as `retain.retention.method` says.
         columns: the outputs of a classifier that are trained on, with targets local to them; None
             for all. The other columns get no gradient, so without weight decay they stay.
-        regression: the mean squared error on a single column, in place of cross-entropy.
+        regression: the mean squared error on a single column, in place of cross-entropy; of a model
+            whose head is one, always.
         out: folder for checkpoints; none are written without it.
         measure: gives the true KL in nats; called every `measure_every` steps and at the end.
         measure_every: steps.
@@ -121,10 +124,17 @@ def train(
 
     Raises:
         TrainingError: the loss is not finite.
-        SourceError: fewer examples than one batch, or one without its class.
+        SourceError: fewer examples than one batch, one without its class, or one that the model's
+            tables have no place for.
         ConfigError: both a curvature and a method, or a regression on several columns.
+        ModelError: a regression of several outputs.
     """
+    whole = columns is None and method is None
+    values = is_regression(model)
+    regression = regression or (whole and values)
     _check_choice(curvature, method, columns, regression)
+    if whole and values:
+        check_single(model)
     if len(examples) < config.batch_size:
         raise SourceError(
             "the training data are smaller than one batch",
@@ -132,6 +142,8 @@ def train(
             allowed=f"at least {config.batch_size} examples",
             fix="lower batch_size",
         )
+    own = whole and regression == values
+    check_sizes(model, examples, getattr(model, "retain_tokenizer", None), labels=own)
     if not regression and any(not e.predict and e.targets[0] < 0 for e in examples):
         raise SourceError(
             "a row to learn from has no label",
@@ -139,7 +151,7 @@ def train(
             allowed="the class of each row, from 0",
             fix="leave out rows without a label",
         )
-    pad = pad_id(model)
+    pad, multiple = pad_id(model), pad_multiple(model, examples, config.pad_multiple)
     watch = _Watch(measure, measure_every)
     callbacks: list[TrainerCallback] = [watch]
     if curvature is not None:
@@ -156,7 +168,7 @@ def train(
         found = [example for _, example in rows]
         numbers = [number for number, _ in rows]
         return {
-            "batch": collate(found, pad, numbers, config.pad_multiple),
+            "batch": collate(found, pad, numbers, multiple),
             "heads": [head_of(example, columns, regression) for example in found],
         }
 

@@ -7,14 +7,23 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from retain.data.batches import Example
+from retain.models.kinds import check_labels, head_kind, inner_model, several_labels
+from retain.models.sizes import check_length, check_sizes
 
-__all__ = ["loader_examples"]
+__all__ = ["check_loader", "loader_examples"]
 
 SEARCHED = 16
 """Rows that are looked at for each that is wanted."""
+
+CHECKED = 8
+"""Rows of a batch that is looked at, where a trainer's loader does not say how many it has."""
+
+IGNORED = -100
+"""A label that transformers leaves out of the loss."""
 
 
 def loader_examples(loader: Any, count: int, seed: int, causal: bool) -> list[Example]:
@@ -22,21 +31,66 @@ def loader_examples(loader: Any, count: int, seed: int, causal: bool) -> list[Ex
 
     Of `SEARCHED` times as many, at most: those without tokens are left out.
     """
-    data: Any = loader.dataset
-    while isinstance(data, IterableDataset) and hasattr(data, "dataset"):
-        data = data.dataset  # one process's share of a stream: all are to read the same rows
     found: list[Example] = []
     with torch.random.fork_rng():
-        items: Iterator[Any] = iter(data)
-        stream = isinstance(data, IterableDataset)  # it may have both methods all the same
-        if not stream and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-            random = torch.Generator().manual_seed(seed)
-            items = (data[i] for i in torch.randperm(len(data), generator=random).tolist())
-        for item in islice(items, SEARCHED * count):
+        for item in islice(_items(loader, seed), SEARCHED * count):
             found += _examples(loader.collate_fn([item]), causal)
             if len(found) >= count:
                 break
     return found[:count]
+
+
+def check_loader(model: nn.Module, loader: Any, seed: int) -> None:
+    """Looks at one batch of a trainer's data, before the first step, for what could not be held.
+
+    Labels that are lists, or floating-point numbers for several classes, are those of a head of
+    several labels: transformers finds that out at its first loss, and no earlier.
+
+    Args:
+        model: that is trained.
+        loader: the trainer's `DataLoader`, whose data set and collator are used.
+        seed: of the choice of rows.
+
+    Raises:
+        ModelError: a head that is not known, or one of several labels.
+        SourceError: a token, a length or a label that the model's tables have no place for.
+    """
+    kind = head_kind(model)
+    with torch.random.fork_rng():
+        size = getattr(loader, "batch_size", None) or CHECKED
+        rows = list(islice(_items(loader, seed), size))
+        batch = loader.collate_fn(rows) if rows else None
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        return  # this package's own trainer has checked its rows
+    causal, places = kind == "causal", batch.get("position_ids")
+    examples = [
+        Example(row, row if causal else (0,), (True,) * len(row) if causal else ())
+        for row in map(tuple, torch.atleast_2d(batch["input_ids"]).tolist())
+    ]
+    check_sizes(model, examples, labels=False, lengths=places is None)
+    if places is not None:  # rows that are laid end to end begin again at 0
+        check_length(model, [int(places.max()) + 1], "a batch", fix="shorter rows: max_length=...")
+    labels = next((batch[key] for key in ("labels", "label") if key in batch), None)
+    if causal or not isinstance(labels, Tensor):
+        return
+    problem = getattr(inner_model(model).config, "problem_type", None)
+    if kind == "classes" and problem is None and labels.is_floating_point():
+        raise several_labels(f"labels of {str(labels.dtype).removeprefix('torch.')}")
+    check_labels(
+        model, (None if row.dim() == 0 and row == IGNORED else row for row in labels), "batch row"
+    )
+
+
+def _items(loader: Any, seed: int) -> Iterator[Any]:
+    """The items of a loader's data set, in an order of the seed's; of a stream, in its own."""
+    data: Any = loader.dataset
+    while isinstance(data, IterableDataset) and hasattr(data, "dataset"):
+        data = data.dataset  # one process's share of a stream: all are to read the same rows
+    stream = isinstance(data, IterableDataset)  # it may have both methods all the same
+    if stream or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        return iter(data)
+    random = torch.Generator().manual_seed(seed)
+    return (data[i] for i in torch.randperm(len(data), generator=random).tolist())
 
 
 def _examples(batch: Any, causal: bool) -> list[Example]:

@@ -30,7 +30,7 @@ class Running:
         self._code: CodeType | None = None
         frame, codes = handler_frame(), []
         while frame is not None:
-            found = frame.f_locals.get("self")
+            found: Any = frame.f_locals.get("self")
             if self._trainer is None and hasattr(found, "callback_handler"):
                 self._trainer, self._state = weakref.ref(found), weakref.ref(found.state)
             if self._trainer is not None and found is self._trainer():

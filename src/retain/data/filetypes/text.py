@@ -35,7 +35,7 @@ def block_length(size: int, limit: int, max_length: int | None) -> int:
         max_length: tokens that will be used of each, if that is known.
     """
     least, most = (_LEAST, _MOST) if max_length is None else (_LOW * max_length, _HIGH * max_length)
-    return max(least, min(most, size // limit))
+    return max(least, min(most, size // (2 * limit)))  # there is something to choose from
 
 
 class Text:
@@ -48,7 +48,7 @@ class Text:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = size_of(path)
-        self._length = max(1, self.size)
+        self._count = min(1, self.size)
 
     def whole(self) -> PlacedRow | None:
         """The text as one row, which is packed into rows of tokens; None if it is blank."""
@@ -59,30 +59,29 @@ class Text:
         )
 
     def divide(self, length: int) -> None:
-        """Sets the bytes of a block."""
-        self._length = length
+        """Sets the bytes of a block: so many, or more, so that all are alike."""
+        self._count = max(min(1, self.size), self.size // length)
 
     def __len__(self) -> int:
-        return -(-self.size // self._length)
+        return self._count
 
     def take(self, places: Sequence[int]) -> list[PlacedRow]:
         """The blocks at sorted places that are not blank, as rows."""
         rows: list[PlacedRow] = []
-        length = self._length
+        length = self.size // max(1, self._count)
         with open_bytes(self.path) as file:
             at = 0  # of the file
             held, begin = b"", 0  # what was read last, and where it begins
             for place in places:
-                start = place * length
-                keep = held[start - begin :] if begin <= start < begin + len(held) else b""
-                if not keep:
+                start, end = (i * self.size // self._count for i in (place, place + 1))
+                held, begin = held[start - begin :], start
+                if not held:
                     at = _forward(file, self.path, at, start)
-                    begin = start
-                more = _read(file, 2 * length - len(keep))
-                at += len(more)
-                held, begin = keep + more, start
+                more = _read(file, end - start + length - len(held))  # and the next one's break
+                held, at = held + more, at + len(more)
                 first = 0 if place == 0 else _break(held, length)
-                last = length + _break(held[length:], length) if len(held) > length else len(held)
+                last = end - start
+                last += 0 if place + 1 == self._count else _break(held[last:], length)
                 text = _text(held[first:last], self.path, place == 0)
                 if text.strip():
                     rows.append(Passage({"text": text}, start + first, "byte", self.path))

@@ -1,0 +1,230 @@
+"""The sizes of a model's tables, and whether what it is to read lies inside them.
+
+A token that the embedding has no row for, or a position that no table holds, ends in an IndexError
+on a CPU and in a device that is of no more use on a GPU. So rows are checked once, where they meet
+a model.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from retain.data.batches import Example
+from retain.errors import ModelError, RetainWarning, SourceError
+from retain.models.heads import finds_end_by_pad, rows_of_embedding
+from retain.models.kinds import check_labels, head_kind, inner_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["check_length", "check_sizes", "cut_length", "pad_multiple", "positions"]
+
+_TABLES = re.compile(r"wpe|(char_)?positions?_embed\w*|embed_positions")
+"""Names of tables of absolute positions. Relative ones (``rel_embeddings``) have no end."""
+
+_TENSORS = ("embed_positions", "pos_encoding")
+"""The same, kept as a plain tensor: GPT-J, CodeGen, CTRL."""
+
+_RESIZE = (
+    "model.resize_token_embeddings(len(tokenizer)) on the base model, before LoRA; for the command "
+    "line, save that model to a folder"
+)
+
+
+def positions(model: nn.Module) -> int | None:
+    """How many tokens a row may have; None for a model that has no table of positions.
+
+    Read off the tables themselves. Some leave their first rows free: up to the padding's (RoBERTa),
+    or as many as their ``offset`` says (OPT, BART).
+    """
+    inner = inner_model(model)
+    config = getattr(inner, "config", None)
+    kind = getattr(config, "model_type", None)
+    if kind == "tapas":  # its positions begin again in each cell
+        return None
+    found = (
+        [config.max_seq_len] if config is not None and kind == "mpt" else []
+    )  # its biases are made in forward
+    for module in inner.modules():
+        here = vars(module) | module._buffers
+        found += [len(t) for key in _TENSORS if isinstance(t := here.get(key), Tensor)]
+        tables = [
+            child
+            for name, child in module.named_children()
+            if _TABLES.fullmatch(name) and isinstance(getattr(child, "weight", None), Tensor)
+        ]
+        for table in tables:
+            pad, free = getattr(table, "padding_idx", None), getattr(table, "offset", None)
+            if free is None:
+                free = 0 if pad is None else pad + 1
+            found.append(len(table.weight) - int(free))
+        ids = here.get("position_ids")  # which rows are read may be written down beside the table
+        if tables and isinstance(ids, Tensor):
+            found.append(ids.shape[-1])
+    return min(found, default=None)
+
+
+def cut_length(model: nn.Module, length: int) -> int:
+    """A row's length for text that the model is to write itself: as many tokens as it can read.
+
+    Warns:
+        RetainWarning: it is less than was asked for.
+    """
+    most = positions(model)
+    if most is None or length <= most:
+        return length
+    warnings.warn(
+        f"the model has {most} positions: its own text is cut to {most} tokens a row, not {length}",
+        RetainWarning,
+        stacklevel=3,
+    )
+    return most
+
+
+def pad_multiple(model: nn.Module, examples: Sequence[Example], multiple: int) -> int:
+    """The multiple that rows are padded to; 1 where the longest would be padded out of the table.
+
+    Args:
+        model: that reads them.
+        examples: all of them.
+        multiple: that is asked for.
+    """
+    most, longest = positions(model), max(len(e.tokens) for e in examples)
+    return multiple if most is None or -(-longest // multiple) * multiple <= most else 1
+
+
+def check_length(
+    model: nn.Module, lengths: Iterable[int], what: str = "row", *, fix: str | None = None
+) -> None:
+    """Refuses rows that are longer than a model can read.
+
+    Args:
+        model: any.
+        lengths: tokens of each row.
+        what: the rows are, in the error.
+        fix: in place of a smaller ``max_length``.
+
+    Raises:
+        SourceError: one is longer than the model's table of positions.
+    """
+    most = positions(model)
+    if most is None:
+        return
+    for number, length in enumerate(lengths, start=1):
+        if length > most:
+            raise SourceError(
+                "a row is longer than the model can read",
+                got=f"{length} tokens in {what}" + ("" if fix else f" {number}"),
+                allowed=f"{most}, the positions of {type(inner_model(model)).__name__}",
+                fix=fix or f"max_length={most} (--max-length {most})",
+            )
+
+
+def check_sizes(
+    model: nn.Module,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    labels: bool = True,
+    lengths: bool = True,
+) -> None:
+    """Refuses rows that lie outside of a model's tables: tokens, token types, positions, labels.
+
+    Args:
+        model: with a head that is known, see `retain.models.kinds`.
+        examples: tokenised rows.
+        tokenizer: by which they were made, if it is known; the errors say more then.
+        labels: are those of the whole head; else they are left alone.
+        lengths: are those of the rows; else they are left alone.
+
+    Raises:
+        SourceError: a token, a token type, a length or a label that the model has no place for.
+        ModelError: a head that is not known; or a classifier that finds the end of a row by the
+            padding, and has no padding that it could tell.
+    """
+    kind, inner = head_kind(model), inner_model(model)
+    rows = rows_of_embedding(model)
+    head = inner.get_output_embeddings() if kind == "causal" else None
+    predicted = int(getattr(head, "out_features", 0) or rows or 0)
+    for number, example in enumerate(examples, start=1):
+        _check_ids(example.tokens, rows, number, tokenizer)
+        if kind == "causal":
+            _check_ids(example.targets, predicted or None, number, tokenizer)
+    _check_types(inner, examples)
+    if lengths:
+        check_length(model, (len(e.tokens) for e in examples), "tokenised row")
+    if kind != "causal" and labels:
+        check_labels(model, (_label(e) for e in examples), "tokenised row")
+    if len(examples) > 1 and finds_end_by_pad(model):
+        _check_pad(inner.config, rows)
+    if getattr(inner.config, "is_encoder_decoder", False) and kind != "causal":
+        _check_end(inner.config.eos_token_id, examples)
+
+
+def _label(example: Example) -> object:
+    return example.targets if len(example.targets) > 1 else example.targets[0]
+
+
+def _check_ids(
+    ids: Sequence[int], rows: int | None, number: int, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    least, most = min(ids, default=0), max(ids, default=0)
+    if least >= 0 and (rows is None or most < rows):
+        return
+    known = None if tokenizer is None else len(tokenizer)
+    if least < 0:
+        fix = "tokenise the text anew; padding is left out of input_ids, not written as -100"
+    elif known is not None and most >= known:
+        fix = "tokenise the text with the model's own tokenizer"
+    else:
+        fix = _RESIZE
+    raise SourceError(
+        "a token has no row in the model's embedding",
+        got=f"token {least if least < 0 else most} in tokenised row {number}",
+        allowed=f"0 to {rows - 1}" if rows else "0 or more",
+        fix=fix,
+    )
+
+
+def _check_types(inner: nn.Module, examples: Sequence[Example]) -> None:
+    """Refuses token types beyond their table."""
+    tables = (m for n, m in inner.named_modules() if n.endswith("token_type_embeddings"))
+    sizes = [m.num_embeddings for m in tables if isinstance(m, nn.Embedding)]
+    if not sizes:
+        return
+    for number, example in enumerate(examples, start=1):
+        if example.segments and max(example.segments) >= min(sizes):
+            raise SourceError(
+                "a token type has no row in the model's table",
+                got=f"token type {max(example.segments)} in tokenised row {number}",
+                allowed=f"0 to {min(sizes) - 1}",
+                fix="use the model's own tokenizer, or leave token_type_ids out",
+            )
+
+
+def _check_pad(config: Any, rows: int | None) -> None:
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    if pad is None or pad < 0 or (rows is not None and pad >= rows):
+        raise ModelError(
+            "the classifier finds the end of a row by its padding, and has none",
+            got=f"pad_token_id={pad}" + (f", an embedding of {rows} rows" if rows else ""),
+            allowed="a token that the embedding has a row for",
+            fix="model.config.pad_token_id = tokenizer.pad_token_id, or its eos_token_id",
+        )
+
+
+def _check_end(end: int | None, examples: Sequence[Example]) -> None:
+    """Refuses rows without the token by which an encoder-decoder's head finds its place."""
+    for number, example in enumerate(examples, start=1):
+        if end not in example.tokens:
+            raise SourceError(
+                "the head reads a row's end token, and there is none",
+                got=f"no token {end} in tokenised row {number}",
+                allowed="rows that end with it",
+                fix="tokenise with the model's own tokenizer, or a smaller row",
+            )

@@ -1,0 +1,192 @@
+"""Text is written by the model as it is: no setting of its own files plays a part."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from transformers import GenerationConfig
+
+from retain.errors import SourceError
+from retain.evaluation.generation import generate
+from retain.models.generating import plain_generation, write
+from retain.models.sample import sample_rows
+from tiny import base, tiny
+
+TOKENIZER: Any = SimpleNamespace(
+    bos_token_id=11, eos_token_id=12, pad_token_id=0, chat_template=None, bos_token=None
+)
+
+SETTINGS: dict[str, Any] = {
+    "temperature": 0.05, "top_k": 1, "top_p": 0.01, "min_p": 0.9, "top_h": 0.1, "typical_p": 0.1,
+    "epsilon_cutoff": 0.3, "eta_cutoff": 0.3, "repetition_penalty": 30.0,
+    "encoder_repetition_penalty": 30.0, "no_repeat_ngram_size": 1,
+    "encoder_no_repeat_ngram_size": 1, "bad_words_ids": [[t] for t in range(6)],
+    "suppress_tokens": list(range(6)), "begin_suppress_tokens": list(range(6)),
+    "forced_bos_token_id": 3, "forced_eos_token_id": 3,
+    "sequence_bias": [[[4], 50.0]], "exponential_decay_length_penalty": (1, 9.0),
+    "guidance_scale": 5.0, "renormalize_logits": True, "penalty_alpha": 0.6, "dola_layers": "high",
+    "num_beams": 3, "num_beam_groups": 3, "diversity_penalty": 0.5, "length_penalty": 3.0,
+    "early_stopping": True, "num_return_sequences": 2, "min_length": 8, "min_new_tokens": 8,
+    "max_length": 3, "max_new_tokens": 2, "max_time": 1e-9, "stop_strings": ["a"],
+    "cache_implementation": "static", "use_cache": False, "do_sample": False,
+    "remove_invalid_values": True, "token_healing": True, "pad_token_id": 5, "bos_token_id": 7,
+    "decoder_start_token_id": 9, "output_scores": True, "output_logits": True,
+    "output_attentions": True, "output_hidden_states": True, "return_dict_in_generate": True,
+    "prompt_lookup_num_tokens": 3, "num_assistant_tokens": 3, "assistant_early_exit": 1,
+    "watermarking_config": {"greenlist_ratio": 0.1, "bias": 50.0}, "low_memory": True,
+    "constraints": [1], "force_words_ids": [[3]], "a_setting_of_tomorrow": 3,
+}  # fmt: skip
+
+
+def hostile(model: Any, **settings: Any) -> Any:
+    config = GenerationConfig(eos_token_id=12)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    model.generation_config = config
+    return model
+
+
+def sampled(model: Any) -> list[list[int]]:
+    rows = sample_rows(model, tokenizer(), count=6, max_length=9, seed=3)
+    return [row["input_ids"] for row in rows]
+
+
+def tokenizer() -> Any:
+    class Tokenizer(SimpleNamespace):
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [ord(c) % 13 for c in text]}
+
+        def __len__(self) -> int:
+            return 20
+
+        def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
+            return [str([t for t in row if t != self.eos_token_id]) for row in rows]
+
+    return Tokenizer(**vars(TOKENIZER))
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[list[list[int]], list[str]]:
+    model = hostile(base("llama"))
+    return sampled(model), generate(model, tokenizer(), ["ab", "c"], max_new_tokens=6)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_setting_of_the_models_own_plays_a_part(
+    name: str, plain: tuple[list[list[int]], list[str]]
+) -> None:
+    model = hostile(base("llama"), **{name: SETTINGS[name]})
+    before = model.generation_config
+    assert sampled(model) == plain[0]
+    assert generate(model, tokenizer(), ["ab", "c"], max_new_tokens=6) == plain[1]
+    assert model.generation_config is before
+    assert getattr(before, name) == SETTINGS[name]
+
+
+def test_the_table_of_settings_is_whole() -> None:
+    """Whatever a GenerationConfig of the installed transformers has is in the table, or is kept."""
+    kept = {"eos_token_id", "transformers_version", "compile_config", "disable_compile",
+            "continuous_batching_config"}  # fmt: skip
+    known = {n for n in vars(GenerationConfig()) if not n.startswith("_")}
+    inert = {
+        "assistant_confidence_threshold",
+        "assistant_lookbehind",
+        "max_matching_ngram_size",
+        "num_assistant_tokens_schedule",
+        "prefill_chunk_size",
+        "speculative_step_size",
+        "target_lookbehind",
+        "is_assistant",
+        "cache_config",
+        "use_mtp",
+        "speculation_type",
+        "assistant_ensemble_weight",
+        "max_cache_len",
+    }  # of assisted and chunked generation: nothing without the settings above
+    assert known - kept - inert - set(SETTINGS) == set()
+
+
+def test_all_of_them_at_once_with_an_adapter(plain: tuple[list[list[int]], list[str]]) -> None:
+    model = tiny("llama")
+    hostile(model.get_base_model(), temperature=0.1, top_k=1, repetition_penalty=9.0, num_beams=2)
+    assert sampled(model) == plain[0]
+    assert generate(model, tokenizer(), ["ab", "c"], max_new_tokens=6) == plain[1]
+
+
+def test_no_logits_processor_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = hostile(base("llama"), top_p=0.1, suppress_tokens=[1]), []
+    whole = type(model)._get_logits_processor
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(whole(self, *args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(type(model), "_get_logits_processor", spy)
+    sampled(model)
+    write(model, TOKENIZER, [[11]], new_tokens=2)
+    assert len(seen) == 2
+    assert all(len(found) == 0 for found in seen)
+
+
+def test_what_is_sampled_is_the_softmax_of_the_logits() -> None:
+    model = hostile(base("llama"), temperature=0.3, top_k=2, top_p=0.5)
+    with torch.no_grad():
+        p = model(torch.tensor([[11]])).logits[0, -1].softmax(-1)
+    torch.manual_seed(0)
+    first = [r[0] for r in write(model, TOKENIZER, [[11]] * 4000, new_tokens=1, temperature=1.0)]
+    counts = Counter(first)
+    found = stats.chisquare([counts[t] for t in range(13)], [4000 * float(q) for q in p])
+    assert found.pvalue > 1e-3
+    assert len(counts) > 5
+
+
+def test_a_generate_of_the_models_files_is_set_aside(
+    plain: tuple[list[list[int]], list[str]],
+) -> None:
+    def theirs(model: Any, **_: Any) -> Any:
+        raise AssertionError("their generate ran")
+
+    model = hostile(base("llama"))
+    model.generate = functools.partial(theirs, model=model)
+    assert sampled(model) == plain[0]
+    with pytest.raises(AssertionError, match="their generate"):
+        model.generate()
+
+
+def test_settings_come_back_after_an_error() -> None:
+    model = hostile(base("llama"), top_k=3)
+    before = model.generation_config
+    with plain_generation(model):
+        assert model.generation_config.top_k is None
+        assert model.generation_config.eos_token_id == 12
+    assert model.generation_config is before
+    with pytest.raises(ZeroDivisionError), plain_generation(model):
+        raise ZeroDivisionError
+    assert model.generation_config is before
+
+
+@pytest.mark.parametrize("pad", [None, 0, 12, -1, 99])
+def test_a_padding_that_the_model_has_no_row_for(pad: int | None) -> None:
+    model, words = base("llama"), tokenizer()
+    model.config.pad_token_id = words.pad_token_id = pad
+    rows = sample_rows(model, words, count=12, max_length=9, seed=3)
+    assert [r["input_ids"] for r in rows] == [
+        r["input_ids"]
+        for r in sample_rows(base("llama"), tokenizer(), count=12, max_length=9, seed=3)
+    ]
+    assert generate(model, words, ["ab", "c"], max_new_tokens=6) == generate(
+        base("llama"), tokenizer(), ["ab", "c"], max_new_tokens=6
+    )
+
+
+def test_a_prefix_beyond_the_embedding_is_refused() -> None:
+    words = tokenizer()
+    words.bos_token_id = 13
+    with pytest.raises(SourceError, match="no row in the model's embedding; got: token 13"):
+        sample_rows(base("llama"), words, count=2, max_length=9)
