@@ -102,11 +102,10 @@ def main() -> int:
     workers = [
         fork(lambda n=n: work(out, options, references, done, n)) for n in range(options.jobs)
     ]
-    for worker in workers:
-        os.waitpid(worker, 0)
+    ended = [os.waitpid(worker, 0)[1] for worker in workers]
     trials = list(read_trials(out).values())
     print(table(trials))
-    return any(t["verdict"] in BAD for t in trials)
+    return any(ended) or any(t["verdict"] in BAD for t in trials)
 
 
 def load_libraries() -> None:
@@ -198,8 +197,8 @@ def run(
             break
         time.sleep(0.002)
     code = None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
-    text = said.read_text(encoding="utf-8", errors="replace")
-    said.unlink()
+    text = said.read_text(encoding="utf-8", errors="replace") if said.exists() else ""
+    said.unlink(missing_ok=True)
     return Ended(code, text, time.monotonic() - begin)
 
 
