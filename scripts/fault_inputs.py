@@ -117,7 +117,8 @@ JOBS = {
         Job(
             "train", "fitted", lambda folder: _train(folder, "run", "--config", "train.yaml"),
             ("run",),
-            (("config", "train.yaml"), ("rows", "rows.jsonl"), ("curvature", "curvature.safetensors")),
+            (("config", "train.yaml"), ("rows", "rows.jsonl"),
+             ("curvature", "curvature.safetensors")),
             True,
         ),
         Job(
@@ -126,8 +127,9 @@ JOBS = {
         ),
         Job(
             "study", "begun", _study, ("out",),
-            (("config", "study.yaml"), ("config", "tasks/one.yaml"), ("rows", "data/one/train.jsonl"),
-             ("rows", "data/two/validation.jsonl"), ("rows", "source.jsonl")),
+            (("config", "study.yaml"), ("config", "tasks/one.yaml"),
+             ("rows", "data/one/train.jsonl"), ("rows", "data/two/validation.jsonl"),
+             ("rows", "source.jsonl")),
             True,
         ),
         Job(

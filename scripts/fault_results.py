@@ -13,10 +13,10 @@ from typing import Any
 
 __all__ = ["listing", "meaning", "named_inputs", "results"]
 
-VOLATILE = frozenset(
-    "seconds created peak_memory_gib commit resumed_from started ended time host pid "
-    "train_runtime train_samples_per_second train_steps_per_second memory notes".split()
-)
+VOLATILE = frozenset([
+    "seconds", "created", "peak_memory_gib", "memory", "commit", "resumed_from", "notes", "time",
+    "train_runtime", "train_samples_per_second", "train_steps_per_second",
+])  # fmt: skip
 """Keys of records that differ between any two runs of a command: times, and what was said."""
 
 INPUTS = ("config", "digests", "data", "inputs", "model", "examples", "start", "source")
@@ -55,7 +55,7 @@ def _digest(path: Path, folder: Path) -> str:
     if path.suffix == ".json":
         try:
             tree = _steady(json.loads(data))
-        except ValueError:
+        except (ValueError, RecursionError):
             return "no JSON"
         data = json.dumps(tree, sort_keys=True).replace(str(folder), "@").encode()
     return hashlib.sha256(data).hexdigest()[:16]
@@ -74,7 +74,7 @@ def named_inputs(folder: Path, names: Iterable[str]) -> str:
         if name.endswith(".json") and "/checkpoint-" not in name:
             try:
                 tree = json.loads((folder / name).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 continue
             if isinstance(tree, dict):
                 found.append([name, {k: tree[k] for k in INPUTS if k in tree}])

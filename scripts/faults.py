@@ -19,6 +19,9 @@ holds are not done again. The last output is a table, which docs/faults.md expla
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+import importlib
 import json
 import os
 import random
@@ -39,13 +42,13 @@ os.environ |= {
     "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore",
 }  # fmt: skip
 
-from fault_inputs import BASES, JOBS, Job, stop, write_inputs  # noqa: E402
-from fault_mutations import damage  # noqa: E402
-from fault_results import listing, meaning, named_inputs, results  # noqa: E402
+from fault_inputs import BASES, JOBS, Job, stop, write_inputs
+from fault_mutations import damage
+from fault_results import listing, meaning, named_inputs, results
 
 VERDICTS = (
-    "same bytes", "refused in one line", "other inputs, named", "raw", "hang", "silent", "leftovers",
-    "other bytes", "ended first",
+    "same bytes", "refused in one line", "other inputs, named", "raw", "hang", "silent",
+    "leftovers", "other bytes", "ended first",
 )  # fmt: skip
 BAD = frozenset({"raw", "hang", "silent", "leftovers", "other bytes"})
 
@@ -98,34 +101,22 @@ def main() -> int:
     done = read_trials(out)
     workers = [
         fork(lambda n=n: work(out, options, references, done, n)) for n in range(options.jobs)
-    ]  # type: ignore[misc]
-    for worker in workers:
-        os.waitpid(worker, 0)
+    ]
+    ended = [os.waitpid(worker, 0)[1] for worker in workers]
     trials = list(read_trials(out).values())
     print(table(trials))
-    return any(t["verdict"] in BAD for t in trials)
+    return any(ended) or any(t["verdict"] in BAD for t in trials)
 
 
 def load_libraries() -> None:
     """Imports once what each command would import; no model runs here, so forks start clean."""
-    import gc
-
-    import datasets
-    import peft
-    import scipy.stats
-    import sklearn.metrics
-    import transformers.trainer
-
-    import retain.cli.run
-    import retain.cli.softening
-    import retain.curvature.estimate
-    import retain.models.load
-    import retain.models.sample
-    import retain.study.sequence
-    import retain.study.studies
-
-    assert datasets and peft and scipy and sklearn and transformers and retain
-    transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+    for name in (
+        "datasets", "peft", "scipy.stats", "sklearn.metrics", "transformers.trainer", "pyarrow.csv",
+        "transformers.models.llama.modeling_llama", "matplotlib.pyplot", "retain.cli.run",
+        "retain.cli.softening", "retain.curvature.estimate", "retain.models.load",
+        "retain.models.sample", "retain.study.sequence", "retain.study.studies",
+    ):  # fmt: skip
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()
 
@@ -198,14 +189,16 @@ def run(
             if kill_at is None:
                 os.kill(child, signal.SIGUSR1)  # says where it is
                 time.sleep(0.2)
-            os.killpg(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has no group yet
+                os.killpg(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             status = signal.SIGKILL
             break
         time.sleep(0.002)
     code = None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
-    text = said.read_text(encoding="utf-8", errors="replace")
-    said.unlink()
+    text = said.read_text(encoding="utf-8", errors="replace") if said.exists() else ""
+    said.unlink(missing_ok=True)
     return Ended(code, text, time.monotonic() - begin)
 
 
@@ -217,7 +210,7 @@ def prepare(out: Path, seed: int) -> dict[str, Reference]:
         for name, (before, job) in BASES.items():
             made = bases / name / "trial"
             if not before:
-                os.waitpid(fork(lambda made=made: write_inputs(made, seed)), 0)  # type: ignore[misc]
+                os.waitpid(fork(lambda made=made: write_inputs(made, seed)), 0)
             else:
                 copy(bases / before / "trial", made)
             if name == "stopped":
@@ -387,7 +380,7 @@ def failures(folder: Path, names: tuple[str, ...]) -> list[str]:
         if "/runs/" in name and name.endswith(".json"):
             try:
                 record = json.loads((folder / name).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 continue
             if isinstance(record, dict) and record.get("status") == "failed":
                 found.append(str(record.get("error")))

@@ -15,6 +15,7 @@ __all__ = [
     "check_identity",
     "clear",
     "drop_broken",
+    "drop_unfinished",
     "history",
     "refuse_leftovers",
     "set_aside_broken",
@@ -63,6 +64,16 @@ def drop_broken(folder: Path) -> None:
 
     for path in checkpoints(folder):
         if not (path / SEAL).is_file():
+            with contextlib.suppress(OSError):
+                remove_ours(path, own_files(path))
+
+
+def drop_unfinished(folder: Path) -> None:
+    """Removes, once a run has ended, what kills have left of checkpoints half written."""
+    from retain.training.checkpoints import SEAL, own_files
+
+    for path in folder.glob("broken-checkpoint-*"):
+        if path.is_dir() and not (path / SEAL).is_file():
             with contextlib.suppress(OSError):
                 remove_ours(path, own_files(path))
 

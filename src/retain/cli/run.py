@@ -159,6 +159,7 @@ class _Run:
             )  # fmt: skip
         else:
             drop_state(self.out)
+        checkpoints.drop_unfinished(self.kept)
         tell(record, adapter, self.out, self.screen)
 
     def _base(self) -> Any:

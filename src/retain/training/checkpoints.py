@@ -29,9 +29,9 @@ KEPT = 2
 FILES = (
     "adapter_config.json", "adapter_model.safetensors", "README.md", "optimizer.pt",
     "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin",
-    "retention.json", SEAL,
+    "retention.json", SEAL, ".tmp??????",
 )  # fmt: skip
-"""What they put into one that has no seal."""
+"""What they put into one that has no seal; safetensors writes under a name of the last kind."""
 
 
 class Seal(TrainerCallback):
