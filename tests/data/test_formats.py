@@ -572,8 +572,8 @@ def test_what_was_lost_is_counted_and_told_in_a_line_each() -> None:
     assert counts.to_dict() == {
         "rows": 7, "left_out_no_room": 1, "left_out_empty": 1, "left_out_unlearned": 1,
         "completions_cut": 1, "completions_empty": 1, "texts_cut": 1, "tokens_cut": 9,
-        "rejected_unread": 1, "chats_unanswered": 0, "tools_unwritten": 0, "ends_unlearned": 0, "columns_unread": 1,
-        "max_length": 6,
+        "rejected_unread": 1, "chats_unanswered": 0, "tools_unwritten": 0, "ends_unlearned": 0,
+        "columns_unread": 1, "max_length": 6,
     }  # fmt: skip
     lines = counts.lines()
     assert len(lines) == 9

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import DEBERTA, ENCODERS, EXPERTS, FAMILIES, WORDS, built
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from families import DEBERTA, ENCODERS, EXPERTS, FAMILIES, WORDS, built
 from retain import RetentionCallback, attach_lora, fit_curvature
 from retain.errors import CurvatureError, ModelError
 

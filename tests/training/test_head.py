@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import DEBERTA, ENCODERS, built
-from families import FAMILIES as DECODERS
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import retain
+from families import DEBERTA, ENCODERS, built
+from families import FAMILIES as DECODERS
 from retain import attach_lora, fit_head
 from retain.data.batches import collate
 from retain.data.sources import encode
