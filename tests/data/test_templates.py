@@ -204,7 +204,8 @@ def test_patterns_that_are_not_taken(pattern: str) -> None:
     "pattern",
     ["(a|aa)+$", "(a+)+b$", "(a+)+$", "(a*)*c", "(a|a)*c", "(.*a){30}c", "(a|a?)+c", "(a+a+)+c"],
 )
-def test_a_pattern_comes_to_an_end(pattern: str) -> None:
+def test_a_pattern_comes_to_an_end(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retain.data.patterns.SECONDS", 0.2)
     for text in (ROW["ab"], "a" * 40, "a" * 5000 + "!"):
         begin = time.monotonic()
         with suppress(ConfigError):
