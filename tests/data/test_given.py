@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "mixed column": (lambda: pandas.DataFrame({"text": ["a", 1]}), "frame.to_dict('records')"),
     "empty list": (list, "give a data set"),
-    "empty generator": (lambda: iter(()), "give a data set"),
+    "empty generator": (lambda: iter(()), "make it anew"),
     "empty frame": (pandas.DataFrame, "give a data set"),
 }
 BAD_ROWS: dict[str, tuple[Any, str]] = {
