@@ -140,7 +140,7 @@ def _alike(files: list[Path], where: Path, named: bool = False) -> list[Path]:
 
 def _words(split: str) -> set[str]:
     """The words in a split's name that name a split, such as "train" in "train_sft"."""
-    return _SPLITS.intersection(re.split(r"[^a-z0-9]+", split))
+    return set(re.split(r"[^a-z0-9]+", split)) & _SPLITS
 
 
 def _pick(splits: Sequence[str], files: Sequence[Path]) -> str:
