@@ -136,6 +136,63 @@ READ: dict[str, tuple[Row, str, str]] = {
         f"{TURN}yo<|im_end|>\n",
         "yo<|im_end|>\n",
     ),
+    "preference beside its messages": (
+        {"messages": CHAT, "prompt": "hi", "chosen": CHAT, "rejected": [HI], "score_chosen": 8.0},
+        f"{TURN}yo<|im_end|>\n",
+        "yo<|im_end|>\n",
+    ),
+    "preference of Orca": (
+        {"system": "", "question": "hi", "chosen": "yo", "rejected": "no"},
+        f"{TURN}yo<|im_end|>\n",
+        "yo<|im_end|>\n",
+    ),
+    "preference of Orca, with a system prompt": (
+        {"system": "S", "input": "hi", "chosen": "yo", "rejected": "no"},
+        f"<|im_start|>system\nS<|im_end|>\n{TURN}yo<|im_end|>\n",
+        "yo<|im_end|>\n",
+    ),
+    "weights of SlimOrca": (
+        {"messages": [{**HI, "weight": 0.0}, {**YO, "weight": 1.0, "masked": False}]},
+        f"{TURN}yo<|im_end|>\n",
+        "yo<|im_end|>\n",
+    ),
+    "ShareGPT's calls": (
+        {
+            "conversations": [
+                {"from": "human", "value": "hi"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+                {"from": "observation", "value": "3"},
+                {"from": "gpt", "value": "yo"},
+            ]
+        },
+        f'{TURN}CALL [{{"type": "function", "function": {{"name": "f", "arguments": {{}}}}}}]'
+        "<|im_end|>\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n",
+        'CALL [{"type": "function", "function": {"name": "f", "arguments": {}}}]<|im_end|>\n'
+        "yo<|im_end|>\n",
+    ),
+    "an empty text beside its parts": (
+        {"text": "", "instruction": "Add.", "input": "", "output": "4"},
+        "<s>Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nAdd.\n\n### Response:\n4</s>",
+        "4</s>",
+    ),
+    "MetaMath": (
+        {"query": "q", "response": "r", "original_question": "so it was", "type": "AnsAug"},
+        "<s>q\nr</s>",
+        "r</s>",
+    ),
+    "code": (
+        {
+            "content": "so",
+            "hexsha": "4f2a",
+            "ext": "py",
+            "size": "3",
+            "repo": "a/b",
+            "on": "2020-01-02",
+        },
+        "<s>so</s>",
+        "so</s>",
+    ),
     "wished for": ({"prompt": "a", "completion": "b", "label": True}, "<s>ab</s>", "b</s>"),
     "premise + hypothesis": (
         {"premise": "a", "hypothesis": "b", "label": 1},
@@ -227,8 +284,38 @@ REFUSED: dict[str, tuple[Row, str, Row]] = {
         {"messages": CHAT},
     ),
     "two formats": (
-        {"messages": CHAT, "chosen": [HI, YO], "rejected": [HI, {**YO, "content": "no"}]},
-        "'rejected' would be lost",
+        {"messages": CHAT, "chosen": [HI, {**YO, "content": "no"}], "rejected": [HI, YO]},
+        "'(chosen|rejected)' would be lost",
+        {"messages": CHAT},
+    ),
+    "a part of a word is not the word": (
+        {"instruction": "Add.", "output": "4", "system": "Be"},
+        "'system' would be lost",
+        {"instruction": "Be. Add.", "output": "4"},
+    ),
+    "more than what is read": (
+        {"prompt": "Ulm", "completion": "Danube", "context": "Ulm lies on the Danube."},
+        "'context' would be lost",
+        {"prompt": "Ulm lies on the Danube. Ulm", "completion": "Danube"},
+    ),
+    "images of a message": (
+        {"messages": [{**HI, "images": ["a.png"]}, YO]},
+        "message 1 of messages has a part that is no text; got: images",
+        {"messages": CHAT},
+    ),
+    "a turn that is masked": (
+        {"messages": [HI, {**YO, "masked": True}, HI, YO]},
+        "not to be learned by its 'masked'",
+        {"prompt": [HI, YO, HI], "completion": [YO]},
+    ),
+    "a call that is no JSON": (
+        {"conversations": [HI, {"from": "function_call", "value": "f(x)"}, YO]},
+        "function call of message 2 of conversations cannot be read",
+        {"conversations": [HI, {"from": "function_call", "value": '{"name": "f"}'}, YO]},
+    ),
+    "a call that the template leaves out": (
+        {"messages": [HI, {**YO, "function_call": {"name": "other", "arguments": "{}"}}]},
+        "leaves out what a message says; got: 'other'",
         {"messages": CHAT},
     ),
     "another text": (
@@ -305,6 +392,16 @@ REFUSED: dict[str, tuple[Row, str, Row]] = {
         {"prompt": "a", "completion": "b", "label": False},
         "marked as undesired",
         {"prompt": "a", "completion": "b", "label": True},
+    ),
+    "an undesired completion of CSV": (
+        {"prompt": "a", "completion": "b", "label": "False"},
+        "marked as undesired",
+        {"prompt": "a", "completion": "b", "label": "True"},
+    ),
+    "problem + solution": (
+        {"problem": "a", "solution": "b"},
+        "'prompt' and that of the answer to 'completion'",
+        {"prompt": "a", "completion": "b"},
     ),
     "BoolQ": (
         {"passage": "C", "question": "q", "answer": True},
@@ -427,6 +524,20 @@ def test_tools_go_to_the_template_and_are_missed_where_it_has_no_place_for_them(
     )
     assert counts.tools_unwritten == 1
     assert counts.lines() == ["1 of 1 rows have tools that the chat template does not write"]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_that_the_template_leaves_out_is_counted(key: str) -> None:
+    chat = {"messages": [HI, {**YO, key: "because"}]}
+    _, learned, counts = read(chat)
+    assert learned == "yo<|im_end|>\n" and counts.thoughts_unwritten == 1
+    assert counts.lines() == ["1 of 1 rows have reasoning that the chat template does not write"]
+    tokenizer = made(
+        template=CHATML.replace("{{ m.content }}", f"{{{{ m.{key} }}}}{{{{ m.content }}}}")
+    )
+    told = RowCounts()
+    encode([chat], tokenizer, max_length=200, causal=True, counts=told)
+    assert told.lines() == []
 
 
 def test_keys_that_arrow_has_filled_are_left_out_however_deep() -> None:
@@ -565,21 +676,23 @@ def test_what_was_lost_is_counted_and_told_in_a_line_each() -> None:
         {"prompt": "a", "completion": ""},
         {"prompt": "a", "chosen": "b", "rejected": "c"},
         {"input_ids": [3, 4], "labels": [-100, -100]},
+        {"question": "a", "answers": {"text": ["b", "c"]}},
+        {"question": "a", "answers": {"text": ["b", "b"]}},
     ]
     counts = RowCounts()
     found = encode(rows, made(bos=True), max_length=6, causal=True, counts=counts)
-    assert len(found) == 4 == counts.rows - counts.left_out
+    assert len(found) == 6 == counts.rows - counts.left_out
     assert counts.to_dict() == {
-        "rows": 7, "left_out_no_room": 1, "left_out_empty": 1, "left_out_unlearned": 1,
+        "rows": 9, "left_out_no_room": 1, "left_out_empty": 1, "left_out_unlearned": 1,
         "completions_cut": 1, "completions_empty": 1, "texts_cut": 1, "tokens_cut": 9,
         "rejected_unread": 1, "chats_unanswered": 0, "tools_unwritten": 0, "ends_unlearned": 0,
-        "columns_unread": 1, "max_length": 6,
+        "thoughts_unwritten": 0, "answers_unread": 1, "columns_unread": 1, "max_length": 6,
     }  # fmt: skip
     lines = counts.lines()
-    assert len(lines) == 9
-    assert lines[0] == "1 of 7 rows have a prompt that fills max_length=6; they are left out"
+    assert len(lines) == 10
+    assert lines[0] == "1 of 9 rows have a prompt that fills max_length=6; they are left out"
     assert lines[-1] == "columns that are not read: label (1 rows)"
-    with pytest.warns(UserWarning, match="1 of 7 rows have a prompt .*; 1 of 7 rows hold fewer"):
+    with pytest.warns(UserWarning, match="1 of 9 rows have a prompt .*; 1 of 9 rows hold fewer"):
         encode(rows, made(bos=True), max_length=6, causal=True)
     assert RowCounts().lines() == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,10 +15,10 @@ import pyarrow
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDatasetDict
-from transformers import BatchEncoding
+from transformers import BatchEncoding, Trainer
 
 from retain.data.draws import draw
-from retain.data.placed import PlacedRow, place_of
+from retain.data.placed import Passage, PlacedRow, place_of
 from retain.data.sources import read_rows
 from retain.errors import SourceError
 
@@ -65,6 +66,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "number": (lambda: 5, "[{'text': ...}, ...]"),
     "function": (lambda: lambda: ROWS, "call it"),
     "class": (lambda: list, "source(...)"),
+    "trainer": (lambda: object.__new__(Trainer), "source.train_dataset"),
     "frame with a column twice": (
         lambda: pandas.concat([pandas.DataFrame(ROWS)] * 2, axis=1),
         "frame.columns",
@@ -75,7 +77,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "mixed column": (lambda: pandas.DataFrame({"text": ["a", 1]}), "frame.to_dict('records')"),
     "empty list": (list, "give a data set"),
-    "empty generator": (lambda: iter(()), "give a data set"),
+    "empty generator": (lambda: iter(()), "make it anew"),
     "empty frame": (pandas.DataFrame, "give a data set"),
 }
 BAD_ROWS: dict[str, tuple[Any, str]] = {
@@ -178,3 +180,16 @@ def test_places() -> None:
     assert place_of({"text": "a"}, 3) == "row 3"
     again = pickle.loads(pickle.dumps(drawn[0]))
     assert isinstance(again, PlacedRow) and again.place == place_of(drawn[0], 0)
+
+
+def test_rows_that_were_read_keep_their_place(tmp_path: Path) -> None:
+    """The command line draws rows and hands them on, to be read as any list."""
+    lines, text = tmp_path / "a.jsonl", tmp_path / "a.txt"
+    lines.write_text("\n".join(f'{{"text": "row {i}"}}' for i in range(20)))
+    text.write_text("One sentence after the other.\n" * 3000)
+    for path in (lines, text):
+        drawn = read_rows(path, 5, seed=1)
+        again = read_rows(drawn)
+        assert [place_of(row, 0) for row in again] == [place_of(row, 0) for row in drawn]
+        assert [type(row) for row in again] == [type(row) for row in drawn]
+        assert {type(row) for row in again} == {PlacedRow if path is lines else Passage}

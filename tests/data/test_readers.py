@@ -310,6 +310,29 @@ class TestFolders:
             ([".hidden.jsonl"], "holds no file of rows", "another folder"),
             (["data/train.jsonl"], "holds no file of rows", "data"),
             ([], "holds no file of rows", "another folder"),
+            (
+                [
+                    "train-00000-of-00001-a09b74b3ef9c3b56.jsonl",
+                    "test-00000-of-00001-1b2c3d4e5f6a.jsonl",
+                ],
+                "several splits; got: test, train",
+                "train-00000-of-00001-a09b74b3ef9c3b56.jsonl",
+            ),
+            (
+                ["train_sft-0.jsonl", "test_sft-0.jsonl", "train_sft-1.jsonl"],
+                "several splits; got: test_sft, train_sft",
+                "train_sft*.jsonl'",
+            ),
+            (["news.train.jsonl", "news.dev.jsonl"], "several splits", "news.train.jsonl"),
+            (
+                ["Train-0.jsonl.gz", "Train-1.jsonl.gz", "Test.jsonl.gz"],
+                "several splits",
+                "Train*.jsonl.gz'",
+            ),
+            (["a.jsonl", "a.jsonl.gz"], "twice.*; got: a.jsonl and a.jsonl.gz", "a.jsonl.gz"),
+            (["x/b/refs.bin", "x/snapshots/1/data/train.jsonl"], "no file of rows", "1/data"),
+            (["x/test/0.jsonl", "x/train/0.jsonl", "README.md"], "no file of rows", "x/train"),
+            (["config.json", "train.jsonl"], "several kinds", "train.jsonl, or"),
         ],
     )
     def test_refused(self, files: list[str], said: str, fix: str, tmp_path: Path) -> None:
@@ -355,6 +378,12 @@ class TestPaths:
             ("Two\nlines", "[text]"),
             ("x" * 5000, "[text]"),
             ("https://example.com/a.jsonl", "curl -LO"),
+            ("https://huggingface.co/datasets/tatsu-lab/alpaca", "name: tatsu-lab/alpaca"),
+            ("https://huggingface.co/datasets/a/b/blob/main/c.jsonl", "name: a/b"),
+            ("https://huggingface.co/datasets/a/b/resolve/main/c.jsonl", "curl -LO"),
+            ("hf://datasets/a/b/data/c.parquet", "name: a/b"),
+            ("s3://bucket/a.jsonl", "download it first, and"),
+            ("imdb", "OWNER/imdb"),
         ],
     )
     def test_missing(

@@ -64,6 +64,7 @@ class CausalRows:
             return self._passage(content.text, row.begins)
         if isinstance(content, Answer):
             self.counts.rejected_unread += not absent(row.get("rejected"))
+            self.counts.answers_unread += content.others
             return self._answer(content)
         if isinstance(content, Chat):
             return self._chat(content)

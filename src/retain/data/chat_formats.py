@@ -25,6 +25,7 @@ def prompt_completion(cells: Row, row: Row, template: str | None) -> Found | Non
     if not {"prompt", "completion"} <= cells.keys():
         return None
     label = cells.get("label")
+    label = {"true": True, "false": False}.get(str(label).lower(), label)  # as CSV has them
     if label is False:
         raise SourceError(
             "a completion is marked as undesired",
@@ -46,6 +47,9 @@ def preference(cells: Row, row: Row, template: str | None) -> Found | None:
         return _answered(cells, prompt, chosen, used, template)
     if isinstance(chosen, str) and isinstance(rejected, str):
         asked = next((k for k in ("question", "instruction", "query", "input") if k in cells), None)
+        if asked in ("question", "input") and any(k in row for k in _SYSTEM):
+            content, used = _instructed(cells, asked, "chosen")
+            return content, used | {"rejected"}
         if asked is not None:
             raise SourceError(
                 "a preference pair has its prompt under another name",
@@ -158,11 +162,14 @@ def orca(cells: Row, row: Row, template: str | None) -> Found | None:
     """``system_prompt``, ``question`` and ``response``, as OpenOrca has them: a chat."""
     if "system_prompt" not in row or not {"question", "response"} <= cells.keys():
         return None
-    system = string_of(cells, "system_prompt") if cells.get("system_prompt") else ""
-    chat = [{"role": "system", "content": system}] if system else []
-    chat.append({"role": "user", "content": string_of(cells, "question")})
-    answer = [{"role": "assistant", "content": string_of(cells, "response")}]
-    return Answer(chat, answer), {"system_prompt", "question", "response"}
+    return _instructed(cells, "question", "response")
+
+
+def _instructed(cells: Row, asked: str, told: str) -> Found:
+    """A system prompt, a question and an answer, each a column of text: a chat."""
+    chat = _with_system([{"role": "user", "content": string_of(cells, asked)}], cells)
+    answer = [{"role": "assistant", "content": string_of(cells, told)}]
+    return Answer(chat, answer), {asked, told, *_SYSTEM}
 
 
 def response(cells: Row, row: Row, template: str | None) -> Found | None:

@@ -25,6 +25,7 @@ __all__ = ["Chats"]
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _HEARD = ("user", "system", "developer")  # the assistant's thoughts are often left out
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _CHARACTERS = 4096
 _PER_TOKEN = 16
 
@@ -35,7 +36,7 @@ class Chats:
     Args:
         tokenizer: with a chat template.
         max_length: so many tokens of a chat are wanted at most.
-        counts: where tools that the template passes over are counted.
+        counts: where tools and reasoning that the template passes over are counted.
     """
 
     def __init__(
@@ -100,6 +101,8 @@ class Chats:
             if not left or len(ids) >= 2 * self.max_length:
                 break
             room *= 8
+        if tools or any(m.get(k) for m in some for k in _THOUGHTS):
+            self._tell(some, tools, options)
         length = sum(len(m.get("content", "")) for m in some)
         return ids, mask, round(left * len(ids) / max(length, 1))
 
@@ -176,7 +179,7 @@ class Chats:
         return list(out["input_ids"]), mask
 
     def _check(self, messages: list[Message], tools: Any, options: dict[str, Any]) -> None:
-        """Refuses a template that leaves out what a message says; counts tools left out.
+        """Refuses a template that leaves out what a message says.
 
         Templates of models that see images may want contents as parts: so they get them then.
         """
@@ -201,8 +204,15 @@ class Chats:
                 allowed="a template that writes what user and system say, and the calls of tools",
                 fix="set tokenizer.chat_template to one that does",
             )
+
+    def _tell(self, messages: list[Message], tools: Any, options: dict[str, Any]) -> None:
+        """Counts a chat of which the template leaves out tools or reasoning."""
+        text = self._text(messages, tools, options)
         if tools and self._text(messages, None, options) == text:
             self.counts.tools_unwritten += 1
+        squeezed = "".join(text.split())
+        thoughts = ("".join(str(m[k]).split()) for m in messages for k in _THOUGHTS if m.get(k))
+        self.counts.thoughts_unwritten += not all(said in squeezed for said in thoughts)
 
     def _takes_parts(self, messages: list[Message], tools: Any, options: dict[str, Any]) -> bool:
         """Whether the template writes everything once contents are parts."""
@@ -261,7 +271,7 @@ def _missing(messages: list[Message], text: str) -> str:
         said = message.get("content", "") if message["role"] in _HEARD else ""
         if "".join(said.split()) not in squeezed:
             return str(said)
-        for call in message.get("tool_calls") or ():
+        for call in message.get("tool_calls") or [message.get("function_call")]:
             function = call.get("function", call) if isinstance(call, dict) else {}
             name = str(function.get("name", "")) if isinstance(function, dict) else ""
             if name not in text:

@@ -7,6 +7,7 @@ are no text (ids, sources, scores) are not even told.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,9 +49,16 @@ _PASSED = {
     "votes", "likes", "date", "time", "timestamp", "created", "created_at", "updated_at", "year",
     "author", "user", "username", "model", "generator", "engine", "meta", "metadata", "info",
     "extra", "hash", "md5", "sha", "sha256", "file", "filename", "path", "row", "length", "len",
+    "ext", "extension",
     "num_tokens", "n_tokens", "token_count", "dump", "label_text", "label_name", "annotator",
     "worker", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "word_ids",
 }  # fmt: skip
+_COPIES = {"text", "messages", "conversations", "conversation"}
+"""What data sets keep beside a row's parts as the whole of it, with a template around them."""
+
+_CODE = re.compile(r"(?=.*[\d/_:@])[!-~]+")
+"""A hash, a path, a date or a number: no blanks, and something that is no letter."""
+
 _ENDS = ("_id", "_ids", "_idx", "_url", "_score", "_type", "_name", "_date", "_time", "_count",
          "_hash", "_lang", "_path", "_source", "_model")  # fmt: skip
 
@@ -72,7 +80,7 @@ def check_columns(
         used: those that are read.
         content: what was read.
         name: of the format.
-        strict: any other column of text is refused.
+        strict: any other column of text is refused, but for hashes, paths and numbers.
         causal: for a decoder, which reads no ``label``.
         counts: where the others are counted.
 
@@ -94,10 +102,14 @@ def check_columns(
         if key not in _CHANGES:
             if _passed(key):
                 continue
-            if not (strict and strings(value)):
+            prose = any(not _CODE.fullmatch(s) for s in strings(value))
+            if not (strict and prose) or str(key).startswith("original"):
                 counts.unread(str(key))
                 continue
-        if not _said(value, content):
+        if key == "rejected" and _said("chosen", cells.get("chosen"), content):
+            counts.rejected_unread += 1  # the chosen answer stands in the messages
+            continue
+        if not _said(str(key), value, content):
             raise _lost(str(key), name)
         counts.unread(str(key))
 
@@ -152,14 +164,33 @@ def _blank(value: Any) -> bool:
     return isinstance(value, list | tuple | dict) and not value
 
 
-def _said(value: Any, content: Content) -> bool:
-    """Whether what a column says is in what is read, or the other way round."""
+def _said(key: str, value: Any, content: Content) -> bool:
+    """Whether what a column says is in what is read; or, of a copy of the row, that in it."""
     wanted = [_squeezed(s) for s in strings(value)]
     if not wanted:
         return False
     read = [_squeezed(s) for s in strings(vars(content))]
     joined, whole = " ".join(read), " ".join(wanted)
-    return all(s in joined for s in wanted) or all(s in whole for s in read)
+    if all(_within(text, joined) for text in wanted):
+        return True
+    return key in _COPIES and all(_within(text, whole) for text in read)
+
+
+def _within(text: str, whole: str) -> bool:
+    """Whether a text stands in another one, but not as a part of a word."""
+    at = whole.find(text)
+    while at >= 0:
+        stop = at + len(text)
+        if not (_joined(whole, at) or _joined(whole, stop)):
+            return True
+        at = whole.find(text, at + 1)
+    return False
+
+
+def _joined(text: str, place: int) -> bool:
+    """Whether a word goes on at a place; scripts without blanks between words aside."""
+    sides = text[max(place - 1, 0) : place + 1]
+    return 0 < place < len(text) and sides.isascii() and sides.isalnum()
 
 
 def _squeezed(text: str) -> str:

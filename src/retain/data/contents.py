@@ -32,12 +32,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt and its completion: strings, or messages of a chat."""
+    """A prompt and its completion: strings, or messages of a chat; `others` if it had others."""
 
     prompt: str | list[Message]
     completion: str | list[Message]
     tools: list[Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    others: bool = False
 
 
 @dataclass(frozen=True)

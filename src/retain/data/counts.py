@@ -26,6 +26,9 @@ class RowCounts:
         rejected_unread: preference pairs, of which the chosen answer alone is read.
         chats_unanswered: chats of a source without a turn of the assistant, which are read whole.
         tools_unwritten: chats whose tools the chat template does not write.
+        thoughts_unwritten: chats with reasoning that the chat template does not write; many leave
+            out that of earlier turns.
+        answers_unread: questions with several answers, of which the first alone is read.
         ends_unlearned: chats whose template leaves the end token of a turn out of its
             ``{% generation %}`` marks, so that it is not learned.
         columns_unread: columns that were passed over.
@@ -44,6 +47,8 @@ class RowCounts:
     rejected_unread: int = 0
     chats_unanswered: int = 0
     tools_unwritten: int = 0
+    thoughts_unwritten: int = 0
+    answers_unread: int = 0
     ends_unlearned: int = 0
     columns_unread: int = 0
     max_length: int = 0
@@ -79,6 +84,11 @@ class RowCounts:
             (self.rejected_unread, f"{of} are preference pairs: the chosen answer alone is read"),
             (self.chats_unanswered, f"{of} are chats without an assistant's turn: read whole"),
             (self.tools_unwritten, f"{of} have tools that the chat template does not write"),
+            (
+                self.thoughts_unwritten,
+                f"{of} have reasoning that the chat template does not write",
+            ),
+            (self.answers_unread, f"{of} have several answers: the first alone is read"),
             (
                 self.ends_unlearned,
                 f"{of} are chats whose template leaves the end of a turn out of its generation "

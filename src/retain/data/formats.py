@@ -11,7 +11,7 @@ from typing import Any
 
 from retain.data.chat_formats import chat, orca, preference, prompt_completion, response
 from retain.data.columns import check_columns
-from retain.data.contents import Content, Found, Ready, Row
+from retain.data.contents import Content, Found, Ready, Row, Text
 from retain.data.counts import RowCounts
 from retain.data.messages import absent, native
 from retain.data.text_formats import (
@@ -50,13 +50,20 @@ def content_of(
             fix='write rows as {"text": "..."}',
         )
     cells = {k: v for k, given in row.items() if not absent(v := native(given))}
+    blank: Content | None = None
     for name, strict, read in _CAUSAL if causal else _CLASSIFIER:
         found = read(cells, row, template)
-        if found is not None:
-            content, used = found
-            used = used if causal else used | {"label", "labels"}
-            check_columns(cells, used, content, name, strict=strict, causal=causal, counts=counts)
-            return content
+        if found is None:
+            continue
+        content, used = found
+        if blank is None and isinstance(content, Text) and not content.text.strip():
+            blank = content  # some data sets have an empty text beside what it could be made of
+            continue
+        used = used if causal else used | {"label", "labels"}
+        check_columns(cells, used, content, name, strict=strict, causal=causal, counts=counts)
+        return content
+    if blank is not None:
+        return blank
     raise _unknown(cells, row, causal)
 
 
@@ -113,6 +120,14 @@ def _unknown(cells: Row, row: Row, causal: bool) -> SourceError:
         fix = "add the column completion, or rename prompt to text where it is the whole text"
     elif chats and causal:
         fix = f"rename {chats[0]!r} to 'messages'"
+    elif len(words) > 1:
+        fix = (
+            "rename the column that holds the text to 'text'; or that of the question to 'prompt' "
+            "and that of the answer to 'completion'"
+            if causal
+            else "rename the column that holds the text to 'text', that of a second one to "
+            "'text_pair'"
+        )
     elif words:
         fix = "rename the column that holds the text to 'text'"
     else:

@@ -196,6 +196,7 @@ _NOT_ROWS: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (lambda s: isinstance(s, Set), "a set has no order: sorted(source)"),
     (lambda s: isinstance(s, io.IOBase), "give the path of the file"),
     (lambda s: _is(s, "torch.utils.data", "DataLoader"), "give its rows: source.dataset"),
+    (lambda s: _is(s, "transformers", "Trainer"), "give its rows: source.train_dataset"),
     (lambda s: _is(s, "torch", "Tensor") or _is(s, "numpy", "ndarray"),
      "texts: source.tolist(); tokens: [{'input_ids': ids} for ids in source.tolist()]"),
     (lambda s: _is(s, "polars", "LazyFrame"), "source.collect()"),

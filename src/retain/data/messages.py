@@ -27,6 +27,9 @@ _ROLES = {
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _WEIGHTS = ("weight", "train", "trainable", "loss", "mask", "masked")
+_MEDIA = ("images", "image", "audio", "audios", "video", "videos")
+_CALL = "function_call"
+"""ShareGPT's speaker of calls of tools, which are JSON text."""
 
 
 def absent(value: Any) -> bool:
@@ -129,6 +132,9 @@ def _message(value: Any, where: str, template: str | None) -> Message:
             message[new] = message.pop(old)
     role = message.get("role")
     role = _ROLES.get(role, role) if isinstance(role, str) else role
+    if role == _CALL and not _known(role, template):
+        role = "assistant"
+        message["tool_calls"] = _calls(message.pop("content", None), where)
     if not isinstance(role, str) or not _known(role, template):
         raise SourceError(
             f"{where} has no role" if role is None else f"{where} has an unknown role",
@@ -138,13 +144,23 @@ def _message(value: Any, where: str, template: str | None) -> Message:
         )
     message["role"] = role
     for key in _WEIGHTS:
-        if key in message and message.pop(key) not in (1, True):
+        given = message.pop(key, None)
+        learned = given == (0 if key.startswith("mask") else 1)
+        if given is not None and role == "assistant" and not learned:
             raise SourceError(
                 f"{where} is not to be learned by its {key!r}, which cannot be done here",
-                got=f"{key}: {value[key]!r:.20}",
+                got=f"{key}: {given!r:.20}",
                 allowed="every turn of the assistant is learned",
                 fix="cut the chat before that turn, or give prompt and completion",
             )
+    media = next((key for key in _MEDIA if message.get(key)), None)
+    if media is not None:
+        raise SourceError(
+            f"{where} has a part that is no text",
+            got=media,
+            allowed="text",
+            fix="leave out rows with images or sound",
+        )
     if isinstance(message.get("tool_calls"), str):
         calls = message.pop("tool_calls")
         if calls.strip():
@@ -153,6 +169,16 @@ def _message(value: Any, where: str, template: str | None) -> Message:
     if message["content"] is None:
         del message["content"]
     return message
+
+
+def _calls(value: Any, where: str) -> list[Any]:
+    """Calls of tools, of JSON text of one or of a list of them, as chat templates have them."""
+    found = from_json(value, f"the function call of {where}", (dict, list))
+    return [
+        call if not isinstance(call, dict) or "function" in call
+        else {"type": "function", "function": call}
+        for call in (found if isinstance(found, list) else [found])
+    ]  # fmt: skip
 
 
 def _known(role: str, template: str | None) -> bool:

@@ -58,7 +58,7 @@ def place_of(row: Mapping[str, Any], number: int) -> str:
 
 
 def as_row(value: object, number: int, unit: str = "row", path: Path | None = None) -> PlacedRow:
-    """A mapping or a text as a row.
+    """A mapping or a text as a row; a row that has a place already keeps it.
 
     NaN is what pandas has where a value is missing, so it counts as None; but not as a label,
     where it may also be the result of a wrong computation.
@@ -66,6 +66,8 @@ def as_row(value: object, number: int, unit: str = "row", path: Path | None = No
     Raises:
         SourceError: the value is neither, or its keys are not all strings.
     """
+    if isinstance(value, PlacedRow):
+        return value
     if isinstance(value, str):
         value = {"text": value}
     where = f"{unit} {number}" + ("" if path is None else f" of {path}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,12 @@ from retain.errors import SourceError
 __all__ = ["Row", "read_rows"]
 
 Row = Mapping[str, Any]
+
+_ON_HUB = re.compile(
+    r"(?:hf:/|https?://(?:www\.)?(?:huggingface\.co|hf\.co))/datasets/([\w.-]+/[\w.-]+)"
+    r"(?!.*/resolve/)"
+)
+_BARE = re.compile(r"[\w-]{1,96}")
 
 
 def read_rows(
@@ -75,7 +82,9 @@ def read_rows(
             "the source is empty",
             got=f"0 rows in {source if isinstance(source, str | Path) else type(source).__name__}",
             allowed="at least 1 row",
-            fix="give a data set or a file with text",
+            fix="make it anew: an iterator gives its rows once"
+            if isinstance(source, Iterator)
+            else "give a data set or a file with text",
         )
     return cast("list[Row]", rows)
 
@@ -215,11 +224,22 @@ def _no_such(source: str | Path, reason: str | None = None) -> SourceError:
             fix="leave the source out where the model's own text is the default; see --help",
         )
     if "://" in text:
+        named = _ON_HUB.match(text)
+        web = text.startswith(("http://", "https://"))
         return SourceError(
             "a source on the network is not read",
             got=text[:80],
             allowed="a file, a folder, or a data set of the hub as owner/name",
-            fix=f"download it first: curl -LO {text}",
+            fix=f"give the data set's name: {named[1]}" if named
+            else f"download it first: curl -LO {text}" if web
+            else "download it first, and give the path of the file",
+        )  # fmt: skip
+    if _BARE.fullmatch(text):
+        return SourceError(
+            "no such source",
+            got=repr(text),
+            allowed=f"a file: {KINDS}; a folder of them; a data set of the hub as owner/name",
+            fix=f"check the path; for a data set of the hub give its owner too: OWNER/{text}",
         )
     prose = len(text) > 255 or "\n" in text or text.count(" ") > 3
     return SourceError(

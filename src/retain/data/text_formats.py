@@ -57,7 +57,9 @@ def question(cells: Row, row: Row, template: str | None) -> Found | None:
     answer = cells[told]
     if isinstance(answer, Mapping) and "text" in answer:  # SQuAD's answers
         answer = answer["text"]
+    others = False
     if isinstance(answer, list | tuple) and answer:
+        others = any(other != answer[0] for other in answer)
         answer = answer[0]
     if not isinstance(answer, str):
         raise SourceError(
@@ -68,7 +70,7 @@ def question(cells: Row, row: Row, template: str | None) -> Found | None:
         )
     head = f"{string_of(cells, given)}\n" if given else ""
     used = {asked, told} | ({given, "title"} if given else set())
-    return Answer(f"{head}{string_of(cells, asked)}\n", answer), used
+    return Answer(f"{head}{string_of(cells, asked)}\n", answer, others=others), used
 
 
 def pair(cells: Row, row: Row, template: str | None) -> Found | None:
@@ -81,7 +83,7 @@ def pair(cells: Row, row: Row, template: str | None) -> Found | None:
 
 def question_pair(cells: Row, row: Row, template: str | None) -> Found | None:
     """``question`` and ``answer`` as two texts of a classifier."""
-    if not {"question", "answer"} <= cells.keys():
+    if not {"question", "answer"} <= cells.keys() or not isinstance(cells["answer"], str):
         return None
     return Pair(string_of(cells, "question"), string_of(cells, "answer")), {"question", "answer"}
 

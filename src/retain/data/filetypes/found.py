@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 from retain.data.filetypes.columns import Arrow, Parquet
@@ -29,11 +30,14 @@ _BESIDE = re.compile(
     r"|_success)(\..*)?$",
     re.IGNORECASE,
 )
-_SHARD = re.compile(r"([-_.]?(part|shard|chunk)?[-_.]?\d+([-_.]?of[-_.]?\d+)?)+$", re.IGNORECASE)
+_SHARD = re.compile(
+    r"([-_.]?(part|shard|chunk)?[-_.]?\d+([-_.]?of[-_.]?\d+)?)+(-[0-9a-f]{6,40})?$", re.IGNORECASE
+)
 _SPLITS = frozenset(
     {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "development"}
     | {"eval", "evaluation", "heldout", "held_out"}
 )
+_LOOKED = 10_000  # files and folders that are looked at for advice
 
 KINDS = (
     f"{', '.join(s for s in _SUFFIXES)} (all but the last two also compressed: "
@@ -106,30 +110,51 @@ def _alike(files: list[Path], where: Path, named: bool = False) -> list[Path]:
     """The same files, if they hold rows of one kind and of one split."""
     kinds = sorted({str(kind_of(p)) for p in files})
     if len(kinds) > 1:
+        likely = max(files, key=lambda p: (bool(_words(_split(p))), p.stat().st_size))
         raise SourceError(
             "the files are of several kinds",
             got=f"{', '.join(kinds)} in {where}",
             allowed="shards of one kind",
-            fix=f"name one file, such as {files[0]}, or a pattern: "
-            f"'{files[0].parent}/*{''.join(files[0].suffixes[-2:])}'",
+            fix=f"name one file, such as {likely}, or a pattern: "
+            f"'{likely.parent}/*{_suffixes(likely)}'",
         )
-    splits = {_split(p): p for p in reversed(files)}
-    if not named and len(splits) > 1 and _SPLITS & set(splits):
+    twice = [p for p in files if p.suffix.lower() in COMPRESSIONS and p.with_suffix("") in files]
+    if twice:
+        raise SourceError(
+            "a file is there twice, compressed and not",
+            got=f"{twice[0].stem} and {twice[0].name} in {where}",
+            allowed="each shard once",
+            fix=f"name one of them: {twice[0]}",
+        )
+    splits = sorted({_split(p) for p in files})
+    several = any(s in _SPLITS for s in splits) or len(set().union(*map(_words, splits))) > 1
+    if not named and len(splits) > 1 and several:
         raise SourceError(
             "the folder holds several splits",
-            got=f"{', '.join(sorted(splits))} in {where}",
+            got=f"{', '.join(splits)} in {where}",
             allowed="the shards of one",
             fix=f"pick one: {_pick(splits, files)}",
         )
     return files
 
 
-def _pick(splits: dict[str, Path], files: Sequence[Path]) -> str:
-    name = "train" if "train" in splits else sorted(_SPLITS & set(splits))[0]
-    shards = [p for p in files if _split(p) == name]
+def _words(split: str) -> set[str]:
+    """The words in a split's name that name a split, such as "train" in "train_sft"."""
+    return set(re.split(r"[^a-z0-9]+", split)) & _SPLITS
+
+
+def _pick(splits: Sequence[str], files: Sequence[Path]) -> str:
+    """A file or a pattern of one split; the one to train on where there is one."""
+    best = min(splits, key=lambda s: (s != "train", "train" not in _words(s), not _words(s), s))
+    shards = [p for p in files if _split(p) == best]
     if len(shards) == 1:
         return str(shards[0])
-    return f"'{shards[0].parent}/{name}*{shards[0].suffix}'"
+    return f"'{shards[0].parent}/{shards[0].name[: len(best)]}*{_suffixes(shards[0])}'"
+
+
+def _suffixes(path: Path) -> str:
+    packed = path.suffix.lower() in COMPRESSIONS
+    return "".join(path.suffixes[-2:]) if packed else path.suffix
 
 
 def _split(path: Path) -> str:
@@ -141,16 +166,26 @@ def _split(path: Path) -> str:
 def _no_rows(path: Path, inside: Sequence[Path]) -> SourceError:
     below = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     others = ", ".join(p.name for p in (*inside, *below)[:5])
+    deep = {p.parent for p in islice(path.rglob("*"), _LOOKED) if kind_of(p) and p.is_file()}
+    deep = {p for p in deep if not any(q[0] == "." for q in p.relative_to(path).parts)} - {path}
+    best = min(deep, key=lambda p: ("train" not in _words(p.name.lower()), p), default=None)
     return SourceError(
         "the folder holds no file of rows",
         got=f"{path}: {others or 'nothing'}",
         allowed=KINDS,
-        fix=f"name the folder below: {below[0]}" if below else "name another folder",
+        fix=f"name the folder below: {best}" if best else "name another folder",
     )
 
 
 def _unknown(path: Path) -> SourceError:
-    near = {".text": ".txt", ".log": ".txt", ".json5": ".json", ".tab": ".tsv", ".pq": ".parquet"}
+    near = {
+        ".jsonlines": ".jsonl",
+        ".text": ".txt",
+        ".log": ".txt",
+        ".json5": ".json",
+        ".tab": ".tsv",
+        ".pq": ".parquet",
+    }
     better = near.get(path.suffix.lower())
     fix = {
         ".xlsx": "save it as CSV UTF-8", ".xls": "save it as CSV UTF-8",

@@ -68,6 +68,8 @@ class Lines:
         if text.strip() in {"{", "[", "[{"}:
             fix = f"objects over several lines belong into a .json: mv {self.path} "
             fix += str(_json(self.path))
+        elif "Extra data" in reason and text.rstrip().endswith(","):
+            fix = f"take the commas behind the objects away: sed -i 's/,\\r*$//' {self.path}"
         elif "Extra data" in reason:
             fix = "begin a new line for each object"
         return SourceError(
