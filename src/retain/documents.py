@@ -8,16 +8,20 @@ a bounded size and depth. Anything else is an `Unreadable` with one line that sa
   ``no`` are words), without tags, and an alias counts as often as it is used;
 - a key that is there twice is refused, not overwritten;
 - a whole number has 64 bits at most, and any other number is finite.
+
+JSON of ours may be **sealed**: its key ``digest`` is a digest of all the others, so that what a
+disk or a hand has changed is not taken for what was written. Earlier versions wrote none.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -35,6 +39,7 @@ __all__ = [
     "read_json",
     "read_mapping",
     "read_text",
+    "sealed",
 ]
 
 SMALL = 1 << 20
@@ -85,9 +90,40 @@ def read_text(path: Path, limit: int = SMALL) -> str:
         raise Unreadable(f"line {line}: no UTF-8 text ({error.reason})") from None
 
 
-def read_json(path: Path, limit: int = LARGE, *, nan: bool = False) -> Any:
-    """A JSON file; see `read_text` and `parse_json` for what it raises."""
-    return parse_json(read_text(path, limit), nan=nan)
+def read_json(path: Path, limit: int = LARGE, *, nan: bool = False, sealed: bool = False) -> Any:
+    """A JSON file.
+
+    Args:
+        path: of the file.
+        limit: bytes at most.
+        nan: see `parse_json`.
+        sealed: check the digest, if there is one; it is not in what is returned.
+
+    Raises:
+        Unreadable: see `read_text` and `parse_json`; or its digest is of other contents.
+        OSError: it cannot be opened.
+    """
+    found = parse_json(read_text(path, limit), nan=nan)
+    return _unsealed(found) if sealed else found
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON data with a digest of it; see `read_json`."""
+    plain: dict[str, Any] = json.loads(json.dumps(value))  # as it will be read: keys are texts
+    return plain | {"digest": _digest(plain)}
+
+
+def _unsealed(found: Any) -> Any:
+    if not isinstance(found, dict) or "digest" not in found:
+        return found
+    digest = found.pop("digest")
+    if digest != _digest(found):
+        raise Unreadable("it has changed since it was written: its digest is of other contents")
+    return found
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_mapping(path: str | Path, what: str, fix: str) -> dict[str, Any]:
@@ -104,7 +140,7 @@ def read_mapping(path: str | Path, what: str, fix: str) -> dict[str, Any]:
     path = Path(path)
     try:
         text = read_text(path.expanduser(), SMALL if path.suffix == ".json" else YAML_BYTES)
-        found = parse_json(text) if path.suffix == ".json" else parse_yaml(text)
+        found = _unsealed(parse_json(text)) if path.suffix == ".json" else parse_yaml(text)
     except (OSError, RuntimeError, Unreadable) as error:  # RuntimeError: no home for a ~user
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
