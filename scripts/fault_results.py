@@ -14,10 +14,10 @@ from typing import Any
 __all__ = ["listing", "meaning", "named_inputs", "results"]
 
 VOLATILE = frozenset([
-    "seconds", "created", "peak_memory_gib", "memory", "commit", "resumed_from", "notes", "time",
+    "seconds", "created", "peak_memory_gib", "memory", "commit", "digest", "resumed_from", "notes",
     "train_runtime", "train_samples_per_second", "train_steps_per_second",
 ])  # fmt: skip
-"""Keys of records that differ between any two runs of a command: times, and what was said."""
+"""Keys of records that differ between two runs of a command: times, what was said, a seal."""
 
 INPUTS = ("config", "digests", "data", "inputs", "model", "examples", "start", "source")
 """Keys of records that say what a result was made from."""
@@ -82,13 +82,15 @@ def named_inputs(folder: Path, names: Iterable[str]) -> str:
 
 
 def meaning(path: Path) -> Any:
-    """What a file of rows or settings says, read by the plainest reader; None for nothing."""
+    """What a file of rows, settings or tensors says, read by the plainest reader."""
     try:
         data = path.read_bytes()
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
             return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+        if path.suffix == ".safetensors":
+            return data
         text = data.decode("utf-8-sig")
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in text.splitlines() if line.strip()]

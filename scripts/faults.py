@@ -19,19 +19,12 @@ holds are not done again. The last output is a table, which docs/faults.md expla
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
-import importlib
 import json
 import os
 import random
 import re
-import resource
 import shutil
-import signal
 import sys
-import time
-import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +38,7 @@ os.environ |= {
 from fault_inputs import BASES, JOBS, Job, stop, write_inputs
 from fault_mutations import damage
 from fault_results import listing, meaning, named_inputs, results
+from fault_runs import Ended, alone, copy, fork, load_libraries, run
 
 VERDICTS = (
     "same bytes", "refused in one line", "other inputs, named", "raw", "hang", "silent",
@@ -52,16 +46,8 @@ VERDICTS = (
 )  # fmt: skip
 BAD = frozenset({"raw", "hang", "silent", "leftovers", "other bytes"})
 
-MEMORY = 6 << 30
-"""Bytes that a command may take beyond what the parent has."""
-
-
-class Ended(NamedTuple):
-    """How a command ended: its exit code (None where it was killed), what it said, how long."""
-
-    code: int | None
-    said: str
-    seconds: float
+SOUND = frozenset(["config", "rows", ("adapter", "soften")])
+"""Families of files that may say something else and be sound: of these no record has a digest."""
 
 
 class Reference(NamedTuple):
@@ -108,100 +94,6 @@ def main() -> int:
     return any(ended) or any(t["verdict"] in BAD for t in trials)
 
 
-def load_libraries() -> None:
-    """Imports once what each command would import; no model runs here, so forks start clean."""
-    for name in (
-        "datasets", "peft", "scipy.stats", "sklearn.metrics", "transformers.trainer", "pyarrow.csv",
-        "transformers.models.llama.modeling_llama", "matplotlib.pyplot", "retain.cli.run",
-        "retain.cli.softening", "retain.curvature.estimate", "retain.models.load",
-        "retain.models.sample", "retain.study.sequence", "retain.study.studies",
-    ):  # fmt: skip
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()
-
-
-def fork(act: Any) -> int:
-    """A child process that does something and ends."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return child
-    try:
-        act()
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-
-
-def start(argv: list[str], folder: Path, said: Path) -> int:
-    """A command in a process of its own, with a group of its own."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        os.setsid()
-        os.chdir(folder)
-        handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream in (1, 2):
-            os.dup2(handle, stream)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-        import faulthandler
-
-        faulthandler.register(signal.SIGUSR1)
-        from retain.cli import main as command
-
-        code = command(argv)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def run(
-    argv: list[str], folder: Path, limit: float, kill_at: float | None = None, sign: str = ""
-) -> Ended:
-    """Runs a command to its end, to a limit, or until it is killed.
-
-    Args:
-        argv: the command.
-        folder: where it runs.
-        limit: seconds after which it counts as hanging.
-        kill_at: seconds until it is killed; or, with a `sign`, after that.
-        sign: a pattern of files in the folder; it is killed when one is there.
-    """
-    said = folder.with_name(f"{folder.name}.said")
-    begin, child = time.monotonic(), start(argv, folder, said)
-    status = 0
-    while True:
-        passed = time.monotonic() - begin
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            break
-        if sign and next(folder.glob(sign), None) is not None:
-            begin, sign = time.monotonic(), ""
-        if passed > (limit if kill_at is None or sign else kill_at):
-            if kill_at is None:
-                os.kill(child, signal.SIGUSR1)  # says where it is
-                time.sleep(0.2)
-            with contextlib.suppress(ProcessLookupError):  # it has no group yet
-                os.killpg(child, signal.SIGKILL)
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            status = signal.SIGKILL
-            break
-        time.sleep(0.002)
-    code = None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
-    text = said.read_text(encoding="utf-8", errors="replace") if said.exists() else ""
-    said.unlink(missing_ok=True)
-    return Ended(code, text, time.monotonic() - begin)
-
-
 def prepare(out: Path, seed: int) -> dict[str, Reference]:
     """The folders of inputs, and what each job leaves of them when nothing happens."""
     bases, times = out / "bases", out / "seconds.json"
@@ -231,19 +123,6 @@ def prepare(out: Path, seed: int) -> dict[str, Reference]:
         left, files = results(folder, outputs), listing(folder, ["."])
         found[job_name] = Reference(left, files, named_inputs(folder, outputs), took)
     return found
-
-
-def alone(job: Job, folder: Path) -> float:
-    """Runs a job that must succeed; returns how long it took."""
-    ended = run(job.argv(folder), folder, 300)
-    if ended.code != 0:
-        raise SystemExit(f"{job.name} ends with {ended.code} when nothing happens:\n{ended.said}")
-    return ended.seconds
-
-
-def copy(source: Path, target: Path) -> None:
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target, symlinks=True)
 
 
 def read_trials(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
@@ -326,7 +205,7 @@ def mutated(
     family, pattern = draw.choice(job.targets)
     every = (pattern, *(other for _, other in job.targets))
     path = draw.choice(next(f for p in every if (f := sorted(folder.glob(p)))))
-    before = meaning(path)
+    before = meaning(path) if job.name == "fit" else None
     how = damage(path, draw)
     found: dict[str, Any] = {
         "family": family, "file": str(path.relative_to(folder)), "damage": how
@@ -335,9 +214,11 @@ def mutated(
     found |= {"code": ended.code, "seconds": round(ended.seconds, 2)}
     verdict = judged(job, folder, alone, ended, patience, found["file"])
     if verdict == "other":
-        after = meaning(path) if family in ("config", "rows") else before
-        named = named_inputs(folder, job.outputs) != alone.inputs or job.name == "fit"
-        verdict = "other inputs, named" if after != before and named else "silent"
+        named = named_inputs(folder, job.outputs) != alone.inputs
+        if job.name == "fit":  # whose result is no record
+            named = meaning(path) != before
+        may_be = family in SOUND or (family, job.name) in SOUND
+        verdict = "other inputs, named" if may_be and named else "silent"
         found["differs"] = differing(results(folder, job.outputs), alone.results)[:9]
     if verdict != "same bytes":
         found["said"] = ended.said[-1500:]

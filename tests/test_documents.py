@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 from retain.config import RunConfig, read_config
 from retain.data.specs import load_task
 from retain.documents import (
-    DEPTH,
-    YAML_BYTES,
     Unreadable,
     parse_json,
     parse_yaml,
@@ -25,6 +23,7 @@ from retain.documents import (
     read_mapping,
     read_text,
 )
+from retain.documents.bounds import DEPTH, YAML_BYTES
 from retain.errors import ConfigError, RetainError, shown
 from retain.study.reading import read_study
 

@@ -16,6 +16,9 @@ __all__ = ["AdapterConfig", "RunConfig", "TrainConfig", "read_config", "read_set
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_WIDE, _MANY = 1 << 16, 1 << 40
+"""What no adapter is wider than, and what nobody does so often."""
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -24,7 +27,7 @@ class _Strict(BaseModel):
 class AdapterConfig(_Strict):
     """The LoRA adapter."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, le=_WIDE)
     alpha: float | None = Field(None, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str | list[str] = "all-linear"
@@ -35,19 +38,19 @@ class TrainConfig(_Strict):
     """The optimisation."""
 
     learning_rate: float = Field(5e-4, gt=0)
-    epochs: float = Field(1.0, gt=0)
-    max_steps: int = -1
-    batch_size: int = Field(16, ge=1, description="rows an optimiser step")
-    accumulation: int = Field(1, ge=1, description="micro-batches an optimiser step")
+    epochs: float = Field(1.0, gt=0, le=_MANY)
+    max_steps: int = Field(-1, le=_MANY)
+    batch_size: int = Field(16, ge=1, le=_MANY, description="rows an optimiser step")
+    accumulation: int = Field(1, ge=1, le=_MANY, description="micro-batches an optimiser step")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     warmup: float = Field(0.05, ge=0, description="steps, or a share of all steps when below 1")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)
-    max_length: int = Field(256, ge=2)
-    pad_multiple: int = Field(16, ge=1)
+    max_length: int = Field(256, ge=2, le=_MANY)
+    pad_multiple: int = Field(16, ge=1, le=_WIDE)
     update: Update = "gradient"
     seed: int = Field(0, ge=0, lt=2**32)
-    save_steps: int = Field(0, ge=0)
+    save_steps: int = Field(0, ge=0, le=_MANY)
     gradient_checkpointing: bool = False
     report_to: str = "none"
 
@@ -82,7 +85,9 @@ class RunConfig(_Strict):
     gain: float = Field(3.0, gt=0, description="of A's size, for a start that is not random")
     weight: float = Field(1.0, ge=0, description="of the source text in the wiener filter")
     continue_from: str | None = None
-    max_rank: int | None = Field(None, ge=2, description="of runs that continue; 4 times the rank")
+    max_rank: int | None = Field(
+        None, ge=2, le=_WIDE, description="of runs that continue; 4 times the rank"
+    )
     keep_state: bool = False
     limit: int | None = Field(None, ge=1)
     loss: Literal["assistant", "all"] = Field("assistant", description="the turns of a chat")

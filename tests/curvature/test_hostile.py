@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retain import fit_curvature, load_curvature
 from retain.curvature.artifact import digest_of
-from retain.curvature.check import EXACT, _check_dense
+from retain.curvature.definite import EXACT, check_dense
 from retain.data.tensors import read_tensors
 from retain.errors import ArtifactError
 from tiny import ROWS, tiny
@@ -268,7 +268,7 @@ def spread(size: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("size", [7, EXACT, EXACT + 1, 1500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_rounding_is_no_negative_curvature(size: int, dtype: torch.dtype) -> None:
-    _check_dense("it", spread(size, dtype))
+    check_dense("it", spread(size, dtype))
 
 
 @pytest.mark.parametrize("size", [7, EXACT, EXACT + 1, 1500])
@@ -279,11 +279,11 @@ def test_a_negative_direction_is_found(size: int, share: float) -> None:
     v /= v.norm()
     bad = s - share * s.trace() * torch.outer(v, v)
     with pytest.raises(ValueError, match="negative"):
-        _check_dense("it", (bad + bad.T) / 2)
+        check_dense("it", (bad + bad.T) / 2)
 
 
 def test_a_negative_direction_beside_the_axes_is_found() -> None:
     s = torch.eye(1000)
     s[0, 1] = s[1, 0] = s[1, 2] = s[2, 1] = 0.9  # each 2 x 2 minor is above zero
     with pytest.raises(ValueError, match="negative"):
-        _check_dense("it", s)
+        check_dense("it", s)

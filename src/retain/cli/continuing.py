@@ -18,7 +18,7 @@ from typing import Any
 from retain.cli.common import Screen
 from retain.cli.folders import STATE
 from retain.config import RunConfig, read_config
-from retain.documents import read_json
+from retain.documents import read_json, sealed
 from retain.errors import ConfigError, MismatchError
 from retain.files import file_digest, whole_folder, write_json
 from retain.models.saved import adapter_digest
@@ -86,7 +86,7 @@ def read_chain(folder: str | Path) -> Chain:
         str(_settings(run).model),
     )  # fmt: skip
     try:
-        found = read_json(state / "state.json")
+        found = read_json(state / "state.json", sealed=True)
         if found["schema"] != SCHEMA:
             raise ValueError(f"schema {found['schema']}")
         chain.runs.extend(found["runs"])
@@ -253,5 +253,6 @@ def keep_state(
         runs = [*(before.runs if before else []), entry]
         digests = {path.name: file_digest(path) for path in sorted(new.glob("*.safetensors"))}
         digests["adapter"] = adapter_digest(out / "adapter")
-        write_json(new / "state.json", {"schema": SCHEMA, "runs": runs, "digests": digests})
+        state = {"schema": SCHEMA, "runs": runs, "digests": digests}
+        write_json(new / "state.json", sealed(state))
     return out / "state"

@@ -20,6 +20,7 @@ from retain.cli.holding import Held, find_curvature
 from retain.cli.recording import record_of, tell
 from retain.cli.train import RUN
 from retain.config import RunConfig
+from retain.documents import sealed
 from retain.errors import ConfigError, ModelError
 from retain.files import check_folder, file_digest, first_rank, locked, write_json, writing
 from retain.models.saved import save_adapter
@@ -130,7 +131,7 @@ class _Run:
         }
         last = self._last(identity)
         if first_rank():
-            write_json(self.out / RUN, finite(c.model_dump(mode="json")))
+            write_json(self.out / RUN, sealed(finite(c.model_dump(mode="json"))))
         self.screen.say(f"training on {len(examples)} rows")
         history = checkpoints.history(last) if last else []  # before newer ones replace it
         result = self._train(examples, held, identity)

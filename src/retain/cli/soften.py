@@ -125,9 +125,9 @@ def _soften(
     from retain.curvature.artifact import load_curvature
     from retain.data.draws import HELD_OUT
     from retain.data.sources import read_rows
-    from retain.files import write_json
+    from retain.files import file_digest, write_json
     from retain.models.load import load_model
-    from retain.models.saved import load_adapter, save_adapter
+    from retain.models.saved import adapter_digest, load_adapter, save_adapter
     from retain.retention.budget import check_budget
 
     source, seed, dtype = options["source"], options["seed"], options["dtype"]
@@ -154,6 +154,11 @@ def _soften(
                  "target_curvature": target and str(target),
                  "source": (source or "self") if options["measure"] else None}  # fmt: skip
         result = finite(work.described(record, name, dtype, seed, files))
+        result["digests"] = {
+            "start": adapter_digest(adapter.expanduser()),
+            "curvature": file_digest(curvature.expanduser()),
+            "target_curvature": target and file_digest(target.expanduser()),
+        }
         result["notes"] = screen.notes
         pictures = work.pictures(result)
         work.apply()

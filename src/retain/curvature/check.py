@@ -4,9 +4,7 @@ A digest says that a file is as it was written, not that what was written is sou
 is one that the description calls for, of its shape, of floating point, and finite; and each factor
 is symmetric and has no direction of negative curvature, whose penalty would pay for drift.
 
-The cost is a few passes over each tensor. Up to `EXACT` wide, a factor's smallest eigenvalue is
-computed; a wider one is tried: its diagonal and 2 x 2 minors, and the smallest Ritz value of a few
-Lanczos steps, which finds any eigenvalue that is far below zero for the size of the others.
+The cost is a few passes over each tensor: see `retain.curvature.definite`.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from retain.curvature.block import Block
 from retain.curvature.curvature import Curvature
+from retain.curvature.definite import check_above, check_basis, check_dense, leading, slack
 from retain.curvature.diagonal import DiagonalBlock
 from retain.curvature.eigen import EigenBlock
 from retain.curvature.factor import DenseFactor, Factor, SketchFactor, diagonal_of
@@ -33,12 +32,6 @@ from retain.errors import shown
 
 __all__ = ["check_curvature", "check_described", "check_tensors"]
 
-EXACT = 512
-"""Widest factor whose eigenvalues are computed."""
-
-STEPS = 12
-"""Lanczos steps for a wider one."""
-
 
 def _default(field: Field[Any]) -> Any:
     """As pydantic wants it: ``...`` where there is none."""
@@ -48,6 +41,8 @@ def _default(field: Field[Any]) -> Any:
 
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 _INFO: Any = create_model(  # type: ignore[call-overload]
     "_INFO",
@@ -189,90 +184,24 @@ def _parts(block: Block, place: str) -> Iterator[tuple[str, Any]]:
 
 def _check_part(where: str, each: Any) -> None:
     if isinstance(each, DenseFactor):
-        _check_dense(where, each.matrix)
+        check_dense(where, each.matrix)
     elif isinstance(each, SketchFactor):
         size, k = each.vectors.shape if each.vectors.dim() == 2 else (0, 0)
         if each.diagonal.shape != (size,) or each.bound.numel() != 1 or k > size:
             raise ValueError(f"{where}: parts of a sketch that do not fit each other")
-        _check_above(f"{where}.diagonal", each.diagonal)
-        _check_above(f"{where}.bound", each.bound)
+        check_above(f"{where}.diagonal", each.diagonal)
+        check_above(f"{where}.bound", each.bound)
     elif isinstance(each, Factor):
         scale = each.tensors()[".scale"]
         if scale.numel() != 1:
             raise ValueError(f"{where}.scale of the shape {list(scale.shape)}, not one number")
-        _check_above(f"{where}.scale", scale)
+        check_above(f"{where}.scale", scale)
     elif isinstance(each, DiagonalBlock):
-        _check_above(where, each.values)
+        check_above(where, each.values)
     elif each.numel() == 1 and each.dim() == 0:
-        _check_above(where, each)
+        check_above(where, each)
     else:
-        _check_basis(where, each)
-
-
-def _check_above(where: str, values: Tensor) -> None:
-    if values.numel() and float(values.min()) < 0:
-        raise ValueError(f"{where} is negative: {float(values.min()):.3g}")
-
-
-def _check_dense(where: str, s: Tensor) -> None:
-    """Symmetric and positive semi-definite, but for rounding."""
-    if s.dim() != 2 or s.shape[0] != s.shape[1]:
-        raise ValueError(f"{where} of the shape {list(s.shape)}, no square")
-    if not s.numel():
-        return
-    largest = float(s.abs().max())
-    slack = _slack(s) * largest
-    if float((s - s.T).abs_().max()) > slack:
-        raise ValueError(f"{where} is not symmetric")
-    if float(s.diagonal().min()) < -slack:
-        raise ValueError(f"{where} is negative: {float(s.diagonal().min()):.3g}")
-    wide = s if s.dtype == torch.float64 else s.float()
-    lowest = _lowest(wide)
-    # Of the largest eigenvalue, which is at least the largest entry and at most the trace.
-    if lowest < -_slack(s) * float(wide.diagonal().sum()):
-        raise ValueError(f"{where} has a negative eigenvalue: {lowest:.3g}")
-
-
-def _slack(s: Tensor) -> float:
-    """What rounding may leave, relative to a matrix's largest entries."""
-    return min(64 * max(torch.finfo(s.dtype).eps, 1e-9), 0.02)
-
-
-def _lowest(s: Tensor) -> float:
-    """The smallest eigenvalue; for a wide matrix a value that it is not above."""
-    if len(s) <= EXACT:
-        return float(torch.linalg.eigvalsh(s.double())[0])
-    root = s.diagonal().clamp(min=0).sqrt()
-    # Of a positive semi-definite matrix each 2 x 2 minor is: |s_ij| <= sqrt(s_ii s_jj).
-    excess = float((s.abs() - root[:, None] * root).max())
-    if excess > _slack(s) * float(root.max()) ** 2:
-        return -excess
-    random = torch.Generator().manual_seed(0)
-    v = torch.randn(len(s), generator=random, dtype=torch.float64).to(s.dtype)
-    basis = [v / v.norm()]
-    for _ in range(STEPS):
-        w = s @ basis[-1]
-        q = torch.stack(basis)
-        for _ in range(2):  # twice is enough to be orthogonal
-            w = w - q.T @ (q @ w)
-        if float(w.norm()) < 1e-6 * float(root.max()) ** 2:
-            break
-        basis.append(w / w.norm())
-    q = torch.stack(basis)
-    inner = (q @ (s @ q.T)).double()
-    return float(torch.linalg.eigvalsh((inner + inner.T) / 2)[0])
-
-
-def _check_basis(where: str, u: Tensor) -> None:
-    """Orthogonal, tried on two random vectors."""
-    if u.dim() != 2 or u.shape[0] != u.shape[1]:
-        raise ValueError(f"{where} of the shape {list(u.shape)}, no square")
-    wide = u if u.dtype == torch.float64 else u.float()
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(len(u), 2, generator=random, dtype=torch.float64).to(wide.dtype)
-    apart = float((wide.T @ (wide @ x) - x).abs().max())
-    if apart > 1e3 * max(torch.finfo(u.dtype).eps, 1e-9) * max(float(x.norm()), 1.0):
-        raise ValueError(f"{where} is no orthogonal basis")
+        check_basis(where, each)
 
 
 def _check_anchor(info: CurvatureInfo, name: str, shapes: list[list[int]]) -> None:
@@ -299,26 +228,14 @@ def _check_link(curvature: Curvature, where: str, pair: tuple[str, str]) -> None
         if list(m.shape) != [a.size, b.size]:
             raise ValueError(f"{where}/{side} of the shape {list(m.shape)}, not {[a.size, b.size]}")
         most = (diagonal_of(a).clamp(min=0).sqrt()[:, None]) * diagonal_of(b).clamp(min=0).sqrt()
-        slack = 16 * _slack(m) * float(most.max())
-        if float((m.abs() - most).max()) > slack:
+        room = 16 * slack(m) * float(most.max())
+        if float((m.abs() - most).max()) > room:
             raise ValueError(f"{where}/{side} is larger than its ends allow")
-        u, v = _leading(m)
+        u, v = leading(m)
         value = float(u @ (m @ v))
         bound = float(u @ a.matmul(u[:, None])[:, 0]) * float(v @ b.matmul(v[:, None])[:, 0])
-        if value > (1 + 16 * _slack(m)) * math.sqrt(max(bound, 0.0)) + slack:
+        if value > (1 + 16 * slack(m)) * math.sqrt(max(bound, 0.0)) + room:
             raise ValueError(f"{where}/{side} is larger than its ends allow")
-
-
-def _leading(m: Tensor) -> tuple[Tensor, Tensor]:
-    """About the singular vectors of the largest singular value."""
-    random = torch.Generator().manual_seed(0)
-    v = torch.randn(m.shape[1], generator=random, dtype=torch.float64).to(m.dtype)
-    u = m @ v
-    for _ in range(4):
-        u = m @ (v / v.norm().clamp(min=torch.finfo(m.dtype).tiny))
-        v = m.T @ (u / u.norm().clamp(min=torch.finfo(m.dtype).tiny))
-    tiny = torch.finfo(m.dtype).tiny
-    return u / u.norm().clamp(min=tiny), v / v.norm().clamp(min=tiny)
 
 
 def _check_chain(curvature: Curvature) -> None:

@@ -24,7 +24,7 @@ from retain.curvature.artifact import digest_of
 from retain.curvature.gather import Gather
 from retain.data.batches import Example
 from retain.data.tensors import read_tensors
-from retain.documents import read_json
+from retain.documents import read_json, sealed
 from retain.errors import RetainWarning
 from retain.files import clear_scratch, whole_file, write_json
 
@@ -102,13 +102,13 @@ def kept_rows(
         return make()
     path = Path(f"{partial}.text").expanduser()
     try:
-        known = read_json(path)
+        known = read_json(path, sealed=True)
         if known["of"] == list(what):
             return list(known["rows"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     rows = make()
-    write_json(path, {"of": list(what), "rows": rows})
+    write_json(path, sealed({"of": list(what), "rows": rows}))
     return rows
 
 

@@ -10,13 +10,8 @@ Beyond Jinja's filters there is ``sub(pattern, by)``, which is `re.sub`.
 
 from __future__ import annotations
 
-import datetime
-import re
-import time
-import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set, ValuesView
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -29,92 +24,28 @@ from jinja2 import (
     nodes,
     pass_context,
 )
-from jinja2.exceptions import SecurityError
-from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from retain.data.metering import (
+    BITS,
+    METER,
+    STEP,
+    Meter,
+    check_call,
+    check_numbers,
+    check_widths,
+    joined,
+    replaced,
+)
 from retain.data.nulls import is_none, present
-from retain.data.patterns import LONGER, replace_all
+from retain.data.patterns import replace_all
 
 __all__ = ["expression", "template"]
 
 LENGTH, NODES = 100_000, 5_000
 """Characters, and parts in braces, of one template, at most."""
-
-BUDGET, SHARE = 2_000_000, 20
-"""Characters that one render may make: so many, and so many times those of its row."""
-
-STEP, ITEM = 20, 8
-"""Characters that a step (a turn of a loop, a call, a filter) and a value in a list count as."""
-
-SECONDS = 2.0
-"""Of one render; of a long row `retain.data.patterns.LONGER` more for each character."""
-
-WIDTH, BITS = 10_000, 4_096
-"""Of a padded text; of a whole number."""
-
-
-class _Meter:
-    """What one render has left."""
-
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        size = _size(fields, 1 << 40)
-        self.left = BUDGET + SHARE * size
-        self.end = time.monotonic() + SECONDS + LONGER * size
-
-    def check(self, count: int) -> None:
-        """Raises if so many characters, about to be made, are more than are left."""
-        if count > self.left:
-            raise TemplateRuntimeError("the template makes too much text, or takes too many steps")
-
-    def charge(self, count: int) -> None:
-        self.check(count)
-        self.left -= count
-        if time.monotonic() > self.end:
-            raise TemplateRuntimeError("the template takes too long for a row")
-
-    def size(self, value: Any) -> int:
-        """The size of a value, as far as it matters here."""
-        return _size(value, self.left)
-
-    def made(self, value: Any) -> Any:
-        """A value that has been made, charged; those of a generator when they are asked for."""
-        if isinstance(value, Iterator):
-            return map(self.made, self.each(value))
-        self.charge(self.size(value))
-        return value
-
-    def each(self, values: Iterable[Any]) -> Iterator[Any]:
-        """Values that are there, each charged as a step."""
-        for value in values:
-            self.charge(STEP)
-            yield value
-
-
-_METER: ContextVar[_Meter] = ContextVar("meter")
-
-
-def _size(value: Any, most: int) -> int:
-    """Characters and items of a value, those that are shared counted each time, up to `most`."""
-    total, waiting = 0, [value]
-    while waiting and total <= most:
-        each = waiting.pop()
-        total += 1
-        if isinstance(each, str | bytes):
-            total += len(each)
-        elif isinstance(each, Mapping):
-            total += ITEM * len(each)
-            waiting += [*each.keys(), *each.values()]
-        elif isinstance(each, list | tuple | Set | ValuesView):
-            total += ITEM * len(each)
-            waiting += each
-        elif isinstance(each, range):
-            total += ITEM * len(each)
-        elif isinstance(each, int) and not isinstance(each, bool):
-            total += each.bit_length() // 8
-    return total
 
 
 class _Bounded(NodeTransformer):
@@ -175,7 +106,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super()._generate(bounded, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        meter = _METER.get()
+        meter = METER.get()
         meter.charge(STEP)
         if isinstance(left, int) and isinstance(right, int):
             a, b = left.bit_length(), right.bit_length()
@@ -187,87 +118,21 @@ class _Environment(ImmutableSandboxedEnvironment):
         elif operator == "+":
             meter.check(meter.size(left) + meter.size(right))
         elif operator == "%" and isinstance(left, str):
-            _check_widths(left)
+            check_widths(left)
             meter.check(left.count("%") * meter.size(right))
         return meter.made(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        meter = _METER.get()
+        meter = METER.get()
         meter.charge(STEP)
         args = tuple(list(meter.each(a)) if isinstance(a, Iterator) else a for a in args)
         if not isinstance(__obj, Undefined):
-            _check_call(meter, __obj, args, kwargs)
+            check_call(meter, __obj, args, kwargs)
         return meter.made(super().call(__context, __obj, *args, **kwargs))
 
 
-_PLAIN = frozenset([
-    "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha",
-    "isascii", "isdecimal", "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper",
-    "lower", "lstrip", "partition", "removeprefix", "removesuffix", "rfind", "rindex",
-    "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase",
-    "title", "upper",
-])  # fmt: skip
-_METHODS: dict[type, frozenset[str]] = {
-    str: _PLAIN | {"center", "expandtabs", "join", "ljust", "replace", "rjust", "zfill"},
-    list: frozenset({"count", "index"}),
-    tuple: frozenset({"count", "index"}),
-    dict: frozenset({"get", "items", "keys", "values"}),
-    float: frozenset({"is_integer"}),
-    datetime.date: frozenset({"isoformat", "strftime"}),
-    datetime.datetime: frozenset({"isoformat", "strftime"}),
-}
-"""Methods that a template may call; those of `_PLAIN` return no more than they were given."""
-
-
-def _check_call(meter: _Meter, called: Any, args: tuple[Any, ...], kwargs: Any) -> None:
-    owner, name = getattr(called, "__self__", None), getattr(called, "__name__", "")
-    if called is safe_range or called is dict or called is Namespace:
-        return
-    if isinstance(owner, LoopContext) and name in ("cycle", "changed"):
-        return
-    if isinstance(called, types.FunctionType) and name == "format":  # the sandbox's own
-        text = getattr(getattr(called, "__wrapped__", None), "__self__", "")
-        _check_widths(text)
-        meter.check((meter.size(args) + meter.size(kwargs)) * (text.count("{") + 1))
-        return
-    kind: type = next((k for k in type(owner).__mro__ if k in _METHODS), object)
-    if not isinstance(called, types.BuiltinMethodType) or name not in _METHODS.get(kind, ()):
-        raise SecurityError(f"a call of {name or type(called).__name__} is not taken")
-    if name == "replace":
-        meter.check(_replaced(owner, *args[:2]))
-    elif name == "join":
-        meter.check(_joined(meter, owner, *args))
-    elif name == "strftime":
-        _check_widths(*args)
-    elif kind is str and name not in _PLAIN:
-        _check_numbers(args, kwargs)
-        meter.check(str(owner).count("\t") * WIDTH if name == "expandtabs" else WIDTH)
-
-
-def _check_numbers(args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
-    if any(isinstance(n, int | float) and abs(n) > WIDTH for n in (*args, *kwargs.values())):
-        raise TemplateRuntimeError(f"the template has a width above {WIDTH}")
-
-
-def _check_widths(text: object = "", *_: object) -> None:
-    if re.search(r"%[^%a-zA-Z]*?(?:\*|\d{4})|\{[^{}]*(?:\{|\d{4})", str(text)):
-        raise TemplateRuntimeError("the template has a format with a width above 999")
-
-
-def _replaced(text: object, old: object = "", new: object = "", *_: object) -> int:
-    """Characters of a text with `old` replaced, at most."""
-    text = str(text)
-    return len(text) + (text.count(str(old)) + 1) * len(str(new))
-
-
-def _joined(meter: _Meter, between: object, values: object = (), *_: object) -> int:
-    """Characters of values put together, at most."""
-    size = meter.size(values)
-    return size + size // ITEM * len(str(between))
-
-
 def _sub(text: object, pattern: object, by: object) -> str:
-    return replace_all(str(pattern), str(by), str(text), _METER.get().left)
+    return replace_all(str(pattern), str(by), str(text), METER.get().left)
 
 
 _PLAIN_FILTERS = frozenset([
@@ -294,11 +159,11 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @pass_context
     def run(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        meter = _METER.get()
+        meter = METER.get()
         meter.charge(STEP)
         given = (*args, *kwargs.values())
         if name in _WIDE_FILTERS:
-            _check_numbers(args, kwargs)
+            check_numbers(args, kwargs)
         if name == "indent" or name == "wordwrap":
             lines = str(value).count("\n") + 1 if name == "indent" else len(str(value))
             most = max((len(g) if isinstance(g, str) else int(g or 0) for g in given), default=4)
@@ -306,13 +171,13 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         elif name == "tojson":
             meter.check(meter.size(value) * (8 + sum(g for g in given if isinstance(g, int))))
         elif name == "format":
-            _check_widths(value)
+            check_widths(value)
             meter.check(str(value).count("%") * (meter.size(args) + meter.size(kwargs)))
         elif name == "join":
             value = list(meter.each(value))
-            meter.check(_joined(meter, args[0] if args else kwargs.get("d", ""), value))
+            meter.check(joined(meter, args[0] if args else kwargs.get("d", ""), value))
         elif name == "replace":
-            meter.check(_replaced(value, *args[:2]))
+            meter.check(replaced(value, *args[:2]))
         elif name == "sum" and not all(isinstance(g, int | float | str) for g in given):
             raise TemplateRuntimeError("the template adds what are no numbers")
         return meter.made(function(*first(context), value, *args, **kwargs))
@@ -322,17 +187,17 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 @pass_context
 def _each(context: Any, values: Any) -> Iterator[Any]:
-    return _METER.get().each(values)
+    return METER.get().each(values)
 
 
 @pass_context
 def _made(context: Any, value: Any) -> Any:
-    return _METER.get().made(value)
+    return METER.get().made(value)
 
 
 @pass_context
 def _text(context: Any, values: list[Any]) -> str:
-    meter = _METER.get()
+    meter = METER.get()
     meter.check(meter.size(values))
     return str(meter.made("".join(map(str, values))))
 
@@ -405,13 +270,13 @@ def _check_length(text: str) -> None:
 
 
 @contextmanager
-def _metering(fields: Mapping[str, Any]) -> Iterator[_Meter]:
-    meter = _Meter(fields)
-    token = _METER.set(meter)
+def _metering(fields: Mapping[str, Any]) -> Iterator[Meter]:
+    meter = Meter(fields)
+    token = METER.set(meter)
     try:
         yield meter
     finally:
-        _METER.reset(token)
+        METER.reset(token)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from retain.data.items import Item
 from retain.data.loading import encode_items, load_items
 from retain.data.sources import Row, encode, read_rows
 from retain.data.specs import TaskSpec, load_task
-from retain.documents import read_json
+from retain.documents import read_json, sealed
 from retain.errors import ConfigError, ModelError, SourceError
 from retain.files import first_rank, write_json
 from retain.models.heads import is_causal
@@ -178,14 +178,14 @@ def _samples(config: Mapping[str, Any], base: Base, work: Work, count: int, seed
     name = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
     path = work.out / "source" / f"{name}.json"
     try:
-        return list(read_json(path)["rows"])
+        return list(read_json(path, sealed=True)["rows"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     rows: list[Row] = [
         *sample_rows(base.model, base.tokenizer, count=count, max_length=length, seed=seed)
     ]
     if first_rank():
-        write_json(path, {"made_with": wanted, "rows": rows})
+        write_json(path, sealed({"made_with": wanted, "rows": rows}))
     return rows
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retain.documents import read_json
+from retain.documents import read_json, sealed
 from retain.errors import OutputError, RetainError, memory_full
 from retain.files import clear_scratch, first_rank, whole_file, write_json, writing
 from retain.study.heard import heard
@@ -94,7 +94,7 @@ class Outcome:
 def read_record(path: Path) -> dict[str, Any] | None:
     """A record; None where there is none, or what is there is no record."""
     try:
-        found = read_json(path)
+        found = read_json(path, sealed=True)
     except (OSError, ValueError):
         return None
     good = isinstance(found, dict) and found.get("schema") == RUN_SCHEMA
@@ -182,7 +182,7 @@ def execute(
         notes = (*again, *record.get("notes", ()))
         if record["status"] != "unfinished":
             clear_scratch(work.record(key))
-            write_json(work.record(key), record)
+            write_json(work.record(key), sealed(record))
         if record["status"] == "done":
             _state(key, work, {}).clear()
             work.trace(key).unlink(missing_ok=True)

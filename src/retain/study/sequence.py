@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from retain.data.specs import load_task
+from retain.documents import sealed
 from retain.evaluation.continual import continual_metrics
 from retain.evaluation.forgetting import Reference
 from retain.evaluation.score import Score, score_items
@@ -192,7 +193,7 @@ class _Sequence:
         seconds = {name: end - start[name] for name, end in self.clock.state().items()}
         known = {"scores": scores, "general": general, "seconds": seconds}
         if first_rank():
-            write_json(path, finite(known))
+            write_json(path, sealed(finite(known)))
         return known
 
     def _is_scored(self, index: int, after: int | None) -> bool:

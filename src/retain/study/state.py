@@ -11,11 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from retain.documents import read_json
+from retain.documents import read_json, sealed
 from retain.errors import RetainWarning
-from retain.files import whole_file, write_json
+from retain.files import file_digest, whole_file, write_json
 
 __all__ = ["Kept", "SequenceState"]
+
+_PARTS = ("adapter", "method")
 
 
 @dataclass
@@ -59,15 +61,14 @@ class SequenceState:
         if not (self.folder / "state.json").exists():
             return None
         try:
-            note = read_json(self.folder / "state.json")
+            note = read_json(self.folder / "state.json", sealed=True)
             if note["stamp"] != self.stamp:
                 _say_anew("is of other versions, code or data")
                 return None
-            tensors = [
-                read_tensors(self.folder / f"{part}-{note['done']}.safetensors")[0]
-                for part in ("adapter", "method")
-            ]
-            return Kept(note["done"], note["data"], *tensors)
+            paths = [self._tensors(part, note["done"]) for part in _PARTS]
+            if note.get("files", files := [file_digest(path) for path in paths]) != files:
+                raise ValueError("tensors that are not those of the note")
+            return Kept(note["done"], note["data"], *(read_tensors(path)[0] for path in paths))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             _say_anew("is damaged")
             return None
@@ -83,14 +84,18 @@ class SequenceState:
         """
         if not self.writes:
             return
-        for part, tensors in (("adapter", adapter), ("method", method)):
-            _write_tensors(self.folder / f"{part}-{done}.safetensors", tensors)
-        write_json(
-            self.folder / "state.json", {"done": done, "stamp": self.stamp, "data": dict(data)}
-        )
+        paths = [self._tensors(part, done) for part in _PARTS]
+        for path, tensors in zip(paths, (adapter, method), strict=True):
+            _write_tensors(path, tensors)
+        files = [file_digest(path) for path in paths]
+        note = {"done": done, "stamp": self.stamp, "files": files, "data": dict(data)}
+        write_json(self.folder / "state.json", sealed(note))
         for old in self.folder.glob("*.safetensors"):
-            if old.stem not in (f"adapter-{done}", f"method-{done}"):
+            if old not in paths:
                 old.unlink(missing_ok=True)
+
+    def _tensors(self, part: str, done: int) -> Path:
+        return self.folder / f"{part}-{done}.safetensors"
 
     def clear(self) -> None:
         """Deletes it."""

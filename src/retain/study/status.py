@@ -59,7 +59,7 @@ def is_running(run: Run, work: Work) -> bool:
 
 def _tasks_done(run: Run, work: Work) -> int:
     try:
-        note: Mapping[str, Any] = read_json(work.state(run.key) / "state.json")
+        note: Mapping[str, Any] = read_json(work.state(run.key) / "state.json", sealed=True)
         return int(note["done"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0

@@ -62,7 +62,7 @@ def untrained_file(
 def read_untrained(path: Path) -> dict[str, Any] | None:
     """What a file says, ``{"scores", "general", "seconds"}``; None where there is none."""
     try:
-        found = read_json(path)
+        found = read_json(path, sealed=True)
     except (OSError, ValueError):
         return None
     good = isinstance(found, dict) and {"scores", "general", "seconds"} <= set(found)

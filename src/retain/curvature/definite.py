@@ -1,0 +1,102 @@
+"""Whether a matrix is symmetric, positive semi-definite or orthogonal, in a few passes over it.
+
+Up to `EXACT` wide, the smallest eigenvalue is computed; a wider matrix is tried: its diagonal and
+2 x 2 minors, and the smallest Ritz value of a few Lanczos steps, which finds any eigenvalue that is
+far below zero for the size of the others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["EXACT", "check_above", "check_basis", "check_dense", "leading", "slack"]
+
+EXACT = 512
+"""Widest factor whose eigenvalues are computed."""
+
+STEPS = 12
+"""Lanczos steps for a wider one."""
+
+
+def check_above(where: str, values: Tensor) -> None:
+    """None of them is below zero.
+
+    Raises:
+        ValueError: one is.
+    """
+    if values.numel() and float(values.min()) < 0:
+        raise ValueError(f"{where} is negative: {float(values.min()):.3g}")
+
+
+def check_dense(where: str, s: Tensor) -> None:
+    """Symmetric and positive semi-definite, but for rounding."""
+    if s.dim() != 2 or s.shape[0] != s.shape[1]:
+        raise ValueError(f"{where} of the shape {list(s.shape)}, no square")
+    if not s.numel():
+        return
+    largest = float(s.abs().max())
+    most = slack(s) * largest
+    if float((s - s.T).abs_().max()) > most:
+        raise ValueError(f"{where} is not symmetric")
+    if float(s.diagonal().min()) < -most:
+        raise ValueError(f"{where} is negative: {float(s.diagonal().min()):.3g}")
+    wide = s if s.dtype == torch.float64 else s.float()
+    lowest = _lowest(wide)
+    # Of the largest eigenvalue, which is at least the largest entry and at most the trace.
+    if lowest < -slack(s) * float(wide.diagonal().sum()):
+        raise ValueError(f"{where} has a negative eigenvalue: {lowest:.3g}")
+
+
+def slack(s: Tensor) -> float:
+    """What rounding may leave, relative to a matrix's largest entries."""
+    return min(64 * max(torch.finfo(s.dtype).eps, 1e-9), 0.02)
+
+
+def _lowest(s: Tensor) -> float:
+    """The smallest eigenvalue; for a wide matrix a value that it is not above."""
+    if len(s) <= EXACT:
+        return float(torch.linalg.eigvalsh(s.double())[0])
+    root = s.diagonal().clamp(min=0).sqrt()
+    # Of a positive semi-definite matrix each 2 x 2 minor is: |s_ij| <= sqrt(s_ii s_jj).
+    excess = float((s.abs() - root[:, None] * root).max())
+    if excess > slack(s) * float(root.max()) ** 2:
+        return -excess
+    random = torch.Generator().manual_seed(0)
+    v = torch.randn(len(s), generator=random, dtype=torch.float64).to(s.dtype)
+    basis = [v / v.norm()]
+    for _ in range(STEPS):
+        w = s @ basis[-1]
+        q = torch.stack(basis)
+        for _ in range(2):  # twice is enough to be orthogonal
+            w = w - q.T @ (q @ w)
+        if float(w.norm()) < 1e-6 * float(root.max()) ** 2:
+            break
+        basis.append(w / w.norm())
+    q = torch.stack(basis)
+    inner = (q @ (s @ q.T)).double()
+    return float(torch.linalg.eigvalsh((inner + inner.T) / 2)[0])
+
+
+def check_basis(where: str, u: Tensor) -> None:
+    """Orthogonal, tried on two random vectors."""
+    if u.dim() != 2 or u.shape[0] != u.shape[1]:
+        raise ValueError(f"{where} of the shape {list(u.shape)}, no square")
+    wide = u if u.dtype == torch.float64 else u.float()
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(len(u), 2, generator=random, dtype=torch.float64).to(wide.dtype)
+    apart = float((wide.T @ (wide @ x) - x).abs().max())
+    if apart > 1e3 * max(torch.finfo(u.dtype).eps, 1e-9) * max(float(x.norm()), 1.0):
+        raise ValueError(f"{where} is no orthogonal basis")
+
+
+def leading(m: Tensor) -> tuple[Tensor, Tensor]:
+    """About the singular vectors of the largest singular value."""
+    random = torch.Generator().manual_seed(0)
+    v = torch.randn(m.shape[1], generator=random, dtype=torch.float64).to(m.dtype)
+    u = m @ v
+    for _ in range(4):
+        u = m @ (v / v.norm().clamp(min=torch.finfo(m.dtype).tiny))
+        v = m.T @ (u / u.norm().clamp(min=torch.finfo(m.dtype).tiny))
+    tiny = torch.finfo(m.dtype).tiny
+    return u / u.norm().clamp(min=tiny), v / v.norm().clamp(min=tiny)
