@@ -82,12 +82,12 @@ class RetentionCallback(TrainerCallback):
 
     Raises:
         ConfigError: a value out of range, a source without a budget, or, when training begins, what
-            does not go together with the trainer's settings.
+            does not go together with the trainer's settings, such as a second of these callbacks.
         ModelError: when training begins, of what nothing would hold: DeepSpeed, sharded weights,
             `modules_to_save`, labels that do not exclude each other; or a start for an adapter that
             is not fresh.
-        SourceError: when training begins, if the source is missing or empty, or a first batch lies
-            outside of the model's tables.
+        SourceError: when training begins, if the source is missing or empty, or a row lies outside
+            of the model's tables (see `retain.training.reading.check_loader`).
         MismatchError: when training begins, if the curvature is of another model.
         TrainingError: when a gradient is not a finite number.
     """
