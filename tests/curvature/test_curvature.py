@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -196,6 +198,23 @@ def test_unknown_names_and_small_numbers_are_refused(options: dict, hint: str) -
         fit_curvature(tiny("llama"), ROWS["llama"], **{**FIT, **options})
     assert hint in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("LoHa", {}),
+        ("LoKr", {}),
+        ("AdaLora", {"total_step": 10}),
+        ("Vera", {"r": 4}),
+        ("IA3", {"feedforward_modules": []}),
+    ],
+)
+def test_an_adapter_of_another_kind_is_named(kind: str, options: dict[str, Any]) -> None:
+    config = getattr(peft, f"{kind}Config")(target_modules=["q_proj"], **options)
+    model = peft.get_peft_model(base("llama", dtype=torch.float32), config)
+    with pytest.raises(ModelError, match=f"no LoRA adapter; got: .* {kind.upper()}; .*LoraConfig"):
+        fit_curvature(model, ROWS["llama"], **FIT)
 
 
 def test_a_frozen_model_without_adapter_is_refused() -> None:

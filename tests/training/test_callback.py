@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +262,38 @@ def test_the_last_checkpoint_is_inside_the_budget(tmp_path: Path) -> None:
 def test_a_path_is_no_curvature() -> None:
     with pytest.raises(ConfigError, match=r"got: str 'c.safetensors'.*load_curvature"):
         RetentionCallback("c.safetensors")  # type: ignore[arg-type]
+
+
+def test_a_second_callback_on_one_trainer_is_refused(tmp_path: Path) -> None:
+    """As of a cell of a notebook that is run again."""
+    model = tiny("llama")
+    curvature = fit(model)
+    run = trainer(model, tmp_path, [RetentionCallback(curvature), RetentionCallback(curvature)])
+    before = weights(model)
+    with pytest.raises(ConfigError, match=r"held twice; got: 2 of RetentionCallback"):
+        run.train()
+    assert all(torch.equal(w, before[n]) for n, w in weights(model).items())
+    run.remove_callback(RetentionCallback)  # what the error says
+    run.train()
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_moved_back_to_the_budget_after_the_last_evaluation_is_said(
+    best: bool, tmp_path: Path
+) -> None:
+    """As where training has stopped early."""
+
+    class Stops(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = best
+
+    model = tiny("llama")
+    call = RetentionCallback(
+        fit(model), budget=1e-4, start=None, source=ROWS["llama"] if best else None
+    )
+    run = trainer(model, tmp_path, [call, Stops()], learning_rate=0.3)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run.train()
+    found = [str(w.message) for w in said if "moved back to its budget" in str(w.message)]
+    assert len(found) == best

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.data_loader import IterableDatasetShard
+from peft import LoraConfig, get_peft_model
 from test_callback import DATA, fit, trainer
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
@@ -21,8 +22,8 @@ from retain.retention.filters import InputFilter, Thin, Whole, wiener
 from retain.retention.moments import input_moments, moments_of
 from retain.retention.start import set_start
 from retain.training.reading import loader_examples
-from retain.training.start import fresh_rows
-from tiny import ROWS, move, tiny, weights
+from retain.training.start import fresh_rows, why_no_filter
+from tiny import ROWS, base, move, tiny, weights
 
 
 def keep(model: Any, **options: Any) -> RetentionCallback:
@@ -474,3 +475,11 @@ def test_streams_have_a_filter_too(data: Any, tmp_path: Path) -> None:
     loaders = [DataLoader(d, batch_size=2, collate_fn=run.data_collator) for d in (data, share)]
     one, other = (loader_examples(loader, 3, 0, True) for loader in loaders)
     assert len(one) == 3 and one == other
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", False])
+def test_an_initialisation_that_is_never_at_zero_is_named(init: Any) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init)
+    model = get_peft_model(base("llama", dtype=torch.float32), config)
+    why = why_no_filter(model, fit(model))
+    assert why == f"init_lora_weights={init!r} begins with a B that is not 0"

@@ -199,16 +199,13 @@ def lora_sites(model: nn.Module, adapter: str | None = None) -> list[LoraSite]:
         if isinstance(layer, ParamWrapper):
             raise _unsupported(name, f"a bare parameter ({layer.parameter_name})")
         if not isinstance(site.lora_a, nn.Linear):
+            if _others(model):
+                raise _no_lora(model)
             raise _unsupported(name, type(site.lora_a).__name__)
         _refuse_sharded(site)
         sites.append(site)
     if not sites:
-        raise ModelError(
-            "the model carries no LoRA adapter",
-            got=type(model).__name__,
-            allowed="a peft.PeftModel with LoRA on linear layers",
-            fix="retain.attach_lora(model) or peft.get_peft_model(model, LoraConfig(...))",
-        )
+        raise _no_lora(model)
     return sites
 
 
@@ -226,6 +223,24 @@ def row_scales(sites: Sequence[Any]) -> dict[str, Tensor]:
             whole = weight + site.scaling * (site.b @ site.a).detach()
             scales[site.name] = magnitude / whole.norm(dim=1)
     return scales
+
+
+def _others(model: nn.Module) -> list[str]:
+    """PEFT's kinds of a model's adapters that are not LoRA."""
+    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in configs.values()}
+    return sorted(kinds - {"LORA"})
+
+
+def _no_lora(model: nn.Module) -> ModelError:
+    others = _others(model)
+    return ModelError(
+        "the model carries no LoRA adapter",
+        got=f"an adapter of the kind {', '.join(others)}" if others else type(model).__name__,
+        allowed="a peft.PeftModel with LoRA on linear layers",
+        fix="peft_config=LoraConfig(...) for a trainer of TRL's; "
+        "or peft.get_peft_model(model, LoraConfig(...))",
+    )
 
 
 def _unsupported(name: str, kind: str) -> ModelError:

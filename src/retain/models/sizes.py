@@ -22,7 +22,7 @@ from retain.models.kinds import check_labels, head_kind, inner_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_length", "check_sizes", "cut_length", "pad_multiple", "positions"]
+__all__ = ["check_ids", "check_length", "check_sizes", "cut_length", "pad_multiple", "positions"]
 
 _TABLES = re.compile(r"wpe|(char_)?positions?_embed\w*|embed_positions")
 """Names of tables of absolute positions. Relative ones (``rel_embeddings``) have no end."""
@@ -152,9 +152,9 @@ def check_sizes(
     head = inner.get_output_embeddings() if kind == "causal" else None
     predicted = int(getattr(head, "out_features", 0) or rows or 0)
     for number, example in enumerate(examples, start=1):
-        _check_ids(example.tokens, rows, number, tokenizer)
+        check_ids(example.tokens, rows, number, tokenizer)
         if kind == "causal":
-            _check_ids(example.targets, predicted or None, number, tokenizer)
+            check_ids(example.targets, predicted or None, number, tokenizer)
     _check_types(inner, examples)
     if lengths:
         check_length(model, (len(e.tokens) for e in examples), "tokenised row")
@@ -170,9 +170,23 @@ def _label(example: Example) -> object:
     return example.targets if len(example.targets) > 1 else example.targets[0]
 
 
-def _check_ids(
-    ids: Sequence[float], rows: int | None, number: int, tokenizer: PreTrainedTokenizerBase | None
+def check_ids(
+    ids: Sequence[float],
+    rows: int | None,
+    number: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
+    """Refuses the tokens of one row for which a table has no row.
+
+    Args:
+        ids: the tokens.
+        rows: of the table; None for any number.
+        number: of the row, from 1.
+        tokenizer: see `check_sizes`.
+
+    Raises:
+        SourceError: there is one.
+    """
     least, most = min(ids, default=0), max(ids, default=0)
     if least >= 0 and (rows is None or most < rows):
         return

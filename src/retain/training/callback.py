@@ -20,7 +20,14 @@ from retain.models.adapter import unwrap
 from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
 from retain.retention.laplace import Retention, check_strength
-from retain.training.handling import check_gradients, check_trainer, check_trains, go_first, record
+from retain.training.handling import (
+    check_alone,
+    check_gradients,
+    check_trainer,
+    check_trains,
+    go_first,
+    record,
+)
 from retain.training.held import Held, release_left
 from retain.training.keeping import keep, kept_in
 from retain.training.reading import check_loader
@@ -37,6 +44,10 @@ Source = str | Path | Iterable[Row]
 
 PROBE_ROWS, PROBE_TOKENS, PROBE_SEED = 8, 128, 1
 """Of the text that a budget is measured on; another seed than the curvature's own samples."""
+
+NOTICED = 0.9
+"""The share of the predicted nats below which a model that is moved back at the end is not the one
+that was measured before."""
 
 
 class RetentionCallback(TrainerCallback):
@@ -71,12 +82,12 @@ class RetentionCallback(TrainerCallback):
 
     Raises:
         ConfigError: a value out of range, a source without a budget, or, when training begins, what
-            does not go together with the trainer's settings.
+            does not go together with the trainer's settings, such as a second of these callbacks.
         ModelError: when training begins, of what nothing would hold: DeepSpeed, sharded weights,
             `modules_to_save`, labels that do not exclude each other; or a start for an adapter that
             is not fresh.
-        SourceError: when training begins, if the source is missing or empty, or a first batch lies
-            outside of the model's tables.
+        SourceError: when training begins, if the source is missing or empty, or a row lies outside
+            of the model's tables (see `retain.training.reading.check_loader`).
         MismatchError: when training begins, if the curvature is of another model.
         TrainingError: when a gradient is not a finite number.
     """
@@ -124,6 +135,7 @@ class RetentionCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        check_alone(self)
         check_trainer(args, kwargs.get("optimizer"))
         model: nn.Module = unwrap(kwargs["model"])
         resuming = state.global_step > 0
@@ -239,8 +251,15 @@ class RetentionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.retention is not None
+        before = self.retention.predicted()
         with self._still():
             self.retention.finish()
+        left = self.retention.predicted()
+        if left < NOTICED * before:  # it has stopped early, or its best checkpoint was an early one
+            _warn(
+                f"the model was moved back to its budget, from {before:.2g} to {left:.2g} nats "
+                "as predicted: evaluate and save it anew, for its checkpoints are above the budget"
+            )
         if self._held is not None:
             self._held.release()
 

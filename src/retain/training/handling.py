@@ -11,7 +11,26 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from retain.errors import ConfigError, ModelError, TrainingError
 from retain.training.running import handler_frame
 
-__all__ = ["check_gradients", "check_trainer", "check_trains", "go_first", "record"]
+__all__ = ["check_alone", "check_gradients", "check_trainer", "check_trains", "go_first", "record"]
+
+
+def check_alone(callback: TrainerCallback) -> None:
+    """Refuses a second callback of the same kind: a cell of a notebook that was run again, mostly.
+
+    Raises:
+        ConfigError: its trainer has another one.
+    """
+    frame = handler_frame()
+    kind = type(callback)
+    held = [] if frame is None else frame.f_locals["self"].callbacks
+    count = sum(isinstance(other, kind) for other in held)
+    if count > 1:
+        raise ConfigError(
+            "the trainer's model would be held twice",
+            got=f"{count} of {kind.__name__} on one trainer",
+            allowed="one",
+            fix=f"trainer.remove_callback({kind.__name__}) removes the first of them",
+        )
 
 
 def check_gradients(parameters: Iterable[nn.Parameter], step: int) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from retain.data.batches import Example
 from retain.models.kinds import check_labels, head_kind, inner_model, several_labels
 from retain.models.sizes import check_length, check_sizes
+from retain.training.stored import IGNORED, check_rows, no_class
 
 __all__ = ["check_loader", "loader_examples"]
 
@@ -21,9 +22,6 @@ SEARCHED = 16
 
 CHECKED = 8
 """Rows of a batch that is looked at, where a trainer's loader does not say how many it has."""
-
-IGNORED = -100
-"""A label that transformers leaves out of the loss."""
 
 
 def loader_examples(loader: Any, count: int, seed: int, causal: bool) -> list[Example]:
@@ -41,10 +39,11 @@ def loader_examples(loader: Any, count: int, seed: int, causal: bool) -> list[Ex
 
 
 def check_loader(model: nn.Module, loader: Any, seed: int) -> None:
-    """Looks at one batch of a trainer's data, before the first step, for what could not be held.
+    """Looks at a trainer's data, before the first step, for what could not be learned or held.
 
-    Labels that are lists, or floating-point numbers for several classes, are those of a head of
-    several labels: transformers finds that out at its first loss, and no earlier.
+    Of rows that lie there as tokens, all are looked at; of any others one batch. Labels that are
+    lists, or floating-point numbers for several classes, are those of a head of several labels:
+    transformers finds that out at its first loss, and no earlier.
 
     Args:
         model: that is trained.
@@ -56,6 +55,7 @@ def check_loader(model: nn.Module, loader: Any, seed: int) -> None:
         SourceError: a token, a length or a label that the model's tables have no place for.
     """
     kind = head_kind(model)
+    check_rows(model, loader)
     with torch.random.fork_rng():
         size = getattr(loader, "batch_size", None) or CHECKED
         rows = list(islice(_items(loader, seed), size))
@@ -75,7 +75,8 @@ def check_loader(model: nn.Module, loader: Any, seed: int) -> None:
         return
     problem = getattr(inner_model(model).config, "problem_type", None)
     if kind == "classes" and problem is None and labels.is_floating_point():
-        raise several_labels(f"labels of {str(labels.dtype).removeprefix('torch.')}")
+        got = f"labels of {str(labels.dtype).removeprefix('torch.')}"
+        raise several_labels(got) if labels.dim() > 1 else no_class(got)
     check_labels(
         model, (None if row.dim() == 0 and row == IGNORED else row for row in labels), "batch row"
     )

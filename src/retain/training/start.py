@@ -14,6 +14,7 @@ from retain.curvature.kronecker import KroneckerBlock
 from retain.errors import ModelError, SourceError, unknown
 from retain.models.adapter import LoraSite, adapter_off, lora_sites
 from retain.models.heads import is_causal
+from retain.models.wrappers import unwrap
 from retain.retention.filters import InputFilter, check_filter
 from retain.retention.moments import Moments, input_moments, moments_of
 from retain.retention.start import STARTS, check_start, set_start
@@ -67,7 +68,7 @@ def why_no_filter(
     if not all(site.a.requires_grad for site in sites):
         return "A does not train"
     if fresh_rows(sites) is None:
-        return "the adapter is not fresh"
+        return _why_not_fresh(model)
     reason = why_no_inputs(curvature)
     if reason is None and past is not None:
         reason = why_no_inputs(past, around=True)
@@ -78,6 +79,15 @@ def why_no_filter(
     ):
         reason = "the trainer's batches hold no input_ids"
     return reason
+
+
+def _why_not_fresh(model: nn.Module) -> str:
+    configs: dict[str, Any] = getattr(unwrap(model), "peft_config", None) or {}
+    for config in configs.values():
+        given = getattr(config, "init_lora_weights", True)
+        if given is False or str(given).lower() not in ("true", "none", "gaussian", "eva"):
+            return f"init_lora_weights={given!r} begins with a B that is not 0"
+    return "the adapter is not fresh"
 
 
 def why_no_inputs(curvature: Curvature, *, around: bool = False) -> str | None:

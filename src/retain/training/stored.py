@@ -1,0 +1,122 @@
+"""All rows of a trainer's data, where they lie there as tokens and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from retain.errors import SourceError
+from retain.models.heads import rows_of_embedding
+from retain.models.kinds import head_kind, inner_model
+from retain.models.sizes import check_ids
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["IGNORED", "check_rows", "no_class"]
+
+IGNORED = -100
+"""A label that transformers leaves out of the loss."""
+
+AT_ONCE = 1000
+"""Rows of a data set that are looked at together."""
+
+TOKENS, LABELS = "input_ids", ("label", "labels", "label_ids")
+"""Names of columns, as the collators of transformers read them."""
+
+
+def check_rows(model: nn.Module, loader: Any) -> None:
+    """Refuses rows whose tokens or classes a model has no place for, before the first step.
+
+    Else the first of them ends a training in a bare IndexError, on a GPU in a device of no use.
+
+    Args:
+        model: with a head that is known.
+        loader: the trainer's `DataLoader`. Labels are looked at where one of transformers' own
+            collators reads them; another may make other labels of them.
+
+    Raises:
+        SourceError: there is such a row; it is named by its number.
+    """
+    data, table = loader.dataset, rows_of_embedding(model)
+    for number, ids in _odd(_column(data, (TOKENS,)), 0, table):
+        if isinstance(ids, list | tuple) and ids and isinstance(ids[0], int):
+            check_ids(ids, table, number)
+    if head_kind(model) != "classes" or not _is_plain(loader.collate_fn):
+        return
+    classes = int(inner_model(model).config.num_labels)
+    for number, label in _odd(_column(data, LABELS), 0, classes):
+        if isinstance(label, str | bool):
+            raise no_class(f"label {label!r} in row {number}", classes)
+        outside = isinstance(label, int) and not 0 <= label < classes and label != IGNORED
+        if label is None or outside:
+            raise SourceError(
+                f"the label of row {number} has no output",
+                got=f"label {label}",
+                allowed=f"whole numbers from 0 to {classes - 1}; {IGNORED} leaves a row out",
+                fix="count the labels from 0, leave rows without one out, "
+                "or load the model with as many as num_labels",
+            )
+
+
+def no_class(got: str, classes: int | None = None) -> SourceError:
+    """The error for labels that are no classes."""
+    return SourceError(
+        "the labels of a classifier are numbers of classes",
+        got=got,
+        allowed="whole numbers" + (f" from 0 to {classes - 1}" if classes else ""),
+        fix='data.class_encode_column("label") numbers names and values; '
+        "num_labels=1 is for a regression",
+    )
+
+
+def _is_plain(collate: Any) -> bool:
+    while hasattr(collate, "data_collator"):  # what takes unused columns away first
+        collate = collate.data_collator
+    return str(getattr(collate, "__module__", "")).startswith("transformers.")
+
+
+def _column(data: Any, names: Sequence[str]) -> Iterator[pa.ChunkedArray] | list[Any]:
+    """A column of a data set, in pieces; or of rows in a list, as it is; else nothing."""
+    from datasets import Dataset
+
+    if isinstance(data, Dataset):
+        found = [n for n in names if n in data.column_names]
+        pieces = data.select_columns(found[:1]).with_format("arrow").iter(AT_ONCE) if found else []
+        return (piece.column(0) for piece in pieces)
+    if isinstance(data, list) and all(isinstance(row, Mapping) for row in data):
+        return [next((row[n] for n in names if n in row), IGNORED) for row in data]
+    return []
+
+
+def _odd(
+    column: Iterator[pa.ChunkedArray] | list[Any], least: int, end: int | None
+) -> Iterator[tuple[int, Any]]:
+    """The rows, counted from 1, that may hold something else than numbers from least to below end.
+
+    Data sets are looked at in pieces, without making Python's numbers of them.
+    """
+    if isinstance(column, list):
+        values = (v.tolist() if hasattr(v, "tolist") else v for v in column)
+        yield from enumerate(values, start=1)
+        return
+    first = 1
+    for piece in column:
+        if not _within(piece, least, end):
+            yield from enumerate(piece.to_pylist(), start=first)
+        first += len(piece)
+
+
+def _within(piece: pa.ChunkedArray, least: int, end: int | None) -> bool:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    nested = pa.types.is_list(piece.type) or pa.types.is_large_list(piece.type)
+    values = pc.list_flatten(piece) if nested else piece
+    if not pa.types.is_integer(values.type) or piece.null_count:
+        return False
+    span = pc.min_max(values).as_py()
+    low, high = span["min"], span["max"]
+    return low is None or (low >= least and (end is None or high < end))
