@@ -38,7 +38,7 @@ ROW: dict[str, Any] = {
         "{{ deep.inner.text }}",
         "{{ deep['inner']['text'] }}",
         "{{ deep.list[1] }}",
-        "{{ deep.list }}",
+        "{{ deep.list|string }}",
         "{{ deep.list|join(', ') }}",
         "{% for word in deep.list %}{{ word }}{% endfor %}",
         "{% for row in deep.rows %}{{ row.text }}{% endfor %}",

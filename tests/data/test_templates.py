@@ -122,24 +122,28 @@ def test_so_are_expressions(text: str) -> None:
 
 
 SOUND = [
-    "", "plain\n", "a\r\nb", "{{ text }}", "{{ n }} {{ f }} {{ l }} {{ d }}", "{{ text|upper }}",
+    "", "plain\n", "a\r\nb", "{{ text }}", "{{ n }} {{ f }} {{ l[0] }} {{ d|length }}",
+    "{{ text|upper }}",
     "{{ text.lower().split(',')[0]|trim }}", "{{ l|join(', ') }}", "{{ ', '.join(l) }}",
     "{% for x in l %}{{ loop.index }}/{{ loop.length }}. {{ x }}{% if not loop.last %}\n{% endif %}"
-    "{% else %}none{% endfor %}", "{% for k, v in d.items() %}{{ k }}={{ v }};{% endfor %}",
+    "{% else %}none{% endfor %}", "{% for k, v in d.items() %}{{ k }}={{ v|string }};{% endfor %}",
     "{% for r in rows if r.v > 1 %}{{ r['k'] }}{% endfor %}", "{{ rows|map(attribute='k')|join }}",
     "{{ rows|selectattr('v', 'gt', 1)|list|length }}", "{% set a = text ~ '!' ~ n %}{{ a }}",
     "{% with a = 1 %}{{ a + n }}{% endwith %}", "{{ 'yes' if n > 2 and not f else 'no' }}",
-    "{{ 'x' * n }}{{ l + [n] }}{{ n ** 2 }}{{ n % 2 }}{{ '%05.1f %s' % (f, text) }}",
+    "{{ 'x' * n }}{{ (l + [n])|join }}{{ n ** 2 }}{{ n % 2 }}{{ '%05.1f %s' % (f, text) }}",
     "{{ '{:>8.2f}|{}'.format(f, text) }}", "{{ text|replace('a', 'bb', 2)|truncate(9) }}",
     "{{ text|center(30) }}{{ text.ljust(30) }}{{ '7'.zfill(3) }}", "{{ text[1:-1][::-1] }}",
     "{{ d.get('a') }}{{ d.get('z', 0) }}{{ l.index('b') }}{{ 'b' in l }}", "{{ d|tojson }}",
     "{{ text|wordwrap(5) }}{{ text|indent(2, true) }}{{ text|capitalize }}{{ text|title }}",
-    "{{ l|batch(2, '-')|list }}{{ l|slice(2)|map('join')|list }}{{ [3, 1, 2]|sort|first }}",
-    "{{ rows|groupby('v')|map(attribute='grouper')|list }}{{ [1, 2.5]|sum }}{{ l|reverse|list }}",
+    "{{ l|batch(2, '-')|map('join')|join('/') }}{{ l|slice(2)|map('join')|join('/') }}",
+    "{{ [3, 1, 2]|sort|first }}",
+    "{{ rows|groupby('v')|map(attribute='grouper')|join('-') }}{{ [1, 2.5]|sum }}",
+    "{{ l|reverse|join }}",
     "{{ text is defined and missing is not defined }}{{ missing|default('none') }}",
     "{% set s = namespace(t=0) %}{% for r in rows %}{% set s.t = s.t + r.v %}{% endfor %}{{ s.t }}",
-    "{{ dict(a=1)|dictsort }}{{ range(5)|list }}{{ ','.join(l|map('upper')) }}",
-    "{% for x in l %}{{ loop.cycle('odd', 'even') }}{% endfor %}{{ (1, 2) }}{{ {'a': n} }}",
+    "{{ dict(a=1)|dictsort|first|join }}{{ range(5)|join }}{{ ','.join(l|map('upper')) }}",
+    "{% for x in l %}{{ loop.cycle('odd', 'even') }}{% endfor %}{{ (1, 2)|join }}",
+    "{{ {'a': n}|length }}",
     "{{ text|sub('[aeiou]', '*')|sub('(l+)', '<\\\\1>') }}",
     "{{ '1e3'|float|int }}{{ 2.567|round(1) }}",
     "{% raw %}{{ x }}{% endraw %}{# a comment #}", "{{ text|striptags }}{{ '<'|e }}{{ l|last }}",
@@ -151,6 +155,25 @@ def test_what_fills_a_text_from_a_row_is_jinjas(text: str) -> None:
     plain = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     plain.filters["sub"] = lambda value, pattern, by: re.sub(pattern, by, str(value))
     assert template(text)(ROW) == plain.from_string(text).render(ROW)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{{ v }}", "a {{ v or 1 }}", "{% for x in [v] %}{{ x }}{% endfor %}", "{{ [v]|first }}"],
+)
+@pytest.mark.parametrize("value", [["a", "b"], ("a",), {"a": 1}, [], {}], ids=str)
+def test_a_list_or_an_object_is_not_written_as_python_shows_it(text: str, value: Any) -> None:
+    if not value and " or " in text:
+        assert template(text)({"v": value}) == "a 1"
+        return
+    with pytest.raises(TemplateError, match=rf"a {type(value).__name__} is written as text.*join"):
+        template(text)({"v": value})
+
+
+def test_a_generator_is_not_written_either() -> None:
+    with pytest.raises(TemplateError, match="written as text"):
+        template("{{ v|map('upper') }}")({"v": ["a"]})
+    assert template("{{ v|map('upper')|join('+') }}")({"v": ["a", "b"]}) == "A+B"
 
 
 def test_a_long_row_may_have_a_long_text() -> None:

@@ -247,6 +247,8 @@ class TaskSpec(_Strict):
                 allowed="the fields that the task's templates name",
                 fix="fill the field or take the row out; {{ field or '' }} writes nothing for null"
                 if why.endswith("is null")
+                else "write the label as one of the options, or take the row out"
+                if "is not in list" in why
                 else "rename the fields of the data, or change the templates of the task",
             ) from error
 

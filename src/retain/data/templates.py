@@ -202,10 +202,25 @@ def _text(context: Any, values: list[Any]) -> str:
     return str(meter.made("".join(map(str, values))))
 
 
+def _written(value: Any) -> Any:
+    """What a template writes, which is no list or object: nobody wants to read Python's brackets.
+
+    Raises:
+        TemplateRuntimeError: it is one.
+    """
+    if isinstance(value, list | tuple | dict | Set | Iterator):
+        raise TemplateRuntimeError(
+            f"a {type(value).__name__} is written as text: name a part of it, or join it "
+            "({{ field | join(', ') }})"
+        )
+    return value
+
+
 def _environment() -> _Environment:
     made = _Environment(
-        undefined=StrictUndefined, keep_trailing_newline=True, optimized=False, cache_size=0
-    )
+        undefined=StrictUndefined, keep_trailing_newline=True, optimized=False, cache_size=0,
+        finalize=_written,
+    )  # fmt: skip
     taken = _PLAIN_FILTERS | _WIDE_FILTERS | _GROWING_FILTERS
     made.filters = {n: _metered(n, f) for n, f in made.filters.items() if n in taken}
     made.filters |= {"sub": _metered("sub", _sub)}
