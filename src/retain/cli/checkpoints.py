@@ -9,7 +9,7 @@ from typing import Any
 
 from retain.documents import read_json
 from retain.errors import ConfigError
-from retain.files import remove_ours, writing
+from retain.files import writing
 
 __all__ = [
     "check_identity",
@@ -39,7 +39,7 @@ def set_aside_broken(folder: Path) -> list[str]:
     Raises:
         OutputError: it cannot be renamed.
     """
-    from retain.training.checkpoints import checkpoints, own_files, why_broken
+    from retain.training.checkpoints import checkpoints, remove_checkpoint, why_broken
 
     said = []
     for path in reversed(checkpoints(folder)):
@@ -48,7 +48,7 @@ def set_aside_broken(folder: Path) -> list[str]:
             break
         aside = path.with_name(f"broken-{path.name}")
         with writing("the folder of the checkpoints", folder):
-            remove_ours(aside, own_files(aside))
+            remove_checkpoint(aside)
             for number in range(2, 100):
                 if not aside.exists():
                     break
@@ -60,22 +60,22 @@ def set_aside_broken(folder: Path) -> list[str]:
 
 def drop_broken(folder: Path) -> None:
     """Removes what a failure left of the checkpoint that was being written."""
-    from retain.training.checkpoints import SEAL, checkpoints, own_files
+    from retain.training.checkpoints import SEAL, checkpoints, remove_checkpoint
 
     for path in checkpoints(folder):
         if not (path / SEAL).is_file():
             with contextlib.suppress(OSError):
-                remove_ours(path, own_files(path))
+                remove_checkpoint(path)
 
 
 def drop_unfinished(folder: Path) -> None:
     """Removes, once a run has ended, what kills have left of checkpoints half written."""
-    from retain.training.checkpoints import SEAL, own_files
+    from retain.training.checkpoints import SEAL, remove_checkpoint
 
     for path in folder.glob("broken-checkpoint-*"):
         if path.is_dir() and not (path / SEAL).is_file():
             with contextlib.suppress(OSError):
-                remove_ours(path, own_files(path))
+                remove_checkpoint(path)
 
 
 def check_identity(checkpoint: Path, now: Mapping[str, Any]) -> None:
@@ -120,11 +120,11 @@ def clear(folder: Path) -> None:
     Raises:
         OutputError: one cannot be removed.
     """
-    from retain.training.checkpoints import checkpoints, own_files
+    from retain.training.checkpoints import checkpoints, remove_checkpoint
 
     with writing("the folder of the checkpoints", folder):
         for path in [*checkpoints(folder), *folder.glob("broken-checkpoint-*")]:
-            remove_ours(path, own_files(path))
+            remove_checkpoint(path)
 
 
 def tidy(out: Path, kept: Path, settings: str) -> None:

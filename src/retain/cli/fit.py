@@ -24,7 +24,7 @@ from retain.cli.common import (
 )
 from retain.cli.folders import check_curvature
 from retain.curvature.settings import RANKS, SKETCHES, check_settings, factor_rank_of
-from retain.files import locked
+from retain.files import clear_scratch, locked
 from retain.types import FISHERS, SPACES, STRUCTURES, Fisher, Space, Structure
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ def fit(
         # a mistake in the source shows before the model loads
         read_rows(source, rows, seed=seed, max_length=max_length)
     with locked(output, file=True):
+        clear_scratch(output)  # of a fit that was killed while it wrote
         try:
             screen.say(f"loading {model}")
             base, tokenizer, _ = load_model(

@@ -16,9 +16,17 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from retain.documents import read_json
-from retain.files import file_digest, remove_ours, settle, sync, write_json
+from retain.files import clear_scratch, file_digest, remove_ours, settle, sync, write_json
 
-__all__ = ["SEAL", "Seal", "checkpoints", "last_whole", "own_files", "seal_of", "why_broken"]
+__all__ = [
+    "SEAL",
+    "Seal",
+    "checkpoints",
+    "last_whole",
+    "remove_checkpoint",
+    "seal_of",
+    "why_broken",
+]
 
 SEAL = "digests.json"
 SCHEMA = "retain.checkpoint/1"
@@ -59,7 +67,7 @@ class Seal(TrainerCallback):
         write_json(place / SEAL, seal | {"digest": _digest(seal)})
         sync(folder)
         for old in checkpoints(folder)[:-KEPT]:
-            remove_ours(old, own_files(old))
+            remove_checkpoint(old)
 
 
 def _digest(seal: Mapping[str, Any]) -> str:
@@ -99,7 +107,17 @@ def why_broken(path: Path) -> str | None:
     return None
 
 
-def own_files(path: Path) -> tuple[str, ...]:
+def remove_checkpoint(path: Path) -> None:
+    """Removes a checkpoint, whole or not; what others put into it stays.
+
+    Raises:
+        OSError: one of its files cannot be removed.
+    """
+    clear_scratch(path / SEAL)
+    remove_ours(path, _own_files(path))
+
+
+def _own_files(path: Path) -> tuple[str, ...]:
     """Patterns of what the trainer and this package put into a checkpoint."""
     try:
         files = read_json(path / SEAL)["files"]
