@@ -245,7 +245,7 @@ class _Run:
             if self.why_no_filter is not None:
                 why = self.why_no_filter
                 self.screen.note(f"held by the force alone, without a filter: {why}")
-        fix = "free some disk; earlier checkpoints are untouched, --resume goes on from them"
+        fix = "free some disk; --resume goes on from the last whole checkpoint, where there is one"
         try:
             with writing("a checkpoint", self.kept, fix=fix):
                 return train(
