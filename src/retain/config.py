@@ -6,7 +6,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from retain.documents import read_mapping
 from retain.errors import ConfigError, shown, unknown
@@ -22,6 +30,17 @@ _WIDE, _MANY = 1 << 16, 1 << 40
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_cast(cls, value: Any, info: ValidationInfo) -> Any:
+        """``true`` is no number, and an empty text (a shell's unset variable) no path or name."""
+        kinds = str(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and "bool" not in kinds:
+            raise ValueError("a number" if "int" in kinds or "float" in kinds else "text")
+        if isinstance(value, str) and (not value.strip() or "\0" in value):
+            raise ValueError("text that is not empty")
+        return value
 
 
 class AdapterConfig(_Strict):
@@ -95,6 +114,12 @@ class RunConfig(_Strict):
     adapter: AdapterConfig = AdapterConfig()
     training: TrainConfig = TrainConfig()
 
+    @field_validator("adapter", "training", mode="before")
+    @classmethod
+    def _nothing_said(cls, value: Any) -> Any:
+        """A heading in the file with nothing below it."""
+        return {} if value is None else value
+
 
 def read_config(path: str | Path, overrides: dict[str, Any], kind: type[Model]) -> Model:
     """Reads a YAML file, lays `overrides` (dotted keys) over it, and checks the whole.
@@ -133,7 +158,7 @@ def validate(found: dict[str, Any], kind: type[Model]) -> Model:
         return kind.model_validate(found)
     except ValidationError as error:
         first = error.errors()[0]
-        where = [str(part) for part in first["loc"]]
+        where = _where(first)
         if first["type"] == "extra_forbidden":
             model: Any = kind
             for part in where[:-1]:
@@ -156,6 +181,29 @@ def validate(found: dict[str, Any], kind: type[Model]) -> Model:
         raise ConfigError(
             f"the value of {'.'.join(where) or 'the configuration'} is not accepted",
             got=shown(first.get("input")),
-            allowed=first["msg"].removeprefix("Value error, "),
+            allowed=" or ".join(_allowed(e) for e in error.errors() if _where(e) == where),
             fix="change it in the file or on the command line",
         ) from error
+
+
+def _where(error: Any) -> list[str]:
+    """The keys that lead to a value, without pydantic's names for the kinds in a union."""
+    where = [str(part) for part in error["loc"]]
+    while len(where) > 1 and re.fullmatch(r"constrained-\w+|\w+\[.*|int|str", where[-1]):
+        where.pop()
+    return where
+
+
+_KINDS = {
+    "int": "a whole number", "float": "a number", "finite": "a finite number",
+    "bool": "true or false", "string": "text", "list": "a list",
+    "dict": "keys with values", "model": "keys with values",
+}  # fmt: skip
+
+
+def _allowed(error: Any) -> str:
+    """What pydantic would have accepted, in our words where its own are of its kinds."""
+    kind = error["type"].partition("_")[0]
+    if error["type"] != "greater_than" and kind in _KINDS:
+        return _KINDS[kind]
+    return str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")

@@ -205,6 +205,7 @@ def test_a_head_of_the_base_goes_on(retain: Any, model: Path, tmp_path: Path, la
 
 REFUSED: dict[str, tuple[list[Any], list[str], list[str]]] = {
     "no label": ([0, 1, None, 1] * 6, [], ["row 3 of the data has no label"]),
+    "no labels": ([None] * 24, [], ["the rows have no labels", "the columns text"]),
     "an empty one": ([0, 1, "", 1] * 6, [], ["row 3 of the data has no label"]),
     "GLUE's for none": ([0, 1, -1, 1] * 6, [], ["row 3 of the data has no label"]),
     "from 1": ([1, 2, 3] * 8, [], ["not counted from 0", "--num-labels 4"]),
@@ -238,6 +239,23 @@ def test_what_is_refused(retain: Any, encoder: Path, tmp_path: Path, name: str) 
     argv = ["--model", encoder, "--data", rows, "--out", out, *SHORT, *options]
     retain("train", *argv).refused(*said)
     assert not (out / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "said"),
+    [
+        ([0, 2, 5] * 8, [], "3 of 6 classes have no row to learn from: 1, 3, 4"),
+        ([0, 1] * 12, ["--num-labels", 3], "1 of 3 classes have no row to learn from: 2"),
+        ([0, 1, 0.7] * 8, [], "a regression is learned, since the labels are values, such as 0.7"),
+    ],
+)
+def test_what_the_labels_leave_open_is_said(
+    retain: Any, encoder: Path, tmp_path: Path, labels: list[Any], options: list[Any], said: str
+) -> None:
+    rows = write(tmp_path / "r.jsonl", labels)
+    argv = ["--model", encoder, "--data", rows, "--out", tmp_path / "run", *SHORT]
+    found = retain("train", *argv, *options, "--json").json
+    assert any(said in note for note in found["notes"])
 
 
 def test_rows_that_the_head_may_not_be_held_by(

@@ -129,6 +129,8 @@ def test_the_state_does_not_grow(months: list[Path]) -> None:
         (["--method", "none"], "held by what came before"),
         (["--set", "max_rank=7"], "leaves no room for what was learned before"),
         (["--curvature", "c.safetensors"], "has a curvature of its own"),
+        (["--source", "text.jsonl"], "has a curvature of its own"),
+        (["--alpha", 3], "got: 3.0; allowed: none"),
     ],
 )
 def test_what_differs_is_refused(

@@ -14,6 +14,8 @@ import pytest
 from filelock import FileLock
 
 from retain.cli import main
+from retain.cli.folders import check_study
+from retain.errors import OutputError
 from retain.files.locks import LOCK
 
 FOREIGN = {
@@ -91,6 +93,17 @@ class TestNotOurs:
         study = Path(__file__).parents[2] / "benchmarks" / "studies" / "four-task.yaml"
         retain("study", study, "--out", tmp_path / "out").refused("did not write", name)
         assert contents(tmp_path / "out") == {name: b"{}"}
+
+    @pytest.mark.parametrize("content", ["", "{", "[]"])
+    def test_a_damaged_table_beside_the_records_of_a_study(
+        self, content: str, tmp_path: Path
+    ) -> None:
+        put(tmp_path, "study.json", content)
+        put(tmp_path, "runs/mine.json", "{}")
+        with pytest.raises(OutputError, match="did not write"):
+            check_study(tmp_path)
+        put(tmp_path, "runs/a.json", '{"schema": "retain.run/1"}')
+        check_study(tmp_path)
 
     @pytest.mark.parametrize("content", ["text", '{"a": 1}'])
     def test_fit_and_eval(self, content: str, retain: Any, trained: Path, tmp_path: Path) -> None:

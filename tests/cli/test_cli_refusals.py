@@ -238,3 +238,111 @@ def test_defaults_in_the_help_of_train_are_the_real_ones() -> None:
     assert {"strength", "learning_rate", "rank"} <= set(said)
     assert said == {name: f"{flat[name]:g}" if isinstance(flat[name], float) else str(flat[name])
                     for name in said}  # fmt: skip
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("setting", "said"),
+        [
+            ("limit=true", "limit is not accepted; got: True; allowed: a number;"),
+            ("training.seed=true", "training.seed is not accepted; got: True; allowed: a number;"),
+            ("adapter.rank=true", "adapter.rank is not accepted; got: True; allowed: a number;"),
+            ("num_labels=true", "num_labels is not accepted; got: True; allowed: a number;"),
+            ("num_labels=two", "num_labels is not accepted; got: 'two'; allowed: a whole number"),
+            ("adapter.targets=3", "adapter.targets is not accepted; got: 3; allowed: text or a"),
+            ("training=3", "training is not accepted; got: 3; allowed: keys with values;"),
+            ("training.warmup=soon", "training.warmup is not accepted; got: 'soon'; allowed:"),
+            ("out=' '", "out is not accepted; got: ' '; allowed: text that is not empty;"),
+            ('out="a\\0b"', "out is not accepted; got: 'a\\x00b'; allowed: text"),
+            ("training.lr=1", "did you mean 'learning_rate'?"),
+        ],
+        ids=lambda value: value if isinstance(value, str) and "=" in value else "",
+    )  # fmt: skip
+    def test_a_value_of_another_kind(self, train: Any, setting: str, said: str) -> None:
+        train("--set", setting).refused(said)
+
+    @pytest.mark.parametrize("option", ["--out", "--model", "--data", "--curvature", "--source"])
+    def test_an_unset_variable_of_the_shell(self, train: Any, option: str) -> None:
+        train(option, "").refused(f"the value of {option[2:]} is not accepted; got: ''")
+
+    def test_initials(self, train: Any) -> None:
+        train("--lr", "1").refused("did you mean '--learning-rate'?")
+
+    def test_a_heading_with_nothing_below_it(
+        self, retain: Any, model: Path, data: Path, short: Any, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "run.yaml"
+        file.write_text("training:\nadapter:\nmethod: none\n", encoding="utf-8")
+        done = retain(
+            "train", "-c", file, "--model", model, "--data", data, "--out", tmp_path / "out", *short
+        )
+        assert done.code == 0, done.err
+
+
+class TestPlaces:
+    def test_an_output_that_is_a_link_to_nowhere(self, train: Any, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to(tmp_path / "gone")
+        train("--out", tmp_path / "link").refused("a link to a place that is not there")
+
+    @pytest.mark.parametrize("name", ["/no/such/folder", "./gone", "~/gone", "a/b/c"])
+    def test_a_path_is_no_hub_id(self, retain: Any, train: Any, name: str) -> None:
+        train("--model", name).refused(f"{name!r}: no such folder")
+        retain("plan", name).refused(f"{name!r}: no such folder")
+
+    @pytest.mark.parametrize("command", ["eval", "soften"])
+    def test_the_base_of_an_adapter_has_moved(
+        self, retain: Any, trained: Path, curvature: Path, tmp_path: Path, command: str
+    ) -> None:
+        shutil.copytree(trained / "adapter", tmp_path / "adapter")
+        file = tmp_path / "adapter" / "adapter_config.json"
+        named = json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}
+        file.write_text(json.dumps(named))
+        argv: dict[str, list[object]] = {
+            "eval": ["--adapter", tmp_path / "adapter"],
+            "soften": [tmp_path / "adapter", "--curvature", curvature, "--budget", 0.1,
+                       "--out", tmp_path / "soft"],
+        }  # fmt: skip
+        retain(command, *argv[command]).refused(
+            "the base model of the adapter cannot be loaded", "say with --model where it lies now"
+        )
+
+    def test_the_folder_around_an_adapter(self, retain: Any, trained: Path) -> None:
+        retain("eval", "--adapter", trained).refused(f"did you mean {trained / 'adapter'}?")
+
+    def test_two_pages_in_one_folder(
+        self, retain: Any, trained: Path, source: Path, tmp_path: Path
+    ) -> None:
+        result = tmp_path / "result.json"
+        done = retain(
+            "eval", "--adapter", trained / "adapter", "--source", source, "--rows", 4, "-o", result
+        )
+        assert done.code == 0, done.err
+        for page in ("a.html", "b.html"):
+            assert retain("report", result, "--out", tmp_path / page).code == 0
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "tradeoff.png").write_bytes(b"mine")
+        retain("report", result, "--out", tmp_path / "other" / "a.html").refused("tradeoff.png")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--method", "none", "--budget", "0.1"], "not used: curvature, budget"),
+        (["--method", "none"], "not used: curvature"),
+        (["--budget", "0.1"], "strength 10 is not used"),
+    ],
+)
+def test_what_is_not_used_is_said(
+    retain: Any, model: Path, data: Path, curvature: Path, short: Any, tmp_path: Path,
+    argv: list[str], said: str,
+) -> None:  # fmt: skip
+    short = ["12" if value == "10" else value for value in short]
+    done = retain(
+        "train", "--model", model, "--data", data, "--curvature", curvature, "--out",
+        tmp_path / "out", "--max-steps", 1, *short, *argv,
+    )  # fmt: skip
+    said = said.replace("10", "12")
+    assert done.code == 0, done.err
+    assert said in done.out
+    notes = json.loads((tmp_path / "out" / "train.json").read_text())["notes"]
+    assert any(said in note for note in notes)

@@ -108,6 +108,13 @@ def labels_of(
     own = own_labels(config.model)
     asked = None if config.num_labels in (None, "auto") else int(config.num_labels or 0)
     found = [row_label(row) for row in rows]
+    if all(label is None for label in found):
+        raise SourceError(
+            "the rows have no labels, and a classifier learns them",
+            got=f"the columns {', '.join(map(str, rows[0]))}" if rows else "no rows",
+            allowed="text (or a pair of texts) and label",
+            fix="name the column label; to learn text, give a decoder with --model",
+        )
     for number, label in enumerate(found, start=1):
         if label is None or not str(label).strip() or (label in (-1, -100) and asked != 1):
             raise SourceError(
@@ -244,6 +251,17 @@ def fit_new_head(
     Raises:
         RetainError: see `retain.fit_head`.
     """
+    seen = set() if labels.regression else {int(e.targets[0]) for e in examples}
+    unseen = [str(number) for number in range(labels.count) if seen and number not in seen]
+    if labels.regression and config.num_labels in (None, "auto"):
+        value = next((e.targets[0] for e in examples if e.targets[0] % 1), examples[0].targets[0])
+        screen.note(
+            f"a regression is learned, since the labels are values, such as {value:.3g}; "
+            "--num-labels gives the number of classes"
+        )
+    if unseen:
+        which = ", ".join([*unseen[:10], *(["..."] if len(unseen) > 10 else [])])
+        screen.note(f"{len(unseen)} of {labels.count} classes have no row to learn from: {which}")
     if labels.known:
         screen.note(f"the base model's own head of {labels.count} outputs goes on; none is fitted")
         return None

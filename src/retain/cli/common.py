@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from retain.errors import ConfigError, OutputError, unknown
+from retain.errors import ConfigError, ModelError, OutputError, unknown
 from retain.files import check_folder, first_rank
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "check_choices",
     "check_file",
     "finite",
+    "load_base",
     "name_list",
     "problem_count",
     "quieten",
@@ -173,6 +174,32 @@ def base_of(adapter: Path, model: str | None) -> str:
             fix="--model smollm2-135m",
         )
     return model or str(name)
+
+
+def load_base(name: str, of: str | None, **options: Any) -> Any:
+    """`retain.models.load.load_model`, with the fix for a base that was not named by hand.
+
+    Args:
+        name: of the model.
+        of: what names it; None for ``--model``.
+        **options: of `load_model`.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from retain.models.load import load_model
+
+    try:
+        return load_model(name, **options)
+    except ModelError as error:
+        if of is None:
+            raise
+        raise ModelError(
+            f"the base model of {of} cannot be loaded",
+            got=error.got,
+            allowed="the same model, wherever it lies now",
+            fix="if it has moved, say with --model where it lies now",
+        ) from error
 
 
 def check_file(path: Path) -> Path:

@@ -181,7 +181,7 @@ def inherit(given: dict[str, Any], chain: Chain) -> dict[str, Any]:
             raise ConfigError(
                 f"the run to continue from has another {name}",
                 got=given[name],
-                allowed=value,
+                allowed="none" if value is None else value,
                 fix=f"leave {name} out",
             )
     if given.get("method") == "none":
@@ -191,13 +191,14 @@ def inherit(given: dict[str, Any], chain: Chain) -> dict[str, Any]:
             allowed="auto or laplace; --strength 0 holds nothing",
             fix="leave method out",
         )
-    if given.get("curvature") is not None:
-        raise ConfigError(
-            "the run to continue from has a curvature of its own",
-            got=f"curvature {given['curvature']}",
-            allowed="none",
-            fix="leave curvature out",
-        )
+    for name in ("curvature", "source"):
+        if given.get(name) is not None:
+            raise ConfigError(
+                "the run to continue from has a curvature of its own",
+                got=f"{name} {given[name]}",
+                allowed="none",
+                fix=f"leave {name} out",
+            )
     held = {name: getattr(kept, name) for name in HELD if kept.method != "none"}
     if given.get("strength") is not None:
         del held["budget"]

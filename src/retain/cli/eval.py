@@ -19,6 +19,7 @@ from retain.cli.common import (
     check_choices,
     check_file,
     finite,
+    load_base,
     problem_count,
     quieten,
 )
@@ -81,7 +82,6 @@ def evaluate(
     from retain.data.draws import HELD_OUT
     from retain.data.sources import read_rows
     from retain.files import write_json
-    from retain.models.load import load_model
     from retain.models.saved import load_adapter
 
     given = None
@@ -90,7 +90,9 @@ def evaluate(
     size = {"rows": rows, "max_length": max_length, "batch_size": batch_size}
     try:
         screen.say(f"loading {name}")
-        base, tokenizer, _ = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        base, tokenizer, _ = load_base(
+            name, None if model else "the adapter", dtype=dtype, trust_remote_code=trust_remote_code
+        )
         tuned = load_adapter(base, adapter)
         record = train_record(adapter, tuned)
         if not record:

@@ -113,8 +113,14 @@ def check_study(out: Path) -> None:
     Raises:
         OutputError: something in it is not of an earlier study.
     """
-    is_study = _with_schema("retain.study/1")
-    check_ours(out / "study.json", is_study, "the table of a study", out)
+
+    def table(path: Path) -> bool:
+        """It is made of the runs' records, which stand for it where it is damaged."""
+        return has_schema(path, "retain.study/1") or any(
+            has_schema(record, "retain.run/1") for record in out.glob("runs/*.json")
+        )
+
+    check_ours(out / "study.json", table, "the table of a study", out)
     for name in ("runs", "state", "locks", "failures", "source", "untrained", "earlier"):
         check_ours(out / name, Path.is_dir, "a folder of a study", out)
 
@@ -147,8 +153,14 @@ def check_page(page: Path, *beside: str) -> None:
     Raises:
         OutputError: there is one, or a picture without such a page.
     """
-    for path in (page, *(page.with_name(name) for name in beside)):
-        check_ours(path, lambda _: _is_page(page), "the page of a report", page)
+    check_ours(page, _is_page, "the page of a report", page)
+    for path in (page.with_name(name) for name in beside):
+        check_ours(path, _beside_page, "a picture of a report", page)
+
+
+def _beside_page(picture: Path) -> bool:
+    """Pages in one folder share their pictures' names: those of the last page stay."""
+    return any(_is_page(path) for path in picture.parent.glob("*.htm*"))
 
 
 def _is_page(path: Path) -> bool:

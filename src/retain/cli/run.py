@@ -11,6 +11,7 @@ from retain.cli.common import (
     Screen,
     check_choices,
     finite,
+    load_base,
     problem_count,
     quieten,
 )
@@ -20,8 +21,12 @@ from retain.cli.holding import Held, find_curvature
 from retain.cli.recording import record_of, tell
 from retain.cli.train import RUN
 from retain.config import RunConfig
+<<<<<<< HEAD
 from retain.documents import sealed
 from retain.errors import ConfigError, ModelError
+=======
+from retain.errors import ConfigError
+>>>>>>> s3
 from retain.files import check_folder, file_digest, first_rank, locked, write_json, writing
 from retain.models.saved import save_adapter
 
@@ -70,6 +75,16 @@ def _usable(config: RunConfig, kept: Path) -> str:
     return f"{none}; an older adapter in {config.out} is unchanged"
 
 
+def unused(config: RunConfig) -> list[str]:
+    """A line for settings that a run of this kind does not read."""
+    if config.method == "none":
+        given = [n for n in ("curvature", "source", "budget", "start") if getattr(config, n)]
+        return [f"method none holds nothing: not used: {', '.join(given)}"] if given else []
+    if config.budget is not None and config.strength != RunConfig.model_fields["strength"].default:
+        return [f"the budget finds the strength: strength {config.strength:g} is not used"]
+    return []
+
+
 class _Run:
     def __init__(self, config: RunConfig, screen: Screen, out: Path, resume: bool) -> None:
         self.config, self.screen, self.resume = config, screen, resume
@@ -84,6 +99,8 @@ class _Run:
         c, training = self.config, self.config.training
         self.problems = problem_count(c.data, "train")
         early = self._early()
+        for line in unused(c):
+            self.screen.note(line)
         quieten(self.screen.progress)
         if classify.wanted(c):
             classify.check_settings(c, self.problems)
@@ -169,26 +186,17 @@ class _Run:
         Raises:
             ModelError: it cannot be loaded.
         """
-        from retain.models.load import load_model
-
         c = self.config
         self.screen.say(f"loading {c.model}")
         if self.labels is not None:
             base, self.tokenizer, _ = classify.load_classifier(c, self.labels)
             return base
-        try:
-            base, self.tokenizer, _ = load_model(
-                c.model, dtype=c.dtype, trust_remote_code=c.trust_remote_code
-            )
-        except ModelError as error:
-            if self.chain is None or self.chain.model != c.model:
-                raise
-            raise ModelError(
-                "the base model of the run to continue from cannot be loaded",
-                got=error.got,
-                allowed="the same model, wherever it lies now",
-                fix="if it has moved, say with --model where it lies now",
-            ) from error
+        of = "the run to resume" if self.resume else None
+        if self.chain is not None and self.chain.model == c.model:
+            of = "the run to continue from"
+        base, self.tokenizer, _ = load_base(
+            c.model, of, dtype=c.dtype, trust_remote_code=c.trust_remote_code
+        )
         return base
 
     def _last(self, identity: dict[str, Any]) -> Path | None:
@@ -242,7 +250,7 @@ class _Run:
             if self.why_no_filter is not None:
                 why = self.why_no_filter
                 self.screen.note(f"held by the force alone, without a filter: {why}")
-        fix = "free some disk; earlier checkpoints are untouched, --resume goes on from them"
+        fix = "free some disk; --resume goes on from the last whole checkpoint, where there is one"
         try:
             with writing("a checkpoint", self.kept, fix=fix):
                 return train(

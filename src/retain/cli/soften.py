@@ -19,6 +19,7 @@ from retain.cli.common import (
     base_of,
     check_choices,
     finite,
+    load_base,
     quieten,
 )
 from retain.cli.folders import check_soften
@@ -109,6 +110,7 @@ def soften(
     options: dict[str, Any] = {
         "budget": budget, "depth": depth, "epsilon": epsilon, "points": points, "seed": seed,
         "dtype": dtype, "trust": trust_remote_code, "measure": measure, "source": source,
+        "of": None if model else "the adapter",
         "size": {"rows": rows, "max_length": max_length, "batch_size": batch_size},
     }  # fmt: skip
     with locked(folder):
@@ -125,9 +127,14 @@ def _soften(
     from retain.curvature.artifact import load_curvature
     from retain.data.draws import HELD_OUT
     from retain.data.sources import read_rows
+<<<<<<< HEAD
     from retain.files import file_digest, write_json
     from retain.models.load import load_model
     from retain.models.saved import adapter_digest, load_adapter, save_adapter
+=======
+    from retain.files import write_json
+    from retain.models.saved import load_adapter, save_adapter
+>>>>>>> s3
     from retain.retention.budget import check_budget
 
     source, seed, dtype = options["source"], options["seed"], options["dtype"]
@@ -142,7 +149,9 @@ def _soften(
         far = load_curvature(curvature)
         near = None if target is None else load_curvature(target)
         screen.say(f"loading {name}")
-        base, tokenizer, _ = load_model(name, dtype=dtype, trust_remote_code=options["trust"])
+        base, tokenizer, _ = load_base(
+            name, options["of"], dtype=dtype, trust_remote_code=options["trust"]
+        )
         tuned = load_adapter(base, adapter)
         start = time.perf_counter()
         work = Softening(tuned, far, near, depth=options["depth"], epsilon=options["epsilon"])

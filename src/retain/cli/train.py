@@ -229,8 +229,8 @@ def _resumed(path: Path | None, given: dict[str, Any]) -> RunConfig:
         if was[key] != new[key] and not moved:
             raise ConfigError(
                 f"the run to resume has another {'.'.join(key)}",
-                got=new[key],
-                allowed=was[key],
+                got="none" if new[key] is None else new[key],
+                allowed="none" if was[key] is None else was[key],
                 fix="leave it as it was, or start again with --overwrite",
             )
     return now

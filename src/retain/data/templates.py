@@ -10,7 +10,7 @@ Beyond Jinja's filters there is ``sub(pattern, by)``, which is `re.sub`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, ClassVar

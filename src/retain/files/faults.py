@@ -10,11 +10,8 @@ from retain.errors import OutputError
 
 __all__ = ["why_unwritable", "writing"]
 
+_TORCH = ("inline_container", "PytorchStreamWriter", "iostream error", "basic_ios")
 _SIGNS = (  # of torch's and safetensors' writers, which raise no OSError
-    "inline_container",
-    "PytorchStreamWriter",
-    "iostream error",
-    "basic_ios",
     "No space left",
     "File too large",
     "Disk quota",
@@ -31,7 +28,9 @@ def why_unwritable(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return error.strerror or text or type(error).__name__
     if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":
-        return text if any(sign in str(error) for sign in _SIGNS) else None
+        if any(sign in text for sign in _TORCH) and "Reader" not in text:
+            return "not all of it could be written, as on a full disk"  # torch tells of its code
+        return text if any(sign in str(error) for sign in (*_SIGNS, *_TORCH)) else None
     return None
 
 

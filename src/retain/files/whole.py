@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -180,6 +181,8 @@ def check_folder(folder: Path) -> Path:
     here = folder
     with writing("the output folder", folder, fix="choose another path"):
         while not here.exists():
+            if here.is_symlink():
+                raise FileNotFoundError(errno.ENOENT, "a link to a place that is not there")
             here = here.parent
         with tempfile.TemporaryFile(dir=here) as file:
             file.write(b"x")

@@ -196,6 +196,9 @@ def unknown_model(name: str, why: str, also: str = "") -> ModelError:
     near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     off = " (the hub is switched off)" if offline() else ""
+    path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+    if path and not Path(name).expanduser().exists():  # the hub's library has no words for it
+        off, why = "", "no such folder"
     return ModelError(
         "unknown model",
         got=f"{name!r}{off}: {why}",

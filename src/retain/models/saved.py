@@ -35,7 +35,10 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise _bad("no such adapter folder", folder)
     if not (folder / _CONFIG).is_file():
-        raise _bad("the folder holds no adapter", f"{folder} without {_CONFIG}")
+        inside = sorted(path.parent for path in folder.glob(f"*/{_CONFIG}"))
+        raise _bad(
+            "the folder holds no adapter", f"{folder} without {_CONFIG}", *map(str, inside[:1])
+        )
     if not (folder / _WEIGHTS).is_file():
         if (folder / _PICKLE).is_file():
             raise ModelError(
@@ -84,22 +87,30 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
         raise _bad("the adapter is damaged", f"{folder} ({error})") from error
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         text = " ".join(str(error).split())[:200]
-        raise _bad("the adapter does not fit the model", f"{folder} ({text})") from error
+        raise _misfit(f"{folder} ({text})") from error
     if missing:
-        raise _bad(
-            "the adapter does not fit the model",
-            f"{folder} without {len(missing)} weights, such as {min(missing)}",
-        )
+        raise _misfit(f"{folder} without {len(missing)} weights, such as {min(missing)}")
     keep_changed(peft, before)
     return peft
 
 
-def _bad(what: str, got: object) -> ModelError:
+def _bad(what: str, got: object, meant: str = "") -> ModelError:
     return ModelError(
         what,
         got=got,
         allowed=f"a LoRA adapter of this model: {_CONFIG} and {_WEIGHTS}",
-        fix="give the folder that retain train or peft's save_pretrained wrote",
+        fix=f"did you mean {meant}?"
+        if meant
+        else "give the folder that peft's save_pretrained wrote, or adapter/ of a run",
+    )
+
+
+def _misfit(got: str) -> ModelError:
+    return ModelError(
+        "the adapter does not fit the model",
+        got=got,
+        allowed=f"a LoRA adapter of this model: {_CONFIG} and {_WEIGHTS}",
+        fix="give the base model that it was trained on (--model on the command line)",
     )
 
 
