@@ -21,12 +21,8 @@ from retain.cli.holding import Held, find_curvature
 from retain.cli.recording import record_of, tell
 from retain.cli.train import RUN
 from retain.config import RunConfig
-<<<<<<< HEAD
 from retain.documents import sealed
-from retain.errors import ConfigError, ModelError
-=======
 from retain.errors import ConfigError
->>>>>>> s3
 from retain.files import check_folder, file_digest, first_rank, locked, write_json, writing
 from retain.models.saved import save_adapter
 

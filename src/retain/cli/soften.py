@@ -127,14 +127,8 @@ def _soften(
     from retain.curvature.artifact import load_curvature
     from retain.data.draws import HELD_OUT
     from retain.data.sources import read_rows
-<<<<<<< HEAD
     from retain.files import file_digest, write_json
-    from retain.models.load import load_model
     from retain.models.saved import adapter_digest, load_adapter, save_adapter
-=======
-    from retain.files import write_json
-    from retain.models.saved import load_adapter, save_adapter
->>>>>>> s3
     from retain.retention.budget import check_budget
 
     source, seed, dtype = options["source"], options["seed"], options["dtype"]
