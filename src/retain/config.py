@@ -18,7 +18,7 @@ from pydantic import (
 
 from retain.documents import read_mapping
 from retain.errors import ConfigError, shown, unknown
-from retain.types import Update
+from retain.types import STRONGEST, Update
 
 __all__ = ["AdapterConfig", "RunConfig", "TrainConfig", "read_config", "read_settings", "validate"]
 
@@ -98,7 +98,7 @@ class RunConfig(_Strict):
     num_labels: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None, description="classes of a classifier; 1 for a regression"
     )
-    strength: float = Field(10.0, ge=0)
+    strength: float = Field(10.0, ge=0, le=STRONGEST)
     budget: float | None = Field(None, gt=0, description="nats per source token, for the strength")
     start: Literal["random", "wiener", "discriminant"] | None = None
     gain: float = Field(3.0, gt=0, description="of A's size, for a start that is not random")

@@ -25,6 +25,9 @@ HeadStart = Literal["drawn", "fitted"]
 FactorRank = int | Literal["auto"] | None
 """What wide sides of Kronecker factors are cut to: see `retain.curvature.settings.sketch_rank`."""
 
+STRONGEST = 1e12
+"""The largest strength: more is no stronger, and would leave the range of float32 in products."""
+
 STRUCTURES: tuple[str, ...] = get_args(Structure)
 SPACES: tuple[str, ...] = get_args(Space)
 FISHERS: tuple[str, ...] = get_args(Fisher)

@@ -200,6 +200,14 @@ class TestAdapter:
         measure(tmp_path / "none").refused("no such adapter folder")
         measure(tmp_path).refused("holds no adapter", "adapter_config.json")
 
+    @pytest.mark.parametrize("change", [{"megatron_config": {}}, {"target_modules": 7}, {"r": "x"}])
+    def test_settings_of_another_kind(
+        self, measure: Any, adapter: Path, change: dict[str, Any]
+    ) -> None:
+        path = adapter / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        measure(adapter).refused("the adapter")
+
     def test_pickle(self, measure: Any, adapter: Path) -> None:
         (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
         measure(adapter).refused("pickle", "adapter_model.bin", "adapter_model.safetensors")

@@ -100,6 +100,7 @@ class TestValues:
         fit("--samples", 0).refused("--samples", "'0'")
         train("--strength", -1).refused("strength", "-1.0")
         train("--strength", "inf").refused("strength", "inf")
+        train("--strength", 1e300).refused("strength", "1e+300")
         train("--data", "word-problems:none").refused("'none'", "word-problems:100")
 
     def test_values_that_the_library_checks(self, fit: Any, train: Any) -> None:

@@ -154,6 +154,13 @@ def test_keys_are_stable_and_depend_on_everything() -> None:
     assert len({first.key, *keys}) == len(changes) + 1
 
 
+def test_a_source_that_has_no_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "s.txt").symlink_to("/dev/zero")
+    spec = parse_study(PRETENDED | {"source": {"kind": "file", "path": "s.txt"}})
+    with pytest.raises(ConfigError, match="no regular file"):
+        expand(spec, tmp_path, Catalogue())
+
+
 def test_a_source_file_counts_by_its_content(tmp_path: Path) -> None:
     spec = parse_study(PRETENDED | {"source": {"kind": "file", "path": "s.txt"}})
     keys = []
@@ -194,7 +201,8 @@ def test_published_orders_and_patterns() -> None:
         ({"orders": {"x": ["e"]}}, "unknown task; got: 'e'"),
         ({"orders": {"x": "published/y"}}, "unknown order"),
         ({"seeds": [1, 1]}, "seeds must be different"),
-        ({"methods": {"held": {"strength": -1}}}, "strength must be a number of 0 or more"),
+        ({"methods": {"held": {"strength": -1}}}, "strength must be from 0 to"),
+        ({"methods": {"held": {"strength": 1e308}}}, "strength must be from 0 to"),
         ({"methods": {}}, "methods"),
         ({"data": {"train": 0}}, "data.train"),
         ({"name": "a/b"}, "name"),

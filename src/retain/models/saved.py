@@ -54,6 +54,8 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise _bad("the adapter is damaged", f"{folder / _CONFIG} ({reason})") from error
+    if config.get("megatron_config") is not None:  # PEFT would import whatever it names
+        raise _bad("the adapter is of another kind", "megatron_config, for tensor parallelism")
     if kind != "LORA":
         raise _bad("the adapter is of another kind", kind)
     return dict(config)
@@ -85,8 +87,10 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
         missing = set(get_peft_model_state_dict(peft, save_embedding_layers=False)) - found
     except (OSError, SafetensorError) as error:
         raise _bad("the adapter is damaged", f"{folder} ({error})") from error
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        text = " ".join(str(error).split())[:200]
+    except ModelError:
+        raise
+    except Exception as error:  # whatever PEFT makes of settings that others wrote
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise _misfit(f"{folder} ({text})") from error
     if missing:
         raise _misfit(f"{folder} without {len(missing)} weights, such as {min(missing)}")

@@ -33,7 +33,7 @@ from retain.retention.budget import Budget, anchored, scale_back, settle
 from retain.retention.forces import Forces
 from retain.retention.lengths import step_lengths
 from retain.retention.reference import Reference
-from retain.types import UPDATES, Update
+from retain.types import STRONGEST, UPDATES, Update
 
 __all__ = ["Retention", "check_strength"]
 
@@ -276,8 +276,13 @@ class Retention:
 
 
 def check_strength(strength: float) -> None:
-    """Raises `ConfigError` unless the strength is a finite number, 0 or above."""
+    """Raises `ConfigError` unless the strength is a number from 0 to `STRONGEST`."""
     check_number("the strength is no strength", strength, "strength=10")
+    if strength > STRONGEST:
+        raise ConfigError(
+            "the strength is too large", got=strength, allowed=f"0 to {STRONGEST:g}",
+            fix="strength=10",
+        )  # fmt: skip
 
 
 def _balance(pulls: Sequence[Pull]) -> tuple[float, float]:

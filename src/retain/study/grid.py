@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from retain.config import TrainConfig, validate
 from retain.errors import ConfigError, RetainError, unknown
+from retain.files import file_digest
 from retain.study.reading import RUNNERS_OWN
 from retain.study.spec import AdapterSpec, CellSpec, MethodSpec, StudySpec
 from retain.types import HeadStart
@@ -163,7 +164,7 @@ class _Expansion:
         if spec.source.kind == "none":
             self.source = {"kind": "none"}
         if spec.source.kind == "file":
-            self.source["digest"] = file_digest(base / str(spec.source.path))
+            self.source["digest"] = _source_digest(base / str(spec.source.path))
 
     def grid(self) -> Grid:
         made = Grid()
@@ -263,14 +264,14 @@ class _Expansion:
         return whole | {"tasks": {task: part for task, part in own.items() if part}}
 
 
-def file_digest(path: Path) -> str:
+def _source_digest(path: Path) -> str:
     """16 hexadecimal digits of the SHA-256 of a file.
 
     Raises:
         ConfigError: it cannot be read.
     """
     try:
-        return hashlib.sha256(path.expanduser().read_bytes()).hexdigest()[:16]
+        return file_digest(path.expanduser())[:16]
     except OSError as error:
         raise ConfigError(
             "a file that the study names cannot be read",

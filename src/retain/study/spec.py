@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from retain.types import HeadStart
+from retain.types import STRONGEST, HeadStart
 
 __all__ = ["AdapterSpec", "CellSpec", "MethodSpec", "SourceSpec", "StudySpec"]
 
@@ -78,8 +78,10 @@ class MethodSpec(_Open):
 
     @model_validator(mode="after")
     def _sound(self) -> MethodSpec:
-        if not self.strengths or min(s or 0.0 for s in self.strengths) < 0:
-            raise ValueError("strength must be a number of 0 or more, or a list of such")
+        if not all(0 <= (s or 0.0) <= STRONGEST for s in self.strengths) or not self.strengths:
+            raise ValueError(
+                f"strength must be a number from 0 to {STRONGEST:g}, or a list of such"
+            )
         return self
 
 
