@@ -13,6 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from retain.cli import main
+from retain.documents import read_json, sealed
+
+
+def edit(path: Path, before: str, after: str) -> None:
+    """Another path in settings that are sealed with a digest, and the seal made anew."""
+    text = json.dumps(read_json(path, sealed=True)).replace(before, after)
+    path.write_text(json.dumps(sealed(json.loads(text))))
+
 
 FILES = (
     "adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt",
@@ -67,8 +75,7 @@ def start(
 
     def run(target: Path) -> Path:
         shutil.copytree(folder, target, dirs_exist_ok=True)
-        text = (target / "run" / "run.json").read_text()
-        (target / "run" / "run.json").write_text(text.replace(str(folder), str(target)))
+        edit(target / "run" / "run.json", str(folder), str(target))
         return target
 
     return run
@@ -240,7 +247,7 @@ class TestContinue:
         shutil.copytree(may / "base", tmp_path / "moved")
         shutil.copytree(may / "may", tmp_path / "mai")
         path = tmp_path / "mai" / "run.json"
-        path.write_text(path.read_text().replace(str(may / "base"), str(tmp_path / "base")))
+        edit(path, str(may / "base"), str(tmp_path / "base"))
         return tmp_path
 
     def argv(self, folder: Path, *more: object) -> tuple[object, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from retain.documents import read_json
 from study_parts import tiny_study
 
 SMALL: dict[str, Any] = {
@@ -92,7 +93,7 @@ def test_a_record_of_other_data_is_not_used_again(
     assert kept.read_bytes() == first and record.read_bytes() != first
     assert retain(*argv, "--json").json["before"] == 1
     study = json.loads((out / "study.json").read_text())
-    assert study["runs"] == [json.loads(record.read_text())]
+    assert study["runs"] == [read_json(record, sealed=True)]
 
 
 def test_refusals(
