@@ -71,7 +71,7 @@ def named_inputs(folder: Path, names: Iterable[str]) -> str:
     """What the records of a result say that it was made from."""
     found = []
     for name in sorted(listing(folder, names)):
-        if name.endswith(".json") and "/checkpoint-" not in name:
+        if name.endswith(".json") and "/checkpoint-" not in name and (folder / name).is_file():
             try:
                 tree = json.loads((folder / name).read_text(encoding="utf-8"))
             except (OSError, ValueError, RecursionError):

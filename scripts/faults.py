@@ -258,7 +258,7 @@ def failures(folder: Path, names: tuple[str, ...]) -> list[str]:
     """What the records of failed runs say."""
     found = []
     for name in listing(folder, names):
-        if "/runs/" in name and name.endswith(".json"):
+        if "/runs/" in name and name.endswith(".json") and (folder / name).is_file():
             try:
                 record = json.loads((folder / name).read_text(encoding="utf-8"))
             except (OSError, ValueError, RecursionError):

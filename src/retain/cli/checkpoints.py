@@ -69,9 +69,12 @@ def drop_broken(folder: Path) -> None:
 
 
 def drop_unfinished(folder: Path) -> None:
-    """Removes, once a run has ended, what kills have left of checkpoints half written."""
-    from retain.training.checkpoints import SEAL, remove_checkpoint
+    """Removes, once a run has ended, checkpoints that kills have left: half written, or too many."""
+    from retain.training.checkpoints import KEPT, SEAL, checkpoints, remove_checkpoint
 
+    for path in checkpoints(folder)[:-KEPT]:
+        with contextlib.suppress(OSError):
+            remove_checkpoint(path)
     for path in folder.glob("broken-checkpoint-*"):
         if path.is_dir() and not (path / SEAL).is_file():
             with contextlib.suppress(OSError):

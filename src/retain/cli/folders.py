@@ -55,7 +55,7 @@ def check_run(out: Path, *, curvature: bool) -> None:
     Raises:
         OutputError: something in it is not of an earlier run.
     """
-    _put_back(out, "adapter", "state")
+    _put_back(out, "adapter", "state", "run.json", "train.json")
     settings, record = out / "run.json", out / "train.json"
 
     def adapter(path: Path) -> bool:
@@ -77,7 +77,7 @@ def check_soften(out: Path) -> None:
     Raises:
         OutputError: something in it is not of an earlier softening.
     """
-    _put_back(out, "adapter")
+    _put_back(out, "adapter", "soften.json")
     record = out / "soften.json"
 
     def mine(path: Path) -> bool:

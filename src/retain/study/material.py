@@ -19,14 +19,15 @@ from retain.data.items import Item
 from retain.data.loading import encode_items, load_items
 from retain.data.sources import Row, encode, read_rows
 from retain.data.specs import TaskSpec, load_task
-from retain.documents import read_json, sealed
+from retain.documents import read_json
 from retain.errors import ConfigError, ModelError, SourceError
-from retain.files import first_rank, write_json
+from retain.files import first_rank
 from retain.models.heads import is_causal
 from retain.models.load import load_model
 from retain.study.inputs import model_digest
 from retain.study.known import task_path
 from retain.study.runner import Work
+from retain.study.shared import write_shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -185,7 +186,7 @@ def _samples(config: Mapping[str, Any], base: Base, work: Work, count: int, seed
         *sample_rows(base.model, base.tokenizer, count=count, max_length=length, seed=seed)
     ]
     if first_rank():
-        write_json(path, sealed({"made_with": wanted, "rows": rows}))
+        write_shared(work, path, {"made_with": wanted, "rows": rows})
     return rows
 
 

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from retain.data.specs import load_task
-from retain.documents import sealed
 from retain.evaluation.continual import continual_metrics
 from retain.evaluation.forgetting import Reference
 from retain.evaluation.score import Score, score_items
-from retain.files import first_rank, write_json
+from retain.files import first_rank
 from retain.models.adapters.registry import attach_adapter
 from retain.retention.method import Context, Task
 from retain.retention.registry import make_method
 from retain.study.known import task_path
 from retain.study.material import load_base, load_source, load_tasks, seed_of
 from retain.study.runner import Work, finite
+from retain.study.shared import write_shared
 from retain.study.state import SequenceState
 from retain.study.training import Clock, peak_memory, reset_peak_memory, settings
 from retain.study.untrained import read_untrained, untrained_file
@@ -193,7 +193,7 @@ class _Sequence:
         seconds = {name: end - start[name] for name, end in self.clock.state().items()}
         known = {"scores": scores, "general": general, "seconds": seconds}
         if first_rank():
-            write_json(path, sealed(finite(known)))
+            write_shared(self.work, path, finite(known))
         return known
 
     def _is_scored(self, index: int, after: int | None) -> bool:
