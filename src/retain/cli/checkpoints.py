@@ -69,7 +69,7 @@ def drop_broken(folder: Path) -> None:
 
 
 def drop_unfinished(folder: Path) -> None:
-    """Removes, once a run has ended, checkpoints that kills have left: half written, or too many."""
+    """Removes, once a run has ended, checkpoints that kills have left half written, or too many."""
     from retain.training.checkpoints import KEPT, SEAL, checkpoints, remove_checkpoint
 
     for path in checkpoints(folder)[:-KEPT]:
