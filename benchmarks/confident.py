@@ -25,7 +25,7 @@ from retain.data.batches import Batch, batches
 from retain.data.sources import encode, read_rows
 from retain.files import write_json
 from retain.models.modes import evaluating
-from retain.study.provenance import provenance
+from retain.provenance import provenance
 from retain.types import Fisher
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -27,7 +27,7 @@ from retain.evaluation.ranking import score_options
 from retain.files import write_json
 from retain.models.adapter import lora_sites
 from retain.models.load import load_model
-from retain.study.provenance import provenance
+from retain.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "lm_eval_bridge.json"

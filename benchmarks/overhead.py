@@ -33,7 +33,7 @@ import retain
 from retain.files import write_json
 from retain.models.adapter import lora_sites
 from retain.models.sample import sample_rows
-from retain.study.provenance import provenance
+from retain.provenance import provenance
 from retain.study.training import trim_memory
 from retain.training.held import Held
 from retain.training.start import Start

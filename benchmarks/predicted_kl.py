@@ -23,7 +23,7 @@ from retain.evaluation.forgetting import Reference
 from retain.files import write_json
 from retain.models.adapter import lora_sites
 from retain.models.sample import sample_rows
-from retain.study.provenance import provenance
+from retain.provenance import provenance
 from retain.types import Structure
 
 ROOT = Path(__file__).resolve().parent.parent

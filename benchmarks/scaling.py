@@ -24,7 +24,7 @@ import retain
 from retain.curvature.sketch import sketch_finish, sketch_update
 from retain.files import write_json
 from retain.models.adapter import lora_sites
-from retain.study.provenance import provenance
+from retain.provenance import provenance
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

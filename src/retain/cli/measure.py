@@ -127,7 +127,7 @@ def result_of(
 ) -> dict[str, Any]:  # fmt: skip
     """A `retain.result/1`: what was measured by name, and as the rows that the report reads."""
     from retain.models.adapter import lora_sites
-    from retain.study.provenance import provenance
+    from retain.provenance import provenance
 
     frozen = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
     trained = sum(s.a.numel() + s.b.numel() for s in lora_sites(model))

@@ -26,7 +26,7 @@ def record_of(
     """
     from retain.models.adapter import share_trainable
     from retain.models.fingerprint import fingerprint
-    from retain.study.provenance import provenance
+    from retain.provenance import provenance
 
     trainable, total = share_trainable(model)
     return {

@@ -140,7 +140,7 @@ class Softening:
             files: where what was given lies.
         """
         from retain.models.fingerprint import fingerprint
-        from retain.study.provenance import provenance
+        from retain.provenance import provenance
 
         target = self.target
         return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -38,6 +37,7 @@ from retain.models.idle import bypassed, is_idle
 from retain.models.modes import evaluating
 from retain.models.off import check_on
 from retain.models.taken import start_of
+from retain.provenance import versions
 from retain.types import FactorRank, Fisher, Products, Space, Structure
 
 if TYPE_CHECKING:
@@ -253,15 +253,3 @@ def _read(
             done = 0
             run.turn()
             unfinished.save(run, 0, force=run.estimator.passes > 1)
-
-
-def versions(*more: str) -> dict[str, str]:
-    """Versions of the libraries that a result depends on, and of more, if they are installed."""
-    names = ("retain", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
-    found = {}
-    for name in (*names, *more):
-        try:
-            found[name] = importlib.metadata.version("retain-lora" if name == "retain" else name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from retain.curvature.curvature import Curvature
-from retain.curvature.estimate import versions
 from retain.curvature.identity import IdentityBlock
 from retain.curvature.info import CurvatureInfo, describe
 from retain.curvature.merge import reanchored
 from retain.curvature.moves import anchor_of, place
 from retain.models.fingerprint import fingerprint
 from retain.models.sites import Site, find_sites
+from retain.provenance import versions
 from retain.retention.curved import Curved
 from retain.retention.method import Context, Task
 

@@ -32,10 +32,10 @@ from retain.models.adapter import attach_lora, lora_sites, share_trainable
 from retain.models.load import load_model
 from retain.models.sample import sample_rows
 from retain.models.saved import save_adapter
+from retain.provenance import provenance
 from retain.study.claims import summary
 from retain.study.demo_config import QUICK, DemoConfig
 from retain.study.demo_measures import Measures
-from retain.study.provenance import provenance
 from retain.training.loop import TrainResult, train
 from retain.training.start import AUTO
 

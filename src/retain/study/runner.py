@@ -239,7 +239,7 @@ def _attempt(
 ) -> dict[str, Any]:
     import torch
 
-    from retain.study.provenance import provenance
+    from retain.provenance import provenance
 
     if work.threads is not None:
         torch.set_num_threads(work.threads)

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from retain.curvature.estimate import versions
 from retain.documents import read_json
 from retain.models.adapters.base import Adapter
 from retain.models.heads import is_causal
+from retain.provenance import hardware, versions
 from retain.study.grid import run_key
 from retain.study.material import TaskData
-from retain.study.provenance import hardware
 from retain.study.runner import Work
 
 __all__ = ["read_untrained", "untrained_file"]

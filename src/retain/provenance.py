@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -11,9 +12,7 @@ from typing import Any
 
 import torch
 
-from retain.curvature.estimate import versions
-
-__all__ = ["hardware", "now", "provenance"]
+__all__ = ["hardware", "now", "provenance", "versions"]
 
 
 def now() -> str:
@@ -30,6 +29,18 @@ def provenance(seed: int) -> dict[str, Any]:
         "commit": _commit(),
         "hardware": hardware(),
     }
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Versions of the libraries that a result depends on, and of more, if they are installed."""
+    names = ("retain", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+    found = {}
+    for name in (*names, *more):
+        try:
+            found[name] = importlib.metadata.version("retain-lora" if name == "retain" else name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def hardware() -> dict[str, Any]:
