@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from retain.config import validate
 from retain.errors import ModelError
 from retain.models.names import of_head
+from retain.models.view import ModelView
 
 __all__ = ["Adapter", "Options", "check_plain", "checkpointed", "new_heads", "size_of"]
 
@@ -98,6 +100,11 @@ class Adapter(ABC):
         Raises:
             ModelError: it is missing or damaged, or belongs to another model or kind.
         """
+
+    @cached_property
+    def view(self) -> ModelView:
+        """What is asked of the model, found out once."""
+        return ModelView(self.model)
 
     def count(self) -> tuple[int, int]:
         """(trainable parameters, parameters of the base model), both without a new head."""
