@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import retain
-from retain.curvature.sketch import sketch_finish, sketch_update
+from retain.curvature.blocks.sketch import sketch_finish, sketch_update
 from retain.files import write_json
 from retain.models.adapter import lora_sites
 from retain.provenance import provenance

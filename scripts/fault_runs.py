@@ -36,7 +36,7 @@ def load_libraries() -> None:
     for name in (
         "datasets", "peft", "scipy.stats", "sklearn.metrics", "transformers.trainer", "pyarrow.csv",
         "transformers.models.llama.modeling_llama", "matplotlib.pyplot", "retain.cli.run",
-        "retain.cli.softening", "retain.curvature.estimate", "retain.models.load",
+        "retain.cli.softening", "retain.curvature.fit.fit", "retain.models.load",
         "retain.models.sample", "retain.study.sequence", "retain.study.studies",
     ):  # fmt: skip
         importlib.import_module(name)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retain.curvature.labels import _draw
+from retain.curvature.fit.labels import _draw
 
 __all__ = ["FACTORS", "Oracle", "calibrate", "kfac", "shampoo"]
 

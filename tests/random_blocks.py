@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from retain.curvature.block import Block
-from retain.curvature.diagonal import DiagonalBlock
-from retain.curvature.eigen import EigenBlock
-from retain.curvature.factor import DenseFactor, Factor, ScalarFactor, SketchFactor
-from retain.curvature.identity import IdentityBlock
-from retain.curvature.kronecker import KroneckerBlock
+from retain.curvature.blocks.base import Block
+from retain.curvature.blocks.diagonal import DiagonalBlock
+from retain.curvature.blocks.eigen import EigenBlock
+from retain.curvature.blocks.factor import DenseFactor, Factor, ScalarFactor, SketchFactor
+from retain.curvature.blocks.identity import IdentityBlock
+from retain.curvature.blocks.kronecker import KroneckerBlock
 
 __all__ = ["BLOCKS", "F64", "IN", "OUT", "SIDES", "Random", "dense_quadratic", "vec"]
 

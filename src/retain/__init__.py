@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from retain.curvature.artifact import load_curvature
     from retain.curvature.curvature import Curvature
-    from retain.curvature.estimate import fit_curvature
+    from retain.curvature.fit.fit import fit_curvature
     from retain.curvature.merge import reanchored
     from retain.errors import RetainError
     from retain.evaluation.forgetting import measure_forgetting
@@ -56,7 +56,7 @@ _HOMES = {
     "RetentionCallback": "retain.training.callback",
     "Start": "retain.training.start",
     "attach_lora": "retain.models.adapter",
-    "fit_curvature": "retain.curvature.estimate",
+    "fit_curvature": "retain.curvature.fit.fit",
     "fit_head": "retain.training.head",
     "grow_lora": "retain.models.growing",
     "load_curvature": "retain.curvature.artifact",

@@ -11,7 +11,7 @@ Space = Literal["weight", "adapter"]
 """What a curvature is a function of: the update ``s B A`` of a weight, or ``(A, B)``."""
 
 Fisher = Literal["mc", "empirical", "exact", "tempered", "reversed"]
-"""Where the labels of a Fisher come from: see `retain.curvature.labels`."""
+"""Where the labels of a Fisher come from: see `retain.curvature.fit.labels`."""
 
 Products = Literal["auto", "float32"]
 """Precision of the factors' products: the hardware's fast units where it has them, or float32."""
@@ -23,7 +23,7 @@ HeadStart = Literal["drawn", "fitted"]
 """How a new classification head begins: at random, or fitted: see `retain.training.head`."""
 
 FactorRank = int | Literal["auto"] | None
-"""What wide sides of Kronecker factors are cut to: see `retain.curvature.settings.sketch_rank`."""
+"""What wide sides of Kronecker factors are cut to: see `retain.fit_curvature`."""
 
 STRONGEST = 1e12
 """The largest strength: more is no stronger, and would leave the range of float32 in products."""

@@ -12,7 +12,7 @@ from oracles import Oracle, kfac
 from oracles_more import activation
 from quadratics import displacement, joined
 from retain import Curvature, fit_curvature
-from retain.curvature.activation import nats_of_noise, noisy_rows
+from retain.curvature.blocks.activation import nats_of_noise, noisy_rows
 from retain.data.batches import Batch, Example, collate
 from retain.data.sources import encode
 from retain.models.adapter import lora_sites

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from random_blocks import BLOCKS, IN, OUT, SIDES, Random, dense_quadratic, vec
-from retain.curvature.eigen import EigenBlock
-from retain.curvature.factor import Factor, factor_from
+from retain.curvature.blocks.eigen import EigenBlock
+from retain.curvature.blocks.factor import Factor, factor_from
 from tiny import relative
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 3))

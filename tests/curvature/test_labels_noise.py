@@ -11,7 +11,7 @@ import torch
 from oracles import Oracle
 from retain import fit_curvature
 from retain.curvature.curvature import Curvature
-from retain.curvature.labels import EXACT_LIMIT
+from retain.curvature.fit.labels import EXACT_LIMIT
 from retain.errors import CurvatureError
 from retain.types import STRUCTURES
 from tiny import KINDS, ROWS, tiny

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from retain import Curvature, fit_curvature
-from retain.curvature.block import Block
-from retain.curvature.factor import SketchFactor
+from retain.curvature.blocks.base import Block
+from retain.curvature.blocks.factor import SketchFactor
 from retain.curvature.merge import _nearest
 from retain.types import SPACES, STRUCTURES
 from sums import definite, dense, fit, measure, pair, same, text

@@ -20,7 +20,7 @@ from oracles_more import (
     shares,
     tridiagonal,
 )
-from retain.curvature.labels import _draw
+from retain.curvature.fit.labels import _draw
 from tiny import KINDS, ROWS, relative, tiny
 
 SPACES = ("weight", "adapter")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-import retain.curvature.rows as source_reading
+import retain.curvature.fit.source as source_reading
 from retain import Curvature, attach_lora, fit_curvature, load_model
-from retain.curvature.gather import Gather
-from retain.curvature.partial import forget
+from retain.curvature.fit.accumulator import Accumulator
+from retain.curvature.fit.checkpoint import forget
 from retain.errors import OutputError
 from retain.models.adapter import lora_sites
 from retain.types import STRUCTURES
@@ -40,15 +40,15 @@ class Batches:
     """Counts the batches that are run, and stops before one of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.run, self.stop, real = 0, 0, Gather.batch
+        self.run, self.stop, real = 0, 0, Accumulator.batch
 
-        def batch(gather: Gather, *args: Any) -> None:
+        def batch(gather: Accumulator, *args: Any) -> None:
             if self.run + 1 == self.stop:
                 raise Stop
             self.run += 1
             real(gather, *args)
 
-        monkeypatch.setattr(Gather, "batch", batch)
+        monkeypatch.setattr(Accumulator, "batch", batch)
 
     def until(self, stop: int, *args: Any, **options: Any) -> None:
         """A fit that is stopped before its batch number `stop`, from 1."""

@@ -13,8 +13,8 @@ import torch
 import transformers as tf
 from torch.utils.flop_counter import FlopCounterMode
 
-from retain.curvature.capture import shared_inputs
-from retain.curvature.kronecker import KroneckerBlock
+from retain.curvature.blocks.kronecker import KroneckerBlock
+from retain.curvature.fit.capture import shared_inputs
 from retain.curvature.plan import PLANNED, cost, factor_bytes, fitting_bytes
 from retain.data.batches import Batch
 from retain.errors import ConfigError, CurvatureError, ModelError

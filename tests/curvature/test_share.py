@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from retain import Curvature, fit_curvature
-from retain.curvature.gather import Gather
-from retain.curvature.record import Record
+from retain.curvature.blocks.observation import Record
+from retain.curvature.fit.accumulator import Accumulator
 from retain.errors import ConfigError
 from retain.types import STRUCTURES
 from sums import definite, same, text
@@ -31,14 +31,14 @@ def fit(kind: str, structure: str, share: float, batch_size: int = 8, **options:
 def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """Layer -> the numbers of the sequences that enter its products."""
     seen: dict[str, list[int]] = {}
-    real = Gather._chosen
+    real = Accumulator._chosen
 
-    def chosen(self: Gather, name: str, rows: list[int]) -> tuple[int, ...]:
+    def chosen(self: Accumulator, name: str, rows: list[int]) -> tuple[int, ...]:
         found = real(self, name, rows)
         seen.setdefault(name, []).extend(rows[i] for i in found)
         return found
 
-    monkeypatch.setattr(Gather, "_chosen", chosen)
+    monkeypatch.setattr(Accumulator, "_chosen", chosen)
     return seen
 
 
@@ -121,15 +121,15 @@ def test_sketches_of_a_share(structure: str, share: float) -> None:
 def test_the_stated_error_covers_what_the_share_really_misses(
     kind: str, structure: str, options: dict, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sums, real = [0.0, 0.0], Gather._trace
+    sums, real = [0.0, 0.0], Accumulator._trace
 
-    def trace(self: Gather, record: Record) -> None:
+    def trace(self: Accumulator, record: Record) -> None:
         real(self, record)
         t = record.traces.double() * record.weight
         sums[0] += self.every * float(t[list(record.chosen)].sum())
         sums[1] += float(t.sum())
 
-    monkeypatch.setattr(Gather, "_trace", trace)
+    monkeypatch.setattr(Accumulator, "_trace", trace)
     model, away, stated = tiny(kind, moved=True), [], []
     for seed in range(24):
         sums[:] = [0.0, 0.0]

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from retain import Curvature, fit_curvature, load_curvature
-from retain.curvature import settings as curvature_settings
-from retain.curvature.factor import (
+from retain.curvature.blocks.factor import (
     DenseFactor,
     Factor,
     ScalarFactor,
@@ -23,9 +22,10 @@ from retain.curvature.factor import (
     inner,
     truncate,
 )
-from retain.curvature.kronecker import KroneckerBlock
-from retain.curvature.settings import sketch_rank
-from retain.curvature.sketch import sketch_finish, sketch_update
+from retain.curvature.blocks.kronecker import KroneckerBlock
+from retain.curvature.blocks.sketch import sketch_finish, sketch_update
+from retain.curvature.fit import settings as curvature_settings
+from retain.curvature.fit.settings import sketch_rank
 from tiny import KINDS, ROWS, relative, tiny
 
 F64 = torch.float64

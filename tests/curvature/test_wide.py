@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from retain import attach_lora, fit_curvature
-from retain.curvature.kronecker import KroneckerBlock
+from retain.curvature.blocks.kronecker import KroneckerBlock
 from retain.curvature.plan import factor_bytes, fitting_bytes
 from retain.curvature.stack import WIDE as STACKED
 from retain.curvature.stack import stacks
@@ -38,12 +38,12 @@ def test_a_layer_of_14336_inputs_takes_what_the_plan_says(structure: str, tmp_pa
         {"input_ids": torch.randint(1, 64, (64,), generator=random).tolist()} for _ in range(10)
     ]
     states: list[dict[str, torch.Tensor]] = []
-    from retain.curvature import gather
+    from retain.curvature.fit import accumulator
 
-    keep = gather.Gather.turn
+    keep = accumulator.Accumulator.turn
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            gather.Gather,
+            accumulator.Accumulator,
             "turn",
             lambda self: (states.append(dict(self.estimator.state)), keep(self))[1],
         )

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import retain
-from retain.curvature.rows import source_examples
+from retain.curvature.fit.source import source_examples
 from retain.data.batches import Example
 from retain.data.draws import HELD_OUT, draw, sample
 from retain.data.sources import encode

@@ -14,8 +14,8 @@ from sequences import begun, learn, method_of, run, source, tasks_of
 from torch import Tensor, nn
 
 from retain import Curvature, soften
-from retain.curvature.block import Block
-from retain.curvature.factor import Factor, SketchFactor
+from retain.curvature.blocks.base import Block
+from retain.curvature.blocks.factor import Factor, SketchFactor
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, SourceError
 from retain.models.adapter import attach_lora, lora_sites
 from retain.models.saved import load_adapter, save_adapter

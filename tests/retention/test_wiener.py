@@ -10,7 +10,7 @@ from sequences import begun, learn, source, tasks_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from retain.curvature.factor import DenseFactor, SketchFactor
+from retain.curvature.blocks.factor import DenseFactor, SketchFactor
 from retain.data.batches import Example, batches
 from retain.errors import ConfigError
 from retain.models.adapter import lora_sites

@@ -231,7 +231,7 @@ def keep_state(
     Raises:
         OutputError: the folder cannot be written.
     """
-    from retain.curvature.estimate import fit_curvature
+    from retain.curvature.fit.fit import fit_curvature
     from retain.curvature.merge import reanchored
     from retain.retention.rows import choose
 

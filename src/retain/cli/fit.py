@@ -23,7 +23,7 @@ from retain.cli.common import (
     size_text,
 )
 from retain.cli.folders import check_curvature
-from retain.curvature.settings import RANKS, SKETCHES, check_settings, factor_rank_of
+from retain.curvature.fit.settings import RANKS, SKETCHES, check_settings, factor_rank_of
 from retain.files import clear_scratch, locked
 from retain.types import FISHERS, SPACES, STRUCTURES, Fisher, Space, Structure
 
@@ -136,8 +136,8 @@ def fit(
         AdapterConfig,
     )
     quieten(screen.progress)
-    from retain.curvature.estimate import fit_curvature
-    from retain.curvature.partial import forget
+    from retain.curvature.fit.checkpoint import forget
+    from retain.curvature.fit.fit import fit_curvature
     from retain.data.sources import read_rows
     from retain.models.load import load_model
 

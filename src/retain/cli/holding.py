@@ -45,7 +45,7 @@ def find_curvature(
     if config.curvature is not None:
         return Held(_start_at(given, model), Path(config.curvature), None)
     from retain.curvature.artifact import load_curvature
-    from retain.curvature.estimate import fit_curvature
+    from retain.curvature.fit.fit import fit_curvature
 
     path, source = out / "curvature.safetensors", config.source or "self"
     if path.is_file() and not anew:

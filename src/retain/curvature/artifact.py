@@ -18,16 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from retain.curvature.block import Block
+from retain.curvature.blocks.base import Block
+from retain.curvature.blocks.diagonal import DiagonalBlock
+from retain.curvature.blocks.eigen import EigenBlock
+from retain.curvature.blocks.factor import Factor, factor_from
+from retain.curvature.blocks.identity import IdentityBlock
+from retain.curvature.blocks.kronecker import KroneckerBlock
+from retain.curvature.blocks.offdiagonal import Link
 from retain.curvature.check import check_curvature, check_described, check_tensors
 from retain.curvature.curvature import Curvature
-from retain.curvature.diagonal import DiagonalBlock
-from retain.curvature.eigen import EigenBlock
-from retain.curvature.factor import Factor, factor_from
-from retain.curvature.identity import IdentityBlock
 from retain.curvature.info import CurvatureInfo
-from retain.curvature.kronecker import KroneckerBlock
-from retain.curvature.link import Link
 from retain.data.tensors import read_tensors
 from retain.documents import parse_json
 from retain.errors import ArtifactError, shown

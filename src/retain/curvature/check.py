@@ -4,7 +4,7 @@ A digest says that a file is as it was written, not that what was written is sou
 is one that the description calls for, of its shape, of floating point, and finite; and each factor
 is symmetric and has no direction of negative curvature, whose penalty would pay for drift.
 
-The cost is a few passes over each tensor: see `retain.curvature.definite`.
+The cost is a few passes over each tensor: see `retain.curvature.blocks.definite`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch
 from pydantic import ConfigDict, ValidationError, create_model
 from torch import Tensor
 
-from retain.curvature.block import Block
+from retain.curvature.blocks.base import Block
+from retain.curvature.blocks.definite import check_above, check_basis, check_dense, leading, slack
+from retain.curvature.blocks.diagonal import DiagonalBlock
+from retain.curvature.blocks.eigen import EigenBlock
+from retain.curvature.blocks.factor import DenseFactor, Factor, SketchFactor, diagonal_of
+from retain.curvature.blocks.identity import IdentityBlock
+from retain.curvature.blocks.kronecker import KroneckerBlock
 from retain.curvature.curvature import Curvature
-from retain.curvature.definite import check_above, check_basis, check_dense, leading, slack
-from retain.curvature.diagonal import DiagonalBlock
-from retain.curvature.eigen import EigenBlock
-from retain.curvature.factor import DenseFactor, Factor, SketchFactor, diagonal_of
-from retain.curvature.identity import IdentityBlock
 from retain.curvature.info import CurvatureInfo, part
-from retain.curvature.kronecker import KroneckerBlock
 from retain.errors import shown
 
 __all__ = ["check_curvature", "check_described", "check_tensors"]

@@ -19,13 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from retain.curvature.binding import Anchor, check_sites
-from retain.curvature.block import Block
-from retain.curvature.factor import DenseFactor, Factor
-from retain.curvature.identity import IdentityBlock
+from retain.curvature.anchor import Anchor, check_sites
+from retain.curvature.blocks.base import Block
+from retain.curvature.blocks.factor import DenseFactor, Factor
+from retain.curvature.blocks.identity import IdentityBlock
+from retain.curvature.blocks.offdiagonal import Link
+from retain.curvature.displacement import Moves, anchor_of, place
 from retain.curvature.info import CurvatureInfo, part
-from retain.curvature.link import Link
-from retain.curvature.moves import Moves, anchor_of, place
 from retain.curvature.stack import Stack, stacks
 from retain.errors import ConfigError, MismatchError
 from retain.models.adapter import LoraSite

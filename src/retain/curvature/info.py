@@ -24,7 +24,7 @@ class CurvatureInfo:
     Attributes:
         structure: see `retain.types.Structure`.
         space: weight or adapter.
-        fisher: whose labels; see `retain.curvature.labels`.
+        fisher: whose labels; see `retain.curvature.fit.labels`.
         tokens: source tokens that were read.
         predictions: predictions among them; the curvature is a mean over these.
         sequences: source rows.

@@ -28,17 +28,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from retain.curvature.block import Block
+from retain.curvature.blocks.base import Block
+from retain.curvature.blocks.diagonal import DiagonalBlock
+from retain.curvature.blocks.eigen import EigenBlock
+from retain.curvature.blocks.eigh import eigh
+from retain.curvature.blocks.factor import Factor, inner
+from retain.curvature.blocks.identity import IdentityBlock
+from retain.curvature.blocks.kronecker import KroneckerBlock
+from retain.curvature.blocks.offdiagonal import Link
 from retain.curvature.curvature import Curvature
-from retain.curvature.diagonal import DiagonalBlock
-from retain.curvature.eigen import EigenBlock
-from retain.curvature.factor import Factor, inner
-from retain.curvature.identity import IdentityBlock
+from retain.curvature.displacement import anchor_of
 from retain.curvature.info import CurvatureInfo
-from retain.curvature.kronecker import KroneckerBlock
-from retain.curvature.link import Link
-from retain.curvature.moves import anchor_of
-from retain.curvature.spectral import eigh
 from retain.errors import MismatchError
 from retain.models.fingerprint import fingerprint
 from retain.models.host import no_autocast

@@ -62,7 +62,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from retain.curvature.settings import sketch_rank
+from retain.curvature.fit.settings import sketch_rank
 from retain.errors import ConfigError, unknown
 from retain.types import FactorRank
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from retain.curvature.block import Block
-from retain.curvature.factor import DenseFactor, Factor, ScalarFactor, SketchFactor
-from retain.curvature.kronecker import KroneckerBlock
+from retain.curvature.blocks.base import Block
+from retain.curvature.blocks.factor import DenseFactor, Factor, ScalarFactor, SketchFactor
+from retain.curvature.blocks.kronecker import KroneckerBlock
 
 __all__ = ["Stack", "stacks"]
 

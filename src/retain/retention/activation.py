@@ -9,7 +9,7 @@ __all__ = ["Activation"]
 
 
 class Activation(Fitted):
-    """See `retain.curvature.activation`, and `Fitted` for the arguments; no label is read."""
+    """See `retain.curvature.blocks.activation`; arguments as in `Fitted`. No label is read."""
 
     name = "activation"
     structure: Structure = "activation"

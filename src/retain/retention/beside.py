@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from retain.curvature.blocks.kronecker import KroneckerBlock
 from retain.curvature.curvature import Curvature, Pull
-from retain.curvature.kronecker import KroneckerBlock
 from retain.errors import ConfigError
 from retain.models.sites import LinearSite, Site
 

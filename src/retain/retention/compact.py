@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from retain.curvature.blocks.kronecker import KroneckerBlock
 from retain.curvature.curvature import Curvature
-from retain.curvature.kronecker import KroneckerBlock
 from retain.errors import MismatchError
 from retain.models.adapter import LoraSite
 from retain.models.host import no_autocast

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retain.curvature.curvature import Curvature
+from retain.curvature.fit.settings import check_settings
 from retain.curvature.merge import reanchored
-from retain.curvature.settings import check_settings
 from retain.data.batches import Example
 from retain.errors import ConfigError, check_number, unknown
 from retain.models.heads import is_causal
@@ -151,7 +151,7 @@ class Fitted(Curved):
         strength: see `Curved`.
         space: ``weight`` or ``adapter``; see `retain.types.Space`.
         fisher: whose labels, of the source text and of the tasks alike (other Fishers do not add);
-            see `retain.curvature.labels`.
+            see `retain.curvature.fit.labels`.
         samples: draws of each label.
         rows: rows of the source text, and of each task, that are read at most.
         rank: of sketched factors; see `retain.fit_curvature`.

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retain.curvature.factor import Factor, SketchFactor
+from retain.curvature.blocks.factor import Factor, SketchFactor
 from retain.errors import check_number
 from retain.models.adapter import LoraSite
 from retain.models.host import no_autocast

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from retain.curvature.blocks.estimator import has_bf16
 from retain.curvature.curvature import Curvature, Pull
-from retain.curvature.estimator import has_bf16
 from retain.errors import ConfigError
 from retain.models.sites import LinearSite, Site
 from retain.retention.beside import Beside

@@ -12,11 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from retain.curvature.blocks.identity import IdentityBlock
 from retain.curvature.curvature import Curvature
-from retain.curvature.identity import IdentityBlock
+from retain.curvature.displacement import anchor_of, place
 from retain.curvature.info import CurvatureInfo, describe
 from retain.curvature.merge import reanchored
-from retain.curvature.moves import anchor_of, place
 from retain.models.fingerprint import fingerprint
 from retain.models.sites import Site, find_sites
 from retain.provenance import versions

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retain.curvature.curvature import Curvature, Pull
-from retain.curvature.moves import proximal
+from retain.curvature.displacement import proximal
 from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, TrainingError, check_number, unknown
 from retain.models.host import no_autocast

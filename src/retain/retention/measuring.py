@@ -13,7 +13,7 @@ from torch import Tensor
 
 from retain.curvature.artifact import load_curvature
 from retain.curvature.curvature import Curvature
-from retain.curvature.estimate import fit_curvature
+from retain.curvature.fit.fit import fit_curvature
 from retain.data.batches import Example
 from retain.retention.method import Context
 from retain.types import Structure

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from retain.curvature.capture import shared_inputs
+from retain.curvature.blocks.estimator import products
+from retain.curvature.blocks.factor import DenseFactor, Factor, SketchFactor, diagonal_of
+from retain.curvature.blocks.kronecker import KroneckerBlock
+from retain.curvature.blocks.sketch import sketch_finish, sketch_update
 from retain.curvature.curvature import Curvature
-from retain.curvature.estimator import products
-from retain.curvature.factor import DenseFactor, Factor, SketchFactor, diagonal_of
-from retain.curvature.kronecker import KroneckerBlock
-from retain.curvature.rows import glance
-from retain.curvature.sketch import sketch_finish, sketch_update
+from retain.curvature.fit.capture import shared_inputs
+from retain.curvature.fit.source import glance
 from retain.data.batches import Batch, Example, batches
 from retain.errors import ConfigError, MismatchError, SourceError
 from retain.models.adapter import LoraSite

@@ -29,13 +29,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retain.curvature.block import Block
-from retain.curvature.diagonal import DiagonalBlock
-from retain.curvature.eigen import EigenBlock
-from retain.curvature.factor import Factor, ScalarFactor
-from retain.curvature.identity import IdentityBlock
-from retain.curvature.kronecker import KroneckerBlock
-from retain.curvature.spectral import eigh
+from retain.curvature.blocks.base import Block
+from retain.curvature.blocks.diagonal import DiagonalBlock
+from retain.curvature.blocks.eigen import EigenBlock
+from retain.curvature.blocks.eigh import eigh
+from retain.curvature.blocks.factor import Factor, ScalarFactor
+from retain.curvature.blocks.identity import IdentityBlock
+from retain.curvature.blocks.kronecker import KroneckerBlock
 
 __all__ = ["CoreSpan", "KroneckerSpan", "Span", "sides"]
 

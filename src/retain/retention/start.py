@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retain.curvature.spectral import eigh
+from retain.curvature.blocks.eigh import eigh
 from retain.errors import check_number, unknown
 from retain.models.adapter import LoraSite
 from retain.models.host import no_autocast

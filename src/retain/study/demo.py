@@ -19,7 +19,7 @@ from torch import nn
 from retain.config import validate
 from retain.curvature.artifact import load_curvature
 from retain.curvature.curvature import Curvature
-from retain.curvature.estimate import fit_curvature
+from retain.curvature.fit.fit import fit_curvature
 from retain.data.batches import Example
 from retain.data.problems import Problem, word_problems
 from retain.data.sources import encode

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from retain.curvature.curvature import Curvature
-from retain.curvature.rows import source_examples
+from retain.curvature.fit.source import source_examples
 from retain.data.batches import Example
 from retain.data.sources import Row
 from retain.errors import ConfigError, RetainWarning, unknown

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from retain.curvature.rows import source_examples
+from retain.curvature.fit.source import source_examples
 from retain.data.batches import Example, batches
 from retain.data.sources import Row
 from retain.errors import ModelError, SourceError

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from retain.curvature.blocks.factor import SketchFactor
+from retain.curvature.blocks.kronecker import KroneckerBlock
 from retain.curvature.curvature import Curvature
-from retain.curvature.factor import SketchFactor
-from retain.curvature.kronecker import KroneckerBlock
 from retain.errors import ModelError, SourceError, unknown
 from retain.models.adapter import LoraSite, adapter_off, lora_sites
 from retain.models.heads import is_causal

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retain.curvature.partial import kept_rows
+from retain.curvature.fit.checkpoint import kept_rows
 from retain.data.batches import Batch, Example, collate
 from retain.data.draws import sample
 from retain.data.sources import Row, encode, read_rows

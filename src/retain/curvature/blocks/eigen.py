@@ -15,12 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retain.curvature.block import Block, MoveFactor, Thin
-from retain.curvature.diagonal import DiagonalBlock, squares
-from retain.curvature.estimator import Fitted, calibration
-from retain.curvature.factor import Factor
-from retain.curvature.kronecker import KroneckerEstimator
-from retain.curvature.record import Record
+from retain.curvature.blocks.base import Block, MoveFactor, Thin
+from retain.curvature.blocks.diagonal import DiagonalBlock, squares
+from retain.curvature.blocks.estimator import Fitted, calibration
+from retain.curvature.blocks.factor import Factor
+from retain.curvature.blocks.kronecker import KroneckerEstimator
+from retain.curvature.blocks.observation import Record
 
 __all__ = ["EigenBlock", "EigenEstimator"]
 

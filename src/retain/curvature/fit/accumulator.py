@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from retain.curvature.estimator import Estimator, products
-from retain.curvature.labels import cotangents
-from retain.curvature.record import Record, Source
+from retain.curvature.blocks.estimator import Estimator, products
+from retain.curvature.blocks.observation import Record, Source
+from retain.curvature.fit.labels import cotangents
 from retain.data.batches import Batch
 from retain.errors import CurvatureError
 from retain.models.heads import forward_body, forward_logits
@@ -18,10 +18,10 @@ from retain.models.host import no_autocast
 from retain.models.kinds import are_values
 from retain.types import Fisher, Products
 
-__all__ = ["Gather"]
+__all__ = ["Accumulator"]
 
 
-class Gather:
+class Accumulator:
     """Passes over a source.
 
     With a share of 1/n each sequence enters the products of every n-th input's layers, in turn, so

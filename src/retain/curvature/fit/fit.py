@@ -11,22 +11,22 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from retain.curvature.activation import ActivationEstimator, nats_of_noise, noisy_rows
-from retain.curvature.capture import capture, shared_inputs, split_idle, watch
+from retain.curvature.blocks.activation import ActivationEstimator, nats_of_noise, noisy_rows
+from retain.curvature.blocks.diagonal import DiagonalEstimator
+from retain.curvature.blocks.eigen import EigenEstimator
+from retain.curvature.blocks.estimator import Estimator, Layout
+from retain.curvature.blocks.identity import IdentityEstimator
+from retain.curvature.blocks.kronecker import KroneckerEstimator, ShampooEstimator, rank_of
+from retain.curvature.blocks.tridiagonal import TridiagonalEstimator
 from retain.curvature.curvature import Curvature
-from retain.curvature.diagonal import DiagonalEstimator
-from retain.curvature.eigen import EigenEstimator
-from retain.curvature.estimator import Estimator, Layout
-from retain.curvature.gather import Gather
-from retain.curvature.identity import IdentityEstimator
+from retain.curvature.displacement import anchor_of, place
+from retain.curvature.fit.accumulator import Accumulator
+from retain.curvature.fit.capture import capture, shared_inputs, split_idle, watch
+from retain.curvature.fit.checkpoint import FitCheckpoint, fit_key
+from retain.curvature.fit.layers import adapters_of, check_alive, fit_sites, hooked
+from retain.curvature.fit.settings import SKETCHES, check_settings
+from retain.curvature.fit.source import glance, source_examples
 from retain.curvature.info import CurvatureInfo, describe
-from retain.curvature.kronecker import KroneckerEstimator, ShampooEstimator, rank_of
-from retain.curvature.moves import anchor_of, place
-from retain.curvature.partial import Partial, fit_key
-from retain.curvature.places import adapters_of, check_alive, fit_sites, hooked
-from retain.curvature.rows import glance, source_examples
-from retain.curvature.settings import SKETCHES, check_settings
-from retain.curvature.tridiagonal import TridiagonalEstimator
 from retain.data.batches import Batch, Example, batches, collate
 from retain.data.sources import Row
 from retain.models.adapter import row_scales, unwrap
@@ -99,7 +99,7 @@ def fit_curvature(
         space: ``weight`` (of the update s B A, for any rank) or ``adapter`` (of A and B).
         fisher: ``mc`` (labels sampled from the model), ``empirical`` (the data's labels; a
             sequence's own gradient is squared), ``exact`` (all labels), ``tempered`` or
-            ``reversed``; see `retain.curvature.labels`. ``activation`` uses no labels.
+            ``reversed``; see `retain.curvature.fit.labels`. ``activation`` uses no labels.
         samples: draws of each label (``mc``, ``tempered``).
         rows: rows of the source that are read at most, drawn from all of them.
         max_length: tokens of a row that are read at most.
@@ -107,8 +107,8 @@ def fit_curvature(
             rounding, and for what sketches of a low rank lose (0.6 % at rank 4).
         seed: of the rows, of label draws, of noise (``activation``) and of the self-sampled text.
         rank: keep each side of a factor that is at least twice as wide as a sketch of this rank
-            (``kfac``, ``shampoo``, ``activation``); see `retain.curvature.sketch`. ``auto`` keeps
-            sides up to 2048 whole, and wider ones as sketches of rank 256; None keeps all whole.
+            (``kfac``, ``shampoo``, ``activation``); see `retain.curvature.blocks.sketch`. ``auto``
+            keeps sides up to 2048 whole, and wider ones as sketches of rank 256; None keeps all whole.
         share: of the sequences that enter a layer's products, rounded to one in n. Each layer reads
             others, and its trace comes from all. ``info.share_error`` tells the error.
         temperature: of ``tempered``.
@@ -162,7 +162,7 @@ def fit_curvature(
         if p.requires_grad or ".lora_" in name or ".modules_to_save." in name
     ]
     key = "" if partial is None else fit_key(settings, examples, weights)  # reads all weights
-    unfinished = Partial(partial, key, save_every)
+    unfinished = FitCheckpoint(partial, key, save_every)
     idle = is_idle(sites)
     with evaluating(model, checkpoint=estimating.backward):
         scales = row_scales(sites) if space == "weight" else {}
@@ -173,7 +173,7 @@ def fit_curvature(
             adapters_of(sites) if space == "adapter" and not estimating.backward else {},
             scales,
         )
-        run = Gather(
+        run = Accumulator(
             model,
             layers,
             estimating(layout),
@@ -226,9 +226,9 @@ def fit_curvature(
 
 
 def _read(
-    run: Gather,
+    run: Accumulator,
     pass_over: list[Batch],
-    unfinished: Partial,
+    unfinished: FitCheckpoint,
     device: torch.device,
     labels: tuple[Fisher, int, int, float],
     progress: bool,

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retain.curvature.block import Block
-from retain.curvature.factor import DenseFactor, Factor
-from retain.curvature.link import Link
-from retain.curvature.record import Record
-from retain.curvature.settings import sketch_rank
-from retain.curvature.sketch import sketch_finish, sketch_update
+from retain.curvature.blocks.base import Block
+from retain.curvature.blocks.factor import DenseFactor, Factor
+from retain.curvature.blocks.observation import Record
+from retain.curvature.blocks.offdiagonal import Link
+from retain.curvature.blocks.sketch import sketch_finish, sketch_update
+from retain.curvature.fit.settings import sketch_rank
 from retain.types import FactorRank, Products
 
 __all__ = ["Estimator", "Fitted", "Layout", "products"]
@@ -33,7 +33,7 @@ class Layout:
     Attributes:
         shared: layer -> the layer whose input it shares (itself, when it shares none), in the
             order of the modules.
-        rank: of sketched factors; see `retain.curvature.settings.sketch_rank`.
+        rank: of sketched factors; see `retain.curvature.fit.settings.sketch_rank`.
         calibrate: scale each block of ``kfac`` and ``tridiagonal`` to its true trace.
         adapters: layer -> (B, A, scaling) for a pull-back to adapter space; empty otherwise.
         rows: layer -> the factors of its rows (DoRA), for estimators that see no gradients.

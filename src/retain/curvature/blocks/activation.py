@@ -28,11 +28,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from retain.curvature.block import Block
-from retain.curvature.estimator import Estimator, Fitted, flat
-from retain.curvature.factor import ScalarFactor, SketchFactor
-from retain.curvature.kronecker import KroneckerBlock
-from retain.curvature.record import Record
+from retain.curvature.blocks.base import Block
+from retain.curvature.blocks.estimator import Estimator, Fitted, flat
+from retain.curvature.blocks.factor import ScalarFactor, SketchFactor
+from retain.curvature.blocks.kronecker import KroneckerBlock
+from retain.curvature.blocks.observation import Record
 from retain.data.batches import Batch, Example
 from retain.models.heads import divergence, forward_logits
 from retain.models.kinds import are_values

@@ -30,11 +30,11 @@ from typing import ClassVar
 
 import torch
 
-from retain.curvature.block import Block
-from retain.curvature.estimator import Fitted, Layout, calibration, flat
-from retain.curvature.kronecker import KroneckerBlock, KroneckerEstimator
-from retain.curvature.link import Link
-from retain.curvature.record import Record
+from retain.curvature.blocks.base import Block
+from retain.curvature.blocks.estimator import Fitted, Layout, calibration, flat
+from retain.curvature.blocks.kronecker import KroneckerBlock, KroneckerEstimator
+from retain.curvature.blocks.observation import Record
+from retain.curvature.blocks.offdiagonal import Link
 
 __all__ = ["TridiagonalEstimator"]
 

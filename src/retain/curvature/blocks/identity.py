@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from retain.curvature.block import Block, MoveFactor, Thin
-from retain.curvature.estimator import Estimator, Fitted
-from retain.curvature.factor import Factor
-from retain.curvature.record import Record
-from retain.curvature.spectral import eigh
+from retain.curvature.blocks.base import Block, MoveFactor, Thin
+from retain.curvature.blocks.eigh import eigh
+from retain.curvature.blocks.estimator import Estimator, Fitted
+from retain.curvature.blocks.factor import Factor
+from retain.curvature.blocks.observation import Record
 
 __all__ = ["IdentityBlock", "IdentityEstimator"]
 

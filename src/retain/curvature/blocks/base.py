@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from retain.curvature.factor import Factor
+from retain.curvature.blocks.factor import Factor
 
 __all__ = ["Block", "MoveFactor", "Thin"]
 

@@ -73,7 +73,7 @@ def check_settings(
     temperature: float = 1.0,
     calibrate: bool = True,
 ) -> None:
-    """See `retain.curvature.estimate.fit_curvature` for the names.
+    """See `retain.curvature.fit.fit.fit_curvature` for the names.
 
     Raises:
         ConfigError: an unknown name, a number out of range, or settings that exclude each other.

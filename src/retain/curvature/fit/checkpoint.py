@@ -21,18 +21,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from retain.curvature.artifact import digest_of
-from retain.curvature.gather import Gather
+from retain.curvature.fit.accumulator import Accumulator
 from retain.data.batches import Example
 from retain.data.tensors import read_tensors
 from retain.documents import read_json, sealed
 from retain.errors import RetainWarning
 from retain.files import clear_scratch, whole_file, write_json
 
-__all__ = ["Partial", "fit_key", "forget", "kept_rows"]
+__all__ = ["FitCheckpoint", "fit_key", "forget", "kept_rows"]
 
 
-class Partial:
-    """Saves a `Gather` from time to time, and puts it back.
+class FitCheckpoint:
+    """Saves a `Accumulator` from time to time, and puts it back.
 
     Args:
         path: of the file, or None for none.
@@ -45,7 +45,7 @@ class Partial:
         self.key, self.seconds = key, seconds
         self._last = time.monotonic()
 
-    def load(self, run: Gather, device: torch.device) -> int:
+    def load(self, run: Accumulator, device: torch.device) -> int:
         """Puts what was gathered into `run`; returns how many batches of its pass are done.
 
         A file of another fit, or one that cannot be read, counts as none, with a warning.
@@ -70,7 +70,7 @@ class Partial:
         )
         return 0
 
-    def save(self, run: Gather, done: int, *, force: bool = False) -> None:
+    def save(self, run: Accumulator, done: int, *, force: bool = False) -> None:
         """Writes the file if it is time.
 
         Raises:

@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from retain.curvature.block import Block, MoveFactor, Thin
-from retain.curvature.estimator import Estimator, Fitted, calibration, flat
-from retain.curvature.factor import FLAT, DenseFactor, Factor, SketchFactor
-from retain.curvature.record import Record
-from retain.curvature.settings import sketch_rank
-from retain.curvature.spectral import eigh
+from retain.curvature.blocks.base import Block, MoveFactor, Thin
+from retain.curvature.blocks.eigh import eigh
+from retain.curvature.blocks.estimator import Estimator, Fitted, calibration, flat
+from retain.curvature.blocks.factor import FLAT, DenseFactor, Factor, SketchFactor
+from retain.curvature.blocks.observation import Record
+from retain.curvature.fit.settings import sketch_rank
 
 __all__ = ["KroneckerBlock", "KroneckerEstimator", "ShampooEstimator", "rank_of"]
 

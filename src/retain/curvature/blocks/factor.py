@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from retain.curvature.spectral import eigh
+from retain.curvature.blocks.eigh import eigh
 
 __all__ = [
     "FLAT",
@@ -166,7 +166,7 @@ class ScalarFactor(Factor):
 
 
 class SketchFactor(Factor):
-    """S = U U^T + diag(v); see `retain.curvature.sketch` for where it comes from.
+    """S = U U^T + diag(v); see `retain.curvature.blocks.sketch` for where it comes from.
 
     Args:
         vectors: U, [size, k].

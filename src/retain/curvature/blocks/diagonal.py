@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from retain.curvature.block import Block, MoveFactor, Thin
-from retain.curvature.estimator import Estimator, Fitted, calibration
-from retain.curvature.factor import Factor
-from retain.curvature.record import Record
+from retain.curvature.blocks.base import Block, MoveFactor, Thin
+from retain.curvature.blocks.estimator import Estimator, Fitted, calibration
+from retain.curvature.blocks.factor import Factor
+from retain.curvature.blocks.observation import Record
 
 __all__ = ["DiagonalBlock", "DiagonalEstimator", "solve_rows", "squares"]
 
