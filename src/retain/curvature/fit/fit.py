@@ -108,7 +108,7 @@ def fit_curvature(
         seed: of the rows, of label draws, of noise (``activation``) and of the self-sampled text.
         rank: keep each side of a factor that is at least twice as wide as a sketch of this rank
             (``kfac``, ``shampoo``, ``activation``); see `retain.curvature.blocks.sketch`. ``auto``
-            keeps sides up to 2048 whole, and wider ones as sketches of rank 256; None keeps all whole.
+            keeps sides up to 2048 whole, wider ones as sketches of rank 256; None keeps all whole.
         share: of the sequences that enter a layer's products, rounded to one in n. Each layer reads
             others, and its trace comes from all. ``info.share_error`` tells the error.
         temperature: of ``tempered``.
