@@ -21,7 +21,7 @@ from retain.data.sources import encode
 from retain.files import check_folder
 from retain.models.load import load_model
 from retain.models.sample import sample_rows
-from retain.retention.reference import Reference
+from retain.retention.measure import Reference
 
 
 def without(layers: list[nn.Module], start: int, count: int) -> nn.ModuleList:

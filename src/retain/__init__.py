@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from retain.models.growing import grow_lora
     from retain.models.load import load_model
     from retain.retention.laplace import Retention
-    from retain.retention.soften import soften
+    from retain.retention.soften.adapter import soften
     from retain.training.callback import RetentionCallback
     from retain.training.head import fit_head
     from retain.training.start import Start
@@ -63,7 +63,7 @@ _HOMES = {
     "load_model": "retain.models.load",
     "measure_forgetting": "retain.evaluation.forgetting",
     "reanchored": "retain.curvature.merge",
-    "soften": "retain.retention.soften",
+    "soften": "retain.retention.soften.adapter",
 }
 
 

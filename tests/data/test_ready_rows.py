@@ -14,7 +14,7 @@ from retain.data.batches import Example, batches, collate
 from retain.data.counts import RowCounts
 from retain.data.sources import UNLABELLED, encode
 from retain.errors import SourceError
-from retain.retention.rows import Kept, pack, unpack
+from retain.retention.state import StoredRow, pack_rows, unpack_rows
 
 Row = dict[str, Any]
 IDS = [5, 6, 7, 8, 9]
@@ -251,7 +251,7 @@ def test_targets_of_a_regression_stay_as_they_are_through_batches_and_files() ->
     assert [b.targets.tolist() for b in batches(rows, 3, 0)] == [
         torch.tensor([0.38, 2.0, -1.5]).tolist()
     ]
-    kept = [Kept.of(e, None) for e in rows]
-    assert [k.targets for k in unpack(pack(kept))] == [e.targets for e in rows]
-    classes = [Kept.of(Example((5, 6), (2,)), None)]
-    assert type(unpack(pack(classes))[0].targets[0]) is int
+    kept = [StoredRow.of(e, None) for e in rows]
+    assert [k.targets for k in unpack_rows(pack_rows(kept))] == [e.targets for e in rows]
+    classes = [StoredRow.of(Example((5, 6), (2,)), None)]
+    assert type(unpack_rows(pack_rows(classes))[0].targets[0]) is int

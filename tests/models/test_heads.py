@@ -30,7 +30,7 @@ from retain.evaluation.perplexity import measure_perplexity
 from retain.models.adapter import adapter_off, lora_sites
 from retain.models.heads import forward_logits, is_causal, pad_id
 from retain.models.kinds import check_labels, head_kind
-from retain.retention.reference import Reference
+from retain.retention.measure import Reference
 from retain.training.loop import train
 from tiny import move, relative
 

@@ -16,9 +16,9 @@ from retain.errors import ModelError
 from retain.models.adapter import lora_sites
 from retain.models.host import no_autocast, own_forwards
 from retain.models.sample import sample_rows
-from retain.retention.compact import compacted
 from retain.retention.filters import InputFilter
 from retain.retention.moments import input_moments
+from retain.retention.soften.truncate import truncated
 from retain.retention.start import set_start
 from retain.training.head import fit_head
 from retain.types import STRUCTURES
@@ -155,7 +155,7 @@ def test_every_product_in_what_a_script_stands_in(where: str) -> None:
         curvature = fit_curvature(model, ROWS["llama"], batch_size=2, progress=False)
         soft = soften(model, fit_curvature(untuned, ROWS["llama"], batch_size=2, progress=False))
         found.append(soft.predicted(0.5))
-        factors, lost = compacted(lora_sites(model), curvature, 1)
+        factors, lost = truncated(lora_sites(model), curvature, 1)
         found += [lost, *(t for pair in factors.values() for t in pair)]
         examples = rows_of(model)
         new = input_moments(model, lora_sites(model), examples, answers=0.5)

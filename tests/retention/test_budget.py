@@ -18,8 +18,8 @@ from retain.data.sources import encode
 from retain.errors import ConfigError, MismatchError
 from retain.models.adapter import attach_lora, lora_sites
 from retain.retention.budget import Budget, anchored, largest_share, scale_back, settle
-from retain.retention.kfac import KFAC
-from retain.retention.reference import Reference
+from retain.retention.measure import Reference
+from retain.retention.methods.penalty import KFAC
 from retain.types import UPDATES
 from tiny import KINDS, ROWS, base, move, tiny
 

@@ -10,7 +10,7 @@ import torch
 from retain import fit_curvature
 from retain.errors import MismatchError
 from retain.models.adapter import lora_sites
-from retain.retention.compact import compacted
+from retain.retention.soften.truncate import truncated
 from tiny import ROWS, tiny
 
 
@@ -30,7 +30,7 @@ def fit(structure: str, **options: Any) -> tuple[Any, Any]:
 def test_it_is_the_best_of_its_rank(structure: str, rank: int) -> None:
     model, curvature = fit(structure)
     sites = lora_sites(model)
-    found, lost = compacted(sites, curvature, rank)
+    found, lost = truncated(sites, curvature, rank)
     cut = whole = 0.0
     for site in sites:
         b, a = found[site.name]
@@ -51,7 +51,7 @@ def test_it_is_the_best_of_its_rank(structure: str, rank: int) -> None:
 @pytest.mark.parametrize("rank", [4, 9])
 def test_what_fits_stays_bit_for_bit(rank: int) -> None:
     model, curvature = fit("kfac")
-    found, lost = compacted(lora_sites(model), curvature, rank)
+    found, lost = truncated(lora_sites(model), curvature, rank)
     for site in lora_sites(model):
         assert torch.equal(found[site.name][0], site.b)
         assert torch.equal(found[site.name][1], site.a)
@@ -61,4 +61,4 @@ def test_what_fits_stays_bit_for_bit(rank: int) -> None:
 def test_a_curvature_without_sides_is_refused() -> None:
     model, curvature = fit("diagonal")
     with pytest.raises(MismatchError, match="no two sides to cut by"):
-        compacted(lora_sites(model), curvature, 2)
+        truncated(lora_sites(model), curvature, 2)

@@ -23,9 +23,9 @@ from retain.errors import ConfigError
 from retain.models.adapter import lora_sites
 from retain.models.heads import forward_logits
 from retain.models.sites import LinearSite, find_sites
-from retain.retention.curved import _answering
-from retain.retention.kl import KL
 from retain.retention.method import Task
+from retain.retention.methods.kl import KL
+from retain.retention.methods.penalty import _answering
 from tiny import relative
 
 

@@ -16,8 +16,7 @@ from retain.errors import ConfigError, ModelError
 from retain.models.adapters.base import Adapter
 from retain.models.adapters.osf import OSF
 from retain.models.heads import forward_logits
-from retain.retention.kl import divergence
-from retain.retention.masked_kl import masked_divergence
+from retain.retention.methods.kl import divergence, masked_divergence
 from retain.retention.registry import make_method
 from tiny import base, relative
 

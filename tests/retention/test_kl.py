@@ -20,9 +20,8 @@ from sequences import (
 
 from retain.errors import SourceError
 from retain.models.heads import forward_logits
-from retain.retention.kl import base_logits, divergence
-from retain.retention.masked_kl import masked_divergence
 from retain.retention.method import Task
+from retain.retention.methods.kl import base_logits, divergence, masked_divergence
 from tiny import relative
 
 

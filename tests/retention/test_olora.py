@@ -19,7 +19,7 @@ from torch import nn
 from retain.errors import ConfigError
 from retain.models.adapter import lora_sites
 from retain.models.heads import forward_logits
-from retain.retention.olora import OLoRA
+from retain.retention.methods.olora import OLoRA
 from retain.retention.registry import make_method
 
 

@@ -15,7 +15,7 @@ from retain.models.adapter import adapter_off, lora_sites
 from retain.retention.beside import Beside
 from retain.retention.blocks import OpenBlock
 from retain.retention.laplace import Retention
-from retain.retention.olora import OLoRA
+from retain.retention.methods.olora import OLoRA
 
 
 def fitted(model: nn.Module, structure: Any, **options: Any) -> Curvature:

@@ -14,7 +14,7 @@ from sequences import (
 from retain.data.batches import Example
 from retain.retention.method import Task
 from retain.retention.registry import make_method
-from retain.retention.rows import Kept, choose, pack, unpack
+from retain.retention.state import StoredRow, choose, pack_rows, unpack_rows
 
 
 def test_replay_counts() -> None:
@@ -30,7 +30,7 @@ def test_replay_counts() -> None:
         method.before_task(task)
         method.after_task(task)
     assert [len(method.kept), len(set(method.kept[:4]))] == [16, 4]
-    assert set(method.kept[:4]) <= {Kept.of(e, None) for e in source("llama")}
+    assert set(method.kept[:4]) <= {StoredRow.of(e, None) for e in source("llama")}
 
 
 def test_replayed_rows_are_answered_with_their_own_columns() -> None:
@@ -66,11 +66,11 @@ def test_self_replay_mixes_in_the_models_own_text() -> None:
 
 
 def test_rows_survive_their_tensors() -> None:
-    rows = [Kept.of(e, None) for e in source("llama")]
-    rows += [Kept.of(e, t.columns) for t in tasks_of("bert") for e in t.examples]
-    again = unpack(pack(rows))
+    rows = [StoredRow.of(e, None) for e in source("llama")]
+    rows += [StoredRow.of(e, t.columns) for t in tasks_of("bert") for e in t.examples]
+    again = unpack_rows(pack_rows(rows))
     assert again == rows
     for a, b in zip(again, rows, strict=True):
         assert [type(t) for t in a.targets] == [type(t) for t in b.targets]
-    assert unpack(pack([])) == []
+    assert unpack_rows(pack_rows([])) == []
     assert choose(rows, 100, 0) == rows

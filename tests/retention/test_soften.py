@@ -20,10 +20,10 @@ from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError
 from retain.models.adapter import attach_lora, lora_sites
 from retain.models.saved import load_adapter, save_adapter
 from retain.retention import softened as module
-from retain.retention.reference import Reference
-from retain.retention.rows import choose
-from retain.retention.softened import Softened
-from retain.retention.spans import Span, sides
+from retain.retention.measure import Reference
+from retain.retention.soften.curve import Softening
+from retain.retention.soften.subspace import Subspace, sides
+from retain.retention.state import choose
 from sums import dora, measure
 from tiny import KINDS, base, move, relative, tiny, weights
 
@@ -73,12 +73,12 @@ def solved(d: Tensor, far: Tensor, near: Tensor, mu: float) -> Tensor:
     return torch.linalg.solve(near + mu * far, near @ d.reshape(-1)).reshape(d.shape)
 
 
-def objective(span: Span, z: Tensor, mu: float) -> float:
+def objective(span: Subspace, z: Tensor, mu: float) -> float:
     """What is minimised, in a span's coordinates."""
     return 0.5 * float((z - span.coordinates).square().sum() + mu * (span.ratios * z**2).sum())
 
 
-def put(soft: Softened, mu: float) -> None:
+def put(soft: Softening, mu: float) -> None:
     soft.apply(soft.at(mu))
 
 
@@ -119,7 +119,7 @@ def test_a_cut_has_the_rank_and_is_a_minimum_among_such(
     target = fitted("llama", "shampoo", 2) if with_target else None
     soft = soften(model, curvature, target=target, depth=WHOLE)
     found = {name: span.cut(mu, 2) for name, span in soft.spans.items()}
-    monkeypatch.setattr("retain.retention.spans.SWEEPS", 300)
+    monkeypatch.setattr("retain.retention.soften.subspace.SWEEPS", 300)
     gained = 0
     for name, span in soft.spans.items():
         low, full = found[name], span.softened(mu)
@@ -480,7 +480,7 @@ class TestRefusals:
             soften(model, curvature, epsilon=0.0)
 
     def test_a_wide_rank_without_a_product(self, monkeypatch: Any) -> None:
-        monkeypatch.setattr("retain.retention.soften.WIDEST", 1)
+        monkeypatch.setattr("retain.retention.soften.adapter.WIDEST", 1)
         with pytest.raises(ConfigError, match=r"rank is too large.*up to 1"):
             soften(*made("ekfac"))
         assert soften(*made("kfac")).depth == 2

@@ -156,7 +156,7 @@ def script(walk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the page's files beside each other and the package as it is."""
     for name in ("tickets.yaml", "urgency.yaml", "tickets-study.yaml", "my_retain.py"):
         shutil.copy(walk / name, tmp_path)
-    shutil.copy(walk / "src/retain/retention/decay.py", tmp_path)
+    shutil.copy(walk / "src/retain/retention/methods/decay.py", tmp_path)
     shutil.copytree(walk / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

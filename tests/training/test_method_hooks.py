@@ -16,7 +16,7 @@ from retain.errors import ConfigError, TrainingError
 from retain.models.adapter import lora_sites
 from retain.models.heads import forward_logits
 from retain.retention.method import Method
-from retain.retention.rows import Kept
+from retain.retention.state import StoredRow
 from retain.training.loop import train
 from tiny import ROWS, tiny, weights
 
@@ -132,8 +132,8 @@ def test_a_regression_is_the_mean_squared_error(columns: slice | None) -> None:
 
 def test_rows_of_several_heads_share_a_step() -> None:
     rows: list[Example] = list(CLASSES[:4])
-    rows += [Kept((2, 3 + i), (i % 2,), columns=(1, 3)) for i in range(2)]
-    rows += [Kept((4, 3 + i), (i / 4,), columns=(2, 3)) for i in range(2)]
+    rows += [StoredRow((2, 3 + i), (i % 2,), columns=(1, 3)) for i in range(2)]
+    rows += [StoredRow((4, 3 + i), (i / 4,), columns=(2, 3)) for i in range(2)]
     model = tiny("bert")
     want = 0.0
     for row in rows:

@@ -70,7 +70,7 @@ def _grown(model: Any, c: RunConfig, chain: Chain, source: Any, past: Any, scree
     from retain.curvature.merge import reanchored
     from retain.models.adapter import lora_sites
     from retain.models.growing import grow_lora
-    from retain.retention.compact import compacted
+    from retain.retention.soften.truncate import truncated
     from retain.training.start import FILTER, why_no_inputs
 
     reason = why_no_inputs(source)
@@ -87,7 +87,7 @@ def _grown(model: Any, c: RunConfig, chain: Chain, source: Any, past: Any, scree
     fresh, most = c.adapter.rank, c.max_rank or 4 * c.adapter.rank
     if sites[0].rank + fresh > most:
         felt = reanchored(source, model) + reanchored(past, model)
-        factors, lost = compacted(sites, felt, most - fresh)
+        factors, lost = truncated(sites, felt, most - fresh)
         screen.note(
             f"the adapter is cut from rank {sites[0].rank} to {most - fresh}, and loses "
             f"{lost:.2%} of what the curvature feels of it; max_rank={most}"

@@ -233,7 +233,7 @@ def keep_state(
     """
     from retain.curvature.fit.fit import fit_curvature
     from retain.curvature.merge import reanchored
-    from retain.retention.rows import choose
+    from retain.retention.state import choose
 
     screen.say("measuring what the task relies on, for the runs that continue from this one")
     info = source.info

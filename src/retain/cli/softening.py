@@ -35,7 +35,7 @@ class Softening:
     def __init__(
         self, model: Any, curvature: Any, target: Any, *, depth: int | None, epsilon: float
     ) -> None:
-        from retain.retention.soften import soften
+        from retain.retention.soften.adapter import soften
 
         self.model, self.curvature, self.target = model, curvature, target
         self.epsilon = epsilon

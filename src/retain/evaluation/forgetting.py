@@ -20,7 +20,7 @@ from retain.models.kinds import check_labels, is_regression, row_label
 from retain.models.modes import evaluating
 from retain.models.off import check_on
 from retain.models.sizes import check_sizes
-from retain.retention.reference import Forgetting, Reference, Total, predictions
+from retain.retention.measure import Forgetting, Reference, Total, predictions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

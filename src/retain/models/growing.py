@@ -34,7 +34,7 @@ def grow_lora(
         model: with a LoRA of one rank and scaling.
         rank: fresh rows.
         factors: (B [d_out, r], A [r, d_in]) by layer to put in place of the old ones, of any one
-            rank; see `retain.retention.compact`.
+            rank; see `retain.retention.soften.truncate`.
         seed: of PEFT's draw of A.
 
     Raises:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from retain.curvature.curvature import Curvature
 from retain.data.batches import Example
 from retain.retention.laplace import Retention, check_strength
-from retain.retention.measuring import fit_on, packed, unpacked
+from retain.retention.measure import fit_rows
 from retain.retention.method import Context, Task
-from retain.retention.rows import choose
+from retain.retention.state import choose, pack_curvature, unpack_curvature
 from retain.retention.wiener import Wiener
 from retain.types import HeadStart
 
@@ -57,7 +57,7 @@ class Auto(Wiener):
         self.curvature = None
         if self.strength and context.source:
             rows = choose(context.source, self.rows, context.seed)
-            self.curvature = fit_on(context, rows, "kfac", context.seed)
+            self.curvature = fit_rows(context, rows, "kfac", context.seed)
 
     def before_task(self, task: Task) -> Sequence[Example]:
         rows = super().before_task(task)
@@ -74,11 +74,13 @@ class Auto(Wiener):
 
     def state(self) -> dict[str, Tensor]:
         found = super().state()
-        return found if self.curvature is None else found | {CURVATURE: packed(self.curvature)}
+        return (
+            found if self.curvature is None else found | {CURVATURE: pack_curvature(self.curvature)}
+        )
 
     def restore(self, state: dict[str, Tensor]) -> None:
         super().restore({name: s for name, s in state.items() if name != CURVATURE})
-        self.curvature = unpacked(state[CURVATURE]) if CURVATURE in state else None
+        self.curvature = unpack_curvature(state[CURVATURE]) if CURVATURE in state else None
 
     def memory(self) -> int:
         kept = sum(t.numel() * t.element_size() for t in super().state().values())

@@ -18,7 +18,7 @@ from retain.models.adapter import lora_sites
 from retain.retention.blocks import Blockwise
 from retain.retention.method import Context, Task
 from retain.retention.moments import Moments, input_moments
-from retain.retention.rows import choose
+from retain.retention.state import choose
 
 __all__ = ["MomentKeeper"]
 

@@ -32,7 +32,7 @@ from retain.models.sites import LinearSite, check_held
 from retain.retention.budget import Budget, anchored, scale_back, settle
 from retain.retention.forces import Forces
 from retain.retention.lengths import step_lengths
-from retain.retention.reference import Reference
+from retain.retention.measure import Reference
 from retain.types import STRONGEST, UPDATES, Update
 
 __all__ = ["Retention", "check_strength"]

@@ -1,4 +1,4 @@
-"""All retention methods by name. A new one is one file in this folder and one line here."""
+"""All retention methods by name. A new one is one file in `methods` and one line here."""
 
 from __future__ import annotations
 
@@ -6,25 +6,20 @@ import inspect
 from typing import Any
 
 from retain.errors import ConfigError, unknown
-from retain.retention.activation import Activation
 from retain.retention.auto import Auto
-from retain.retention.diagonal import Diagonal
 from retain.retention.discriminant import Discriminant
-from retain.retention.kfac import KFAC
-from retain.retention.kl import KL
-from retain.retention.l2 import L2
-from retain.retention.masked_kl import MaskedKL
 from retain.retention.method import Method
-from retain.retention.none import Plain
-from retain.retention.olora import OLoRA
-from retain.retention.osf import OSF
-from retain.retention.replay import Replay
-from retain.retention.self_replay import SelfReplay
-from retain.retention.soften_task import Soften
-from retain.retention.tridiagonal import Tridiagonal
+from retain.retention.methods.kl import KL, MaskedKL
+from retain.retention.methods.l2 import L2
+from retain.retention.methods.olora import OLoRA
+from retain.retention.methods.osf import OSF
+from retain.retention.methods.penalty import KFAC, Activation, Diagonal, Tridiagonal
+from retain.retention.methods.plain import Plain
+from retain.retention.methods.replay import Replay, SelfReplay
+from retain.retention.methods.soften import Soften
 from retain.retention.wiener import Wiener
 
-__all__ = ["METHODS", "make_method", "method_options"]
+__all__ = ["METHODS", "make_method", "method_options", "register"]
 
 METHODS: dict[str, type[Method]] = {
     "none": Plain,
@@ -44,6 +39,23 @@ METHODS: dict[str, type[Method]] = {
     "olora": OLoRA,
     "osf": OSF,
 }
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Adds a method of one's own under its `name`; also as a decorator.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    if METHODS.get(method.name, method) is not method:
+        raise ConfigError(
+            "a method of this name is there already",
+            got=method.name,
+            allowed=f"a name other than {', '.join(METHODS)}",
+            fix="give the class another name",
+        )
+    METHODS[method.name] = method
+    return method
 
 
 def method_options(kind: str) -> dict[str, Any]:

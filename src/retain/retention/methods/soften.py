@@ -1,8 +1,8 @@
 """Softening after each task: plain LoRA, then back to a budget of forgetting without training.
 
 The adapter of all tasks so far is pulled back along what the source text relies on, and not along
-what the task just learned does (`retain.retention.soften`), until the KL divergence to the base
-model, measured on source text, is within the budget. Nothing happens while a task is learned.
+what the task just learned does (`retain.soften`), until the KL divergence to the base model,
+measured on source text, is within the budget. Nothing happens while a task is learned.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from torch import Tensor
 from retain.curvature.curvature import Curvature
 from retain.errors import ConfigError, SourceError
 from retain.retention.budget import check_budget
-from retain.retention.measuring import fit_on, packed, unpacked
+from retain.retention.measure import Reference, fit_rows
 from retain.retention.method import Context, Method, Task
-from retain.retention.reference import Reference
-from retain.retention.rows import choose
-from retain.retention.soften import soften
+from retain.retention.soften.adapter import soften
+from retain.retention.state import choose, pack_curvature, unpack_curvature
 
 __all__ = ["Soften"]
 
@@ -66,7 +65,7 @@ class Soften(Method):
                 allowed="at least one row",
                 fix="give a source",
             )
-        self.curvature = fit_on(
+        self.curvature = fit_rows(
             context, choose(context.source, self.rows, context.seed), "kfac", context.seed
         )
 
@@ -74,17 +73,17 @@ class Soften(Method):
         model, context = self.context.adapter.model, self.context
         assert self.curvature is not None
         read = choose(task.examples, self.rows, task.seed)
-        target = fit_on(context, read, "kfac", task.seed)
+        target = fit_rows(context, read, "kfac", task.seed)
         held = choose(context.source, self.probe, context.seed + 1)
         base = Reference(model, held, batch_size=min(context.batch_size, len(held)))
         soft = soften(model, self.curvature, target=target)
         soft.apply(soft.within_measured(self.budget, lambda: base.measure(model).kl))
 
     def state(self) -> dict[str, Tensor]:
-        return {} if self.curvature is None else {"curvature": packed(self.curvature)}
+        return {} if self.curvature is None else {"curvature": pack_curvature(self.curvature)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self.curvature = unpacked(state["curvature"])
+        self.curvature = unpack_curvature(state["curvature"])
 
     def memory(self) -> int:
         return 0 if self.curvature is None else self.curvature.memory()

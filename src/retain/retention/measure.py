@@ -1,4 +1,4 @@
-"""How far a tuned model has moved from its base, measured on text.
+"""What is measured of a model: how far it has moved from its base, and its curvature on rows.
 
 The base is always the same model with its adapter switched off, so an untouched adapter
 measures exactly zero: the two forward passes are then the same arithmetic.
@@ -16,13 +16,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from retain.curvature.curvature import Curvature
+from retain.curvature.fit.fit import fit_curvature
 from retain.data.batches import Batch, Example, batches
 from retain.models.adapter import adapter_off
 from retain.models.heads import divergence, forward_logits, pad_id
 from retain.models.kinds import is_regression
 from retain.models.modes import evaluating
+from retain.retention.method import Context
+from retain.types import Structure
 
-__all__ = ["Forgetting", "Reference", "Total", "predictions"]
+__all__ = ["Forgetting", "Reference", "Total", "fit_rows", "predictions"]
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,31 @@ class Total:
         known = self.labelled
         ppl = [_exp(x / known) if known else math.nan for x in (self.loss_base, self.loss)]
         return Forgetting(kl, interval, ppl[0], ppl[1], self.flips / n, n)
+
+
+def fit_rows(
+    context: Context, rows: Sequence[Example], structure: Structure, seed: int, **options: Any
+) -> Curvature:
+    """The curvature of all these rows at the model's present weights.
+
+    Args:
+        context: of the run.
+        rows: tokenised.
+        structure: see `retain.types.Structure`.
+        seed: of label draws.
+        **options: of `retain.fit_curvature`.
+    """
+    return fit_curvature(
+        context.adapter.model,
+        list(rows),
+        structure,
+        rows=len(rows),
+        max_length=max(len(e.tokens) for e in rows) + 1,
+        batch_size=min(context.batch_size, len(rows)),
+        seed=seed,
+        progress=context.progress,
+        **options,
+    )
 
 
 def _exp(x: float) -> float:

@@ -12,6 +12,16 @@ A classifier's head is new, so the base model has no answer to hold to. Its teac
 it was before the task, on the columns of the tasks learned so far (learning without forgetting
 proper): the term is the sum over earlier tasks of the same KL over their columns, or of the squared
 difference for a regression's single column. During the first task there is none.
+
+Target-masked KL (arXiv 2605.29498): what the base model thought of all tokens but the target.
+
+At a prediction with target y, both distributions lose y and are normalised again,
+
+    p'(v) = p(v) / (1 - p(y)),   q'(v) = q(v) / (1 - q(y))   for v != y,
+
+and the term is ``strength * mean over predictions of sum_{v != y} p'(v) (log p'(v) - log q'(v))``,
+with p the base model's (adapter off) and q the tuned model's. Raising q(y) alone changes no q', so
+the term never speaks against learning the target. It is on the task's own inputs.
 """
 
 from __future__ import annotations
@@ -29,7 +39,7 @@ from retain.models.modes import evaluating
 from retain.retention.laplace import check_strength
 from retain.retention.method import Context, Method, Task
 
-__all__ = ["KL", "base_logits", "divergence"]
+__all__ = ["KL", "MaskedKL", "base_logits", "divergence", "masked_divergence"]
 
 ON = ("task", "source")
 
@@ -140,6 +150,26 @@ class KL(Method):
         return collate(examples, pad)
 
 
+class MaskedKL(KL):
+    """KL without the target; see the module.
+
+    Args:
+        strength: nats of task loss that one nat weighs; 0 is plain training, bit for bit.
+    """
+
+    name: ClassVar[str] = "masked_kl"
+    why_not: ClassVar[dict[str, str]] = {
+        "classifier": "a new head has nothing to hold to among a task's own classes, and without "
+        "the target it is the same as kl among those of earlier tasks",
+    }
+
+    def __init__(self, strength: float = 1.0) -> None:
+        super().__init__(strength)
+
+    def compare(self, base: Tensor, tuned: Tensor, targets: Tensor) -> Tensor:
+        return masked_divergence(base, tuned, targets)
+
+
 def base_logits(context: Context, batch: Batch) -> Tensor:
     """What the base model says to a batch, without a graph."""
     with context.adapter.off() as base, evaluating(base), torch.no_grad():
@@ -150,6 +180,19 @@ def divergence(base: Tensor, tuned: Tensor) -> Tensor:
     """``KL(softmax(base) || softmax(tuned))`` of each row, at least in float32."""
     p, q = _wide(base).log_softmax(-1), _wide(tuned).log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
+
+
+def masked_divergence(base: Tensor, tuned: Tensor, targets: Tensor) -> Tensor:
+    """`divergence` over all classes but each row's target.
+
+    Args:
+        base: logits, [rows, classes].
+        tuned: logits, [rows, classes].
+        targets: [rows].
+    """
+    keep = torch.ones_like(base, dtype=torch.bool).scatter_(1, targets[:, None], False)
+    shape = (len(base), base.shape[1] - 1)
+    return divergence(base[keep].view(shape), tuned[keep].view(shape))
 
 
 def _apart(teacher: Tensor, logits: Tensor) -> Tensor:

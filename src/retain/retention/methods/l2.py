@@ -20,18 +20,18 @@ from retain.curvature.merge import reanchored
 from retain.models.fingerprint import fingerprint
 from retain.models.sites import Site, find_sites
 from retain.provenance import versions
-from retain.retention.curved import Curved
 from retain.retention.method import Context, Task
+from retain.retention.methods.penalty import Penalty
 
 __all__ = ["L2"]
 
 
-class L2(Curved):
-    """Plain L2 to the anchor; see `Curved` for the arguments."""
+class L2(Penalty):
+    """Plain L2 to the anchor; see `Penalty` for the arguments."""
 
     name = "l2"
     adapters: ClassVar[frozenset[str]] = frozenset({"lora", "full", "bottleneck"})
-    why_not: ClassVar[dict[str, str]] = {"prefix": Curved.why_not["prefix"]}
+    why_not: ClassVar[dict[str, str]] = {"prefix": Penalty.why_not["prefix"]}
 
     def at_begin(self, context: Context) -> Curvature:
         sites: list[Site] = list(find_sites(context.adapter.model))

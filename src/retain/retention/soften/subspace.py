@@ -37,7 +37,7 @@ from retain.curvature.blocks.factor import Factor, ScalarFactor
 from retain.curvature.blocks.identity import IdentityBlock
 from retain.curvature.blocks.kronecker import KroneckerBlock
 
-__all__ = ["CoreSpan", "KroneckerSpan", "Span", "sides"]
+__all__ = ["AdapterSubspace", "KroneckerSubspace", "Subspace", "sides"]
 
 SWEEPS = 3
 """Alternations of a cut; more changed no loss by 0.2 %."""
@@ -46,7 +46,7 @@ SLACK = 100
 """Directions below so many roundings of a block of vectors are taken for none."""
 
 
-class Span(ABC):
+class Subspace(ABC):
     """A subspace of one layer's updates that holds the finished one, all in float64.
 
     Attributes:
@@ -74,7 +74,7 @@ class Span(ABC):
         """The update between orthonormal columns and rows: its norms are those of the update."""
 
 
-class KroneckerSpan(Span):
+class KroneckerSubspace(Subspace):
     """See the module.
 
     Args:
@@ -123,7 +123,7 @@ class KroneckerSpan(Span):
         return self._left.turn @ coordinates @ self._right.turn.T
 
 
-class CoreSpan(Span):
+class AdapterSubspace(Subspace):
     """See the module; ranks are never raised here, so that nothing is cut.
 
     Args:
@@ -131,7 +131,7 @@ class CoreSpan(Span):
         right: R, [k, d_in].
         source: F_s.
         target: F_t; None stands for the identity.
-        epsilon: as for `KroneckerSpan`; relative to the mean diagonal where F_t has no sides.
+        epsilon: as for `KroneckerSubspace`; relative to the mean diagonal where F_t has no sides.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""Replay of the model's own samples: text that the base model writes, learned beside each task.
+"""Replay: rows of earlier tasks, stored, are learned again beside those of the next.
+
+Replay of the model's own samples: text that the base model writes, learned beside each task.
 
 No row of anybody's data is stored. The loss on a sample of the base model p is, in expectation,
 ``H(p) + KL(p || q)``: it holds the tuned model q where the base model speaks, as the KL on source
@@ -7,6 +9,7 @@ text does, with noise in place of the base model's logits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -18,10 +21,55 @@ from retain.data.sources import encode
 from retain.errors import ConfigError
 from retain.models.sample import sample_rows
 from retain.retention.method import Context, Method, Task
-from retain.retention.replay import check_share
-from retain.retention.rows import Kept, pack, unpack
+from retain.retention.state import StoredRow, choose, pack_rows, unpack_rows
 
-__all__ = ["SelfReplay"]
+__all__ = ["Replay", "SelfReplay"]
+
+
+class Replay(Method):
+    """Keeps some rows of each task, and mixes all it has kept into each later task's rows.
+
+    They are rows like any other: the loss is a mean over all predictions, and an epoch grows by
+    them. A classifier answers each with the columns of its own task.
+
+    Args:
+        strength: means nothing here; see `share`.
+        share: of each finished task's rows that are kept, at least one; 0 is plain training.
+        per_task: how many are kept, in place of a share.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    name: ClassVar[str] = "replay"
+    stores_data: ClassVar[bool] = True
+    weighted: ClassVar[bool] = False
+
+    def __init__(
+        self, strength: float = 0.0, *, share: float = 0.1, per_task: int | None = None
+    ) -> None:
+        super().__init__(strength)
+        _check_share(share, 1.0)
+        if per_task is not None and per_task < 0:
+            raise ConfigError("per_task is negative", got=per_task, allowed="0 or more", fix="100")
+        self.share, self.per_task = share, per_task
+        self.kept: list[StoredRow] = []
+
+    def before_task(self, task: Task) -> Sequence[Example]:
+        return [*task.examples, *self.kept]
+
+    def after_task(self, task: Task) -> None:
+        count = self.per_task
+        if count is None:
+            count = math.ceil(self.share * len(task.examples))
+        rows = choose(task.examples, count, task.seed)
+        self.kept += [StoredRow.of(row, task.columns) for row in rows]
+
+    def state(self) -> dict[str, Tensor]:
+        return pack_rows(self.kept)
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.kept = unpack_rows(state)
 
 
 class SelfReplay(Method):
@@ -55,13 +103,13 @@ class SelfReplay(Method):
         temperature: float = 1.0,
     ) -> None:
         super().__init__(strength)
-        check_share(share, float("inf"))
+        _check_share(share, float("inf"))
         for name, number, least in (("rows", rows, 1), ("max_length", max_length, 2)):
             if number < least:
                 raise ConfigError(f"{name} is too small", got=number, allowed=f"{least} or more")
         self.share, self.rows = share, rows
         self.max_length, self.temperature = max_length, temperature
-        self.samples: list[Kept] = []
+        self.samples: list[StoredRow] = []
 
     def begin(self, context: Context) -> None:
         super().begin(context)
@@ -78,7 +126,7 @@ class SelfReplay(Method):
                 progress=context.progress,
             )
         found = encode(rows, None, max_length=self.max_length, causal=True)
-        self.samples = [Kept.of(example, None) for example in found]
+        self.samples = [StoredRow.of(example, None) for example in found]
 
     def before_task(self, task: Task) -> Sequence[Example]:
         if not self.share:
@@ -91,7 +139,14 @@ class SelfReplay(Method):
         return [*task.examples, *(self.samples[i] for i in order[:count])]
 
     def state(self) -> dict[str, Tensor]:
-        return pack(self.samples)
+        return pack_rows(self.samples)
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self.samples = unpack(state)
+        self.samples = unpack_rows(state)
+
+
+def _check_share(share: float, largest: float) -> None:
+    """Raises `ConfigError` unless a share is a number from 0 to `largest`."""
+    if not (math.isfinite(share) and 0 <= share <= largest):
+        allowed = f"0 to {largest:g}" if math.isfinite(largest) else "a finite number, 0 or above"
+        raise ConfigError("the share is no share", got=share, allowed=allowed, fix="share: 0.1")

@@ -8,8 +8,9 @@ with F_s the curvature of the source text and F_t that of the task (the identity
 is a Fisher-weighted average of the base and the tuned model (Matena and Raffel, arXiv 2111.09832)
 with one weight, mu, for all layers; with F_t = F_s it is the interpolation of the two (arXiv
 2109.01903). The predicted nats, ``sum 0.5 <D, F_s D>``, fall as mu grows, so a budget of nats fixes
-mu. Each layer is solved in a small subspace, see `retain.retention.spans`. What comes out may have
-a higher rank there than the adapter, and is cut to it. All numbers are those of what is left then.
+mu. Each layer is solved in a small subspace, see `retain.retention.soften.subspace`. What comes out
+may have a higher rank there than the adapter, and is cut to it. All numbers are those of what is
+left then.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from retain.models.adapter import LoraSite, lora_sites, unwrap
 from retain.models.host import no_autocast
 from retain.models.names import of_head
 from retain.models.off import left_on
-from retain.retention.softened import Softened
-from retain.retention.spans import CoreSpan, KroneckerSpan, Span, sides
+from retain.retention.soften.curve import Softening
+from retain.retention.soften.subspace import AdapterSubspace, KroneckerSubspace, Subspace, sides
 
 __all__ = ["soften"]
 
@@ -42,7 +43,7 @@ def soften(
     target: Curvature | None = None,
     depth: int | None = None,
     epsilon: float = 1e-3,
-) -> Softened:
+) -> Softening:
     """Prepares all softened versions of a model's LoRA adapter; changes nothing.
 
     Args:
@@ -50,9 +51,9 @@ def soften(
         curvature: of the source text, in weight space, around the base model.
         target: of the task's rows, in weight space; best around the finished adapter itself (or
             around the base). Without one, an update's distance from the finished one counts.
-        depth: of the subspaces, 0 or more; see `retain.retention.spans`. By default 2, and 1 with a
-            target, where each step adds twice as much; 0 where a curvature is no Kronecker product
-            (or identity), which then is all there is.
+        depth: of the subspaces, 0 or more. By default 2, and 1 with a target, where each step adds
+            twice as much; 0 where a curvature is no Kronecker product (or identity), which then is
+            all there is.
         epsilon: what is added to the target's sides (or its diagonal), relative to their mean
             diagonal, since what its text never reads would cost nothing to lose.
 
@@ -82,7 +83,7 @@ def soften(
     _check_depth(depth, whole, sites)
     usual = 0 if not whole else 2 if target is None else 1
     deep = usual if depth is None else depth
-    spans: dict[str, Span] = {}
+    spans: dict[str, Subspace] = {}
     for site in sites:
         left = site.scaling * site.b.detach().double()
         right = site.a.detach().double()
@@ -92,10 +93,10 @@ def soften(
         near = None if target is None else target.blocks[site.name]
         pair, other = sides(far), None if near is None else sides(near)
         if pair is not None and whole:
-            spans[site.name] = KroneckerSpan(left, right, pair, other, deep, epsilon)
+            spans[site.name] = KroneckerSubspace(left, right, pair, other, deep, epsilon)
         else:
-            spans[site.name] = CoreSpan(left, right, far, near, epsilon)
-    return Softened(sites, spans, deep)
+            spans[site.name] = AdapterSubspace(left, right, far, near, epsilon)
+    return Softening(sites, spans, deep)
 
 
 def _check_depth(depth: int | None, whole: bool, sites: list[LoraSite]) -> None:

@@ -1,4 +1,4 @@
-"""Softened versions of one adapter (`retain.retention.soften`): by mu, by a budget, as a curve."""
+"""All softened versions of one adapter (`retain.soften`): by mu, by a budget, as a curve."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from retain.errors import ConfigError, check_number
 from retain.models.adapter import LoraSite
 from retain.retention.budget import check_budget, largest_share
-from retain.retention.spans import Span
+from retain.retention.soften.subspace import Subspace
 
-__all__ = ["Point", "SoftUpdate", "Softened"]
+__all__ = ["Point", "SoftenedAdapter", "Softening"]
 
 CLOSE, ROUNDS, HALVINGS = 1e-10, 60, 60
 """How near a budget is met; tries, before what is missing is made up by scaling; bisections."""
@@ -54,14 +54,14 @@ class Point:
 
 
 @dataclass(frozen=True)
-class SoftUpdate:
-    """A softened adapter: its numbers, and (B, A) by layer for `Softened.apply`."""
+class SoftenedAdapter:
+    """A softened adapter: its numbers, and (B, A) by layer for `Softening.apply`."""
 
     point: Point
     factors: Mapping[str, tuple[Tensor, Tensor]]
 
 
-class Softened:
+class Softening:
     """All softened versions of one adapter; made by `soften`.
 
     Args:
@@ -70,7 +70,7 @@ class Softened:
         depth: of their Krylov spaces.
     """
 
-    def __init__(self, sites: list[LoraSite], spans: Mapping[str, Span], depth: int) -> None:
+    def __init__(self, sites: list[LoraSite], spans: Mapping[str, Subspace], depth: int) -> None:
         self.sites, self.spans, self.depth = sites, dict(spans), depth
         self._start = {s.name: (s.b.detach().clone(), s.a.detach().clone()) for s in sites}
         every, none = self.spans.values(), torch.zeros(1, dtype=torch.float64)
@@ -97,7 +97,7 @@ class Softened:
             low, high = (middle, high) if self.predicted(middle) > nats else (low, middle)
         return high
 
-    def at(self, mu: float) -> SoftUpdate:
+    def at(self, mu: float) -> SoftenedAdapter:
         """The adapter softened by mu, at its own rank.
 
         Raises:
@@ -106,7 +106,7 @@ class Softened:
         check_number("mu is out of range", mu, "0 is the adapter itself")
         return self._built(mu, 1.0)
 
-    def within(self, budget: float) -> SoftUpdate:
+    def within(self, budget: float) -> SoftenedAdapter:
         """The least softened adapter that is predicted to forget no more than a budget.
 
         Args:
@@ -133,7 +133,7 @@ class Softened:
         missing = 1.0 if nats <= budget * (1.0 + CLOSE) else math.sqrt(budget / nats)
         return self._built(mu, missing)
 
-    def within_measured(self, budget: float, measure: Callable[[], float]) -> SoftUpdate:
+    def within_measured(self, budget: float, measure: Callable[[], float]) -> SoftenedAdapter:
         """The least softened adapter whose measured forgetting is within a budget, nearly.
 
         What is left forgets more than is predicted, by a factor that grows as it is softened
@@ -153,7 +153,7 @@ class Softened:
         if found <= budget:
             return whole
         most = self.predicted(0.0)
-        made: dict[float, SoftUpdate] = {}
+        made: dict[float, SoftenedAdapter] = {}
 
         def at(share: float) -> float:
             nonlocal found
@@ -172,14 +172,14 @@ class Softened:
             )
         return made[share]
 
-    def _measured(self, update: SoftUpdate, measure: Callable[[], float]) -> float:
+    def _measured(self, update: SoftenedAdapter, measure: Callable[[], float]) -> float:
         """What is measured with an update in the model, which is put back after."""
         before = {s.name: (s.b.detach().clone(), s.a.detach().clone()) for s in self.sites}
         self.apply(update)
         try:
             return measure()
         finally:
-            self.apply(SoftUpdate(update.point, before))
+            self.apply(SoftenedAdapter(update.point, before))
 
     def curve(self, points: int = 12) -> list[Point]:
         """Points from the adapter itself down to a thousandth of its nats, evenly in log nats."""
@@ -187,7 +187,7 @@ class Softened:
         shares = [REACH ** (i / max(1, points - 1)) for i in range(points)]
         return [self.at(self.weight(most * share)).point for share in shares]
 
-    def scaled(self, nats: float) -> SoftUpdate:
+    def scaled(self, nats: float) -> SoftenedAdapter:
         """The whole adapter times one number instead, at so many predicted nats: to compare with.
 
         Its point has no mu, and nothing is cut.
@@ -198,9 +198,9 @@ class Softened:
         loss = (1.0 - size) ** 2 * self._reach
         kept = 1.0 - (1.0 - size) ** 2
         point = Point(math.nan, size**2 * most, loss, kept, kept, size, 0.0, 0.0)
-        return SoftUpdate(point, factors)
+        return SoftenedAdapter(point, factors)
 
-    def apply(self, update: SoftUpdate) -> None:
+    def apply(self, update: SoftenedAdapter) -> None:
         """Writes a softened adapter into the model's A and B, in place."""
         with torch.no_grad():
             for site in self.sites:
@@ -218,7 +218,7 @@ class Softened:
                 nats += 0.5 * float((span.ratios * low.square()).sum())
         return nats
 
-    def _built(self, mu: float, scale: float) -> SoftUpdate:
+    def _built(self, mu: float, scale: float) -> SoftenedAdapter:
         factors = dict(self._start)
         nats = whole = loss = norm = norm_whole = cut = 0.0
         for site in self.sites:
@@ -247,7 +247,7 @@ class Softened:
             cut_nats=_share(nats - whole, whole),
             cut_norm=math.sqrt(_share(cut, norm_whole)),
         )
-        return SoftUpdate(point, factors)
+        return SoftenedAdapter(point, factors)
 
 
 def _factors(site: LoraSite, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

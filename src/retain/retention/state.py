@@ -1,20 +1,27 @@
-"""Tokenised rows: those of an earlier task, and rows as tensors."""
+"""What a method keeps: rows of earlier tasks and curvatures, as tensors of its state."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from retain.curvature.artifact import load_curvature
+from retain.curvature.curvature import Curvature
 from retain.data.batches import Example
 
-__all__ = ["Kept", "choose", "pack", "unpack"]
+__all__ = [
+    "StoredRow", "choose", "pack_curvature", "pack_rows", "unpack_curvature", "unpack_rows",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Kept(Example):
+class StoredRow(Example):
     """A row of an earlier task.
 
     Attributes:
@@ -24,7 +31,7 @@ class Kept(Example):
     columns: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, example: Example, columns: slice | None) -> Kept:
+    def of(cls, example: Example, columns: slice | None) -> StoredRow:
         """A row with the columns of its own task."""
         span = None if columns is None else (columns.start, columns.stop)
         return cls(**{f.name: getattr(example, f.name) for f in fields(Example)}, columns=span)
@@ -40,7 +47,7 @@ def choose(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     return [examples[i] for i in order.tolist()]
 
 
-def pack(rows: Sequence[Kept]) -> dict[str, Tensor]:
+def pack_rows(rows: Sequence[StoredRow]) -> dict[str, Tensor]:
     """Rows as tensors: all rows' numbers one after the other, and how many each has."""
 
     def lengths(name: str) -> list[int]:
@@ -61,8 +68,8 @@ def pack(rows: Sequence[Kept]) -> dict[str, Tensor]:
     }
 
 
-def unpack(state: dict[str, Tensor]) -> list[Kept]:
-    """The rows of `pack`."""
+def unpack_rows(state: dict[str, Tensor]) -> list[StoredRow]:
+    """The rows of `pack_rows`."""
     pieces = [
         state[name].split(counts.tolist())
         for name, counts in zip(
@@ -74,7 +81,7 @@ def unpack(state: dict[str, Tensor]) -> list[Kept]:
         start, stop = span.tolist()
         real = stop - start == 1
         rows.append(
-            Kept(
+            StoredRow(
                 tuple(tokens.tolist()),
                 tuple(int(t) if not real and t.is_integer() else t for t in targets.tolist()),
                 tuple(predict.tolist()),
@@ -83,3 +90,22 @@ def unpack(state: dict[str, Tensor]) -> list[Kept]:
             )
         )
     return rows
+
+
+def pack_curvature(curvature: Curvature) -> Tensor:
+    """The bytes of a curvature's file as a tensor."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = curvature.save(Path(folder) / "curvature.safetensors")
+        return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+
+
+def unpack_curvature(data: Tensor) -> Curvature:
+    """The curvature of `pack_curvature`.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "curvature.safetensors"
+        data.cpu().numpy().tofile(path)
+        return load_curvature(path)

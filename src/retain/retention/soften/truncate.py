@@ -21,14 +21,14 @@ from retain.errors import MismatchError
 from retain.models.adapter import LoraSite
 from retain.models.host import no_autocast
 
-__all__ = ["compacted"]
+__all__ = ["truncated"]
 
 ROUNDING = 1e-4
 """Of a root's singular values: those below this share of the largest are rounding."""
 
 
 @no_autocast()
-def compacted(
+def truncated(
     sites: Sequence[LoraSite], curvature: Curvature, rank: int
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     """(B [d_out, rank], A [rank, d_in]) by layer, and how much is cut away.

@@ -1,4 +1,4 @@
-"""What all methods with a curvature share: fit it, hold the model with it, carry it on.
+"""Quadratic penalties: fit a curvature, hold the model with it, carry it on.
 
 The online Laplace approximation (Ritter et al. 2018, arXiv 1805.07810): before the first task the
 curvature F_0 of the source text is measured at the base model. While task t is learned, the force
@@ -25,18 +25,20 @@ from retain.errors import ConfigError, check_number, unknown
 from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
 from retain.retention.laplace import Retention, check_strength
-from retain.retention.measuring import fit_on, packed, unpacked
+from retain.retention.measure import fit_rows
 from retain.retention.method import Context, Method, Task
-from retain.retention.rows import choose
+from retain.retention.state import choose, pack_curvature, unpack_curvature
 from retain.types import UPDATES, Fisher, Space, Structure, Update
 
-__all__ = ["Curved", "Fitted"]
+__all__ = ["KFAC", "Activation", "Diagonal", "FittedPenalty", "Penalty", "Tridiagonal"]
+
+KRONECKER = ("kfac", "shampoo", "ekfac")
 
 PROBE_ROWS = 8
 """Of source text, on which a budget is measured."""
 
 
-class Curved(Method, ABC):
+class Penalty(Method, ABC):
     """Holds the model with a quadratic. A member says where its curvature comes from.
 
     Args:
@@ -129,7 +131,7 @@ class Curved(Method, ABC):
 
     def state(self) -> dict[str, Tensor]:
         """The bytes of the curvature's file, anchor and digest included."""
-        return {} if self.curvature is None else {"curvature": packed(self.curvature)}
+        return {} if self.curvature is None else {"curvature": pack_curvature(self.curvature)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Puts a `state` back.
@@ -138,17 +140,17 @@ class Curved(Method, ABC):
             ArtifactError: it is damaged.
         """
         self.retention = None
-        self.curvature = unpacked(state["curvature"]) if "curvature" in state else None
+        self.curvature = unpack_curvature(state["curvature"]) if "curvature" in state else None
 
     def memory(self) -> int:
         return 0 if self.curvature is None else self.curvature.memory()
 
 
-class Fitted(Curved):
+class FittedPenalty(Penalty):
     """The same with a curvature that is measured. Without source text nothing holds the first task.
 
     Args:
-        strength: see `Curved`.
+        strength: see `Penalty`.
         space: ``weight`` or ``adapter``; see `retain.types.Space`.
         fisher: whose labels, of the source text and of the tasks alike (other Fishers do not add);
             see `retain.curvature.fit.labels`.
@@ -157,9 +159,9 @@ class Fitted(Curved):
         rank: of sketched factors; see `retain.fit_curvature`.
         source_weight: of the source text's curvature; 0 leaves it out.
         task_weight: of each task's.
-        update: see `Curved`.
-        consolidate: see `Curved`.
-        budget: see `Curved`.
+        update: see `Penalty`.
+        consolidate: see `Penalty`.
+        budget: see `Penalty`.
 
     Raises:
         ConfigError: a value out of range.
@@ -225,7 +227,7 @@ class Fitted(Curved):
             )
         rows = choose(examples, self.rows, seed)
         with _answering(model, columns):
-            found = fit_on(self.context, rows, self.structure, seed, **self.options)
+            found = fit_rows(self.context, rows, self.structure, seed, **self.options)
         # The loss (z - y)^2 is, in nats, that of a normal distribution of variance 1/2, whose
         # Fisher is 2; the curvature of a regression is that of variance 1.
         return self._weighted(2, found) if regression else found
@@ -233,6 +235,53 @@ class Fitted(Curved):
     @staticmethod
     def _weighted(weight: float, curvature: Curvature) -> Curvature:
         return curvature if weight == 1 else weight * curvature
+
+
+class Diagonal(FittedPenalty):
+    """EWC: the diagonal of the Fisher (Kirkpatrick et al. 2017, arXiv 1612.00796).
+
+    In weight space the diagonal is that of the update's Fisher, in adapter space that of A and B.
+    """
+
+    name = "diagonal"
+    structure: Structure = "diagonal"
+
+
+class Tridiagonal(FittedPenalty):
+    """K-FAC with links between neighbouring layers, positive by construction (arXiv 2512.17720)."""
+
+    name = "tridiagonal"
+    structure: Structure = "tridiagonal"
+
+
+class Activation(FittedPenalty):
+    """The inputs' second moments alone; no label or gradient is read."""
+
+    name = "activation"
+    structure: Structure = "activation"
+
+
+class KFAC(FittedPenalty):
+    """Kronecker-factored Laplace, ``F = S (x) G`` a layer (Ritter et al. 2018, arXiv 1805.07810).
+
+    Args:
+        strength: see `FittedPenalty`, as the other arguments.
+        structure: ``kfac``, ``shampoo`` or ``ekfac``; see docs/curvature.md.
+        **options: of `FittedPenalty`.
+
+    Raises:
+        ConfigError: another structure, or a value out of range.
+    """
+
+    name = "kfac"
+
+    def __init__(
+        self, strength: float = 10.0, *, structure: Structure = "kfac", **options: Any
+    ) -> None:
+        if structure not in KRONECKER:
+            raise unknown("structure", structure, KRONECKER)
+        self.structure = structure
+        super().__init__(strength, **options)
 
 
 @contextmanager
