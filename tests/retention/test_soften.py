@@ -19,8 +19,8 @@ from retain.curvature.blocks.factor import Factor, SketchFactor
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, SourceError
 from retain.models.adapter import attach_lora, lora_sites
 from retain.models.saved import load_adapter, save_adapter
-from retain.retention.soften import curve as module
 from retain.retention.measure import Reference
+from retain.retention.soften import curve as module
 from retain.retention.soften.curve import Softening
 from retain.retention.soften.subspace import Subspace, sides
 from retain.retention.state import choose
