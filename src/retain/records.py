@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -24,7 +26,9 @@ from retain.types import HeadStart
 __all__ = [
     "RUN_SCHEMA",
     "STUDY_SCHEMA",
+    "Claim",
     "General",
+    "Generation",
     "Hardware",
     "Interval",
     "Parameters",
@@ -43,8 +47,10 @@ __all__ = [
     "Seconds",
     "Sizes",
     "Skipped",
+    "Step",
     "StudyRecord",
     "digest_of",
+    "finite",
 ]
 
 RUN_SCHEMA: Final = "retain.run/1"
@@ -57,6 +63,17 @@ def digest_of(value: Any) -> str:
     """16 hexadecimal digits of the SHA-256 of plain data as canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def finite(value: Any) -> Any:
+    """Plain data for JSON: null for a number that is not finite, text for a path."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
 
 
 class Part(BaseModel):
@@ -323,6 +340,23 @@ class Seconds(Part):
     total: float | None = None
 
 
+class Step(Part):
+    """A point of the training curve; KL in nats per token."""
+
+    step: int
+    loss: float | None = None
+    predicted: float | None = None
+    measured: float | None = None
+    strength: float | None = None
+
+
+class Generation(Part):
+    """What the model answered, to be read."""
+
+    prompt: str
+    text: str
+
+
 class RunRecord(Part):
     """The record of one run; docs/studies.md tells its fields.
 
@@ -330,6 +364,9 @@ class RunRecord(Part):
         status: ``unfinished`` is never written: the machine lacked something.
         inputs: digests of the files that were read; null in files of earlier versions.
         matrix: the score of each task after each; null where it was not measured.
+        intervals: 95 % intervals within the run, by the name of what they are of.
+        history: of the training, where it was asked for.
+        generations: answers to read, after the last task.
     """
 
     schema_name: Literal["retain.run/1"] = Field(RUN_SCHEMA, alias="schema")
@@ -359,6 +396,9 @@ class RunRecord(Part):
     losses: Listed[Score] = []
     extras: Listed[Mapping[str, float | None] | None] = []
     predicted: Listed[Score] = []
+    intervals: dict[str, Interval] = {}
+    history: Listed[Step] = []
+    generations: Listed[Generation] = []
     notes: Listed[str] = []
 
     @property
@@ -375,6 +415,16 @@ class Skipped(Part):
     reason: str | None = None
 
 
+class Claim(Part):
+    """What a study was to show, its bound, and whether it holds; null where not measured."""
+
+    claim: str
+    value: float | None = None
+    bound: float
+    relation: Literal["<=", "<", ">=", ">", "=="] = "<="
+    holds: bool | None = None
+
+
 class StudyRecord(Part):
     """A study with the runs that it has; `planned` says how many there are to be."""
 
@@ -386,3 +436,4 @@ class StudyRecord(Part):
     planned: int | None = None
     runs: list[RunRecord]
     tables: dict[str, Any] = {}
+    claims: Listed[Claim] = []

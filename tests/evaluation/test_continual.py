@@ -1,4 +1,4 @@
-"""The metrics of a sequence, worked by hand; intervals over seeds."""
+"""The metrics of a sequence, worked by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 
 from retain.errors import ConfigError
 from retain.evaluation.continual import continual_metrics
-from retain.evaluation.intervals import mean_interval, paired_interval
 
 MATRIX = [[0.8, 0.3, 0.5], [0.9, 0.7, 0.4], [0.6, 0.75, 0.9]]
 BEFORE = [0.2, 0.25, 0.35]
@@ -68,23 +67,6 @@ def test_a_matrix_that_is_not_square_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="not square"):
         continual_metrics(matrix, before)
-
-
-def test_intervals_over_seeds() -> None:
-    mean, low, high = mean_interval([1.0, 2.0, 4.0])
-    half = 4.302652729911275 * math.sqrt(7 / 3) / math.sqrt(3)  # t(2), 97.5 %, from a table
-    assert (mean, low, high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half))
-    assert mean_interval([0.5]) == (0.5, None, None)
-    assert mean_interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
-    paired = paired_interval([2.0, 3.0, 5.0], [1.0, 1.0, 1.0])
-    assert paired == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half))
-    narrow = mean_interval([1.0, 2.0, 4.0], level=0.5)
-    assert narrow.high is not None and narrow.high < high
-    with pytest.raises(ConfigError, match="paired"):
-        paired_interval([1.0], [1.0, 2.0])
-    for values in ([], [1.0, math.nan]):
-        with pytest.raises(ConfigError, match="no mean"):
-            mean_interval(values)
 
 
 def test_it_needs_no_torch() -> None:

@@ -22,9 +22,9 @@ from transformers import (
 import tiny
 from retain.errors import ConfigError
 from retain.evaluation.generation import generate
-from retain.evaluation.intervals import wilson
 from retain.evaluation.ranking import rank_options, score_options
 from retain.evaluation.reuse import can_reuse
+from retain.intervals import wilson
 
 PROMPTS = ["abc", "ab", "kj", "abcd", "c", "hgfedcba"]
 OPTIONS = [

@@ -91,7 +91,7 @@ def measure(
 
 def _both(model: Any, score: Callable[[], tuple[int, int]]) -> dict[str, dict[str, Any]]:
     """A score with the adapter off and on."""
-    from retain.evaluation.intervals import wilson
+    from retain.intervals import wilson
     from retain.models.adapter import adapter_off
 
     with adapter_off(model):

@@ -35,9 +35,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from retain.errors import ConfigError
-from retain.evaluation.intervals import Interval, mean_interval, paired_interval
 
-__all__ = ["Continual", "Interval", "continual_metrics", "mean_interval", "paired_interval"]
+__all__ = ["Continual", "continual_metrics"]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from retain.data.problems import Problem
 from retain.data.tasks import ask, problem_examples
 from retain.evaluation.forgetting import Reference, answer_loss
 from retain.evaluation.generation import generate
-from retain.evaluation.intervals import wilson
 from retain.evaluation.probes import knowledge_score, problem_score
+from retain.intervals import wilson
 from retain.study.demo_config import DemoConfig
 from retain.training.loop import TrainResult
 

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from retain.evaluation.continual import continual_metrics
-from retain.evaluation.intervals import Interval, mean_interval, paired_interval
+from retain.intervals import Estimate, estimate, paired
 
 __all__ = ["METRICS", "tables", "with_intransigence"]
 
 Record = Mapping[str, Any]
-BySeed = dict[int, float | None]
 
 METRICS = (
     "average", "learning", "forgetting", "backward_transfer", "forward_transfer",
@@ -55,21 +54,22 @@ def tables(records: Iterable[Record]) -> dict[str, Any]:
     for cell in names:
         mine = by_cell.get(cell, {})
         reference = plain.get((cell[0], cell[3]))
-        metrics, paired = {}, {}
+        metrics, pairs = {}, {}
         for name in _metric_names(mine.values()):
             ours = {seed: mine[seed].get(name) for seed in sorted(mine)}
-            found = _estimate(list(ours.values()))
+            found = estimate(list(ours.values()))
             if found is None:
                 continue
-            metrics[name] = found | {"values": list(ours.values())}
+            metrics[name] = _plain(found) | {"values": list(ours.values())}
             if reference is not None and reference != cell:
-                difference = _paired(ours, by_cell[reference], name)
+                plain_ones = {seed: run.get(name) for seed, run in by_cell[reference].items()}
+                difference = paired(ours, plain_ones)
                 if difference is not None:
-                    paired[name] = difference
+                    pairs[name] = _plain(difference) | {"n": difference.n}
         failed = sum(r["status"] == "failed" and _cell(r) == cell for r in records)
         out.append(
             dict(zip(("model", "adapter", "method", "order"), cell, strict=True))
-            | {"n": len(mine), "failed": failed, "metrics": metrics, "paired": paired}
+            | {"n": len(mine), "failed": failed, "metrics": metrics, "paired": pairs}
         )
     return {"cells": out}
 
@@ -151,21 +151,5 @@ def _metric_names(runs: Iterable[Mapping[str, float | None]]) -> list[str]:
     return [*METRICS, *scores]
 
 
-def _estimate(values: Sequence[float | None]) -> dict[str, Any] | None:
-    known = [value for value in values if value is not None]
-    return _plain(mean_interval(known)) if known else None
-
-
-def _paired(
-    ours: BySeed, plain: Mapping[int, Mapping[str, float | None]], name: str
-) -> dict[str, Any] | None:
-    pairs = [(ours[seed], plain[seed].get(name)) for seed in ours if seed in plain]
-    known = [(a, b) for a, b in pairs if a is not None and b is not None]
-    if not known:
-        return None
-    found = paired_interval([a for a, _ in known], [b for _, b in known])
-    return _plain(found) | {"n": len(known)}
-
-
-def _plain(interval: Interval) -> dict[str, Any]:
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
+def _plain(found: Estimate) -> dict[str, Any]:
+    return {"mean": found.mean, "low": found.low, "high": found.high}

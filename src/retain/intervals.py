@@ -1,0 +1,87 @@
+"""Intervals of shares, of means over seeds, and of paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from retain.errors import ConfigError
+
+__all__ = ["Estimate", "estimate", "paired", "t_quantile", "wilson"]
+
+
+Seed = TypeVar("Seed", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` seeds and its 95 % interval, whose ends are None for one seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def sided(self) -> int:
+        """-1 or 1 where the whole interval lies on that side of 0, else 0."""
+        if self.low is None or self.high is None:
+            return 0
+        return (self.low > 0) - (self.high < 0)
+
+
+def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927), within 0 and 1."""
+    if n < 1:
+        return 0.0, 1.0
+    p = hits / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def t_quantile(df: int, level: float = 0.95) -> float:
+    """The t with P(|T| <= t) = `level` for `df` >= 1 degrees of freedom."""
+    from scipy.stats import t
+
+    return float(t.ppf((1 + level) / 2, df))
+
+
+def estimate(values: Sequence[float | None], level: float = 0.95) -> Estimate | None:
+    """Mean and Student's t-interval, ``mean ± t(n - 1) · s / √n``, of the values that are known.
+
+    Args:
+        values: one a seed; `s` is their standard deviation with n - 1 in the denominator.
+        level: how much the interval covers.
+
+    Returns:
+        None where no value is known.
+
+    Raises:
+        ConfigError: one is not finite.
+    """
+    known = [value for value in values if value is not None]
+    n = len(known)
+    if not all(map(math.isfinite, known)):
+        raise ConfigError(
+            "no mean of these values", got=known, allowed="finite numbers",
+            fix="give None for what is missing",
+        )  # fmt: skip
+    if not n:
+        return None
+    mean = math.fsum(known) / n
+    if n == 1:
+        return Estimate(mean, None, None, 1)
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (n - 1))
+    half = t_quantile(n - 1, level) * spread / math.sqrt(n)
+    return Estimate(mean, mean - half, mean + half, n)
+
+
+def paired(
+    ours: Mapping[Seed, float | None], plain: Mapping[Seed, float | None]
+) -> Estimate | None:
+    """The mean difference, ours less plain, over the seeds that both have; see `estimate`."""
+    pairs = [(ours[seed], plain[seed]) for seed in ours if seed in plain]
+    return estimate([a - b for a, b in pairs if a is not None and b is not None])
