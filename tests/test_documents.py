@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from retain.config import RunConfig, read_config
 from retain.data.specs import load_task
 from retain.documents import (
+    DEPTH,
+    YAML_BYTES,
     Unreadable,
     parse_json,
     parse_yaml,
@@ -23,7 +25,6 @@ from retain.documents import (
     read_mapping,
     read_text,
 )
-from retain.documents.bounds import DEPTH, YAML_BYTES
 from retain.errors import ConfigError, RetainError, shown
 from retain.study.reading import read_study
 
@@ -201,7 +202,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         ("[-18446744073709551616]", "64 bits"),
         ("[NaN]", "no finite number"),
         ("[-Infinity]", "no finite number"),
-        ("[1e999]", "not finite"),
+        ("[1e999]", "no finite number"),
         ('{"a": 1, "b": 2, "a": 3}', "'a' is there twice"),
         (r'["\ud800"]', "surrogate"),
         (r'{"\uDFFF": 1}', "surrogate"),

@@ -16,7 +16,7 @@ from filelock import FileLock
 from retain.cli import main
 from retain.cli.folders import check_study
 from retain.errors import OutputError
-from retain.files.locks import LOCK
+from retain.files import LOCK
 
 FOREIGN = {
     "state/terraform.tfstate": "x",
