@@ -148,22 +148,34 @@ def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def check_number(what: str, value: object, fix: str, *, positive: bool = False) -> None:
-    """Checks a value that is to be finite and 0 or above.
+def check_number(
+    what: str,
+    value: object,
+    fix: str,
+    *,
+    positive: bool = False,
+    least: float = 0,
+    most: float = math.inf,
+) -> None:
+    """Checks a value that is to be finite and 0 or above, or within bounds.
 
     Args:
         what: what the error says is wrong.
         value: what was given.
         fix: see `RetainError`.
-        positive: 0 is refused too.
+        positive: `least` itself is refused too.
+        least: the smallest that is allowed.
+        most: the largest that is allowed.
 
     Raises:
         ConfigError: any other value.
     """
     number = value if isinstance(value, int | float) else math.nan
-    if math.isfinite(number) and (number > 0 or (number == 0 and not positive)):
+    if math.isfinite(number) and least <= number <= most and not (positive and number == least):
         return
-    allowed = "a finite number above 0" if positive else "a finite number, 0 or above"
+    allowed = f"a finite number above {least:g}" if positive else f"{least:g} to {most:g}"
+    if not positive and most == math.inf:
+        allowed = f"a finite number, {least:g} or above"
     raise ConfigError(what, got=value, allowed=allowed, fix=fix)
 
 

@@ -16,7 +16,7 @@ from retain.errors import ConfigError, ModelError
 from retain.models.adapters.base import Adapter
 from retain.models.adapters.osf import OSF
 from retain.models.heads import forward_logits
-from retain.retention.methods.kl import divergence, masked_divergence
+from retain.retention.methods.kl import logit_divergence, masked_divergence
 from retain.retention.registry import make_method
 from tiny import base, relative
 
@@ -36,7 +36,7 @@ def drift(name: str, adapter: str, model: str, tasks: int = 2, **options: Any) -
         before = answers(attached, model)
     for task in tasks_of(model)[:tasks]:
         learn(method, attached, task, **STEPS)
-    return float(divergence(before, answers(attached, model)).mean())
+    return float(logit_divergence(before, answers(attached, model)).mean())
 
 
 @cache

@@ -8,19 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from retain.data.batches import Batch, batches
-from retain.data.draws import HELD_OUT, sample
-from retain.data.sources import Row, encode, read_rows
+from retain.data.batches import Batch
+from retain.data.draws import HELD_OUT
+from retain.data.sources import Row
 from retain.errors import SourceError
-from retain.models.adapter import adapter_off
-from retain.models.heads import forward_logits, is_causal, pad_id
-from retain.models.kinds import check_labels, is_regression, row_label
+from retain.models.heads import forward_logits
 from retain.models.modes import evaluating
 from retain.models.off import check_on
-from retain.models.sizes import check_sizes
-from retain.retention.measure import Forgetting, Reference, Total, predictions
+from retain.models.view import ModelView
+from retain.retention.measure import Forgetting, Reference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,27 +62,14 @@ def measure_forgetting(
             allowed="a data set, a file or rows",
             fix="sample rows first: retain.models.sample",
         )
-    causal, regression = is_causal(model), is_regression(model)
     check_on(model)
-    tokenizer = tokenizer or getattr(model, "retain_tokenizer", None)
-    found = read_rows(source, rows, seed=seed, max_length=max_length)
-    check_labels(model, () if causal else (row_label(row) for row in found))
-    every = encode(
-        found, tokenizer, max_length=max_length, causal=causal, loss="source",
-        regression=regression,
-    )  # fmt: skip
-    examples = sample(every, rows, seed)
-    check_sizes(model, examples, tokenizer, labels=not regression)
-    pad = pad_id(model)
-    device = next(model.parameters()).device
-    total = Total(regression)
-    padded = list(batches(examples, min(batch_size, len(examples)), pad))
-    for batch in tqdm(padded, desc="forgetting", unit="batch", disable=not progress):
-        batch = batch.to(device)
-        with adapter_off(model):
-            base = predictions(model, batch)
-        total.add(batch, base, predictions(model, batch))
-    return total.result()
+    view = ModelView.of(model, tokenizer)
+    labels = not view.regression
+    examples = view.read(source, rows, max_length=max_length, seed=seed, labels=labels)
+    reference = Reference(
+        model, examples, batch_size=batch_size, keep=False, progress=progress, label="forgetting"
+    )
+    return reference.measure(model)
 
 
 def answer_loss(model: nn.Module, batches: Sequence[Batch]) -> float:

@@ -7,7 +7,7 @@ measures exactly zero: the two forward passes are then the same arithmetic.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,15 +18,14 @@ from tqdm.auto import tqdm
 
 from retain.curvature.curvature import Curvature
 from retain.curvature.fit.fit import fit_curvature
-from retain.data.batches import Batch, Example, batches
+from retain.data.batches import Batch, Example
 from retain.models.adapter import adapter_off
-from retain.models.heads import divergence, forward_logits, pad_id
-from retain.models.kinds import is_regression
-from retain.models.modes import evaluating
+from retain.models.heads import divergence
+from retain.models.view import ModelView
 from retain.retention.method import Context
 from retain.types import Structure
 
-__all__ = ["Forgetting", "Reference", "Total", "fit_rows", "predictions"]
+__all__ = ["Forgetting", "Reference", "fit_rows", "log_probabilities"]
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,17 @@ class Forgetting:
 
 
 class Reference:
-    """The base's predictions on held-out text, kept so that they are computed once.
+    """The base's predictions on held-out text, which tuned models are compared with.
 
     Args:
         model: the model with its adapter.
         examples: held-out examples.
-        batch_size: rows a pass.
+        batch_size: rows a pass, at most.
         base: inside it the model is the base; without its adapter, by default.
+        keep: the base's predictions, so that they are computed once: log-probabilities in float32,
+            ``4 * vocabulary`` bytes a token (2,000 tokens of SmolLM2 take 400 MB).
         progress: show a bar.
         label: of the bar.
-
-    The log-probabilities are kept in float32, ``4 * vocabulary`` bytes a token; for a large
-    vocabulary keep the text short (2,000 tokens of SmolLM2 take 400 MB).
     """
 
     def __init__(
@@ -77,69 +75,74 @@ class Reference:
         *,
         batch_size: int = 8,
         base: Callable[[nn.Module], AbstractContextManager[object]] = adapter_off,
+        keep: bool = True,
         progress: bool = False,
         label: str = "base predictions",
     ) -> None:
-        pad = pad_id(model)
-        device = next(model.parameters()).device
-        self.batches = [b.to(device) for b in batches(examples, batch_size, pad)]
-        with base(model):
-            bar = tqdm(self.batches, desc=label, unit="batch", disable=not progress)
-            self.base = [predictions(model, batch) for batch in bar]
+        self.batches = ModelView(model).batches(examples, batch_size)
+        self._base = base
+        self._bar: dict[str, Any] = {"desc": label, "unit": "batch", "disable": not progress}
+        self._kept = list(self._pairs(model)) if keep else []
 
     def measure(self, model: nn.Module) -> Forgetting:
         """Compares the tuned model (the adapter on) with the base."""
-        total = Total(is_regression(model))
-        for batch, base in zip(self.batches, self.base, strict=True):
-            total.add(batch, base, predictions(model, batch))
-        return total.result()
+        regression = ModelView(model).regression
+        kl: list[float] = []  # of each sequence
+        loss_base = loss = flips = 0.0
+        labelled = 0
+        for batch, base in self._kept or self._pairs(model):
+            tuned = _predictions(model, batch)
+            apart = divergence(base, tuned, regression)
+            kl += [float(part.double().sum()) for part in apart.split(batch.lengths)]
+            if regression:
+                continue
+            rows = torch.nonzero(batch.targets >= 0)[:, 0]
+            where = rows, batch.targets[rows]
+            labelled += len(rows)
+            loss_base -= float(base[where].double().sum())
+            loss -= float(tuned[where].double().sum())
+            flips += float((base.argmax(-1) != tuned.argmax(-1)).sum())
+        sizes = [n for batch in self.batches for n in batch.lengths]
+        tokens, count = sum(sizes), len(sizes)
+        mean = sum(kl) / tokens
+        spread = sum((k - mean * n) ** 2 for k, n in zip(kl, sizes, strict=True))
+        half = 1.96 * math.sqrt(spread * count / max(1, count - 1)) / tokens
+        return Forgetting(
+            kl=mean,
+            kl_interval=(max(0.0, mean - half), mean + half),
+            ppl_base=_perplexity(loss_base, labelled),
+            ppl=_perplexity(loss, labelled),
+            flips=math.nan if regression else flips / tokens,
+            tokens=tokens,
+        )
+
+    def _pairs(self, model: nn.Module) -> Iterator[tuple[Batch, Tensor]]:
+        """Each batch with the base's predictions."""
+        for batch in tqdm(self.batches, **self._bar):
+            with self._base(model):
+                base = _predictions(model, batch)
+            yield batch, base
 
 
-def predictions(model: nn.Module, batch: Batch) -> Tensor:
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Log-probabilities of logits [rows, classes], at least in float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _predictions(model: nn.Module, batch: Batch) -> Tensor:
     """Log-probabilities, or a regression's outputs: [predictions, classes], at least float32."""
-    with evaluating(model), torch.no_grad():
-        logits = forward_logits(model, batch)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide if is_regression(model) else wide.log_softmax(-1)
+    view = ModelView(model)
+    with view.evaluating(), torch.no_grad():
+        logits = view.logits(batch)
+    if view.regression:
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return log_probabilities(logits)
 
 
-class Total:
-    """Sums over batches of `predictions`.
-
-    Args:
-        regression: they are values.
-    """
-
-    def __init__(self, regression: bool) -> None:
-        self.regression = regression
-        self.kl: list[float] = []  # of each sequence
-        self.sizes: list[int] = []
-        self.loss_base = self.loss = self.flips = 0.0
-        self.labelled = 0
-
-    def add(self, batch: Batch, base: Tensor, tuned: Tensor) -> None:
-        kl = divergence(base, tuned, self.regression)
-        self.kl += [float(part.double().sum()) for part in kl.split(batch.lengths)]
-        self.sizes += batch.lengths
-        if self.regression:
-            self.flips = math.nan
-            return
-        rows = torch.nonzero(batch.targets >= 0)[:, 0]
-        where = rows, batch.targets[rows]
-        self.labelled += len(rows)
-        self.loss_base -= float(base[where].double().sum())
-        self.loss -= float(tuned[where].double().sum())
-        self.flips += float((base.argmax(-1) != tuned.argmax(-1)).sum())
-
-    def result(self) -> Forgetting:
-        n, rows = sum(self.sizes), len(self.sizes)
-        kl = sum(self.kl) / n
-        spread = sum((k - kl * s) ** 2 for k, s in zip(self.kl, self.sizes, strict=True))
-        half = 1.96 * math.sqrt(spread * rows / max(1, rows - 1)) / n
-        interval = (max(0.0, kl - half), kl + half)
-        known = self.labelled
-        ppl = [_exp(x / known) if known else math.nan for x in (self.loss_base, self.loss)]
-        return Forgetting(kl, interval, ppl[0], ppl[1], self.flips / n, n)
+def _perplexity(loss: float, count: int) -> float:
+    if not count:
+        return math.nan
+    return math.exp(loss / count) if loss / count < 700 else math.inf
 
 
 def fit_rows(
@@ -165,7 +168,3 @@ def fit_rows(
         progress=context.progress,
         **options,
     )
-
-
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf

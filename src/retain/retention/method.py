@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retain.data.batches import Batch, Example
-from retain.errors import ConfigError
+from retain.errors import ConfigError, SourceError
 from retain.models.adapters.base import Adapter
-from retain.models.heads import is_causal
 from retain.types import HeadStart
 
 if TYPE_CHECKING:
@@ -63,6 +62,11 @@ class Context:
     seed: int = 0
     progress: bool = False
 
+    def check_source(self, what: str, fix: str) -> None:
+        """Raises `SourceError` where there is no source text."""
+        if not self.source:
+            raise SourceError(what, got="none", allowed="at least one row", fix=fix)
+
 
 class Method:
     """A retention method. Its defaults are plain training; a member overrides what it needs.
@@ -103,18 +107,19 @@ class Method:
         Raises:
             ConfigError: it does not; the error says why.
         """
+        osf = "osf splits its weights anew before each task, which the method osf alone does"
+        reasons = {"osf": osf} | cls.why_not
         if adapter not in cls.adapters:
-            osf = "osf splits its weights anew before each task, which the method osf alone does"
-            reason = cls.why_not.get(adapter, osf if adapter == "osf" else "nobody has derived it")
             raise ConfigError(
-                f"the method {cls.name} does not compose with this adapter: {reason}",
+                f"the method {cls.name} does not compose with this adapter: "
+                + reasons.get(adapter, "nobody has derived it"),
                 got=adapter,
                 allowed=", ".join(sorted(cls.adapters)),
                 fix="choose another adapter or another method",
             )
-        if not causal and "classifier" in cls.why_not:
+        if not causal and "classifier" in reasons:
             raise ConfigError(
-                f"the method {cls.name} needs a causal model: {cls.why_not['classifier']}",
+                f"the method {cls.name} needs a causal model: {reasons['classifier']}",
                 got="a classifier",
                 allowed="a decoder",
                 fix="choose another method",
@@ -130,7 +135,7 @@ class Method:
         Raises:
             ConfigError: the method does not compose with the adapter or the model.
         """
-        self.check(context.adapter.kind, is_causal(context.adapter.model))
+        self.check(context.adapter.kind, context.adapter.view.causal)
         self.context = context
 
     def before_task(self, task: Task) -> Sequence[Example]:

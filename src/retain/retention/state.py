@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,49 +49,19 @@ def choose(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     return [examples[i] for i in order.tolist()]
 
 
-def pack_rows(rows: Sequence[StoredRow]) -> dict[str, Tensor]:
-    """Rows as tensors: all rows' numbers one after the other, and how many each has."""
-
-    def lengths(name: str) -> list[int]:
-        return [len(getattr(row, name)) for row in rows]
-
-    def joined(name: str, dtype: torch.dtype) -> Tensor:
-        return torch.tensor([x for row in rows for x in getattr(row, name)], dtype=dtype)
-
-    names = ("tokens", "targets", "predict", "segments")
-    spans = [row.columns if row.columns is not None else (-1, -1) for row in rows]
-    return {
-        "tokens": joined("tokens", torch.int32),
-        "targets": joined("targets", torch.float64),  # a regression's are no whole numbers
-        "predict": joined("predict", torch.bool),
-        "segments": joined("segments", torch.uint8),
-        "lengths": torch.tensor([lengths(name) for name in names], dtype=torch.int32),
-        "columns": torch.tensor(spans, dtype=torch.int32).reshape(-1, 2),
-    }
+def pack_rows(rows: Sequence[StoredRow]) -> Tensor:
+    """Rows as JSON, in a tensor of bytes."""
+    text = json.dumps([asdict(row) for row in rows], separators=(",", ":"))
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
-def unpack_rows(state: dict[str, Tensor]) -> list[StoredRow]:
+def unpack_rows(data: Tensor) -> list[StoredRow]:
     """The rows of `pack_rows`."""
-    pieces = [
-        state[name].split(counts.tolist())
-        for name, counts in zip(
-            ("tokens", "targets", "predict", "segments"), state["lengths"], strict=True
-        )
-    ]
-    rows = []
-    for tokens, targets, predict, segments, span in zip(*pieces, state["columns"], strict=True):
-        start, stop = span.tolist()
-        real = stop - start == 1
-        rows.append(
-            StoredRow(
-                tuple(tokens.tolist()),
-                tuple(int(t) if not real and t.is_integer() else t for t in targets.tolist()),
-                tuple(predict.tolist()),
-                tuple(segments.tolist()),
-                None if start < 0 else (start, stop),
-            )
-        )
-    return rows
+    found = []
+    for row in json.loads(bytes(data.cpu().numpy())):
+        values: dict[str, Any] = {k: None if v is None else tuple(v) for k, v in row.items()}
+        found.append(StoredRow(**values))
+    return found
 
 
 def pack_curvature(curvature: Curvature) -> Tensor:

@@ -13,15 +13,14 @@ it was before the task, on the columns of the tasks learned so far (learning wit
 proper): the term is the sum over earlier tasks of the same KL over their columns, or of the squared
 difference for a regression's single column. During the first task there is none.
 
-Target-masked KL (arXiv 2605.29498): what the base model thought of all tokens but the target.
-
-At a prediction with target y, both distributions lose y and are normalised again,
+Target-masked KL (arXiv 2605.29498) is what the base model thought of all tokens but the target. At
+a prediction with target y, both distributions lose y and are normalised again,
 
     p'(v) = p(v) / (1 - p(y)),   q'(v) = q(v) / (1 - q(y))   for v != y,
 
-and the term is ``strength * mean over predictions of sum_{v != y} p'(v) (log p'(v) - log q'(v))``,
-with p the base model's (adapter off) and q the tuned model's. Raising q(y) alone changes no q', so
-the term never speaks against learning the target. It is on the task's own inputs.
+and the term is ``strength * mean over predictions of sum_{v != y} p'(v) (log p'(v) - log q'(v))``.
+Raising q(y) alone changes no q', so the term never speaks against learning the target. It is on the
+task's own inputs.
 """
 
 from __future__ import annotations
@@ -33,13 +32,14 @@ import torch
 from torch import Tensor, nn
 
 from retain.data.batches import Batch, Example, collate
-from retain.errors import SourceError, unknown
-from retain.models.heads import forward_logits, pad_id
+from retain.errors import unknown
+from retain.models.heads import divergence, forward_logits
 from retain.models.modes import evaluating
 from retain.retention.laplace import check_strength
+from retain.retention.measure import log_probabilities
 from retain.retention.method import Context, Method, Task
 
-__all__ = ["KL", "MaskedKL", "base_logits", "divergence", "masked_divergence"]
+__all__ = ["KL", "MaskedKL", "logit_divergence", "masked_divergence"]
 
 ON = ("task", "source")
 
@@ -70,42 +70,38 @@ class KL(Method):
 
     def begin(self, context: Context) -> None:
         super().begin(context)
-        if self.on == "source" and not context.source:
-            raise SourceError(
-                "the KL on the source needs source text",
-                got="none",
-                allowed="at least one row",
-                fix="give a source, or on: task",
-            )
+        if self.on == "source":
+            fix = "give a source, or on: task"
+            context.check_source("the KL on the source needs source text", fix)
 
     def before_task(self, task: Task) -> Sequence[Example]:
-        self.teacher = None
+        self.inputs, self.teacher = task.examples, None
         if self.on == "source":  # another order for each task
             random = torch.Generator().manual_seed(task.seed)
             source = self.context.source
             order = torch.randperm(len(source), generator=random).tolist()
             self.inputs = [source[i] for i in order]
-        else:
-            self.inputs = task.examples
         if task.columns is not None and self.seen and self.strength:
-            self.teacher = self._answers()
+            model, size = self.context.adapter.model, self.context.batch_size
+            parts = [self.inputs[i : i + size] for i in range(0, len(self.inputs), size)]
+            self.teacher = torch.cat([_said(model, self._batch(part)) for part in parts])
         return task.examples
 
     def loss(self, model: nn.Module, batch: Batch, logits: Tensor) -> Tensor | None:
         if not self.strength or (batch.predict is None and self.teacher is None):
             return None
-        rows = [i % len(self.inputs) for i in batch.rows]
-        read = batch
+        rows, read = [i % len(self.inputs) for i in batch.rows], batch
         if self.on == "source":
-            read = self._collate([self.inputs[i] for i in rows]).to(logits.device)
+            read = self._batch([self.inputs[i] for i in rows])
             logits = forward_logits(model, read)
-        if self.teacher is None:
-            each = self.compare(base_logits(self.context, read), logits, read.targets)
+        if self.teacher is not None:
+            old = self.teacher[rows].to(logits.device)
+            terms = [_apart(old[:, a:b], logits[:, a:b]) for a, b in self.seen]
+            each = torch.stack(terms).sum(0)
         else:
-            teacher = self.teacher[rows].to(logits.device)
-            each = torch.stack([_apart(teacher[:, a:b], logits[:, a:b]) for a, b in self.seen]).sum(
-                0
-            )
+            with self.context.adapter.off() as base:
+                said = _said(base, read)
+            each = self.compare(said, logits, read.targets)
         if self.on == "source":  # one mean for each row, which weighs as its partner does
             means = torch.stack([part.mean() for part in each.split(read.lengths)])
             weights = means.new_tensor(batch.lengths)
@@ -120,7 +116,7 @@ class KL(Method):
             tuned: the tuned model's.
             targets: the data's next tokens, [predictions].
         """
-        return divergence(base, tuned)
+        return logit_divergence(base, tuned)
 
     def after_task(self, task: Task) -> None:
         self.teacher, self.inputs = None, []
@@ -134,20 +130,9 @@ class KL(Method):
         rows = state["seen"].tolist() if "seen" in state else []
         self.seen = [(start, stop) for start, stop in rows]
 
-    def _answers(self) -> Tensor:
-        """All columns of the present model on the inputs, [rows, classes]."""
-        model, size = self.context.adapter.model, self.context.batch_size
-        device = next(model.parameters()).device
-        with evaluating(model), torch.no_grad():
-            parts = [
-                forward_logits(model, self._collate(self.inputs[i : i + size]).to(device))
-                for i in range(0, len(self.inputs), size)
-            ]
-        return torch.cat(parts)
-
-    def _collate(self, examples: Sequence[Example]) -> Batch:
-        pad = pad_id(self.context.adapter.model)
-        return collate(examples, pad)
+    def _batch(self, examples: Sequence[Example]) -> Batch:
+        view = self.context.adapter.view
+        return collate(examples, view.pad).to(view.device)
 
 
 class MaskedKL(KL):
@@ -170,20 +155,13 @@ class MaskedKL(KL):
         return masked_divergence(base, tuned, targets)
 
 
-def base_logits(context: Context, batch: Batch) -> Tensor:
-    """What the base model says to a batch, without a graph."""
-    with context.adapter.off() as base, evaluating(base), torch.no_grad():
-        return forward_logits(base, batch)
-
-
-def divergence(base: Tensor, tuned: Tensor) -> Tensor:
-    """``KL(softmax(base) || softmax(tuned))`` of each row, at least in float32."""
-    p, q = _wide(base).log_softmax(-1), _wide(tuned).log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+def logit_divergence(base: Tensor, tuned: Tensor) -> Tensor:
+    """``KL(softmax(base) || softmax(tuned))`` of each row of logits, at least in float32."""
+    return divergence(log_probabilities(base), log_probabilities(tuned), False)
 
 
 def masked_divergence(base: Tensor, tuned: Tensor, targets: Tensor) -> Tensor:
-    """`divergence` over all classes but each row's target.
+    """`logit_divergence` over all classes but each row's target.
 
     Args:
         base: logits, [rows, classes].
@@ -192,15 +170,18 @@ def masked_divergence(base: Tensor, tuned: Tensor, targets: Tensor) -> Tensor:
     """
     keep = torch.ones_like(base, dtype=torch.bool).scatter_(1, targets[:, None], False)
     shape = (len(base), base.shape[1] - 1)
-    return divergence(base[keep].view(shape), tuned[keep].view(shape))
+    return logit_divergence(base[keep].view(shape), tuned[keep].view(shape))
+
+
+def _said(teacher: nn.Module, batch: Batch) -> Tensor:
+    """A teacher's logits, all columns of them, without a graph and without dropout."""
+    with evaluating(teacher), torch.no_grad():
+        return forward_logits(teacher, batch)
 
 
 def _apart(teacher: Tensor, logits: Tensor) -> Tensor:
     """The KL over an earlier task's columns, or the squared difference of its single one."""
-    if teacher.shape[-1] == 1:
-        return (_wide(logits) - _wide(teacher)).square()[:, 0]
-    return divergence(teacher, logits)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if teacher.shape[-1] > 1:
+        return logit_divergence(teacher, logits)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return (logits.to(wide) - teacher.to(wide)).square()[:, 0]

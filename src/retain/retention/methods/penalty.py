@@ -22,7 +22,6 @@ from retain.curvature.fit.settings import check_settings
 from retain.curvature.merge import reanchored
 from retain.data.batches import Example
 from retain.errors import ConfigError, check_number, unknown
-from retain.models.heads import is_causal
 from retain.retention.budget import check_budget
 from retain.retention.laplace import Retention, check_strength
 from retain.retention.measure import fit_rows
@@ -30,7 +29,9 @@ from retain.retention.method import Context, Method, Task
 from retain.retention.state import choose, pack_curvature, unpack_curvature
 from retain.types import UPDATES, Fisher, Space, Structure, Update
 
-__all__ = ["KFAC", "Activation", "Diagonal", "FittedPenalty", "Penalty", "Tridiagonal"]
+__all__ = [
+    "KFAC", "Activation", "CurvatureMethod", "Diagonal", "FittedPenalty", "Penalty", "Tridiagonal",
+]  # fmt: skip
 
 KRONECKER = ("kfac", "shampoo", "ekfac")
 
@@ -38,7 +39,22 @@ PROBE_ROWS = 8
 """Of source text, on which a budget is measured."""
 
 
-class Penalty(Method, ABC):
+class CurvatureMethod(Method):
+    """A method that keeps one curvature between tasks: the bytes of its file, anchor included."""
+
+    curvature: Curvature | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.curvature is None else {"curvature": pack_curvature(self.curvature)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.curvature = unpack_curvature(state["curvature"]) if "curvature" in state else None
+
+    def memory(self) -> int:
+        return 0 if self.curvature is None else self.curvature.memory()
+
+
+class Penalty(CurvatureMethod, ABC):
     """Holds the model with a quadratic. A member says where its curvature comes from.
 
     Args:
@@ -74,12 +90,9 @@ class Penalty(Method, ABC):
         check_strength(strength)
         if budget is not None:
             check_budget(budget)
-        self.budget = budget
         if update not in UPDATES:
             raise unknown("update", update, UPDATES)
-        self.update: Update = update
-        self.consolidate = consolidate
-        self.curvature: Curvature | None = None
+        self.update, self.consolidate, self.budget = update, consolidate, budget
         self.retention: Retention | None = None
 
     @abstractmethod
@@ -95,22 +108,19 @@ class Penalty(Method, ABC):
         self.curvature = self.at_begin(context)
 
     def before_task(self, task: Task) -> Sequence[Example]:
-        self.retention = None
+        context, self.retention = self.context, None
         if self.curvature is not None:
-            causal = is_causal(self.context.adapter.model)
+            causal = context.adapter.view.causal
             self.retention = Retention(
-                self.context.adapter.model,
+                context.adapter.model,
                 self.curvature,
                 self.strength,
                 budget=self.budget,
-                probe=self._probe() if causal else (),
+                probe=choose(context.source, PROBE_ROWS, context.seed) if causal else (),
                 update=self.update,
                 resuming=True,  # of several tasks only the first starts at the anchor
             )
         return task.examples
-
-    def _probe(self) -> Sequence[Example]:
-        return choose(self.context.source, PROBE_ROWS, self.context.seed)
 
     def before_step(self, model: nn.Module) -> float | None:
         if self.retention is None or self.update != "gradient":
@@ -128,22 +138,6 @@ class Penalty(Method, ABC):
         self.retention = None
         if self.consolidate:
             self.curvature = self.joined(self.curvature, task)
-
-    def state(self) -> dict[str, Tensor]:
-        """The bytes of the curvature's file, anchor and digest included."""
-        return {} if self.curvature is None else {"curvature": pack_curvature(self.curvature)}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Puts a `state` back.
-
-        Raises:
-            ArtifactError: it is damaged.
-        """
-        self.retention = None
-        self.curvature = unpack_curvature(state["curvature"]) if "curvature" in state else None
-
-    def memory(self) -> int:
-        return 0 if self.curvature is None else self.curvature.memory()
 
 
 class FittedPenalty(Penalty):
@@ -186,7 +180,7 @@ class FittedPenalty(Penalty):
     ) -> None:
         super().__init__(strength, update=update, consolidate=consolidate, budget=budget)
         for name, weight in (("source_weight", source_weight), ("task_weight", task_weight)):
-            check_number(f"{name} is no weight", weight, f"{name}: 1")
+            check_number(f"{name} is out of range", weight, f"{name}: 1")
         check_settings(self.structure, space, fisher, samples=samples, rows=rows, rank=rank)
         self.rows = rows
         self.source_weight, self.task_weight = source_weight, task_weight
@@ -197,7 +191,7 @@ class FittedPenalty(Penalty):
     def at_begin(self, context: Context) -> Curvature | None:
         if not context.source or not self.source_weight:
             return None
-        return self._weighted(self.source_weight, self.fit(context.source, None, context.seed))
+        return _weighted(self.source_weight, self.fit(context.source, None, context.seed))
 
     def joined(self, curvature: Curvature | None, task: Task) -> Curvature | None:
         if curvature is not None:
@@ -205,7 +199,7 @@ class FittedPenalty(Penalty):
         if not self.task_weight:
             return curvature
         found = self.fit(choose(task.examples, self.rows, task.seed), task.columns, task.seed)
-        found = self._weighted(self.task_weight, found)
+        found = _weighted(self.task_weight, found)
         return found if curvature is None else curvature + found
 
     def fit(self, examples: Sequence[Example], columns: slice | None, seed: int) -> Curvature:
@@ -230,11 +224,7 @@ class FittedPenalty(Penalty):
             found = fit_rows(self.context, rows, self.structure, seed, **self.options)
         # The loss (z - y)^2 is, in nats, that of a normal distribution of variance 1/2, whose
         # Fisher is 2; the curvature of a regression is that of variance 1.
-        return self._weighted(2, found) if regression else found
-
-    @staticmethod
-    def _weighted(weight: float, curvature: Curvature) -> Curvature:
-        return curvature if weight == 1 else weight * curvature
+        return 2 * found if regression else found
 
 
 class Diagonal(FittedPenalty):
@@ -300,3 +290,7 @@ def _answering(model: nn.Module, columns: slice | None) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _weighted(weight: float, curvature: Curvature) -> Curvature:
+    return curvature if weight == 1 else weight * curvature

@@ -1,10 +1,8 @@
-"""Replay: rows of earlier tasks, stored, are learned again beside those of the next.
+"""Replay: rows of earlier tasks, stored, or of the base model's own samples, are learned again.
 
-Replay of the model's own samples: text that the base model writes, learned beside each task.
-
-No row of anybody's data is stored. The loss on a sample of the base model p is, in expectation,
-``H(p) + KL(p || q)``: it holds the tuned model q where the base model speaks, as the KL on source
-text does, with noise in place of the base model's logits.
+On its own samples no row of anybody's data is stored. The loss on a sample of the base model p is,
+in expectation, ``H(p) + KL(p || q)``: it holds the tuned model q where the base model speaks, as
+the KL on source text does, with noise in place of the base model's logits.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from retain.data.batches import Example
 from retain.data.sources import encode
-from retain.errors import ConfigError
+from retain.errors import check_number
 from retain.models.sample import sample_rows
 from retain.retention.method import Context, Method, Task
 from retain.retention.state import StoredRow, choose, pack_rows, unpack_rows
@@ -49,9 +47,9 @@ class Replay(Method):
         self, strength: float = 0.0, *, share: float = 0.1, per_task: int | None = None
     ) -> None:
         super().__init__(strength)
-        _check_share(share, 1.0)
-        if per_task is not None and per_task < 0:
-            raise ConfigError("per_task is negative", got=per_task, allowed="0 or more", fix="100")
+        check_number("the share is out of range", share, "share: 0.1", most=1)
+        if per_task is not None:
+            check_number("per_task is negative", per_task, "per_task: 100")
         self.share, self.per_task = share, per_task
         self.kept: list[StoredRow] = []
 
@@ -66,10 +64,10 @@ class Replay(Method):
         self.kept += [StoredRow.of(row, task.columns) for row in rows]
 
     def state(self) -> dict[str, Tensor]:
-        return pack_rows(self.kept)
+        return {"rows": pack_rows(self.kept)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self.kept = unpack_rows(state)
+        self.kept = unpack_rows(state["rows"])
 
 
 class SelfReplay(Method):
@@ -103,10 +101,9 @@ class SelfReplay(Method):
         temperature: float = 1.0,
     ) -> None:
         super().__init__(strength)
-        _check_share(share, float("inf"))
-        for name, number, least in (("rows", rows, 1), ("max_length", max_length, 2)):
-            if number < least:
-                raise ConfigError(f"{name} is too small", got=number, allowed=f"{least} or more")
+        check_number("the share is out of range", share, "share: 0.1")
+        check_number("rows is too small", rows, "rows: 128", least=1)
+        check_number("max_length is too small", max_length, "max_length: 64", least=2)
         self.share, self.rows = share, rows
         self.max_length, self.temperature = max_length, temperature
         self.samples: list[StoredRow] = []
@@ -139,14 +136,7 @@ class SelfReplay(Method):
         return [*task.examples, *(self.samples[i] for i in order[:count])]
 
     def state(self) -> dict[str, Tensor]:
-        return pack_rows(self.samples)
+        return {"rows": pack_rows(self.samples)} if self.share else {}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self.samples = unpack_rows(state)
-
-
-def _check_share(share: float, largest: float) -> None:
-    """Raises `ConfigError` unless a share is a number from 0 to `largest`."""
-    if not (math.isfinite(share) and 0 <= share <= largest):
-        allowed = f"0 to {largest:g}" if math.isfinite(largest) else "a finite number, 0 or above"
-        raise ConfigError("the share is no share", got=share, allowed=allowed, fix="share: 0.1")
+        self.samples = unpack_rows(state["rows"]) if self.share else []

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
-from retain.curvature.curvature import Curvature
-from retain.errors import ConfigError, SourceError
+from retain.errors import check_number
 from retain.retention.budget import check_budget
 from retain.retention.measure import Reference, fit_rows
-from retain.retention.method import Context, Method, Task
+from retain.retention.method import Context, Task
+from retain.retention.methods.penalty import CurvatureMethod
 from retain.retention.soften.adapter import soften
-from retain.retention.state import choose, pack_curvature, unpack_curvature
+from retain.retention.state import choose
 
 __all__ = ["Soften"]
 
 
-class Soften(Method):
+class Soften(CurvatureMethod):
     """Plain LoRA that is softened after each task; see the module.
 
     Args:
@@ -49,25 +47,14 @@ class Soften(Method):
         super().__init__(strength)
         check_budget(budget)
         for name, count in (("rows", rows), ("probe", probe)):
-            if count < 1:
-                raise ConfigError(
-                    f"{name} is too small", got=count, allowed="1 or more", fix=f"{name}: 16"
-                )
+            check_number(f"{name} is too small", count, f"{name}: 16", least=1)
         self.budget, self.rows, self.probe = budget, rows, probe
-        self.curvature: Curvature | None = None
 
     def begin(self, context: Context) -> None:
         super().begin(context)
-        if not context.source:
-            raise SourceError(
-                "softening holds to source text",
-                got="none",
-                allowed="at least one row",
-                fix="give a source",
-            )
-        self.curvature = fit_rows(
-            context, choose(context.source, self.rows, context.seed), "kfac", context.seed
-        )
+        context.check_source("softening holds to source text", "give a source")
+        rows = choose(context.source, self.rows, context.seed)
+        self.curvature = fit_rows(context, rows, "kfac", context.seed)
 
     def after_task(self, task: Task) -> None:
         model, context = self.context.adapter.model, self.context
@@ -75,15 +62,6 @@ class Soften(Method):
         read = choose(task.examples, self.rows, task.seed)
         target = fit_rows(context, read, "kfac", task.seed)
         held = choose(context.source, self.probe, context.seed + 1)
-        base = Reference(model, held, batch_size=min(context.batch_size, len(held)))
+        base = Reference(model, held, batch_size=context.batch_size)
         soft = soften(model, self.curvature, target=target)
         soft.apply(soft.within_measured(self.budget, lambda: base.measure(model).kl))
-
-    def state(self) -> dict[str, Tensor]:
-        return {} if self.curvature is None else {"curvature": pack_curvature(self.curvature)}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        self.curvature = unpack_curvature(state["curvature"])
-
-    def memory(self) -> int:
-        return 0 if self.curvature is None else self.curvature.memory()
