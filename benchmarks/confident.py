@@ -24,7 +24,7 @@ import retain
 from retain.data.batches import Batch, batches
 from retain.data.sources import encode, read_rows
 from retain.files import write_json
-from retain.models.modes import evaluating
+from retain.models.forward import evaluating
 from retain.provenance import provenance
 from retain.types import Fisher
 

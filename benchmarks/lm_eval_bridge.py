@@ -25,8 +25,8 @@ import retain
 from retain.evaluation.lm_eval import LOCAL, evaluate_general, local_rows
 from retain.evaluation.ranking import score_options
 from retain.files import write_json
-from retain.models.adapter import lora_sites
 from retain.models.load import load_model
+from retain.models.sites import lora_sites
 from retain.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent

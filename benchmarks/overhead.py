@@ -31,8 +31,8 @@ from tqdm.auto import tqdm
 
 import retain
 from retain.files import write_json
-from retain.models.adapter import lora_sites
-from retain.models.sample import sample_rows
+from retain.models.generating import sample_rows
+from retain.models.sites import lora_sites
 from retain.provenance import provenance
 from retain.study.training import trim_memory
 from retain.training.held import Held

@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from retain.models.adapter import lora_sites
-from retain.models.modes import evaluating
+from retain.models.forward import evaluating
+from retain.models.sites import lora_sites
 
 __all__ = ["Peer", "peers"]
 

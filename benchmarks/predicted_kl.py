@@ -21,8 +21,8 @@ import retain
 from retain.data.sources import encode
 from retain.evaluation.forgetting import Reference
 from retain.files import write_json
-from retain.models.adapter import lora_sites
-from retain.models.sample import sample_rows
+from retain.models.generating import sample_rows
+from retain.models.sites import lora_sites
 from retain.provenance import provenance
 from retain.types import Structure
 

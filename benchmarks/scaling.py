@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import retain
 from retain.curvature.blocks.sketch import sketch_finish, sketch_update
 from retain.files import write_json
-from retain.models.adapter import lora_sites
+from retain.models.sites import lora_sites
 from retain.provenance import provenance
 
 matplotlib.use("Agg")

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from retain.data.sources import encode
 from retain.files import check_folder
+from retain.models.generating import sample_rows
 from retain.models.load import load_model
-from retain.models.sample import sample_rows
 from retain.retention.measure import Reference
 
 

@@ -37,7 +37,7 @@ def load_libraries() -> None:
         "datasets", "peft", "scipy.stats", "sklearn.metrics", "transformers.trainer", "pyarrow.csv",
         "transformers.models.llama.modeling_llama", "matplotlib.pyplot", "retain.cli.run",
         "retain.cli.softening", "retain.curvature.fit.fit", "retain.models.load",
-        "retain.models.sample", "retain.study.sequence", "retain.study.studies",
+        "retain.models.generating", "retain.study.sequence", "retain.study.studies",
     ):  # fmt: skip
         importlib.import_module(name)
     gc.collect()

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from retain import Curvature
-from retain.models.adapter import LoraSite
-from retain.models.sites import find_sites
+from retain.models.sites import LoraSite, find_sites
 
 __all__ = ["dense_quadratic", "displacement", "joined"]
 

@@ -15,7 +15,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from retain.models.adapter import attach_lora, lora_sites
+from retain.models.lora import attach_lora
+from retain.models.sites import lora_sites
 
 torch.set_num_threads(1)
 

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from retain.curvature.merge import reanchored
     from retain.errors import RetainError
     from retain.evaluation.forgetting import measure_forgetting
-    from retain.models.adapter import attach_lora
-    from retain.models.growing import grow_lora
     from retain.models.load import load_model
+    from retain.models.lora import attach_lora, grow_lora
     from retain.retention.laplace import Retention
     from retain.retention.soften.adapter import soften
     from retain.training.callback import RetentionCallback
@@ -55,10 +54,10 @@ _HOMES = {
     "Retention": "retain.retention.laplace",
     "RetentionCallback": "retain.training.callback",
     "Start": "retain.training.start",
-    "attach_lora": "retain.models.adapter",
+    "attach_lora": "retain.models.lora",
     "fit_curvature": "retain.curvature.fit.fit",
     "fit_head": "retain.training.head",
-    "grow_lora": "retain.models.growing",
+    "grow_lora": "retain.models.lora",
     "load_curvature": "retain.curvature.artifact",
     "load_model": "retain.models.load",
     "measure_forgetting": "retain.evaluation.forgetting",

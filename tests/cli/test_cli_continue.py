@@ -108,7 +108,7 @@ def test_the_model_stays_inside_its_budget(months: list[Path], model: Path) -> N
         curvature = load_curvature(run / "state" / "source.safetensors")
         record = json.loads((run / "train.json").read_text())
         assert curvature.quadratic(tuned) == pytest.approx(record["predicted_nats"], rel=1e-3)
-        from retain.models.sample import sample_rows
+        from retain.models.generating import sample_rows
 
         text = sample_rows(base.model, base.tokenizer, count=32, max_length=16, seed=5)
         spent = measure_forgetting(tuned, text, tokenizer=base.tokenizer, max_length=16).kl

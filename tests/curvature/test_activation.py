@@ -15,7 +15,7 @@ from retain import Curvature, fit_curvature
 from retain.curvature.blocks.activation import nats_of_noise, noisy_rows
 from retain.data.batches import Batch, Example, collate
 from retain.data.sources import encode
-from retain.models.adapter import lora_sites
+from retain.models.sites import lora_sites
 from retain.types import FISHERS, SPACES
 from tiny import KINDS, ROWS, move, relative, tiny
 

@@ -14,8 +14,7 @@ from quadratics import dense_quadratic
 from retain import Curvature, fit_curvature
 from retain.data.sources import encode
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, SourceError
-from retain.models.adapter import lora_sites
-from retain.models.sites import LinearSite, find_sites
+from retain.models.sites import LinearSite, find_sites, lora_sites
 from retain.types import SPACES, STRUCTURES
 from tiny import KINDS, ROWS, base, move, relative, tiny
 

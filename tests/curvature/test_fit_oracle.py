@@ -12,7 +12,7 @@ from oracles import FACTORS, Oracle, calibrate, kfac
 from oracles_more import activation, ekfac, places, tridiagonal
 from quadratics import displacement, joined
 from retain import Curvature, fit_curvature
-from retain.models.adapter import lora_sites
+from retain.models.sites import lora_sites
 from retain.types import FISHERS, SPACES, STRUCTURES
 from tiny import KINDS, ROWS, move, relative, tiny
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from quadratics import dense_quadratic
 from retain import Curvature, Retention, fit_curvature, load_curvature, reanchored
 from retain.errors import CurvatureError, MismatchError, ModelError
-from retain.models.adapter import lora_sites
-from retain.models.sites import find_sites
+from retain.models.sites import find_sites, lora_sites
 from retain.types import STRUCTURES
 from sums import definite, same, text
 from tiny import KINDS, ROWS, base, move, relative, tiny

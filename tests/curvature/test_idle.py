@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retain.models.adapter import lora_sites
-from retain.models.idle import bypassed, is_idle
+from retain.models.sites import bypassed, is_idle, lora_sites
 from tiny import tiny
 
 

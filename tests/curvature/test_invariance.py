@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retain import Curvature, fit_curvature
-from retain.models.adapter import lora_sites
+from retain.models.sites import lora_sites
 from retain.types import FISHERS, SPACES, STRUCTURES
 from tiny import KINDS, ROWS, relative, tiny
 

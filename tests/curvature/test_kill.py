@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-import retain.curvature.fit.fit, retain.models.load, retain.models.sample
+import retain.curvature.fit.fit, retain.models.load, retain.models.generating
 from retain.cli import main
 
 def start(argv, output):

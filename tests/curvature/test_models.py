@@ -19,8 +19,7 @@ from oracles_more import ekfac_given
 from quadratics import dense_quadratic
 from retain import Curvature, Retention, fit_curvature, load_curvature
 from retain.errors import CurvatureError, MismatchError, ModelError, SourceError
-from retain.models.adapter import lora_sites, row_scales
-from retain.models.idle import is_idle
+from retain.models.sites import is_idle, lora_sites, row_scales
 from retain.types import STRUCTURES
 from sums import dora, same
 from tiny import KINDS, ROWS, base, move, relative, tiny

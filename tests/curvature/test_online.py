@@ -10,7 +10,7 @@ from torch import nn
 
 from retain import Curvature, Retention, load_curvature, reanchored
 from retain.errors import MismatchError
-from retain.models.adapter import lora_sites
+from retain.models.sites import lora_sites
 from retain.types import SPACES, STRUCTURES
 from sums import definite, fit, measure, same
 from tiny import KINDS, move, tiny

@@ -15,7 +15,7 @@ from retain import Curvature, attach_lora, fit_curvature, load_model
 from retain.curvature.fit.accumulator import Accumulator
 from retain.curvature.fit.checkpoint import forget
 from retain.errors import OutputError
-from retain.models.adapter import lora_sites
+from retain.models.sites import lora_sites
 from retain.types import STRUCTURES
 from sums import dora, text
 from tiny import base, tiny

@@ -18,7 +18,8 @@ from retain.curvature.fit.capture import shared_inputs
 from retain.curvature.plan import PLANNED, cost, factor_bytes, fitting_bytes
 from retain.data.batches import Batch
 from retain.errors import ConfigError, CurvatureError, ModelError
-from retain.models.adapter import attach_lora, lora_sites
+from retain.models.lora import attach_lora
+from retain.models.sites import lora_sites
 from retain.models.skeleton import Outline, load_skeleton, outline
 from retain.types import STRUCTURES
 

@@ -15,8 +15,7 @@ from fits import SEEDS, Setup, fitted, groups, model_of, moved, setups
 from quadratics import dense_quadratic, displacement, joined
 from retain import Curvature
 from retain.errors import ConfigError, MismatchError
-from retain.models.adapter import lora_sites
-from retain.models.sites import find_sites
+from retain.models.sites import find_sites, lora_sites
 from tiny import relative
 
 EACH = given(setup=setups(), seed=SEEDS)

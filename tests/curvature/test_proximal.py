@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from quadratics import dense_quadratic
 from retain import Curvature, fit_curvature
 from retain.curvature.displacement import proximal
-from retain.models.adapter import lora_sites
-from retain.models.sites import Site, find_sites
+from retain.models.sites import Site, find_sites, lora_sites
 from retain.types import SPACES, STRUCTURES
 from tiny import KINDS, ROWS, base, move, relative, tiny
 

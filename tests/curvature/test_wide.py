@@ -13,7 +13,7 @@ from retain.curvature.blocks.kronecker import KroneckerBlock
 from retain.curvature.plan import factor_bytes, fitting_bytes
 from retain.curvature.stack import WIDE as STACKED
 from retain.curvature.stack import stacks
-from retain.models.adapter import lora_sites
+from retain.models.sites import lora_sites
 
 WIDE, RANK = 14336, 256
 

@@ -18,7 +18,7 @@ from transformers import (
 from retain.data.batches import Batch, Example, collate
 from retain.models.adapters.base import Adapter
 from retain.models.adapters.registry import attach_adapter
-from retain.models.heads import forward_logits
+from retain.models.forward import forward_logits
 from tiny import ROWS, base
 
 MODELS = ("llama", "bert", "neox")

@@ -13,10 +13,11 @@ from torch import nn
 from retain.data.batches import Example
 from retain.errors import ConfigError, ModelError
 from retain.evaluation.forgetting import Reference
-from retain.models.adapter import adapter_off, attach_lora
 from retain.models.adapters.base import new_heads
 from retain.models.adapters.registry import ADAPTERS, adapter_kind, attach_adapter
-from retain.models.heads import forward_logits
+from retain.models.forward import forward_logits
+from retain.models.lora import attach_lora
+from retain.models.off import adapter_off
 from tiny import relative
 
 every = pytest.mark.parametrize("name", MODELS)
@@ -343,7 +344,7 @@ def test_all_linear_leaves_out_every_layer_that_peft_trains_whole() -> None:
     """DistilBERT has two: PEFT takes ``pre_classifier`` for a head as well."""
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-    from retain.models.adapter import lora_sites
+    from retain.models.sites import lora_sites
 
     config = DistilBertConfig(vocab_size=17, dim=8, hidden_dim=12, n_layers=1, n_heads=2)
     model = attach_lora(DistilBertForSequenceClassification(config), rank=2)

@@ -22,7 +22,7 @@ from transformers import (
 from retain.errors import ModelError
 from retain.models.adapters.bottleneck import Bottleneck
 from retain.models.adapters.registry import attach_adapter
-from retain.models.heads import forward_logits
+from retain.models.forward import forward_logits
 
 
 @pytest.mark.parametrize("nonlinearity", ["gelu", "relu"])

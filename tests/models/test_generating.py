@@ -14,8 +14,7 @@ from transformers import GenerationConfig
 
 from retain.errors import SourceError
 from retain.evaluation.generation import generate
-from retain.models.generating import plain_generation, write
-from retain.models.sample import sample_rows
+from retain.models.generating import plain_generation, sample_rows, write
 from tiny import base, tiny
 
 TOKENIZER: Any = SimpleNamespace(

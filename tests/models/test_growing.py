@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from retain.errors import ConfigError, ModelError
-from retain.models.adapter import lora_sites
-from retain.models.growing import grow_lora
+from retain.models.lora import grow_lora
+from retain.models.sites import lora_sites
 from tiny import KINDS, ROWS, base, tiny, weights
 
 

@@ -27,9 +27,11 @@ from retain.config import TrainConfig
 from retain.data.batches import Example, batches, collate
 from retain.errors import ConfigError, CurvatureError, ModelError, RetainError, SourceError
 from retain.evaluation.perplexity import measure_perplexity
-from retain.models.adapter import adapter_off, lora_sites
-from retain.models.heads import forward_logits, is_causal, pad_id
-from retain.models.kinds import check_labels, head_kind
+from retain.models.forward import forward_logits
+from retain.models.heads import check_labels, head_kind, is_causal
+from retain.models.off import adapter_off
+from retain.models.sites import lora_sites
+from retain.models.sizes import pad_id
 from retain.retention.measure import Reference
 from retain.training.loop import train
 from tiny import move, relative

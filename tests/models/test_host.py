@@ -13,9 +13,9 @@ from torch import nn
 
 from retain import Retention, fit_curvature, measure_forgetting, reanchored, soften
 from retain.errors import ModelError
-from retain.models.adapter import lora_sites
-from retain.models.host import no_autocast, own_forwards
-from retain.models.sample import sample_rows
+from retain.models.forward import no_autocast, own_forwards
+from retain.models.generating import sample_rows
+from retain.models.sites import lora_sites
 from retain.retention.filters import InputFilter
 from retain.retention.moments import input_moments
 from retain.retention.soften.truncate import truncated

@@ -20,9 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from retain import fit_curvature, grow_lora, measure_forgetting, soften
 from retain.errors import ModelError, RetainError
 from retain.models import off
-from retain.models.adapter import adapter_off, lora_sites
-from retain.models.off import KINDS, base_to_sample
+from retain.models.off import KINDS, adapter_off, base_to_sample
 from retain.models.saved import load_adapter
+from retain.models.sites import lora_sites
 from tiny import ROWS, base, tiny
 
 IDS = torch.tensor([[3, 7, 1, 12, 5]])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from retain.errors import SourceError
-from retain.models.sample import sample_rows
+from retain.models.generating import sample_rows
 from tiny import base, tiny
 
 BOS, HEAD = 11, [6, 7]

@@ -26,9 +26,9 @@ from retain.errors import ModelError, RetainError, SourceError
 from retain.evaluation.generation import generate
 from retain.evaluation.perplexity import measure_perplexity
 from retain.evaluation.ranking import score_options
-from retain.models.heads import is_causal, pad_id, rows_of_embedding
-from retain.models.sample import sample_rows
-from retain.models.sizes import check_sizes, pad_multiple, positions
+from retain.models.generating import sample_rows
+from retain.models.heads import is_causal
+from retain.models.sizes import check_sizes, pad_id, pad_multiple, positions, rows_of_embedding
 from retain.training.loop import train
 
 WIDTH = 24

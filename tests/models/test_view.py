@@ -9,8 +9,8 @@ import torch
 
 from retain.data.batches import Example
 from retain.errors import ModelError, SourceError
-from retain.models.adapter import lora_sites
-from retain.models.heads import forward_logits
+from retain.models.forward import forward_logits
+from retain.models.sites import lora_sites
 from retain.models.view import ModelView
 from tiny import KINDS, ROWS, base, tiny
 

@@ -12,7 +12,7 @@ from retain.data.sources import encode
 from retain.data.tasks import problem_rows, recall
 from retain.evaluation.forgetting import Reference
 from retain.evaluation.ranking import rank_options
-from retain.models.adapter import lora_sites
+from retain.models.sites import lora_sites
 
 pytestmark = [
     pytest.mark.real,

@@ -8,7 +8,7 @@ from sequences import begun, learn, same, tasks_of
 
 from retain.data.batches import batches
 from retain.errors import ConfigError
-from retain.models.adapter import lora_sites
+from retain.models.sites import lora_sites
 from retain.retention.auto import Auto
 from retain.retention.wiener import Wiener
 

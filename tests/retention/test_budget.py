@@ -16,7 +16,8 @@ from retain.curvature.merge import reanchored
 from retain.data.batches import Example
 from retain.data.sources import encode
 from retain.errors import ConfigError, MismatchError
-from retain.models.adapter import attach_lora, lora_sites
+from retain.models.lora import attach_lora
+from retain.models.sites import lora_sites
 from retain.retention.budget import Budget, anchored, largest_share, scale_back, settle
 from retain.retention.measure import Reference
 from retain.retention.methods.penalty import KFAC

@@ -9,7 +9,7 @@ import torch
 
 from retain import fit_curvature
 from retain.errors import MismatchError
-from retain.models.adapter import lora_sites
+from retain.models.sites import lora_sites
 from retain.retention.soften.truncate import truncated
 from tiny import ROWS, tiny
 

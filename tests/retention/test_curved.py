@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from retain.data.batches import Example
 from retain.errors import ConfigError
-from retain.models.adapter import lora_sites
-from retain.models.heads import forward_logits
-from retain.models.sites import LinearSite, find_sites
+from retain.models.forward import forward_logits
+from retain.models.sites import LinearSite, find_sites, lora_sites
 from retain.retention.method import Task
 from retain.retention.methods.kl import KL
 from retain.retention.methods.penalty import _answering

@@ -13,8 +13,8 @@ from torch import Tensor
 from retain import fit_curvature
 from retain.data.batches import Example, batches
 from retain.errors import ConfigError, MismatchError, SourceError
-from retain.models.adapter import lora_sites
-from retain.models.heads import forward_body
+from retain.models.forward import forward_body
+from retain.models.sites import lora_sites
 from retain.retention.discriminant import Discriminant
 from retain.retention.moments import Moments, input_moments, moments_of
 from retain.retention.start import discriminants, set_start

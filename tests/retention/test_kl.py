@@ -19,7 +19,7 @@ from sequences import (
 )
 
 from retain.errors import SourceError
-from retain.models.heads import forward_logits
+from retain.models.forward import forward_logits
 from retain.retention.method import Task
 from retain.retention.methods.kl import _said, logit_divergence, masked_divergence
 from tiny import relative

@@ -17,8 +17,8 @@ from sequences import (
 from torch import nn
 
 from retain.errors import ConfigError
-from retain.models.adapter import lora_sites
-from retain.models.heads import forward_logits
+from retain.models.forward import forward_logits
+from retain.models.sites import lora_sites
 from retain.retention.methods.olora import OLoRA
 from retain.retention.registry import make_method
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from retain import Curvature, fit_curvature, reanchored
 from retain.errors import ConfigError
-from retain.models.adapter import adapter_off, lora_sites
+from retain.models.off import adapter_off
+from retain.models.sites import lora_sites
 from retain.retention.beside import Beside
 from retain.retention.blocks import OpenBlock
 from retain.retention.laplace import Retention

@@ -15,8 +15,8 @@ from retain import Curvature, Retention, fit_curvature
 from retain.data.batches import collate
 from retain.data.sources import encode
 from retain.errors import ConfigError, MismatchError, TrainingError
-from retain.models.adapter import lora_sites
-from retain.models.heads import forward_logits
+from retain.models.forward import forward_logits
+from retain.models.sites import lora_sites
 from retain.retention.forces import Forces
 from retain.types import SPACES, STRUCTURES, UPDATES
 from tiny import KINDS, ROWS, move, relative, tiny, weights

@@ -17,8 +17,9 @@ from retain import Curvature, soften
 from retain.curvature.blocks.base import Block
 from retain.curvature.blocks.factor import Factor, SketchFactor
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, SourceError
-from retain.models.adapter import attach_lora, lora_sites
+from retain.models.lora import attach_lora
 from retain.models.saved import load_adapter, save_adapter
+from retain.models.sites import lora_sites
 from retain.retention.measure import Reference
 from retain.retention.soften import curve as module
 from retain.retention.soften.curve import Softening

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from retain.curvature.blocks.factor import DenseFactor, SketchFactor
 from retain.data.batches import Example, batches
 from retain.errors import ConfigError
-from retain.models.adapter import lora_sites
+from retain.models.sites import lora_sites
 from retain.retention.discriminant import Discriminant
 from retain.retention.filters import InputFilter, Thin, filter_of, wiener
 from retain.retention.keeper import MomentKeeper

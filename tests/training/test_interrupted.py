@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from retain import RetentionCallback, Start, grow_lora, measure_forgetting
 from retain.errors import ModelError
-from retain.models.adapter import lora_sites
+from retain.models.sites import lora_sites
 from tiny import ROWS, move, tiny, weights
 
 STARTS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from retain.config import TrainConfig
 from retain.data.batches import Example
 from retain.data.sources import encode
 from retain.errors import ConfigError, MismatchError, SourceError, TrainingError
-from retain.models.adapter import lora_sites
+from retain.models.sites import lora_sites
 from retain.training.loop import TrainResult, train
 from retain.types import SPACES, UPDATES
 from tiny import KINDS, ROWS, move, tiny, weights

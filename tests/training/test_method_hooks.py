@@ -13,8 +13,8 @@ from retain import fit_curvature
 from retain.config import TrainConfig
 from retain.data.batches import Batch, Example, collate
 from retain.errors import ConfigError, TrainingError
-from retain.models.adapter import lora_sites
-from retain.models.heads import forward_logits
+from retain.models.forward import forward_logits
+from retain.models.sites import lora_sites
 from retain.retention.method import Method
 from retain.retention.state import StoredRow
 from retain.training.loop import train

@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 from retain import Retention, RetentionCallback, Start
 from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, ModelError
-from retain.models.adapter import adapter_off, lora_sites
-from retain.models.growing import grow_lora
+from retain.models.lora import grow_lora
+from retain.models.off import adapter_off
+from retain.models.sites import lora_sites
 from retain.retention.filters import InputFilter, Thin, Whole, wiener
 from retain.retention.moments import input_moments, moments_of
 from retain.retention.start import set_start

@@ -28,7 +28,7 @@ def adapted(
     Raises:
         MismatchError: the state is not that of the adapter, or no filter can be made.
     """
-    from retain.models.adapter import attach_lora
+    from retain.models.lora import attach_lora
     from retain.models.saved import load_adapter
 
     if chain is None:
@@ -68,8 +68,8 @@ def _filters(config: RunConfig) -> bool:
 def _grown(model: Any, c: RunConfig, chain: Chain, source: Any, past: Any, screen: Screen) -> Any:
     """The adapter of the run before, with fresh rows for a filter; cut first if it is large."""
     from retain.curvature.merge import reanchored
-    from retain.models.adapter import lora_sites
-    from retain.models.growing import grow_lora
+    from retain.models.lora import grow_lora
+    from retain.models.sites import lora_sites
     from retain.retention.soften.truncate import truncated
     from retain.training.start import FILTER, why_no_inputs
 

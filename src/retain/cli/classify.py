@@ -102,7 +102,7 @@ def labels_of(
         ConfigError: more or fewer of them than asked for.
     """
     from retain.data.labels import target_of
-    from retain.models.kinds import row_label
+    from retain.models.heads import row_label
     from retain.models.load import own_labels
 
     own = own_labels(config.model)

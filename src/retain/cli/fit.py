@@ -193,6 +193,6 @@ def _with_adapter(base: Any, folder: Path | None, fresh: AdapterConfig) -> Any:
         from retain.models.saved import load_adapter
 
         return load_adapter(base, folder)
-    from retain.models.adapter import attach_lora
+    from retain.models.lora import attach_lora
 
     return attach_lora(base, **fresh.model_dump())

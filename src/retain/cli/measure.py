@@ -39,7 +39,7 @@ def own_text(
     model: Any, tokenizer: Any, size: dict[str, int], seed: int, screen: Screen
 ) -> list[Any]:
     """Text that the base model writes, other than what ``retain fit`` reads with that seed."""
-    from retain.models.sample import sample_rows
+    from retain.models.generating import sample_rows
 
     screen.say("the base model writes the text that forgetting is measured on")
     return sample_rows(
@@ -92,7 +92,7 @@ def measure(
 def _both(model: Any, score: Callable[[], tuple[int, int]]) -> dict[str, dict[str, Any]]:
     """A score with the adapter off and on."""
     from retain.intervals import wilson
-    from retain.models.adapter import adapter_off
+    from retain.models.off import adapter_off
 
     with adapter_off(model):
         base = score()
@@ -126,7 +126,7 @@ def result_of(
     source: str, adapter: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """A `retain.result/1`: what was measured by name, and as the rows that the report reads."""
-    from retain.models.adapter import lora_sites
+    from retain.models.sites import lora_sites
     from retain.provenance import provenance
 
     frozen = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)

@@ -24,8 +24,8 @@ def record_of(
         held: its curvature, or None.
         last: the checkpoint that it went on from.
     """
-    from retain.models.adapter import share_trainable
     from retain.models.fingerprint import fingerprint
+    from retain.models.lora import share_trainable
     from retain.provenance import provenance
 
     trainable, total = share_trainable(model)

@@ -83,8 +83,7 @@ class Softening:
         from retain.data.draws import HELD_OUT, sample
         from retain.data.sources import encode
         from retain.evaluation.forgetting import Reference
-        from retain.models.heads import is_causal
-        from retain.models.kinds import is_regression
+        from retain.models.heads import is_causal, is_regression
         from retain.models.sizes import check_sizes
 
         count, length = size["rows"], size["max_length"]

@@ -28,9 +28,8 @@ from retain.curvature.displacement import Moves, anchor_of, place
 from retain.curvature.info import CurvatureInfo, part
 from retain.curvature.stack import Stack, stacks
 from retain.errors import ConfigError, MismatchError
-from retain.models.adapter import LoraSite
-from retain.models.host import no_autocast
-from retain.models.sites import LinearSite, Site, find_sites
+from retain.models.forward import no_autocast
+from retain.models.sites import LinearSite, LoraSite, Site, find_sites
 
 __all__ = ["Anchor", "Curvature", "Pull"]
 

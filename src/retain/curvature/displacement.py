@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from retain.curvature.info import part
-from retain.models.adapter import LoraSite
-from retain.models.sites import LinearSite, Site
+from retain.models.sites import LinearSite, LoraSite, Site
 
 if TYPE_CHECKING:
     from retain.curvature.curvature import Curvature

@@ -41,7 +41,7 @@ from retain.curvature.displacement import anchor_of
 from retain.curvature.info import CurvatureInfo
 from retain.errors import MismatchError
 from retain.models.fingerprint import fingerprint
-from retain.models.host import no_autocast
+from retain.models.forward import no_autocast
 
 __all__ = ["merge", "reanchored"]
 

@@ -13,8 +13,7 @@ from retain.data.batches import Batch
 from retain.data.draws import HELD_OUT
 from retain.data.sources import Row
 from retain.errors import SourceError
-from retain.models.heads import forward_logits
-from retain.models.modes import evaluating
+from retain.models.forward import evaluating, forward_logits
 from retain.models.off import check_on
 from retain.models.view import ModelView
 from retain.retention.measure import Forgetting, Reference
@@ -60,7 +59,7 @@ def measure_forgetting(
             "forgetting is measured on text that is given",
             got="'self'",
             allowed="a data set, a file or rows",
-            fix="sample rows first: retain.models.sample",
+            fix="sample rows first: retain.models.generating",
         )
     check_on(model)
     view = ModelView.of(model, tokenizer)

@@ -24,10 +24,10 @@ from torch import random as torch_random
 
 from retain.documents import parse_json
 from retain.errors import ConfigError, SourceError, unknown
-from retain.models.adapter import unwrap
+from retain.models.forward import evaluating
 from retain.models.generating import plain_generation
 from retain.models.heads import is_causal
-from retain.models.modes import evaluating
+from retain.models.names import unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

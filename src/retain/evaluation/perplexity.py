@@ -29,8 +29,8 @@ from retain.data.draws import sample
 from retain.data.sources import Row, encode, read_rows
 from retain.errors import ConfigError
 from retain.evaluation.forgetting import answer_loss
-from retain.models.heads import is_causal, pad_id
-from retain.models.sizes import check_sizes
+from retain.models.heads import is_causal
+from retain.models.sizes import check_sizes, pad_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

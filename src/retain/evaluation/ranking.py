@@ -21,9 +21,8 @@ from retain.data.batches import Example, batches
 from retain.data.tokens import tokenize
 from retain.errors import ConfigError
 from retain.evaluation.reuse import branch_logits, can_reuse
-from retain.models.heads import forward_logits, pad_id
-from retain.models.modes import evaluating
-from retain.models.sizes import check_length, pad_multiple
+from retain.models.forward import evaluating, forward_logits
+from retain.models.sizes import check_length, pad_id, pad_multiple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

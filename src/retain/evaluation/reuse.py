@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retain.models.adapter import unwrap
+from retain.models.names import unwrap
 
 __all__ = ["branch_logits", "can_reuse"]
 

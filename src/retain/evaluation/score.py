@@ -22,9 +22,9 @@ from retain.errors import ConfigError, SourceError, shown, unknown
 from retain.evaluation.generation import generate
 from retain.evaluation.metrics import METRICS, TEXT_METRICS, compute, row_scores
 from retain.evaluation.ranking import score_options
-from retain.models.heads import forward_logits, is_causal, pad_id
-from retain.models.modes import evaluating
-from retain.models.sizes import check_sizes
+from retain.models.forward import evaluating, forward_logits
+from retain.models.heads import is_causal
+from retain.models.sizes import check_sizes, pad_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import nn
 
-from retain.models.adapter import canonical, unwrap
+from retain.models.names import canonical, unwrap
 
 __all__ = ["fingerprint"]
 

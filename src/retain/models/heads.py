@@ -1,114 +1,234 @@
-"""Run a model and get its outputs only where something is predicted."""
+"""What a model's head predicts, and the labels that it answers.
+
+Three kinds of heads are known here. A causal one and a classifier give logits, whose softmax is
+what they predict. A regression (one output, or ``problem_type="regression"``) gives values: they
+are read as the means of normal distributions of variance 1, so that a change of d costs
+``0.5 d^2`` nats and the Fisher in the outputs is the identity. All that reads a model's
+predictions asks `head_kind` first, which refuses every other head by name.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
 
-from retain.data.batches import Batch
-from retain.models.adapter import unwrap
-from retain.models.kinds import inner_model, is_causal, writes
+from retain.errors import ModelError, SourceError
+from retain.models.names import inner_model
 
 __all__ = [
-    "compact_head",
-    "divergence",
-    "finds_end_by_pad",
-    "forward_body",
-    "forward_logits",
+    "Head",
+    "are_values",
+    "check_labels",
+    "check_single",
+    "head_kind",
     "is_causal",
-    "pad_id",
-    "rows_of_embedding",
+    "is_regression",
+    "row_label",
+    "several_labels",
+    "writes",
 ]
 
+Head = Literal["causal", "classes", "regression"]
 
-def divergence(base: Tensor, tuned: Tensor, regression: bool) -> Tensor:
-    """``KL(base || tuned)`` of each prediction in nats, [predictions].
+_LOADED = "AutoModelForSequenceClassification.from_pretrained(name, num_labels=...)"
+
+_OTHERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("TokenClassification",), "the model labels each token of a text",
+     f"for one label a text, {_LOADED}"),
+    (("QuestionAnswering",), "the model points at a part of a text",
+     "for answers in words, a ...ForCausalLM model with prompt and completion"),
+    (("MultipleChoice",), "the model ranks several texts at once",
+     f"for a label of each pair of texts, {_LOADED}"),
+    (("MaskedLM", "PreTraining", "NextSentencePrediction", "WithLMHeadModel"),
+     "the model fills gaps in a text", f"for classes, {_LOADED}; --num-labels on the command line"),
+    (("WithValueHead",), "the model has a value head beside its own",
+     "give the model inside it: model.pretrained_model"),
+    (("ImageTextToText", "Vision2Seq", "ImageClassification", "SpeechSeq2Seq", "CTC",
+      "AudioClassification"), "the model reads more than text", "use a model of text alone"),
+)  # fmt: skip
+"""Ends of the names of heads that are none of ours; what such a model does; what to do instead."""
+
+
+def head_kind(model: nn.Module) -> Head:
+    """What a model's head predicts; a class that is derived from one of transformers is that one.
+
+    Raises:
+        ModelError: a model without a head that is known here, or a classifier whose labels do not
+            exclude each other.
+    """
+    inner = inner_model(model)
+    config: Any = getattr(inner, "config", None)
+    names = [kind.__name__ for kind in type(inner).__mro__]
+    for name in names:
+        if "ForSequenceClassification" in name:
+            return _of_classifier(config)
+        if name.endswith(("ForCausalLM", "LMHeadModel")) and "WithLMHead" not in name:
+            _check_order(name, config)
+            return "causal"
+        if name == "PreTrainedModel":
+            break
+    _refuse(names, config)
+
+
+def is_causal(model: nn.Module) -> bool:
+    """True for a causal language model, false for a classifier or a regression; see `head_kind`."""
+    return head_kind(model) == "causal"
+
+
+def is_regression(model: nn.Module) -> bool:
+    """Whether the outputs are values, and no logits; see `head_kind`."""
+    return head_kind(model) == "regression"
+
+
+def are_values(model: nn.Module, outputs: Tensor) -> bool:
+    """Whether outputs [predictions, outputs] are values, and no logits; see `head_kind`.
+
+    A single one is a value whatever the head: it may be a regression's among other tasks' outputs.
+    """
+    return outputs.shape[-1] == 1 or is_regression(model)
+
+
+def writes(config: Any) -> bool:
+    """Whether models of this kind are decoders."""
+    kind = getattr(config, "model_type", None)
+    return (
+        kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and kind not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
+
+
+def _of_classifier(config: Any) -> Head:
+    problem, outputs = getattr(config, "problem_type", None), int(config.num_labels)
+    if problem == "multi_label_classification":
+        raise several_labels("problem_type='multi_label_classification'")
+    if problem == "regression" or (outputs == 1 and problem is None):
+        return "regression"
+    if outputs == 1:
+        raise ModelError(
+            "a classifier of one class says nothing",
+            got=f"num_labels=1, problem_type={problem!r}",
+            allowed="two classes or more, or a regression",
+            fix="num_labels=2; or model.config.problem_type = 'regression'",
+        )
+    return "classes"
+
+
+def several_labels(got: str) -> ModelError:
+    """The error for a head, or for labels, of which several can be right at once."""
+    return ModelError(
+        "the head's labels do not exclude each other",
+        got=got,
+        allowed="one label a text: predictions are read as a softmax",
+        fix="train one label at a time (num_labels=2), or plain LoRA with your own trainer",
+    )
+
+
+def _check_order(name: str, config: Any) -> None:
+    """Refuses an encoder with a language-model head that still reads both ways."""
+    kind = getattr(config, "model_type", None)
+    both = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if both and getattr(config, "is_decoder", True) is False:
+        raise ModelError(
+            "the model sees the tokens that it is to predict",
+            got=f"{name} with config.is_decoder=False",
+            allowed="a decoder, which reads from left to right",
+            fix=f"for classes, {_LOADED}; for text, load it with is_decoder=True",
+        )
+
+
+def _refuse(names: list[str], config: Any) -> NoReturn:
+    """Says what a model is, and what to load in its place."""
+    fix, what = f"for classes, {_LOADED}; --num-labels on the command line", "the model has no head"
+    found = [(does, instead) for ends, does, instead in _OTHERS
+             if any(name.endswith(ends) for name in names)]  # fmt: skip
+    if found:
+        what, fix = found[0]
+    elif any(hasattr(config, part) for part in ("vision_config", "audio_config")):
+        what, fix = "the model reads more than text", "use a model of text alone"
+    elif getattr(config, "is_encoder_decoder", False):
+        what = "the model is an encoder-decoder"
+        fix = "use a decoder (...ForCausalLM), or an encoder for classes"
+    elif config is None or not hasattr(config, "model_type"):
+        what, fix = "the model is none of transformers", "AutoModelForCausalLM.from_pretrained(...)"
+    elif writes(config):
+        fix = "AutoModelForCausalLM.from_pretrained(name)"
+    allowed = "a ...ForCausalLM or ...ForSequenceClassification model"
+    raise ModelError(what, got=names[0], allowed=allowed, fix=fix)
+
+
+def check_labels(model: nn.Module, labels: Iterable[object], unit: str = "row") -> None:
+    """Refuses labels that a model's head does not answer; of a causal model there are none.
+
+    transformers itself tells a head of several labels by its first batch alone: labels that are
+    lists, or floating-point numbers for several outputs.
 
     Args:
-        base: log-probabilities, or the outputs of a regression, [predictions, outputs].
-        tuned: the same of the tuned model.
-        regression: see `retain.models.kinds`.
+        model: see `head_kind`.
+        labels: numbers, lists or tensors, in the order of the rows; None and "" are no labels, and
+            neither is a class below 0.
+        unit: what they are counted by, from 1.
+
+    Raises:
+        ModelError: see `head_kind`; several labels of one text.
+        SourceError: a class that the head lacks, or a value that is not finite.
     """
-    if regression:
-        return 0.5 * (base - tuned).square().sum(-1)
-    return (base.exp() * (base - tuned)).sum(-1)
-
-
-def rows_of_embedding(model: nn.Module) -> int | None:
-    """How many tokens a model has a row for; None for one without such a table."""
-    find: Any = getattr(inner_model(model), "get_input_embeddings", None)
-    try:
-        table = None if find is None else find()
-    except NotImplementedError:
-        return None
-    if not isinstance(table, nn.Module):
-        return None
-    inner = next((m for m in table.modules() if isinstance(m, nn.Embedding)), None)
-    return None if inner is None else int(inner.num_embeddings)
-
-
-def pad_id(model: Any) -> int:
-    """The token that pads a model's batches; 0 where it has none, for the mask hides it.
-
-    A token that the model has no row for is none.
-    """
-    pad, rows = getattr(model.config, "pad_token_id", None), rows_of_embedding(model)
-    return pad if pad is not None and 0 <= pad < (rows or math.inf) else 0
-
-
-def finds_end_by_pad(model: nn.Module) -> bool:
-    """Whether a classifier reads the last token that is no padding, as decoders with a head do."""
-    return not is_causal(model) and writes(inner_model(model).config)
-
-
-def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits of a batch's predictions, [predictions, classes], row after row.
-
-    A causal model's head is the widest layer by far, so it is run at the predicted positions
-    alone: they are picked out of the hidden states as these enter the head, as one matrix.
-    """
-    if batch.predict is None:
-        logits: Tensor = model(**batch.inputs).logits
-        return logits
-    inner: Any = unwrap(model)
-    head, predict = inner.get_output_embeddings(), batch.predict
-    handle = head.register_forward_pre_hook(lambda _m, args: (args[0][predict][None],))
-    try:
-        logits = model(**batch.inputs, use_cache=False).logits
-    finally:
-        handle.remove()
-    return logits[0]
-
-
-def forward_body(model: nn.Module, batch: Batch) -> None:
-    """Runs a model for its hooks' sake: a causal head sees one position alone."""
-    if batch.predict is None:
-        model(**batch.inputs)
+    kind = head_kind(model)
+    if kind == "causal":
         return
-    inner: Any = unwrap(model)
-    head = inner.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _m, args: (args[0][:1, :1],))
-    try:
-        model(**batch.inputs, use_cache=False)
-    finally:
-        handle.remove()
+    outputs = int(inner_model(model).config.num_labels)
+    for number, label in enumerate(labels, start=1):
+        if label is None or (isinstance(label, str) and not label):
+            continue
+        values = _values(label)
+        if kind == "regression":
+            if not all(math.isfinite(v) for v in values):
+                raise SourceError(
+                    f"the label of {unit} {number} is not finite",
+                    got=label, allowed="finite numbers", fix="leave the row out, or repair it",
+                )  # fmt: skip
+        elif len(values) != 1:
+            raise several_labels(f"{len(values)} labels in {unit} {number}")
+        elif not values[0] < outputs or values[0] % 1:  # NaN is not below
+            raise SourceError(
+                f"the label of {unit} {number} has no output",
+                got=f"label {values[0]:g}",
+                allowed=f"whole numbers from 0 to {outputs - 1}",
+                fix="count the labels from 0, or load the model with as many as num_labels",
+            )
 
 
-@contextmanager
-def compact_head(model: nn.Module) -> Iterator[None]:
-    """Lets the head see contiguous input, as generation wants it.
+def check_single(model: nn.Module) -> None:
+    """Refuses a regression of several outputs, where rows have one label.
 
-    transformers hands the head a strided view of the last position of each row. A CPU product
-    with such a view copies the head's weights once for each row.
+    Raises:
+        ModelError: it is one.
     """
-    inner: Any = unwrap(model)
-    head = inner.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _m, args: (args[0].contiguous(), *args[1:]))
+    outputs = int(inner_model(model).config.num_labels)
+    if is_regression(model) and outputs != 1:
+        raise ModelError(
+            "a regression of several outputs has several labels a text",
+            got=f"problem_type='regression', num_labels={outputs}",
+            allowed="one output; transformers.Trainer with RetentionCallback trains several",
+            fix="num_labels=1",
+        )
+
+
+def row_label(row: Mapping[str, Any]) -> object:
+    """What a row of text says is its label."""
+    return next((row[key] for key in ("label", "labels") if row.get(key) is not None), None)
+
+
+def _values(label: Any) -> list[float]:
+    """A label as numbers; text that is no number is left to whoever reads the rows."""
+    if isinstance(label, Tensor):
+        return [float(v) for v in label.reshape(-1).tolist()]
+    if hasattr(label, "tolist"):  # numpy
+        label = label.tolist()
     try:
-        yield
-    finally:
-        handle.remove()
+        return [float(v) for v in label] if isinstance(label, list | tuple) else [float(label)]
+    except (TypeError, ValueError):
+        return [0.0]

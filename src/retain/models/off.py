@@ -2,47 +2,53 @@
 
 PEFT's own ``disable_adapter`` makes all of an adapter trainable again on leaving it (also an A that
 is held, or that its user has frozen), unmerges what is merged, and knows nothing of what an adapter
-has changed besides. Here nothing but the layers' switches is touched, and what off would not
-undo is either undone (`retain.models.saved.load_adapter` keeps the base's weights, and
-`retain.models.taken` those of a start) or refused.
+has changed besides. Here nothing but the layers' switches is touched, and what they do not undo is
+either undone (originals take the places of what was changed) or refused.
 
 Off is not the model that was there before where
 
-- the initialisation takes its share out of the base's weights (`retain.models.taken`);
+- the initialisation takes its share out of the base's weights: PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA.
+  There the fresh adapter and what is left of W together are the base, ``W' + s B_0 A_0``, so the
+  base is the model with its adapter on, at B_0 and A_0 (`start_of`);
 - weights of the base train beside the adapter, or came with it from its file: embeddings, biases,
-  norms (not those in ``modules_to_save`` or ``trainable_token_indices``: there PEFT keeps both);
+  norms (not those in ``modules_to_save`` or ``trainable_token_indices``: there PEFT keeps both).
+  Of a file, `retain.models.saved.load_adapter` keeps the base's weights;
 - the adapter is merged into the base, or repeats its layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from retain.errors import ModelError
-from retain.models.adapters.originals import Swap, swapped
-from retain.models.names import of_head
-from retain.models.taken import start_of, taken_out
-from retain.models.wrappers import canonical, unwrap
+from retain.models.names import canonical, of_head, unwrap
+from retain.models.sites import disabled
 
 __all__ = [
+    "BESIDE",
+    "KINDS",
+    "Swap",
     "adapter_off",
     "base_to_sample",
-    "carries_adapter",
     "check_on",
     "exactly_off",
     "left_on",
+    "start_of",
+    "swapped",
     "switched_off",
 ]
 
-Left = tuple[str, str]
-"""What stays on when an adapter is switched off, and what to do about it."""
+Swap = tuple[nn.Parameter, Tensor]
+"""A parameter, and what takes its place."""
 
 KINDS = {
     "ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA",
@@ -51,6 +57,9 @@ KINDS = {
     "UNILORA", "VBLORA", "VERA", "WAVEFT",
 }  # fmt: skip
 """PEFT's kinds in layers whose base is what it was when they are off (those of prompts all are)."""
+
+BESIDE = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
+"""LoRA's initialisations that leave the base's weights alone."""
 
 _TO_LOAD = (
     "save the adapter, and load it on the base model with retain.models.saved.load_adapter, "
@@ -73,27 +82,33 @@ def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
             base is what it was.
     """
     inner: Any = unwrap(model)
-    attached = vars(inner).get("retain_adapter")
-    if attached is not None:
-        with attached.off():
-            yield inner
-        return
-    if not carries_adapter(inner):
+    if not _carries_adapter(inner):
         raise ModelError(
             "the model has no adapter to switch off",
             got=type(inner).__name__,
             allowed="a peft.PeftModel",
             fix="measure the model that carries the adapter",
         )
-    with exactly_off(inner):
+    attached = vars(inner).get("retain_adapter")
+    with exactly_off(inner) if attached is None else attached.off():
         yield inner
+
+
+@contextmanager
+def base_to_sample(model: nn.Module) -> Iterator[None]:
+    """`adapter_off` for a model with an adapter; one without is its base."""
+    if _carries_adapter(unwrap(model)):
+        with adapter_off(model):
+            yield
+    else:
+        yield
 
 
 @contextmanager
 def exactly_off(model: nn.Module) -> Iterator[None]:
     """`switched_off`, with the base's own weights in their places, or an error."""
     kept: list[Swap] | None = vars(model).get("retain_originals")
-    start = start_of(model) if kept is None and taken_out(model) else None
+    start = start_of(model) if kept is None else None
     done = kept if start is None else start
     left = left_on(model, None if done is None else {id(p) for p, _ in done})
     if left is not None:
@@ -108,17 +123,50 @@ def exactly_off(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def base_to_sample(model: nn.Module) -> Iterator[None]:
-    """Inside it the model writes as its base does, with or without an adapter.
+def swapped(pairs: Iterable[Swap]) -> Iterator[None]:
+    """Puts other values in the places of parameters' own; afterwards they are what they were.
 
-    Raises:
-        ModelError: see `adapter_off`.
+    They are swapped in as the parameters' data, so that whatever holds a parameter (an optimiser, a
+    tied layer, a graph whose backward pass is still to come) goes on with it.
     """
-    if not carries_adapter(model):
+    found = [(p, p.data, value.to(p.data)) for p, value in pairs]
+    try:
+        for p, _, value in found:
+            p.data = value
         yield
-        return
-    with adapter_off(model):
-        yield
+    finally:
+        for p, data, _ in found:
+            p.data = data
+
+
+@contextmanager
+def switched_off(model: nn.Module, *, all_of_it: bool = True) -> Iterator[None]:
+    """Switches the adapter's layers off and nothing else; a prompt's model runs its base alone.
+
+    Args:
+        model: with an adapter.
+        all_of_it: else LoRA stays on, and what is trained whole beside it is off.
+    """
+    inner: Any = unwrap(model)
+    layers = [m for m in _switches(inner) if all_of_it or isinstance(m, AuxiliaryTrainingWrapper)]
+    whole = isinstance(inner, PeftModel)
+    prompted = whole and inner.active_peft_config.is_prompt_learning
+    names = [n for n in ("forward", "generate") if prompted and hasattr(inner.base_model, n)]
+    own = {n: vars(inner)[n] for n in names if n in vars(inner)}
+    was = whole and inner._adapters_disabled
+    try:
+        for name in names:
+            setattr(inner, name, getattr(inner.base_model, name))
+        if whole:
+            inner._adapters_disabled = True
+        with disabled(layers):
+            yield
+    finally:
+        for name in names:
+            vars(inner).pop(name, None)
+        vars(inner).update(own)
+        if whole:
+            inner._adapters_disabled = was
 
 
 def check_on(model: nn.Module) -> None:
@@ -127,9 +175,7 @@ def check_on(model: nn.Module) -> None:
     Raises:
         ModelError: it is.
     """
-    inner: Any = unwrap(model)
-    layers = [m for m in inner.modules() if isinstance(m, _SWITCHED)]
-    if any(layer._disable_adapters for layer in layers):
+    if any(layer._disable_adapters for layer in _switches(unwrap(model))):
         raise ModelError(
             "the adapter is switched off",
             got="layers of PEFT that are disabled",
@@ -138,74 +184,39 @@ def check_on(model: nn.Module) -> None:
         )
 
 
-def carries_adapter(model: nn.Module) -> bool:
-    """Whether a model carries an adapter of PEFT's, by `PeftModel` or by transformers."""
-    inner = unwrap(model)
-    return isinstance(inner, PeftModel) or any(isinstance(m, _SWITCHED) for m in inner.modules())
+def _switches(model: nn.Module) -> list[Any]:
+    """The layers that have a switch: PEFT's, and bottlenecks."""
+    return [m for m in model.modules() if hasattr(m, "_disable_adapters")]
 
 
-_SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-"""The layers of PEFT that have a switch."""
+def _carries_adapter(model: nn.Module) -> bool:
+    """Whether a model carries an adapter: ours, or PEFT's, by `PeftModel` or by transformers."""
+    ours = "retain_adapter" in vars(model)
+    return ours or isinstance(model, PeftModel) or bool(_switches(model))
 
 
-@contextmanager
-def switched_off(model: nn.Module, *, all_of_it: bool = True) -> Iterator[None]:
-    """Switches PEFT's layers off and nothing else; a prompt's model runs its base alone.
-
-    Args:
-        model: PEFT's.
-        all_of_it: else LoRA stays on, and what is trained whole beside it is off.
-    """
-    inner: Any = unwrap(model)
-    kinds = _SWITCHED if all_of_it else AuxiliaryTrainingWrapper
-    layers: list[Any] = [m for m in inner.modules() if isinstance(m, kinds)]
-    before = [layer._disable_adapters for layer in layers]
-    whole = isinstance(inner, PeftModel)
-    prompted = whole and inner.active_peft_config.is_prompt_learning
-    names = [n for n in ("forward", "generate") if prompted and hasattr(inner.base_model, n)]
-    own = {n: vars(inner)[n] for n in names if n in vars(inner)}
-    was = whole and inner._adapters_disabled
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        for name in names:
-            setattr(inner, name, getattr(inner.base_model, name))
-        if whole:
-            inner._adapters_disabled = True
-        yield
-    finally:
-        for layer, off in zip(layers, before, strict=True):
-            layer._disable_adapters = off
-        for name in names:
-            vars(inner).pop(name, None)
-        vars(inner).update(own)
-        if whole:
-            inner._adapters_disabled = was
-
-
-def left_on(model: nn.Module, kept: Collection[int] | None = None) -> Left | None:
-    """What of an adapter stays on when it is switched off; None where nothing does.
+def left_on(model: nn.Module, kept: Collection[int] | None = None) -> tuple[str, str] | None:
+    """What of an adapter stays on when it is switched off, and what to do; None where nothing does.
 
     Args:
         model: PEFT's.
         kept: of weights whose originals are put in their places, the ``id``; None where none are.
     """
     inner: Any = unwrap(model)
-    layers = [m for m in inner.modules() if isinstance(m, BaseTunerLayer)]
-    if any(layer.merged for layer in layers):
+    if any(m.merged for m in inner.modules() if isinstance(m, BaseTunerLayer)):
         return "an adapter that is merged into the base's weights", "model.unmerge_adapter()"
-    configs: dict[str, Any] = getattr(inner, "peft_config", None) or {}
-    for config in configs.values():
+    configs = _configs(inner)
+    for config in configs:
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if kind not in KINDS and not config.is_prompt_learning:
             return f"an adapter of the kind {kind}", f"take one of {', '.join(sorted(KINDS))}"
         if getattr(config, "layer_replication", None):
             return "layers that the adapter repeats", "leave layer_replication out"
     if kept is None:
-        grown: Left | None = vars(inner).get("retain_left")
+        grown: tuple[str, str] | None = vars(inner).get("retain_left")
         if grown is not None:
             return grown
-        taken = taken_out(inner)
+        taken = _taken_out(inner)
         if taken is not None:
             fix = _TO_LOAD if taken.startswith(("pissa", "olora")) else _TO_SEE
             return f"init_lora_weights={taken!r}, which changes the base's weights", fix
@@ -213,7 +224,7 @@ def left_on(model: nn.Module, kept: Collection[int] | None = None) -> Left | Non
         names = [canonical(n) for n, p in inner.named_parameters() if id(p) in brought]
         if names:
             return f"weights of the base that came with it, such as {names[0]}", _TO_LOAD
-    biased = any((getattr(c, "bias", None) or "none") != "none" for c in configs.values())
+    biased = any((getattr(c, "bias", None) or "none") != "none" for c in configs)
     ours, prefix = _adapters_own(inner), getattr(getattr(inner, "base_model", None), "prefix", "")
     trained = [
         canonical(name)
@@ -245,3 +256,55 @@ def _adapters_own(model: nn.Module) -> set[int]:
             continue
         found |= {id(p) for p in module.parameters()} - {id(p) for p in base.parameters()}
     return found
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    return list((getattr(unwrap(model), "peft_config", None) or {}).values())
+
+
+def _taken_out(model: nn.Module) -> str | None:
+    """The initialisation that has changed the base's weights; None where none has."""
+    given = (str(getattr(c, "init_lora_weights", True)).lower() for c in _configs(model))
+    return next((init for init in given if init not in BESIDE), None)
+
+
+def start_of(model: nn.Module) -> list[Swap] | None:
+    """Of an adapter that took its start out of the base's weights, A and B as they began.
+
+    PEFT does not keep them. They are kept here the first time that the adapter is seen as it was
+    made, which shows in its form: the columns of B_0 are orthogonal, and so are the rows of A_0 but
+    for OLoRA, whose A_0 is triangular, and CorDA.
+
+    Returns:
+        None for any other model, and where the adapter had been trained before it was seen.
+    """
+    inner: Any = unwrap(model)
+    kept: list[Swap] | None = vars(inner).get("retain_start")
+    kind = _taken_out(inner)
+    if kept is not None or kind is None or len(inner.peft_config) != 1:
+        return kept
+    name = next(iter(inner.peft_config))
+    layers: list[Any] = [
+        m for m in inner.modules() if isinstance(m, LoraLayer) and name in m.lora_A
+    ]
+    pairs = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers]
+    if not pairs or not all(_as_made(a.detach(), b.detach(), kind) for a, b in pairs):
+        return None
+    inner.retain_start = [(p, p.detach().clone()) for pair in pairs for p in pair]
+    return list(inner.retain_start)
+
+
+def _as_made(a: Tensor, b: Tensor, kind: str) -> bool:
+    """Whether A [r, d_in] and B [d_out, r] have the form that they are made in."""
+    if kind == "olora":
+        return _orthogonal(b) and not bool(a.tril(-1).any())
+    return _orthogonal(b) and (kind.startswith("corda") or _orthogonal(a.T))
+
+
+def _orthogonal(columns: Tensor) -> bool:
+    """Whether the columns of a matrix are orthogonal to each other, but for rounding."""
+    eps = torch.finfo(columns.dtype).eps
+    wide = columns.double()
+    unit = wide / wide.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
+    gram = unit.T @ unit
+    return float((gram - torch.diag(gram.diagonal())).abs().max()) <= 50 * eps

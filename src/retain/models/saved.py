@@ -1,9 +1,10 @@
-"""Adapters on disk: plain PEFT folders, read with safetensors only and written whole."""
+"""Adapters on disk: folders laid out as PEFT's, read with safetensors only and written whole."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,23 @@ from retain.files import file_digest, whole_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
 
-__all__ = ["FILES", "adapter_digest", "check_adapter", "load_adapter", "save_adapter"]
+__all__ = [
+    "FILES",
+    "HEAD",
+    "adapter_digest",
+    "check_adapter",
+    "load_adapter",
+    "misfit",
+    "read_tensors",
+    "refused",
+    "save_adapter",
+    "write_tensors",
+]
 
 _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_PREFIX = "base_model.model."
 
 FILES = (_CONFIG, _WEIGHTS)
 """What an adapter's folder holds; anything else in it is somebody else's."""
@@ -25,44 +39,47 @@ HEAD = "config.json"
 """Beside a classifier's adapter: the model's configuration, which names the classes of its head."""
 
 
-def check_adapter(folder: Path) -> dict[str, Any]:
-    """The configuration of the LoRA adapter in a folder; loads no weights.
+def check_adapter(folder: Path, kind: str = "LORA") -> dict[str, Any]:
+    """The configuration of the adapter in a folder; loads no weights.
+
+    Args:
+        folder: of the adapter.
+        kind: its ``peft_type``.
 
     Raises:
-        ModelError: there is none, it is damaged, or its weights are a pickle.
+        ModelError: there is none, it is damaged, of another kind, or its weights are a pickle.
     """
     folder = folder.expanduser()
     if not folder.is_dir():
-        raise _bad("no such adapter folder", folder)
-    if not (folder / _CONFIG).is_file():
-        inside = sorted(path.parent for path in folder.glob(f"*/{_CONFIG}"))
-        raise _bad(
-            "the folder holds no adapter", f"{folder} without {_CONFIG}", *map(str, inside[:1])
-        )
-    if not (folder / _WEIGHTS).is_file():
-        if (folder / _PICKLE).is_file():
+        raise refused("no such adapter folder", folder, kind)
+    for name in FILES:
+        if (folder / name).is_file():
+            continue
+        if name == _WEIGHTS and (folder / _PICKLE).is_file():
             raise ModelError(
                 "the adapter's weights are a pickle, which can run code when it is read",
                 got=folder / _PICKLE,
                 allowed=_WEIGHTS,
                 fix="save it again with safetensors, where you trust it",
             )
-        raise _bad("the folder holds no adapter", f"{folder} without {_WEIGHTS}")
+        inside = sorted(path.parent for path in folder.glob(f"*/{_CONFIG}"))
+        fix = f"did you mean {inside[0]}?" if inside else None
+        raise refused("the folder holds no adapter", f"{folder} without {name}", kind, fix)
     try:
         config = read_json(folder / _CONFIG)
-        kind = config["peft_type"]
+        found = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise _bad("the adapter is damaged", f"{folder / _CONFIG} ({reason})") from error
+        raise refused("the adapter is damaged", f"{folder / _CONFIG} ({reason})", kind) from error
     if config.get("megatron_config") is not None:  # PEFT would import whatever it names
-        raise _bad("the adapter is of another kind", "megatron_config, for tensor parallelism")
-    if kind != "LORA":
-        raise _bad("the adapter is of another kind", kind)
+        found = "megatron_config, for tensor parallelism"
+    if found != kind:
+        raise refused("the adapter is of another kind", found, kind)
     return dict(config)
 
 
 def load_adapter(model: Any, folder: Path) -> PeftModel:
-    """Puts the adapter of a folder on a base model; it is not trainable.
+    """Puts the LoRA adapter of a folder on a base model; it is not trainable.
 
     Weights of the base that the adapter brings along (embeddings, biases) or changes (PiSSA) are
     kept as they were, for `retain.models.off.adapter_off`.
@@ -72,50 +89,64 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
     """
     folder = folder.expanduser()
     config = check_adapter(folder)
+    import torch
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
-    from retain.models.brought import check_vocabulary, keep_changed, weights_of
+    from retain.models.names import canonical
+    from retain.models.off import BESIDE
 
     try:
         with safe_open(folder / _WEIGHTS, framework="pt") as file:
-            found = set(file.keys())
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in found}
-        check_vocabulary(model, shapes, folder)
-        before = weights_of(model, found, config.get("init_lora_weights", True))
+            rows = {key: file.get_slice(key).get_shape()[:1] for key in file.keys()}  # noqa: SIM118
+        _check_vocabulary(model, rows, folder)
+        brought = {canonical(key) for key in rows}
+        in_place = str(config.get("init_lora_weights", True)).lower() not in BESIDE
+        before = {
+            name: p.detach().clone()
+            for name, p in model.named_parameters()
+            if in_place or canonical(name) in brought
+        }
         peft = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
-        missing = set(get_peft_model_state_dict(peft, save_embedding_layers=False)) - found
+        missing = set(get_peft_model_state_dict(peft, save_embedding_layers=False)) - set(rows)
     except (OSError, SafetensorError) as error:
-        raise _bad("the adapter is damaged", f"{folder} ({error})") from error
+        raise refused("the adapter is damaged", f"{folder} ({error})") from error
     except ModelError:
         raise
     except Exception as error:  # whatever PEFT makes of settings that others wrote
         text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise _misfit(f"{folder} ({text})") from error
+        raise misfit(f"{folder} ({text})") from error
     if missing:
-        raise _misfit(f"{folder} without {len(missing)} weights, such as {min(missing)}")
-    keep_changed(peft, before)
+        raise misfit(f"{folder} without {len(missing)} weights, such as {min(missing)}")
+    now = {canonical(name): p for name, p in peft.named_parameters()}
+    if all(name in now and now[name].shape == value.shape for name, value in before.items()):
+        peft.retain_originals = [  # type: ignore[assignment]
+            (now[name], value)
+            for name, value in before.items()
+            if not torch.equal(now[name].data, value.to(now[name].data))
+        ]  # (4-bit weights that were packed anew are not there any more)
     return peft
 
 
-def _bad(what: str, got: object, meant: str = "") -> ModelError:
-    return ModelError(
-        what,
-        got=got,
-        allowed=f"a LoRA adapter of this model: {_CONFIG} and {_WEIGHTS}",
-        fix=f"did you mean {meant}?"
-        if meant
-        else "give the folder that peft's save_pretrained wrote, or adapter/ of a run",
-    )
+def _check_vocabulary(model: Any, rows: Mapping[str, list[int]], folder: Path) -> None:
+    """Refuses an adapter with embeddings of another vocabulary."""
+    from retain.models.names import canonical
 
-
-def _misfit(got: str) -> ModelError:
-    return ModelError(
-        "the adapter does not fit the model",
-        got=got,
-        allowed=f"a LoRA adapter of this model: {_CONFIG} and {_WEIGHTS}",
-        fix="give the base model that it was trained on (--model on the command line)",
-    )
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    ids = {id(t) for t in tables if t is not None}
+    names = {f"{name}.weight" for name, module in model.named_modules() if id(module) in ids}
+    own = {name: len(p) for name, p in model.named_parameters(remove_duplicate=False)
+           if name in names}  # fmt: skip
+    for key, size in rows.items():
+        name = canonical(key)
+        if name in own and size != [own[name]]:
+            raise ModelError(
+                "the vocabulary was resized before the adapter was trained",
+                got=f"{folder} with {size[0]} tokens, a base with {own[name]}",
+                allowed="an adapter of the base's own vocabulary",
+                fix=f"in Python: model.resize_token_embeddings({size[0]}), "
+                "retain.models.saved.load_adapter(model, folder), retain.measure_forgetting",
+            )
 
 
 def save_adapter(model: PeftModel, folder: Path, base: str) -> Path:
@@ -143,17 +174,50 @@ def save_adapter(model: PeftModel, folder: Path, base: str) -> Path:
             inner.config.architectures = [type(inner).__name__]
             inner.config.to_json_file(new / HEAD)
         (new / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with paths of this machine
-        _sort_sets(new / _CONFIG)
+        written = read_json(new / _CONFIG)
+        for key in ("target_modules", "exclude_modules"):  # sets, which PEFT writes in any order
+            if isinstance(written.get(key), list):
+                written[key] = sorted(written[key])
+        text = json.dumps(written, indent=2, sort_keys=True)
+        (new / _CONFIG).write_text(text, encoding="utf-8")
     return folder
 
 
-def _sort_sets(path: Path) -> None:
-    """Puts what PEFT holds as a set, and writes in any order, in one order: the same bytes."""
-    config = read_json(path)
-    for key in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(key), list):
-            config[key] = sorted(config[key])
-    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+def write_tensors(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    """Writes an adapter that PEFT does not know, under the names that PEFT gives its own.
+
+    Args:
+        folder: where it is to be; an older one stays until the new one is whole.
+        config: with ``peft_type`` and ``base_model_name_or_path``.
+        tensors: by their names in the base model.
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    named = {_PREFIX + n: t.detach().contiguous() for n, t in tensors.items()}
+    with whole_folder(folder, "the adapter", FILES) as new:
+        save_file(named, new / _WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
+        (new / _CONFIG).write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def read_tensors(folder: Path, kind: str) -> dict[str, Tensor]:
+    """What `write_tensors` wrote, by the names in the base model.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        loaded = load_file(folder.expanduser() / _WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise refused("the adapter is damaged", f"{folder} ({error})", kind) from error
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in loaded.items()}
 
 
 def adapter_digest(folder: Path) -> str:
@@ -169,3 +233,20 @@ def adapter_digest(folder: Path) -> str:
     settings = {k: v for k, v in config.items() if k != "base_model_name_or_path"}
     text = json.dumps(settings, sort_keys=True) + file_digest(folder / _WEIGHTS)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def refused(what: str, got: object, kind: str = "LORA", fix: str | None = None) -> ModelError:
+    """The error of a folder that cannot be loaded."""
+    ours = "a LoRA adapter" if kind == "LORA" else f"an adapter of the kind {kind}"
+    return ModelError(
+        what,
+        got=got,
+        allowed=f"{ours} of this model: {_CONFIG} and {_WEIGHTS}",
+        fix=fix or "give the folder that peft's save_pretrained wrote, or adapter/ of a run",
+    )
+
+
+def misfit(got: str, kind: str = "LORA") -> ModelError:
+    """The error of an adapter of other layers or shapes than the model's."""
+    fix = "give the base model that it was trained on (--model on the command line)"
+    return refused("the adapter does not fit the model", got, kind, fix)

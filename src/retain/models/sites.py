@@ -2,17 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
-from torch import nn
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
 
 from retain.errors import ModelError
-from retain.models.adapter import LoraSite, canonical, lora_sites, unwrap
-from retain.models.names import of_head
+from retain.models.names import canonical, of_head, unwrap
 
-__all__ = ["LinearSite", "Site", "check_held", "find_sites"]
+__all__ = [
+    "LinearSite",
+    "LoraSite",
+    "Site",
+    "bypassed",
+    "check_held",
+    "disabled",
+    "find_sites",
+    "is_idle",
+    "lora_sites",
+    "row_scales",
+]
+
+
+@dataclass(frozen=True)
+class LoraSite:
+    """One linear layer that carries a LoRA update ``dW = scaling * B @ A``.
+
+    Attributes:
+        name: the layer's name in the base model.
+        layer: PEFT's layer around the frozen weight, whose input is x and whose output is
+            ``W x + scaling * B A x``.
+        adapter: PEFT's name of the adapter.
+        scaling: PEFT's factor, ``alpha / r`` (or ``alpha / sqrt(r)`` for rsLoRA).
+    """
+
+    name: str
+    layer: LoraLayer
+    adapter: str
+    scaling: float
+
+    @property
+    def lora_a(self) -> nn.Linear:
+        """The module of A, whose weight has the shape [r, d_in]."""
+        module: nn.Linear = self.layer.lora_A[self.adapter]  # type: ignore[assignment]
+        return module
+
+    @property
+    def lora_b(self) -> nn.Linear:
+        """The module of B, whose weight has the shape [d_out, r]."""
+        module: nn.Linear = self.layer.lora_B[self.adapter]  # type: ignore[assignment]
+        return module
+
+    @property
+    def a(self) -> nn.Parameter:
+        """A, of the shape [r, d_in]."""
+        weight: nn.Parameter = self.lora_a.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def b(self) -> nn.Parameter:
+        """B, of the shape [d_out, r]."""
+        weight: nn.Parameter = self.lora_b.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the frozen weight."""
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """The rank of B A."""
+        return self.a.shape[0]
+
+    @property
+    def dora(self) -> bool:
+        """Whether the layer is DoRA: ``W' = m (W + s B A) / ||W + s B A||``, row by row."""
+        return bool(getattr(self.layer, "use_dora", {}).get(self.adapter))
 
 
 @dataclass(frozen=True)
@@ -45,6 +115,53 @@ class LinearSite:
 Site = LoraSite | LinearSite
 
 
+def lora_sites(model: nn.Module, adapter: str | None = None) -> list[LoraSite]:
+    """The LoRA layers of a model, in the order of its modules.
+
+    Raises:
+        ModelError: no LoRA layer, a kind that is not linear, or sharded weights.
+    """
+    inner: Any = unwrap(model)
+    find = getattr(inner, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    sites = []
+    for name, layer in inner.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        active = [adapter] if adapter else [a for a in layer.active_adapters if a in layer.lora_A]
+        if len(active) > 1:
+            raise ModelError(
+                "several adapters are active",
+                got=active,
+                allowed="one",
+                fix="model.set_adapter(name)",
+            )
+        if not active or active[0] not in layer.lora_A:
+            if any(a in layer.lora_embedding_A for a in layer.active_adapters):
+                raise _unsupported(name, "an embedding")
+            continue
+        site = LoraSite(canonical(name), layer, active[0], float(layer.scaling[active[0]]))
+        if layer is head:
+            raise _unsupported(name, "the output head")
+        if isinstance(layer, ParamWrapper):
+            raise _unsupported(name, f"a bare parameter ({layer.parameter_name})")
+        if not isinstance(site.lora_a, nn.Linear):
+            if _other_kinds(inner):
+                raise _no_lora(inner)
+            raise _unsupported(name, type(site.lora_a).__name__)
+        if any(_sharded(weight) for weight in (site.a, site.b)):
+            raise ModelError(
+                "the adapter's weights are sharded (ZeRO-3 or FSDP)",
+                got=site.name,
+                allowed="whole LoRA weights on each process",
+                fix="use DDP, or exclude the LoRA weights from sharding",
+            )
+        sites.append(site)
+    if not sites:
+        raise _no_lora(inner)
+    return sites
+
+
 def find_sites(model: nn.Module) -> list[LoraSite] | list[LinearSite]:
     """The LoRA layers of a PEFT model, or the trainable linear layers of a plain one.
 
@@ -70,6 +187,38 @@ def find_sites(model: nn.Module) -> list[LoraSite] | list[LinearSite]:
     return sites or lora_sites(inner)  # which says what is missing
 
 
+def _other_kinds(model: nn.Module) -> list[str]:
+    """PEFT's kinds of a model's adapters that are not LoRA."""
+    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in configs.values()}
+    return sorted(kinds - {"LORA"})
+
+
+def _no_lora(model: nn.Module) -> ModelError:
+    others = _other_kinds(model)
+    return ModelError(
+        "the model carries no LoRA adapter",
+        got=f"an adapter of the kind {', '.join(others)}" if others else type(model).__name__,
+        allowed="a peft.PeftModel with LoRA on linear layers",
+        fix="peft_config=LoraConfig(...) for a trainer of TRL's; "
+        "or peft.get_peft_model(model, LoraConfig(...))",
+    )
+
+
+def _unsupported(name: str, kind: str) -> ModelError:
+    return ModelError(
+        "a LoRA layer is of a kind that has no curvature here",
+        got=f"{kind} at {canonical(name)}",
+        allowed="plain LoRA on linear layers",
+        fix='leave it out: target_modules=["q_proj", "v_proj"], or --targets q_proj,v_proj',
+    )
+
+
+def _sharded(weight: nn.Parameter) -> bool:
+    distributed = hasattr(weight, "ds_id") or type(weight.data).__name__ == "DTensor"
+    return distributed or weight.numel() == 0
+
+
 def check_held(model: nn.Module) -> None:
     """Refuses a LoRA model that also trains pre-trained weights which nothing would hold.
 
@@ -78,14 +227,15 @@ def check_held(model: nn.Module) -> None:
     Raises:
         ModelError: such weights, as PEFT's ``modules_to_save``, ``bias`` and ``lora_bias`` make.
     """
-    inner: Any = unwrap(model)
-    free = (".lora_", "trainable_tokens")
     odd = [
         canonical(name)
-        for name, p in inner.named_parameters()
+        for name, p in unwrap(model).named_parameters()
         if p.requires_grad
         and not of_head(name)
-        and (not any(part in f".{name}" for part in free) or _of_b(name))
+        and (
+            not any(part in f".{name}" for part in (".lora_", "trainable_tokens"))
+            or (".lora_B." in name and name.endswith(".bias"))
+        )
     ]
     if odd:
         raise ModelError(
@@ -96,6 +246,50 @@ def check_held(model: nn.Module) -> None:
         )
 
 
-def _of_b(name: str) -> bool:
-    """Whether a parameter is a bias of LoRA's B, which moves outputs and is in no curvature."""
-    return ".lora_B." in name and name.endswith(".bias")
+def row_scales(sites: Sequence[Any]) -> dict[str, Tensor]:
+    """The rows' factors ``m / ||W + s B A||`` of DoRA layers, [d_out] each.
+
+    PEFT takes the norm for a constant, so a row of the update acts on the output times its factor.
+    """
+    scales = {}
+    for site in sites:
+        if getattr(site, "dora", False):
+            magnitude = site.layer.lora_magnitude_vector[site.adapter].weight.detach()
+            weight = dequantize_module_weight(site.layer.get_base_layer()).detach()
+            weight = weight.T if site.layer.fan_in_fan_out else weight  # GPT-2 keeps W transposed
+            whole = weight + site.scaling * (site.b @ site.a).detach()
+            scales[site.name] = magnitude / whole.norm(dim=1)
+    return scales
+
+
+def is_idle(sites: Sequence[Site]) -> bool:
+    """Whether all layers carry plain LoRA whose B is zero, as a fresh adapter's is.
+
+    The model's outputs and the gradients at its layers' outputs are then those of the base model.
+    """
+    return all(
+        isinstance(site, LoraSite)
+        and not site.layer.merged
+        and not getattr(site.layer, "lora_variant", {})
+        and not bool(site.b.any())
+        and site.lora_b.bias is None
+        for site in sites
+    )
+
+
+def bypassed(sites: Sequence[Site]) -> AbstractContextManager[None]:
+    """Runs the layers without their adapters. What is trainable stays so, unlike in PEFT's own."""
+    return disabled(site.layer for site in sites if isinstance(site, LoraSite))
+
+
+@contextmanager
+def disabled(layers: Iterable[Any]) -> Iterator[None]:
+    """Sets the switches of PEFT's layers to off, and nothing else; it may be nested."""
+    before = [(layer, layer._disable_adapters) for layer in layers]
+    try:
+        for layer, _ in before:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, was in before:
+            layer._disable_adapters = was

@@ -7,6 +7,7 @@ a model.
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -16,13 +17,22 @@ from torch import Tensor, nn
 
 from retain.data.batches import Example
 from retain.errors import ModelError, RetainWarning, SourceError
-from retain.models.heads import finds_end_by_pad, rows_of_embedding
-from retain.models.kinds import check_labels, head_kind, inner_model
+from retain.models.heads import check_labels, head_kind, writes
+from retain.models.names import inner_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_ids", "check_length", "check_sizes", "cut_length", "pad_multiple", "positions"]
+__all__ = [
+    "check_ids",
+    "check_length",
+    "check_sizes",
+    "cut_length",
+    "pad_id",
+    "pad_multiple",
+    "positions",
+    "rows_of_embedding",
+]
 
 _TABLES = re.compile(r"wpe|(char_)?positions?_embed\w*|embed_positions")
 """Names of tables of absolute positions. Relative ones (``rel_embeddings``) have no end."""
@@ -36,6 +46,28 @@ _RESIZE = (
 )
 
 
+def rows_of_embedding(model: nn.Module) -> int | None:
+    """How many tokens a model has a row for; None for one without such a table."""
+    find: Any = getattr(inner_model(model), "get_input_embeddings", None)
+    try:
+        table = None if find is None else find()
+    except NotImplementedError:
+        return None
+    if not isinstance(table, nn.Module):
+        return None
+    inner = next((m for m in table.modules() if isinstance(m, nn.Embedding)), None)
+    return None if inner is None else int(inner.num_embeddings)
+
+
+def pad_id(model: Any) -> int:
+    """The token that pads a model's batches; 0 where it has none, for the mask hides it.
+
+    A token that the model has no row for is none.
+    """
+    pad, rows = getattr(model.config, "pad_token_id", None), rows_of_embedding(model)
+    return pad if pad is not None and 0 <= pad < (rows or math.inf) else 0
+
+
 def positions(model: nn.Module) -> int | None:
     """How many tokens a row may have; None for a model that has no table of positions.
 
@@ -47,9 +79,7 @@ def positions(model: nn.Module) -> int | None:
     kind = getattr(config, "model_type", None)
     if kind == "tapas":  # its positions begin again in each cell
         return None
-    found = (
-        [config.max_seq_len] if config is not None and kind == "mpt" else []
-    )  # its biases are made in forward
+    found = [config.max_seq_len] if config and kind == "mpt" else []  # biases are made in forward
     for module in inner.modules():
         here = vars(module) | module._buffers
         found += [len(t) for key in _TENSORS if isinstance(t := here.get(key), Tensor)]
@@ -87,13 +117,7 @@ def cut_length(model: nn.Module, length: int) -> int:
 
 
 def pad_multiple(model: nn.Module, examples: Sequence[Example], multiple: int) -> int:
-    """The multiple that rows are padded to; 1 where the longest would be padded out of the table.
-
-    Args:
-        model: that reads them.
-        examples: all of them.
-        multiple: that is asked for.
-    """
+    """The multiple that rows are padded to; 1 where that would be beyond the model's positions."""
     most, longest = positions(model), max(len(e.tokens) for e in examples)
     return multiple if most is None or -(-longest // multiple) * multiple <= most else 1
 
@@ -136,7 +160,7 @@ def check_sizes(
     """Refuses rows that lie outside of a model's tables: tokens, token types, positions, labels.
 
     Args:
-        model: with a head that is known, see `retain.models.kinds`.
+        model: with a head that is known, see `retain.models.heads`.
         examples: tokenised rows.
         tokenizer: by which they were made, if it is known; the errors say more then.
         labels: are those of the whole head; else they are left alone.
@@ -158,16 +182,15 @@ def check_sizes(
     _check_types(inner, examples)
     if lengths:
         check_length(model, (len(e.tokens) for e in examples), "tokenised row")
-    if kind != "causal" and labels:
-        check_labels(model, (_label(e) for e in examples), "tokenised row")
-    if len(examples) > 1 and finds_end_by_pad(model):
+    if kind == "causal":
+        return
+    if labels:
+        found = (e.targets if len(e.targets) > 1 else e.targets[0] for e in examples)
+        check_labels(model, found, "tokenised row")
+    if len(examples) > 1 and writes(inner.config):  # it reads the last token that is no padding
         _check_pad(inner.config, rows)
-    if getattr(inner.config, "is_encoder_decoder", False) and kind != "causal":
+    if getattr(inner.config, "is_encoder_decoder", False):
         _check_end(inner.config.eos_token_id, examples)
-
-
-def _label(example: Example) -> object:
-    return example.targets if len(example.targets) > 1 else example.targets[0]
 
 
 def check_ids(
@@ -190,13 +213,11 @@ def check_ids(
     least, most = min(ids, default=0), max(ids, default=0)
     if least >= 0 and (rows is None or most < rows):
         return
-    known = None if tokenizer is None else len(tokenizer)
+    fix = _RESIZE
     if least < 0:
         fix = "tokenise the text anew; padding is left out of input_ids, not written as -100"
-    elif known is not None and most >= known:
+    elif tokenizer is not None and most >= len(tokenizer):
         fix = "tokenise the text with the model's own tokenizer"
-    else:
-        fix = _RESIZE
     raise SourceError(
         "a token has no row in the model's embedding",
         got=f"token {least if least < 0 else most} in tokenised row {number}",
@@ -209,9 +230,7 @@ def _check_types(inner: nn.Module, examples: Sequence[Example]) -> None:
     """Refuses token types beyond their table."""
     tables = (m for n, m in inner.named_modules() if n.endswith("token_type_embeddings"))
     sizes = [m.num_embeddings for m in tables if isinstance(m, nn.Embedding)]
-    if not sizes:
-        return
-    for number, example in enumerate(examples, start=1):
+    for number, example in enumerate(examples if sizes else (), start=1):
         if example.segments and max(example.segments) >= min(sizes):
             raise SourceError(
                 "a token type has no row in the model's table",

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from retain.errors import ModelError
-from retain.models.adapter import LoraSite, attach_lora, lora_sites
 from retain.models.builtin import BUILTIN, cache_folder, offline, resolve_builtin, unknown_model
+from retain.models.forward import first_readers, inputs_of
 from retain.models.load import has_causal_head
-from retain.models.readers import first_readers, inputs_of
+from retain.models.lora import attach_lora
+from retain.models.sites import LoraSite, lora_sites
 
 __all__ = ["Outline", "load_skeleton", "outline"]
 

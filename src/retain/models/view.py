@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from retain.data.batches import Batch, Example, batches
 from retain.data.draws import sample
 from retain.data.sources import Row, encode, read_rows
-from retain.models.adapter import LoraSite, lora_sites
 from retain.models.fingerprint import fingerprint
-from retain.models.heads import forward_body, forward_logits, pad_id
-from retain.models.kinds import Head, check_labels, head_kind, inner_model, row_label
-from retain.models.modes import evaluating
+from retain.models.forward import evaluating, forward_body, forward_logits
+from retain.models.heads import Head, check_labels, head_kind, row_label
+from retain.models.names import inner_model, unwrap
 from retain.models.off import adapter_off, base_to_sample
-from retain.models.sites import LinearSite, find_sites
-from retain.models.sizes import check_sizes, positions
-from retain.models.wrappers import unwrap
+from retain.models.sites import LinearSite, LoraSite, find_sites, lora_sites
+from retain.models.sizes import check_sizes, pad_id, positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

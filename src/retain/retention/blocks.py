@@ -4,7 +4,7 @@ In a study one LoRA of rank ``r * tasks`` is attached, with the scaling of rank 
 earlier tasks stay as they are, those of later ones have B = 0. The result is a plain PEFT adapter.
 While a task learns, its block alone is in the layers (`OpenBlock`), so gradients, optimiser and
 force cost what rank r does; of earlier blocks there is their output to add. For a run that
-continues another one, `retain.models.growing` adds the block, and `Block` holds the rest, since a
+continues another one, `retain.models.lora` adds the block, and `Block` holds the rest, since a
 checkpoint there is the whole adapter.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from retain.errors import ConfigError
-from retain.models.adapter import LoraSite, lora_sites
+from retain.models.sites import LoraSite, lora_sites
 from retain.retention.hooks import Change, GradientHooks
 from retain.retention.method import Method, Task
 

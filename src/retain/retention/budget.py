@@ -30,8 +30,7 @@ from torch import Tensor, nn
 
 from retain.curvature.curvature import Curvature
 from retain.errors import MismatchError, check_number
-from retain.models.adapter import LoraSite
-from retain.models.sites import LinearSite, Site
+from retain.models.sites import LinearSite, LoraSite, Site
 
 __all__ = ["Budget", "anchored", "check_budget", "largest_share", "scale_back", "settle"]
 

@@ -34,8 +34,8 @@ from torch import Tensor
 
 from retain.curvature.blocks.factor import Factor, SketchFactor
 from retain.errors import check_number
-from retain.models.adapter import LoraSite
-from retain.models.host import no_autocast
+from retain.models.forward import no_autocast
+from retain.models.sites import LoraSite
 from retain.retention.hooks import GradientHooks
 from retain.retention.moments import Moments, check_reading, inputs_of
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retain.models.host import no_autocast
+from retain.models.forward import no_autocast
 
 __all__ = ["Change", "GradientHooks"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retain.data.batches import Example
 from retain.errors import check_number
-from retain.models.adapter import lora_sites
+from retain.models.sites import lora_sites
 from retain.retention.blocks import Blockwise
 from retain.retention.method import Context, Task
 from retain.retention.moments import Moments, input_moments

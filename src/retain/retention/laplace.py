@@ -26,8 +26,8 @@ from retain.curvature.curvature import Curvature, Pull
 from retain.curvature.displacement import proximal
 from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, TrainingError, check_number, unknown
-from retain.models.host import no_autocast
-from retain.models.kinds import head_kind
+from retain.models.forward import no_autocast
+from retain.models.heads import head_kind
 from retain.models.sites import LinearSite, check_held
 from retain.retention.budget import Budget, anchored, scale_back, settle
 from retain.retention.forces import Forces

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from retain.curvature.curvature import Curvature
 from retain.curvature.fit.fit import fit_curvature
 from retain.data.batches import Batch, Example
-from retain.models.adapter import adapter_off
-from retain.models.heads import divergence
+from retain.models.forward import divergence
+from retain.models.off import adapter_off
 from retain.models.view import ModelView
 from retain.retention.method import Context
 from retain.types import Structure

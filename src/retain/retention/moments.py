@@ -30,10 +30,10 @@ from retain.curvature.fit.capture import shared_inputs
 from retain.curvature.fit.source import glance
 from retain.data.batches import Batch, Example, batches
 from retain.errors import ConfigError, MismatchError, SourceError
-from retain.models.adapter import LoraSite
-from retain.models.heads import forward_body, is_causal, pad_id
-from retain.models.host import no_autocast
-from retain.models.modes import evaluating
+from retain.models.forward import evaluating, forward_body, no_autocast
+from retain.models.heads import is_causal
+from retain.models.sites import LoraSite
+from retain.models.sizes import pad_id
 
 __all__ = ["Moments", "check_reading", "input_moments", "inputs_of", "moments_of"]
 

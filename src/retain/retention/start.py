@@ -25,8 +25,8 @@ from torch import Tensor
 
 from retain.curvature.blocks.eigh import eigh
 from retain.errors import check_number, unknown
-from retain.models.adapter import LoraSite
-from retain.models.host import no_autocast
+from retain.models.forward import no_autocast
+from retain.models.sites import LoraSite
 from retain.retention.moments import Moments, check_reading, inputs_of
 
 __all__ = ["STARTS", "check_start", "discriminants", "set_start"]

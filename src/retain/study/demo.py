@@ -28,10 +28,11 @@ from retain.documents import read_json
 from retain.errors import CurvatureError
 from retain.evaluation.forgetting import Reference
 from retain.files import check_folder, write_json
-from retain.models.adapter import attach_lora, lora_sites, share_trainable
+from retain.models.generating import sample_rows
 from retain.models.load import load_model
-from retain.models.sample import sample_rows
+from retain.models.lora import attach_lora, share_trainable
 from retain.models.saved import save_adapter
+from retain.models.sites import lora_sites
 from retain.provenance import provenance
 from retain.study.claims import summary
 from retain.study.demo_config import QUICK, DemoConfig

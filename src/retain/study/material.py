@@ -170,7 +170,7 @@ def load_source(
 
 def _samples(config: Mapping[str, Any], base: Base, work: Work, count: int, seed: int) -> list[Row]:
     """Text that the base model writes, kept in a file: other runs want the same."""
-    from retain.models.sample import sample_rows
+    from retain.models.generating import sample_rows
 
     length = config["source"]["max_length"]
     wanted = [config["model"], config["dtype"], count, length, seed]

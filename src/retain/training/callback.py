@@ -16,8 +16,8 @@ from retain.curvature.fit.source import source_examples
 from retain.data.batches import Example
 from retain.data.sources import Row
 from retain.errors import ConfigError, RetainWarning, unknown
-from retain.models.adapter import unwrap
 from retain.models.heads import is_causal
+from retain.models.names import unwrap
 from retain.retention.budget import check_budget
 from retain.retention.laplace import Retention, check_strength
 from retain.training.handling import (

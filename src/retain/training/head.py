@@ -25,11 +25,10 @@ from retain.curvature.fit.source import source_examples
 from retain.data.batches import Example, batches
 from retain.data.sources import Row
 from retain.errors import ModelError, SourceError
-from retain.models.adapter import unwrap
-from retain.models.heads import forward_logits, is_causal, pad_id
-from retain.models.host import no_autocast
-from retain.models.kinds import check_single
-from retain.models.modes import evaluating
+from retain.models.forward import evaluating, forward_logits, no_autocast
+from retain.models.heads import check_single, is_causal
+from retain.models.names import unwrap
+from retain.models.sizes import pad_id
 from retain.training.probe import Probe, fit_probe
 
 if TYPE_CHECKING:

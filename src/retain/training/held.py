@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from retain.models.adapter import LoraSite
+from retain.models.sites import LoraSite
 from retain.retention.blocks import Block
 from retain.retention.filters import InputFilter
 from retain.retention.hooks import GradientHooks

@@ -18,9 +18,8 @@ from retain.config import TrainConfig
 from retain.curvature.curvature import Curvature
 from retain.data.batches import Example, collate
 from retain.errors import ConfigError, SourceError
-from retain.models.heads import pad_id
-from retain.models.kinds import check_single, is_regression
-from retain.models.sizes import check_sizes, pad_multiple
+from retain.models.heads import check_single, is_regression
+from retain.models.sizes import check_sizes, pad_id, pad_multiple
 from retain.retention.method import Method
 from retain.training.callback import RetentionCallback
 from retain.training.checkpoints import Seal, last_whole

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from retain.models.adapter import unwrap
+from retain.models.names import unwrap
 from retain.retention.method import Method
 from retain.training.handling import check_gradients, check_trainer, go_first, record
 

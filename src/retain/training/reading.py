@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from retain.data.batches import Example
-from retain.models.kinds import check_labels, head_kind, inner_model, several_labels
+from retain.models.heads import check_labels, head_kind, several_labels
+from retain.models.names import inner_model
 from retain.models.sizes import check_length, check_sizes
 from retain.training.stored import IGNORED, check_rows, no_class
 

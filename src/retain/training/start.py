@@ -12,9 +12,10 @@ from retain.curvature.blocks.factor import SketchFactor
 from retain.curvature.blocks.kronecker import KroneckerBlock
 from retain.curvature.curvature import Curvature
 from retain.errors import ModelError, SourceError, unknown
-from retain.models.adapter import LoraSite, adapter_off, lora_sites
 from retain.models.heads import is_causal
-from retain.models.wrappers import unwrap
+from retain.models.names import unwrap
+from retain.models.off import adapter_off
+from retain.models.sites import LoraSite, lora_sites
 from retain.retention.filters import InputFilter, check_filter
 from retain.retention.moments import Moments, input_moments, moments_of
 from retain.retention.start import STARTS, check_start, set_start
@@ -170,7 +171,7 @@ class Start:
         """Sets A, unless the run goes on, and holds it or puts it behind its filter.
 
         Args:
-            model: with a fresh LoRA, or one with fresh rows (`retain.models.growing`): those train,
+            model: with a fresh LoRA, or one with fresh rows (`retain.models.lora`): those train,
                 the others stay.
             curvature: its input sides are those of the source text.
             loader: the trainer's `DataLoader`, whose data set and collator are used.

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from retain.errors import SourceError
-from retain.models.heads import rows_of_embedding
-from retain.models.kinds import head_kind, inner_model
-from retain.models.sizes import check_ids
+from retain.models.heads import head_kind
+from retain.models.names import inner_model
+from retain.models.sizes import check_ids, rows_of_embedding
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -13,8 +13,8 @@ from transformers import Trainer
 
 from retain.data.batches import Batch, Example
 from retain.errors import TrainingError
-from retain.models.adapter import unwrap
-from retain.models.heads import forward_logits
+from retain.models.forward import forward_logits
+from retain.models.names import unwrap
 from retain.retention.method import Method
 from retain.training.loss import task_loss
 

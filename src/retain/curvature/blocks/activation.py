@@ -34,8 +34,8 @@ from retain.curvature.blocks.factor import ScalarFactor, SketchFactor
 from retain.curvature.blocks.kronecker import KroneckerBlock
 from retain.curvature.blocks.observation import Record
 from retain.data.batches import Batch, Example
-from retain.models.heads import divergence, forward_logits
-from retain.models.kinds import are_values
+from retain.models.forward import divergence, forward_logits
+from retain.models.heads import are_values
 
 __all__ = ["ActivationEstimator", "nats_of_noise", "noisy_rows"]
 

@@ -13,9 +13,8 @@ from retain.curvature.blocks.observation import Record, Source
 from retain.curvature.fit.labels import cotangents
 from retain.data.batches import Batch
 from retain.errors import CurvatureError
-from retain.models.heads import forward_body, forward_logits
-from retain.models.host import no_autocast
-from retain.models.kinds import are_values
+from retain.models.forward import forward_body, forward_logits, no_autocast
+from retain.models.heads import are_values
 from retain.types import Fisher, Products
 
 __all__ = ["Accumulator"]

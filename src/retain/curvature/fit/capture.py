@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from retain.data.batches import Batch
 from retain.errors import ModelError
-from retain.models.adapter import LoraSite, unwrap
-from retain.models.heads import forward_body
-from retain.models.host import no_autocast
-from retain.models.readers import first_readers, inputs_of
-from retain.models.sites import Site
+from retain.models.forward import first_readers, forward_body, inputs_of, no_autocast
+from retain.models.names import unwrap
+from retain.models.sites import LoraSite, Site
 
 __all__ = ["capture", "shared_inputs", "split_idle", "watch"]
 

@@ -29,14 +29,13 @@ from retain.curvature.fit.source import glance, source_examples
 from retain.curvature.info import CurvatureInfo, describe
 from retain.data.batches import Batch, Example, batches, collate
 from retain.data.sources import Row
-from retain.models.adapter import row_scales, unwrap
 from retain.models.fingerprint import fingerprint
-from retain.models.heads import is_causal, pad_id
-from retain.models.host import no_autocast
-from retain.models.idle import bypassed, is_idle
-from retain.models.modes import evaluating
-from retain.models.off import check_on
-from retain.models.taken import start_of
+from retain.models.forward import evaluating, no_autocast
+from retain.models.heads import is_causal
+from retain.models.names import unwrap
+from retain.models.off import check_on, start_of
+from retain.models.sites import bypassed, is_idle, row_scales
+from retain.models.sizes import pad_id
 from retain.provenance import versions
 from retain.types import FactorRank, Fisher, Products, Space, Structure
 

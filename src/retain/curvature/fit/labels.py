@@ -18,7 +18,7 @@ their gradients vanish. Two ways out:
   2603.18596). It is large exactly where the model is sure and right. Not in nats.
 
 The outputs of a regression are means of normal distributions of variance 1 (see
-`retain.models.kinds`): the gradient of ``log N(y; z, 1)`` is ``y - z``, whose second moment over y
+`retain.models.heads`): the gradient of ``log N(y; z, 1)`` is ``y - z``, whose second moment over y
 is the identity. One backward pass for each output adds up to it (``exact``); ``mc`` draws y - z as
 random signs, which have the same second moment and less noise than a normal number's (over T when
 ``tempered``).

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from retain.curvature.info import part
 from retain.errors import CurvatureError
-from retain.models.adapter import LoraSite
-from retain.models.sites import LinearSite, Site, find_sites
+from retain.models.sites import LinearSite, LoraSite, Site, find_sites
 from retain.types import Space
 
 __all__ = ["adapters_of", "check_alive", "fit_sites", "hooked"]

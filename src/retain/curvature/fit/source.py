@@ -13,8 +13,8 @@ from retain.data.draws import sample
 from retain.data.sources import Row, encode, read_rows
 from retain.errors import SourceError
 from retain.models.fingerprint import fingerprint
-from retain.models.kinds import check_labels, is_regression, row_label
-from retain.models.sample import sample_rows
+from retain.models.generating import sample_rows
+from retain.models.heads import check_labels, is_regression, row_label
 from retain.models.sizes import check_sizes
 
 if TYPE_CHECKING:

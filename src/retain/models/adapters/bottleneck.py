@@ -6,30 +6,17 @@ block; Pfeiffer et al. (arXiv 2005.00247) keep the latter alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from retain.errors import ConfigError, ModelError
-from retain.models.adapters.base import Adapter, Options, check_plain, new_heads, size_of
-from retain.models.adapters.folder import (
-    check_base,
-    read_config,
-    read_options,
-    read_tensors,
-    same_base,
-    write_adapter,
-)
-from retain.models.adapters.originals import Originals
+from retain.models.adapters.base import Adapter, Options, new_heads
 
 __all__ = ["FAMILIES", "Bottleneck", "BottleneckAdapter", "BottleneckOptions"]
-
-_TYPE = "BOTTLENECK"
 
 FAMILIES: dict[str, tuple[str, str]] = {
     "llama": ("self_attn.o_proj", "mlp.down_proj"),
@@ -118,7 +105,7 @@ class Bottleneck(nn.Module):
         self.down: nn.Linear = nn.utils.skip_init(nn.Linear, hidden, width, **place)
         self.up: nn.Linear = nn.utils.skip_init(nn.Linear, width, hidden, **place)
         self.relu, self.scaling = options.nonlinearity == "relu", options.scaling
-        self.enabled = True
+        self._disable_adapters = False  # by the name of PEFT's switches
         drawn = torch.empty(width, hidden).uniform_(-1, 1, generator=random) / hidden**0.5
         with torch.no_grad():
             self.down.weight.copy_(drawn)
@@ -128,7 +115,7 @@ class Bottleneck(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output, and the adapter's part where it is switched on."""
         out: Tensor = self.base_layer(*args, **kwargs)
-        if not self.enabled:
+        if self._disable_adapters:
             return out
         inner = self.down(out.to(self.down.weight.dtype))
         inner = nn.functional.relu(inner) if self.relu else nn.functional.gelu(inner)
@@ -146,58 +133,33 @@ class BottleneckAdapter(Adapter):
 
     kind: ClassVar[str] = "bottleneck"
     schema: ClassVar[type[Options]] = BottleneckOptions
+    peft_type: ClassVar[str | None] = "BOTTLENECK"
 
     @classmethod
-    def attach(cls, base: nn.Module, *, seed: int = 0, **options: Any) -> Self:
-        """See `Adapter.attach`; options as in `BottleneckOptions`."""
-        chosen = cls.check(options)
-        check_plain(base)
-        find_layers(base, chosen.placement)
-        size, name = size_of(base), same_base(base)
-        _wrap(base, chosen, seed)
-        return cls(base, chosen.model_dump(), size, name)
+    def put_on(cls, base: nn.Module, options: BottleneckOptions, seed: int) -> nn.Module:
+        """See `Adapter.put_on`."""
+        config: Any = base.config
+        layers, width = find_layers(base, options.placement), options.width(config.hidden_size)
+        random = torch.Generator().manual_seed(seed)
+        base.requires_grad_(False)
+        for name in layers:
+            parent, leaf = name.rsplit(".", 1)
+            layer = Bottleneck(base.get_submodule(name), config.hidden_size, width, options, random)
+            layer.train(base.training)
+            layer.base_layer.requires_grad_(False)
+            setattr(base.get_submodule(parent), leaf, layer)
+        for head in new_heads(base).values():
+            head.requires_grad_(True)
+        return base
 
-    def __init__(
-        self, model: nn.Module, options: dict[str, Any], size: int = 0, base: str = ""
-    ) -> None:
-        super().__init__(model, options, size)
-        self.base = base
-        self.layers = [n for n, m in model.named_modules() if isinstance(m, Bottleneck)]
-        heads = [f"{h}.{n}" for h, m in new_heads(model).items() for n, _ in m.named_parameters()]
-        self.originals = Originals(model, heads)
+    @property
+    def layers(self) -> list[str]:
+        """Names of the wrapped layers."""
+        return [n for n, m in self.model.named_modules() if isinstance(m, Bottleneck)]
 
-    @contextmanager
-    def off(self) -> Iterator[nn.Module]:
-        """See `Adapter.off`. A head is the one that the base model came with."""
-        layers = [m for m in self.model.modules() if isinstance(m, Bottleneck)]
-        before = [m.enabled for m in layers]
-        try:
-            for layer in layers:
-                layer.enabled = False
-            with self.originals.swapped(self.model):
-                yield self.model
-        finally:
-            for layer, enabled in zip(layers, before, strict=True):
-                layer.enabled = enabled
-
-    def save(self, folder: Path, base: str) -> Path:
-        """See `Adapter.save`."""
-        config = {"peft_type": _TYPE, "base_model_name_or_path": base, **self.options}
-        config |= {"target_modules": self.layers, "base_fingerprint": self.base}
-        return write_adapter(folder, config, self.parameters())
-
-    @classmethod
-    def load(cls, base: nn.Module, folder: Path) -> Self:
-        """See `Adapter.load`."""
-        check_plain(base)
-        config = read_config(folder, _TYPE)
-        chosen = read_options(config, BottleneckOptions, folder)
-        check_base(base, config, folder)
-        shapes = _shapes(base, chosen)
-        tensors = read_tensors(folder, _TYPE, shapes)
-        adapter = cls.attach(base, **chosen.model_dump())
-        adapter.restore(tensors)
-        return adapter
+    def changed(self) -> Iterable[nn.Parameter]:
+        """A new head."""
+        return [p for head in new_heads(self.model).values() for p in head.parameters()]
 
 
 def find_layers(base: nn.Module, placement: str) -> list[str]:
@@ -234,39 +196,3 @@ def _has(block: nn.Module, path: str) -> bool:
         return any(True for _ in block.get_submodule(path).parameters())
     except AttributeError:
         return False
-
-
-def _wrap(base: Any, options: BottleneckOptions, seed: int) -> None:
-    width, random = options.width(base.config.hidden_size), torch.Generator().manual_seed(seed)
-    layers = find_layers(base, options.placement)
-    base.requires_grad_(False)
-    for name in layers:
-        parent, leaf = name.rsplit(".", 1)
-        layer = Bottleneck(
-            base.get_submodule(name), base.config.hidden_size, width, options, random
-        )
-        layer.train(base.training)
-        layer.base_layer.requires_grad_(False)
-        setattr(base.get_submodule(parent), leaf, layer)
-    for head in new_heads(base).values():
-        head.requires_grad_(True)
-
-
-def _shapes(base: Any, options: BottleneckOptions) -> dict[str, Tensor]:
-    """What `_wrap` would make trainable, on the meta device."""
-    hidden = base.config.hidden_size
-    width = options.width(hidden)
-    parts = {
-        "down.weight": (width, hidden),
-        "down.bias": (width,),
-        "up.weight": (hidden, width),
-        "up.bias": (hidden,),
-    }
-    shapes = {
-        f"{layer}.{part}": torch.empty(shape, device="meta")
-        for layer in find_layers(base, options.placement)
-        for part, shape in parts.items()
-    }
-    for name, head in new_heads(base).items():
-        shapes |= {f"{name}.{n}": p for n, p in head.named_parameters()}
-    return shapes

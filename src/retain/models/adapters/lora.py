@@ -11,10 +11,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from retain.models.adapter import attach_lora
 from retain.models.adapters.base import Adapter, Options, check_plain, size_of
+from retain.models.lora import attach_lora
 from retain.models.off import exactly_off
-from retain.models.saved import check_adapter, load_adapter, save_adapter
+from retain.models.saved import check_adapter, load_adapter
 
 __all__ = ["Lora", "LoraOptions"]
 
@@ -45,22 +45,15 @@ class Lora(Adapter):
     schema: ClassVar[type[Options]] = LoraOptions
 
     @classmethod
-    def attach(cls, base: nn.Module, *, seed: int = 0, **options: Any) -> Self:
-        """See `Adapter.attach`; options as in `LoraOptions`."""
-        chosen, size = cls.check(options).model_dump(), size_of(base)
-        check_plain(base)
-        return cls(attach_lora(base, seed=seed, **chosen), chosen, size)
+    def put_on(cls, base: nn.Module, options: LoraOptions, seed: int) -> nn.Module:
+        """See `Adapter.put_on`."""
+        return attach_lora(base, seed=seed, **options.model_dump())
 
     @contextmanager
     def off(self) -> Iterator[nn.Module]:
-        """See `Adapter.off`. A head is the one that the base model came with."""
+        """See `Adapter.off`."""
         with exactly_off(self.model):
             yield self.model
-
-    def save(self, folder: Path, base: str) -> Path:
-        """See `Adapter.save`."""
-        model: Any = self.model
-        return save_adapter(model, folder, base)
 
     @classmethod
     def load(cls, base: nn.Module, folder: Path) -> Self:
@@ -73,7 +66,7 @@ class Lora(Adapter):
             model.peft_config[name].inference_mode = False
             model.set_requires_grad(name)
         targets = config.get("target_modules") or "all-linear"
-        options = {
+        options: dict[str, Any] = {
             "rank": config.get("r"),
             "alpha": config.get("lora_alpha"),
             "dropout": config.get("lora_dropout", 0.0),

@@ -11,31 +11,21 @@ learned, because the update is added in the forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from retain.errors import ConfigError, ModelError
-from retain.models.adapter import canonical
-from retain.models.adapters.base import Adapter, Options, check_plain, size_of
-from retain.models.adapters.folder import (
-    read_config,
-    read_tensors,
-    refused,
-    same_base,
-    write_adapter,
-)
-from retain.models.adapters.originals import Originals
-from retain.models.off import switched_off
+from retain.errors import ConfigError
+from retain.models.adapters.base import Adapter, Options, check_state
+from retain.models.lora import drawn, task_of
+from retain.models.names import canonical
 
 __all__ = ["OSF", "OSFOptions"]
 
-_TYPE, _NAME, _PARTS = "RETAIN_OSF", "default", ("U_low", "S_low", "V_low")
+_NAME, _PARTS = "default", ("U_low", "S_low", "V_low")
 
 
 class OSFOptions(Options):
@@ -51,7 +41,7 @@ class OSFOptions(Options):
 
 
 class OSF(Adapter):
-    """PEFT's OSF, with a copy of the weights that it came with.
+    """PEFT's OSF, with a copy of the weights that it came with. Nothing is random.
 
     What it has learned is a change of whole weights, so it is saved as these weights. PEFT adds the
     update as a difference of two products, so a fresh one is the base model but for rounding.
@@ -59,59 +49,50 @@ class OSF(Adapter):
 
     kind: ClassVar[str] = "osf"
     schema: ClassVar[type[Options]] = OSFOptions
+    peft_type: ClassVar[str | None] = "RETAIN_OSF"
 
     @classmethod
-    def attach(cls, base: nn.Module, *, seed: int = 0, **options: Any) -> Self:
-        """See `Adapter.attach`; options as in `OSFOptions`. Nothing is random.
+    def put_on(cls, base: nn.Module, options: OSFOptions, seed: int) -> nn.Module:
+        """See `Adapter.put_on`.
 
         Raises:
             ConfigError: targets that the model does not have, or weights too small to split.
         """
-        from peft import OSFConfig, get_peft_model
+        from peft import OSFConfig
 
-        chosen = cls.check(options)
-        check_plain(base)
-        size, fingerprint = size_of(base), same_base(base)
-        kind = "SEQ_CLS" if "SequenceClassification" in type(base).__name__ else None
-        targets = chosen.targets
+        targets, training = options.targets, base.training
         if isinstance(targets, str) and targets.isidentifier():
             targets = [targets]  # a name; PEFT would read it as a pattern of whole paths
         config = OSFConfig(
-            effective_rank=chosen.preserve,
+            effective_rank=options.preserve,
             target_modules=targets,
-            task_type="CAUSAL_LM" if kind is None else kind,
+            task_type=task_of(base) or "CAUSAL_LM",
         )
-        training = base.training
         try:
-            with torch.random.fork_rng():
-                model: Any = get_peft_model(base, config, autocast_adapter_dtype=False)
+            return drawn(base, config, seed, _NAME).train(training)
         except ValueError as error:
             raise ConfigError(
                 "OSF cannot split these layers",
-                got=f"targets {chosen.targets} with preserve {chosen.preserve:g}: {error}",
+                got=f"targets {options.targets} with preserve {options.preserve:g}: {error}",
                 allowed="linear layers of the model, of at least 1 / preserve rows and columns",
                 fix="targets: all-linear, preserve: 0.5",
             ) from error
-        return cls(model.train(training), chosen.model_dump(), size, fingerprint)
 
     def __init__(
         self, model: nn.Module, options: dict[str, Any], size: int = 0, base: str = ""
     ) -> None:
-        super().__init__(model, options, size)
-        self.base, self.preserve = base, float(options["preserve"])
-        self.originals = Originals(model, [f"{n}.base_layer.weight" for n in self.layers()])
+        super().__init__(model, options, size, base)
+        self.preserve = float(options["preserve"])
+
+    def changed(self) -> Iterable[nn.Parameter]:
+        """The weights of the layers, into which `decompose` writes."""
+        return [layer.get_base_layer().weight for layer in self.layers().values()]
 
     def layers(self) -> dict[str, Any]:
         """PEFT's layers by their names in the model."""
         from peft.tuners.osf import OSFLayer
 
         return {n: m for n, m in self.model.named_modules() if isinstance(m, OSFLayer)}
-
-    @contextmanager
-    def off(self) -> Iterator[nn.Module]:
-        """See `Adapter.off`. The original weights take the places of the decomposed ones."""
-        with self.originals.swapped(self.model), switched_off(self.model):
-            yield self.model
 
     def decompose(self, preserve: float) -> None:
         """Writes what was learned into the weights, and splits them anew; the function stays.
@@ -150,14 +131,7 @@ class OSF(Adapter):
         Raises:
             ModelError: it is the state of another adapter.
         """
-        mine = self.state()
-        if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in state.items()}:
-            raise ModelError(
-                "the state belongs to another adapter",
-                got=f"{len(state)} tensors",
-                allowed="what state() gave for the same model, kind and options",
-                fix="attach the adapter as it was when the state was taken",
-            )
+        check_state(self.state(), state)
         for name, layer in self.layers().items():
             weight = layer.get_base_layer().weight
             weight.data = state[f"{canonical(name)}.weight"].to(weight, copy=True)
@@ -170,21 +144,9 @@ class OSF(Adapter):
             if ".osf_svd_params." not in name:
                 parameter.data.copy_(state[_plain(name)])
 
-    def save(self, folder: Path, base: str) -> Path:
-        """See `Adapter.save`: all changed weights, whole."""
-        config = {"peft_type": _TYPE, "base_model_name_or_path": base, **self.options}
-        return write_adapter(folder, {**config, "base_fingerprint": self.base}, self.state())
-
-    @classmethod
-    def load(cls, base: nn.Module, folder: Path) -> Self:
-        """See `Adapter.load`."""
-        check_plain(base)
-        config = read_config(folder, _TYPE)
-        if config.get("base_fingerprint") != same_base(base):
-            raise refused("the adapter belongs to another base model", folder, _TYPE)
-        osf = cls.attach(base, **{n: config[n] for n in OSFOptions.model_fields if n in config})
-        osf.restore(read_tensors(folder, _TYPE, osf.state()))
-        return osf
+    def stored(self) -> dict[str, Tensor]:
+        """All changed weights, whole."""
+        return self.state()
 
     @staticmethod
     def _moved(layer: Any) -> bool:

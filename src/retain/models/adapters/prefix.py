@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -20,12 +18,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from retain.errors import ModelError
-from retain.models.adapters.base import Adapter, Options, check_plain, checkpointed, size_of
-from retain.models.adapters.folder import read_config, refused
+from retain.models.adapters.base import Adapter, Options, check_plain, size_of
+from retain.models.forward import evaluating
 from retain.models.heads import is_causal
-from retain.models.modes import evaluating
-from retain.models.off import switched_off
-from retain.models.saved import save_adapter
+from retain.models.saved import check_adapter, misfit, refused
 
 __all__ = ["Prefix", "PrefixOptions"]
 
@@ -68,58 +64,41 @@ class Prefix(Adapter):
     begins_as_base: ClassVar[bool] = False
 
     @classmethod
-    def attach(cls, base: nn.Module, *, seed: int = 0, **options: Any) -> Self:
-        """See `Adapter.attach`; options as in `PrefixOptions`."""
-        chosen = cls.check(options)
-        check_plain(base)
+    def put_on(cls, base: nn.Module, options: PrefixOptions, seed: int) -> nn.Module:
+        """See `Adapter.put_on`."""
         shape: Any = base.config
         config = PrefixTuningConfig(
             task_type="CAUSAL_LM" if is_causal(base) else "SEQ_CLS",
-            num_virtual_tokens=chosen.num_virtual_tokens,
-            prefix_projection=chosen.projection,
-            encoder_hidden_size=chosen.projection_size or shape.hidden_size,
+            num_virtual_tokens=options.num_virtual_tokens,
+            prefix_projection=options.projection,
+            encoder_hidden_size=options.projection_size or shape.hidden_size,
         )
-        size, random = size_of(base), torch.Generator().manual_seed(seed)
-        drawn = None
-        if chosen.init == "tokens" and not chosen.projection:
-            drawn = _read_tokens(base, chosen.num_virtual_tokens, random)
+        random, start = torch.Generator().manual_seed(seed), None
+        if options.init == "tokens" and not options.projection:
+            start = _read_tokens(base, options.num_virtual_tokens, random)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model: Any = _wrap(base, config)
         table = model.prompt_encoder["default"].embedding.weight
-        if drawn is None:
-            drawn = chosen.std * torch.randn(table.shape, generator=random)
+        if start is None:
+            start = options.std * torch.randn(table.shape, generator=random)
         with torch.no_grad():
-            table.copy_(drawn)
-        return cls(model, chosen.model_dump(), size)
+            table.copy_(start)
+        return model  # type: ignore[no-any-return]
 
-    def __init__(self, model: nn.Module, options: dict[str, Any], size: int = 0) -> None:
-        super().__init__(model, options, size)
+    def __init__(
+        self, model: nn.Module, options: dict[str, Any], size: int = 0, base: str = ""
+    ) -> None:
+        super().__init__(model, options, size, base)
         model.register_forward_pre_hook(_refuse_checkpointing)
-
-    @contextmanager
-    def off(self) -> Iterator[nn.Module]:
-        """See `Adapter.off`. A head is the one that the base model came with.
-
-        PEFT's own ``disable_adapter`` fails on classifiers, and leaves the trained head on.
-        """
-        with switched_off(self.model):
-            yield self.model
-
-    def save(self, folder: Path, base: str) -> Path:
-        """See `Adapter.save`: a plain PEFT folder, which keeps what a projection gives alone."""
-        model: Any = self.model
-        return save_adapter(model, folder, base)
 
     @classmethod
     def load(cls, base: nn.Module, folder: Path) -> Self:
         """See `Adapter.load`. A prefix that was learned through a projection goes on without."""
         check_plain(base)
-        found = read_config(folder, _TYPE)
-        size, causal = size_of(base), is_causal(base)
-        if found.get("task_type") != ("CAUSAL_LM" if causal else "SEQ_CLS"):
-            what = "the adapter does not fit the model"
-            raise refused(what, f"{folder} ({found.get('task_type')})", _TYPE)
+        size, task = size_of(base), check_adapter(folder, _TYPE).get("task_type")
+        if task != ("CAUSAL_LM" if is_causal(base) else "SEQ_CLS"):
+            raise misfit(f"{folder} ({task})", _TYPE)
         try:
             tensors = load_peft_weights(str(folder.expanduser()), device="cpu")
             table = tensors["prompt_embeddings"]
@@ -158,8 +137,7 @@ class _CausalLM(PeftModelForCausalLM):
 
 
 def _wrap(base: nn.Module, config: PrefixTuningConfig) -> PeftModel:
-    if checkpointed(base):
-        raise _no_checkpointing()
+    _refuse_checkpointing(base, any_mode=True)
     kind = _CausalLM if config.task_type == "CAUSAL_LM" else PeftModelForSequenceClassification
     mode, dtype = base.training, next(base.parameters()).dtype
     base.requires_grad_(False)
@@ -188,25 +166,20 @@ def _check_fit(base: nn.Module, config: Any, tensors: dict[str, Tensor], folder:
     own: Any = prepare(fresh, base.config)  # type: ignore[no-untyped-call]
     want = (own.num_layers, own.token_dim, own.num_attention_heads)
     if given != want:
-        what = f"{folder} (layers, width and heads {given} instead of {want})"
-        raise refused("the adapter does not fit the model", what, _TYPE)
+        raise misfit(f"{folder} (layers, width and heads {given} instead of {want})", _TYPE)
     shapes = {f"base_model.{n}": p.shape for n, p in base.named_parameters()}
     table = (config.num_virtual_tokens, 2 * own.num_layers * own.token_dim)
     for name, tensor in tensors.items():
         if tensor.shape != (table if name == "prompt_embeddings" else shapes.get(name)):
-            what = f"{folder} ({name} of the shape {tuple(tensor.shape)})"
-            raise refused("the adapter does not fit the model", what, _TYPE)
+            raise misfit(f"{folder} ({name} of the shape {tuple(tensor.shape)})", _TYPE)
 
 
-def _refuse_checkpointing(model: nn.Module, _args: Any) -> None:
-    if model.training and checkpointed(model):
-        raise _no_checkpointing()
-
-
-def _no_checkpointing() -> ModelError:
-    return ModelError(
-        "prefix tuning does not work with gradient checkpointing",
-        got="a model with gradient checkpointing on",
-        allowed="plain training: checkpointing drops the cache that the prefix comes as",
-        fix="switch gradient checkpointing off",
-    )
+def _refuse_checkpointing(model: nn.Module, *_: Any, any_mode: bool = False) -> None:
+    on = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    if on and (model.training or any_mode):  # it works in training mode alone
+        raise ModelError(
+            "prefix tuning does not work with gradient checkpointing",
+            got="a model with gradient checkpointing on",
+            allowed="plain training: checkpointing drops the cache that the prefix comes as",
+            fix="switch gradient checkpointing off",
+        )

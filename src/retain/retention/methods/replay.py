@@ -17,7 +17,7 @@ from torch import Tensor
 from retain.data.batches import Example
 from retain.data.sources import encode
 from retain.errors import check_number
-from retain.models.sample import sample_rows
+from retain.models.generating import sample_rows
 from retain.retention.method import Context, Method, Task
 from retain.retention.state import StoredRow, choose, pack_rows, unpack_rows
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from retain.curvature.curvature import Curvature
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, check_number
-from retain.models.adapter import LoraSite, lora_sites, unwrap
-from retain.models.host import no_autocast
-from retain.models.names import of_head
+from retain.models.forward import no_autocast
+from retain.models.names import of_head, unwrap
 from retain.models.off import left_on
+from retain.models.sites import LoraSite, lora_sites
 from retain.retention.soften.curve import Softening
 from retain.retention.soften.subspace import AdapterSubspace, KroneckerSubspace, Subspace, sides
 

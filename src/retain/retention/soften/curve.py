@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retain.errors import ConfigError, check_number
-from retain.models.adapter import LoraSite
+from retain.models.sites import LoraSite
 from retain.retention.budget import check_budget, largest_share
 from retain.retention.soften.subspace import Subspace
 

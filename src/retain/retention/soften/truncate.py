@@ -18,8 +18,8 @@ from torch import Tensor
 from retain.curvature.blocks.kronecker import KroneckerBlock
 from retain.curvature.curvature import Curvature
 from retain.errors import MismatchError
-from retain.models.adapter import LoraSite
-from retain.models.host import no_autocast
+from retain.models.forward import no_autocast
+from retain.models.sites import LoraSite
 
 __all__ = ["truncated"]
 

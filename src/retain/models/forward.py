@@ -1,0 +1,251 @@
+"""Run a model as it is by itself, and get its outputs only where something is predicted.
+
+A trainer runs a model's forward pass under autocast (bf16 is TRL's default), and whatever a hook
+multiplies there comes out in bfloat16; accelerate even puts autocast into ``model.forward`` for
+good. A notebook may stand in ``torch.autocast`` or ``torch.inference_mode``. What is measured is of
+the model in its weights' own precision, and what is computed from it is in float32 at least: every
+measurement runs inside `evaluating`, every hook and product inside `no_autocast`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate.utils.operations import ConvertOutputsToFp32  # type: ignore[import-untyped]
+from torch import Tensor, nn
+
+from retain.data.batches import Batch
+from retain.errors import CurvatureError, ModelError
+from retain.models.names import unwrap
+
+__all__ = [
+    "compact_head",
+    "divergence",
+    "evaluating",
+    "first_readers",
+    "forward_body",
+    "forward_logits",
+    "inputs_of",
+    "no_autocast",
+    "own_forwards",
+]
+
+_DEVICES = [
+    kind
+    for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla", "ipu", "privateuseone")
+    if torch.amp.is_autocast_available(kind)
+]
+"""Kinds of device that autocast may be on for, each by itself."""
+
+_OF_DTYPES = ("same dtype", "expected scalar type", "should be the same", "must match the dtype")
+"""Parts of what torch says where two precisions meet."""
+
+
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """Products in the tensors' own precision, whatever the host has switched on.
+
+    Also leaves ``torch.inference_mode``, whose tensors nothing could be trained with later;
+    gradients stay off then. It may be nested, and used as a decorator.
+    """
+    on = [kind for kind in _DEVICES if torch.is_autocast_enabled(kind)]
+    for kind in on:
+        torch.set_autocast_enabled(kind, False)
+    try:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                yield
+        else:
+            yield
+    finally:
+        for kind in on:
+            torch.set_autocast_enabled(kind, True)
+
+
+@contextmanager
+def own_forwards(model: nn.Module) -> Iterator[None]:
+    """Takes autocast, and what turns its outputs into float32, out of the modules' ``forward``."""
+    changed: list[tuple[nn.Module, Any]] = []
+    try:
+        for module in model.modules():
+            plain = _without_autocast(module.forward)
+            if plain is not None:
+                changed.append((module, vars(module).get("forward")))
+                module.forward = plain
+        yield
+    finally:
+        for module, before in changed:
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
+
+
+def _without_autocast(forward: Any) -> Callable[..., Any] | None:
+    """What is under the wrappers of accelerate and ``torch.autocast``; None where none is."""
+    found = function = getattr(forward, "__func__", forward)
+    while _is_autocast(function):
+        function = function.__wrapped__
+    if function is found:
+        return None
+    return MethodType(function, forward.__self__) if hasattr(forward, "__self__") else function
+
+
+def _is_autocast(function: Any) -> bool:
+    wrapped = getattr(function, "__wrapped__", None)
+    code = getattr(function, "__code__", None)  # of torch.autocast used as a decorator
+    return wrapped is not None and (
+        isinstance(function, ConvertOutputsToFp32)
+        or isinstance(wrapped, ConvertOutputsToFp32)
+        or (code is not None and code.co_name == "decorate_autocast")
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module, *, checkpoint: bool = False) -> Iterator[None]:
+    """Evaluation mode (no dropout, no autocast); afterwards all is as it was.
+
+    4-bit layers of bitsandbytes stay in training mode, which is nothing to them but this: on a CPU
+    their first evaluation repacks them for inference, and no gradient passes them any more.
+
+    Args:
+        model: any module.
+        checkpoint: let gradient checkpointing work: transformers checkpoints only layers that are
+            in training mode, so those layers alone, without the modules inside them, are put into
+            it.
+
+    Raises:
+        ModelError: the model runs under autocast alone, as its layers differ in precision.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        for module in model.modules():
+            four_bit = type(module).__name__ == "Linear4bit"
+            if four_bit or (checkpoint and getattr(module, "gradient_checkpointing", False)):
+                module.training = True
+        with no_autocast(), own_forwards(model):
+            yield
+    except RuntimeError as error:
+        found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        if len(found) > 1 and any(part in str(error) for part in _OF_DTYPES):
+            raise ModelError(
+                "the model's layers differ in precision, and do not run without autocast",
+                got=f"weights in {', '.join(sorted(str(d).removeprefix('torch.') for d in found))}",
+                allowed="layers that take each other's outputs",
+                fix="model.to(torch.bfloat16), or model.float()",
+            ) from error
+        raise
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def divergence(base: Tensor, tuned: Tensor, regression: bool) -> Tensor:
+    """``KL(base || tuned)`` of each prediction in nats, [predictions].
+
+    Args:
+        base: log-probabilities, or the outputs of a regression, [predictions, outputs].
+        tuned: the same of the tuned model.
+        regression: see `retain.models.heads`.
+    """
+    if regression:
+        return 0.5 * (base - tuned).square().sum(-1)
+    return (base.exp() * (base - tuned)).sum(-1)
+
+
+def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of a batch's predictions, [predictions, classes], row after row.
+
+    A causal model's head is the widest layer by far, so it is run at the predicted positions
+    alone: they are picked out of the hidden states as these enter the head, as one matrix.
+    """
+    predict = batch.predict
+    if predict is None:
+        logits: Tensor = model(**batch.inputs).logits
+        return logits
+    with _head_reads(model, lambda hidden: hidden[predict][None]):
+        logits = model(**batch.inputs, use_cache=False).logits
+    return logits[0]
+
+
+def forward_body(model: nn.Module, batch: Batch) -> None:
+    """Runs a model for its hooks' sake: a causal head sees one position alone."""
+    if batch.predict is None:
+        model(**batch.inputs)
+        return
+    with _head_reads(model, lambda hidden: hidden[:1, :1]):
+        model(**batch.inputs, use_cache=False)
+
+
+def compact_head(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside it the head sees contiguous input, as generation wants it.
+
+    transformers hands the head a strided view of the last position of each row. A CPU product
+    with such a view copies the head's weights once for each row.
+    """
+    return _head_reads(model, Tensor.contiguous)
+
+
+@contextmanager
+def _head_reads(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    inner: Any = unwrap(model)
+    handle = inner.get_output_embeddings().register_forward_pre_hook(
+        lambda _m, args: (change(args[0]), *args[1:])
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def inputs_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, Tensor]:
+    """Each layer's input in one forward pass.
+
+    All inputs are held until its end, so that no memory is used twice.
+
+    Args:
+        layers: the modules, by name.
+        run: makes the pass.
+
+    Raises:
+        CurvatureError: a layer that runs not at all, or more than once.
+    """
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _m, args: seen[name].append(args[0])
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, inputs in seen.items():
+        if len(inputs) != 1:
+            raise CurvatureError(
+                "a layer does not run exactly once in a forward pass",
+                got=f"{len(inputs)} runs of {name}",
+                allowed="1",
+                fix="leave that layer out of the adapter's target_modules",
+            )
+    return {name: inputs[0] for name, inputs in seen.items()}
+
+
+def first_readers(seen: Mapping[str, Tensor]) -> dict[str, str]:
+    """Layer -> the first layer that reads the same tensor.
+
+    Tensors are the same when they are the same view of the same storage, which on the meta device
+    has no memory.
+    """
+    shared: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, x in seen.items():
+        place = (x.untyped_storage()._cdata, x.storage_offset(), x._version)
+        shared[name] = first.setdefault((*place, tuple(x.shape), x.stride()), name)
+    return shared
