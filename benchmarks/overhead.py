@@ -34,7 +34,7 @@ from retain.files import write_json
 from retain.models.generating import sample_rows
 from retain.models.sites import lora_sites
 from retain.provenance import provenance
-from retain.study.training import trim_memory
+from retain.study.resources import trim_memory
 from retain.training.held import Held
 from retain.training.start import Start
 

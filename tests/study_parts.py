@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,54 +17,23 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from retain.errors import ConfigError, OutputError, RetainWarning, TrainingError, unknown
-from retain.study.grid import Grid, MethodFacts, expand
-from retain.study.reading import parse_study
-from retain.study.runner import Work
-from retain.study.spec import StudySpec
+from retain.errors import OutputError, RetainWarning, TrainingError
+from retain.records import RunSpec
+from retain.study.grid import Grid, expand
+from retain.study.spec import StudySpec, parse_study
+from retain.study.work import Work
+
+A, B = "glue/cola", "glue/rte"
 
 PRETENDED: dict[str, Any] = {
     "name": "pretended",
-    "model": "tiny",
+    "model": "smollm2-135m",
     "seeds": [0, 1],
-    "orders": {"ab": ["a", "b"], "ba": ["b", "a"]},
+    "orders": {"ab": [A, B], "ba": [B, A]},
     "adapters": {"lora": {"rank": 4}, "prefix": {"training": {"learning_rate": 0.02}}},
-    "methods": {"none": None, "held": {"strength": [1, 10]}},
-    "training": {"learning_rate": 0.01, "tasks": {"b": {"epochs": 3}}},
+    "methods": {"none": None, "held": {"kind": "l2", "strength": [1, 10]}},
+    "training": {"learning_rate": 0.01, "tasks": {B: {"epochs": 3}}},
 }
-
-
-class Catalogue:
-    """Knows tasks a to d, two kinds of adapter and two methods."""
-
-    def order(self, reference: str) -> list[str]:
-        if reference != "published/x":
-            raise unknown("order", reference, ["published/x"])
-        return ["c", "d"]
-
-    def definition(self, task: str, base: Path) -> str:
-        if task not in "abcd":
-            raise unknown("task", task, "abcd")
-        return f"{task}@1"
-
-    def decoder(self, model: str) -> bool | None:
-        return {"encoder": False, "decoder": True}.get(model)
-
-    def adapter(self, kind: str, options: dict[str, Any]) -> dict[str, Any]:
-        if kind not in ("lora", "prefix"):
-            raise unknown("adapter kind", kind, ("lora", "prefix"))
-        return options
-
-    def method(self, kind: str, strength: float | None, options: dict[str, Any]) -> MethodFacts:
-        if kind not in ("none", "held"):
-            raise ConfigError("unknown method", got=kind)
-
-        def refusal(adapter: str, decoder: bool | None) -> str | None:
-            if kind == "held" and decoder is False:
-                return "it wants a decoder"
-            return "no weight to hold" if (kind, adapter) == ("held", "prefix") else None
-
-        return MethodFacts(1.0 if strength is None else strength, False, options, "drawn", refusal)
 
 
 LACKING: dict[str, Exception] = {
@@ -92,24 +60,22 @@ LACKING |= FULL
 def pretended(tmp_path: Path, **changes: Any) -> tuple[StudySpec, Grid, Work]:
     """A study whose runs `pretend` does."""
     spec = parse_study(PRETENDED | changes)
-    grid = expand(spec, tmp_path, Catalogue())
+    grid = expand(spec, tmp_path)
     return spec, grid, Work(spec.name, tmp_path / "out", tmp_path, function=pretend)
 
 
-def pretend(config: Mapping[str, Any], *, state: Any, work: Work, say: Any) -> dict[str, Any]:
-    """A record whose numbers depend on the configuration alone; notes that it was called.
+def pretend(run: RunSpec, *, state: Any, work: Work, say: Any) -> dict[str, Any]:
+    """A record whose numbers depend on the run alone; notes that it was called.
 
-    An adapter option ``trouble`` makes it fail, wait, die or be stopped.
+    The adapter's label may be a kind of trouble: it makes the run fail, wait, die or be stopped.
     """
     calls = work.out / "calls"
     calls.mkdir(parents=True, exist_ok=True)
     with (calls / f"{os.getpid()}.txt").open("a") as file:
-        file.write(f"{config['method']['label']} {config['order']['name']} {config['seed']}\n")
-    trouble = config["adapter"].get("trouble")
+        file.write(f"{run.method.title} {run.order.name} {run.seed}\n")
+    trouble = run.adapter.name
     if trouble == "error":
         raise TrainingError("the loss is not finite", got="NaN\nat step 3", fix="lower it")
-    if trouble == "memory":
-        raise MemoryError
     if trouble in LACKING and not (work.out.parent / "mended").exists():
         raise LACKING[trouble]
     if trouble == "note":
@@ -122,10 +88,10 @@ def pretend(config: Mapping[str, Any], *, state: Any, work: Work, say: Any) -> d
     if trouble in ("die", "die late"):
         time.sleep(len(trouble) > 3)
         os._exit(3)
-    tasks = config["order"]["tasks"]
+    tasks = run.order.tasks
 
     def number(*what: object) -> float:
-        text = json.dumps([config["method"], config["adapter"]["name"], config["seed"], *what])
+        text = json.dumps([run.method.plain(), run.adapter.name, run.seed, *what])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
 
     matrix = [[number(i, task) for task in tasks] for i in range(len(tasks))]

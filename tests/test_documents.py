@@ -26,7 +26,7 @@ from retain.documents import (
     read_text,
 )
 from retain.errors import ConfigError, RetainError, shown
-from retain.study.reading import read_study
+from retain.study.spec import read_study
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(
     f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}]\n" for n in range(1, 30)

@@ -229,6 +229,10 @@ class RunEvaluation(Part):
     unseen: Literal["all", "next", "none"] = "all"
     earlier: Literal["each", "last"] = "each"
 
+    def for_key(self) -> dict[str, Any]:
+        """As plain data; without `earlier` where it is the default, as records from before it."""
+        return self.model_dump(mode="json", exclude={"earlier"} if self.earlier == "each" else None)
+
 
 class RunSpec(Part):
     """One run of a study.

@@ -144,14 +144,13 @@ def test_help(retain: Any, argv: list[str]) -> None:
 
 def test_every_study_of_the_package_expands() -> None:
     from retain.study.grid import expand
-    from retain.study.known import Known
-    from retain.study.reading import read_study
+    from retain.study.spec import read_study
 
     folder = Path(__file__).parents[2] / "benchmarks" / "studies"
     paths = sorted(folder.glob("*.yaml"))
     assert len(paths) >= 5
     for path in paths:
         spec = read_study(path)
-        grid = expand(spec, folder, Known())
+        grid = expand(spec, folder)
         assert grid.runs, path
         assert spec.name == path.stem

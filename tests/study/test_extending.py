@@ -24,9 +24,7 @@ from retain.config import TrainConfig
 from retain.models.adapters.registry import ADAPTERS
 from retain.retention.registry import METHODS
 from retain.study.grid import expand
-from retain.study.known import Known
-from retain.study.reading import RUNNERS_OWN, parse_study
-from retain.study.spec import StudySpec
+from retain.study.spec import RUNNERS_OWN, StudySpec, parse_study
 from retain.study.tables import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,7 +244,7 @@ def test_names_options_and_metrics_are_all_on_the_page() -> None:
 
 def test_the_example_of_the_page_is_a_study() -> None:
     (text,) = [text for _, language, text in blocks("studies.md") if language == "yaml"]
-    found = expand(parse_study(yaml.safe_load(text)), ROOT, Known())
+    found = expand(parse_study(yaml.safe_load(text)), ROOT)
     titles = [run.title.removeprefix("smollm2-135m ") for run in found.runs]
     assert len(titles) == 3 * (4 + 2 * 2 + 4)
     assert titles[:4] == [

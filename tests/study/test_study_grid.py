@@ -10,14 +10,15 @@ import pytest
 import yaml
 
 from retain.errors import ConfigError, RetainError
-from retain.study.grid import Grid, expand, run_key
-from retain.study.known import Known
-from retain.study.reading import parse_study, read_study
-from study_parts import PRETENDED, Catalogue
+from retain.models.load import is_decoder
+from retain.records import digest_of
+from retain.study.grid import Grid, expand
+from retain.study.spec import parse_study, read_study
+from study_parts import PRETENDED, A, B
 
 
 def grid(**changes: Any) -> Grid:
-    return expand(parse_study(PRETENDED | changes), Path(), Catalogue())
+    return expand(parse_study(PRETENDED | changes), Path())
 
 
 def test_all_with_all_but_what_a_method_refuses() -> None:
@@ -25,30 +26,37 @@ def test_all_with_all_but_what_a_method_refuses() -> None:
     titles = [run.title for run in found.runs]
     assert len(titles) == len(set(titles)) == 2 * 2 * (3 + 1)
     assert titles[:4] == [
-        "tiny lora none ab seed 0",
-        "tiny lora held 1 ab seed 0",
-        "tiny lora held 10 ab seed 0",
-        "tiny prefix none ab seed 0",
+        "smollm2-135m lora none ab seed 0",
+        "smollm2-135m lora held 1 ab seed 0",
+        "smollm2-135m lora held 10 ab seed 0",
+        "smollm2-135m prefix none ab seed 0",
     ]
     assert [t[-1] for t in titles] == ["0"] * 8 + ["1"] * 8  # one seed of all first
-    assert found.skipped == [{"adapter": "prefix", "method": "held", "reason": "no weight to hold"}]
+    (skipped,) = found.skipped
+    assert (skipped["adapter"], skipped["method"]) == ("prefix", "held")
+    assert "the method l2 does not compose with this adapter: " in skipped["reason"]
+
+
+def several(methods: dict[str, Any]) -> Grid:
+    """A decoder, an encoder and a model that is not here."""
+    study = {k: v for k, v in PRETENDED.items() if k not in ("model", "training")}
+    study |= {"models": ["smollm2-135m", "minilm-22m", "nobody/has-this"], "adapters": {"lora": {}}}
+    return expand(parse_study(study | {"orders": {"a": [A]}, "methods": methods}), Path())
 
 
 def test_what_wants_a_decoder_is_left_out_on_an_encoder() -> None:
     """It would fail once it has begun, after the model was loaded and scored."""
-    study = {k: v for k, v in PRETENDED.items() if k != "model"}
-    study |= {"models": ["decoder", "encoder", "unknown"], "adapters": {"lora": {}}}
-    found = expand(parse_study(study), Path(), Catalogue())
-    held = {r.config["model"] for r in found.runs if r.config["method"]["kind"] == "held"}
-    plain = {r.config["model"] for r in found.runs if r.config["method"]["kind"] == "none"}
-    assert held == {"decoder", "unknown"}
-    assert plain == {"decoder", "encoder", "unknown"}
-    reason = "it wants a decoder; encoder is an encoder"
-    assert found.skipped == [{"adapter": "lora", "method": "held", "reason": reason}]
+    found = several({"none": None, "self_replay": None})
+    held = {r.model for r in found.runs if r.method.kind == "self_replay"}
+    plain = {r.model for r in found.runs if r.method.kind == "none"}
+    assert held == {"smollm2-135m", "nobody/has-this"}
+    assert plain == {"smollm2-135m", "minilm-22m", "nobody/has-this"}
+    (skipped,) = found.skipped
+    assert (skipped["adapter"], skipped["method"]) == ("lora", "self_replay")
+    assert "cannot write text; minilm-22m is an encoder" in skipped["reason"]
 
 
 def test_a_decoder_is_known_by_its_configuration(tmp_path: Path) -> None:
-    known = Known()
     for name, wanted in {"bert": ["BertModel"], "gpt": ["GPT2LMHeadModel"], "none": None}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"architectures": wanted}))
@@ -56,24 +64,19 @@ def test_a_decoder_is_known_by_its_configuration(tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     names = ["bert", "gpt", "none", "empty", "broken"]
-    assert [known.decoder(str(tmp_path / name)) for name in names] == [False, True, *[None] * 3]
-    assert known.decoder("smollm2-135m") is known.decoder("some/where.gguf") is True
-    assert known.decoder("nobody/has-this") is known.decoder("no:such name/of a/model") is None
+    assert [is_decoder(str(tmp_path / name)) for name in names] == [False, True, *[None] * 3]
+    assert is_decoder("smollm2-135m") is is_decoder("some/where.gguf") is True
+    assert is_decoder("nobody/has-this") is is_decoder("no:such name/of a/model") is None
 
 
 def test_how_a_classifiers_outputs_begin() -> None:
     """Fitted where the study or the method says so, and nothing of it is said of a decoder."""
-    study = {k: v for k, v in PRETENDED.items() if k != "model"} | {"orders": {"a": ["a"]}}
-    methods = {"none": None, "fitted": {"kind": "none", "head": "fitted"}}
-    study |= {"models": ["decoder", "encoder", "unknown"], "adapters": {"lora": {}}}
-    study["training"] = {}
-    found = expand(parse_study(study | {"methods": methods}), Path(), Catalogue()).runs
-    fitted = {(r.config["model"], r.config["method"]["label"]) for r in found if "head" in r.config}
-    assert fitted == {("encoder", "fitted"), ("unknown", "fitted")}
-    assert {r.config["head"] for r in found if "head" in r.config} == {"fitted"}
+    found = several({"none": None, "fitted": {"kind": "none", "head": "fitted"}, "auto": {}}).runs
+    fitted = {(r.model, r.method.name) for r in found if "head" in r.plain()}
+    models = ("minilm-22m", "nobody/has-this")
+    assert fitted == {(model, method) for model in models for method in ("fitted", "auto")}
+    assert {r.head for r in found if "head" in r.plain()} == {"fitted"}
     assert len({r.key for r in found}) == len(found)
-    assert Known().method("auto", None, {}).head == "fitted"
-    assert Known().method("wiener", None, {}).head == Known().method("none", None, {}).head
 
 
 @pytest.mark.parametrize(("head", "fitted"), [(None, True), ("fitted", True), ("drawn", False)])
@@ -81,28 +84,25 @@ def test_the_recipe_begins_with_a_fitted_head_unless_told(head: str | None, fitt
     study = PRETENDED | {"model": "minilm-22m", "orders": {"one": ["glue/sst2"]}, "seeds": [0]}
     study |= {"adapters": {"lora": {"rank": 4}}, "methods": {"auto": {"head": head}}}
     study["training"] = {}
-    (run,) = expand(parse_study(study), Path(), Known()).runs
-    assert ("head" in run.config) is fitted
+    (run,) = expand(parse_study(study), Path()).runs
+    assert ("head" in run.plain()) is fitted
 
 
-def test_methods_tell_the_grid_what_they_want() -> None:
-    kl = Known().method("self_replay", None, {})
-    assert kl.refusal("lora", True) is kl.refusal("lora", None) is None
-    assert "cannot write text" in str(kl.refusal("lora", False))
-
-
-def test_the_configuration_is_whole() -> None:
-    config = next(r for r in grid().runs if r.config["adapter"]["name"] == "prefix").config
-    assert config["adapter"] == {"name": "prefix", "kind": "prefix"}
-    assert config["method"] == {
-        "name": "none", "label": "none", "kind": "none", "strength": 1.0, "stores_data": False,
+def test_the_run_is_whole() -> None:
+    run = next(r for r in grid().runs if r.adapter.name == "prefix").plain()
+    assert run["adapter"] == {
+        "name": "prefix", "kind": "prefix", "num_virtual_tokens": 20, "projection": False,
+        "projection_size": None, "init": "tokens", "std": 1.0,
     }  # fmt: skip
-    assert config["order"] == {"name": "ab", "tasks": ["a", "b"]}
-    assert config["definitions"] == ["a@1", "b@1"]
-    assert config["training"]["learning_rate"] == 0.02
-    assert config["training"]["tasks"] == {"b": {"epochs": 3}}
-    assert config["training"]["batch_size"] == 16
-    assert "seed" not in config["training"]
+    assert run["method"] == {
+        "name": "none", "label": "none", "kind": "none", "strength": 0.0, "stores_data": False,
+    }  # fmt: skip
+    assert run["order"] == {"name": "ab", "tasks": [A, B]}
+    assert run["definitions"] == [f"{A}@1", f"{B}@1"]
+    assert run["training"]["learning_rate"] == 0.02
+    assert run["training"]["tasks"] == {B: {"epochs": 3}}
+    assert run["training"]["batch_size"] == 16
+    assert "seed" not in run["training"]
 
 
 def test_cells_name_parts_of_the_grid() -> None:
@@ -115,38 +115,38 @@ def test_cells_name_parts_of_the_grid() -> None:
         ]
     )  # fmt: skip
     assert [run.title for run in found.runs] == [
-        "tiny lora held 1 ab seed 0",
-        "tiny lora held 10 ab seed 0",
-        "tiny lora none a seed 1",
-        "tiny lora none b seed 1",
+        "smollm2-135m lora held 1 ab seed 0",
+        "smollm2-135m lora held 10 ab seed 0",
+        f"smollm2-135m lora none {A} seed 1",
+        f"smollm2-135m lora none {B} seed 1",
     ]
-    alone = found.runs[-1].config
-    assert alone["order"] == {"name": "b", "tasks": ["b"]}
-    assert alone["training"]["learning_rate"] == 0.5
+    alone = found.runs[-1]
+    assert (alone.order.name, alone.order.tasks) == (B, [B])
+    assert alone.settings(0).learning_rate == 0.5
 
 
 def test_the_later_setting_wins() -> None:
     found = grid(
         adapters={"lora": {"training": {"epochs": 5}}},
-        methods={"none": {"training": {"tasks": {"a": {"epochs": 7}}}}},
-        training={"epochs": 2, "tasks": {"a": {"epochs": 3, "batch_size": 4}}},
+        methods={"none": {"training": {"tasks": {A: {"epochs": 7}}}}},
+        training={"epochs": 2, "tasks": {A: {"epochs": 3, "batch_size": 4}}},
     )
-    training = found.runs[0].config["training"]
-    assert training["epochs"] == 5
-    assert training["tasks"] == {"a": {"epochs": 7, "batch_size": 4}}
+    training = found.runs[0].training
+    assert training.options["epochs"] == 5
+    assert training.tasks == {A: {"epochs": 7, "batch_size": 4}}
 
 
 def test_keys_are_stable_and_depend_on_everything() -> None:
-    assert run_key({"b": 1, "a": [1.5, "ä"]}) == run_key({"a": [1.5, "ä"], "b": 1})
-    assert run_key({"a": 1}) == "015abd7f5cc57a2d"  # of {"a":1}: must never change
+    assert digest_of({"b": 1, "a": [1.5, "ä"]}) == digest_of({"a": [1.5, "ä"], "b": 1})
+    assert digest_of({"a": 1}) == "015abd7f5cc57a2d"  # of {"a":1}: must never change
     first = grid().runs[0]
-    assert first.key == grid().runs[0].key == run_key(first.config)
+    assert first.key == grid().runs[0].key == digest_of(first.plain())
     changes: list[dict[str, Any]] = [
         {"dtype": "float64"},
         {"attention": "eager"},
         {"data": {"train": 5}},
-        {"training": {"learning_rate": 0.011, "tasks": {"b": {"epochs": 3}}}},
-        {"training": {"learning_rate": 0.01, "tasks": {"b": {"epochs": 4}}}},
+        {"training": {"learning_rate": 0.011, "tasks": {B: {"epochs": 3}}}},
+        {"training": {"learning_rate": 0.01, "tasks": {B: {"epochs": 4}}}},
         {"adapters": {"lora": {"rank": 5}}},
         {"source": {"kind": "self"}},
     ]
@@ -158,7 +158,7 @@ def test_a_source_that_has_no_end_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s.txt").symlink_to("/dev/zero")
     spec = parse_study(PRETENDED | {"source": {"kind": "file", "path": "s.txt"}})
     with pytest.raises(ConfigError, match="no regular file"):
-        expand(spec, tmp_path, Catalogue())
+        expand(spec, tmp_path)
 
 
 def test_a_source_file_counts_by_its_content(tmp_path: Path) -> None:
@@ -166,19 +166,17 @@ def test_a_source_file_counts_by_its_content(tmp_path: Path) -> None:
     keys = []
     for text in ("one", "two"):
         (tmp_path / "s.txt").write_text(text)
-        keys.append(expand(spec, tmp_path, Catalogue()).runs[0].key)
+        keys.append(expand(spec, tmp_path).runs[0].key)
     assert keys[0] != keys[1]
     (tmp_path / "s.txt").unlink()
     with pytest.raises(ConfigError, match=r"cannot be read; got: .*s\.txt"):
-        expand(spec, tmp_path, Catalogue())
+        expand(spec, tmp_path)
 
 
 def test_published_orders_and_patterns() -> None:
-    found = grid(orders={"ab": ["a", "b"], "long": "published/x"}, training={})
-    assert [r.config["order"]["tasks"] for r in found.matching("none long*seed 1")] == [
-        ["c", "d"],
-        ["c", "d"],
-    ]
+    found = grid(orders={"ab": [A, B], "long": "published/order3"}, training={})
+    long = [f"cl15/{name}" for name in ("yahoo", "amazon", "agnews", "dbpedia")]
+    assert [r.order.tasks for r in found.matching("none long*seed 1")] == [long] * 2
     with pytest.raises(ConfigError, match=r"no run matches; got: 'nome'"):
         found.matching("nome")
 
@@ -197,8 +195,8 @@ def test_published_orders_and_patterns() -> None:
         ({"training": {"tasks": [1]}}, "training.tasks is no mapping"),
         ({"training": {"tasks": {"z": {}}}}, "unknown task; got: 'z'"),
         ({"training": {"batch_size": 3, "accumulation": 2}}, "do not go together"),
-        ({"orders": {"x": ["a", "a"]}}, "order x must have tasks, each once"),
-        ({"orders": {"x": ["e"]}}, "unknown task; got: 'e'"),
+        ({"orders": {"x": [A, A]}}, "order x must have tasks, each once"),
+        ({"orders": {"x": ["glue/sst3"]}}, "unknown task; got: 'glue/sst3'"),
         ({"orders": {"x": "published/y"}}, "unknown order"),
         ({"seeds": [1, 1]}, "seeds must be different"),
         ({"methods": {"held": {"strength": -1}}}, "from 0 to 1e"),
@@ -210,7 +208,7 @@ def test_published_orders_and_patterns() -> None:
         ({"general": {}}, r"general.tasks is missing.*write general: \{tasks: \.\.\. \}"),
         (
             {"runs": [{"method": "none"}, {"method": "none", "training": {"epochs": 2}}]},
-            "two unlike runs of the study have one name; got: tiny lora none ab seed 0",
+            "two unlike runs of the study have one name; got: smollm2-135m lora none ab seed 0",
         ),
     ],
 )
@@ -225,7 +223,7 @@ def test_limit_and_seeds_from_the_command_line(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(PRETENDED | {"data": {"train": 5}, "runs": [{"seeds": [7]}]}))
     spec = read_study(path, limit=9, seeds=[3])
     assert (spec.data.train, spec.data.test, spec.seeds) == (5, 9, [3])
-    assert {run.config["seed"] for run in expand(spec, tmp_path, Catalogue()).runs} == {3}
+    assert {run.seed for run in expand(spec, tmp_path).runs} == {3}
     assert read_study(path).data.test is None
     path.write_text(path.read_text() + "description: on\n")
     assert read_study(path).description == "on"

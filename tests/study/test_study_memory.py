@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from retain.study.training import peak_memory, reset_peak_memory
+from retain.study.resources import peak_memory, reset_peak_memory
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak cannot begin anew")

@@ -15,13 +15,13 @@ from filelock import FileLock
 
 from retain.errors import ConfigError, OutputError, SourceError
 from retain.study.engines import in_processes
-from retain.study.lacking import lacks_disk, lacks_something
-from retain.study.runner import execute, read_record
-from retain.study.status import study_status
-from retain.study.studies import run_study
-from study_parts import FULL, LACKING, calls, pretended
+from retain.study.faults import lacks_disk, lacks_something
+from retain.study.runner import execute
+from retain.study.studies import run_study, study_status
+from retain.study.work import read_record
+from study_parts import FULL, LACKING, A, B, calls, pretended
 
-ONE = {"orders": {"ab": ["a", "b"]}, "methods": {"none": {}}, "adapters": {"lora": {}}}
+ONE = {"orders": {"ab": [A, B]}, "methods": {"none": {}}, "adapters": {"lora": {}}}
 
 
 def tables_of(out: Path) -> str:
@@ -38,7 +38,7 @@ def test_a_study_is_done_once(tmp_path: Path) -> None:
     assert found["schema"] == "retain.study/1"
     assert [r["key"] for r in found["runs"]] == [r.key for r in grid.runs]
     record = found["runs"][0]
-    assert record["config"] == grid.runs[0].config
+    assert record["config"] == grid.runs[0].plain()
     assert {"created", "versions", "commit", "hardware", "seed"} <= record.keys()
     assert record["retention"][0]["ppl"] is None  # it was infinite
     assert not list(work.out.rglob(".*"))
@@ -58,18 +58,18 @@ def test_only_some(tmp_path: Path) -> None:
 
 
 def test_failures_are_recorded_and_do_not_stop_it(tmp_path: Path) -> None:
-    changes = {"adapters": {"bad": {"kind": "lora", "trouble": "error"}, "lora": {}}}
+    changes = {"adapters": {"error": {"kind": "lora"}, "lora": {}}}
     spec, grid, work = pretended(tmp_path, **(ONE | changes))
     counts = run_study(spec, grid, work)
     assert counts == {"done": 2, "failed": 2, "unfinished": 0, "elsewhere": 0, "before": 0}
     record = read_record(work.record(grid.runs[0].key))
-    assert record is not None and record["status"] == "failed"
-    assert record["error"] == "the loss is not finite; got: NaN at step 3; fix: lower it"
+    assert record is not None and record.status == "failed"
+    assert record.error == "the loss is not finite; got: NaN at step 3; fix: lower it"
     assert "TrainingError" in work.trace(grid.runs[0].key).read_text()
     status = study_status(grid, work)
-    assert [f["error"] for f in status["failed"]] == [record["error"]] * 2
+    assert [f["error"] for f in status["failed"]] == [record.error] * 2
     cell = json.loads(tables_of(work.out))["cells"][0]
-    assert (cell["adapter"], cell["n"], cell["failed"]) == ("bad", 0, 2)
+    assert (cell["adapter"], cell["n"], cell["failed"]) == ("error", 0, 2)
     assert len(calls(work)) == 4
     run_study(spec, grid, work)
     assert len(calls(work)) == 4  # not again by itself
@@ -82,7 +82,7 @@ def test_failures_are_recorded_and_do_not_stop_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trouble", sorted(LACKING.keys() - FULL.keys()))
 def test_what_the_machine_lacked_is_tried_again(trouble: str, tmp_path: Path) -> None:
-    changes = {"adapters": {"lora": {"trouble": trouble}, "other": {"kind": "lora"}}}
+    changes = {"adapters": {trouble: {"kind": "lora"}, "other": {"kind": "lora"}}}
     spec, grid, work = pretended(tmp_path, **(ONE | changes))
     told: list[Any] = []
     counts = run_study(spec, grid, work, tell=lambda run, outcome: told.append(outcome))
@@ -98,7 +98,7 @@ def test_what_the_machine_lacked_is_tried_again(trouble: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("trouble", sorted(FULL))
 def test_a_full_disk_stops_the_study_in_one_line(trouble: str, tmp_path: Path) -> None:
-    changes = {"adapters": {"lora": {"trouble": trouble}, "other": {"kind": "lora"}}}
+    changes = {"adapters": {trouble: {"kind": "lora"}, "other": {"kind": "lora"}}}
     spec, grid, work = pretended(tmp_path, **(ONE | changes))
     with pytest.raises(OutputError) as caught:
         run_study(spec, grid, work)
@@ -123,16 +123,16 @@ def test_a_failure_behind_a_wrapper_is_known_by_its_cause(tmp_path: Path) -> Non
 
 
 def test_lesser_ways_are_in_the_record_and_told(tmp_path: Path) -> None:
-    spec, grid, work = pretended(tmp_path, **(ONE | {"adapters": {"lora": {"trouble": "note"}}}))
+    spec, grid, work = pretended(tmp_path, **(ONE | {"adapters": {"note": {"kind": "lora"}}}))
     told: list[Any] = []
     run_study(spec, grid, work, tell=lambda run, outcome: told.append(outcome))
     record = read_record(work.record(grid.runs[0].key))
-    assert record is not None and record["notes"] == ["held in a lesser way"]
+    assert record is not None and record.notes == ["held in a lesser way"]
     assert told[0].notes == ("held in a lesser way",)
 
 
 def test_ctrl_c_leaves_no_lock_and_no_half_file(tmp_path: Path) -> None:
-    spec, grid, work = pretended(tmp_path, **(ONE | {"adapters": {"lora": {"trouble": "stop"}}}))
+    spec, grid, work = pretended(tmp_path, **(ONE | {"adapters": {"stop": {"kind": "lora"}}}))
     with pytest.raises(KeyboardInterrupt):
         run_study(spec, grid, work)
     assert study_status(grid, work)["running"] == []
@@ -145,7 +145,7 @@ def test_a_lock_keeps_others_away_and_that_of_the_dead_does_not(tmp_path: Path) 
     work.lock(first.key).parent.mkdir(parents=True)
     with FileLock(work.lock(first.key)):
         assert [r["key"] for r in study_status(grid, work)["running"]] == [first.key]
-        outcome = execute(first.key, first.config, work)
+        outcome = execute(first, work)
         assert (outcome.status, outcome.fresh) == ("elsewhere", False)
     assert calls(work) == []
     hold = (
@@ -184,20 +184,20 @@ def test_processes_give_the_same_tables(tmp_path: Path) -> None:
 
 def test_a_worker_that_dies_is_one_failure(tmp_path: Path) -> None:
     changes: dict[str, Any] = {
-        "adapters": {"lora": {}, "bad": {"kind": "lora", "trouble": "die"}}, "seeds": [0],
+        "adapters": {"lora": {}, "die": {"kind": "lora"}}, "seeds": [0],
     }  # fmt: skip
     _, grid, work = pretended(tmp_path, **(ONE | changes))
     found = {o.key: o for o in in_processes(grid.runs, work, 1)}
-    status = {run.config["adapter"]["name"]: found[run.key].status for run in grid.runs}
-    assert status == {"lora": "done", "bad": "unfinished"}
-    bad = next(run for run in grid.runs if run.config["adapter"]["name"] == "bad")
+    status = {run.adapter.name: found[run.key].status for run in grid.runs}
+    assert status == {"lora": "done", "die": "unfinished"}
+    bad = next(run for run in grid.runs if run.adapter.name == "die")
     assert "the process of the run died" in str(found[bad.key].error)
     assert read_record(work.record(bad.key)) is None
 
 
 def test_a_worker_that_dies_while_the_parent_is_busy_costs_no_run(tmp_path: Path) -> None:
     changes: dict[str, Any] = {
-        "adapters": {"lora": {}, "bad": {"kind": "lora", "trouble": "die late"}},
+        "adapters": {"lora": {}, "die late": {"kind": "lora"}},
         "seeds": [0, 1],
     }
     _, grid, work = pretended(tmp_path, **(ONE | changes))
@@ -207,13 +207,13 @@ def test_a_worker_that_dies_while_the_parent_is_busy_costs_no_run(tmp_path: Path
         time.sleep(2.0)  # the other worker dies meanwhile
     status = [found.get(run.key) for run in grid.runs]
     assert status == [
-        "unfinished" if run.config["adapter"]["name"] == "bad" else "done" for run in grid.runs
+        "unfinished" if run.adapter.name == "die late" else "done" for run in grid.runs
     ]
 
 
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     """A killed parent leaves no worker behind that would hold a lock or wait for ever."""
-    changes: dict[str, Any] = {"adapters": {"lora": {"trouble": "wait"}}, "seeds": [0, 1]}
+    changes: dict[str, Any] = {"adapters": {"wait": {"kind": "lora"}}, "seeds": [0, 1]}
     pretended(tmp_path, **(ONE | changes))
     script = (
         "import sys; from pathlib import Path; from study_parts import pretended\n"

@@ -10,21 +10,21 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from retain.records import RunSpec
 from retain.retention.wiener import Wiener
 from retain.study.grid import Grid, expand
-from retain.study.known import Known
-from retain.study.reading import read_study
-from retain.study.runner import Work, execute, read_record
+from retain.study.runner import execute
 from retain.study.sequence import run_sequence
+from retain.study.spec import read_study
 from retain.study.state import SequenceState
-from retain.study.training import settings
+from retain.study.work import Work, read_record
 from study_parts import TEXT, tiny_study
 
 
 def opened(path: Path, out: Path, **options: Any) -> tuple[Grid, Work]:
     spec = read_study(path, **options)
     work = Work(spec.name, out, path.parent, path.parent / "data")
-    return expand(spec, path.parent, Known()), work
+    return expand(spec, path.parent), work
 
 
 class Stop(BaseException):
@@ -63,23 +63,23 @@ def test_the_record_of_a_run(tiny_folder: Path, tmp_path: Path) -> None:
     path = tiny_study(tmp_path / "study", tiny_folder, methods={"kfac": METHODS["kfac"]})
     grid, work = opened(path, tmp_path / "out")
     run = grid.runs[0]
-    assert execute(run.key, run.config, work).error is None
+    assert execute(run, work).error is None
     record = read_record(work.record(run.key))
-    assert record is not None
-    assert record["tasks"] == ["one", "two", "three"]
-    assert record["metrics"] == ["accuracy"] * 3
-    assert [len(row) for row in record["matrix"]] == [3, 3, 3]
-    assert len(record["before"]) == len(record["losses"]) == len(record["predicted"]) == 3
-    assert record["sizes"] == {"train": [12] * 3, "test": [8] * 3}
-    assert [r["after"] for r in record["retention"]] == [0, 1, 2]
-    assert all(r["kl"] > 0 for r in record["retention"])
-    assert all(nats > 0 for nats in record["predicted"])
-    assert record["metrics_summary"]["average"] == pytest.approx(sum(record["matrix"][-1]) / 3)
-    share = record["parameters"]["trainable"] / record["parameters"]["base"]
-    assert record["parameters"]["share"] == share
-    assert record["seconds"]["total"] >= record["seconds"]["train"] > 0
-    assert record["peak_memory_gib"] > 0
-    assert record["general"] is None
+    assert record is not None and record.sizes and record.parameters and record.seconds
+    assert record.tasks == ["one", "two", "three"]
+    assert record.metrics == ["accuracy"] * 3
+    assert [len(row) for row in record.matrix] == [3, 3, 3]
+    assert len(record.before) == len(record.losses) == len(record.predicted) == 3
+    assert record.sizes.plain() == {"train": [12] * 3, "test": [8] * 3}
+    assert [r.after for r in record.retention] == [0, 1, 2]
+    assert all(r.kl > 0 for r in record.retention)
+    assert all(nats > 0 for nats in record.predicted)
+    assert record.metrics_summary["average"] == pytest.approx(sum(record.matrix[-1]) / 3)
+    share = record.parameters.trainable / record.parameters.base
+    assert record.parameters.share == share
+    assert record.seconds.total >= record.seconds.train > 0
+    assert record.peak_memory_gib > 0
+    assert record.general is None
     assert not work.state(run.key).exists()
 
 
@@ -92,17 +92,17 @@ def test_a_stopped_run_goes_on_to_the_same_record(
         adapters={"lora": {"rank": 2, "dropout": 0.2}},
     )  # fmt: skip
     grid, work = opened(path, tmp_path / "out")
-    config = grid.runs[0].config
-    whole = run_sequence(config, state=Keep(tmp_path / "a", {}), work=work)
+    run = grid.runs[0]
+    whole = run_sequence(run, state=Keep(tmp_path / "a", {}), work=work)
     for stop in (0, 2):
         folder = tmp_path / f"stop-{stop}"
         state = Keep(folder, {"version": 1})
         state.stop_after = stop
         with pytest.raises(Stop):
-            run_sequence(config, state=state, work=work)
+            run_sequence(run, state=state, work=work)
         said: list[str] = []
         torch.manual_seed(99)  # nothing may depend on what was before
-        again = run_sequence(config, state=Keep(folder, {"version": 1}), work=work, say=said.append)
+        again = run_sequence(run, state=Keep(folder, {"version": 1}), work=work, say=said.append)
         assert plain(again) == plain(whole)
         assert said.count("task 1/3 one: training") == (stop == 0)
         assert "scores before" not in said
@@ -113,11 +113,11 @@ def test_seeds_and_methods_make_a_difference(tiny_folder: Path, tmp_path: Path) 
     path = tiny_study(tmp_path / "study", tiny_folder)
     grid, work = opened(path, tmp_path / "out")
     found = [
-        plain(run_sequence(run.config, state=Keep(tmp_path / run.key, {}), work=work))
+        plain(run_sequence(run, state=Keep(tmp_path / run.key, {}), work=work))
         for run in grid.runs[:4]
     ]
     assert len(set(found)) == 4
-    again = run_sequence(grid.runs[0].config, state=Keep(tmp_path / "again", {}), work=work)
+    again = run_sequence(grid.runs[0], state=Keep(tmp_path / "again", {}), work=work)
     assert plain(again) == found[0]
 
 
@@ -149,10 +149,9 @@ def test_settings_of_a_task(tiny_folder: Path, tmp_path: Path) -> None:
         tmp_path / "study", tiny_folder,
         training={"learning_rate": 0.5, "tasks": {"tasks/two.yaml": {"epochs": 3}}},
     )  # fmt: skip
-    config = opened(path, tmp_path / "out", limit=4)[0].runs[0].config
-    assert [settings(config, i, 5).epochs for i in range(3)] == [1.0, 3.0, 1.0]
-    assert settings(config, 0, 5).seed == 5
-    assert config["data"] == {"train": 4, "test": 4}
+    run = opened(path, tmp_path / "out", limit=4)[0].runs[0]
+    assert [run.settings(i).epochs for i in range(3)] == [1.0, 3.0, 1.0]
+    assert (run.data.train, run.data.test) == (4, 4)
 
 
 def test_independent_runs_give_intransigence(tiny_folder: Path, tmp_path: Path) -> None:
@@ -213,17 +212,17 @@ def test_an_encoder_holds_all_tasks_side_by_side(tmp_path: Path) -> None:
     grid, work = opened(path, tmp_path / "out")
     losses = {}
     for run in grid.runs:
-        found = run_sequence(run.config, state=Keep(tmp_path / run.key, {}), work=work)
-        losses[run.config["adapter"]["name"], run.config["method"]["label"]] = found["losses"]
+        found = run_sequence(run, state=Keep(tmp_path / run.key, {}), work=work)
+        losses[run.adapter.name, run.method.label] = found["losses"]
         assert found["metrics"] == ["accuracy", "accuracy", "pearson"]
         assert found["retention"] == []
         assert found["losses"][2] is None and found["losses"][0] > 0
         state = Keep(tmp_path / f"{run.key}-stopped", {})
         state.stop_after = 1
         with pytest.raises(Stop):
-            run_sequence(run.config, state=state, work=work)
+            run_sequence(run, state=state, work=work)
         state.stop_after = -1
-        assert plain(run_sequence(run.config, state=state, work=work)) == plain(found)
+        assert plain(run_sequence(run, state=state, work=work)) == plain(found)
     for adapter in ("lora", "full"):
         assert losses[adapter, "fitted"] != losses[adapter, "none"]
 
@@ -234,12 +233,12 @@ def test_a_default_that_changes_is_another_run(
     """A record says all that its result depends on, also where the study says nothing."""
     path = tiny_study(tmp_path, tiny_folder, methods={"wiener": {}})
     before = opened(path, tmp_path / "out")[0].runs[0]
-    assert before.config["method"]["gain"] == 3.0
-    assert before.config["adapter"]["dropout"] == 0.0
+    assert before.method.options["gain"] == 3.0
+    assert before.adapter.options["dropout"] == 0.0
     init = Wiener.__init__
     monkeypatch.setattr(init, "__kwdefaults__", {**init.__kwdefaults__, "gain": 4.0})
     after = opened(path, tmp_path / "out")[0].runs[0]
-    assert after.config["method"]["gain"] == 4.0
+    assert after.method.options["gain"] == 4.0
     assert after.key != before.key
 
 
@@ -251,7 +250,7 @@ def test_tasks_that_come_later_need_not_be_scored(tiny_folder: Path, tmp_path: P
         )
         grid, work = opened(path, tmp_path / f"out-{unseen}")
         run = grid.runs[0]
-        found.append(run_sequence(run.config, state=Keep(tmp_path / run.key, {}), work=work))
+        found.append(run_sequence(run, state=Keep(tmp_path / run.key, {}), work=work))
     whole, part = found
     assert part["before"] == whole["before"]
     assert [[s is None for s in row] for row in part["matrix"]] == [
@@ -272,8 +271,8 @@ def test_earlier_tasks_may_be_scored_at_the_end_alone(tiny_folder: Path, tmp_pat
         path = tiny_study(tmp_path / name, tiny_folder, methods={"none": {}}, evaluation=asked)
         grid, work = opened(path, tmp_path / f"out-{name}")
         run = grid.runs[0]
-        assert ("earlier" in run.config["evaluation"]) is bool(asked)  # keys of old records hold
-        found.append(run_sequence(run.config, state=Keep(tmp_path / run.key, {}), work=work))
+        assert ("earlier" in run.plain()["evaluation"]) is bool(asked)  # keys of old records hold
+        found.append(run_sequence(run, state=Keep(tmp_path / run.key, {}), work=work))
     whole, part = found
     assert part["before"] == whole["before"]
     assert [[s is None for s in row] for row in part["matrix"]] == [
@@ -300,9 +299,9 @@ def test_scores_before_training_are_made_once(
     grid, work = opened(path, tmp_path / "out")
     alone = Work(work.study, tmp_path / "other", work.base, work.data_dir)
     for run in grid.runs:
-        found = run_sequence(run.config, state=Keep(tmp_path / run.key, {}), work=work)
+        found = run_sequence(run, state=Keep(tmp_path / run.key, {}), work=work)
         again = Keep(tmp_path / f"{run.key}-alone", {})
-        assert plain(run_sequence(run.config, state=again, work=alone)) == plain(found)
+        assert plain(run_sequence(run, state=again, work=alone)) == plain(found)
         for file in (alone.out / "untrained").iterdir():
             file.write_text("{")  # cut: made again
     files = list((work.out / "untrained").iterdir())
@@ -311,10 +310,10 @@ def test_scores_before_training_are_made_once(
     assert kept["seconds"]["evaluate"] > 0 and kept["seconds"]["total"] > 0
     stamp = Keep(tmp_path / "stamped", {"commit": "another"})
     with patch("retain.study.sequence.write_shared") as write:
-        run_sequence(grid.runs[0].config, state=stamp, work=work)
+        run_sequence(grid.runs[0], state=stamp, work=work)
     assert write.call_count == 1  # scores of other code are not taken
-    shorter = {**grid.runs[0].config, "training": {**grid.runs[0].config["training"]}}
-    shorter["training"]["max_length"] = 8
+    first = grid.runs[0].plain()
+    shorter = RunSpec.model_validate(first | {"training": first["training"] | {"max_length": 8}})
     with patch("retain.study.sequence.write_shared") as write:
         run_sequence(shorter, state=Keep(tmp_path / "shorter", {}), work=work)
     assert write.call_count == 1  # nor those of rows that were cut elsewhere
@@ -322,7 +321,7 @@ def test_scores_before_training_are_made_once(
         patch("retain.study.sequence.write_shared") as write,
         patch("retain.study.untrained.hardware", return_value={"accelerator": "another"}),
     ):
-        run_sequence(grid.runs[0].config, state=Keep(tmp_path / "moved", {}), work=work)
+        run_sequence(grid.runs[0], state=Keep(tmp_path / "moved", {}), work=work)
     assert write.call_count == 1  # nor another machine's
 
 
@@ -333,8 +332,8 @@ def test_a_text_file_is_cut_into_rows(tiny_folder: Path, tmp_path: Path) -> None
     )
     (path.parent / "source.txt").write_text(f"{TEXT} " * 12, encoding="utf-8")
     grid, work = opened(path, tmp_path / "out")
-    outcome = execute(grid.runs[0].key, grid.runs[0].config, work)
+    outcome = execute(grid.runs[0], work)
     assert outcome.status == "done", outcome
     record = read_record(work.record(grid.runs[0].key))
     assert record is not None
-    assert record["retention"][-1]["tokens"] == 3 * 7  # three whole rows of eight tokens
+    assert record.retention[-1].tokens == 3 * 7  # three whole rows of eight tokens

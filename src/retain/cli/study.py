@@ -83,12 +83,10 @@ def run(
     spec, work = _open(study, out, data_dir, limit, seeds)
     check_folder(work.out)
     check_study(work.out)
-    quieten(False)
     from dataclasses import replace
 
     from retain.study.engines import check_engine
     from retain.study.grid import expand
-    from retain.study.known import Known
     from retain.study.studies import run_study
 
     check_engine(engine)
@@ -102,7 +100,7 @@ def run(
         retry_failed=retry_failed,
         threads=threads or (max(1, cores // jobs) if jobs > 1 else None),
     )
-    grid = expand(spec, work.base, Known())
+    grid = expand(spec, work.base)
     for skipped in grid.skipped:
         screen.say(f"skipped: {skipped['adapter']} with {skipped['method']}: {skipped['reason']}")
     try:
@@ -137,12 +135,10 @@ def status(
     """Say which runs are done, running, failed (and why) and left."""
     screen = Screen(as_json, quiet)
     spec, work = _open(study, out, None, limit, seeds)
-    quieten(False)
     from retain.study.grid import expand
-    from retain.study.known import Known
-    from retain.study.status import study_status
+    from retain.study.studies import study_status
 
-    found = study_status(expand(spec, work.base, Known()), work)
+    found = study_status(expand(spec, work.base), work)
     rows = [["done", f"{found['done']} of {found['total']}"]]
     rows += [[name, str(len(found[name]))] for name in ("running", "started", "failed", "left")]
     rows += [["skipped", str(len(found["skipped"]))]]
@@ -161,8 +157,7 @@ def _open(
     study: Path, out: Path | None, data_dir: Path | None, limit: int | None, seeds: str | None
 ) -> Any:
     """The study and where it works."""
-    from retain.study.reading import read_study
-    from retain.study.runner import Work
+    from retain.study.spec import read_study
 
     spec = read_study(study, limit=limit, seeds=_numbers(seeds))
     if data_dir is not None and not data_dir.expanduser().is_dir():
@@ -172,6 +167,9 @@ def _open(
             allowed="a folder that holds the local data",
             fix="check --data-dir",
         )
+    quieten(False)
+    from retain.study.work import Work
+
     folder = (out or Path("runs") / spec.name).expanduser().absolute()
     data = data_dir and data_dir.expanduser().absolute()
     return spec, Work(spec.name, folder, study.expanduser().absolute().parent, data)

@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import os
+import signal
+import threading
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import connection
 from typing import Any
 
 from retain.errors import ConfigError
-from retain.study.grid import Run
-from retain.study.runner import Outcome, Work, execute
+from retain.records import RunSpec
+from retain.study.runner import Outcome, Say, execute
+from retain.study.work import Work
 
 __all__ = ["ENGINES", "check_engine", "in_order", "in_processes", "on_ray"]
 
 ENGINES = ("local", "ray")
-
-Say = Callable[[str], None]
 
 _DIED = "the process of the run died, perhaps for want of memory; got: no result; fix: fewer --jobs"
 
@@ -43,39 +48,40 @@ def check_engine(engine: str) -> None:
         )
 
 
-def in_order(runs: Sequence[Run], work: Work, say: Say | None = None) -> Iterator[Outcome]:
+def in_order(runs: Sequence[RunSpec], work: Work, say: Say | None = None) -> Iterator[Outcome]:
     """One run after another, in this process."""
     for run in runs:
-        yield execute(run.key, run.config, work, say)
+        yield execute(run, work, say)
 
 
-def in_processes(runs: Sequence[Run], work: Work, jobs: int) -> Iterator[Outcome]:
+def in_processes(runs: Sequence[RunSpec], work: Work, jobs: int) -> Iterator[Outcome]:
     """Up to `jobs` runs at a time, each in a worker process.
 
     When a worker dies, the runs that were under way are done again one at a time; the one whose
     worker dies again is unfinished, and tried again next time.
     """
     left = deque(runs)
-    while left:
-        suspects: list[Run] = []
-        yield from _pool(left, work, jobs, suspects)
-        alone = deque(suspects)
-        while alone:
-            died: list[Run] = []
-            yield from _pool(alone, work, 1, died)
-            for run in died:
-                yield Outcome(run.key, "unfinished", _DIED)
+    with _quiet_libraries():
+        while left:
+            suspects: list[RunSpec] = []
+            yield from _pool(left, work, jobs, suspects)
+            alone = deque(suspects)
+            while alone:
+                died: list[RunSpec] = []
+                yield from _pool(alone, work, 1, died)
+                for run in died:
+                    yield Outcome(run.key, "unfinished", _DIED)
 
 
-def _pool(left: deque[Run], work: Work, jobs: int, died: list[Run]) -> Iterator[Outcome]:
+def _pool(left: deque[RunSpec], work: Work, jobs: int, died: list[RunSpec]) -> Iterator[Outcome]:
     """Takes runs from `left` until there are none, or a worker dies: `died` gets its runs."""
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads of torch badly
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet)
-    running: dict[Future[Outcome], Run] = {}
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin)
+    running: dict[Future[Outcome], RunSpec] = {}
     try:
         while left or running:
             while left and len(running) < jobs:
-                future = pool.submit(execute, left[0].key, left[0].config, work)
+                future = pool.submit(execute, left[0], work)
                 running[future] = left.popleft()  # not before: the pool may be broken
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 outcome = future.result()
@@ -91,38 +97,42 @@ def _pool(left: deque[Run], work: Work, jobs: int, died: list[Run]) -> Iterator[
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _quiet() -> None:
-    """In a worker: Ctrl-C is the parent's to handle, libraries do not talk, no parent no work."""
-    import os
-    import signal
-    import threading
-    import warnings
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """The workers that start meanwhile have libraries that do not talk."""
+    added = [name for name in _QUIET if name not in os.environ]
+    os.environ.update({name: _QUIET[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _begin() -> None:
+    """In a worker: Ctrl-C is the parent's to handle, nothing is warned of, no parent no work."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
-    for name, value in (
-        ("TRANSFORMERS_VERBOSITY", "error"),
-        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-        ("TQDM_DISABLE", "1"),
-        ("TOKENIZERS_PARALLELISM", "false"),
-    ):
-        os.environ.setdefault(name, value)
 
 
 def _end_with_parent() -> None:
     """Ends this worker once its parent is gone: what a run keeps is whole at any moment."""
-    import os
-    from multiprocessing import connection
-
     parent = multiprocessing.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
 
 
-def on_ray(runs: Sequence[Run], work: Work, jobs: int | None = None) -> Iterator[Outcome]:
+def on_ray(runs: Sequence[RunSpec], work: Work, jobs: int | None = None) -> Iterator[Outcome]:
     """Each run a Ray task, on the cluster of ``RAY_ADDRESS`` or on one that is started here.
 
     All machines must see the output folder, the data and the package. A task asks for as many
@@ -137,8 +147,6 @@ def on_ray(runs: Sequence[Run], work: Work, jobs: int | None = None) -> Iterator
         ConfigError: Ray is missing.
     """
     check_engine("ray")
-    import os
-
     import ray  # type: ignore[import-not-found,unused-ignore]
 
     mine = not ray.is_initialized()
@@ -150,7 +158,7 @@ def on_ray(runs: Sequence[Run], work: Work, jobs: int | None = None) -> Iterator
     try:
         graphics = 1 if ray.cluster_resources().get("GPU") else 0
         remote = ray.remote(num_cpus=work.threads or 1, num_gpus=graphics, max_retries=0)(execute)
-        running = {remote.remote(run.key, run.config, work): run for run in runs}
+        running = {remote.remote(run, work): run for run in runs}
         try:
             while running:
                 ready, _ = ray.wait(list(running), num_returns=1)

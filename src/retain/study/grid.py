@@ -1,86 +1,29 @@
-"""A study's grid: every run with its whole configuration, and the key that it hashes to."""
+"""A study's grid: every run with all that its result depends on."""
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from retain.config import TrainConfig, validate
+from retain.data.specs import TaskSpec, load_orders, load_task
 from retain.errors import ConfigError, RetainError, unknown
 from retain.files import file_digest
-from retain.study.reading import RUNNERS_OWN
-from retain.study.spec import AdapterSpec, CellSpec, MethodSpec, StudySpec
-from retain.types import HeadStart
+from retain.models.adapters.registry import adapter_kind
+from retain.models.load import is_decoder
+from retain.records import RunSpec
+from retain.retention.method import Method
+from retain.retention.registry import make_method, method_options
+from retain.study.spec import RUNNERS_OWN, AdapterSpec, CellSpec, MethodSpec, StudySpec
 
-__all__ = ["Catalogue", "Grid", "MethodFacts", "Run", "expand", "run_key"]
+__all__ = ["Grid", "expand", "refusal", "task_at"]
 
-
-@dataclass(frozen=True)
-class MethodFacts:
-    """What a grid wants to know of a method.
-
-    Attributes:
-        strength: its own, where the study names none.
-        stores_data: whether it keeps rows of earlier tasks.
-        options: all of them, its defaults among them, so that a default that changes is another
-            run.
-        head: how a classifier's outputs begin with it.
-        refusal: why it does not compose with a kind of adapter, or of model (a decoder or not;
-            None where that is not known); None where it does.
-    """
-
-    strength: float
-    stores_data: bool
-    options: dict[str, Any]
-    head: HeadStart
-    refusal: Callable[[str, bool | None], str | None]
-
-
-class Catalogue(Protocol):
-    """What a grid asks the rest of the package; `retain.study.known.Known` answers."""
-
-    def order(self, reference: str) -> list[str]:
-        """The tasks of a published order."""
-
-    def definition(self, task: str, base: Path) -> str:
-        """What tells one definition of a task from another; raises for an unknown task."""
-
-    def decoder(self, model: str) -> bool | None:
-        """Whether a model is a decoder; None where that is not known before it is loaded."""
-
-    def adapter(self, kind: str, options: dict[str, Any]) -> dict[str, Any]:
-        """The options with the kind's defaults; raises for an unknown kind or option."""
-
-    def method(self, kind: str, strength: float | None, options: dict[str, Any]) -> MethodFacts:
-        """Raises for an unknown method or option."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run.
-
-    Attributes:
-        key: 16 hexadecimal digits, the hash of `config`.
-        config: all that its result depends on, data files and versions aside.
-    """
-
-    key: str
-    config: dict[str, Any]
-
-    @property
-    def title(self) -> str:
-        """The run in words."""
-        c = self.config
-        return (
-            f"{c['model']} {c['adapter']['name']} {c['method']['label']} {c['order']['name']}"
-            f" seed {c['seed']}"
-        )
+_PUBLISHED = "published/"
 
 
 @dataclass
@@ -92,10 +35,10 @@ class Grid:
         skipped: what a method refuses: names, and the reason.
     """
 
-    runs: list[Run] = field(default_factory=list)
+    runs: list[RunSpec] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
 
-    def matching(self, pattern: str | None) -> list[Run]:
+    def matching(self, pattern: str | None) -> list[RunSpec]:
         """The runs whose title holds a pattern (``*`` and ``?`` stand for anything).
 
         Raises:
@@ -115,48 +58,65 @@ class Grid:
         return found
 
 
-def run_key(config: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits of the SHA-256 of the configuration as canonical JSON."""
-    text = json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def expand(spec: StudySpec, base: Path, catalogue: Catalogue) -> Grid:
+def expand(spec: StudySpec, base: Path) -> Grid:
     """The grid of a study.
 
     Args:
         spec: the study.
         base: the folder of its file.
-        catalogue: of tasks, adapters and methods.
 
     Raises:
         ConfigError: a name or option is not known, or two unlike runs would have one name.
         SourceError: a file that the study names is missing.
     """
-    return _Expansion(spec, base, catalogue).grid()
+    return _Expansion(spec, base).grid()
+
+
+def task_at(task: str, base: Path) -> TaskSpec:
+    """A task by its name, or by the path of its file, which starts at the study's folder.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    return load_task(base / task if task.endswith((".yaml", ".yml")) else task)
+
+
+def refusal(method: Method, adapter: str, decoder: bool | None) -> str | None:
+    """Why a method does not compose with a kind of adapter, or of model; None where it does.
+
+    Args:
+        method: the method.
+        adapter: the kind.
+        decoder: whether the model is one; None where that is not known before it is loaded.
+    """
+    try:
+        method.check(adapter, decoder is not False)
+    except ConfigError as error:
+        return error.what
+    return None
 
 
 class _Expansion:
-    def __init__(self, spec: StudySpec, base: Path, catalogue: Catalogue) -> None:
-        self.spec, self.base, self.catalogue = spec, base, catalogue
+    def __init__(self, spec: StudySpec, base: Path) -> None:
+        self.spec, self.base = spec, base
         self.orders = {
-            name: tasks if isinstance(tasks, list) else catalogue.order(tasks)
+            name: tasks if isinstance(tasks, list) else _published(tasks)
             for name, tasks in spec.orders.items()
         }
         every = {task: None for tasks in self.orders.values() for task in tasks}
-        self.definitions = {task: catalogue.definition(task, base) for task in every}
+        self.definitions = {task: _definition(task, base) for task in every}
         for training in spec.trainings:
             for task in training.get("tasks") or {}:
                 if task not in every:
                     raise unknown("task", task, every)
         self.adapters = {
-            name: catalogue.adapter(adapter.kind, adapter.options)
+            name: adapter_kind(adapter.kind).check(adapter.options).model_dump(mode="json")
             for name, adapter in spec.adapters.items()
         }
         models = {m for cell in spec.runs for m in cell.models or spec.models}
-        self.decoders = {model: catalogue.decoder(model) for model in models}
-        self.facts = {
-            (label, strength): catalogue.method(method.kind, strength, method.options)
+        self.decoders = {model: is_decoder(model) for model in models}
+        self.methods = {
+            (label, strength): make_method(method.kind, strength, **method.options)
             for label, method in spec.methods.items()
             for strength in method.strengths
         }
@@ -168,11 +128,12 @@ class _Expansion:
 
     def grid(self) -> Grid:
         made = Grid()
-        found: dict[str, tuple[int, Run]] = {}
+        found: dict[str, tuple[int, RunSpec]] = {}
         titles: dict[str, str] = {}
         for cell in self.spec.runs:
             for place, run in self._cell(cell, made.skipped):
-                if titles.setdefault(run.title, run.key) != run.key:
+                key = run.key
+                if titles.setdefault(run.title, key) != key:
                     raise ConfigError(
                         "two unlike runs of the study have one name",
                         got=f"{run.title}, twice with other settings",
@@ -180,12 +141,12 @@ class _Expansion:
                         fix="give one a name of its own, such as methods: {slow: {kind: none, "
                         "training: {learning_rate: 1.0e-4}}}",
                     )
-                found.setdefault(run.key, (place, run))
+                found.setdefault(key, (place, run))
         in_order = sorted(found.values(), key=lambda pair: pair[0])  # stable
         made.runs = [run for _, run in in_order]
         return made
 
-    def _cell(self, cell: CellSpec, skipped: list[dict[str, str]]) -> Iterator[tuple[int, Run]]:
+    def _cell(self, cell: CellSpec, skipped: list[dict[str, str]]) -> Iterator[tuple[int, RunSpec]]:
         spec = self.spec
         orders = {name: self.orders[name] for name in cell.orders or self.orders}
         if cell.independent:
@@ -197,21 +158,23 @@ class _Expansion:
         ):  # fmt: skip
             adapter, method = spec.adapters[name], spec.methods[label]
             for strength in method.strengths:
-                facts = self.facts[label, strength]
-                reason = facts.refusal(adapter.kind, self.decoders[model])
+                made = self.methods[label, strength]
+                reason = refusal(made, adapter.kind, self.decoders[model])
                 if reason is not None:
-                    if facts.refusal(adapter.kind, None) is None:
+                    if refusal(made, adapter.kind, None) is None:
                         reason = f"{reason}; {model} is an encoder"
                     note = {"adapter": name, "method": label, "reason": reason}
                     if note not in skipped:
                         skipped.append(note)
                     continue
-                config = {
+                # What is set here is what the key depends on: a name or default that changes
+                # makes other runs of those that are done.
+                run: dict[str, Any] = {
                     "model": model,
                     "dtype": adapter.dtype or spec.dtype,
                     "attention": spec.attention,
                     "adapter": {"name": name, "kind": adapter.kind, **self.adapters[name]},
-                    "method": self._method(label, method, facts),
+                    "method": _method(label, method, made),
                     "order": {"name": order, "tasks": tasks},
                     "definitions": [self.definitions[task] for task in tasks],
                     "seed": seed,
@@ -221,20 +184,9 @@ class _Expansion:
                     "general": spec.general and spec.general.model_dump(mode="json"),
                     "evaluation": spec.evaluation.for_key(),
                 }
-                if self.decoders[model] is not True and (method.head or facts.head) == "fitted":
-                    config["head"] = "fitted"
-                yield place, Run(run_key(config), config)
-
-    def _method(self, label: str, method: MethodSpec, facts: MethodFacts) -> dict[str, Any]:
-        several = len(method.strengths) > 1
-        return {
-            "name": label,
-            "label": f"{label} {facts.strength:g}" if several else label,
-            "kind": method.kind,
-            "strength": facts.strength,
-            "stores_data": facts.stores_data,
-            **facts.options,
-        }
+                if self.decoders[model] is not True and (method.head or made.head) == "fitted":
+                    run["head"] = "fitted"
+                yield place, RunSpec.model_validate(run)
 
     def _training(
         self, tasks: list[str], adapter: AdapterSpec, method: MethodSpec, cell: CellSpec
@@ -262,6 +214,35 @@ class _Expansion:
                 ) from error  # fmt: skip
         whole = validate(common, TrainConfig).model_dump(mode="json", exclude=set(RUNNERS_OWN))
         return whole | {"tasks": {task: part for task, part in own.items() if part}}
+
+
+def _method(label: str, spec: MethodSpec, method: Method) -> dict[str, Any]:
+    strength = float(method.strength)
+    return {
+        "name": label,
+        "label": f"{label} {strength:g}" if len(spec.strengths) > 1 else label,
+        "kind": spec.kind,
+        "strength": strength,
+        "stores_data": method.stores_data,
+        **method_options(spec.kind),
+        **spec.options,
+    }
+
+
+def _published(reference: str) -> list[str]:
+    """The tasks of ``published/NAME``, such as ``published/order4-14``."""
+    orders = {f"{_PUBLISHED}{name}": tasks for name, tasks in load_orders().items()}
+    if reference not in orders:
+        raise unknown("order", reference, orders)
+    return list(orders[reference])
+
+
+def _definition(task: str, base: Path) -> str:
+    """Name and version of a task of the package; a digest of one in a file."""
+    spec = task_at(task, base)
+    if not task.endswith((".yaml", ".yml")):
+        return f"{spec.name}@{spec.version}"
+    return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:16]
 
 
 def _source_digest(path: Path) -> str:

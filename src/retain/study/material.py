@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +18,15 @@ from retain.data.folders import inside
 from retain.data.items import Item
 from retain.data.loading import encode_items, load_items
 from retain.data.sources import Row, encode, read_rows
-from retain.data.specs import TaskSpec, load_task
-from retain.documents import read_json
+from retain.data.specs import TaskSpec
+from retain.documents import sealed
 from retain.errors import ConfigError, ModelError, SourceError
 from retain.files import first_rank
 from retain.models.heads import is_causal
 from retain.models.load import load_model
-from retain.study.inputs import model_digest
-from retain.study.known import task_path
-from retain.study.runner import Work
-from retain.study.shared import write_shared
+from retain.records import RunSource, RunSpec
+from retain.study.grid import task_at
+from retain.study.work import Work, model_digest, read_shared, write_shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,7 +81,7 @@ def seed_of(seed: int, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:4], "big")
 
 
-def load_base(config: Mapping[str, Any], specs: Sequence[TaskSpec]) -> Base:
+def load_base(run: RunSpec, specs: Sequence[TaskSpec]) -> Base:
     """The base model; a new head's weights depend on the seed of the run alone.
 
     Raises:
@@ -91,10 +90,10 @@ def load_base(config: Mapping[str, Any], specs: Sequence[TaskSpec]) -> Base:
     """
     from transformers import set_seed
 
-    name = config["model"]
-    kind: dict[str, Any] = {"dtype": config["dtype"]}
-    if config["attention"] is not None:
-        kind["attn_implementation"] = config["attention"]
+    name = run.model
+    kind: dict[str, Any] = {"dtype": run.dtype}
+    if run.attention is not None:
+        kind["attn_implementation"] = run.attention
     found = load_model(name, **kind)
     try:
         causal = is_causal(found.model)
@@ -114,37 +113,32 @@ def load_base(config: Mapping[str, Any], specs: Sequence[TaskSpec]) -> Base:
             )
         columns.append(slice(start, start + width))
         start += width
-    set_seed(seed_of(int(config["seed"]), -1))
+    set_seed(seed_of(run.seed or 0, -1))
     found = load_model(name, num_labels=start, ignore_mismatched_sizes=True, **kind)
     return Base(found.model, found.tokenizer, False, columns)
 
 
-def load_tasks(config: Mapping[str, Any], base: Base, work: Work) -> list[TaskData]:
+def load_tasks(run: RunSpec, base: Base, work: Work) -> list[TaskData]:
     """The rows of all tasks: training rows by the seed of the run, test rows the same for all.
 
     Raises:
         SourceError: rows are missing or do not fit their task.
     """
-    from retain.study.training import settings
-
     out = []
-    for index, task in enumerate(config["order"]["tasks"]):
-        spec = load_task(task_path(task, work.base))
-        length = min(settings(config, index).max_length, spec.max_length)
+    for index, task in enumerate(run.order.tasks):
+        spec = task_at(task, work.base)
+        length = min(run.settings(index).max_length, spec.max_length)
         cut: dict[str, Any] = {"tokenizer": base.tokenizer, "max_length": length}
         where: dict[str, Any] = {"data_dir": work.data_dir} | (cut if base.causal else {})
-        limits = config["data"]
-        seed = seed_of(int(config["seed"]), index)
-        rows = load_items(spec, "train", limit=limits["train"], seed=seed, **where)
-        test = load_items(spec, "eval", limit=limits["test"], **where)
+        seed = seed_of(run.seed or 0, index)
+        rows = load_items(spec, "train", limit=run.data.train, seed=seed, **where)
+        test = load_items(spec, "eval", limit=run.data.test, **where)
         train = encode_items(rows, base.tokenizer, max_length=length, causal=base.causal, spec=spec)
         out.append(TaskData(spec, train, test, length))
     return out
 
 
-def load_source(
-    config: Mapping[str, Any], base: Base, work: Work
-) -> tuple[list[Example], list[Example]]:
+def load_source(run: RunSpec, base: Base, work: Work) -> tuple[list[Example], list[Example]]:
     """Source text to measure what is to be kept on, and held-out text to measure forgetting on.
 
     Both are empty for an encoder: its head is new, so the base model has no answers to keep.
@@ -152,79 +146,74 @@ def load_source(
     Raises:
         SourceError: the text is missing or too short.
     """
-    source = config["source"]
-    if source["kind"] == "none" or not base.causal:
+    source = run.source
+    if source.kind == "none" or not base.causal:
         return [], []
-    seed = seed_of(int(config["seed"]), -1)
-    if source["kind"] == "self":
+    seed = seed_of(run.seed or 0, -1)
+    if source.kind == "self":
         pair: list[list[Row]] = [
-            _samples(config, base, work, source[part], s)
-            for part, s in (("rows", seed), ("heldout", HELDOUT_SEED))
+            _samples(run, base, work, count, s)
+            for count, s in ((source.rows, seed), (source.heldout, HELDOUT_SEED))
         ]
     else:
         pair = _texts(source, work, seed, base.tokenizer)
-    size = {"max_length": source["max_length"], "causal": True, "loss": "source"}
+    size: dict[str, Any] = {"max_length": source.max_length, "causal": True, "loss": "source"}
     fit, held = (encode(rows, base.tokenizer, **size) for rows in pair)
-    return fit[: source["rows"]], held[: source["heldout"]]
+    return fit[: source.rows], held[: source.heldout]
 
 
-def _samples(config: Mapping[str, Any], base: Base, work: Work, count: int, seed: int) -> list[Row]:
+def _samples(run: RunSpec, base: Base, work: Work, count: int, seed: int) -> list[Row]:
     """Text that the base model writes, kept in a file: other runs want the same."""
     from retain.models.generating import sample_rows
 
-    length = config["source"]["max_length"]
-    wanted = [config["model"], config["dtype"], count, length, seed]
-    digest = model_digest(str(config["model"]))  # of a local model, which may change at its place
+    length = run.source.max_length
+    wanted = [run.model, run.dtype, count, length, seed]
+    digest = model_digest(run.model)  # of a local model, which may change at its place
     wanted += [] if digest is None else [digest]
     name = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
     path = work.out / "source" / f"{name}.json"
-    try:
-        return list(read_json(path, sealed=True)["rows"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    kept = read_shared(path)
+    if kept is not None and isinstance(kept.get("rows"), list):
+        return list(kept["rows"])
     rows: list[Row] = [
         *sample_rows(base.model, base.tokenizer, count=count, max_length=length, seed=seed)
     ]
     if first_rank():
-        write_shared(work, path, {"made_with": wanted, "rows": rows})
+        write_shared(work, path, sealed({"made_with": wanted, "rows": rows}))
     return rows
 
 
 def _texts(
-    source: Mapping[str, Any], work: Work, seed: int, tokenizer: PreTrainedTokenizerBase
+    source: RunSource, work: Work, seed: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[Row]]:
     """Rows to fit on and held-out rows, which share none."""
     paths = [
-        work.base / source["path"] if source["kind"] == "file" else _data_file(source, split, work)
-        for split in (source["split"], source["heldout_split"])
+        work.base / str(source.path) if source.kind == "file" else _data_file(source, split, work)
+        for split in (source.split, source.heldout_split)
     ]
     rows, held = (_long_enough(source, path, tokenizer) for path in paths)
-    taken = _choose(len(held), source["heldout"], HELDOUT_SEED)
+    taken = _choose(len(held), source.heldout, HELDOUT_SEED)
     free = [r for i, r in enumerate(rows) if paths[0] != paths[1] or i not in taken]
-    chosen = _choose(len(free), source["rows"], seed)
+    chosen = _choose(len(free), source.rows, seed)
     if not chosen or not taken:
         raise SourceError(
             "the source has too few rows",
             got=f"{len(rows)} rows to measure on, {len(held)} held out",
-            allowed=f"more than {source['heldout']} where both come from one file",
+            allowed=f"more than {source.heldout} where both come from one file",
             fix="give more text, or lower source.heldout or source.min_words",
         )
     return [[free[i] for i in sorted(chosen)], [held[i] for i in sorted(taken)]]
 
 
-def _long_enough(
-    source: Mapping[str, Any], path: Path, tokenizer: PreTrainedTokenizerBase
-) -> list[Row]:
+def _long_enough(source: RunSource, path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     """The rows of a file that have enough words; a text that is one row is cut into rows first."""
     # A study's rows are drawn from all rows of its file; of a long text passages are enough.
-    most = 4 * (source["rows"] + source["heldout"]) if kind_of(path) == ".txt" else None
-    rows = read_rows(path, most, seed=HELDOUT_SEED, max_length=source["max_length"])
+    most = 4 * (source.rows + source.heldout) if kind_of(path) == ".txt" else None
+    rows = read_rows(path, most, seed=HELDOUT_SEED, max_length=source.max_length)
     if any(row.get("pack") for row in rows):
-        pieces = encode(
-            rows, tokenizer, max_length=source["max_length"], causal=True, loss="source"
-        )
+        pieces = encode(rows, tokenizer, max_length=source.max_length, causal=True, loss="source")
         return [{"input_ids": [*piece.tokens, piece.targets[-1]]} for piece in pieces]
-    least = source["min_words"]
+    least = source.min_words
     return [r for r in rows if not least or len(str(r.get("text", "")).split()) >= least]
 
 
@@ -234,15 +223,15 @@ def _choose(size: int, count: int, seed: int) -> set[int]:
     return set(numbers[:count])
 
 
-def _data_file(source: Mapping[str, Any], split: str, work: Work) -> Path:
+def _data_file(source: RunSource, split: str, work: Work) -> Path:
     home = work.data_dir or Path()
     for suffix in (".jsonl.gz", ".jsonl", ".txt"):
-        name = f"{source['name']}/{split}{suffix}"
+        name = f"{source.name}/{split}{suffix}"
         if (path := inside(home, name, "source.name")).is_file():
             return path
     raise SourceError(
         "no such source",
-        got=home / str(source["name"]) / f"{split}.jsonl.gz",
+        got=home / str(source.name) / f"{split}.jsonl.gz",
         allowed="a file .jsonl.gz, .jsonl or .txt",
         fix="give --data-dir, the folder that holds the local data",
     )

@@ -6,69 +6,33 @@ A failure is recorded where the run's configuration or data caused it. What the 
 
 from __future__ import annotations
 
-import math
 import os
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from retain.documents import read_json, sealed
-from retain.errors import OutputError, RetainError, memory_full
+import torch
+
+from retain.documents import sealed
+from retain.errors import OutputError
 from retain.files import clear_scratch, first_rank, whole_file, write_json, writing
-from retain.study.heard import heard
-from retain.study.lacking import lacks_disk, lacks_something
+from retain.provenance import provenance
+from retain.records import RUN_SCHEMA, RunRecord, RunSpec, finite
+from retain.study.faults import heard, lacks_disk, lacks_something, one_line
+from retain.study.state import SequenceState
+from retain.study.work import (
+    Work,
+    changed_inputs,
+    holding,
+    input_digests,
+    read_record,
+    standing,
+)
 
-__all__ = ["RUN_SCHEMA", "Outcome", "RunFunction", "Work", "execute", "read_record", "standing"]
+__all__ = ["Outcome", "Say", "execute"]
 
-RUN_SCHEMA = "retain.run/1"
-
-RunFunction = Callable[..., dict[str, Any]]
-"""``(config, *, state, work, say) -> body of the record``; `retain.study.sequence` has it."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """Where a study works; plain data that other processes can be handed.
-
-    Attributes:
-        study: its name.
-        out: folder of everything that is written.
-        base: folder of the study's file; paths in it start there.
-        data_dir: local copies of the data, or None.
-        threads: of a run; None leaves torch's own choice.
-        retry_failed: do runs again that have failed before.
-        function: does the run; `retain.study.sequence.run_sequence` where None.
-    """
-
-    study: str
-    out: Path
-    base: Path = Path()
-    data_dir: Path | None = None
-    threads: int | None = None
-    retry_failed: bool = False
-    function: RunFunction | None = None
-
-    def record(self, key: str) -> Path:
-        """The file of a run's record."""
-        return self.out / "runs" / f"{key}.json"
-
-    def state(self, key: str) -> Path:
-        """The folder of what a run keeps between tasks."""
-        return self.out / "state" / key
-
-    def earlier(self, key: str, number: int) -> Path:
-        """The file of a record that was put aside, since the run's data have changed."""
-        return self.out / "earlier" / f"{key}-{number}.json"
-
-    def lock(self, key: str) -> Path:
-        """The file that is locked while a run is done."""
-        return self.out / "locks" / f"{key}.lock"
-
-    def trace(self, key: str) -> Path:
-        """The file with the traceback of a failed run."""
-        return self.out / "failures" / f"{key}.txt"
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -91,57 +55,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """A record; None where there is none, or what is there is no record."""
-    try:
-        found = read_json(path, sealed=True)
-    except (OSError, ValueError):
-        return None
-    good = isinstance(found, dict) and found.get("schema") == RUN_SCHEMA
-    return found if good else None
-
-
-def standing(key: str, config: Mapping[str, Any], work: Work) -> dict[str, Any] | None:
-    """The record of a run, if it stands: its data and model are those that are there now.
-
-    A failed one stands unless it is to be done again.
-    """
-    record = read_record(work.record(key))
-    if record is None:
-        return None
-    if record["status"] == "failed":
-        again = work.retry_failed or _changed(record, config, work, gone=True)
-        return None if again else record
-    return None if _changed(record, config, work) else record
-
-
-def _changed(
-    record: Mapping[str, Any], config: Mapping[str, Any], work: Work, *, gone: bool = False
-) -> list[str]:
-    """Which inputs of a record have other contents now.
-
-    Args:
-        record: of the run; those of earlier versions do not say what they are of.
-        config: of the run.
-        work: where the data lie.
-        gone: one that is there now and was not counts too.
-    """
-    then = record.get("inputs")
-    if not isinstance(then, dict):
-        return []
-    now = _inputs(config, work)
-    return [n for n, d in now.items() if then.get(n, d if not gone else None) != d]
-
-
-def _inputs(config: Mapping[str, Any], work: Work) -> dict[str, str]:
-    from retain.study.inputs import input_digests
-
-    return input_digests(config, work)
-
-
-def execute(
-    key: str, config: Mapping[str, Any], work: Work, say: Callable[[str], None] | None = None
-) -> Outcome:
+def execute(run: RunSpec, work: Work, say: Say | None = None) -> Outcome:
     """Does one run, unless it is done, or another process is at it.
 
     What its configuration makes go wrong is recorded; what the machine lacks is not, and a disk
@@ -149,156 +63,97 @@ def execute(
     of a killed one is free.
 
     Args:
-        key: hash of `config`.
-        config: the whole configuration of the run.
+        run: what to do.
         work: where.
         say: told in a few words what is being done.
 
     Raises:
         OutputError: the record, or something that the run keeps, cannot be written.
     """
-    known = _known(key, config, work)
+    key = run.key
+    known = _known(run, work)
     if known is not None:
         return known
     if not first_rank():
-        record = _attempt(key, config, work, say)
-        return Outcome(key, record["status"], record["error"])
-    from filelock import FileLock, Timeout
-
-    path = work.lock(key)
-    with writing("the lock of a run", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
-        try:
-            lock.acquire(timeout=1)
-        except Timeout:
+        record = _attempt(run, work, say)
+        return Outcome(key, record.status, record.error)
+    with holding(work.lock(key), wait=1) as mine:
+        if not mine:
             return Outcome(key, "elsewhere", fresh=False)
-    try:
-        known = _known(key, config, work)
+        known = _known(run, work)
         if known is not None:
             return known
-        again = _put_aside(key, config, work)
-        record = _attempt(key, config, work, say)
-        notes = (*again, *record.get("notes", ()))
-        if record["status"] != "unfinished":
+        again = _put_aside(run, work)
+        record = _attempt(run, work, say)
+        if record.status != "unfinished":
             clear_scratch(work.record(key))
-            write_json(work.record(key), sealed(record))
-        if record["status"] == "done":
+            write_json(work.record(key), sealed(record.plain()))
+        if record.done:
             _state(key, work, {}).clear()
             work.trace(key).unlink(missing_ok=True)
-    finally:
-        lock.release()
-    return Outcome(key, record["status"], record["error"], notes=notes)
+    return Outcome(key, record.status, record.error, notes=(*again, *record.notes))
 
 
-def _put_aside(key: str, config: Mapping[str, Any], work: Work) -> list[str]:
-    """Moves the record of other data out of the way; says so."""
-    record = read_record(work.record(key))
-    if record is None or record["status"] != "done":
-        return []
-    changed = _changed(record, config, work)
-    number = 1
-    while work.earlier(key, number).exists():
-        number += 1
-    place = work.earlier(key, number)
-    with writing("the earlier record of a run", place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(work.record(key), place)
-    return [f"done again, since {', '.join(changed)} changed; the earlier record: {place}"]
-
-
-def _known(key: str, config: Mapping[str, Any], work: Work) -> Outcome | None:
-    record = standing(key, config, work)
+def _known(run: RunSpec, work: Work) -> Outcome | None:
+    record = standing(run, work)
     if record is None:
         return None
-    return Outcome(key, record["status"], record["error"], fresh=False)
+    return Outcome(run.key, record.status, record.error, fresh=False)
 
 
-def _header(
-    key: str, config: Mapping[str, Any], work: Work, where: Mapping[str, Any]
-) -> dict[str, Any]:
-    return {
-        "schema": RUN_SCHEMA,
-        "study": work.study,
-        "key": key,
-        "status": "done",
-        "error": None,
-        "config": dict(config),
-        **where,
-    }
+def _put_aside(run: RunSpec, work: Work) -> list[str]:
+    """Moves the record of other data out of the way; says so."""
+    record = read_record(work.record(run.key))
+    if record is None or not record.done:
+        return []
+    number = 1
+    while (place := work.earlier(run.key, number)).exists():
+        number += 1
+    with writing("the earlier record of a run", place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(work.record(run.key), place)
+    changed = ", ".join(changed_inputs(record, run, work))
+    return [f"done again, since {changed} changed; the earlier record: {place}"]
 
 
-def _state(key: str, work: Work, stamp: Mapping[str, Any]) -> Any:
-    from retain.study.state import SequenceState
-
+def _state(key: str, work: Work, stamp: dict[str, Any]) -> SequenceState:
     return SequenceState(work.state(key), stamp, writes=first_rank())
 
 
-def _attempt(
-    key: str, config: Mapping[str, Any], work: Work, say: Callable[[str], None] | None
-) -> dict[str, Any]:
-    import torch
-
-    from retain.provenance import provenance
-
+def _attempt(run: RunSpec, work: Work, say: Say | None) -> RunRecord:
+    if work.function is None:
+        from retain.study.sequence import run_sequence as function
+    else:
+        function = work.function
     if work.threads is not None:
         torch.set_num_threads(work.threads)
-    where = provenance(int(config["seed"]))
+    where = provenance(run.seed or 0)
     where["hardware"]["threads"] = torch.get_num_threads()
     commit = (where["commit"] or "").rstrip("+")  # files beside the code may come while it runs
-    inputs = _inputs(config, work)
+    inputs = input_digests(run, work)
     stamp = {"versions": where["versions"], "commit": commit}
-    state = _state(key, work, stamp | ({"inputs": inputs} if inputs else {}))
-    header = _header(key, config, work, where) | {"inputs": inputs}
-    function = work.function or _run_sequence()
+    state = _state(run.key, work, stamp | ({"inputs": inputs} if inputs else {}))
     notes: list[str] = []
+
+    def record(status: str, error: str | None, body: dict[str, Any]) -> RunRecord:
+        head = {"schema": RUN_SCHEMA, "study": work.study, "key": run.key, "status": status,
+                "error": error, "config": run, **where, "inputs": inputs}  # fmt: skip
+        return RunRecord.model_validate({**head, **finite(body), "notes": notes})
+
     try:
         with heard(notes):
-            body = function(config, state=state, work=work, say=say or (lambda text: None))
+            body = function(run, state=state, work=work, say=say or (lambda text: None))
         notes += [note for note in body.pop("notes", ()) if note not in notes]
-        return {**header, **finite(body), "notes": notes}
+        return record("done", None, body)
     except Exception as error:
         if lacks_disk(error):
-            reason = one_line(error)
             if isinstance(error, OutputError):
                 raise
             raise OutputError(
-                "a run cannot be kept", got=reason, allowed="room on the disk",
+                "a run cannot be kept", got=one_line(error), allowed="room on the disk",
                 fix="free some disk; the same command goes on after the last finished task",
             ) from error  # fmt: skip
-        _write_trace(work.trace(key), traceback.format_exc())
-        status = "unfinished" if lacks_something(error) else "failed"
-        return header | {"status": status, "error": one_line(error), "notes": notes}
-
-
-def _run_sequence() -> RunFunction:
-    from retain.study.sequence import run_sequence
-
-    return run_sequence
-
-
-def one_line(error: BaseException) -> str:
-    """An error as one line."""
-    text = " ".join(str(error).split())
-    if isinstance(error, RetainError):
-        return text
-    if memory_full(error):
-        return (
-            f"the memory is full; got: {text[:160] or type(error).__name__}; fix: smaller batches"
-        )
-    return f"{type(error).__name__}: {text[:240]}" if text else type(error).__name__
-
-
-def finite(value: Any) -> Any:
-    """Plain data for JSON, with null for a number that is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_trace(path: Path, text: str) -> None:
-    if first_rank():
-        with whole_file(path, "the traceback of a run") as scratch:
-            scratch.write_text(text, encoding="utf-8")
+        if first_rank():
+            with whole_file(work.trace(run.key), "the traceback of a run") as scratch:
+                scratch.write_text(traceback.format_exc(), encoding="utf-8")
+        return record("unfinished" if lacks_something(error) else "failed", one_line(error), {})

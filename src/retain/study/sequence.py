@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from retain.data.specs import load_task
+from retain.documents import sealed
 from retain.evaluation.continual import continual_metrics
 from retain.evaluation.forgetting import Reference
 from retain.evaluation.score import Score, score_items
 from retain.files import first_rank
 from retain.models.adapters.registry import attach_adapter
+from retain.records import RunSpec, finite
 from retain.retention.method import Context, Task
 from retain.retention.registry import make_method
-from retain.study.known import task_path
+from retain.study.grid import task_at
 from retain.study.material import load_base, load_source, load_tasks, seed_of
-from retain.study.runner import Work, finite
-from retain.study.shared import write_shared
+from retain.study.resources import Clock, peak_memory, reset_peak_memory
 from retain.study.state import SequenceState
-from retain.study.training import Clock, peak_memory, reset_peak_memory, settings
 from retain.study.untrained import read_untrained, untrained_file
+from retain.study.work import Work, write_shared
 from retain.training.head import fit_head
 from retain.training.loop import train
 
@@ -33,7 +33,7 @@ MEASURED = 16
 
 
 def run_sequence(
-    config: Mapping[str, Any],
+    run: RunSpec,
     *,
     state: SequenceState,
     work: Work,
@@ -42,7 +42,7 @@ def run_sequence(
     """Does a run, from its last finished task on where it was stopped before.
 
     Args:
-        config: the whole configuration, as `retain.study.grid` makes it.
+        run: all that is asked for.
         state: what is kept between tasks.
         work: where the data lie.
         say: told in a few words what is being done.
@@ -56,44 +56,39 @@ def run_sequence(
     gc.collect()  # the model of the run before
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return _Sequence(config, state, work, say).run()
+    return _Sequence(run, state, work, say).run()
 
 
 class _Sequence:
     def __init__(
         self,
-        config: Mapping[str, Any],
+        config: RunSpec,
         state: SequenceState,
         work: Work,
         say: Callable[[str], None],
     ) -> None:
         reset_peak_memory()
         self.config, self.state, self.work, self.say = config, state, work, say
-        self.clock, self.seed = Clock(), int(config["seed"])
+        self.clock, self.seed = Clock(), config.seed or 0
         say("loading")
-        names = config["order"]["tasks"]
-        self.base = load_base(config, [load_task(task_path(t, work.base)) for t in names])
+        self.base = load_base(config, [task_at(t, work.base) for t in config.order.tasks])
         self.tasks = load_tasks(config, self.base, work)
         self.source, self.held = load_source(config, self.base, work)
         self._attach()
         self.data: dict[str, Any] = {"matrix": [], "retention": [], "predicted": []}
 
     def _attach(self) -> None:
-        method, adapter = dict(self.config["method"]), dict(self.config["adapter"])
-        for key in ("name", "label", "stores_data"):
-            method.pop(key, None)
-        kind, strength = method.pop("kind"), method.pop("strength")
-        self.method = make_method(kind, strength, **method)
-        kind, _ = adapter.pop("kind"), adapter.pop("name")
-        options = self.method.adapter_options(adapter, len(self.tasks))
+        method, adapter = self.config.method, self.config.adapter
+        self.method = make_method(method.kind, method.strength, **method.options)
+        options = self.method.adapter_options(adapter.options, len(self.tasks))
         seed = seed_of(self.seed, -1)
-        self.adapter = attach_adapter(self.base.model, kind, seed=seed, **options)
+        self.adapter = attach_adapter(self.base.model, adapter.kind, seed=seed, **options)
         self.context = Context(
             adapter=self.adapter,
             tokenizer=self.base.tokenizer,
             source=self.source,
             tasks=len(self.tasks),
-            batch_size=min(MEASURED, self.config["evaluation"]["batch_size"]),
+            batch_size=min(MEASURED, self.config.evaluation.batch_size),
             seed=seed,
         )
 
@@ -142,14 +137,14 @@ class _Sequence:
         self.say(f"{place}: training")
         set_seed(seed)
         with self.clock.on("method"):
-            if self.config.get("head") == "fitted" and task.columns is not None:
+            if self.config.head == "fitted" and task.columns is not None:
                 self._fit_head(task)
             rows = self.method.before_task(task)
         with self.clock.on("train"):
             result = train(
                 self.adapter.model,
                 rows,
-                settings(self.config, index, seed),
+                self.config.settings(index, seed),
                 method=self.method,
                 columns=task.columns,
                 regression=data.spec.kind == "regression",
@@ -167,7 +162,7 @@ class _Sequence:
             self.data["matrix"].append([score and score.value for score in scores])
             self.data["losses"] = [score and score.loss for score in scores]
             self.data["extras"] = [score and score.extras for score in scores]
-            each = self.config["evaluation"]["retention"] == "each"
+            each = self.config.evaluation.retention == "each"
             if self.reference is not None and (each or index + 1 == len(self.tasks)):
                 found = self.reference.measure(self.adapter.model).to_dict()
                 self.data["retention"].append({"after": index, **found})
@@ -175,7 +170,7 @@ class _Sequence:
     def _fit_head(self, task: Task) -> None:
         fit_head(
             self.adapter.model, task.examples, columns=task.columns, seed=task.seed,
-            batch_size=self.config["evaluation"]["batch_size"], progress=False,
+            batch_size=self.config.evaluation.batch_size, progress=False,
         )  # fmt: skip
 
     def _untrained(self) -> dict[str, Any]:
@@ -193,18 +188,17 @@ class _Sequence:
         seconds = {name: end - start[name] for name, end in self.clock.state().items()}
         known = {"scores": scores, "general": general, "seconds": seconds}
         if first_rank():
-            write_shared(self.work, path, finite(known))
+            write_shared(self.work, path, sealed(finite(known)))
         return known
 
     def _is_scored(self, index: int, after: int | None) -> bool:
         """Whether a task is scored after another, or before all."""
         if after is None or index == after:
             return True
-        asked = self.config["evaluation"]
+        asked = self.config.evaluation
         if index < after:
-            return asked.get("earlier") != "last" or after + 1 == len(self.tasks)
-        unseen = asked.get("unseen", "all")
-        return unseen == "all" or (unseen == "next" and index == after + 1)
+            return asked.earlier == "each" or after + 1 == len(self.tasks)
+        return asked.unseen == "all" or (asked.unseen == "next" and index == after + 1)
 
     def _scores(self, after: int | None) -> list[Score | None]:
         """Of all tasks; None of those that the study does not want scored here."""
@@ -227,7 +221,7 @@ class _Sequence:
                     max_new_tokens=spec.max_new_tokens,
                     pattern=spec.pattern or None,
                     stop=spec.stop,
-                    batch_size=self.config["evaluation"]["batch_size"],
+                    batch_size=self.config.evaluation.batch_size,
                 )
             )
         return out
@@ -238,11 +232,11 @@ class _Sequence:
     def _reference(self) -> Reference | None:
         if not self.held:
             return None
-        size = min(self.config["evaluation"]["batch_size"], len(self.held))
+        size = min(self.config.evaluation.batch_size, len(self.held))
         return Reference(self.adapter.model, self.held, batch_size=size)
 
     def _general(self) -> dict[str, float] | None:
-        asked = self.config["general"]
+        asked = self.config.general
         if asked is None:
             return None
         from retain.evaluation.lm_eval import evaluate_general, headline
@@ -251,10 +245,10 @@ class _Sequence:
         found = evaluate_general(
             self.adapter.model,
             self.base.tokenizer,
-            asked["tasks"],
-            limit=asked["limit"],
+            asked.tasks,
+            limit=asked.limit,
             data_dir=self.work.data_dir,
-            batch_size=self.config["evaluation"]["batch_size"],
+            batch_size=self.config.evaluation.batch_size,
         )
         return headline(found)
 

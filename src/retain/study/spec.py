@@ -1,4 +1,4 @@
-"""What a study may say: models, adapters, methods, orders of tasks and seeds.
+"""What a study may say: models, adapters, methods, orders of tasks and seeds; and its reader.
 
     {name: four-task, models: [smollm2-135m], seeds: [0, 1, 2],
      orders: {first: [cl15/dbpedia, cl15/sst2], paper: published/order4-14},
@@ -9,40 +9,46 @@
      training: {learning_rate: 5.0e-4, tasks: {cl15/sst2: {epochs: 2}}},
      data: {train: 160, test: 96}, source: {kind: data, name: text/wikitext2}}
 
-Without ``runs`` every adapter meets every method, order and seed. The files in
-``benchmarks/studies`` are examples.
+Without ``runs`` every adapter meets every method, order and seed; ``adapter: lora`` is short for
+``adapters: [lora]``. The files in ``benchmarks/studies`` are examples.
 """
 
 from __future__ import annotations
 
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from retain.config import TrainConfig, validate
+from retain.documents import read_mapping
+from retain.errors import ConfigError, shown, unknown
+from retain.records import Part, RunData, RunEvaluation, RunGeneral, RunSource
 from retain.types import STRONGEST, HeadStart
 
-__all__ = ["AdapterSpec", "CellSpec", "MethodSpec", "SourceSpec", "StudySpec"]
+__all__ = [
+    "RUNNERS_OWN", "AdapterSpec", "CellSpec", "MethodSpec", "SourceSpec", "StudySpec",
+    "parse_study", "read_study",
+]  # fmt: skip
+
+RUNNERS_OWN = {
+    "seed": "seeds: [0, 1] at the top",
+    "update": "methods: {kfac: {update: proximal}}",
+    "save_steps": "remove it",
+    "report_to": "remove it",
+}
+"""Keys of the training settings that are not a study's there, and where they are."""
+
+_SHORT = {"model": "models", "adapter": "adapters", "method": "methods", "order": "orders"}
 
 DType = Literal["float32", "bfloat16", "float64"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class _Open(BaseModel):
-    """Keys that it does not know are options of the adapter or the method."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What is passed on to the adapter or the method."""
-        return dict(self.model_extra or {})
-
-
-class AdapterSpec(_Open):
-    """One way to tune.
+class AdapterSpec(Part):
+    """One way to tune; keys that it does not name are the kind's `options`.
 
     Attributes:
         kind: lora, full, bottleneck, prefix or osf; the label by default.
@@ -52,11 +58,11 @@ class AdapterSpec(_Open):
 
     kind: str = ""
     dtype: DType | None = None
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(default_factory=dict)
 
 
-class MethodSpec(_Open):
-    """One way to retain.
+class MethodSpec(Part):
+    """One way to retain; keys that it does not name are the method's `options`.
 
     Attributes:
         kind: a name in `retain.retention`; the label by default.
@@ -69,7 +75,7 @@ class MethodSpec(_Open):
     kind: str = ""
     strength: float | list[float] | None = None
     head: HeadStart | None = None
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def strengths(self) -> list[float | None]:
@@ -83,6 +89,10 @@ class MethodSpec(_Open):
                 f"strength must be a number from 0 to {STRONGEST:g}, or a list of such"
             )
         return self
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CellSpec(_Strict):
@@ -101,38 +111,20 @@ class CellSpec(_Strict):
     independent: bool = False
 
 
-class DataSpec(_Strict):
-    """How many rows of each task are used; all where it is null."""
-
-    train: int | None = Field(None, ge=1)
-    test: int | None = Field(None, ge=1)
+class DataSpec(RunData, extra="forbid"):
+    """See `retain.records.RunData`."""
 
 
-class SourceSpec(_Strict):
-    """The text on which the base model is to stay what it was.
+class GeneralSpec(RunGeneral, extra="forbid"):
+    """See `retain.records.RunGeneral`."""
 
-    Attributes:
-        kind: ``self`` (the model samples it), ``file``, ``data`` (a folder of the data
-            directory) or ``none``.
-        path: of a file, beside the study.
-        name: of a folder of the data directory, such as ``text/wikitext2``.
-        split: where rows to measure the curvature on are taken.
-        heldout_split: where rows to measure forgetting on are taken.
-        rows: to measure the curvature on.
-        heldout: rows to measure forgetting on.
-        max_length: tokens of a row.
-        min_words: shorter rows are left out.
-    """
 
-    kind: Literal["self", "file", "data", "none"] = "none"
-    path: str | None = None
-    name: str | None = None
-    split: str = "validation"
-    heldout_split: str = "test"
-    rows: int = Field(64, ge=1)
-    heldout: int = Field(32, ge=1)
-    max_length: int = Field(128, ge=2)
-    min_words: int = Field(0, ge=0)
+class EvaluationSpec(RunEvaluation, extra="forbid"):
+    """See `retain.records.RunEvaluation`."""
+
+
+class SourceSpec(RunSource, extra="forbid"):
+    """See `retain.records.RunSource`."""
 
     @model_validator(mode="after")
     def _named(self) -> SourceSpec:
@@ -140,38 +132,6 @@ class SourceSpec(_Strict):
         if wanted and not wanted[1]:
             raise ValueError(f"a source of kind {self.kind} with its {wanted[0]}")
         return self
-
-
-class GeneralSpec(_Strict):
-    """Tasks of lm-evaluation-harness, measured before and after the sequence."""
-
-    tasks: list[str] = Field(min_length=1)
-    limit: int | None = Field(None, ge=1)
-
-
-class EvaluationSpec(_Strict):
-    """How tasks are scored.
-
-    Attributes:
-        batch_size: rows a pass.
-        retention: whether base retention is measured after each task or after the last one.
-        unseen: which tasks are scored before they are learned: all, the next one alone, which is
-            what forward transfer needs, or none. Before the first task all are scored.
-        earlier: whether tasks learned earlier are scored after each task or after the last one.
-            With ``last`` and ``unseen: none`` forgetting is what was lost since a task was learned.
-    """
-
-    batch_size: int = Field(16, ge=1)
-    retention: Literal["each", "last"] = "each"
-    unseen: Literal["all", "next", "none"] = "all"
-    earlier: Literal["each", "last"] = "each"
-
-    def for_key(self) -> dict[str, Any]:
-        """As plain data; without `earlier` where it is the default, as records from before it."""
-        found = self.model_dump(mode="json")
-        if self.earlier == "each":
-            del found["earlier"]
-        return found
 
 
 class StudySpec(_Strict):
@@ -213,3 +173,122 @@ class StudySpec(_Strict):
             if isinstance(tasks, list) and (not tasks or len(set(tasks)) < len(tasks)):
                 raise ValueError(f"order {name} must have tasks, each once")
         return self
+
+
+def read_study(
+    path: Path, *, limit: int | None = None, seeds: list[int] | None = None
+) -> StudySpec:
+    """Reads and checks a study.
+
+    Args:
+        path: of the YAML file.
+        limit: at most so many training and test rows a task.
+        seeds: instead of the file's.
+
+    Raises:
+        ConfigError: no such file, no YAML, an unknown key or name, or a value out of range.
+    """
+    fix = "check the path and the file; see benchmarks/studies for examples"
+    return parse_study(read_mapping(path, "the study", fix), limit=limit, seeds=seeds)
+
+
+def parse_study(
+    found: dict[str, Any], *, limit: int | None = None, seeds: list[int] | None = None
+) -> StudySpec:
+    """A study from plain data, with short forms spelled out; see `read_study`."""
+    found = _spelled_out(found, "models")
+    for key in ("adapters", "methods"):
+        if isinstance(found.get(key), dict):
+            parts = {str(k): {} if v is None else v for k, v in found[key].items()}
+            found[key] = {
+                label: {"kind": label} | part if isinstance(part, dict) else part
+                for label, part in parts.items()
+            }
+    if isinstance(found.get("runs"), list):
+        found["runs"] = [_spelled_out(cell) for cell in found["runs"]]
+        if seeds is not None:
+            for cell in found["runs"]:
+                if isinstance(cell, dict):
+                    cell.pop("seeds", None)
+    if seeds is not None:
+        found["seeds"] = seeds
+    if limit is not None:
+        found["data"] = _limited(found.get("data") or {}, limit)
+    _refuse_unknown(found, StudySpec)
+    spec = validate(found, StudySpec)
+    for cell in spec.runs:
+        for kind in _SHORT.values():
+            for name in getattr(cell, kind) or []:
+                if name not in getattr(spec, kind):
+                    raise unknown(kind.removesuffix("s"), name, getattr(spec, kind))
+    for training in spec.trainings:
+        _check_training(training)
+    return spec
+
+
+def _limited(data: Any, limit: int) -> Any:
+    """At most `limit` rows; what is no number is left for the check to name."""
+    if not isinstance(data, dict):
+        return data
+    counts = {split: data.get(split) or limit for split in ("train", "test")}
+    return data | {s: min(limit, n) if isinstance(n, int) else n for s, n in counts.items()}
+
+
+def _spelled_out(found: Any, *only: str) -> Any:
+    """``adapter: lora`` as ``adapters: [lora]``; of `only` these keys."""
+    if not isinstance(found, dict):
+        return found
+    found = dict(found)
+    for one, many in _SHORT.items():
+        if only and many not in only:
+            continue
+        if one in found and many not in found:
+            found[many] = found.pop(one)
+        if isinstance(found.get(many), str):
+            found[many] = None if found[many] == "all" else [found[many]]
+    return found
+
+
+def _refuse_unknown(found: Any, kind: Any) -> None:
+    """Raises for a key that no part of the study has, however deep it lies."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        for key, value in found.items() if isinstance(found, Mapping) else ():
+            if key in kind.model_fields:
+                _refuse_unknown(value, kind.model_fields[key].annotation)
+            elif kind.model_config.get("extra") == "forbid":
+                raise unknown("key", str(key), kind.model_fields)
+        return
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        for part in inner:
+            _refuse_unknown(found, part)
+    elif inner:
+        for value in found.values() if isinstance(found, Mapping) else _list(found):
+            _refuse_unknown(value, inner[-1])
+
+
+def _list(found: Any) -> list[Any]:
+    return found if isinstance(found, list) else []
+
+
+def _check_training(training: Mapping[str, Any]) -> None:
+    tasks = training.get("tasks") or {}
+    if not isinstance(tasks, dict) or not all(isinstance(t, dict) for t in tasks.values()):
+        raise ConfigError(
+            "training.tasks is no mapping",
+            got=shown(tasks, 80),
+            allowed="names of tasks, each with settings",
+            fix="tasks: {cl15/sst2: {epochs: 2}}",
+        )
+    for part in (training, *tasks.values()):
+        for key, value in part.items():  # one by one: the others may be elsewhere
+            if key in RUNNERS_OWN:
+                raise ConfigError(
+                    f"{key} is no setting of a study's training",
+                    got=f"{key}: {shown(value, plain=True)}",
+                    allowed="the other training settings",
+                    fix=RUNNERS_OWN[key],
+                )
+            if key != "tasks":
+                whole = {"batch_size": value} if key == "accumulation" else {}
+                validate(whole | {key: value}, TrainConfig)

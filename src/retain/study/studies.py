@@ -1,26 +1,27 @@
-"""Do a study: all runs of its grid that are not done yet, and the file with its tables."""
+"""Do a study: all runs of its grid that are not done yet, the file with its tables, its status."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from retain.documents import read_json
 from retain.errors import unknown
-from retain.files import check_folder, clear_scratch, first_rank, write_json, writing
+from retain.files import check_folder, first_rank
+from retain.records import STUDY_SCHEMA, RunSpec, StudyRecord, finite
 from retain.study.engines import ENGINES, check_engine, in_order, in_processes, on_ray
-from retain.study.grid import Grid, Run
-from retain.study.runner import Outcome, Work, finite, standing
+from retain.study.grid import Grid
+from retain.study.runner import Outcome, Say
 from retain.study.spec import StudySpec
 from retain.study.tables import tables, with_intransigence
+from retain.study.work import Work, holding, standing, write_shared
 
-__all__ = ["STUDY_SCHEMA", "collect", "run_study"]
+__all__ = ["collect", "is_running", "run_study", "study_status"]
 
-STUDY_SCHEMA = "retain.study/1"
-
-Tell = Callable[[Run, Outcome], None]
+Tell = Callable[[RunSpec, Outcome], None]
 
 
 def run_study(
@@ -31,7 +32,7 @@ def run_study(
     only: str | None = None,
     engine: str = "local",
     jobs: int = 1,
-    say: Callable[[str], None] | None = None,
+    say: Say | None = None,
     tell: Tell | None = None,
 ) -> dict[str, int]:
     """Does the runs that are not done, and writes ``study.json`` after each and at the end.
@@ -58,18 +59,20 @@ def run_study(
         raise unknown("engine", engine, ENGINES)
     check_engine(engine)
     check_folder(work.out)
-    wanted = grid.matching(only)
-    counts: Counter[str] = Counter()
-    by_key = {run.key: run for run in wanted}
-    left = []
-    for run in wanted:
-        record = standing(run.key, run.config, work)
-        if record is None:
-            left.append(run)
-        else:
-            counts[record["status"]] += 1
-            counts["before"] += 1
-    for outcome in _outcomes(left, work, engine, jobs, say):
+    by_key = {run.key: run for run in grid.matching(only)}
+    before = {key: standing(run, work) for key, run in by_key.items()}
+    counts: Counter[str] = Counter(
+        record.status for record in before.values() if record is not None
+    )
+    counts["before"] = counts.total()
+    left = [run for key, run in by_key.items() if before[key] is None]
+    if engine == "ray":
+        outcomes = on_ray(left, work, jobs if jobs > 1 else None)
+    elif jobs > 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        outcomes = in_processes(left, work, jobs)
+    else:
+        outcomes = in_order(left, work, say)
+    for outcome in outcomes:
         counts[outcome.status] += 1
         counts["before"] += not outcome.fresh and outcome.status != "elsewhere"
         collect(spec, grid, work)
@@ -77,16 +80,6 @@ def run_study(
             tell(by_key[outcome.key], outcome)
     collect(spec, grid, work)
     return {name: counts[name] for name in ("done", "failed", "unfinished", "elsewhere", "before")}
-
-
-def _outcomes(
-    left: list[Run], work: Work, engine: str, jobs: int, say: Callable[[str], None] | None
-) -> Iterator[Outcome]:
-    if engine == "ray":
-        return on_ray(left, work, jobs if jobs > 1 else None)
-    if jobs > 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return in_processes(left, work, jobs)
-    return in_order(left, work, say)
 
 
 def collect(spec: StudySpec, grid: Grid, work: Work) -> None:
@@ -97,34 +90,66 @@ def collect(spec: StudySpec, grid: Grid, work: Work) -> None:
     """
     if not first_rank():
         return
-    from filelock import FileLock
-
-    place = work.out / "locks" / "study.lock"
-    with writing("the lock of the study", place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(place)
-        lock.acquire()
-    try:
-        clear_scratch(work.out / "study.json")
-        write_json(work.out / "study.json", study_file(spec, grid, work))
-    finally:
-        lock.release()
-
-
-def study_file(spec: StudySpec, grid: Grid, work: Work) -> dict[str, Any]:
-    """What ``study.json`` holds."""
     kept = replace(work, retry_failed=False)  # what failed is shown until it is done
-    found = (standing(run.key, run.config, kept) for run in grid.runs)
+    found = (standing(run, kept) for run in grid.runs)
     records = [record for record in found if record is not None]
-    filled = iter(with_intransigence([r for r in records if r["status"] == "done"]))
-    whole = [next(filled) if r["status"] == "done" else r for r in records]
-    return {
-        "schema": STUDY_SCHEMA,
-        "name": spec.name,
-        "description": spec.description,
-        "spec": spec.model_dump(mode="json", exclude_none=True),
-        "skipped": grid.skipped,
-        "planned": len(grid.runs),
-        "runs": finite(whole),
-        "tables": finite(tables(records)),
-    }
+    study = StudyRecord.model_validate(
+        {
+            "schema": STUDY_SCHEMA,
+            "name": spec.name,
+            "description": spec.description,
+            "spec": spec.model_dump(mode="json", exclude_none=True),
+            "skipped": grid.skipped,
+            "planned": len(grid.runs),
+            "runs": with_intransigence(records),
+            "tables": finite(tables(records)),
+        }
+    )
+    write_shared(work, work.out / "study.json", study.plain(), lock="study")
+
+
+def study_status(grid: Grid, work: Work) -> dict[str, Any]:
+    """How far a study has come, from its files.
+
+    Returns:
+        ``{"study", "total", "done", "failed": [{"key", "run", "error"}], "running": [{"key",
+        "run", "tasks_done", "tasks"}], "started": [the same], "left": [{"key", "run"}],
+        "skipped": [{"adapter", "method", "reason"}]}``; ``started`` runs were stopped and go on
+        after their last task, ``left`` ones have not begun.
+    """
+    found: dict[str, Any] = {
+        "study": work.study, "total": len(grid.runs), "done": 0, "failed": [], "running": [],
+        "started": [], "left": [], "skipped": grid.skipped,
+    }  # fmt: skip
+    for run in grid.runs:
+        entry: dict[str, Any] = {"key": run.key, "run": run.title}
+        record = standing(run, work)
+        if record is not None and record.done:
+            found["done"] += 1
+            continue
+        count = {"tasks_done": _tasks_done(run, work), "tasks": len(run.order.tasks)}
+        if is_running(run, work):
+            found["running"].append(entry | count)
+        elif record is not None:
+            found["failed"].append(entry | {"error": record.error})
+        elif count["tasks_done"]:
+            found["started"].append(entry | count)
+        else:
+            found["left"].append(entry)
+    return found
+
+
+def is_running(run: RunSpec, work: Work) -> bool:
+    """Whether a living process holds the lock of a run."""
+    path = work.lock(run.key)
+    if not path.exists():
+        return False
+    with holding(path, wait=0) as mine:
+        return not mine
+
+
+def _tasks_done(run: RunSpec, work: Work) -> int:
+    try:
+        return int(read_json(work.state(run.key) / "state.json", sealed=True)["done"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0

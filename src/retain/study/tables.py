@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from retain.evaluation.continual import continual_metrics
 from retain.intervals import Estimate, estimate, paired
+from retain.records import RunRecord
 
 __all__ = ["METRICS", "tables", "with_intransigence"]
-
-Record = Mapping[str, Any]
 
 METRICS = (
     "average", "learning", "forgetting", "backward_transfer", "forward_transfer",
@@ -25,8 +24,11 @@ trained alone; ``general`` the mean change of the general tasks; ``share`` the t
 over those of the base model.
 """
 
+Numbers = dict[str, float | None]
+Cell = tuple[str, str, str, str]
 
-def tables(records: Iterable[Record]) -> dict[str, Any]:
+
+def tables(records: Iterable[RunRecord]) -> dict[str, Any]:
     """Cells of a study.
 
     Args:
@@ -40,114 +42,108 @@ def tables(records: Iterable[Record]) -> dict[str, Any]:
         none has that name) on the seeds that both have. Intervals are Student's t, null for one
         seed. A metric that no seed has is left out.
     """
-    records = list(records)
-    done = with_intransigence([r for r in records if r["status"] == "done"])
-    names: dict[tuple[str, str, str, str], None] = {_cell(r): None for r in records}
-    by_cell: dict[tuple[str, str, str, str], dict[int, dict[str, float | None]]] = {}
+    records = with_intransigence(list(records))
+    done = [record for record in records if record.done]
+    cells: dict[Cell, dict[int | None, Numbers]] = {_cell(record): {} for record in records}
     for record in done:
-        by_cell.setdefault(_cell(record), {})[record["config"]["seed"]] = _numbers(record)
-    plain: dict[tuple[str, str], tuple[str, str, str, str]] = {}
+        cells[_cell(record)][record.config.seed] = _numbers(record)
+    plain: dict[tuple[str, str], Cell] = {}
     for r in _plain_methods(done):
-        if r["config"]["adapter"]["name"] == "lora":
-            plain.setdefault((_cell(r)[0], _cell(r)[3]), _cell(r))
+        if r.config.adapter.name == "lora":
+            plain.setdefault((r.config.model, r.config.order.name), _cell(r))
     out = []
-    for cell in names:
-        mine = by_cell.get(cell, {})
+    for cell, seeds in cells.items():
+        seeds = {seed: seeds[seed] for seed in sorted(seeds, key=lambda seed: seed or 0)}
         reference = plain.get((cell[0], cell[3]))
-        metrics, pairs = {}, {}
-        for name in _metric_names(mine.values()):
-            ours = {seed: mine[seed].get(name) for seed in sorted(mine)}
+        metrics, differences = {}, {}
+        for name in _metric_names(seeds.values()):
+            ours = {seed: numbers.get(name) for seed, numbers in seeds.items()}
             found = estimate(list(ours.values()))
             if found is None:
                 continue
             metrics[name] = _plain(found) | {"values": list(ours.values())}
             if reference is not None and reference != cell:
-                plain_ones = {seed: run.get(name) for seed, run in by_cell[reference].items()}
-                difference = paired(ours, plain_ones)
+                theirs = {seed: numbers.get(name) for seed, numbers in cells[reference].items()}
+                difference = paired(ours, theirs)
                 if difference is not None:
-                    pairs[name] = _plain(difference) | {"n": difference.n}
-        failed = sum(r["status"] == "failed" and _cell(r) == cell for r in records)
+                    differences[name] = _plain(difference) | {"n": difference.n}
+        failed = sum(r.status == "failed" and _cell(r) == cell for r in records)
         out.append(
             dict(zip(("model", "adapter", "method", "order"), cell, strict=True))
-            | {"n": len(mine), "failed": failed, "metrics": metrics, "paired": pairs}
+            | {"n": len(seeds), "failed": failed, "metrics": metrics, "paired": differences}
         )
     return {"cells": out}
 
 
-def with_intransigence(records: Sequence[Record]) -> list[dict[str, Any]]:
+def with_intransigence(records: Sequence[RunRecord]) -> list[RunRecord]:
     """Fills in the intransigence of the runs whose tasks were also learned alone.
 
     The reference of a task is the score of a run of that task alone: same model and seed; the
     same adapter, else "lora"; method "none", or the first of its kind. See
     `retain.evaluation.continual`.
     """
-    alone: dict[tuple[str, str, int, str], float | None] = {}
+    alone: dict[tuple[str, str, int | None, str], float | None] = {}
     for r in _plain_methods(records):
-        c = r["config"]
-        if len(r["tasks"]) == 1:
-            place = c["model"], c["adapter"]["name"], c["seed"], r["tasks"][0]
-            alone.setdefault(place, r["matrix"][0][0])
-    out = []
-    for r in records:
-        c, new = r["config"], dict(r)
-        found: list[float] = []
-        for adapter in (c["adapter"]["name"], "lora"):
-            scores = [alone.get((c["model"], adapter, c["seed"], task)) for task in r["tasks"]]
-            known = [score for score in scores if score is not None]
-            if len(known) == len(scores):
-                found = known
-                break
-        matrix = [[math.nan if s is None else s for s in row] for row in r["matrix"]]
-        needed = [*(matrix[-1] if matrix else []), *(row[i] for i, row in enumerate(matrix))]
-        if found and len(found) > 1 and not any(map(math.isnan, needed)):
-            metrics = continual_metrics(matrix, references=found)
-            mean = sum(found) / len(found)
-            new["metrics_summary"] = dict(r["metrics_summary"]) | {
-                "intransigence": metrics.intransigence,
-                "share_of_independent": metrics.average / mean if mean > 0 else None,
-            }
-        out.append(new)
-    return out
+        if r.done and len(r.tasks) == 1:
+            place = r.config.model, r.config.adapter.name, r.config.seed, r.tasks[0]
+            alone.setdefault(place, r.matrix[0][0])
+    return [_filled(record, alone) if record.done else record for record in records]
 
 
-def _plain_methods(records: Sequence[Record]) -> list[Record]:
+def _filled(
+    record: RunRecord, alone: dict[tuple[str, str, int | None, str], float | None]
+) -> RunRecord:
+    run = record.config
+    found: list[float] = []
+    for adapter in (run.adapter.name, "lora"):
+        scores = [alone.get((run.model, adapter, run.seed, task)) for task in record.tasks]
+        known = [score for score in scores if score is not None]
+        if len(known) == len(scores):
+            found = known
+            break
+    matrix = [[math.nan if s is None else s for s in row] for row in record.matrix]
+    needed = [*(matrix[-1] if matrix else []), *(row[i] for i, row in enumerate(matrix))]
+    if len(found) < 2 or any(map(math.isnan, needed)):
+        return record
+    metrics = continual_metrics(matrix, references=found)
+    mean = sum(found) / len(found)
+    more = {
+        "intransigence": metrics.intransigence,
+        "share_of_independent": metrics.average / mean if mean > 0 else None,
+    }
+    return record.model_copy(update={"metrics_summary": record.metrics_summary | more})
+
+
+def _plain_methods(records: Iterable[RunRecord]) -> list[RunRecord]:
     """The runs of methods of kind "none", those that are called so first."""
-    kind = [r for r in records if r["config"]["method"]["kind"] == "none"]
-    return sorted(kind, key=lambda r: bool(r["config"]["method"]["label"] != "none"))  # stable
+    kind = [r for r in records if r.config.method.kind == "none"]
+    return sorted(kind, key=lambda r: r.config.method.title != "none")  # stable
 
 
-def _cell(record: Record) -> tuple[str, str, str, str]:
-    c = record["config"]
-    return c["model"], c["adapter"]["name"], c["method"]["label"], c["order"]["name"]
+def _cell(record: RunRecord) -> Cell:
+    run = record.config
+    return run.model, run.adapter.name, run.method.title, run.order.name
 
 
-def _numbers(record: Record) -> dict[str, float | None]:
+def _numbers(record: RunRecord) -> Numbers:
     """All numbers of a run that go into tables."""
-    found: dict[str, float | None] = dict(record["metrics_summary"])
-    losses = [loss for loss in record["losses"] if loss is not None]
+    found = dict(record.metrics_summary)
+    losses = [loss for loss in record.losses if loss is not None]
     found["loss"] = sum(losses) / len(losses) if losses else None
-    last = record["retention"][-1] if record["retention"] else {}
-    found["kl"], found["flips"] = last.get("kl"), last.get("flips")
-    if last.get("ppl") is not None and last.get("ppl_base"):
-        found["ppl_ratio"] = last["ppl"] / last["ppl_base"]
-    general = record.get("general")
-    if general:
-        changes = [
-            general["after"][n] - score
-            for n, score in general["before"].items()
-            if score is not None and general["after"].get(n) is not None
-        ]
-        found["general"] = sum(changes) / len(changes) if changes else None
-    found["share"] = record["parameters"]["share"]
-    for task, score in zip(record["tasks"], record["matrix"][-1], strict=True):
+    if record.retention:
+        last = record.retention[-1]
+        found["kl"], found["flips"] = last.kl, last.flips
+        if last.ppl is not None and last.ppl_base:
+            found["ppl_ratio"] = last.ppl / last.ppl_base
+    found["general"] = record.general.change if record.general else None
+    found["share"] = record.parameters.share if record.parameters else None
+    for task, score in zip(record.tasks, record.matrix[-1], strict=True):
         found[f"score:{task}"] = score
     return found
 
 
-def _metric_names(runs: Iterable[Mapping[str, float | None]]) -> list[str]:
-    scores: dict[str, None] = {}
-    for run in runs:
-        scores |= {name: None for name in run if name.startswith("score:")}
+def _metric_names(runs: Iterable[Numbers]) -> list[str]:
+    scores = {name: None for run in runs for name in run if name.startswith("score:")}
     return [*METRICS, *scores]
 
 

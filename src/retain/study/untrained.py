@@ -9,19 +9,18 @@ from typing import Any
 
 import torch
 
-from retain.documents import read_json
 from retain.models.adapters.base import Adapter
 from retain.models.heads import is_causal
 from retain.provenance import hardware, versions
-from retain.study.grid import run_key
+from retain.records import RunSpec, digest_of
 from retain.study.material import TaskData
-from retain.study.runner import Work
+from retain.study.work import Work, read_shared
 
 __all__ = ["read_untrained", "untrained_file"]
 
 
 def untrained_file(
-    config: Mapping[str, Any],
+    run: RunSpec,
     work: Work,
     adapter: Adapter,
     stamp: Mapping[str, Any],
@@ -34,35 +33,34 @@ def untrained_file(
     whose head is new, and of an adapter that does not begin as the base model.
 
     Args:
-        config: of the run.
+        run: of the study.
         work: of the study.
         adapter: attached, fresh.
         stamp: versions and commit.
         tasks: of the run, with their test rows.
     """
     settled = is_causal(adapter.model) and adapter.begins_as_base
-    general = config["general"] and [config["general"], versions("lm_eval"), str(work.data_dir)]
+    general = run.general and [run.general.plain(), versions("lm_eval"), str(work.data_dir)]
     parts = {
-        **{name: config[name] for name in ("model", "dtype", "attention", "adapter")},
+        "model": run.model,
+        "dtype": run.dtype,
+        "attention": run.attention,
+        "adapter": run.adapter.plain(),
         "options": adapter.options,
         "tasks": [
             (definition, hashlib.sha256(repr(task.test).encode()).hexdigest(), task.max_length)
-            for definition, task in zip(config["definitions"], tasks, strict=True)
+            for definition, task in zip(run.definitions, tasks, strict=True)
         ],
-        "batch_size": config["evaluation"]["batch_size"],
+        "batch_size": run.evaluation.batch_size,
         "general": general,
-        "seed": None if settled else config["seed"],
+        "seed": None if settled else run.seed,
         "code": dict(stamp),
         "machine": [hardware(), torch.get_num_threads()],
     }
-    return work.out / "untrained" / f"{run_key(parts)}.json"
+    return work.out / "untrained" / f"{digest_of(parts)}.json"
 
 
 def read_untrained(path: Path) -> dict[str, Any] | None:
     """What a file says, ``{"scores", "general", "seconds"}``; None where there is none."""
-    try:
-        found = read_json(path, sealed=True)
-    except (OSError, ValueError):
-        return None
-    good = isinstance(found, dict) and {"scores", "general", "seconds"} <= set(found)
-    return found if good else None
+    found = read_shared(path)
+    return found if found and {"scores", "general", "seconds"} <= set(found) else None

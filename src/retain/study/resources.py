@@ -1,4 +1,4 @@
-"""The training settings of a run, and how much memory and time it took."""
+"""How much time and memory a run took."""
 
 from __future__ import annotations
 
@@ -7,20 +7,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from retain.config import TrainConfig, validate
-
-__all__ = ["Clock", "peak_memory", "reset_peak_memory", "settings", "trim_memory"]
-
-
-def settings(config: Mapping[str, Any], index: int, seed: int = 0) -> TrainConfig:
-    """The training settings of one task of a run."""
-    training = dict(config["training"])
-    own = training.pop("tasks", {}).get(config["order"]["tasks"][index], {})
-    return validate(training | own | {"seed": seed}, TrainConfig)
+__all__ = ["Clock", "peak_memory", "reset_peak_memory", "trim_memory"]
 
 
 class Clock:
