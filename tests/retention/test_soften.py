@@ -96,7 +96,7 @@ def test_the_whole_space_gives_the_dense_solution(
     for mu in MUS:
         nats = 0.0
         for name, d in finished.items():
-            far, span = curvature.blocks[name].to_dense(), soft.spans[name]
+            far, span = curvature.blocks[name].to_dense(), soft.spaces[name]
             near = eye(curvature.blocks[name]) if target is None else damped(target.blocks[name])
             want = solved(d, far, near, mu)
             left, right = span.thin(span.softened(mu), min(d.shape))
@@ -119,10 +119,10 @@ def test_a_cut_has_the_rank_and_is_a_minimum_among_such(
     model, curvature = made("kfac")
     target = fitted("llama", "shampoo", 2) if with_target else None
     soft = soften(model, curvature, target=target, depth=WHOLE)
-    found = {name: span.cut(mu, 2) for name, span in soft.spans.items()}
+    found = {name: span.cut(mu, 2) for name, span in soft.spaces.items()}
     monkeypatch.setattr("retain.retention.soften.subspace.SWEEPS", 300)
     gained = 0
-    for name, span in soft.spans.items():
+    for name, span in soft.spaces.items():
         low, full = found[name], span.softened(mu)
         u, s, vh = torch.linalg.svd(full)
         least, value = objective(span, full, mu), objective(span, low, mu)
@@ -292,7 +292,7 @@ def test_one_mu_for_all_layers_and_it_is_the_least() -> None:
     soft = soften(model, curvature, depth=WHOLE)
     budget = 0.3 * soft.predicted(0)
     mu = soft.weight(budget)
-    (a, first), (b, second) = itertools.islice(soft.spans.items(), 2)
+    (a, first), (b, second) = itertools.islice(soft.spaces.items(), 2)
     assert a != b
 
     def both(one: float, two: float) -> tuple[float, float]:
@@ -321,11 +321,11 @@ def test_deeper_is_never_worse(with_target: bool) -> None:
     softs = [soften(model, curvature, target=target, depth=depth) for depth in (0, 1, 2, WHOLE)]
     for mu in MUS[1:]:
         values = [
-            sum(objective(s, s.softened(mu), mu) for s in soft.spans.values()) for soft in softs
+            sum(objective(s, s.softened(mu), mu) for s in soft.spaces.values()) for soft in softs
         ]
         assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(values)), (mu, values)
         assert values[1] < 0.99 * values[0]
-        cut = [sum(objective(s, s.cut(mu, 2), mu) for s in soft.spans.values()) for soft in softs]
+        cut = [sum(objective(s, s.cut(mu, 2), mu) for s in soft.spaces.values()) for soft in softs]
         assert cut[2] < 1.001 * cut[1] < 1.001 * cut[0]
 
 

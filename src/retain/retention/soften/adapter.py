@@ -15,17 +15,16 @@ left then.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from retain.curvature.curvature import Curvature
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, check_number
 from retain.models.forward import no_autocast
-from retain.models.names import of_head, unwrap
+from retain.models.names import of_head
 from retain.models.off import left_on
-from retain.models.sites import LoraSite, lora_sites
+from retain.models.sites import LoraSite
+from retain.models.view import ModelView
 from retain.retention.soften.curve import Softening
 from retain.retention.soften.subspace import AdapterSubspace, KroneckerSubspace, Subspace, sides
 
@@ -64,10 +63,11 @@ def soften(
         ConfigError: a depth or an epsilon out of range.
     """
     check_number("epsilon is out of range", epsilon, "1e-3", positive=True)
-    sites = lora_sites(model)
-    _check_adapter(model, sites)
-    for given in [curvature] if target is None else [curvature, target]:
-        _check_curvature(given, model)
+    view = ModelView.of(model)
+    _check_adapter(view)
+    given = [curvature] if target is None else [curvature, target]
+    for one in given:
+        _check_curvature(one, model)
     if curvature.anchor:
         raise MismatchError(
             "the curvature stands around an adapter, and softening leads to the base model",
@@ -75,28 +75,31 @@ def soften(
             allowed="a curvature around the base model",
             fix="fit it on the source text without --adapter",
         )
-    if target is not None:
-        _check_target(target, sites)
-    whole = all(
-        sides(block) for c in (curvature, target) if c is not None for block in c.blocks.values()
-    )
-    _check_depth(depth, whole, sites)
-    usual = 0 if not whole else 2 if target is None else 1
-    deep = usual if depth is None else depth
-    spans: dict[str, Subspace] = {}
-    for site in sites:
-        left = site.scaling * site.b.detach().double()
-        right = site.a.detach().double()
+    whole = all(sides(block) for one in given for block in one.blocks.values())
+    _check_depth(depth, whole, view.lora)
+    if depth is None:
+        depth = 0 if not whole else 2 if target is None else 1
+    spaces: dict[str, Subspace] = {}
+    for site in view.lora:
+        left, right = _product(site)
+        if target is not None and site.name in target.anchor:
+            _check_around(target, site)
         if not (bool(left.any()) and bool(right.any())):
             continue
         far = curvature.blocks[site.name]
         near = None if target is None else target.blocks[site.name]
-        pair, other = sides(far), None if near is None else sides(near)
-        if pair is not None and whole:
-            spans[site.name] = KroneckerSubspace(left, right, pair, other, deep, epsilon)
+        pair = sides(far)
+        if whole and pair is not None:
+            other = None if near is None else sides(near)
+            spaces[site.name] = KroneckerSubspace(left, right, pair, other, depth, epsilon)
         else:
-            spans[site.name] = AdapterSubspace(left, right, far, near, epsilon)
-    return Softening(sites, spans, deep)
+            spaces[site.name] = AdapterSubspace(left, right, far, near, epsilon)
+    return Softening(view.lora, spaces, depth)
+
+
+def _product(site: LoraSite) -> tuple[Tensor, Tensor]:
+    """(L, R) in float64 with ``L R = s B A``."""
+    return site.scaling * site.b.detach().double(), site.a.detach().double()
 
 
 def _check_depth(depth: int | None, whole: bool, sites: list[LoraSite]) -> None:
@@ -135,42 +138,35 @@ def _check_curvature(curvature: Curvature, model: nn.Module) -> None:
     curvature.bind(model)
 
 
-def _check_target(target: Curvature, sites: list[LoraSite]) -> None:
-    """Refuses a target around another adapter; around this one or the base it may stand."""
-    for site in sites:
-        if site.name not in target.anchor:
-            continue
-        b0, a0 = (t.double() for t in target.anchor[site.name])
-        b, a = site.scaling * site.b.detach().double(), site.a.detach().double()
-        # |B A - B_0 A_0|^2 from thin products
-        left, right = torch.cat([b, -b0], 1), torch.cat([a, a0], 0)
-        size, far = _square(b, a), _square(left, right)
-        if far > 1e-4 * max(size, _square(b0, a0)):
-            raise MismatchError(
-                "the target's curvature stands around another adapter",
-                got=f"another update of {site.name}",
-                allowed="a curvature around the adapter that is softened, or around the base",
-                fix="fit it on the task's rows with --adapter and this adapter's folder",
-            )
-
-
-def _check_adapter(model: nn.Module, sites: list[LoraSite]) -> None:
-    """Refuses an adapter that is more than s B A (but for a new head), or not finite."""
-    inner: Any = unwrap(model)
-    config = inner.peft_config[sites[0].adapter]
-    saved = [n for n in config.modules_to_save or [] if not of_head(n)]
-    more = [
-        what
-        for what, there in (
-            ("DoRA", any(site.dora for site in sites)),
-            (f"whole modules ({', '.join(saved)})", bool(saved)),
-            (f"biases ({config.bias})", config.bias != "none"),
-            ("biases of B", any(site.lora_b.bias is not None for site in sites)),
+def _check_around(target: Curvature, site: LoraSite) -> None:
+    """Refuses a target that stands around another adapter than this one."""
+    b, a = _product(site)
+    b0, a0 = (t.double() for t in target.anchor[site.name])
+    apart = _square(torch.cat([b, -b0], 1), torch.cat([a, a0], 0))  # |B A - B_0 A_0|^2
+    if apart > 1e-4 * max(_square(b, a), _square(b0, a0)):
+        raise MismatchError(
+            "the target's curvature stands around another adapter",
+            got=f"another update of {site.name}",
+            allowed="a curvature around the adapter that is softened, or around the base",
+            fix="fit it on the task's rows with --adapter and this adapter's folder",
         )
-        if there
-    ]
-    left = None if more else left_on(inner)
-    more += [left[0]] if left is not None else []
+
+
+def _check_adapter(view: ModelView) -> None:
+    """Refuses an adapter that is more than s B A (but for a new head), or not finite."""
+    sites = view.lora
+    config = view.model.peft_config[sites[0].adapter]
+    saved = [n for n in config.modules_to_save or [] if not of_head(n)]
+    extra = {
+        "DoRA": any(site.dora for site in sites),
+        f"whole modules ({', '.join(saved)})": bool(saved),
+        f"biases ({config.bias})": config.bias != "none",
+        "biases of B": any(site.lora_b.bias is not None for site in sites),
+    }
+    more = [what for what, there in extra.items() if there]
+    left = None if more else left_on(view.model)
+    if left is not None:
+        more = [left[0]]
     if more:
         raise ModelError(
             "the adapter is more than an update B A of linear layers, so it cannot be softened",

@@ -19,6 +19,9 @@ __all__ = ["Point", "SoftenedAdapter", "Softening"]
 CLOSE, ROUNDS, HALVINGS = 1e-10, 60, 60
 """How near a budget is met; tries, before what is missing is made up by scaling; bisections."""
 
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+"""(B, A) by layer."""
+
 REACH = 1e-3
 """Share of the adapter's nats where a curve ends."""
 
@@ -58,7 +61,7 @@ class SoftenedAdapter:
     """A softened adapter: its numbers, and (B, A) by layer for `Softening.apply`."""
 
     point: Point
-    factors: Mapping[str, tuple[Tensor, Tensor]]
+    factors: Factors
 
 
 class Softening:
@@ -66,20 +69,20 @@ class Softening:
 
     Args:
         sites: the layers.
-        spans: the subspace of each layer that has an update.
+        spaces: the subspace of each layer that has an update.
         depth: of their Krylov spaces.
     """
 
-    def __init__(self, sites: list[LoraSite], spans: Mapping[str, Subspace], depth: int) -> None:
-        self.sites, self.spans, self.depth = sites, dict(spans), depth
-        self._start = {s.name: (s.b.detach().clone(), s.a.detach().clone()) for s in sites}
-        every, none = self.spans.values(), torch.zeros(1, dtype=torch.float64)
+    def __init__(self, sites: list[LoraSite], spaces: Mapping[str, Subspace], depth: int) -> None:
+        self.sites, self.spaces, self.depth = sites, dict(spaces), depth
+        self._start = self._present()
+        every, none = self.spaces.values(), torch.zeros(1, dtype=torch.float64)
         ratios = torch.cat([s.ratios.reshape(-1) for s in every] or [none])
         squares = torch.cat([s.coordinates.reshape(-1).square() for s in every] or [none])
         costly = ratios > 0
         self._ratios, self._nats = ratios[costly], 0.5 * (ratios * squares)[costly]
         self._reach = 0.5 * float(squares.sum())  # the base's loss
-        self._norm = math.sqrt(sum(float(s.core(s.coordinates).square().sum()) for s in every))
+        self._square = sum(_square(s.core(s.coordinates)) for s in every)
 
     def predicted(self, mu: float) -> float:
         """Predicted nats per token of D(mu), before it is cut to the adapter's rank."""
@@ -104,7 +107,7 @@ class Softening:
             ConfigError: mu is below 0 or not finite.
         """
         check_number("mu is out of range", mu, "0 is the adapter itself")
-        return self._built(mu, 1.0)
+        return self._built(mu)
 
     def within(self, budget: float) -> SoftenedAdapter:
         """The least softened adapter that is predicted to forget no more than a budget.
@@ -122,16 +125,15 @@ class Softening:
         before: tuple[float, float] | None = None
         for _ in range(ROUNDS):  # a secant: log nats after the cut against log nats before it
             mu = self.weight(aim)
-            nats = self._cut_nats(mu)
-            here = math.log(aim), math.log(max(nats, 1e-300) / budget)
+            made = self._built(mu)
+            here = math.log(aim), math.log(max(made.point.nats, 1e-300) / budget)
             if abs(here[1]) < CLOSE:
-                break
+                return made
             if before is not None and here[0] != before[0]:
                 slope = (here[1] - before[1]) / (here[0] - before[0])
             before = here
             aim *= math.exp(-here[1] / (slope if 0.2 < slope < 5.0 else 1.0))
-        missing = 1.0 if nats <= budget * (1.0 + CLOSE) else math.sqrt(budget / nats)
-        return self._built(mu, missing)
+        return made if here[1] < 0 else self._built(mu, math.sqrt(budget / made.point.nats))
 
     def within_measured(self, budget: float, measure: Callable[[], float]) -> SoftenedAdapter:
         """The least softened adapter whose measured forgetting is within a budget, nearly.
@@ -148,19 +150,21 @@ class Softening:
             ConfigError: the budget is not above 0, or no try was within it.
         """
         check_budget(budget)
-        whole = self.at(0.0)
-        found = self._measured(whole, measure)
-        if found <= budget:
-            return whole
-        most = self.predicted(0.0)
-        made: dict[float, SoftenedAdapter] = {}
+        before, most, found = self._present(), self.predicted(0.0), math.nan
+        made: dict[float, SoftenedAdapter] = {1.0: self.at(0.0)}
 
         def at(share: float) -> float:
             nonlocal found
-            made[share] = self.within(share**2 * most)
-            found = self._measured(made[share], measure)
+            made.setdefault(share, self.within(share**2 * most))
+            self.apply(made[share])
+            try:
+                found = measure()
+            finally:
+                self._write(before)
             return found
 
+        if at(1.0) <= budget:
+            return made[1.0]
         share, _ = largest_share(budget, found, at)
         if not share:
             least = made[min(made)].point.nats
@@ -171,15 +175,6 @@ class Softening:
                 fix="raise the budget, or measure in float32",
             )
         return made[share]
-
-    def _measured(self, update: SoftenedAdapter, measure: Callable[[], float]) -> float:
-        """What is measured with an update in the model, which is put back after."""
-        before = {s.name: (s.b.detach().clone(), s.a.detach().clone()) for s in self.sites}
-        self.apply(update)
-        try:
-            return measure()
-        finally:
-            self.apply(SoftenedAdapter(update.point, before))
 
     def curve(self, points: int = 12) -> list[Point]:
         """Points from the adapter itself down to a thousandth of its nats, evenly in log nats."""
@@ -194,47 +189,45 @@ class Softening:
         """
         most = self.predicted(0.0)
         size = math.sqrt(min(1.0, _share(nats, most, 1.0)))
-        factors = {name: (size * b, a) for name, (b, a) in self._start.items()}
-        loss = (1.0 - size) ** 2 * self._reach
-        kept = 1.0 - (1.0 - size) ** 2
-        point = Point(math.nan, size**2 * most, loss, kept, kept, size, 0.0, 0.0)
-        return SoftenedAdapter(point, factors)
+        lost = (1.0 - size) ** 2
+        point = Point(
+            mu=math.nan, nats=size**2 * most, loss=lost * self._reach, learned=1.0 - lost,
+            scaled=1.0 - lost, norm=size, cut_nats=0.0, cut_norm=0.0,
+        )  # fmt: skip
+        return SoftenedAdapter(point, {n: (size * b, a) for n, (b, a) in self._start.items()})
 
     def apply(self, update: SoftenedAdapter) -> None:
         """Writes a softened adapter into the model's A and B, in place."""
-        with torch.no_grad():
-            for site in self.sites:
-                b, a = update.factors[site.name]
-                site.b.copy_(b)
-                site.a.copy_(a)
+        self._write(update.factors)
 
-    def _cut_nats(self, mu: float) -> float:
-        """Predicted nats of D(mu), cut to the adapter's rank."""
-        nats = 0.0
+    def _present(self) -> Factors:
+        return {s.name: (s.b.detach().clone(), s.a.detach().clone()) for s in self.sites}
+
+    @torch.no_grad()
+    def _write(self, factors: Factors) -> None:
         for site in self.sites:
-            if site.name in self.spans:
-                span = self.spans[site.name]
-                low = span.cut(mu, site.rank)
-                nats += 0.5 * float((span.ratios * low.square()).sum())
-        return nats
+            b, a = factors[site.name]
+            site.b.copy_(b)
+            site.a.copy_(a)
 
-    def _built(self, mu: float, scale: float) -> SoftenedAdapter:
+    def _built(self, mu: float, scale: float = 1.0) -> SoftenedAdapter:
+        """D(mu) cut to the adapter's rank, times a number."""
         factors = dict(self._start)
-        nats = whole = loss = norm = norm_whole = cut = 0.0
+        nats = whole = loss = left = full_left = cut = 0.0
         for site in self.sites:
-            span = self.spans.get(site.name)
-            if span is None:
+            space = self.spaces.get(site.name)
+            if space is None:
                 continue
-            full = span.softened(mu)
-            low = scale * span.cut(mu, site.rank)
-            nats += 0.5 * float((span.ratios * low.square()).sum())
-            whole += 0.5 * float((span.ratios * full.square()).sum())
-            loss += 0.5 * float((low - span.coordinates).square().sum())
-            norm += float(span.core(low).square().sum())
-            norm_whole += float(span.core(full).square().sum())
-            cut += float(span.core(full - low).square().sum())
+            full = space.softened(mu)
+            low = scale * space.cut(mu, site.rank)
+            nats += 0.5 * float((space.ratios * low.square()).sum())
+            whole += 0.5 * float((space.ratios * full.square()).sum())
+            loss += 0.5 * _square(low - space.coordinates)
+            left += _square(space.core(low))
+            full_left += _square(space.core(full))
+            cut += _square(space.core(full - low))
             if mu > 0:
-                factors[site.name] = _factors(site, *span.thin(low, site.rank))
+                factors[site.name] = _factors(site, *space.thin(low, site.rank))
         most = self.predicted(0.0)
         shrunk = 1.0 - math.sqrt(nats / most) if most > 0 else 0.0
         point = Point(
@@ -243,23 +236,22 @@ class Softening:
             loss=loss,
             learned=1.0 - _share(loss, self._reach),
             scaled=1.0 - shrunk**2,
-            norm=_share(math.sqrt(norm), self._norm, 1.0),
+            norm=math.sqrt(_share(left, self._square, 1.0)),
             cut_nats=_share(nats - whole, whole),
-            cut_norm=math.sqrt(_share(cut, norm_whole)),
+            cut_norm=math.sqrt(_share(cut, full_left)),
         )
         return SoftenedAdapter(point, factors)
 
 
 def _factors(site: LoraSite, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """B and A of the site's shapes and precision, each pair of columns and rows of one length."""
-    down, across = left.norm(dim=0), right.norm(dim=1)
-    tiny = torch.finfo(left.dtype).tiny
-    even = (across / down.clamp(min=tiny)).sqrt() * (down > 0)
-    b = torch.zeros_like(site.b, dtype=left.dtype)
-    a = torch.zeros_like(site.a, dtype=left.dtype)
-    b[:, : left.shape[1]] = left * even / site.scaling
-    a[: left.shape[1]] = right / even.clamp(min=tiny)[:, None] * (even > 0)[:, None]
-    return b.to(site.b.dtype), a.to(site.a.dtype)
+    """B and A of the site's shapes and precision."""
+    rank, b, a = left.shape[1], torch.zeros_like(site.b), torch.zeros_like(site.a)
+    b[:, :rank], a[:rank] = left / site.scaling, right
+    return b, a
+
+
+def _square(coordinates: Tensor) -> float:
+    return float(coordinates.square().sum())
 
 
 def _share(part: float, whole: float, empty: float = 0.0) -> float:

@@ -50,10 +50,14 @@ class Subspace(ABC):
     """A subspace of one layer's updates that holds the finished one, all in float64.
 
     Attributes:
+        left: orthonormal columns, [d_out, k].
+        right: orthonormal columns, [d_in, l]; the updates are ``left C right^T``.
         coordinates: z* of the finished update; orthonormal in F_t.
         ratios: lambda, of the same shape; none below zero.
     """
 
+    left: Tensor
+    right: Tensor
     coordinates: Tensor
     ratios: Tensor
 
@@ -61,17 +65,22 @@ class Subspace(ABC):
         """The coordinates of D(mu)."""
         return self.coordinates / (1.0 + mu * self.ratios)
 
-    @abstractmethod
     def cut(self, mu: float, rank: int) -> Tensor:
         """The coordinates of an update of at most that rank, near D(mu); see the module."""
-
-    @abstractmethod
-    def thin(self, coordinates: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """(L, R) with ``L R`` the update, at most `rank` columns, for coordinates that are cut."""
+        return self.softened(mu)
 
     @abstractmethod
     def core(self, coordinates: Tensor) -> Tensor:
-        """The update between orthonormal columns and rows: its norms are those of the update."""
+        """C [k, l] of coordinates; its norms are those of the update."""
+
+    def thin(self, coordinates: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """(L, R) with ``L R`` the update, for coordinates that are cut to at most that rank.
+
+        Each column of L is as long as its row of R.
+        """
+        u, s, vh = torch.linalg.svd(self.core(coordinates), full_matrices=False)
+        root = s[:rank].sqrt()
+        return self.left @ (u[:, :rank] * root), (root[:, None] * vh[:rank]) @ self.right.T
 
 
 class KroneckerSubspace(Subspace):
@@ -96,10 +105,9 @@ class KroneckerSubspace(Subspace):
         epsilon: float,
     ) -> None:
         near = target or (None, None)
-        self._left = _Side(left, source[0], near[0], depth, epsilon)
-        self._right = _Side(right.T, source[1], near[1], depth, epsilon)
-        self.coordinates = self._left.into(left) @ self._right.into(right.T).T
-        self.ratios = torch.outer(self._left.values, self._right.values)
+        self.left, g, self._columns, z = _side(left, source[0], near[0], depth, epsilon)
+        self.right, s, self._rows, w = _side(right.T, source[1], near[1], depth, epsilon)
+        self.coordinates, self.ratios = z @ w.T, torch.outer(g, s)
 
     def cut(self, mu: float, rank: int) -> Tensor:
         full, weights = self.softened(mu), 1.0 + mu * self.ratios
@@ -107,20 +115,14 @@ class KroneckerSubspace(Subspace):
             return full
         columns = torch.linalg.svd(full, full_matrices=False).U[:, :rank]
         for _ in range(SWEEPS):
-            rows = _half(full, weights, columns)
-            across = torch.linalg.qr(rows).Q
+            across = torch.linalg.qr(_half(full, weights, columns)).Q
             down = _half(full.T, weights.T, across)
             columns = torch.linalg.qr(down).Q
         low: Tensor = down @ across.T
         return low
 
-    def thin(self, coordinates: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        u, s, vh = torch.linalg.svd(coordinates, full_matrices=False)
-        left = self._left.basis @ (self._left.turn @ (u[:, :rank] * s[:rank]))
-        return left, (vh[:rank] @ self._right.turn.T) @ self._right.basis.T
-
     def core(self, coordinates: Tensor) -> Tensor:
-        return self._left.turn @ coordinates @ self._right.turn.T
+        return self._columns @ coordinates @ self._rows.T
 
 
 class AdapterSubspace(Subspace):
@@ -137,38 +139,28 @@ class AdapterSubspace(Subspace):
     def __init__(
         self, left: Tensor, right: Tensor, source: Block, target: Block | None, epsilon: float
     ) -> None:
-        self._p, self._q = _orthonormal(left), _orthonormal(right.T)
-        self._shape = (self._p.shape[1], self._q.shape[1])
-        near = None if target is None else _restricted(target, self._p, self._q, epsilon)
-        far = _restricted(source, self._p, self._q, 0.0)
-        self.ratios, self._turn, back = _pencil(far, near)
-        self.coordinates = back @ ((self._p.T @ left) @ (right @ self._q)).reshape(-1)
-
-    def cut(self, mu: float, rank: int) -> Tensor:
-        return self.softened(mu)
-
-    def thin(self, coordinates: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        return self._p @ self.core(coordinates), self._q.T
+        self.left, self.right = p, q = _orthonormal(left), _orthonormal(right.T)
+        near = None if target is None else _restricted(target, p, q, epsilon)
+        self.ratios, self._turn, back = _pencil(_restricted(source, p, q, 0.0), near)
+        self.coordinates = back @ ((p.T @ left) @ (right @ q)).reshape(-1)
 
     def core(self, coordinates: Tensor) -> Tensor:
-        flat: Tensor = self._turn @ coordinates
-        return flat.reshape(self._shape)
+        return (self._turn @ coordinates).reshape(self.left.shape[1], self.right.shape[1])
 
 
-class _Side:
-    """Vectors ``basis @ turn``: orthonormal in the target's factor, diagonal in the source's."""
+def _side(
+    start: Tensor, source: Factor, target: Factor | None, depth: int, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One side of a Kronecker product in a Krylov space that holds the columns `start`.
 
-    def __init__(
-        self, start: Tensor, source: Factor, target: Factor | None, depth: int, epsilon: float
-    ) -> None:
-        factors = [source] if target is None else [source, target]
-        self.basis = _krylov(start, factors, depth)
-        near = None if target is None else _damped(target, self.basis, epsilon)
-        self.values, self.turn, self._back = _pencil(_within(source, self.basis), near)
-
-    def into(self, columns: Tensor) -> Tensor:
-        """The coordinates of columns of the basis' span."""
-        return self._back @ (self.basis.T @ columns)
+    Returns:
+        An orthonormal basis, the source's values, the turn T such that ``basis T`` is orthonormal
+        in the target's factor and diagonal in the source's, and the coordinates of `start` in it.
+    """
+    basis = _krylov(start, [source] if target is None else [source, target], depth)
+    near = None if target is None else _damped(target, basis, epsilon)
+    values, turn, back = _pencil(_within(source, basis), near)
+    return basis, values, turn, back @ (basis.T @ start)
 
 
 def sides(block: Block) -> tuple[Factor, Factor] | None:
