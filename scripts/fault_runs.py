@@ -35,8 +35,8 @@ def load_libraries() -> None:
     """Imports once what each command would import; no model runs here, so forks start clean."""
     for name in (
         "datasets", "peft", "scipy.stats", "sklearn.metrics", "transformers.trainer", "pyarrow.csv",
-        "transformers.models.llama.modeling_llama", "matplotlib.pyplot", "retain.cli.run",
-        "retain.cli.softening", "retain.curvature.fit.fit", "retain.models.load",
+        "transformers.models.llama.modeling_llama", "matplotlib.pyplot", "retain.runs.training",
+        "retain.runs.soften", "retain.curvature.fit.fit", "retain.models.load",
         "retain.models.generating", "retain.study.sequence", "retain.study.studies",
     ):  # fmt: skip
         importlib.import_module(name)

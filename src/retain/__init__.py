@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from retain.models.lora import attach_lora, grow_lora
     from retain.retention.laplace import Retention
     from retain.retention.soften.adapter import soften
+    from retain.runs.train import continue_run, train_run
     from retain.training.callback import RetentionCallback
     from retain.training.head import fit_head
     from retain.training.start import Start
@@ -38,6 +39,7 @@ __all__ = [
     "Start",
     "__version__",
     "attach_lora",
+    "continue_run",
     "fit_curvature",
     "fit_head",
     "grow_lora",
@@ -46,6 +48,7 @@ __all__ = [
     "measure_forgetting",
     "reanchored",
     "soften",
+    "train_run",
 ]
 
 _HOMES = {
@@ -55,6 +58,7 @@ _HOMES = {
     "RetentionCallback": "retain.training.callback",
     "Start": "retain.training.start",
     "attach_lora": "retain.models.lora",
+    "continue_run": "retain.runs.train",
     "fit_curvature": "retain.curvature.fit.fit",
     "fit_head": "retain.training.head",
     "grow_lora": "retain.models.lora",
@@ -63,6 +67,7 @@ _HOMES = {
     "measure_forgetting": "retain.evaluation.forgetting",
     "reanchored": "retain.curvature.merge",
     "soften": "retain.retention.soften.adapter",
+    "train_run": "retain.runs.train",
 }
 
 

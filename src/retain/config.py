@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -46,30 +48,34 @@ class _Strict(BaseModel):
 class AdapterConfig(_Strict):
     """The LoRA adapter."""
 
-    rank: int = Field(16, ge=1, le=_WIDE)
-    alpha: float | None = Field(None, gt=0)
+    rank: int = Field(16, ge=1, le=_WIDE, description="Rank of the adapter")
+    alpha: float | None = Field(None, gt=0, description="LoRA's alpha (twice the rank)")
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: str | list[str] = "all-linear"
-    seed: int = Field(0, ge=0, lt=2**32)
+    targets: str | list[str] = Field(
+        "all-linear", description="Layers: all-linear, or names with commas"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the adapter's start")
 
 
 class TrainConfig(_Strict):
     """The optimisation."""
 
-    learning_rate: float = Field(5e-4, gt=0)
-    epochs: float = Field(1.0, gt=0, le=_MANY)
-    max_steps: int = Field(-1, le=_MANY)
-    batch_size: int = Field(16, ge=1, le=_MANY, description="rows an optimiser step")
-    accumulation: int = Field(1, ge=1, le=_MANY, description="micro-batches an optimiser step")
+    learning_rate: float = Field(5e-4, gt=0, description="Step size")
+    epochs: float = Field(1.0, gt=0, le=_MANY, description="Passes over the data")
+    max_steps: int = Field(-1, le=_MANY, description="Stop after so many steps")
+    batch_size: int = Field(16, ge=1, le=_MANY, description="Rows a step")
+    accumulation: int = Field(1, ge=1, le=_MANY, description="Micro-batches a step")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    warmup: float = Field(0.05, ge=0, description="steps, or a share of all steps when below 1")
+    warmup: float = Field(0.05, ge=0, description="Steps, or a share of all steps when below 1")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)
-    max_length: int = Field(256, ge=2, le=_MANY)
+    max_length: int = Field(256, ge=2, le=_MANY, description="Cut rows to so many tokens")
     pad_multiple: int = Field(16, ge=1, le=_WIDE)
     update: Update = "gradient"
-    seed: int = Field(0, ge=0, lt=2**32)
-    save_steps: int = Field(0, ge=0, le=_MANY)
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of the data")
+    save_steps: int = Field(
+        0, ge=0, le=_MANY, description="Keep a checkpoint every so many steps, or none"
+    )
     gradient_checkpointing: bool = False
     report_to: str = "none"
 
@@ -86,31 +92,57 @@ class TrainConfig(_Strict):
 
 
 class RunConfig(_Strict):
-    """One training run: ``retain train --config run.yaml``."""
+    """One training run: ``retain train``, `retain.train_run`, and a run's ``run.json``."""
 
-    model: str = "smollm2-135m"
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    data: str
-    out: str
-    method: Literal["auto", "laplace", "none"] = "auto"
-    curvature: str | None = None
-    source: str | None = Field(None, description="text that the curvature is measured on")
+    model: str = Field("smollm2-135m", description="A built-in name, hub id, folder or .gguf file")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="float32 or bfloat16")
+    data: str = Field(description="What to learn: word-problems[:N], or a file of rows")
+    out: str = Field(description="Folder of the results")
+    method: Literal["auto", "laplace", "none"] = Field(
+        "auto", description="auto filters and holds, laplace only holds, none is plain LoRA"
+    )
+    curvature: str | None = Field(
+        None, description="A file of retain fit; made in --out by default"
+    )
+    source: str | None = Field(
+        None,
+        description="Text to measure the curvature on, in place of the model's own: a file, as for "
+        "retain fit",
+    )
     num_labels: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
-        None, description="classes of a classifier; 1 for a regression"
+        None,
+        description="Train a classifier of text and label: the number of classes, 1 for values, or "
+        "auto (an encoder's default) to count the labels",
     )
-    strength: float = Field(10.0, ge=0, le=STRONGEST)
-    budget: float | None = Field(None, gt=0, description="nats per source token, for the strength")
-    start: Literal["random", "wiener", "discriminant"] | None = None
-    gain: float = Field(3.0, gt=0, description="of A's size, for a start that is not random")
-    weight: float = Field(1.0, ge=0, description="of the source text in the wiener filter")
-    continue_from: str | None = None
+    strength: float = Field(
+        10.0, ge=0, le=STRONGEST,
+        description="How much keeping weighs against learning, 0 or more",
+    )  # fmt: skip
+    budget: float | None = Field(
+        None, gt=0,
+        description="In its place: nats per source token that may be spent, such as 0.05",
+    )  # fmt: skip
+    start: Literal["random", "wiener", "discriminant"] | None = Field(
+        None,
+        description="LoRA's A, in place of the method's choice: wiener filters what it reads, "
+        "discriminant chooses and holds it, random lets it be",
+    )
+    gain: float = Field(3.0, gt=0, description="Of A's size, for a start that is not random")
+    weight: float = Field(1.0, ge=0, description="Of the source text in the wiener filter")
+    continue_from: str | None = Field(
+        None,
+        description="Folder of an earlier run: start at its adapter, keep its tasks too, within "
+        "its budget. Implies --keep-state",
+    )
     max_rank: int | None = Field(
-        None, ge=2, le=_WIDE, description="of runs that continue; 4 times the rank"
+        None, ge=2, le=_WIDE, description="Of runs that continue; 4 times the rank"
     )
-    keep_state: bool = False
-    limit: int | None = Field(None, ge=1)
-    loss: Literal["assistant", "all"] = Field("assistant", description="the turns of a chat")
-    trust_remote_code: bool = False
+    keep_state: bool = Field(False, description="Leave state/ in --out, so that a run can continue")
+    limit: int | None = Field(None, ge=1, description="Use at most so many rows, drawn from all")
+    loss: Literal["assistant", "all"] = Field(
+        "assistant", description="Of a chat, learn the assistant's turns alone; or all"
+    )
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model")
     adapter: AdapterConfig = AdapterConfig()
     training: TrainConfig = TrainConfig()
 
@@ -121,24 +153,34 @@ class RunConfig(_Strict):
         return {} if value is None else value
 
 
-def read_config(path: str | Path, overrides: dict[str, Any], kind: type[Model]) -> Model:
-    """Reads a YAML file, lays `overrides` (dotted keys) over it, and checks the whole.
+def read_config(
+    where: str | Path | Mapping[str, Any], overrides: Mapping[str, Any], kind: type[Model]
+) -> Model:
+    """Reads a YAML file (or a mapping), lays `overrides` (dotted keys) over it, and checks it.
 
     Raises:
         ConfigError: no such file, no YAML, an unknown key or a value out of range.
     """
-    return validate(read_settings(path, overrides), kind)
+    return validate(read_settings(where, overrides), kind)
 
 
-def read_settings(path: str | Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    """What `read_config` checks, unchecked: a YAML file (none for "") with `overrides` over it.
+def read_settings(
+    where: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `read_config` checks, unchecked: settings with `overrides` over them.
+
+    Args:
+        where: a YAML file ("" for none), or the settings themselves.
+        overrides: by dotted keys; those that are None are left out.
 
     Raises:
         ConfigError: no such file, or no YAML mapping.
     """
-    found: dict[str, Any] = {}
-    if path:
-        found = read_mapping(path, "the configuration", "check the path and the file")
+    if isinstance(where, Mapping):
+        found = copy.deepcopy(dict(where))
+    else:
+        fix = "check the path and the file"
+        found = read_mapping(where, "the configuration", fix) if where else {}
     for dotted, value in overrides.items():
         if value is None:
             continue
@@ -149,7 +191,7 @@ def read_settings(path: str | Path, overrides: dict[str, Any]) -> dict[str, Any]
                 here[parent] = {}
             here = here[parent]
         here[leaf] = value
-    return dict(found)
+    return found
 
 
 def validate(found: dict[str, Any], kind: type[Model]) -> Model:

@@ -14,9 +14,9 @@ import pytest
 from filelock import FileLock
 
 from retain.cli import main
-from retain.cli.folders import check_study
 from retain.errors import OutputError
 from retain.files import LOCK
+from retain.runs.folders import check_study
 
 FOREIGN = {
     "state/terraform.tfstate": "x",

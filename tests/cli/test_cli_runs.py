@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from retain.cli import main
-from retain.cli.common import DTYPES, finite, name_list, problem_count
+from retain.cli.options import DTYPES, name_list
 from retain.config import RunConfig
 from retain.errors import ConfigError
+from retain.records import finite
+from retain.runs.bases import problem_count
 
 
 class TestFit:

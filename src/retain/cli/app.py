@@ -14,7 +14,6 @@ from typer.main import get_command
 from retain import __version__
 from retain.cli import demo, fit, plan, report, soften, study, tasks, train
 from retain.cli import eval as evaluation
-from retain.cli.common import Interrupted
 from retain.errors import (
     ConfigError,
     OutputError,
@@ -26,6 +25,7 @@ from retain.errors import (
     unknown,
 )
 from retain.files import why_unwritable
+from retain.runs.messages import Interrupted
 
 __all__ = ["main"]
 
@@ -33,6 +33,13 @@ _HELP = """Fine-tune language models with LoRA without forgetting what they knew
 
 [bold]fit[/bold] measures what a model relies on, [bold]train[/bold] learns a task while it holds
 that still, [bold]eval[/bold] says what was forgotten. [bold]demo[/bold] shows all three."""
+
+
+_NOTHING = "nothing half-written was left behind"
+
+
+class _Stopped(Exception):
+    """Ctrl-C, on its way through typer."""
 
 
 class _Group(TyperGroup):
@@ -46,6 +53,10 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:  # typer would drop what it says
+            raise _Stopped(
+                error if isinstance(error, Interrupted) else Interrupted(_NOTHING)
+            ) from None
         except EOFError as error:  # which typer would take for a Ctrl-C
             raise SourceError(
                 "a file ends too early",
@@ -106,15 +117,12 @@ def main(argv: list[str] | None = None) -> int:
             code = get_command(app).main(args=argv, prog_name="retain", standalone_mode=False)
         sys.stdout.flush()
         if code == 130:  # typer's word for a Ctrl-C that no command had something to say about
-            raise Interrupted("nothing half-written was left behind")
+            raise _Stopped(Interrupted(_NOTHING))
         return int(code or 0)
     except BrokenPipeError:
         return 1
-    except (KeyboardInterrupt, typer.Abort):
-        _say(Interrupted("nothing half-written was left behind"))
-        return 130
-    except Interrupted as stop:
-        _say(stop)
+    except (KeyboardInterrupt, typer.Abort, _Stopped) as stop:
+        _say(stop.args[0] if isinstance(stop, _Stopped) else Interrupted(_NOTHING))
         return 130
     except Exception as error:
         known = _explain(error)
@@ -134,7 +142,7 @@ def _let_go() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _say(error: Exception) -> None:
+def _say(error: BaseException) -> None:
     start = "\r\033[K" if sys.stderr.isatty() else ""  # over a progress bar, if there is one
     print(f"{start}retain: {' '.join(str(error).split())}", file=sys.stderr)
 

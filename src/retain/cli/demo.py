@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from retain.cli.common import AsJson, Interrupted, Quiet, Screen, quieten
-from retain.cli.folders import check_demo
+from retain.cli.options import AsJson, Quiet, Screen, quieten
 from retain.files import check_folder, locked
+from retain.runs.folders import check_demo
+from retain.runs.messages import interruption
 
 __all__ = ["EXAMPLE", "demo"]
 
@@ -34,7 +35,8 @@ def demo(
     screen = Screen(as_json, quiet)
     out = check_folder(out)
     quieten(screen.progress)
-    try:
+    kept = f"the stages that are done are kept in {out}; the same command goes on from there"
+    with interruption(kept):
         from retain.report.page import write_report
         from retain.study.demo import run_demo
 
@@ -48,10 +50,6 @@ def demo(
                 verbose=not (quiet or as_json),
             )
             page = write_report(out / "result.json", out / "report.html")[0]
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"the stages that are done are kept in {out}; the same command goes on from there"
-        ) from None
     claims = [
         [
             str(claim["claim"]),

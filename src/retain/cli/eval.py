@@ -8,24 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from retain.cli.common import (
+from retain.cli.options import (
     DTYPES,
     AsJson,
-    Interrupted,
+    BatchSize,
+    DType,
+    MaxLength,
     Quiet,
     Screen,
     Trust,
-    base_of,
     check_choices,
     check_file,
-    finite,
-    load_base,
-    problem_count,
-    quieten,
 )
-from retain.cli.folders import check_result
-from retain.cli.measure import measure, result_of, train_record
-from retain.errors import ConfigError, unknown
 
 __all__ = ["EXAMPLE", "evaluate"]
 
@@ -53,81 +47,42 @@ def evaluate(
         Path | None, typer.Option("--out", "-o", help="Write the result to this JSON file.")
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Read at most so many texts.")] = 64,
-    max_length: Annotated[int, typer.Option(min=2, help="Cut texts to so many tokens.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts at once.")] = 8,
+    max_length: MaxLength = 128,
+    batch_size: BatchSize = 8,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the text and of the task.")] = 0,
-    dtype: Annotated[str, typer.Option(help=f"Precision: {', '.join(DTYPES)}.")] = "float32",
+    dtype: DType = "float32",
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure what the model forgot, and what it learned, with an adapter on."""
+    from retain.runs.eval import Sizes, eval_run
+
     screen = Screen(as_json, quiet)
     check_choices(("dtype", dtype, DTYPES))
-    problems = problem_count(task, "test") if task is not None else 0
-    if problems is None:
-        raise unknown("task", str(task), ["word-problems"])
-    if adapter is None:
-        raise ConfigError(
-            "nothing says which adapter to measure",
-            got="no --adapter",
-            allowed="the folder of a PEFT adapter",
-            fix="--adapter runs/held/adapter",
-        )
     out = out and check_file(out)
-    if out is not None:
-        check_result(out)
-    name = base_of(adapter, model)
-    quieten(screen.progress)
-    from retain.data.draws import HELD_OUT
-    from retain.data.sources import read_rows
-    from retain.files import write_json
-    from retain.models.saved import load_adapter
-
-    given = None
-    if source is not None:
-        given = read_rows(source, rows, seed=HELD_OUT + seed, max_length=max_length)
-    size = {"rows": rows, "max_length": max_length, "batch_size": batch_size}
-    try:
-        screen.say(f"loading {name}")
-        base, tokenizer, _ = load_base(
-            name, None if model else "the adapter", dtype=dtype, trust_remote_code=trust_remote_code
-        )
-        tuned = load_adapter(base, adapter)
-        record = train_record(adapter, tuned)
-        if not record:
-            screen.note(
-                "no train.json beside the adapter: that this is its base model is not checked"
-            )
-        measured = measure(tuned, tokenizer, given, size, seed, probe, problems, screen)
-    except KeyboardInterrupt:
-        raise Interrupted("nothing was written") from None
-    result = finite(
-        result_of(name, dtype, seed, tuned, record, measured, source or "self", adapter)
-        | {"notes": screen.notes}
-    )
-    if out is not None:
-        write_json(out, result)
-    _tell(screen, measured, out)
+    result = eval_run(
+        adapter, model=model, source=source, probe=probe, task=task, out=out,
+        sizes=Sizes(rows, max_length, batch_size), seed=seed, dtype=dtype,
+        trust_remote_code=trust_remote_code, messages=screen,
+    )  # fmt: skip
+    _tell(screen, result, out)
     screen.emit(result)
 
 
-def _tell(screen: Screen, found: dict[str, Any], out: Path | None) -> None:
-    kept = found["forgetting"]
+def _tell(screen: Screen, result: dict[str, Any], out: Path | None) -> None:
+    kept = result["forgetting"]
     low, high = kept["kl_interval"]
+    spread = f"{kept['kl']:.3g} [{low:.3g}, {high:.3g}]"
     rows = [
-        [
-            "forgotten: KL to the base, nats per token",
-            "0",
-            f"{kept['kl']:.3g} [{low:.3g}, {high:.3g}]",
-        ],
+        ["forgotten: KL to the base, nats per token", "0", spread],
         ["perplexity of the text", f"{kept['ppl_base']:.2f}", f"{kept['ppl']:.2f}"],
         ["predictions that changed", "0", f"{kept['flips']:.1%}"],
     ]
-    for key, label in (("probe", "knowledge"), ("task", "word problems, exact match")):
-        if found[key]:
+    for key, label in (("knowledge", "knowledge"), ("exact_match", "word problems, exact match")):
+        if result[key]:
             rows.append(
-                [label, *(f"{s['accuracy']:.1%} of {s['items']}" for s in found[key].values())]
+                [label, *(f"{s['accuracy']:.1%} of {s['items']}" for s in result[key].values())]
             )
     screen.table("base and tuned", ["", "base", "with the adapter"], rows)
     if out is not None:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from retain.cli.common import (
+from retain.cli.options import (
     DTYPES,
     AsJson,
-    Interrupted,
     Quiet,
     Screen,
     Trust,
@@ -20,11 +19,11 @@ from retain.cli.common import (
     check_file,
     name_list,
     quieten,
-    size_text,
 )
-from retain.cli.folders import check_curvature
 from retain.curvature.fit.settings import RANKS, SKETCHES, check_settings, factor_rank_of
 from retain.files import clear_scratch, locked
+from retain.runs.folders import check_curvature
+from retain.runs.messages import Interrupted
 from retain.types import FISHERS, SPACES, STRUCTURES, Fisher, Space, Structure
 
 if TYPE_CHECKING:
@@ -180,7 +179,7 @@ def fit(
     info, size = curvature.info, output.stat().st_size
     screen.say(
         f"{structure} curvature of {len(info.sites)} layers from {info.tokens:,} tokens in "
-        f"{seconds:.1f} s, relative error {info.error:.1%}\n{output}: {size_text(size)}\n"
+        f"{seconds:.1f} s, relative error {info.error:.1%}\n{output}: {size / 2**20:.1f} MiB\n"
         f"next: retain train --model {quote(model)} --data word-problems --out runs/held "
         f"--curvature {quote(str(output))}"
     )

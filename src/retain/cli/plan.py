@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retain.cli.common import AsJson, Quiet, Screen, Trust, check_choices, name_list, quieten
+from retain.cli.options import AsJson, Quiet, Screen, Trust, check_choices, name_list, quieten
 from retain.curvature.fit.settings import RANKS, USUAL_RANK, WHOLE, factor_rank_of
 from retain.curvature.plan import PLANNED, SEQUENCE, Cost, cost
 

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from retain.cli.common import AsJson, Quiet, Screen, check_file
-from retain.cli.folders import check_page
+from retain.cli.options import AsJson, Quiet, Screen, check_file
 from retain.errors import ConfigError
+from retain.runs.folders import check_page
 
 __all__ = ["EXAMPLE", "report"]
 

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any
 
 import typer
 
-from retain.cli.common import (
+from retain.cli.options import (
     DTYPES,
     AsJson,
-    Interrupted,
+    BatchSize,
+    DType,
+    MaxLength,
     Quiet,
     Screen,
     Trust,
-    base_of,
     check_choices,
-    finite,
-    load_base,
-    quieten,
 )
-from retain.cli.folders import check_soften
-from retain.errors import ConfigError
-from retain.files import check_folder, locked
 
 __all__ = ["EXAMPLE", "soften"]
 
@@ -78,111 +72,39 @@ def soften(
         typer.Option(help="Text for --measure; by default the base model writes it."),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Measure on at most so many texts.")] = 16,
-    max_length: Annotated[int, typer.Option(min=2, help="Cut texts to so many tokens.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts at once.")] = 8,
+    max_length: MaxLength = 128,
+    batch_size: BatchSize = 8,
     seed: Annotated[int, typer.Option(min=0, help="Seed of text that the model writes.")] = 0,
-    dtype: Annotated[str, typer.Option(help=f"Precision: {', '.join(DTYPES)}.")] = "float32",
+    dtype: DType = "float32",
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Pull a finished adapter back to a budget of forgetting, without training."""
+    from retain.runs.eval import Sizes
+    from retain.runs.soften import soften_run
+
     screen = Screen(as_json, quiet)
     check_choices(("dtype", dtype, DTYPES))
-    if source is not None and not measure:
-        raise ConfigError(
-            "--source is the text to measure on, and nothing is measured",
-            got="--source without --measure",
-            allowed="both or none",
-            fix="add --measure",
-        )
-    folder = out.expanduser()
-    if (folder / "adapter").resolve() == adapter.expanduser().resolve():
-        raise ConfigError(
-            "the output would take the place of the adapter",
-            got=folder,
-            allowed="another folder",
-            fix="choose another --out",
-        )
-    folder = check_folder(folder)
-    name = base_of(adapter, model)
-    quieten(screen.progress)
-    options: dict[str, Any] = {
-        "budget": budget, "depth": depth, "epsilon": epsilon, "points": points, "seed": seed,
-        "dtype": dtype, "trust": trust_remote_code, "measure": measure, "source": source,
-        "of": None if model else "the adapter",
-        "size": {"rows": rows, "max_length": max_length, "batch_size": batch_size},
-    }  # fmt: skip
-    with locked(folder):
-        check_soften(folder)
-        _soften(adapter, curvature, target_curvature, name, folder, screen, options)
-
-
-def _soften(
-    adapter: Path, curvature: Path, target: Path | None, name: str, folder: Path, screen: Screen,
-    options: dict[str, Any],
-) -> None:  # fmt: skip
-    """What the command does in its folder."""
-    from retain.cli.softening import Softening
-    from retain.curvature.artifact import load_curvature
-    from retain.data.draws import HELD_OUT
-    from retain.data.sources import read_rows
-    from retain.files import file_digest, write_json
-    from retain.models.saved import adapter_digest, load_adapter, save_adapter
-    from retain.retention.budget import check_budget
-
-    source, seed, dtype = options["source"], options["seed"], options["dtype"]
-    check_budget(options["budget"])
-    text = None
-    if source is not None:
-        text = read_rows(
-            source, options["size"]["rows"], seed=HELD_OUT + seed,
-            max_length=options["size"]["max_length"],
-        )  # fmt: skip
-    try:
-        far = load_curvature(curvature)
-        near = None if target is None else load_curvature(target)
-        screen.say(f"loading {name}")
-        base, tokenizer, _ = load_base(
-            name, options["of"], dtype=dtype, trust_remote_code=options["trust"]
-        )
-        tuned = load_adapter(base, adapter)
-        start = time.perf_counter()
-        work = Softening(tuned, far, near, depth=options["depth"], epsilon=options["epsilon"])
-        if options["measure"]:
-            work.measure_on(tokenizer, text, options["size"], seed, screen)
-        record = work.record(options["budget"], options["points"])
-        record |= {"seconds": time.perf_counter() - start}
-        files = {"start": str(adapter), "curvature": str(curvature),
-                 "target_curvature": target and str(target),
-                 "source": (source or "self") if options["measure"] else None}  # fmt: skip
-        result = finite(work.described(record, name, dtype, seed, files))
-        result["digests"] = {
-            "start": adapter_digest(adapter.expanduser()),
-            "curvature": file_digest(curvature.expanduser()),
-            "target_curvature": target and file_digest(target.expanduser()),
-        }
-        result["notes"] = screen.notes
-        pictures = work.pictures(result)
-        work.apply()
-        record_file = folder / "soften.json"
-        first = not record_file.exists()
-        if first:
-            write_json(record_file, result)  # before all else: it tells that the folder is ours
-        try:
-            written = save_adapter(tuned, folder / "adapter", name)
-        except BaseException:
-            if first:
-                record_file.unlink(missing_ok=True)
-            raise
-    except KeyboardInterrupt:
-        raise Interrupted("nothing was written") from None
-    if not first:
-        write_json(record_file, result)
-    for path in work.write_pictures(pictures, folder):
-        screen.say(str(path))
+    result = soften_run(
+        adapter, curvature, budget=budget, out=out, target=target_curvature, model=model,
+        depth=depth, epsilon=epsilon, points=points, measure=measure, source=source,
+        sizes=Sizes(rows, max_length, batch_size), seed=seed, dtype=dtype,
+        trust_remote_code=trust_remote_code, pictures=_pictures, messages=screen,
+    )  # fmt: skip
+    written = out.expanduser() / "adapter"
     _tell(screen, result, written)
-    screen.emit({"adapter": written, "record": folder / "soften.json", **result})
+    screen.emit({"adapter": written, "record": out.expanduser() / "soften.json", **result})
+
+
+def _pictures(result: dict[str, Any]) -> dict[str, bytes]:
+    from retain.report.figures import soften_png
+    from retain.report.softening import SoftCurve
+    from retain.report.svg import soften_svg
+
+    curve = SoftCurve.of(result)
+    drawn = soften_svg(curve, 820, 430, 13.5).encode()
+    return {"soften.svg": drawn, "soften.png": soften_png(curve)}
 
 
 def _tell(screen: Screen, result: dict[str, Any], written: Path) -> None:

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from retain.cli.common import AsJson, Interrupted, Quiet, Screen, quieten
-from retain.cli.folders import check_study
+from retain.cli.options import AsJson, Quiet, Screen, quieten
 from retain.errors import ConfigError, unknown
 from retain.files import check_folder
+from retain.runs.folders import check_study
+from retain.runs.messages import interruption
 
 __all__ = ["EXAMPLE", "app"]
 
@@ -103,16 +104,13 @@ def run(
     grid = expand(spec, work.base)
     for skipped in grid.skipped:
         screen.say(f"skipped: {skipped['adapter']} with {skipped['method']}: {skipped['reason']}")
-    try:
-        with _progress(screen, len(grid.matching(only))) as (say, tell):
-            counts = run_study(
-                spec, grid, work, only=only, engine=engine, jobs=jobs, say=say, tell=tell
-            )
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"what is done is kept in {work.out}; the same command goes on after the last "
-            "finished task"
-        ) from None
+    kept = (
+        f"what is done is kept in {work.out}; the same command goes on after the last finished task"
+    )
+    with interruption(kept), _progress(screen, len(grid.matching(only))) as (say, tell):
+        counts = run_study(
+            spec, grid, work, only=only, engine=engine, jobs=jobs, say=say, tell=tell
+        )
     lines = [[name, str(counts[name])] for name in ("done", "failed", "unfinished", "elsewhere")]
     screen.table(f"study {spec.name}", ["runs", ""], lines)
     if counts["failed"]:

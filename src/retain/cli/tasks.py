@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from retain.cli.common import AsJson, Quiet, Screen, check_choices, quieten
+from retain.cli.options import AsJson, Quiet, Screen, check_choices, quieten
 from retain.errors import ConfigError
 
 if TYPE_CHECKING:

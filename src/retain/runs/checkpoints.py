@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from retain.config import RunConfig
 from retain.documents import read_json
 from retain.errors import ConfigError
 from retain.files import writing
+from retain.runs.records import RUN, TRAIN, Digests
 
 __all__ = [
-    "check_identity",
-    "clear",
-    "drop_broken",
-    "drop_unfinished",
-    "history",
-    "refuse_leftovers",
-    "set_aside_broken",
-    "tidy",
-]
+    "check_digests", "clear", "drop_broken", "drop_unfinished", "history", "refuse_leftovers",
+    "set_aside_broken", "tidy", "usable",
+]  # fmt: skip
 
 _PLACES = {
     "data": ("the rows to learn from", "data"),
@@ -81,7 +76,7 @@ def drop_unfinished(folder: Path) -> None:
                 remove_checkpoint(path)
 
 
-def check_identity(checkpoint: Path, now: Mapping[str, Any]) -> None:
+def check_digests(checkpoint: Path, now: Digests) -> None:
     """Refuses to go on with other rows, another base model or another curvature.
 
     Where they lie does not count.
@@ -91,13 +86,13 @@ def check_identity(checkpoint: Path, now: Mapping[str, Any]) -> None:
     """
     from retain.training.checkpoints import seal_of
 
-    then = seal_of(checkpoint)
+    then, found = Digests(**seal_of(checkpoint)).model_dump(), now.model_dump()
     for name, (what, option) in _PLACES.items():
-        if then.get(name) != now.get(name):
+        if then[name] != found[name]:
             raise ConfigError(
                 f"{what} changed since the run began",
-                got=f"digest {str(now.get(name))[:12]}",
-                allowed=f"{str(then.get(name))[:12]}, that of {checkpoint.name}",
+                got=f"digest {str(found[name])[:12]}",
+                allowed=f"{str(then[name])[:12]}, that of {checkpoint.name}",
                 fix=f"put back what it was, or say with --{option} where it lies now; "
                 "or start again with --overwrite",
             )
@@ -130,13 +125,24 @@ def clear(folder: Path) -> None:
             remove_checkpoint(path)
 
 
-def tidy(out: Path, kept: Path, settings: str) -> None:
+def usable(config: RunConfig, folder: Path) -> str:
+    """What stays usable of a run that is stopped."""
+    from retain.training.checkpoints import last_whole
+
+    last = last_whole(folder)
+    if last is not None:
+        return f"{last} is whole; go on with: retain train --resume --out {config.out}"
+    none = "no checkpoint yet" if config.training.save_steps else "no checkpoint (--save-steps 50)"
+    return f"{none}; an older adapter in {config.out} is unchanged"
+
+
+def tidy(out: Path, kept: Path) -> None:
     """Leaves no empty folder, and no settings of a run of which nothing else is left."""
     with contextlib.suppress(OSError):
         kept.rmdir()
-    if not any(path.exists() for path in (kept, out / "train.json", out / "adapter")):
+    if not any(path.exists() for path in (kept, out / TRAIN, out / "adapter")):
         with contextlib.suppress(OSError):
-            (out / settings).unlink()
+            (out / RUN).unlink()
     with contextlib.suppress(OSError):
         out.rmdir()
 

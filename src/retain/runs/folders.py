@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from retain.documents import read_json
 from retain.files import check_ours, clear_scratch, has_schema, recover, remove_ours, writing
+from retain.runs.records import RUN, STATE_SCHEMA, TRAIN, TRAIN_SCHEMA
 
 __all__ = [
-    "STATE",
-    "check_curvature",
-    "check_demo",
-    "check_page",
-    "check_result",
-    "check_run",
-    "check_soften",
-    "check_study",
-    "drop_state",
-    "is_curvature",
-    "is_settings",
-]
+    "SOFTEN_PICTURES", "STATE", "check_curvature", "check_demo", "check_page", "check_result",
+    "check_run", "check_soften", "check_study", "drop_state", "is_curvature", "is_settings",
+]  # fmt: skip
 
-STATE = ("source.safetensors", "past.safetensors", "state.json")
+STATE = ("source.safetensors", "past.safetensors", "head.safetensors", "state.json")
 """What ``state/`` holds."""
+
+SOFTEN_PICTURES = ("soften.svg", "soften.png")
+"""What ``retain soften`` draws."""
 
 _SETTINGS = {"model", "data", "out", "method", "adapter", "training"}
 
@@ -55,20 +51,28 @@ def check_run(out: Path, *, curvature: bool) -> None:
     Raises:
         OutputError: something in it is not of an earlier run.
     """
-    _put_back(out, "adapter", "state", "run.json", "train.json")
-    settings, record = out / "run.json", out / "train.json"
+    _put_back(
+        out, "adapter", "state", RUN, TRAIN, *(["curvature.safetensors"] if curvature else [])
+    )
+    settings, record = out / RUN, out / TRAIN
 
     def adapter(path: Path) -> bool:
-        mine = is_settings(settings) or has_schema(record, "retain.train/1")
-        return mine and _is_adapter(path)
+        return (is_settings(settings) or _of(TRAIN_SCHEMA)(record)) and _is_adapter(path)
 
-    check_ours(settings, is_settings, "the settings of a run", out)
-    check_ours(record, _with_schema("retain.train/1"), "the record of a run", out)
-    check_ours(out / "adapter", adapter, "the adapter of a run", out)
-    check_ours(out / "state", _is_state, "the state of a run", out)
-    check_ours(out / "checkpoints", lambda p: _is_kept(p, settings), "checkpoints of a run", out)
+    def kept(path: Path) -> bool:
+        """Checkpoints are ours beside our settings; a folder of other things is let be."""
+        return path.is_dir() and (is_settings(settings) or not any(path.glob("*checkpoint-*")))
+
+    _check(out, {
+        RUN: (is_settings, "the settings of a run"),
+        TRAIN: (_of(TRAIN_SCHEMA), "the record of a run"),
+        "adapter": (adapter, "the adapter of a run"),
+        "state": (lambda path: _of(STATE_SCHEMA)(path / "state.json"), "the state of a run"),
+        "checkpoints": (kept, "checkpoints of a run"),
+    })  # fmt: skip
     if curvature:
-        check_ours(out / "curvature.safetensors", is_curvature, "the curvature of a run", out)
+        _put_back(out, "curvature.safetensors")
+        _check(out, {"curvature.safetensors": (is_curvature, "the curvature of a run")})
 
 
 def check_soften(out: Path) -> None:
@@ -77,18 +81,17 @@ def check_soften(out: Path) -> None:
     Raises:
         OutputError: something in it is not of an earlier softening.
     """
-    _put_back(out, "adapter", "soften.json")
+    _put_back(out, "adapter", "soften.json", *SOFTEN_PICTURES)
     record = out / "soften.json"
 
     def mine(path: Path) -> bool:
-        return has_schema(record, "retain.soften/1")
+        return _of("retain.soften/1")(record)
 
-    check_ours(record, mine, "the record of a softening", out)
-    check_ours(
-        out / "adapter", lambda p: mine(p) and _is_adapter(p), "the adapter of a softening", out
-    )
-    for name in ("soften.svg", "soften.png"):
-        check_ours(out / name, mine, "a picture of a softening", out)
+    _check(out, {
+        "soften.json": (mine, "the record of a softening"),
+        "adapter": (lambda path: mine(path) and _is_adapter(path), "the adapter of a softening"),
+        **dict.fromkeys(SOFTEN_PICTURES, (mine, "a picture of a softening")),
+    })  # fmt: skip
 
 
 def check_demo(out: Path) -> None:
@@ -98,13 +101,13 @@ def check_demo(out: Path) -> None:
         OutputError: something in it is not of an earlier demo.
     """
     sampled = _json(out / "source" / "source.json")
-    mine = has_schema(out / "result.json", "retain.result/1") or (
+    mine = _of("retain.result/1")(out / "result.json") or (
         isinstance(sampled, dict) and sampled.keys() >= {"key", "rows", "text"}
     )
     names = ("source", "rows", "adapters", "curvature.safetensors", "result.json", "report.html",
              "tradeoff.png", "training.png")  # fmt: skip
-    for name in names:
-        check_ours(out / name, lambda path: mine, "a result of a demo", out)
+    _put_back(out, *names)
+    _check(out, {name: (lambda _: mine, "a result of a demo") for name in names})
 
 
 def check_study(out: Path) -> None:
@@ -116,13 +119,14 @@ def check_study(out: Path) -> None:
 
     def table(path: Path) -> bool:
         """It is made of the runs' records, which stand for it where it is damaged."""
-        return has_schema(path, "retain.study/1") or any(
-            has_schema(record, "retain.run/1") for record in out.glob("runs/*.json")
-        )
+        records = out.glob("runs/*.json")
+        return _of("retain.study/1")(path) or any(map(_of("retain.run/1"), records))
 
-    check_ours(out / "study.json", table, "the table of a study", out)
-    for name in ("runs", "state", "locks", "failures", "source", "untrained", "earlier"):
-        check_ours(out / name, Path.is_dir, "a folder of a study", out)
+    folders = ("runs", "state", "locks", "failures", "source", "untrained", "earlier")
+    _check(out, {
+        "study.json": (table, "the table of a study"),
+        **dict.fromkeys(folders, (Path.is_dir, "a folder of a study")),
+    })  # fmt: skip
 
 
 def check_result(path: Path) -> None:
@@ -131,7 +135,7 @@ def check_result(path: Path) -> None:
     Raises:
         OutputError: there is one.
     """
-    check_ours(path, _with_schema("retain.result/1"), "the result of an eval", path)
+    check_ours(path, _of("retain.result/1"), "the result of an eval", path)
 
 
 def check_curvature(path: Path) -> None:
@@ -172,8 +176,14 @@ def _is_page(path: Path) -> bool:
     return b"<title>retain report: " in head
 
 
-def _with_schema(schema: str) -> Any:
+def _of(schema: str) -> Callable[[Path], bool]:
     return lambda path: has_schema(path, schema)
+
+
+def _check(out: Path, files: Mapping[str, tuple[Callable[[Path], bool], str]]) -> None:
+    """`check_ours` of files in a folder, by name: what tells that one is ours, and what it is."""
+    for name, (ours, what) in files.items():
+        check_ours(out / name, ours, what, out)
 
 
 def drop_state(out: Path) -> None:
@@ -197,15 +207,6 @@ def _put_back(out: Path, *names: str) -> None:
 def _is_adapter(path: Path) -> bool:
     found = _json(path / "adapter_config.json")
     return isinstance(found, dict) and "peft_type" in found
-
-
-def _is_state(path: Path) -> bool:
-    return path.is_dir() and has_schema(path / "state.json", "retain.state/1")
-
-
-def _is_kept(path: Path, settings: Path) -> bool:
-    """Checkpoints are ours beside our settings; a folder of other things is let be."""
-    return path.is_dir() and (is_settings(settings) or not any(path.glob("*checkpoint-*")))
 
 
 def _json(path: Path) -> Any:

@@ -8,46 +8,19 @@ text of its own, so it is held on text that is given (``--source``), and on none
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from retain.cli.common import Screen
 from retain.config import RunConfig
 from retain.errors import ConfigError, SourceError
+from retain.runs.bases import load_base
+from retain.runs.messages import Messages
+from retain.runs.months import Previous
+from retain.runs.records import Labels
 
 __all__ = [
-    "Labels",
-    "check_settings",
-    "fit_new_head",
-    "labels_of",
-    "load_classifier",
-    "wanted",
-    "why_not_held",
-]
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What the rows of a classifier are labelled with.
-
-    Attributes:
-        count: outputs of the head; one is a regression.
-        names: of the classes, in their order, where the rows name them.
-        known: the base model comes with a head of so many outputs, which goes on.
-    """
-
-    count: int
-    names: tuple[str, ...] = ()
-    known: bool = False
-
-    @property
-    def regression(self) -> bool:
-        """Whether labels are values."""
-        return self.count == 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the record."""
-        return asdict(self) | {"names": list(self.names)}
+    "check_settings", "fit_new_head", "labels_of", "load_classifier", "wanted", "why_not_held",
+]  # fmt: skip
 
 
 def wanted(config: RunConfig) -> bool:
@@ -61,8 +34,7 @@ def check_settings(config: RunConfig, problems: int | None) -> None:
     """Refuses, before the model is loaded, what a classifier cannot do.
 
     Raises:
-        ConfigError: text to continue, a run that continues or is continued, or a curvature or a
-            way of holding without the text to measure it on.
+        ConfigError: text to continue, or a way of holding without the text to measure it on.
     """
     if problems is not None:
         raise ConfigError(
@@ -71,42 +43,41 @@ def check_settings(config: RunConfig, problems: int | None) -> None:
             allowed="a file of text (or pairs of texts) and label",
             fix="give such a file with --data, or a decoder with --model",
         )
-    if config.keep_state or config.continue_from is not None:
-        raise ConfigError(
-            "a run of a classifier is not continued",
-            got="keep_state" if config.keep_state else f"continue_from {config.continue_from}",
-            allowed="one run after the other from a base model",
-            fix="leave --keep-state and --continue-from out",
-        )
     held = config.method == "laplace" or config.budget is not None or config.start is not None
-    if held and config.source is None and config.curvature is None:
+    sources = (config.source, config.curvature, config.continue_from)
+    if (held or config.keep_state) and sources == (None, None, None):
         raise ConfigError(
             "a classifier writes no text that it could be held on",
             got="no --source",
             allowed="a file of texts like those whose answers are to stay",
-            fix="--source texts.jsonl; or leave --method, --budget and --start out",
+            fix="--source texts.jsonl; or leave --method, --budget, --start and --keep-state out",
         )
 
 
 def labels_of(
-    rows: Sequence[Mapping[str, Any]], config: RunConfig
+    rows: Sequence[Mapping[str, Any]], config: RunConfig, before: Previous | None = None
 ) -> tuple[list[Mapping[str, Any]], Labels]:
     """The rows with their labels as numbers, and what these are.
 
     Labels that are all text name the classes, in alphabetical order (or in that of the base
     model's own head, where it has the same names); whole numbers from 0 count them; other numbers
-    are values.
+    are values. A run that continues has the classes of the run before, in their order.
 
     Raises:
         SourceError: a row without a label, or labels that are no classes.
-        ConfigError: more or fewer of them than asked for.
+        ConfigError: more or fewer of them than asked for, or others than those of the run before.
     """
-    from retain.data.labels import target_of
     from retain.models.heads import row_label
     from retain.models.load import own_labels
 
     own = own_labels(config.model)
     asked = None if config.num_labels in (None, "auto") else int(config.num_labels or 0)
+    known = None
+    if before is not None:
+        known = before.labels or Labels(count=0)
+        if asked not in (None, known.count):
+            raise _other_labels(f"--num-labels {asked}", before)
+        asked = known.count
     found = [row_label(row) for row in rows]
     if all(label is None for label in found):
         raise SourceError(
@@ -123,23 +94,41 @@ def labels_of(
                 allowed="a label in each row",
                 fix="leave the row out",
             )
-    text = [isinstance(label, str) and not _is_number(label) for label in found]
-    if any(text):
-        odd = next((n for n, label in enumerate(found, 1) if not isinstance(label, str)), None)
-        if odd is not None:
-            raise SourceError(
-                f"row {odd} of the data has a label of another kind",
-                got=f"label {found[odd - 1]!r}, beside {found[text.index(True)]!r}",
-                allowed="names alone, or numbers alone",
-                fix="write all labels as text",
-            )
-        names = sorted({str(label).strip() for label in found})
+    named = [isinstance(label, str) and not _is_number(label) for label in found]
+    if before is not None and known is not None and any(named) != bool(known.names):
+        raise _other_labels(f"labels such as {found[named.index(any(named))]!r}", before)
+    if not any(named):
+        labels = _numbered(found, asked, own, len(rows))
+        return list(rows), known or labels
+    odd = next((n for n, label in enumerate(found, 1) if not isinstance(label, str)), None)
+    if odd is not None:
+        raise SourceError(
+            f"row {odd} of the data has a label of another kind",
+            got=f"label {found[odd - 1]!r}, beside {found[named.index(True)]!r}",
+            allowed="names alone, or numbers alone",
+            fix="write all labels as text",
+        )
+    texts = [str(label).strip() for label in found]
+    names = sorted(set(texts))
+    if before is not None and known is not None:
+        if others := [name for name in names if name not in known.names]:
+            raise _other_labels(f"label {others[0]!r}", before)
+        labels = known
+    else:
         same = own is not None and sorted(own) == names
         names = list(own) if own is not None and same else names
         _check_count(len(names), asked, len(rows), f"{len(names)} names")
-        places = {name: place for place, name in enumerate(names)}
-        numbered = [_with(r, places[str(v).strip()]) for r, v in zip(rows, found, strict=True)]
-        return numbered, Labels(len(names), tuple(names), same)
+        labels = Labels(count=len(names), names=tuple(names), known=same)
+    places = {name: place for place, name in enumerate(labels.names)}
+    return [_with(row, places[text]) for row, text in zip(rows, texts, strict=True)], labels
+
+
+def _numbered(
+    found: Sequence[Any], asked: int | None, own: Sequence[str] | None, rows: int
+) -> Labels:
+    """What labels that are numbers are."""
+    from retain.data.labels import target_of
+
     values: list[int | float] = []
     for number, label in enumerate(found, start=1):
         try:
@@ -149,7 +138,7 @@ def labels_of(
                 error.what, got=f"{error.got} (row {number})", allowed=error.allowed, fix=error.fix
             ) from error
     if asked == 1 or (asked is None and any(isinstance(v, float) for v in values)):
-        return list(rows), Labels(1, known=own is not None and len(own) == 1)
+        return Labels(count=1, known=own is not None and len(own) == 1)
     if asked is None:
         least, most = min(values), int(max(values))
         if least > 0:
@@ -159,9 +148,23 @@ def labels_of(
                 allowed="0 to one less than the number of classes",
                 fix=f"number them from 0, or --num-labels {most + 1}; --num-labels 1 for values",
             )
-        _check_count(most + 1, None, len(rows), f"labels up to {most}")
+        _check_count(most + 1, None, rows, f"labels up to {most}")
     count = asked or int(max(values)) + 1
-    return list(rows), Labels(count, known=own is not None and len(own) == count)
+    return Labels(count=count, known=own is not None and len(own) == count)
+
+
+def _other_labels(got: str, before: Previous) -> ConfigError:
+    labels = before.labels
+    allowed = "text to continue: it is no classifier"
+    if labels is not None:
+        numbers = "values" if labels.regression else f"whole numbers from 0 to {labels.count - 1}"
+        allowed = ", ".join(labels.names) or numbers
+    return ConfigError(
+        "the run to continue from has other labels",
+        got=got,
+        allowed=allowed,
+        fix="leave those rows out, or train a new classifier from the base model",
+    )
 
 
 def why_not_held(config: RunConfig, labels: Labels) -> str | None:
@@ -211,15 +214,13 @@ def _with(row: Mapping[str, Any], label: int) -> Mapping[str, Any]:
     return {**{k: v for k, v in row.items() if k != "labels"}, "label": label}
 
 
-def load_classifier(config: RunConfig, labels: Labels) -> Any:
+def load_classifier(config: RunConfig, labels: Labels, of: str | None) -> Any:
     """The base model with its head, and its tokenizer; a new head is drawn by the run's seed.
 
     Raises:
         ModelError: it cannot be loaded.
     """
     import torch
-
-    from retain.models.load import load_model
 
     more: dict[str, Any] = {}
     if labels.names:
@@ -230,23 +231,25 @@ def load_classifier(config: RunConfig, labels: Labels) -> Any:
         more["problem_type"] = kinds[labels.regression]
     with torch.random.fork_rng():
         torch.manual_seed(config.training.seed)
-        return load_model(
-            config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code,
+        return load_base(
+            config.model, of, dtype=config.dtype, trust_remote_code=config.trust_remote_code,
             num_labels=labels.count, ignore_mismatched_sizes=True, **more,
         )  # fmt: skip
 
 
 def fit_new_head(
-    model: Any, examples: Sequence[Any], labels: Labels, config: RunConfig, screen: Screen
-) -> dict[str, Any] | None:
-    """Fits a new head, and says so; None where the base model's own goes on.
+    model: Any, examples: Sequence[Any], labels: Labels, config: RunConfig, messages: Messages,
+    *, learned: bool,
+) -> Labels:  # fmt: skip
+    """Fits a new head, says so, and keeps what was found with the labels.
 
     Args:
         model: the base model.
         examples: of the run.
         labels: theirs.
         config: of the run.
-        screen: where to say it.
+        messages: where to say it.
+        learned: the head comes with the adapter of an earlier run.
 
     Raises:
         RetainError: see `retain.fit_head`.
@@ -255,24 +258,31 @@ def fit_new_head(
     unseen = [str(number) for number in range(labels.count) if seen and number not in seen]
     if labels.regression and config.num_labels in (None, "auto"):
         value = next((e.targets[0] for e in examples if e.targets[0] % 1), examples[0].targets[0])
-        screen.note(
+        messages.note(
             f"a regression is learned, since the labels are values, such as {value:.3g}; "
             "--num-labels gives the number of classes"
         )
     if unseen:
         which = ", ".join([*unseen[:10], *(["..."] if len(unseen) > 10 else [])])
-        screen.note(f"{len(unseen)} of {labels.count} classes have no row to learn from: {which}")
+        messages.note(f"{len(unseen)} of {labels.count} classes have no row to learn from: {which}")
+    if learned:
+        messages.say(f"the head of {labels.count} outputs goes on from the run before")
+        return labels.model_copy(update={"head": None})
     if labels.known:
-        screen.note(f"the base model's own head of {labels.count} outputs goes on; none is fitted")
-        return None
+        messages.note(
+            f"the base model's own head of {labels.count} outputs goes on; none is fitted"
+        )
+        return labels
     from retain.training.head import fit_head
 
-    found = fit_head(model, list(examples), seed=config.training.seed, progress=screen.progress)
+    found = fit_head(model, list(examples), seed=config.training.seed, progress=messages.progress)
     unit = "squared error" if labels.regression else "nats"
-    screen.say(
+    messages.say(
         f"a new head of {labels.count} outputs, fitted on {found.rows} rows: "
         f"{found.loss:.3g} {unit} a row, {found.known:.3g} without the text"
     )
     if not found.placed:
-        screen.note("the head stays as it was drawn: the model's features do not foretell a label")
-    return asdict(found)
+        messages.note(
+            "the head stays as it was drawn: the model's features do not foretell a label"
+        )
+    return labels.model_copy(update={"head": asdict(found)})

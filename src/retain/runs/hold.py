@@ -1,0 +1,172 @@
+"""What a run trains and is held by: its adapter, its curvature, its start of A."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from retain.config import RunConfig
+from retain.errors import CurvatureError, MismatchError
+from retain.files import first_rank
+from retain.runs.messages import Messages
+from retain.runs.months import Previous
+
+__all__ = ["HeldBy", "adapter_for", "curvature_for", "start_for"]
+
+
+class HeldBy(NamedTuple):
+    """A curvature, where it lies, and the seconds that it took, if it was made now."""
+
+    curvature: Any
+    path: Path
+    seconds: float | None
+
+
+def adapter_for(
+    base: Any, config: RunConfig, before: Previous | None, source: Any, past: Any,
+    messages: Messages,
+) -> Any:  # fmt: skip
+    """The model with a fresh adapter, or with that of the run to continue from and fresh rows.
+
+    Args:
+        base: the base model.
+        config: of the run.
+        before: what the earlier run has left, or None.
+        source: the curvature of the source text, of that run.
+        past: the curvature of the tasks before, of that run.
+        messages: where to say what is cut.
+
+    Raises:
+        MismatchError: the state is not that of the adapter, or no filter can be made.
+    """
+    from retain.models.lora import attach_lora
+    from retain.models.saved import load_adapter
+
+    if before is None:
+        return attach_lora(base, **config.adapter.model_dump())
+    model: Any = load_adapter(base, before.adapter)
+    before.check_adapter(model, past)
+    model = _grown(model, config, len(before.state.runs), source, past, messages)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name or ".modules_to_save." in name)
+    return model
+
+
+def _grown(
+    model: Any, config: RunConfig, month: int, source: Any, past: Any, messages: Messages
+) -> Any:
+    """The adapter of the run before, with fresh rows for a filter; cut first if it is large."""
+    from retain.curvature.merge import reanchored
+    from retain.models.lora import grow_lora
+    from retain.models.sites import lora_sites
+    from retain.retention.soften.truncate import truncated
+    from retain.training.start import FILTER, why_no_inputs
+
+    reason = why_no_inputs(source)
+    if reason is not None and config.start == FILTER:
+        raise MismatchError(
+            "no filter can be made for this run",
+            got=reason,
+            allowed="a source curvature with input sides, such as kfac in weight space",
+            fix="leave --start out, so that the force acts alone",
+        )
+    if not _filters(config) or reason is not None:
+        return model
+    sites, factors = lora_sites(model), None
+    fresh, most = config.adapter.rank, config.max_rank or 4 * config.adapter.rank
+    if sites[0].rank + fresh > most:
+        felt = reanchored(source, model) + reanchored(past, model)
+        factors, lost = truncated(sites, felt, most - fresh)
+        messages.note(
+            f"the adapter is cut from rank {sites[0].rank} to {most - fresh}, and loses "
+            f"{lost:.2%} of what the curvature feels of it; max_rank={most}"
+        )
+    return grow_lora(model, fresh, factors=factors, seed=config.adapter.seed + month)
+
+
+def curvature_for(
+    config: RunConfig, given: Any, out: Path, model: Any, tokenizer: Any, messages: Messages,
+    *, anew: bool = False,
+) -> HeldBy | None:  # fmt: skip
+    """The curvature for a run, checked to fit its model; None for plain LoRA.
+
+    Args:
+        config: of the run.
+        given: the curvature of ``config.curvature``, already read.
+        out: the run's folder, in which one is kept.
+        model: with its fresh adapter.
+        tokenizer: its tokenizer.
+        messages: where to say what is done.
+        anew: one that an earlier run has left in the folder is not used.
+
+    Raises:
+        MismatchError: the given curvature does not fit.
+    """
+    if config.method == "none":
+        return None
+    if config.curvature is not None:
+        return HeldBy(_at_start(given, model), Path(config.curvature), None)
+    from retain.curvature.artifact import load_curvature
+    from retain.curvature.fit.fit import fit_curvature
+
+    path, source = out / "curvature.safetensors", config.source or "self"
+    if path.is_file() and not anew:
+        try:
+            found = _at_start(load_curvature(path), model)
+            if config.source is None and found.info.note != source:
+                raise MismatchError(f"it was measured on {found.info.note}")
+            messages.say(f"using the curvature in {path}")
+            return HeldBy(found, path, None)
+        except CurvatureError as error:
+            messages.note(f"{path} is not used, and made anew: {error.what}")
+    what = "text that the model writes" if config.source is None else source
+    messages.say(f"no curvature is given: measuring one on {what}")
+    start = time.perf_counter()
+    fitted = fit_curvature(
+        model, source, tokenizer=tokenizer, seed=config.training.seed, progress=messages.progress
+    )
+    if first_rank():
+        fitted.save(path)
+    return HeldBy(fitted, path, time.perf_counter() - start)
+
+
+def _at_start(curvature: Any, model: Any) -> Any:
+    """The curvature, checked to fit, and the adapter at the point where it was measured."""
+    sites = curvature.bind(model)
+    fix = "fit it with the same --rank, --alpha, --targets and --dtype, or with --space weight"
+    if curvature.info.space == "adapter":
+        curvature.load_anchor(model)
+        met = curvature.at_anchor(sites)
+    else:
+        met, fix = not curvature.anchor, "fit it without --adapter, or train from Python"
+    if not met:
+        raise MismatchError(
+            "the curvature was measured around another adapter",
+            got="an adapter that this run cannot start from",
+            allowed="a curvature around a fresh adapter",
+            fix=fix,
+        )
+    return curvature
+
+
+def start_for(config: RunConfig, model: Any, curvature: Any, past: Any) -> tuple[Any, str | None]:
+    """The start of A, and why there is no filter; None where there is one or none was wanted."""
+    from retain.training.start import FILTER, Start, why_no_filter
+
+    kind: str | None = config.start
+    reason = None
+    if kind is None and _filters(config):
+        reason = why_no_filter(model, curvature, past)
+        kind = FILTER if reason is None else None
+    if kind in (None, "random"):
+        return None, reason
+    return Start(kind, gain=config.gain, weight=config.weight), reason
+
+
+def _filters(config: RunConfig) -> bool:
+    """Whether the run has a filter, if its curvature allows it."""
+    from retain.training.start import FILTER
+
+    strong = bool(config.strength or config.budget is not None)
+    return config.start == FILTER or (config.start is None and config.method == "auto" and strong)

@@ -1,0 +1,253 @@
+"""``retain train --continue-from RUN``: what one run leaves for the next, and takes from the last.
+
+A run with ``--keep-state`` leaves ``state/`` in its folder: ``source.safetensors`` (the curvature
+of the source text around the base model, which never changes), ``past.safetensors`` (that of all
+tasks so far, merged, around the weights that the run ended with), of a classifier
+``head.safetensors`` (its head before any training, a part of the base) and ``state.json``, with
+digests of these and of the adapter. The next run starts at the adapter, is held by both, and leaves
+the same files: however many months, the memory is that of two curvatures. Where the base model and
+the folders lie does not count: the base is told by its fingerprint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retain.config import RunConfig, read_config
+from retain.errors import ConfigError, MismatchError
+from retain.files import file_digest, whole_folder
+from retain.models.saved import adapter_digest
+from retain.runs.folders import STATE
+from retain.runs.messages import Messages
+from retain.runs.records import RUN, Labels, Month, StateRecord, read_record, write_record
+
+__all__ = ["HELD", "Previous", "keep_state", "previous_run", "settings_of"]
+
+HELD = ("method", "strength", "budget", "start", "gain", "weight", "max_rank")
+"""What a run that continues another has from it."""
+
+ROWS = 128
+"""Rows of the task on which its own curvature is measured."""
+
+_KEPT = "the --out of a run with --keep-state that has ended"
+
+
+@dataclass(frozen=True)
+class Previous:
+    """What an earlier run has left.
+
+    Attributes:
+        folder: of the run.
+        state: its record.
+        model: where its base model lay.
+    """
+
+    folder: Path
+    state: StateRecord
+    model: str
+
+    @property
+    def adapter(self) -> Path:
+        """Its adapter."""
+        return self.folder / "adapter"
+
+    @property
+    def source(self) -> Path:
+        """The file of the source text's curvature."""
+        return self.folder / "state" / "source.safetensors"
+
+    @property
+    def past(self) -> Path:
+        """The file of the earlier tasks' curvature."""
+        return self.folder / "state" / "past.safetensors"
+
+    @property
+    def labels(self) -> Labels | None:
+        """Of a classifier."""
+        return self.state.labels
+
+    def curvatures(self) -> tuple[Any, Any]:
+        """Those of the source text and of the earlier tasks, read."""
+        from retain.curvature.artifact import load_curvature
+
+        return load_curvature(self.source), load_curvature(self.past)
+
+    def restore_head(self, base: Any) -> None:
+        """Puts the head that the first run began with into a classifier's base model."""
+        import torch
+        from safetensors.torch import load_file
+
+        path = self.folder / "state" / "head.safetensors"
+        tensors = load_file(path) if path.name in self.state.digests else {}
+        parameters = dict(base.named_parameters())
+        with torch.no_grad():
+            for name, value in tensors.items():
+                if name in parameters and parameters[name].shape == value.shape:
+                    parameters[name].copy_(value)
+
+    def check_base(self, base: Any, known: str, name: str) -> None:
+        """Refuses another base model.
+
+        Args:
+            base: the model that was loaded.
+            known: the fingerprint of the base of the run.
+            name: what was loaded.
+
+        Raises:
+            MismatchError: it is another one.
+        """
+        from retain.models.fingerprint import fingerprint
+
+        mine = fingerprint(base)
+        if mine != known:
+            raise MismatchError(
+                "the model is not the base of the run to continue from",
+                got=f"{name} with fingerprint {mine}",
+                allowed=f"{known}, which {self.model} had when {self.folder} was trained",
+                fix="say with --model where that model lies now",
+            )
+
+    def check_adapter(self, model: Any, past: Any) -> None:
+        """Refuses a state that is not of the adapter beside it.
+
+        Args:
+            model: with the adapter of the run.
+            past: the curvature of the earlier tasks.
+
+        Raises:
+            MismatchError: it was measured around other weights; or what `Curvature.bind` refuses.
+        """
+        if not past.at_anchor(past.bind(model)):
+            raise MismatchError(
+                "the state of the run to continue from is not that of its adapter",
+                got=f"{self.past} around other weights than those in {self.adapter}",
+                allowed="both of one run that ended",
+                fix="train that run again with --keep-state",
+            )
+
+
+def previous_run(folder: str | Path) -> Previous:
+    """What the run in a folder has left.
+
+    Raises:
+        ConfigError: it left no state.
+        MismatchError: its state or its adapter has changed since.
+    """
+    run = Path(folder).expanduser()
+    model = settings_of(run).model
+    try:
+        found = Previous(run, read_record(run / "state" / "state.json", StateRecord), model)
+        parts = (found.adapter, found.source, found.past)
+        missing = [path.name for path in parts if not path.exists()]
+        if missing:
+            raise ValueError(f"no {' and '.join(missing)}")
+        changed = _changed(found)
+    except (OSError, ValueError, RecursionError) as error:
+        what = f"{run}: {error}"
+        if isinstance(error, OSError):
+            what = f"{error.filename}: {error.strerror}"
+        raise ConfigError(
+            "there is nothing to continue from",
+            got=what,
+            allowed=_KEPT,
+            fix="train that run again with --keep-state",
+        ) from error
+    if changed:
+        raise MismatchError(
+            "the run to continue from has changed since it ended",
+            got=f"{' and '.join(changed)} with other contents",
+            allowed="adapter/ and state/ as one run left them",
+            fix="put back what they were, or train that run again with --keep-state",
+        )
+    return found
+
+
+def settings_of(run: Path) -> RunConfig:
+    """The settings of an earlier run.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not (run / RUN).is_file():
+        raise ConfigError(
+            "there is nothing to continue from",
+            got=f"{run} without {RUN}",
+            allowed=_KEPT,
+            fix="check --continue-from",
+        )
+    return read_config(run / RUN, {"out": str(run)}, RunConfig)
+
+
+def _changed(run: Previous) -> list[str]:
+    """What is not as the run left it. The states of earlier versions have no digests."""
+    found = []
+    for name, digest in run.state.digests.items():
+        path = run.adapter if name == "adapter" else run.folder / "state" / Path(name).name
+        if (adapter_digest if name == "adapter" else file_digest)(path) != digest:
+            found.append(str(path))
+    return found
+
+
+def keep_state(
+    model: Any, examples: Sequence[Any], source: Any, past: Any, out: Path, month: Month,
+    before: Previous | None, labels: Labels | None, messages: Messages,
+) -> Path:  # fmt: skip
+    """Measures the task's curvature, merges it into the past, and writes ``state/`` whole.
+
+    Args:
+        model: trained, with its adapter.
+        examples: the rows that it learned.
+        source: the source text's curvature.
+        past: the curvature of the tasks before, or None.
+        out: the run's folder.
+        month: of this run, for ``state.json``.
+        before: what the run continued from.
+        labels: of a classifier.
+        messages: where to say what is done.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    from retain.curvature.fit.fit import fit_curvature
+    from retain.curvature.merge import reanchored
+    from retain.retention.state import choose
+
+    messages.say("measuring what the task relies on, for the runs that continue from this one")
+    info = source.info
+    rows = choose(examples, ROWS, month.seed)
+    found = fit_curvature(
+        model, rows, info.structure, space=info.space, fisher=info.fisher,
+        rank=info.rank, samples=info.samples, temperature=info.temperature, rows=ROWS,
+        max_length=max(len(e.tokens) for e in examples) + 1,
+        batch_size=min(8, len(rows)), seed=month.seed, progress=messages.progress,
+    )  # fmt: skip
+    if past is not None:
+        found = reanchored(past, model) + found
+    with whole_folder(out / "state", "the state of the run", STATE) as new:
+        found.save(new / "past.safetensors")
+        source.save(new / "source.safetensors")  # what held the run, whatever its file is now
+        _save_head(model, new / "head.safetensors")
+        digests = {path.name: file_digest(path) for path in sorted(new.glob("*.safetensors"))}
+        digests["adapter"] = adapter_digest(out / "adapter")
+        runs = [*(before.state.runs if before else []), month]
+        record = StateRecord(runs=runs, digests=digests, labels=labels)
+        write_record(new / "state.json", record, seal=True)
+    return out / "state"
+
+
+def _save_head(model: Any, path: Path) -> None:
+    """The layers that PEFT trains whole, as they were in the base; no file where there are none."""
+    from peft.utils.other import ModulesToSaveWrapper
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{name}.{key}": value.detach().cpu().contiguous()
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for key, value in module.original_module.state_dict().items()
+    }
+    if tensors:
+        save_file(tensors, path)

@@ -1,0 +1,181 @@
+"""The settings of a run: new, resumed, or continuing another, from options and files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from retain.config import RunConfig, read_config, read_settings, validate
+from retain.errors import ConfigError, unknown
+from retain.runs.months import HELD, previous_run, settings_of
+from retain.runs.records import RUN
+
+__all__ = ["OPTIONS", "Settings", "by_key", "placed", "read_run", "unused"]
+
+Settings = RunConfig | Mapping[str, Any] | str | Path | None
+"""Settings of a run: themselves, a YAML file, or none."""
+
+OPTIONS = {
+    key.rpartition(".")[2] if key != "adapter.seed" else "adapter_seed": key
+    for key in (
+        "model", "data", "out", "curvature", "source", "num_labels", "strength", "budget", "start",
+        "continue_from", "keep_state", "method", "training.learning_rate", "training.epochs",
+        "training.max_steps", "training.batch_size", "training.max_length", "adapter.rank",
+        "adapter.alpha", "adapter.targets", "adapter.seed", "training.seed", "dtype", "limit",
+        "loss", "training.save_steps", "trust_remote_code",
+    )
+}  # fmt: skip
+"""Options of ``retain train``, which are arguments of `retain.train_run` too, and their keys."""
+
+_FREE = {"training.save_steps", "training.report_to", "out"}
+"""May be others when a run is resumed."""
+
+_PLACES = {"model", "data", "curvature", "continue_from"}
+"""May lie elsewhere when a run is resumed: the checkpoint's digests tell whether they changed."""
+
+
+def by_key(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted key, from those by option or by field of `RunConfig`.
+
+    Raises:
+        ConfigError: neither.
+    """
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in OPTIONS and name not in RunConfig.model_fields:
+            raise unknown("setting", name, OPTIONS.keys() | RunConfig.model_fields)
+        key = OPTIONS.get(name, name)
+        found |= flat({key: str(value) if isinstance(value, Path) else value})
+    return found
+
+
+def read_run(config: Settings, given: Mapping[str, Any], *, resume: bool = False) -> RunConfig:
+    """The checked settings of a run.
+
+    Args:
+        config: the settings; `given` comes before them.
+        given: by dotted key.
+        resume: of the run in the output folder, whose settings they must be.
+
+    Raises:
+        ConfigError: they are not accepted, or not those of the run to resume or continue.
+    """
+    if isinstance(config, RunConfig):
+        config = config.model_dump(exclude_unset=True)
+    if resume:
+        return _resumed(config, given)
+    found = read_settings(config or "", given)
+    if found.get("continue_from") is None:
+        return validate(found, RunConfig)
+    return _continued(flat(found), str(found["continue_from"]))
+
+
+def _resumed(config: Mapping[str, Any] | str | Path | None, given: Mapping[str, Any]) -> RunConfig:
+    out = given.get("out")
+    if out is None and config is not None:
+        out = read_config(config, given, RunConfig).out
+    if out is None:
+        raise ConfigError(
+            "nothing says which run to resume",
+            got="no --out",
+            allowed="the folder of a run",
+            fix="retain train --resume --out runs/held",
+        )
+    kept = Path(out).expanduser() / RUN
+    if not kept.is_file():
+        raise ConfigError(
+            "there is no run to resume",
+            got=f"{out} without {RUN}",
+            allowed="the --out of a run that began",
+            fix="check --out, or leave --resume out",
+        )
+    before = read_config(kept, {"out": out}, RunConfig)
+    now = read_config(config or kept, {**given, "out": out}, RunConfig)
+    was, new = flat(before.model_dump()), flat(now.model_dump())
+    for key in sorted(was.keys() - _FREE):
+        moved = key in _PLACES and None not in (was[key], new[key])
+        if was[key] != new[key] and not moved:
+            raise ConfigError(
+                f"the run to resume has another {key}",
+                got="none" if new[key] is None else new[key],
+                allowed="none" if was[key] is None else was[key],
+                fix="leave it as it was, or start again with --overwrite",
+            )
+    return now
+
+
+def _continued(given: dict[str, Any], folder: str) -> RunConfig:
+    """The settings that are given, with the model and the adapter of the earlier run.
+
+    How it was held (`HELD`) goes on too, unless something else is given: a strength takes the place
+    of a budget. The model may lie elsewhere now; that it is the same is told by its fingerprint.
+    """
+    before = settings_of(previous_run(folder).folder)
+    mine = {"dtype": before.dtype, **flat({"adapter": before.adapter.model_dump()})}
+    for name, value in mine.items():
+        if given.get(name) not in (None, value):
+            raise ConfigError(
+                f"the run to continue from has another {name}",
+                got=given[name],
+                allowed="none" if value is None else value,
+                fix=f"leave {name} out",
+            )
+    if given.get("method") == "none":
+        raise ConfigError(
+            "a run that continues is held by what came before",
+            got="method none",
+            allowed="auto or laplace; --strength 0 holds nothing",
+            fix="leave method out",
+        )
+    for name in ("curvature", "source"):
+        if given.get(name) is not None:
+            raise ConfigError(
+                "the run to continue from has a curvature of its own",
+                got=f"{name} {given[name]}",
+                allowed="none",
+                fix=f"leave {name} out",
+            )
+    held = {name: getattr(before, name) for name in HELD if before.method != "none"}
+    if given.get("strength") is not None:
+        del held["budget"]
+    held |= {"model": before.model, "num_labels": before.num_labels}
+    said = {name: value for name, value in given.items() if value is not None}
+    return read_config("", held | said | mine | {"keep_state": True}, RunConfig)
+
+
+def placed(config: RunConfig) -> RunConfig:
+    """The settings with absolute paths, so that they hold wherever a later command is started.
+
+    A name that is no path here stays: of a built-in model, of the hub, or ``word-problems``.
+    """
+    from retain.models.builtin import BUILTIN
+
+    found: dict[str, Any] = {}
+    for key in ("model", "data", "curvature", "continue_from"):
+        name = getattr(config, key)
+        if name is None or (key == "model" and name in BUILTIN):
+            continue
+        if (path := Path(name).expanduser()).exists():
+            found[key] = str(path.absolute())
+    return config.model_copy(update=found)
+
+
+def unused(config: RunConfig) -> list[str]:
+    """A line for settings that a run of this kind does not read."""
+    if config.method == "none":
+        given = [n for n in ("curvature", "source", "budget", "start") if getattr(config, n)]
+        return [f"method none holds nothing: not used: {', '.join(given)}"] if given else []
+    if config.budget is not None and config.strength != RunConfig.model_fields["strength"].default:
+        return [f"the budget finds the strength: strength {config.strength:g} is not used"]
+    return []
+
+
+def flat(tree: Mapping[str, Any], head: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= (
+            flat(value, f"{head}{key}.") if isinstance(value, Mapping) else {f"{head}{key}": value}
+        )
+    return found

@@ -1,0 +1,200 @@
+"""``retain soften``: a finished adapter pulled back to a budget of forgetting, and its record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from retain.errors import ConfigError
+from retain.files import check_folder, file_digest, locked, whole_file, write_json
+from retain.records import finite
+from retain.runs.bases import base_of, load_base
+from retain.runs.eval import Sizes, check_finite, own_text
+from retain.runs.folders import check_soften
+from retain.runs.messages import Messages, interruption
+
+__all__ = ["soften_run"]
+
+SCHEMA = "retain.soften/1"
+MEASURED = 5
+"""Points of the curve whose KL is measured, beside the one that is written."""
+
+Pictures = Callable[[dict[str, Any]], Mapping[str, bytes]]
+
+
+def soften_run(
+    adapter: Path, curvature: Path, *, budget: float, out: Path, target: Path | None,
+    model: str | None, depth: int | None, epsilon: float, points: int, measure: bool,
+    source: str | None, sizes: Sizes, seed: int, dtype: str, trust_remote_code: bool,
+    pictures: Pictures, messages: Messages,
+) -> dict[str, Any]:  # fmt: skip
+    """Writes the softened adapter, ``soften.json`` and pictures into a folder.
+
+    Args:
+        adapter: folder of the finished PEFT adapter.
+        curvature: file of the source's curvature, in weight space.
+        budget: nats per token to end at, predicted ones, or measured ones with `measure`.
+        out: the folder.
+        target: file of the task's curvature; None for plain distance.
+        model: the base; None for the one that the adapter names.
+        depth: of the subspaces.
+        epsilon: the target's damping, relative to its mean.
+        points: of the curve.
+        measure: the KL of some points on held-out text.
+        source: that text; None lets the base write it.
+        sizes: of that text.
+        seed: of that text.
+        dtype: of the base's weights.
+        trust_remote_code: run code that comes with the model.
+        pictures: draws the record, by the files' names.
+        messages: where to say what is done.
+
+    Returns:
+        The record.
+
+    Raises:
+        RetainError: whatever `retain.soften` refuses, or files that cannot be read or written.
+        Interrupted: Ctrl-C.
+    """
+    if source is not None and not measure:
+        raise ConfigError(
+            "--source is the text to measure on, and nothing is measured",
+            got="--source without --measure",
+            allowed="both or none",
+            fix="add --measure",
+        )
+    out = out.expanduser()
+    if (out / "adapter").resolve() == adapter.expanduser().resolve():
+        raise ConfigError(
+            "the output would take the place of the adapter",
+            got=out,
+            allowed="another folder",
+            fix="choose another --out",
+        )
+    check_folder(out)
+    name = base_of(adapter, model)
+    messages.libraries()
+    from retain.curvature.artifact import load_curvature
+    from retain.data.draws import HELD_OUT
+    from retain.data.sources import read_rows
+    from retain.models.fingerprint import fingerprint
+    from retain.models.saved import adapter_digest, load_adapter, save_adapter
+    from retain.provenance import provenance
+    from retain.retention.budget import check_budget
+    from retain.retention.soften.adapter import soften
+
+    with locked(out):
+        check_soften(out)
+        check_budget(budget)
+        text = None
+        if source is not None:
+            text = read_rows(source, sizes.rows, seed=HELD_OUT + seed, max_length=sizes.max_length)
+        with interruption("nothing was written"):
+            far = load_curvature(curvature)
+            near = None if target is None else load_curvature(target)
+            messages.say(f"loading {name}")
+            base, tokenizer, _ = load_base(
+                name, None if model else "the adapter", dtype=dtype,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+            tuned = load_adapter(base, adapter)
+            start = time.perf_counter()
+            soft = soften(tuned, far, target=near, depth=depth, epsilon=epsilon)
+            kl = _held_out_kl(tuned, tokenizer, text, sizes, seed, messages) if measure else None
+            chosen, curve = _curve(soft, budget, points, kl)
+            record: dict[str, Any] = finite({
+                "schema": SCHEMA, **provenance(seed),
+                "start": str(adapter), "curvature": str(curvature),
+                "target_curvature": target and str(target),
+                "source": (source or "self") if measure else None,
+                "model": {"name": name, "dtype": dtype, "fingerprint": fingerprint(tuned)},
+                "unit": "half a squared distance" if near is None else "nats per token",
+                "info": far.info.to_dict(),
+                "target_info": near and near.info.to_dict(),
+                "target_around": near and ("adapter" if near.anchor else "base"),
+                "budget": budget, "budget_of": "measured" if measure else "predicted",
+                "inside": chosen["mu"] == 0, "depth": soft.depth, "epsilon": epsilon,
+                "chosen": chosen, "curve": curve,
+                "seconds": time.perf_counter() - start,
+                "digests": {
+                    "start": adapter_digest(adapter.expanduser()),
+                    "curvature": file_digest(curvature.expanduser()),
+                    "target_curvature": target and file_digest(target.expanduser()),
+                },
+                "notes": messages.notes,
+            })  # fmt: skip
+            drawn = pictures(record)
+            file = out / "soften.json"
+            first = not file.exists()
+            if first:
+                write_json(file, record)  # before all else: it tells that the folder is ours
+            try:
+                save_adapter(tuned, out / "adapter", name)
+            except BaseException:
+                if first:
+                    file.unlink(missing_ok=True)
+                raise
+        if not first:
+            write_json(file, record)
+        for picture, content in drawn.items():
+            with whole_file(out / picture, "the picture") as scratch:
+                scratch.write_bytes(content)
+            messages.say(str(out / picture))
+    return record
+
+
+def _held_out_kl(
+    model: Any, tokenizer: Any, rows: Any, sizes: Sizes, seed: int, messages: Messages
+) -> Callable[[], dict[str, Any]]:
+    """Measures the model as it then is against the base; without rows on text of the base."""
+    from retain.data.draws import HELD_OUT, sample
+    from retain.data.sources import encode
+    from retain.evaluation.forgetting import Reference
+    from retain.models.heads import is_causal, is_regression
+    from retain.models.sizes import check_sizes
+
+    if rows is None:
+        rows = own_text(model, tokenizer, sizes, seed, messages)
+    regression = is_regression(model)
+    every = encode(
+        rows, tokenizer, max_length=sizes.max_length, causal=is_causal(model), loss="source",
+        regression=regression,
+    )  # fmt: skip
+    examples = sample(every, sizes.rows, HELD_OUT + seed)
+    check_sizes(model, examples, tokenizer, labels=not regression)
+    batch = min(sizes.batch_size, len(examples))
+    base = Reference(model, examples, batch_size=batch, progress=messages.progress)
+
+    def measured() -> dict[str, Any]:
+        found = base.measure(model)
+        check_finite(found.kl)
+        return found.to_dict()
+
+    return measured
+
+
+def _curve(
+    soft: Any, budget: float, points: int, kl: Callable[[], dict[str, Any]] | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The point within the budget, which the model has in the end, and the curve.
+
+    Beside the chosen point and some of the curve the measured KL is kept, and that of the adapter
+    times one number, at as many predicted nats.
+    """
+    update = soft.within_measured(budget, lambda: kl()["kl"]) if kl else soft.within(budget)
+    unknown = {"measured": None, "scaled_measured": None}
+    curve = [point.to_dict() | unknown for point in soft.curve(points)]
+    chosen = update.point.to_dict() | unknown
+    last = len(curve) - 1
+    some = sorted({round(i * last / (MEASURED - 1)) for i in range(MEASURED)})
+    for point in [chosen, *(curve[i] for i in some)] if kl else ():
+        for key, at in (
+            ("measured", update if point is chosen else soft.at(point["mu"])),
+            ("scaled_measured", soft.scaled(point["nats"])),
+        ):
+            soft.apply(at)
+            point[key] = kl and kl()
+    soft.apply(update)
+    return chosen, curve

@@ -1,0 +1,320 @@
+"""One training run: what can be refused early, the model and what holds it, what is left."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retain.config import RunConfig
+from retain.documents import sealed
+from retain.errors import ConfigError, unknown
+from retain.files import file_digest, first_rank, write_json, writing
+from retain.records import Step, finite
+from retain.runs import checkpoints, classify
+from retain.runs.bases import load_base, problem_count
+from retain.runs.folders import drop_state
+from retain.runs.hold import HeldBy, adapter_for, curvature_for, start_for
+from retain.runs.messages import Messages
+from retain.runs.months import Previous, keep_state, previous_run
+from retain.runs.records import (
+    RUN,
+    TRAIN,
+    CurvatureOf,
+    Digests,
+    Labels,
+    ModelOf,
+    Month,
+    TrainRecord,
+    write_record,
+)
+from retain.runs.settings import placed, unused
+
+__all__ = ["RunResult", "Training"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run has left.
+
+    Attributes:
+        out: its folder.
+        record: ``train.json``.
+    """
+
+    out: Path
+    record: TrainRecord
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the PEFT adapter."""
+        return self.out / "adapter"
+
+
+class Training:
+    """One run, done once by `run`."""
+
+    def __init__(self, config: RunConfig, messages: Messages, out: Path, resume: bool) -> None:
+        self.config, self.messages, self.resume = config, messages, resume
+        self.out, self.kept = out, out / "checkpoints"
+        self.before: Previous | None = None
+        if config.continue_from is not None:
+            self.before = previous_run(config.continue_from)
+        self.source: Any = None
+        self.past: Any = None
+        self.why_no_filter: str | None = None
+        self.labels: Labels | None = None
+
+    def run(self) -> RunResult:
+        self._read()
+        from retain.data.batches import batches
+        from retain.data.counts import RowCounts
+        from retain.data.draws import sample
+        from retain.data.sources import encode
+        from retain.models.fingerprint import fingerprint
+        from retain.models.heads import is_causal
+
+        self._check_trackers()
+        self.config = c = placed(self.config)
+        training, labels = c.training, self.labels
+        base = self._base()
+        if self.before is not None:
+            self.source, self.past = self.before.curvatures()
+            self.before.restore_head(base)
+            self.before.check_base(base, self.source.info.model, c.model)
+        rows = self.rows if self.problems is None else self._problem_rows()
+        counts = RowCounts()
+        every = encode(
+            rows, self.tokenizer, max_length=training.max_length, causal=is_causal(base),
+            loss=c.loss, counts=counts, regression=None if labels is None else labels.regression,
+        )  # fmt: skip
+        examples = sample(every, c.limit, training.seed)  # a text that is one row gives many
+        for line in counts.lines():
+            self.messages.note(line)
+        next(iter(batches(examples, training.batch_size, 0)))  # refuses what fills no batch
+        if labels is not None:
+            self.labels = classify.fit_new_head(
+                base, examples, labels, c, self.messages, learned=self.before is not None
+            )
+        self.model = adapter_for(base, c, self.before, self.source, self.past, self.messages)
+        held = self._held()
+        digests = Digests(
+            data=rows_digest(examples),
+            base=fingerprint(self.model),
+            source=held and (self.digest or _digest(held.path)),
+            past=self.before and _digest(self.before.past),
+        )
+        last = self._last(digests)
+        if first_rank():
+            write_json(self.out / RUN, sealed(finite(c.model_dump(mode="json"))))
+        self.messages.say(f"training on {len(examples)} rows")
+        earlier = checkpoints.history(last) if last else []  # before newer ones replace it
+        result = self._fit(examples, held, digests)
+        record = self._record(held, last, digests) | {
+            "examples": len(examples), "rows": counts.to_dict(), "labels": self.labels,
+            "steps": result.steps, "seconds": result.seconds,
+            "history": [Step(**finite(entry)) for entry in earlier + result.history],
+        }  # fmt: skip
+        done = RunResult(self.out, TrainRecord(**record))
+        if first_rank():
+            self._leave(done, examples, held)
+        return done
+
+    def _read(self) -> None:
+        """Reads and refuses what can be read and refused before the model is loaded."""
+        c = self.config
+        self.problems = problem_count(c.data, "train")
+        if c.keep_state and c.method == "none":
+            raise ConfigError(
+                "plain LoRA has no state to keep",
+                got="keep_state with method none",
+                allowed="auto or laplace; --strength 0 holds nothing",
+                fix="leave --keep-state or --method none out",
+            )
+        if c.max_rank is not None and c.max_rank < 2 * c.adapter.rank:
+            raise ConfigError(
+                "max_rank leaves no room for what was learned before",
+                got=f"max_rank {c.max_rank}, rank {c.adapter.rank}",
+                allowed="twice the rank at least",
+                fix=f"--set max_rank={4 * c.adapter.rank}",
+            )
+        self.rows: Any = None
+        self.given: Any = None
+        self.digest: str | None = None
+        if self.problems is None:
+            from retain.data.sources import read_rows
+
+            size = {"seed": c.training.seed, "max_length": c.training.max_length}
+            self.rows = read_rows(c.data, c.limit, **size)
+        if c.method != "none" and c.curvature is not None:
+            from retain.curvature.artifact import load_curvature
+
+            self.given = load_curvature(c.curvature)
+            self.digest = _digest(Path(c.curvature).expanduser())
+        for line in unused(c):
+            self.messages.note(line)
+        self.messages.libraries()
+        if classify.wanted(c) or (self.before is not None and self.before.labels is not None):
+            classify.check_settings(c, self.problems)
+            self.rows, self.labels = classify.labels_of(self.rows, c, self.before)
+
+    def _check_trackers(self) -> None:
+        from transformers.integrations.integration_utils import (
+            get_available_reporting_integrations as installed,
+        )
+
+        names, got = ["none", "all", *installed()], self.config.training.report_to
+        if got not in names:
+            raise unknown("report_to", got, names)
+
+    def _base(self) -> Any:
+        """The base model; its tokenizer is kept."""
+        c = self.config
+        self.messages.say(f"loading {c.model}")
+        of = "the run to resume" if self.resume else None
+        if self.before is not None and self.before.model == c.model:
+            of = "the run to continue from"
+        if self.labels is not None:
+            base, self.tokenizer, _ = classify.load_classifier(c, self.labels, of)
+            return base
+        base, self.tokenizer, _ = load_base(
+            c.model, of, dtype=c.dtype, trust_remote_code=c.trust_remote_code
+        )
+        return base
+
+    def _problem_rows(self) -> list[dict[str, str]]:
+        from retain.data.problems import word_problems
+        from retain.data.tasks import problem_rows
+
+        count = min(self.problems or 1, self.config.limit or 10**9)
+        return problem_rows(
+            self.tokenizer, word_problems("train", count, self.config.training.seed)
+        )
+
+    def _held(self) -> HeldBy | None:
+        if self.before is not None:
+            return HeldBy(self.source, self.before.source, None)
+        if self.labels is not None and self.config.method != "none":
+            reason = classify.why_not_held(self.config, self.labels)
+            if reason is not None:
+                self.messages.note(f"nothing is held: {reason}")
+                return None
+        return curvature_for(
+            self.config, self.given, self.out, self.model, self.tokenizer, self.messages,
+            anew=self.config.source is not None and not self.resume,
+        )  # fmt: skip
+
+    def _last(self, digests: Digests) -> Path | None:
+        """The checkpoint to go on from, of the same run; what is broken goes out of the way.
+
+        Raises:
+            ConfigError: the run was of other rows, another base or another curvature.
+        """
+        from retain.training.checkpoints import last_whole
+
+        if not self.resume:
+            if first_rank():
+                checkpoints.clear(self.kept)  # --overwrite
+            return None
+        for line in checkpoints.set_aside_broken(self.kept) if first_rank() else ():
+            self.messages.note(line)
+        last = last_whole(self.kept)
+        if last is None:
+            self.messages.note("no checkpoint is whole: the run begins anew")
+        else:
+            if first_rank():  # which knows the digests of the files
+                checkpoints.check_digests(last, digests)
+            self.messages.say(f"going on from {last}")
+        return last
+
+    def _fit(self, examples: Any, held: HeldBy | None, digests: Digests) -> Any:
+        """The one call of the training loop."""
+        from retain.training.loop import train
+
+        start = None
+        if held is not None:
+            start, why = start_for(self.config, self.model, held.curvature, self.past)
+            if why is not None:
+                self.messages.note(f"held by the force alone, without a filter: {why}")
+            self.why_no_filter = why
+        fix = "free some disk; --resume goes on from the last whole checkpoint, where there is one"
+        try:
+            with writing("a checkpoint", self.kept, fix=fix):
+                return train(
+                    self.model,
+                    examples,
+                    self.config.training,
+                    curvature=held and held.curvature,
+                    strength=self.config.strength,
+                    budget=self.config.budget if held else None,
+                    past=self.past,
+                    start=start,
+                    out=self.kept,
+                    progress=self.messages.progress,
+                    resume=self.resume,
+                    identity=digests.model_dump(),
+                )
+        finally:
+            if first_rank():
+                checkpoints.drop_broken(self.kept)
+
+    def _record(self, held: HeldBy | None, last: Path | None, digests: Digests) -> dict[str, Any]:
+        """What the finished model tells."""
+        from retain.models.lora import share_trainable
+        from retain.provenance import provenance
+
+        c = self.config
+        trainable, total = share_trainable(self.model)
+        return {
+            "schema": "retain.train/1",
+            **provenance(c.training.seed),
+            "config": c,
+            "model": ModelOf(
+                name=c.model, parameters=total - trainable, trainable=trainable,
+                fingerprint=digests.base or "",
+            ),
+            "curvature": held and CurvatureOf(
+                path=str(held.path), seconds=held.seconds, info=held.curvature.info.to_dict()
+            ),
+            "resumed_from": last and last.name,
+            "predicted_nats": held and finite(held.curvature.quadratic(self.model)),
+            "digests": digests,
+            "why_no_filter": self.why_no_filter,
+            "notes": self.messages.notes,
+        }  # fmt: skip
+
+    def _leave(self, done: RunResult, examples: Any, held: HeldBy | None) -> None:
+        """Writes the adapter, the record and the state."""
+        from retain.models.saved import save_adapter
+
+        c, record = self.config, done.record
+        save_adapter(self.model, done.adapter, c.model)
+        write_record(self.out / TRAIN, record)
+        if held is not None and c.keep_state:
+            month = Month(
+                data=c.data, examples=len(examples), seed=c.training.seed, budget=c.budget,
+                data_digest=record.digests and record.digests.data,
+                predicted_nats=record.predicted_nats,
+            )  # fmt: skip
+            keep_state(
+                self.model, examples, held.curvature, self.past, self.out, month, self.before,
+                self.labels, self.messages,
+            )  # fmt: skip
+        else:
+            drop_state(self.out)
+        checkpoints.drop_unfinished(self.kept)
+
+
+def rows_digest(examples: Sequence[Any]) -> str:
+    """What tells tokenised rows, and their order, from others."""
+    digest = hashlib.sha256()
+    for e in examples:
+        digest.update(repr((e.tokens, e.targets, e.predict, e.segments)).encode())
+    return digest.hexdigest()
+
+
+def _digest(path: Path) -> str | None:
+    """Of a file; the first process alone keeps it."""
+    return file_digest(path) if first_rank() else None
