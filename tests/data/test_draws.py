@@ -17,7 +17,7 @@ from datasets import Dataset, IterableDataset
 from pyarrow import ipc
 
 from retain.data.draws import draw, draw_from, sample
-from retain.data.given import STREAMED
+from retain.data.readers.given import STREAMED
 from retain.data.sources import read_rows
 from retain.errors import ConfigError
 

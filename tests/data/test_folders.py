@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from retain.data.folders import inside
-from retain.data.loading import load_items
+from retain.data.loading import inside, load_items
 from retain.data.specs import TaskSpec
 from retain.errors import SourceError
 

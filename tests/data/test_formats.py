@@ -13,9 +13,8 @@ from tokenizers_made import CHATML, MARKED, TOKENIZERS, made
 
 from retain.data.columns import _CHANGES, _NO_TEXT
 from retain.data.counts import RowCounts
-from retain.data.fitting import fit_prompt
 from retain.data.sources import encode
-from retain.data.tokens import tokenize
+from retain.data.tokens import fit_prompt, tokenize
 from retain.errors import ConfigError, SourceError
 
 Row = dict[str, Any]

@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 from transformers import BatchEncoding, Trainer
 
 from retain.data.draws import draw
-from retain.data.placed import Passage, PlacedRow, place_of
+from retain.data.rows import Passage, PlacedRow, place_of
 from retain.data.sources import read_rows
 from retain.errors import SourceError
 

@@ -16,11 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from retain.data.batches import collate
-from retain.data.fitting import fit_prompt
-from retain.data.items import Item
 from retain.data.loading import encode_items, load_items
-from retain.data.specs import TaskSpec, list_tasks, load_task
-from retain.data.tokens import tokenize
+from retain.data.specs import Item, TaskSpec, list_tasks, load_task
+from retain.data.tokens import fit_prompt, tokenize
 from retain.errors import ConfigError, SourceError
 
 SST2 = load_task("glue/sst2")

@@ -19,7 +19,7 @@ import pyarrow.parquet as parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
-from retain.data.placed import place_of
+from retain.data.rows import place_of
 from retain.data.sources import read_rows
 from retain.errors import SourceError
 
@@ -462,7 +462,7 @@ class TestHub:
     def test_a_split_is_needed(self, hub: list[Any]) -> None:
         with pytest.raises(SourceError, match="several splits; got: b, train") as error:
             read_rows("own/two")
-        assert error.value.fix == "own/two:train"
+        assert error.value.fix == "pick a split: own/two:train"
         with pytest.raises(SourceError, match=r"several configurations.*'a', 'b'"):
             read_rows("own/several")
 

@@ -11,8 +11,9 @@ import torch
 from tokenizers_made import made
 
 from retain.data.batches import Example, batches, collate
+from retain.data.classifier import UNLABELLED
 from retain.data.counts import RowCounts
-from retain.data.sources import UNLABELLED, encode
+from retain.data.sources import encode
 from retain.errors import SourceError
 from retain.retention.state import StoredRow, pack_rows, unpack_rows
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from retain.data.sources import UNLABELLED, encode, read_rows
+from retain.data.classifier import UNLABELLED
+from retain.data.sources import encode, read_rows
 from retain.errors import SourceError
 
 

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 
 from retain.data.counts import RowCounts
 from retain.data.draws import draw
-from retain.data.filetypes.text import Text, block_length
-from retain.data.placed import Passage
+from retain.data.readers.text import Text, block_length
+from retain.data.rows import Passage
 from retain.data.sources import encode, read_rows
 from retain.errors import SourceError
 

@@ -9,7 +9,7 @@ import torch
 from letters import Letters
 
 import tiny
-from retain.data.items import Item
+from retain.data.specs import Item
 from retain.errors import ConfigError, SourceError
 from retain.evaluation.generation import generate
 from retain.evaluation.score import _extract, _number, _until, score_items

@@ -7,9 +7,8 @@ import torch
 
 import retain
 from retain.data.knowledge import knowledge_items
-from retain.data.problems import word_problems
+from retain.data.problems import problem_rows, recall, word_problems
 from retain.data.sources import encode
-from retain.data.tasks import problem_rows, recall
 from retain.evaluation.forgetting import Reference
 from retain.evaluation.ranking import rank_options
 from retain.models.sites import lora_sites

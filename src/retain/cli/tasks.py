@@ -13,8 +13,7 @@ from retain.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from retain.data.items import Item
-    from retain.data.specs import TaskSpec
+    from retain.data.specs import Item, TaskSpec
 
 __all__ = ["EXAMPLE", "tasks"]
 

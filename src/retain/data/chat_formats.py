@@ -4,88 +4,60 @@ from __future__ import annotations
 
 from typing import Any
 
-from retain.data.contents import Answer, Chat, Found, Row
-from retain.data.messages import Message, from_json, messages_of, without_none
-from retain.data.text_formats import string_of
+from retain.data.contents import Answer, Chat, Found, Message
+from retain.data.messages import from_json, messages_of, without_none
+from retain.data.rows import Row
 from retain.errors import SourceError
 
-__all__ = ["chat", "orca", "preference", "prompt_completion", "response"]
+__all__ = ["chat", "orca", "preference", "prompt_completion", "response", "string_of"]
 
 _CHATS = ("messages", "conversations", "conversation")
 _SYSTEM = ("system", "system_prompt")
-_RESERVED = (
+_RESERVED = {
     "conversation", "messages", "tools", "chat_template", "tokenize", "padding", "truncation",
     "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
     "tokenizer_kwargs", "add_generation_prompt", "continue_final_message", "documents",
-)  # fmt: skip
+}  # fmt: skip
+
+
+def string_of(cells: Row, name: str) -> str:
+    """A column's text.
+
+    Raises:
+        SourceError: it is no string.
+    """
+    value = cells[name]
+    if not isinstance(value, str):
+        raise SourceError(
+            f"a row's {name} is no string",
+            got=f"{type(value).__name__}: {value!r:.60}",
+            allowed="text",
+            fix=f"write {name} as a string",
+        )
+    return value
 
 
 def prompt_completion(cells: Row, row: Row, template: str | None) -> Found | None:
     """``prompt`` and ``completion``, of strings or of messages."""
     if not {"prompt", "completion"} <= cells.keys():
         return None
-    label = cells.get("label")
-    label = {"true": True, "false": False}.get(str(label).lower(), label)  # as CSV has them
-    if label is False:
+    wished = {"true": True, "false": False}.get(str(cells.get("label")).lower())  # as CSV has them
+    if wished is False:
         raise SourceError(
             "a completion is marked as undesired",
             got="label: false",
             allowed="completions to learn",
             fix="leave out the rows whose label is false",
         )
-    used = {"prompt", "completion"} | ({"label"} if label is True else set())
+    used = {"prompt", "completion"} | ({"label"} if wished else set())
     return _answered(cells, cells["prompt"], cells["completion"], used, template)
 
 
-def preference(cells: Row, row: Row, template: str | None) -> Found | None:
-    """``chosen`` and ``rejected``, with or without ``prompt``: the chosen answer."""
-    if not {"chosen", "rejected"} <= cells.keys():
+def response(cells: Row, row: Row, template: str | None) -> Found | None:
+    """``prompt`` and ``response``."""
+    if not {"prompt", "response"} <= cells.keys():
         return None
-    chosen, rejected, prompt = cells["chosen"], cells["rejected"], cells.get("prompt")
-    if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str):
-        used = {"prompt", "chosen", "rejected"}
-        return _answered(cells, prompt, chosen, used, template)
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        asked = next((k for k in ("question", "instruction", "query", "input") if k in cells), None)
-        if asked in ("question", "input") and any(k in row for k in _SYSTEM):
-            content, used = _instructed(cells, asked, "chosen")
-            return content, used | {"rejected"}
-        if asked is not None:
-            raise SourceError(
-                "a preference pair has its prompt under another name",
-                got=f"{asked} beside chosen and rejected",
-                allowed="prompt, chosen and rejected",
-                fix=f"rename {asked!r} to 'prompt'",
-            )
-        head = _implicit(chosen, rejected)
-        return _answered(cells, chosen[:head], chosen[head:], {"chosen", "rejected"}, template)
-    good, bad = (messages_of(cells[k], k, template) for k in ("chosen", "rejected"))
-    used = {"chosen", "rejected"}
-    if prompt is not None and not isinstance(prompt, str):
-        return _answered(cells, prompt, good, used | {"prompt"}, template)
-    head = next((i for i, (a, b) in enumerate(zip(good, bad, strict=False)) if a != b), 0)
-    head = head or len(good) - 1  # the same chat twice: its last turn is the answer
-    if head < 1:
-        raise SourceError(
-            "a preference pair has no prompt",
-            got="chosen and rejected differ from their first message on",
-            allowed="a prompt of its own, or one that both begin with",
-            fix="give the prompt as a column prompt",
-        )
-    return _answered(cells, good[:head], good[head:], used, template)
-
-
-def _implicit(chosen: str, rejected: str) -> int:
-    """Length of the prompt that both answers begin with, as TRL's `extract_prompt` has it."""
-    for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)):
-        if a != b:
-            return i - 1 if i and chosen[i - 1] == " " else i
-    raise SourceError(
-        "a preference pair has no prompt",
-        got="one answer is the beginning of the other",
-        allowed="a prompt of its own, or answers that differ",
-        fix="give the prompt as a column prompt",
-    )
+    return _answered(cells, cells["prompt"], cells["response"], {"prompt", "response"}, template)
 
 
 def chat(cells: Row, row: Row, template: str | None) -> Found | None:
@@ -98,42 +70,57 @@ def chat(cells: Row, row: Row, template: str | None) -> Found | None:
     return Chat(_with_system(messages, cells), *extra), used | {name, *_SYSTEM}
 
 
-def _extra(cells: Row) -> tuple[tuple[list[Any] | None, dict[str, Any]], set[str]]:
-    """What goes to the chat template besides messages: tools, and options."""
-    tools, options = cells.get("tools"), cells.get("chat_template_kwargs")
-    tools, options = (None if isinstance(v, str) and not v.strip() else v for v in (tools, options))
-    if tools is not None:
-        found = from_json(tools, "tools", list)
-        tools = without_none([from_json(t, "tools", dict) for t in found]) or None
-    if options is not None:
-        options = without_none(from_json(options, "chat_template_kwargs", dict))
-        for key in options:
-            if key in _RESERVED:
-                raise SourceError(
-                    "a row's chat_template_kwargs cannot set this",
-                    got=key,
-                    allowed="variables of the chat template, such as enable_thinking",
-                    fix=f"take {key} out of chat_template_kwargs",
-                )
-    return (tools, options or {}), {"tools", "chat_template_kwargs"}
+def orca(cells: Row, row: Row, template: str | None) -> Found | None:
+    """``system_prompt``, ``question`` and ``response``, as OpenOrca has them: a chat."""
+    if "system_prompt" not in row or not {"question", "response"} <= cells.keys():
+        return None
+    return _instructed(cells, "question", "response")
 
 
-def _with_system(messages: list[Message], cells: Row) -> list[Message]:
-    """Messages with a row's system prompt in front."""
-    told = {str(cells[k]) for k in _SYSTEM if cells.get(k)}
-    if not told:
-        return messages
-    own = {m["content"] for m in messages if m["role"] == "system"}
-    if own == told:
-        return messages
-    if own or len(told) > 1:
+def preference(cells: Row, row: Row, template: str | None) -> Found | None:
+    """``chosen`` and ``rejected``, with or without ``prompt``: the chosen answer."""
+    used = {"chosen", "rejected"}
+    if not used <= cells.keys():
+        return None
+    chosen, rejected, prompt = cells["chosen"], cells["rejected"], cells.get("prompt")
+    texts = isinstance(chosen, str) and isinstance(rejected, str)
+    asked = next((k for k in ("question", "instruction", "query", "input") if k in cells), None)
+    if texts and isinstance(prompt, str):
+        return _answered(cells, prompt, chosen, used | {"prompt"}, template)
+    if texts and asked in ("question", "input") and any(k in row for k in _SYSTEM):
+        content, more = _instructed(cells, asked, "chosen")
+        return content, used | more
+    if texts and asked is not None:
         raise SourceError(
-            "a chat has two system prompts",
-            got=" and ".join(f"{t!r:.40}" for t in sorted(own | told)),
-            allowed="one, as a column or as the first message",
-            fix="take one of them out",
+            "a preference pair has its prompt under another name",
+            got=f"{asked} beside chosen and rejected",
+            allowed="prompt, chosen and rejected",
+            fix=f"rename {asked!r} to 'prompt'",
         )
-    return [{"role": "system", "content": told.pop()}, *messages]
+    if not texts:
+        chosen, rejected = (messages_of(cells[k], k, template) for k in ("chosen", "rejected"))
+        if prompt is not None and not isinstance(prompt, str):
+            return _answered(cells, prompt, chosen, used | {"prompt"}, template)
+    head = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
+    if texts and chosen[:head].endswith(" "):  # as TRL's `extract_prompt` has it
+        head -= 1
+    if not texts:
+        head = head or len(chosen) - 1  # the same chat twice: its last turn is the answer
+    if head < 1 and (not texts or chosen.startswith(rejected) or rejected.startswith(chosen)):
+        raise SourceError(
+            "a preference pair has no prompt",
+            got="answers that differ from the start, or one that is the beginning of the other",
+            allowed="a prompt of its own, or one that both begin with",
+            fix="give the prompt as a column prompt",
+        )
+    return _answered(cells, chosen[:head], chosen[head:], used, template)
+
+
+def _instructed(cells: Row, asked: str, told: str) -> Found:
+    """A system prompt, a question and an answer, each a column of text: a chat."""
+    chat = _with_system([{"role": "user", "content": string_of(cells, asked)}], cells)
+    answer = [{"role": "assistant", "content": string_of(cells, told)}]
+    return Answer(chat, answer), {asked, told, *_SYSTEM}
 
 
 def _answered(
@@ -158,22 +145,37 @@ def _answered(
     return Answer(chat, answer, *extra), used | more | set(_SYSTEM)
 
 
-def orca(cells: Row, row: Row, template: str | None) -> Found | None:
-    """``system_prompt``, ``question`` and ``response``, as OpenOrca has them: a chat."""
-    if "system_prompt" not in row or not {"question", "response"} <= cells.keys():
-        return None
-    return _instructed(cells, "question", "response")
+def _extra(cells: Row) -> tuple[tuple[list[Any] | None, dict[str, Any]], set[str]]:
+    """What goes to the chat template besides messages: tools, and options."""
+    names = ("tools", "chat_template_kwargs")
+    tools, options = (cells.get(n) for n in names)
+    tools, options = (None if isinstance(v, str) and not v.strip() else v for v in (tools, options))
+    if tools is not None:
+        found = from_json(tools, "tools", list)
+        tools = without_none([from_json(t, "tools", dict) for t in found]) or None
+    if options is not None:
+        options = without_none(from_json(options, "chat_template_kwargs", dict))
+        for key in options.keys() & _RESERVED:
+            raise SourceError(
+                "a row's chat_template_kwargs cannot set this",
+                got=key,
+                allowed="variables of the chat template, such as enable_thinking",
+                fix=f"take {key} out of chat_template_kwargs",
+            )
+    return (tools, options or {}), set(names)
 
 
-def _instructed(cells: Row, asked: str, told: str) -> Found:
-    """A system prompt, a question and an answer, each a column of text: a chat."""
-    chat = _with_system([{"role": "user", "content": string_of(cells, asked)}], cells)
-    answer = [{"role": "assistant", "content": string_of(cells, told)}]
-    return Answer(chat, answer), {asked, told, *_SYSTEM}
-
-
-def response(cells: Row, row: Row, template: str | None) -> Found | None:
-    """``prompt`` and ``response``."""
-    if not {"prompt", "response"} <= cells.keys():
-        return None
-    return _answered(cells, cells["prompt"], cells["response"], {"prompt", "response"}, template)
+def _with_system(messages: list[Message], cells: Row) -> list[Message]:
+    """Messages with a row's system prompt in front."""
+    told = {str(cells[k]) for k in _SYSTEM if cells.get(k)}
+    own = {m["content"] for m in messages if m["role"] == "system"}
+    if not told or own == told:
+        return messages
+    if own or len(told) > 1:
+        raise SourceError(
+            "a chat has two system prompts",
+            got=" and ".join(f"{t!r:.40}" for t in sorted(own | told)),
+            allowed="one, as a column or as the first message",
+            fix="take one of them out",
+        )
+    return [{"role": "system", "content": told.pop()}, *messages]

@@ -8,13 +8,15 @@ template that TRL has for it. For other templates the chat is written turn by tu
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from retain.data.contents import Chat, Message
 from retain.data.counts import RowCounts
-from retain.data.messages import Message
-from retain.data.tokens import plain
+from retain.data.tokens import plain, room_for
 from retain.data.turns import assistant_spans, shared, untold
 from retain.errors import SourceError
 
@@ -26,8 +28,6 @@ __all__ = ["Chats"]
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _HEARD = ("user", "system", "developer")  # the assistant's thoughts are often left out
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_CHARACTERS = 4096
-_PER_TOKEN = 16
 
 
 class Chats:
@@ -43,10 +43,8 @@ class Chats:
         self, tokenizer: PreTrainedTokenizerBase, max_length: int, counts: RowCounts
     ) -> None:
         self.tokenizer, self.max_length, self.counts = tokenizer, max_length, counts
-        self._training: str | None = None
-        self._how: str | None = None
-        self._using: str | None = None  # in place of the tokenizer's own template
-        self._parts = False
+        self._template: str | None = None  # in place of the tokenizer's own
+        self._parts = False  # whether contents are given as lists of parts
 
     @property
     def template(self) -> str | None:
@@ -56,66 +54,59 @@ class Chats:
             found = found.get("default") or next(iter(found.values()), None)
         return found or None
 
-    def whole(
-        self, messages: list[Message], tools: Any, options: dict[str, Any]
-    ) -> tuple[list[int], int]:
-        """A chat's tokens, and how many more there are about."""
-        ids, _, more = self._read(messages, tools, options, assistant=False)
-        return ids, more
-
-    def turns(
-        self, messages: list[Message], tools: Any, options: dict[str, Any]
-    ) -> tuple[list[int], list[bool], int]:
-        """A chat's tokens, which of them are the assistant's, and how many more there are."""
-        return self._read(messages, tools, options, assistant=True)
-
-    def answer(
-        self,
-        prompt: list[Message],
-        completion: list[Message],
-        tools: Any,
-        options: dict[str, Any],
-    ) -> tuple[list[int], int, int]:
+    def answer(self, chat: Chat, completion: list[Message]) -> tuple[list[int], int, int]:
         """A chat's tokens, where its completion begins, and how many more tokens there are."""
-        ids, more = self.whole(prompt + completion, tools, options)
-        head = self._ids(_short(prompt, self._room)[0], tools, options, add_generation_prompt=True)
+        whole = replace(chat, messages=chat.messages + completion)
+        ids, _, more = self.read(whole, assistant=False)
+        head = self._ids(_short(chat, room_for(self.max_length))[0], add_generation_prompt=True)
         return ids, shared(head, ids), more
 
-    @property
-    def _room(self) -> int:
-        return max(_CHARACTERS, _PER_TOKEN * self.max_length)
+    def read(self, chat: Chat, *, assistant: bool) -> tuple[list[int], list[bool], int]:
+        """A chat's tokens, which are learned, and how many more tokens there are about.
 
-    def _read(
-        self, messages: list[Message], tools: Any, options: dict[str, Any], assistant: bool
-    ) -> tuple[list[int], list[bool], int]:
-        room = self._room
-        trained = assistant and self._marks() == "trained"
-        self._using = self._training if trained else None
+        Args:
+            chat: the chat.
+            assistant: the assistant's turns alone are learned, else all.
+        """
+        room = room_for(self.max_length)
         while True:
-            some, left = _short(messages, room)
-            self._check(some, tools, options)
+            some, left = _short(chat, room)
+            self._template = self._training if assistant else None
+            self._check(some)
             if assistant:
-                ids, mask = self._marked(some, tools, options)
+                ids, mask = self._marked(some)
             else:
-                ids, mask = self._ids(some, tools, options), []
+                ids = self._ids(some)
+                mask = [True] * len(ids)
             if not left or len(ids) >= 2 * self.max_length:
                 break
             room *= 8
-        if tools or any(m.get(k) for m in some for k in _THOUGHTS):
-            self._tell(some, tools, options)
-        length = sum(len(m.get("content", "")) for m in some)
+        if some.tools or any(m.get(k) for m in some.messages for k in _THOUGHTS):
+            self._count_unwritten(some)
+        length = sum(len(m.get("content", "")) for m in some.messages)
         return ids, mask, round(left * len(ids) / max(length, 1))
 
-    def _marked(
-        self, messages: list[Message], tools: Any, options: dict[str, Any]
-    ) -> tuple[list[int], list[bool]]:
-        if self._marks() == "compared":
-            return self._compared(messages, tools, options)
+    @cached_property
+    def _training(self) -> str | None:
+        """TRL's training template for a template without marks, if it has one and is installed."""
+        if _MARKS.search(self._need()):
+            return None
+        try:
+            from trl.chat_template_utils import get_training_chat_template
+
+            found: str | None = get_training_chat_template(self.tokenizer)
+        except (ImportError, ValueError, TypeError, TemplateError):
+            return None
+        return found
+
+    def _marked(self, chat: Chat) -> tuple[list[int], list[bool]]:
+        """Tokens, and which are the assistant's."""
+        if not self._training and not _MARKS.search(self._need()):
+            return self._compared(chat)
         try:
             out = self._call(
-                messages, tools, options, tokenize=True, return_dict=True,
-                return_assistant_tokens_mask=True,
-            )  # fmt: skip
+                chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
         except ValueError as error:
             if "char_to_token" not in str(error) and "fast" not in str(error).lower():
                 raise
@@ -136,113 +127,74 @@ class Chats:
                     return True
         return False
 
-    def _marks(self) -> str:
-        """How the assistant's tokens are told: by the template, by TRL's, or by comparing."""
-        if self._how is None:
-            self._how = "compared"
-            if _MARKS.search(self._need()):
-                self._how = "own"
-            else:
-                self._training = self._trained()
-                self._how = "trained" if self._training else "compared"
-        return self._how
-
-    def _trained(self) -> str | None:
-        """TRL's training template for this one, if it has one and is installed."""
-        try:
-            from trl.chat_template_utils import get_training_chat_template
-        except ImportError:
-            return None
-        try:
-            found: str | None = get_training_chat_template(self.tokenizer)
-        except (ValueError, TypeError, TemplateError):
-            return None
-        return found
-
-    def _compared(
-        self, messages: list[Message], tools: Any, options: dict[str, Any]
-    ) -> tuple[list[int], list[bool]]:
+    def _compared(self, chat: Chat) -> tuple[list[int], list[bool]]:
         if not self.tokenizer.is_fast:
             raise untold("a tokenizer without offsets")
-
-        def write(some: list[Message], asked: bool) -> str:
-            return self._text(some, tools, options, add_generation_prompt=asked)
-
-        text = write(messages, False)
-        spans = assistant_spans(messages, text, write, self.tokenizer.all_special_tokens)
+        text = self._text(chat)
+        spans = assistant_spans(
+            chat.messages,
+            text,
+            lambda some, asked: self._text(
+                replace(chat, messages=some), add_generation_prompt=asked
+            ),
+            self.tokenizer.all_special_tokens,
+        )
         out = self.tokenizer(text, add_special_tokens=False, verbose=False)
         mask = [False] * len(out["input_ids"])
         for start, stop in spans:
             tokens = [t for c in range(start, stop) if (t := out.char_to_token(c)) is not None]
-            if tokens:
-                mask[tokens[0] : tokens[-1] + 1] = [True] * (tokens[-1] + 1 - tokens[0])
+            for token in range(tokens[0], tokens[-1] + 1) if tokens else ():
+                mask[token] = True
         return list(out["input_ids"]), mask
 
-    def _check(self, messages: list[Message], tools: Any, options: dict[str, Any]) -> None:
+    def _check(self, chat: Chat) -> None:
         """Refuses a template that leaves out what a message says.
 
         Templates of models that see images may want contents as parts: so they get them then.
         """
-        try:
-            text = self._text(messages, tools, options)
-            missing = _missing(messages, text)
-        except SourceError:
-            if (
-                self._parts
-                or self.template is None
-                or not self._takes_parts(messages, tools, options)
-            ):
-                raise
-            missing = "everything"
-        if missing and not self._parts and self._takes_parts(messages, tools, options):
-            self._parts, missing = True, ""
-            text = self._text(messages, tools, options)
+        refused, missing = self._left_out(chat)
+        if missing and not self._parts and self.template is not None:
+            self._parts = True
+            self._parts = not self._left_out(chat)[1]
+            missing = "" if self._parts else missing
         if missing:
-            raise SourceError(
+            raise refused or SourceError(
                 "the chat template leaves out what a message says",
                 got=f"{missing!r:.60}",
                 allowed="a template that writes what user and system say, and the calls of tools",
                 fix="set tokenizer.chat_template to one that does",
             )
 
-    def _tell(self, messages: list[Message], tools: Any, options: dict[str, Any]) -> None:
+    def _left_out(self, chat: Chat) -> tuple[SourceError | None, str]:
+        """The template's refusal, and what it leaves out."""
+        try:
+            return None, _missing(chat.messages, self._text(chat))
+        except SourceError as error:
+            return error, "everything"
+
+    def _count_unwritten(self, chat: Chat) -> None:
         """Counts a chat of which the template leaves out tools or reasoning."""
-        text = self._text(messages, tools, options)
-        if tools and self._text(messages, None, options) == text:
+        text = self._text(chat)
+        if chat.tools and self._text(replace(chat, tools=None)) == text:
             self.counts.tools_unwritten += 1
         squeezed = "".join(text.split())
-        thoughts = ("".join(str(m[k]).split()) for m in messages for k in _THOUGHTS if m.get(k))
-        self.counts.thoughts_unwritten += not all(said in squeezed for said in thoughts)
+        thoughts = [str(m[k]) for m in chat.messages for k in _THOUGHTS if m.get(k)]
+        self.counts.thoughts_unwritten += any(
+            "".join(said.split()) not in squeezed for said in thoughts
+        )
 
-    def _takes_parts(self, messages: list[Message], tools: Any, options: dict[str, Any]) -> bool:
-        """Whether the template writes everything once contents are parts."""
-        self._parts = True
-        try:
-            return not _missing(messages, self._text(messages, tools, options))
-        except SourceError:
-            return False
-        finally:
-            self._parts = False
+    def _text(self, chat: Chat, **more: Any) -> str:
+        return str(self._call(chat, tokenize=False, **more))
 
-    def _text(
-        self, messages: list[Message], tools: Any, options: dict[str, Any], **more: Any
-    ) -> str:
-        return str(self._call(messages, tools, options, tokenize=False, **more))
+    def _ids(self, chat: Chat, **more: Any) -> list[int]:
+        return plain(self.tokenizer, self._text(chat, **more))
 
-    def _ids(
-        self, messages: list[Message], tools: Any, options: dict[str, Any], **more: Any
-    ) -> list[int]:
-        return plain(self.tokenizer, self._text(messages, tools, options, **more))
-
-    def _call(
-        self, messages: list[Message], tools: Any, options: dict[str, Any], **more: Any
-    ) -> Any:
+    def _call(self, chat: Chat, **more: Any) -> Any:
         self._need()
-        if self._parts:
-            messages = [_in_parts(m) for m in messages]
+        messages = [_in_parts(m) for m in chat.messages] if self._parts else chat.messages
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=self._using, **options, **more
+                messages, tools=chat.tools, chat_template=self._template, **chat.options, **more
             )
         except (TemplateError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise SourceError(
@@ -253,15 +205,14 @@ class Chats:
             ) from error
 
     def _need(self) -> str:
-        template = self.template
-        if template is None:
+        if self.template is None:
             raise SourceError(
                 "a chat needs a chat template",
                 got="a tokenizer without one",
                 allowed="a tokenizer of a chat model, or rows of text or prompt + completion",
                 fix="set tokenizer.chat_template, or take the tokenizer of the instructed model",
             )
-        return template
+        return self.template
 
 
 def _missing(messages: list[Message], text: str) -> str:
@@ -286,9 +237,10 @@ def _in_parts(message: Message) -> Message:
     return {**message, "content": [{"type": "text", "text": content}]}
 
 
-def _short(messages: list[Message], room: int) -> tuple[list[Message], int]:
-    """Messages with contents of at most so many characters, and how many were cut."""
-    left = sum(max(0, len(m.get("content", "")) - room) for m in messages)
+def _short(chat: Chat, room: int) -> tuple[Chat, int]:
+    """A chat with contents of at most so many characters, and how many were cut."""
+    left = sum(max(0, len(m.get("content", "")) - room) for m in chat.messages)
     if not left:
-        return messages, 0
-    return [{**m, "content": m["content"][:room]} if "content" in m else m for m in messages], left
+        return chat, 0
+    cut = [{**m, "content": m["content"][:room]} if "content" in m else m for m in chat.messages]
+    return replace(chat, messages=cut), left

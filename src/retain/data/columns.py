@@ -13,11 +13,12 @@ from typing import Any
 
 from retain.data.contents import Content
 from retain.data.counts import RowCounts
+from retain.data.rows import Row
 from retain.errors import SourceError
 
-__all__ = ["check_columns", "strings"]
+__all__ = ["check_columns"]
 
-_READ_AS_INPUT = {
+_WITH_IDS = {
     "attention_mask", "labels", "token_type_ids", "position_ids", "completion_mask",
     "assistant_masks", "seq_lengths", "loss_mask",
 }  # fmt: skip
@@ -29,7 +30,7 @@ _NO_TEXT = {
 }  # fmt: skip
 """What a model of text alone cannot read."""
 
-_CHANGES = _READ_AS_INPUT | _NO_TEXT | {
+_CHANGES = _WITH_IDS | _NO_TEXT | {
     # what a chat template is given
     "tools", "functions", "function_call", "chat_template_kwargs", "documents", "system",
     "system_prompt", "system_message", "messages", "conversations", "conversation", "history",
@@ -53,18 +54,18 @@ _PASSED = {
     "num_tokens", "n_tokens", "token_count", "dump", "label_text", "label_name", "annotator",
     "worker", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "word_ids",
 }  # fmt: skip
+_ENDS = ("_id", "_ids", "_idx", "_url", "_score", "_type", "_name", "_date", "_time", "_count",
+         "_hash", "_lang", "_path", "_source", "_model")  # fmt: skip
+
 _COPIES = {"text", "messages", "conversations", "conversation"}
 """What data sets keep beside a row's parts as the whole of it, with a template around them."""
 
 _CODE = re.compile(r"(?=.*[\d/_:@])[!-~]+")
 """A hash, a path, a date or a number: no blanks, and something that is no letter."""
 
-_ENDS = ("_id", "_ids", "_idx", "_url", "_score", "_type", "_name", "_date", "_time", "_count",
-         "_hash", "_lang", "_path", "_source", "_model")  # fmt: skip
-
 
 def check_columns(
-    cells: Mapping[str, Any],
+    cells: Row,
     used: set[str],
     content: Content,
     name: str,
@@ -87,14 +88,13 @@ def check_columns(
     Raises:
         SourceError: a column changes what the row means.
     """
-    ready = name == "input_ids"
     for key in cells.keys() - used:
         value = cells[key]
-        if _blank(value):
+        says = value.strip() if isinstance(value, str) else value
+        if isinstance(says, str | list | tuple | dict) and not says:
             continue
-        if ready and key != "label":
-            if _beside_ids(key, value, cells["input_ids"]):
-                counts.unread(str(key))
+        if name == "input_ids" and key != "label":
+            _check_beside_ids(key, value, cells["input_ids"], counts)
             continue
         if key in {"label", "labels"} and causal and not isinstance(value, list | tuple):
             counts.unread(str(key))
@@ -102,16 +102,16 @@ def check_columns(
         if key not in _CHANGES:
             if _passed(key):
                 continue
-            prose = any(not _CODE.fullmatch(s) for s in strings(value))
+            prose = any(not _CODE.fullmatch(s) for s in _strings(value))
             if not (strict and prose) or str(key).startswith("original"):
                 counts.unread(str(key))
                 continue
         if key == "rejected" and _said("chosen", cells.get("chosen"), content):
             counts.rejected_unread += 1  # the chosen answer stands in the messages
-            continue
-        if not _said(str(key), value, content):
+        elif _said(str(key), value, content):
+            counts.unread(str(key))
+        else:
             raise _lost(str(key), name)
-        counts.unread(str(key))
 
 
 def _passed(key: Any) -> bool:
@@ -130,58 +130,50 @@ def _lost(key: str, name: str) -> SourceError:
     )
 
 
-def _beside_ids(key: str, value: Any, ids: Any) -> bool:
-    """Whether a column beside tokens is to be counted: text is not, for they were made of it.
+def _check_beside_ids(key: str, value: Any, ids: Any, counts: RowCounts) -> None:
+    """Counts a column beside tokens, but for the text that they were made of.
 
     Raises:
         SourceError: it is another input of the model.
     """
-    if key in _READ_AS_INPUT - {"loss_mask"} or (key not in _CHANGES and _passed(key)):
-        return False
-    if not isinstance(ids, list | tuple):
-        return False  # refused when it is read
-    text = bool(strings(value))
-    alike = isinstance(value, list | tuple) and not text and len(value) == len(ids)
-    if alike or key in _NO_TEXT or (key in _CHANGES and not text):
+    if key in _WITH_IDS - {"loss_mask"} or (key not in _CHANGES and _passed(key)):
+        return
+    if not isinstance(ids, list | tuple) or _strings(value):
+        if key in _NO_TEXT and isinstance(ids, list | tuple):
+            raise _lost(str(key), "input_ids")
+        return
+    alike = isinstance(value, list | tuple) and len(value) == len(ids)
+    if alike or key in _CHANGES:
         raise _lost(str(key), "input_ids")
-    return not text
+    counts.unread(str(key))
 
 
-def strings(value: Any) -> list[str]:
+def _strings(value: Any) -> list[str]:
     """All text in a value, however deep, but for the roles of messages."""
     if isinstance(value, str):
         return [value] if value.strip() else []
     if isinstance(value, Mapping):
-        return [s for k, v in value.items() if k != "role" for s in strings(v)]
+        return [s for k, v in value.items() if k != "role" for s in _strings(v)]
     if isinstance(value, list | tuple):
-        return [s for v in value for s in strings(v)]
+        return [s for v in value for s in _strings(v)]
     return []
-
-
-def _blank(value: Any) -> bool:
-    if isinstance(value, str):
-        return not value.strip()
-    return isinstance(value, list | tuple | dict) and not value
 
 
 def _said(key: str, value: Any, content: Content) -> bool:
     """Whether what a column says is in what is read; or, of a copy of the row, that in it."""
-    wanted = [_squeezed(s) for s in strings(value)]
+    wanted, read = ([" ".join(s.split()) for s in _strings(v)] for v in (value, vars(content)))
     if not wanted:
         return False
-    read = [_squeezed(s) for s in strings(vars(content))]
-    joined, whole = " ".join(read), " ".join(wanted)
-    if all(_within(text, joined) for text in wanted):
+    if all(_within(text, " ".join(read)) for text in wanted):
         return True
-    return key in _COPIES and all(_within(text, whole) for text in read)
+    return key in _COPIES and all(_within(text, " ".join(wanted)) for text in read)
 
 
 def _within(text: str, whole: str) -> bool:
     """Whether a text stands in another one, but not as a part of a word."""
     at = whole.find(text)
     while at >= 0:
-        stop = at + len(text)
-        if not (_joined(whole, at) or _joined(whole, stop)):
+        if not (_joined(whole, at) or _joined(whole, at + len(text))):
             return True
         at = whole.find(text, at + 1)
     return False
@@ -191,7 +183,3 @@ def _joined(text: str, place: int) -> bool:
     """Whether a word goes on at a place; scripts without blanks between words aside."""
     sides = text[max(place - 1, 0) : place + 1]
     return 0 < place < len(text) and sides.isascii() and sides.isalnum()
-
-
-def _squeezed(text: str) -> str:
-    return " ".join(text.split())

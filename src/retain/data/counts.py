@@ -8,6 +8,23 @@ __all__ = ["RowCounts"]
 
 _NAMED = 6  # so many columns are named in a line
 
+_LINES = {
+    "left_out_no_room": "have a prompt that fills {length}; they are left out",
+    "left_out_empty": "hold fewer than two tokens; they are left out",
+    "left_out_unlearned": "have nothing to learn (no assistant's turn within {length}, or every "
+    "label -100); they are left out",
+    "completions_cut": "are cut at {length} and lose the end of their answer",
+    "completions_empty": "have an empty answer: its end token alone is learned",
+    "texts_cut": "are cut at {length}",
+    "rejected_unread": "are preference pairs: the chosen answer alone is read",
+    "chats_unanswered": "are chats without an assistant's turn: read whole",
+    "tools_unwritten": "have tools that the chat template does not write",
+    "thoughts_unwritten": "have reasoning that the chat template does not write",
+    "answers_unread": "have several answers: the first alone is read",
+    "ends_unlearned": "are chats whose template leaves the end of a turn out of its generation "
+    "marks: it is not learned",
+}
+
 
 @dataclass
 class RowCounts:
@@ -66,36 +83,12 @@ class RowCounts:
 
     def lines(self) -> list[str]:
         """One line for each kind of loss that happened; none where nothing was lost."""
-        of, length = f"of {self.rows} rows", f"max_length={self.max_length}"
-        found = [
-            (
-                self.left_out_no_room,
-                f"{of} have a prompt that fills {length}; they are left out",
-            ),
-            (self.left_out_empty, f"{of} hold fewer than two tokens; they are left out"),
-            (
-                self.left_out_unlearned,
-                f"{of} have nothing to learn (no assistant's turn within {length}, or every label "
-                "-100); they are left out",
-            ),
-            (self.completions_cut, f"{of} are cut at {length} and lose the end of their answer"),
-            (self.completions_empty, f"{of} have an empty answer: its end token alone is learned"),
-            (self.texts_cut, f"{of} are cut at {length}"),
-            (self.rejected_unread, f"{of} are preference pairs: the chosen answer alone is read"),
-            (self.chats_unanswered, f"{of} are chats without an assistant's turn: read whole"),
-            (self.tools_unwritten, f"{of} have tools that the chat template does not write"),
-            (
-                self.thoughts_unwritten,
-                f"{of} have reasoning that the chat template does not write",
-            ),
-            (self.answers_unread, f"{of} have several answers: the first alone is read"),
-            (
-                self.ends_unlearned,
-                f"{of} are chats whose template leaves the end of a turn out of its generation "
-                "marks: it is not learned",
-            ),
+        length = f"max_length={self.max_length}"
+        lines = [
+            f"{getattr(self, name)} of {self.rows} rows {what.format(length=length)}"
+            for name, what in _LINES.items()
+            if getattr(self, name)
         ]
-        lines = [f"{count} {what}" for count, what in found if count]
         if self.tokens_cut:
             lines.append(f"about {self.tokens_cut} tokens behind {length} are not read")
         if self.columns:

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args
 
 from jinja2 import TemplateError
 
 from retain.data.batches import Example
-from retain.data.causal_rows import CausalRows
-from retain.data.class_rows import ClassRows
-from retain.data.contents import Row
+from retain.data.chats import Chats
+from retain.data.classifier import ClassifierRows
+from retain.data.contents import Answer, Chat, Pair, Text, Tokenised
 from retain.data.counts import RowCounts
-from retain.data.placed import place_of
+from retain.data.formats import content_of
+from retain.data.messages import absent
+from retain.data.rows import Passage, Row, check_characters, place_of
+from retain.data.tokenised import tokenised_causal
+from retain.data.tokens import Ends, beginning, ends_of, need
+from retain.data.turns import shared
 from retain.errors import RetainWarning, SourceError, unknown
 
 if TYPE_CHECKING:
@@ -66,20 +72,22 @@ def encode(
     told = RowCounts() if counts is None else counts
     told.rows += len(rows)
     told.max_length = max_length
-    reader: CausalRows | ClassRows = (
-        CausalRows(tokenizer, max_length, loss, told)
+    reader: _CausalRows | ClassifierRows = (
+        _CausalRows(tokenizer, max_length, loss, told)
         if causal
-        else ClassRows(tokenizer, max_length, regression, told)
+        else ClassifierRows(tokenizer, max_length, regression, told)
     )
     examples: list[Example] = []
     for number, row in enumerate(rows, start=1):
         try:
             examples += reader.read(row)
+        except SourceError as error:
+            got = f"{error.got} ({place_of(row, number)})"
+            raise SourceError(error.what, got=got, allowed=error.allowed, fix=error.fix) from error
         except (
             ValueError,
             TypeError,
-            KeyError,
-            IndexError,
+            LookupError,
             AttributeError,
             OverflowError,
             RecursionError,
@@ -91,27 +99,20 @@ def encode(
                 allowed="the formats of docs/data.md",
                 fix="repair the row, or leave it out",
             ) from error
-        except SourceError as error:
-            raise SourceError(
-                error.what,
-                got=f"{error.got} ({place_of(row, number)})",
-                allowed=error.allowed,
-                fix=error.fix,
-            ) from error
     if not examples:
-        raise _nothing(told, len(rows), max_length)
+        raise _nothing(told, len(rows))
     if counts is None and (lines := told.lines()):
         warnings.warn("; ".join(lines), RetainWarning, stacklevel=2)
     return examples
 
 
-def _nothing(counts: RowCounts, rows: int, max_length: int) -> SourceError:
+def _nothing(counts: RowCounts, rows: int) -> SourceError:
     """The error where no row is left, by what most of them lack."""
+    length = f"max_length={counts.max_length}"
     if counts.left_out_no_room:
         return SourceError(
             "no completion is left to predict",
-            got=f"{counts.left_out_no_room} of {rows} rows have a prompt that fills "
-            f"max_length={max_length}",
+            got=f"{counts.left_out_no_room} of {rows} rows have a prompt that fills {length}",
             allowed="prompts shorter than max_length",
             fix="raise max_length",
         )
@@ -119,7 +120,7 @@ def _nothing(counts: RowCounts, rows: int, max_length: int) -> SourceError:
         return SourceError(
             "nothing in the source is to be learned",
             got=f"{counts.left_out_unlearned} of {rows} rows without a turn of the assistant "
-            f"within max_length={max_length}, or with labels that are all -100",
+            f"within {length}, or with labels that are all -100",
             allowed="chats with a turn of the assistant, or labels",
             fix="give chats with answers, raise max_length, or learn every turn with loss='all' "
             "(--loss all)",
@@ -130,3 +131,119 @@ def _nothing(counts: RowCounts, rows: int, max_length: int) -> SourceError:
         allowed="at least one row of 2 tokens",
         fix="give more text",
     )
+
+
+class _CausalRows:
+    """Tokenises a decoder's rows, one after another; see `encode`."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_length: int,
+        loss: str,
+        counts: RowCounts,
+    ) -> None:
+        self.tokenizer, self.size, self.loss, self.counts = tokenizer, max_length, loss, counts
+
+    @cached_property
+    def ends(self) -> Ends:
+        return ends_of(need(self.tokenizer))
+
+    @cached_property
+    def chats(self) -> Chats:
+        return Chats(need(self.tokenizer), self.size, self.counts)
+
+    def read(self, row: Row) -> list[Example]:
+        """A row's examples: one, none, or several of a packed row or a document.
+
+        Raises:
+            SourceError: a row of no known format, or a damaged one.
+        """
+        template = None if self.tokenizer is None else self.chats.template
+        content = content_of(row, causal=True, counts=self.counts, template=template)
+        if isinstance(content, Tokenised):
+            texts = tokenised_causal(content.cells, self.loss)
+            return [example for ids, learned in texts for example in self._cut(ids, learned, 0)]
+        check_characters(vars(content))
+        if isinstance(content, Pair):
+            content = Text(f"{content.first}\n{content.second}")
+        if isinstance(content, Chat):
+            return self._chat(content)
+        if isinstance(content, Answer):
+            self.counts.rejected_unread += not absent(row.get("rejected"))
+            self.counts.answers_unread += content.others
+            return self._answer(content)
+        if isinstance(row, Passage):
+            return self._passage(content.text, row.begins)
+        return self._text(content)
+
+    def _whole(self, text: str, count: int | None) -> tuple[list[int], int]:
+        """A text's tokens with what begins and ends it, and how many more there are about."""
+        ids, more = beginning(need(self.tokenizer), text, count)
+        ids = self.ends.begun(ids)
+        return ids if more else self.ends.ended(ids), more
+
+    def _text(self, content: Text) -> list[Example]:
+        if not content.text.strip():
+            self.counts.left_out_empty += 1
+            return []
+        ids, more = self._whole(content.text, None if content.pack else self.size)
+        if not content.pack:
+            return self._cut(ids, [True] * len(ids), more)
+        pieces = [ids[start : start + self.size] for start in range(0, len(ids), self.size)]
+        found = [_example(p, [True] * len(p)) for p in pieces if len(p) > 1]
+        self.counts.left_out_empty += not found
+        return found
+
+    def _passage(self, text: str, begins: bool) -> list[Example]:
+        """The first piece of a passage; nothing is lost, as the text goes on by itself."""
+        ids, _ = beginning(need(self.tokenizer), text, self.size)
+        ids = (self.ends.begun(ids) if begins else ids)[: self.size]
+        self.counts.left_out_empty += len(ids) < 2
+        return [_example(ids, [True] * len(ids))] if len(ids) > 1 else []
+
+    def _answer(self, content: Answer) -> list[Example]:
+        empty = False
+        if isinstance(content.prompt, str) and isinstance(content.completion, str):
+            head, _ = beginning(need(self.tokenizer), content.prompt, self.size)
+            ids, more = self._whole(content.prompt + content.completion, self.size)
+            start = shared(self.ends.begun(head), ids)
+            empty = not content.completion
+        else:
+            assert not isinstance(content.prompt, str)
+            assert not isinstance(content.completion, str)
+            chat = Chat(content.prompt, content.tools, content.options)
+            ids, start, more = self.chats.answer(chat, content.completion)
+        every = self.loss == "all"
+        if start >= self.size and not every:
+            self.counts.left_out_no_room += 1
+            return []
+        self.counts.completions_empty += empty
+        return self._cut(ids, [every or i >= start for i in range(len(ids))], more, answer=True)
+
+    def _chat(self, chat: Chat) -> list[Example]:
+        answered = any(message.get("role") == "assistant" for message in chat.messages)
+        whole = self.loss == "source" and not answered
+        self.counts.chats_unanswered += whole
+        ids, mask, more = self.chats.read(chat, assistant=not (whole or self.loss == "all"))
+        return self._cut(ids, mask, more, answer=True)
+
+    def _cut(
+        self, ids: list[int], learned: list[bool], more: int, answer: bool = False
+    ) -> list[Example]:
+        """An example of the first tokens; none where nothing is to be learned."""
+        if len(ids) < 2:
+            self.counts.left_out_empty += 1
+            return []
+        if not any(learned[1 : self.size]):
+            self.counts.left_out_unlearned += 1
+            return []
+        if more or len(ids) > self.size:
+            self.counts.completions_cut += answer
+            self.counts.texts_cut += not answer
+            self.counts.tokens_cut += more + len(ids) - self.size
+        return [_example(ids[: self.size], learned[: self.size])]
+
+
+def _example(ids: list[int], learned: list[bool]) -> Example:
+    return Example(tuple(ids[:-1]), tuple(ids[1:]), tuple(learned[1:]))

@@ -9,23 +9,29 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from retain.data.chat_formats import chat, orca, preference, prompt_completion, response
+from retain.data.chat_formats import chat, orca, preference, prompt_completion, response, string_of
 from retain.data.columns import check_columns
-from retain.data.contents import Content, Found, Ready, Row, Text
+from retain.data.contents import Answer, Content, Found, Pair, Text, Tokenised
 from retain.data.counts import RowCounts
 from retain.data.messages import absent, native
-from retain.data.text_formats import (
-    SINGLE,
-    alpaca,
-    pair,
-    question,
-    question_pair,
-    single,
-    text,
-)
+from retain.data.rows import Row
 from retain.errors import SourceError
 
 __all__ = ["content_of"]
+
+_SINGLE = ("content", "sentence")
+_PAIRS = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+)
+_ALPACA = (
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{instruction}\n\n{given}### Response:\n"
+)
+_PAIRED = ", paired with an input that provides further context"
 
 
 def content_of(
@@ -62,29 +68,101 @@ def content_of(
         used = used if causal else used | {"label", "labels"}
         check_columns(cells, used, content, name, strict=strict, causal=causal, counts=counts)
         return content
-    if blank is not None:
-        return blank
-    raise _unknown(cells, row, causal)
+    if blank is None:
+        raise _unknown(cells, row, causal)
+    return blank
 
 
-def _ready(cells: Row, row: Row, template: str | None) -> Found | None:
-    return (Ready(dict(cells)), {"input_ids"}) if "input_ids" in cells else None
+def _tokenised(cells: Row, row: Row, template: str | None) -> Found | None:
+    return (Tokenised(dict(cells)), {"input_ids"}) if "input_ids" in cells else None
+
+
+def _text(cells: Row, row: Row, template: str | None) -> Found | None:
+    """``text``, the column that TRL reads by default."""
+    if not isinstance(cells.get("text"), str) or "text_pair" in cells:
+        return None
+    pack = cells.get("pack") is True
+    return Text(cells["text"], pack), {"text", "pack"} if pack else {"text"}
+
+
+def _alpaca(cells: Row, row: Row, template: str | None) -> Found | None:
+    """``instruction``, ``input`` (or ``context``) and ``output``, in the wording of Alpaca."""
+    output = _first(cells, "output", "response")
+    if "instruction" not in cells or output is None:
+        return None
+    given = next((k for k in ("input", "context") if cells.get(k)), None)
+    prompt = _ALPACA.format(
+        paired=_PAIRED if given else "",
+        instruction=string_of(cells, "instruction"),
+        given=f"### Input:\n{string_of(cells, given)}\n\n" if given else "",
+    )
+    return Answer(prompt, string_of(cells, output)), {"instruction", output, given or "input"}
+
+
+def _question(cells: Row, row: Row, template: str | None) -> Found | None:
+    """``question`` and ``answer``, behind a ``context`` or ``passage`` where there is one."""
+    asked, told = _first(cells, "question", "query"), _first(cells, "answer", "response", "answers")
+    if asked is None or told is None:
+        return None
+    given = next((k for k in ("context", "passage") if cells.get(k)), None)
+    answer = cells[told]
+    if isinstance(answer, Mapping) and "text" in answer:  # SQuAD's answers
+        answer = answer["text"]
+    others = False
+    if isinstance(answer, list | tuple) and answer:
+        others = any(other != answer[0] for other in answer)
+        answer = answer[0]
+    if not isinstance(answer, str):
+        raise SourceError(
+            "an answer is no text",
+            got=f"{told}: {cells[told]!r:.60}",
+            allowed="a string, or SQuAD's answers with one text or more",
+            fix="write the answer as a string (true as 'yes'), or leave the row out",
+        )
+    head = f"{string_of(cells, given)}\n" if given else ""
+    used = {asked, told} | ({given, "title"} if given else set())
+    return Answer(f"{head}{string_of(cells, asked)}\n", answer, others=others), used
+
+
+def _pair(cells: Row, row: Row, template: str | None) -> Found | None:
+    """Two texts of a classifier, under one of the names that data sets have."""
+    found = next(((a, b) for a, b in _PAIRS if a in cells and b in cells), None)
+    if found is None:
+        return None
+    return Pair(string_of(cells, found[0]), string_of(cells, found[1])), set(found)
+
+
+def _question_pair(cells: Row, row: Row, template: str | None) -> Found | None:
+    """``question`` and ``answer`` as two texts of a classifier."""
+    if "question" not in cells or not isinstance(cells.get("answer"), str):
+        return None
+    return Pair(string_of(cells, "question"), cells["answer"]), {"question", "answer"}
+
+
+def _single(cells: Row, row: Row, template: str | None) -> Found | None:
+    """``content`` or ``sentence``."""
+    name = next((name for name in _SINGLE if isinstance(cells.get(name), str)), None)
+    return None if name is None else (Text(cells[name]), {name})
+
+
+def _first(cells: Row, *names: str) -> str | None:
+    return next((name for name in names if name in cells), None)
 
 
 _Reader = Callable[[Row, Row, str | None], Found | None]
 
 _CAUSAL: tuple[tuple[str, bool, _Reader], ...] = (
-    ("input_ids", False, _ready),
+    ("input_ids", False, _tokenised),
     ("prompt + completion", False, prompt_completion),
     ("messages", False, chat),
     ("chosen + rejected", False, preference),
-    ("text", False, text),
-    ("instruction + output", True, alpaca),
+    ("text", False, _text),
+    ("instruction + output", True, _alpaca),
     ("system_prompt + question + response", True, orca),
-    ("question + answer", True, question),
+    ("question + answer", True, _question),
     ("prompt + response", True, response),
-    ("a pair of texts", False, pair),
-    ("one text", True, single),
+    ("a pair of texts", False, _pair),
+    ("one text", True, _single),
 )
 """Formats in the order of TRL's SFTTrainer, then those that it does not know.
 
@@ -93,45 +171,45 @@ many data sets use.
 """
 
 _CLASSIFIER: tuple[tuple[str, bool, _Reader], ...] = (
-    ("input_ids", False, _ready),
-    ("a pair of texts", False, pair),
-    ("text", True, text),
-    ("question + answer", True, question_pair),
-    ("one text", True, single),
+    ("input_ids", False, _tokenised),
+    ("a pair of texts", False, _pair),
+    ("text", True, _text),
+    ("question + answer", True, _question_pair),
+    ("one text", True, _single),
 )
 
 
 def _unknown(cells: Row, row: Row, causal: bool) -> SourceError:
     """An error for a row of no known format, with advice for what is in it."""
-    named = [n for n in ("text", *SINGLE) if n in row]
+    named = [n for n in ("text", *_SINGLE) if n in row]
     if named:
         name = next((n for n in named if n in cells), named[0])
+        value = cells.get(name)
+        if _is_chat(value) and causal:
+            fix = f"rename {name!r} to 'messages'"
+        elif isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+            fix = "join the strings, or give each a row of its own"
+        else:
+            fix = "fill the row, or leave it out" if value is None else f"write {name} as a string"
         return SourceError(
             "a row's text is no string",
             got=f"{name} that holds {row[name]!r:.40}",
             allowed="a string",
-            fix=_advice(name, cells.get(name), causal),
+            fix=fix,
         )
     chats = [k for k, v in cells.items() if _is_chat(v)]
     words = [k for k, v in cells.items() if isinstance(v, str)]
+    fix = "rename the column that holds the text to 'text'" if words else "give a column 'text'"
     if len(cells) < len(row):
         fix = "fill the row, or leave it out"
     elif causal and "prompt" in cells:
         fix = "add the column completion, or rename prompt to text where it is the whole text"
     elif chats and causal:
         fix = f"rename {chats[0]!r} to 'messages'"
+    elif len(words) > 1 and causal:
+        fix += "; or that of the question to 'prompt' and that of the answer to 'completion'"
     elif len(words) > 1:
-        fix = (
-            "rename the column that holds the text to 'text'; or that of the question to 'prompt' "
-            "and that of the answer to 'completion'"
-            if causal
-            else "rename the column that holds the text to 'text', that of a second one to "
-            "'text_pair'"
-        )
-    elif words:
-        fix = "rename the column that holds the text to 'text'"
-    else:
-        fix = "give the rows a column 'text'"
+        fix += ", that of a second one to 'text_pair'"
     return SourceError(
         "the source's columns are not known",
         got=", ".join(f"{k}{'' if k in cells else ' (null)'}" for k in row)[:120] or "none",
@@ -140,17 +218,6 @@ def _unknown(cells: Row, row: Row, causal: bool) -> SourceError:
         else "text, text + text_pair or another pair of texts, or input_ids; and label",
         fix=fix,
     )
-
-
-def _advice(name: str, value: Any, causal: bool) -> str:
-    """What to do with a text that is no string."""
-    if _is_chat(value) and causal:
-        return f"rename {name!r} to 'messages'"
-    if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
-        return "join the strings, or give each a row of its own"
-    if absent(value):
-        return "fill the row, or leave it out"
-    return f"write {name} as a string"
 
 
 def _is_chat(value: Any) -> bool:

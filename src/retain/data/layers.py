@@ -31,46 +31,51 @@ def read_layers(path: Path, library: Path) -> dict[str, Any]:
         ConfigError: a file is missing, damaged or no mapping, includes itself, or lies elsewhere.
     """
     try:
-        top = path.resolve()
+        here = path.resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a NUL, a circle of links
-        raise _elsewhere(path, str(path), str(error)) from error
-    return _read(top, (top.parent, library.resolve()), ())
-
-
-def _read(path: Path, folders: tuple[Path, Path], seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path in seen or len(seen) == MOST:
         raise ConfigError(
-            "a file includes itself",
-            got=" -> ".join(p.name for p in (*seen, path)),
-            allowed=f"includes that come to an end, after {MOST} files at most",
-            fix="take one include: out",
-        )
-    found = read_mapping(path, "a task file", _FIX)
-    base = found.pop("include", None)
-    if base is None:
-        return found
-    inner = _read(_below(path, base, folders), folders, (*seen, path))
-    inner.pop("name", None)
-    return _overlay(inner, found)
+            "a task file cannot be read",
+            got=f"{shown(str(path), plain=True)}: {error}",
+            allowed="a YAML file",
+            fix=_FIX,
+        ) from error
+    folders = (here.parent, library.resolve())
+    seen: list[Path] = []
+    layers: list[dict[str, Any]] = []
+    while True:
+        seen.append(here)
+        if here in seen[:-1] or len(seen) > MOST:
+            raise ConfigError(
+                "a file includes itself",
+                got=" -> ".join(p.name for p in seen),
+                allowed=f"includes that come to an end, after {MOST} files at most",
+                fix="take one include: out",
+            )
+        layers.append(read_mapping(here, "a task file", _FIX))
+        if (base := layers[-1].pop("include", None)) is None:
+            break
+        here = _included(here, base, folders)
+    found: dict[str, Any] = {}
+    for layer in layers[::-1]:
+        found.pop("name", None)
+        found = _overlay(found, layer)
+    return found
 
 
-def _below(path: Path, base: object, folders: tuple[Path, Path]) -> Path:
+def _included(path: Path, base: object, folders: tuple[Path, Path]) -> Path:
     """The included file, with all links followed."""
-    if not isinstance(base, str) or not base:
-        raise _elsewhere(path, base, "no name of a file")
-    try:
-        near = path.parent / base
-        below = (near if near.exists() else folders[1] / base).resolve()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _elsewhere(path, base, str(error)) from error
-    if not any(below.is_relative_to(folder) for folder in folders):
-        raise _elsewhere(path, base, f"{below} is outside {folders[0]}")
-    return below
-
-
-def _elsewhere(path: Path, base: object, why: str) -> ConfigError:
-    return ConfigError(
-        "a task file cannot be read" if base == str(path) else "an include is not read",
+    why = "no name of a file"
+    if isinstance(base, str) and base:
+        try:
+            near = path.parent / base
+            below = (near if near.exists() else folders[1] / base).resolve()
+            if any(below.is_relative_to(folder) for folder in folders):
+                return below
+            why = f"{below} is outside {folders[0]}"
+        except (OSError, ValueError, RuntimeError) as error:
+            why = str(error)
+    raise ConfigError(
+        "an include is not read",
         got=f"{shown(str(path), plain=True)}: {shown(base)}: {why}",
         allowed="a file in the folder of the task's file or below it, or a task of the package",
         fix="put the included file there, or copy its lines",
@@ -78,11 +83,9 @@ def _elsewhere(path: Path, base: object, why: str) -> ConfigError:
 
 
 def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        under = merged.get(key)
-        if isinstance(value, dict) and isinstance(under, dict):
-            merged[key] = _overlay(under, value)
-        else:
-            merged[key] = value
-    return merged
+    both = {
+        key: _overlay(base[key], value)
+        for key, value in top.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
+    return base | top | both

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from retain.data.batches import Example
-from retain.data.fitting import fit_prompt
-from retain.data.folders import inside
-from retain.data.items import Item, missing
-from retain.data.sources import Row, read_rows
-from retain.data.specs import TaskSpec
+from retain.data.rows import Row
+from retain.data.sources import read_rows
+from retain.data.specs import Item, TaskSpec, missing
 from retain.data.templates import template
-from retain.data.tokens import tokenize
+from retain.data.tokens import fit_prompt, plain, tokenize
 from retain.errors import ConfigError, SourceError, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Split", "encode_items", "fit_prompt", "load_items", "local_file"]
+__all__ = ["Split", "encode_items", "inside", "load_items", "local_file"]
 
 Split = Literal["train", "eval"]
 
@@ -55,8 +54,8 @@ def load_items(
             absolute one or through a link, is refused.
         limit: at most so many rows; None for all.
         seed: of the subset.
-        tokenizer: with one, prompts too long are cut here (see `retain.data.fitting`), so that
-            training and scoring read the same text.
+        tokenizer: with one, prompts too long are cut here (`retain.data.tokens.fit_prompt`), so
+            that training and scoring read the same text.
         max_length: tokens of prompt and answer together, for that; the task's own by default.
 
     Raises:
@@ -116,6 +115,41 @@ def _subset(
         smallest: list[int] = min(groups.values(), key=len)
         return sorted(taken or smallest)
     return sorted(shuffled[:limit])
+
+
+def inside(folder: Path, below: str | Path, what: str) -> Path:
+    """A path below a folder, as a file that somebody else may have written names it.
+
+    Args:
+        folder: what the user has named.
+        below: relative to it.
+        what: names the path, for the error.
+
+    Raises:
+        SourceError: it leads out of the folder: by "..", as an absolute path or by a link.
+    """
+    path = folder / below
+    try:
+        if "\x00" in str(below):
+            raise ValueError("a NUL byte")
+        home, real = folder.resolve(), path.resolve()
+        path.is_file()  # raises if no file can have such a name
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SourceError(
+            f"{what} is no path",
+            got=f"{str(below)[:80]!r}: {reason}",
+            allowed=f"a path below {folder}",
+            fix="correct it",
+        ) from error
+    if real.is_relative_to(home) and not Path(below).is_absolute():
+        return path
+    raise SourceError(
+        f"{what} leads out of the data folder",
+        got=f"{str(below)!r}, which is {real}",
+        allowed=f"a path below {home}, without links that lead out of it",
+        fix=f"name the folder that holds both with --data-dir, or copy the files into {home}",
+    )
 
 
 def local_file(spec: TaskSpec, split: Split, data_dir: Path) -> Path | None:
@@ -199,13 +233,9 @@ def _fitted(
     split: Split,
 ) -> tuple[Item, list[int]]:
     """An item whose prompt leaves room for its answer, and the tokens of the completion."""
-
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    completion = ids(item.completion)
+    completion = plain(tokenizer, item.completion)
     if spec.kind == "choice":
-        answer = max(len(ids(option)) for option in item.options)
+        answer = max(len(plain(tokenizer, option)) for option in item.options)
     else:
         completion += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         answer = len(completion) if split == "train" else spec.max_new_tokens
@@ -217,9 +247,7 @@ def _fitted(
             allowed="at least one token of the prompt and the whole answer",
             fix=f"a max_length of {answer + 64} or more",
         )
-    if prompt == item.prompt:
-        return item, completion
-    return Item(**{**item.__dict__, "prompt": prompt}), completion
+    return replace(item, prompt=prompt), completion
 
 
 def encode_items(
@@ -233,9 +261,9 @@ def encode_items(
     """Items as tokenised training rows, in their order.
 
     Causal: prompt and completion, tokenised apart as `retain.evaluation.ranking` does; only the
-    completion is predicted. A prompt too long is cut (see `retain.data.fitting`), the completion
-    never.
-    What is generated ends with the end-of-text token, so that the model learns to stop.
+    completion is predicted. A prompt too long is cut (`retain.data.tokens.fit_prompt`), the
+    completion never. What is generated ends with the end-of-text token, so that the model learns
+    to stop.
     An encoder's row is its one or two texts, cut on the right, and one target: the index of the
     class, or the number.
 

@@ -7,29 +7,23 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from retain.data.contents import Message
 from retain.errors import SourceError
 
-__all__ = ["Message", "absent", "from_json", "messages_of", "native", "without_none"]
+__all__ = ["absent", "from_json", "messages_of", "native", "without_none"]
 
-Message = dict[str, Any]
-
-_ROLES = {
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-}
+_SPEAKERS = {
+    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant",
+    "bot": "assistant", "model": "assistant", "observation": "tool", "function_response": "tool",
+}  # fmt: skip
 """ShareGPT's names of the speakers, as chat templates have them."""
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-_WEIGHTS = ("weight", "train", "trainable", "loss", "mask", "masked")
-_MEDIA = ("images", "image", "audio", "audios", "video", "videos")
 _CALL = "function_call"
 """ShareGPT's speaker of calls of tools, which are JSON text."""
+
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_WEIGHTS = ("weight", "train", "trainable", "loss", "mask", "masked")
+_MEDIA = ("images", "image", "audio", "audios", "video", "videos")
 
 
 def absent(value: Any) -> bool:
@@ -60,30 +54,22 @@ def from_json(value: Any, name: str, kind: type | tuple[type, ...]) -> Any:
     Raises:
         SourceError: it is neither of the kind wanted nor JSON of it.
     """
-    found = value
+    found, why = value, ""
     if isinstance(found, str):
         try:
             found = json.loads(found)
         except (ValueError, RecursionError) as error:
-            raise _refused(name, value, str(error) or "JSON that is too deep") from error
-    if isinstance(found, tuple):
-        found = list(found)
-    if not isinstance(found, kind):
-        raise _refused(name, value, f"{type(found).__name__}")
+            why = str(error)[:80] or "JSON that is too deep"
+    found = list(found) if isinstance(found, tuple) else found
+    if why or not isinstance(found, kind):
+        an_object = "an object" if kind is dict else "a list"
+        raise SourceError(
+            f"{name} cannot be read",
+            got=f"{value!r:.60} ({why or type(found).__name__})",
+            allowed=f"{name} as {an_object}, or as JSON text of one",
+            fix="repair the row; a column of plain text is named text",
+        )
     return found
-
-
-def _refused(name: str, value: Any, why: str) -> SourceError:
-    return SourceError(
-        f"{name} cannot be read",
-        got=f"{value!r:.60} ({why[:80]})",
-        allowed=f"{name} as a list, or as JSON text of one"
-        if name != "chat_template_kwargs"
-        else f"{name} as an object, or as JSON text of one",
-        fix="for plain text name the column text"
-        if name in {"messages", "conversations", "conversation"}
-        else "repair the row",
-    )
 
 
 def messages_of(value: Any, name: str, template: str | None = None) -> list[Message]:
@@ -101,19 +87,12 @@ def messages_of(value: Any, name: str, template: str | None = None) -> list[Mess
         SourceError: no such list, no or an unknown role, or a content that is no text.
     """
     found = from_json(value, name, list)
-    if not found:
+    if not found or isinstance(found[0], list | tuple):
         raise SourceError(
-            "a chat is empty",
-            got=f"{name}: []",
-            allowed="one message or more",
-            fix=f"leave out rows without {name}",
-        )
-    if isinstance(found[0], list | tuple):
-        raise SourceError(
-            "a chat is a list of chats",
-            got=f"{name} with {len(found)} lists",
-            allowed="one chat a row",
-            fix="give each chat a row of its own",
+            "a chat is a list of chats" if found else "a chat is empty",
+            got=f"{name} with {len(found)} lists" if found else f"{name}: []",
+            allowed="one message or more, and one chat a row",
+            fix="give each chat a row of its own" if found else f"leave out rows without {name}",
         )
     return [_message(m, f"message {i} of {name}", template) for i, m in enumerate(found, start=1)]
 
@@ -131,15 +110,15 @@ def _message(value: Any, where: str, template: str | None) -> Message:
         if old in message and new not in message:
             message[new] = message.pop(old)
     role = message.get("role")
-    role = _ROLES.get(role, role) if isinstance(role, str) else role
+    role = _SPEAKERS.get(role, role) if isinstance(role, str) else role
     if role == _CALL and not _known(role, template):
         role = "assistant"
         message["tool_calls"] = _calls(message.pop("content", None), where)
     if not isinstance(role, str) or not _known(role, template):
         raise SourceError(
-            f"{where} has no role" if role is None else f"{where} has an unknown role",
+            f"{where} has {'no' if role is None else 'an unknown'} role",
             got=f"keys {', '.join(map(str, value)) or 'none'}" if role is None else f"{role!r:.40}",
-            allowed=f"{', '.join(ROLES[:5])}; ShareGPT's human and gpt",
+            allowed=f"{', '.join(_ROLES[:5])}; ShareGPT's human and gpt",
             fix='write messages as {"role": "user", "content": "..."}',
         )
     message["role"] = role
@@ -155,19 +134,14 @@ def _message(value: Any, where: str, template: str | None) -> Message:
             )
     media = next((key for key in _MEDIA if message.get(key)), None)
     if media is not None:
-        raise SourceError(
-            f"{where} has a part that is no text",
-            got=media,
-            allowed="text",
-            fix="leave out rows with images or sound",
-        )
+        raise _no_text(where, media)
     if isinstance(message.get("tool_calls"), str):
         calls = message.pop("tool_calls")
         if calls.strip():
             message["tool_calls"] = from_json(calls, f"tool_calls of {where}", list)
-    message["content"] = _content(message, where)
-    if message["content"] is None:
-        del message["content"]
+    content = _content(message, where)
+    if content is not None:
+        message["content"] = content
     return message
 
 
@@ -182,22 +156,14 @@ def _calls(value: Any, where: str) -> list[Any]:
 
 
 def _known(role: str, template: str | None) -> bool:
-    return role in ROLES or f"'{role}'" in (template or "") or f'"{role}"' in (template or "")
+    return role in _ROLES or any(f"{q}{role}{q}" in (template or "") for q in "'\"")
 
 
 def _content(message: Message, where: str) -> str | None:
+    """A message's text; None where it only calls tools or thinks."""
     content = message.get("content")
     if isinstance(content, str):
         return content
-    if content is None:
-        if any(message.get(k) for k in ("tool_calls", "function_call", "reasoning_content")):
-            return None
-        raise SourceError(
-            f"{where} says nothing",
-            got=f"{message['role']} without content or tool_calls",
-            allowed="content as a string, or tool_calls",
-            fix='leave the message out, or give it "content": ""',
-        )
     if isinstance(content, list):
         texts = []
         for part in content:
@@ -206,17 +172,26 @@ def _content(message: Message, where: str) -> str | None:
                 text = part.get("text")
             if not isinstance(text, str):
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise SourceError(
-                    f"{where} has a part that is no text",
-                    got=f"a part of type {kind!r:.30}",
-                    allowed='parts such as {"type": "text", "text": "..."}',
-                    fix="leave out rows with images or sound",
-                )
+                raise _no_text(where, f"a part of type {kind!r:.30}")
             texts.append(text)
         return "".join(texts)
+    calls = any(message.get(k) for k in ("tool_calls", "function_call", "reasoning_content"))
+    if content is None and calls:
+        return None
     raise SourceError(
-        f"{where} has a content that is no text",
-        got=f"{type(content).__name__}: {content!r:.60}",
-        allowed="a string, or a list of text parts",
-        fix="write the content as a string",
+        f"{where} says nothing" if content is None else f"{where} has a content that is no text",
+        got=f"{message['role']} without content or tool_calls"
+        if content is None
+        else f"{type(content).__name__}: {content!r:.60}",
+        allowed="content as a string or a list of text parts, or tool_calls",
+        fix='leave the message out, or give it "content": "..."',
+    )
+
+
+def _no_text(where: str, got: str) -> SourceError:
+    return SourceError(
+        f"{where} has a part that is no text",
+        got=got,
+        allowed='text, or parts such as {"type": "text", "text": "..."}',
+        fix="leave out rows with images or sound",
     )

@@ -1,4 +1,4 @@
-r"""Seeded grade-school word problems with worked answers.
+r"""The demo's task: seeded grade-school word problems with worked answers, as a chat asks them.
 
 A question such as "Mia has 3 boxes with 4 pens each. She gives away 5 pens. How many pens are
 left?" has the answer ``"3*4=12\n12-5=7\n#### 7"``: one equation a line, then the result.
@@ -18,11 +18,19 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from itertools import product
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from retain.data.batches import Example
+from retain.data.encoding import encode
 from retain.errors import ConfigError, SourceError, unknown
 
-__all__ = ["Problem", "Split", "final_number", "number_split", "templates", "word_problems"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "Problem", "Split", "ask", "final_number", "number_split", "problem_examples", "problem_rows",
+    "recall", "templates", "word_problems",
+]  # fmt: skip
 
 Split = Literal["train", "test"]
 
@@ -226,3 +234,39 @@ def _words(rng: random.Random) -> dict[str, str]:
     for pool, choices in _data()["pools"].items():
         words[pool], words[f"{pool}2"] = rng.sample(choices, 2)
     return words
+
+
+# --- as rows
+
+
+def ask(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    """A question as the model's chat template puts it, up to where the answer begins."""
+    if not getattr(tokenizer, "chat_template", None):
+        return f"Question: {question}\nAnswer:\n"
+    chat = [{"role": "user", "content": question}]
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+
+def recall(tokenizer: PreTrainedTokenizerBase, beginning: str) -> str:
+    """A sentence to complete, as the model's chat puts it: the answer begins with it.
+
+    Without a chat template it is the sentence's beginning alone.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return beginning
+    return ask(tokenizer, f"Complete the sentence: {beginning}") + beginning
+
+
+def problem_rows(
+    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
+) -> list[dict[str, str]]:
+    """Rows of ``prompt`` and ``completion``."""
+    return [{"prompt": ask(tokenizer, p.question), "completion": p.answer} for p in problems]
+
+
+def problem_examples(
+    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], max_length: int = 256
+) -> list[Example]:
+    """Tokenised problems; only the answers are predicted."""
+    rows = problem_rows(tokenizer, problems)
+    return encode(rows, tokenizer, max_length=max_length, causal=True)

@@ -6,40 +6,33 @@ from that file; FILE is looked for beside it, then among the tasks of the packag
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from retain.config import validate
-from retain.data.items import Item, missing
 from retain.data.layers import read_layers
 from retain.data.patterns import PatternError, compile_pattern
-from retain.data.placed import place_of
+from retain.data.rows import Row, place_of
 from retain.data.templates import expression, template
 from retain.errors import ConfigError, SourceError, shown, unknown
 
-__all__ = ["Hub", "Splits", "TaskSpec", "list_tasks", "load_orders", "load_task", "template_text"]
+__all__ = [
+    "Hub", "Item", "Splits", "TaskSpec", "list_tasks", "load_orders", "load_task", "missing",
+    "template_text",
+]  # fmt: skip
 
 Kind = Literal["choice", "generate", "regression"]
 Metric = Literal[
-    "accuracy",
-    "f1",
-    "f1_macro",
-    "matthews",
-    "pearson",
-    "spearman",
-    "pearson_spearman",
-    "exact_match",
-    "token_f1",
-    "f1a",
-    "group_em",
-    "f1a_em",
-]
+    "accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman", "pearson_spearman",
+    "exact_match", "token_f1", "f1a", "group_em", "f1a_em",
+]  # fmt: skip
 
 _MOST = 1_000
 """Options, or fields, of a task: each is a template."""
@@ -48,6 +41,44 @@ _ORDERS = "orders.yaml"
 _TEMPLATE = "custom"
 _NUMBERS = {"pearson", "spearman", "pearson_spearman"}
 _TEXTS = {"exact_match", "token_f1"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of a task, rendered, as every way of training and scoring wants it.
+
+    Attributes:
+        prompt: what a decoder reads, up to where the answer begins (no trailing space).
+        options: the continuations among which a decoder chooses, each with its leading space, so
+            that ``prompt + option`` is the whole text; empty for generation and regression.
+        answer: the index of the true option; the reference text (generation); the number
+            (regression).
+        texts: the one or two texts that an encoder reads.
+        group: rows of one group are scored together (MultiRC's questions, ReCoRD's); else "".
+        row: the place of the row in its split, from 0; people are told it from 1.
+        references: all texts that count as right, where there are several (ReCoRD); without a
+            leading space.
+    """
+
+    prompt: str
+    options: tuple[str, ...]
+    answer: int | str | float
+    texts: tuple[str, ...] = ()
+    group: str = ""
+    row: int = 0
+    references: tuple[str, ...] = ()
+
+    @property
+    def completion(self) -> str:
+        """What a decoder is to learn to say after the prompt, with its leading space."""
+        if self.options and isinstance(self.answer, int):
+            return self.options[self.answer]
+        return f" {self.answer}"
+
+
+def missing(gold: object) -> bool:
+    """True for what data sets write where a row has no gold label: -1, "-", "" or nothing."""
+    return gold is None or gold in (-1, "-1", "-", "") or gold == []
 
 
 class _Strict(BaseModel):
@@ -144,17 +175,19 @@ class TaskSpec(_Strict):
     def _sound(self) -> TaskSpec:
         if (self.kind == "choice") != bool(self.options):
             raise ValueError("options for kind 'choice', and for no other kind")
-        if isinstance(self.options, tuple):
-            if len(self.options) > _MOST:
-                raise ValueError(f"at most {_MOST} options")
-            if len(self.options) == 1 or len(set(self.options)) < len(self.options):
-                raise ValueError("two or more different options")
-            if any(o != o.strip() or not o for o in self.options):
-                raise ValueError("options without spaces around them; they get one in front")
-        if len(self.hub.fields) > _MOST:
-            raise ValueError(f"at most {_MOST} fields of the hub")
-        if len(self.texts) > 2:
-            raise ValueError("at most two texts")
+        words = () if isinstance(self.options, str) else self.options
+        for wrong, wanted in (
+            (len(words) > _MOST, f"at most {_MOST} options"),
+            (len(words) == 1 or len(set(words)) < len(words), "two or more different options"),
+            (
+                any(word != word.strip() or not word for word in words),
+                "options without spaces around them; they get one in front",
+            ),
+            (len(self.hub.fields) > _MOST, f"at most {_MOST} fields of the hub"),
+            (len(self.texts) > 2, "at most two texts"),
+        ):
+            if wrong:
+                raise ValueError(wanted)
         allowed = {"choice": {*Metric.__args__} - _NUMBERS, "generate": _TEXTS}  # type: ignore[attr-defined]
         for metric in (self.metric, *self.metrics):
             if metric not in allowed.get(self.kind, _NUMBERS):
@@ -163,18 +196,17 @@ class TaskSpec(_Strict):
         return self
 
     def _compile(self) -> None:
-        whole = self.options if isinstance(self.options, tuple) else ()
-        one = self.options if isinstance(self.options, str) else ""
-        try:
-            for text in (self.prompt, *whole, *self.texts, *self.hub.fields.values()):
-                template(text)
-            for text in filter(None, (one, self.answer, self.references, self.group)):
-                expression(text)
-            text = self.pattern
-            compile_pattern(text)
-        except (TemplateError, PatternError) as error:
-            why = shown(str(error), 200, plain=True)
-            raise ValueError(f"a template that compiles ({why} in {shown(text)})") from error
+        one, each = (self.options, ()) if isinstance(self.options, str) else ("", self.options)
+        templates = (self.prompt, *each, *self.texts, *self.hub.fields.values())
+        expressions = filter(None, (one, self.answer, self.references, self.group))
+        parts: list[tuple[str, Callable[[str], object]]] = [(text, template) for text in templates]
+        parts += [*((text, expression) for text in expressions), (self.pattern, compile_pattern)]
+        for text, compiles in parts:
+            try:
+                compiles(text)
+            except (TemplateError, PatternError) as error:
+                why = shown(str(error), 200, plain=True)
+                raise ValueError(f"a template that compiles ({why} in {shown(text)})") from error
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -188,7 +220,7 @@ class TaskSpec(_Strict):
         """How many classes a classifier's head needs: None where rows have their own options."""
         return len(self.labels) or None
 
-    def solution(self, row: Mapping[str, Any], number: int = 0) -> int | str | float | None:
+    def solution(self, row: Row, number: int = 0) -> int | str | float | None:
         """The answer of a row, or None where it has no gold label.
 
         Raises:
@@ -208,7 +240,7 @@ class TaskSpec(_Strict):
                 raise ValueError(f"the answer is {found}, of {len(choices)} options")
             return int(found)
 
-    def render(self, row: Mapping[str, Any], number: int = 0) -> Item | None:
+    def render(self, row: Row, number: int = 0) -> Item | None:
         """A row as an item, or None where it has no gold label.
 
         Args:
@@ -236,7 +268,7 @@ class TaskSpec(_Strict):
             )
 
     @contextmanager
-    def _fitting(self, row: Mapping[str, Any], number: int) -> Iterator[None]:
+    def _fitting(self, row: Row, number: int) -> Iterator[None]:
         try:
             yield
         except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
@@ -252,7 +284,7 @@ class TaskSpec(_Strict):
                 else "rename the fields of the data, or change the templates of the task",
             ) from error
 
-    def _choices(self, row: Mapping[str, Any]) -> list[str]:
+    def _choices(self, row: Row) -> list[str]:
         if isinstance(self.options, str):
             return [str(choice) for choice in expression(self.options)(row)]
         return [template(option)(row) for option in self.options]

@@ -2,10 +2,10 @@
 
 Jinja's own sandbox keeps a template from running code. This one also keeps it from taking the
 machine's time or memory: it takes the parts of the language that fill a text from a row (no macros,
-no imports, no recursion), and each render has a budget of characters and steps, and a time. What
-could grow in one go (a product, a power, a width, a replacement) is measured before it is done.
+no imports, no recursion), and `retain.data.metering` bounds what a render may make.
 
-Beyond Jinja's filters there is ``sub(pattern, by)``, which is `re.sub`.
+A null field cannot be written, so that no text reads "None"; nor can a list or an object. Beyond
+Jinja's filters there is ``sub(pattern, by)``, which is `re.sub`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from jinja2 import (
     StrictUndefined,
@@ -28,24 +28,131 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from retain.data.metering import (
-    BITS,
-    METER,
-    STEP,
-    Meter,
-    check_call,
-    check_numbers,
-    check_widths,
-    joined,
-    replaced,
-)
-from retain.data.nulls import is_none, present
+from retain.data.metering import METER, Meter, check_call, check_number, check_widths
 from retain.data.patterns import replace_all
 
 __all__ = ["expression", "template"]
 
 LENGTH, NODES = 100_000, 5_000
 """Characters, and parts in braces, of one template, at most."""
+
+
+@lru_cache(maxsize=4096)
+def template(text: str) -> Callable[[Mapping[str, Any]], str]:
+    """A template as a function from a row to a text.
+
+    Raises:
+        jinja2.TemplateError: it does not compile, or is not taken; from the function, a field is
+            missing or null, or it goes beyond its bounds.
+    """
+    if "{" not in text and "\r" not in text:
+        return lambda fields: text
+    with _plain_errors():
+        _check_length(text)
+        compiled = _JINJA.from_string(text)
+
+    def render(fields: Mapping[str, Any]) -> str:
+        parts = []
+        with _metering(fields) as meter:
+            for part in compiled.generate(_present(fields)):
+                meter.charge(len(part))
+                parts.append(part)
+        return "".join(parts)
+
+    return render
+
+
+@lru_cache(maxsize=4096)
+def expression(text: str) -> Callable[[Mapping[str, Any]], Any]:
+    """A Jinja expression, such as ``choices.label.index(answerKey)``, as a function of a row.
+
+    Raises:
+        jinja2.TemplateError: as from `template`.
+    """
+    with _plain_errors():
+        _check_length(text)
+        compiled = _JINJA.compile_expression(text, undefined_to_none=False)
+
+    def value(fields: Mapping[str, Any]) -> Any:
+        with _metering(fields):
+            found = compiled(_present(fields))
+            if isinstance(found, Undefined):
+                str(found)  # raises, and says which field is missing
+            return list(found) if isinstance(found, Iterator) else found
+
+    return value
+
+
+def _check_length(text: str) -> None:
+    if len(text) > LENGTH:
+        raise TemplateAssertionError(f"more than {LENGTH} characters", 1)
+
+
+@contextmanager
+def _metering(fields: Mapping[str, Any]) -> Iterator[Meter]:
+    meter = Meter(fields)
+    token = METER.set(meter)
+    try:
+        with _plain_errors():
+            yield meter
+    finally:
+        METER.reset(token)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Whatever goes wrong in a template is a `jinja2.TemplateError`."""
+    try:
+        yield
+    except TemplateError:
+        raise
+    except Exception as error:
+        raise TemplateRuntimeError(f"{type(error).__name__}: {error}"[:300]) from error
+
+
+# --- null fields
+
+
+class _Null(Undefined):
+    """What stands for None in a template: false, equal to None, and an error where it is written.
+
+    ``is none``, ``or`` and the filter ``default`` work as with None.
+    """
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return _is_none(other)
+
+    __hash__ = Undefined.__hash__
+
+    def _fail(self, *_: Any) -> NoReturn:
+        self._fail_with_undefined_error()
+
+    # repr is what a list that is written asks of its parts
+    __str__ = __repr__ = __iter__ = __len__ = _fail
+
+
+def _is_none(value: object) -> bool:
+    return value is None or isinstance(value, _Null)
+
+
+def _present(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of a row with a `_Null` for each None in them, however deep."""
+    return {name: _filled(value, name) for name, value in fields.items()}
+
+
+def _filled(value: Any, name: str) -> Any:
+    if value is None:
+        return _Null(hint=f"the field {name!r} is null")
+    if isinstance(value, dict):
+        return {key: _filled(inner, f"{name}.{key}") for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_filled(inner, f"{name}[{i}]") for i, inner in enumerate(value))
+    return value
+
+
+# --- the language
 
 
 class _Bounded(NodeTransformer):
@@ -107,80 +214,52 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         meter = METER.get()
-        meter.charge(STEP)
-        if isinstance(left, int) and isinstance(right, int):
-            a, b = left.bit_length(), right.bit_length()
-            if (a + b if operator == "*" else a * right if operator == "**" else 0) > BITS:
-                raise TemplateRuntimeError("the template makes too large a number")
+        if isinstance(left, int | float) and isinstance(right, int | float):
+            check_number(operator, left, right)
         elif operator == "*":
             times, other = (left, right) if isinstance(left, int) else (right, left)
             meter.check(meter.size(other) * times if isinstance(times, int) else 0)
-        elif operator == "+":
-            meter.check(meter.size(left) + meter.size(right))
-        elif operator == "%" and isinstance(left, str):
-            check_widths(left)
-            meter.check(left.count("%") * meter.size(right))
+        else:
+            if operator == "%":
+                check_widths(left)
+            meter.check_call("format" if operator == "%" else "add", left, [right])
         return meter.made(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         meter = METER.get()
-        meter.charge(STEP)
         args = tuple(list(meter.each(a)) if isinstance(a, Iterator) else a for a in args)
         if not isinstance(__obj, Undefined):
             check_call(meter, __obj, args, kwargs)
         return meter.made(super().call(__context, __obj, *args, **kwargs))
 
 
-def _sub(text: object, pattern: object, by: object) -> str:
-    return replace_all(str(pattern), str(by), str(text), METER.get().left)
-
-
-_PLAIN_FILTERS = frozenset([
-    "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first",
-    "float", "forceescape", "groupby", "int", "items", "last", "length", "list", "lower", "map",
-    "max", "min", "reject", "rejectattr", "reverse", "round", "safe", "select", "selectattr",
-    "sort", "string", "striptags", "title", "trim", "unique", "upper", "urlencode", "wordcount",
+_FILTERS = frozenset([
+    "abs", "attr", "batch", "capitalize", "center", "count", "d", "default", "dictsort", "e",
+    "escape", "first", "float", "forceescape", "format", "groupby", "indent", "int", "items",
+    "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr",
+    "replace", "reverse", "round", "safe", "select", "selectattr", "slice", "sort", "string",
+    "striptags", "sum", "title", "tojson", "trim", "truncate", "unique", "upper", "urlencode",
+    "wordcount", "wordwrap",
 ])  # fmt: skip
-_WIDE_FILTERS = frozenset([
-    "batch", "center", "indent", "round", "slice", "tojson", "truncate", "wordwrap",
-])  # fmt: skip
-_GROWING_FILTERS = frozenset(["format", "join", "replace", "sum"])
-"""Filters: those of `_PLAIN_FILTERS` return no more than they were given, others are checked."""
 
 
 def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that is charged for what it makes."""
-    wants = getattr(function, "jinja_pass_arg", None)
-    first: Callable[[Any], tuple[Any, ...]] = {
-        "context": lambda context: (context,),
-        "eval_context": lambda context: (context.eval_ctx,),
-        "environment": lambda context: (context.environment,),
-    }.get(getattr(wants, "name", ""), lambda context: ())
+    wants = getattr(getattr(function, "jinja_pass_arg", None), "name", "")
 
     @pass_context
     def run(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         meter = METER.get()
-        meter.charge(STEP)
-        given = (*args, *kwargs.values())
-        if name in _WIDE_FILTERS:
-            check_numbers(args, kwargs)
-        if name == "indent" or name == "wordwrap":
-            lines = str(value).count("\n") + 1 if name == "indent" else len(str(value))
-            most = max((len(g) if isinstance(g, str) else int(g or 0) for g in given), default=4)
-            meter.check(len(str(value)) + lines * most)
-        elif name == "tojson":
-            meter.check(meter.size(value) * (8 + sum(g for g in given if isinstance(g, int))))
-        elif name == "format":
+        if name == "format":
             check_widths(value)
-            meter.check(str(value).count("%") * (meter.size(args) + meter.size(kwargs)))
         elif name == "join":
             value = list(meter.each(value))
-            meter.check(joined(meter, args[0] if args else kwargs.get("d", ""), value))
-        elif name == "replace":
-            meter.check(replaced(value, *args[:2]))
-        elif name == "sum" and not all(isinstance(g, int | float | str) for g in given):
+        elif name == "sum" and any(isinstance(v, list | tuple) for v in (*args, *kwargs.values())):
             raise TemplateRuntimeError("the template adds what are no numbers")
-        return meter.made(function(*first(context), value, *args, **kwargs))
+        meter.check_call(name, value, [*args, *kwargs.values()])
+        given = {"environment": context.environment, "eval_context": context.eval_ctx}
+        first = [given.get(wants, context)] if wants else []
+        return meter.made(function(*first, value, *args, **kwargs))
 
     return run
 
@@ -202,6 +281,10 @@ def _text(context: Any, values: list[Any]) -> str:
     return str(meter.made("".join(map(str, values))))
 
 
+def _sub(text: object, pattern: object, by: object) -> str:
+    return replace_all(str(pattern), str(by), str(text), METER.get().left)
+
+
 def _written(value: Any) -> Any:
     """What a template writes, which is no list or object: nobody wants to read Python's brackets.
 
@@ -221,85 +304,11 @@ def _environment() -> _Environment:
         undefined=StrictUndefined, keep_trailing_newline=True, optimized=False, cache_size=0,
         finalize=_written,
     )  # fmt: skip
-    taken = _PLAIN_FILTERS | _WIDE_FILTERS | _GROWING_FILTERS
-    made.filters = {n: _metered(n, f) for n, f in made.filters.items() if n in taken}
-    made.filters |= {"sub": _metered("sub", _sub)}
-    made.filters |= {"_each": _each, "_made": _made, "_text": _text}
-    made.tests["none"] = is_none
+    made.filters = {n: _metered(n, f) for n, f in made.filters.items() if n in _FILTERS}
+    made.filters |= {"sub": _metered("sub", _sub), "_each": _each, "_made": _made, "_text": _text}
+    made.tests["none"] = _is_none
     made.globals = {"range": safe_range, "dict": dict, "namespace": Namespace}
     return made
 
 
 _JINJA = _environment()
-
-
-@lru_cache(maxsize=4096)
-def template(text: str) -> Callable[[Mapping[str, Any]], str]:
-    """A template as a function from a row to a text.
-
-    Raises:
-        jinja2.TemplateError: it does not compile, or is not taken; from the function, a field is
-            missing or null, or it goes beyond its bounds.
-    """
-    if "{" not in text and "\r" not in text:
-        return lambda fields: text
-    with _plain_errors():
-        _check_length(text)
-        compiled = _JINJA.from_string(text)
-
-    def render(fields: Mapping[str, Any]) -> str:
-        with _plain_errors(), _metering(fields) as meter:
-            parts = []
-            for part in compiled.generate(present(fields)):
-                meter.charge(len(part))
-                parts.append(part)
-            return "".join(parts)
-
-    return render
-
-
-@lru_cache(maxsize=4096)
-def expression(text: str) -> Callable[[Mapping[str, Any]], Any]:
-    """A Jinja expression, such as ``choices.label.index(answerKey)``, as a function of a row.
-
-    Raises:
-        jinja2.TemplateError: as from `template`.
-    """
-    with _plain_errors():
-        _check_length(text)
-        compiled = _JINJA.compile_expression(text, undefined_to_none=False)
-
-    def value(fields: Mapping[str, Any]) -> Any:
-        with _plain_errors(), _metering(fields):
-            found = compiled(present(fields))
-            if isinstance(found, Undefined):
-                str(found)  # raises, and says which field is missing
-            return list(found) if isinstance(found, Iterator) else found
-
-    return value
-
-
-def _check_length(text: str) -> None:
-    if len(text) > LENGTH:
-        raise TemplateAssertionError(f"more than {LENGTH} characters", 1)
-
-
-@contextmanager
-def _metering(fields: Mapping[str, Any]) -> Iterator[Meter]:
-    meter = Meter(fields)
-    token = METER.set(meter)
-    try:
-        yield meter
-    finally:
-        METER.reset(token)
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Whatever goes wrong in a template is a `jinja2.TemplateError`."""
-    try:
-        yield
-    except TemplateError:
-        raise
-    except Exception as error:
-        raise TemplateRuntimeError(f"{type(error).__name__}: {error}"[:300]) from error

@@ -8,18 +8,17 @@ what the post-processor would write is put around them here, each once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from retain.errors import SourceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Ends", "beginning", "ends_of", "need", "plain", "tokenize"]
+__all__ = ["Ends", "beginning", "ends_of", "fit_prompt", "need", "plain", "room_for", "tokenize"]
 
-_CHARACTERS = 4096
-_PER_TOKEN = 16
-"""Characters that are read at first for each token that is wanted: several times what it takes."""
+_GAP = " ... "
+_SMALL = 32  # below so many tokens the gap would cost too much
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,11 @@ def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def room_for(count: int) -> int:
+    """Characters that are read at first for so many tokens: several times what it takes."""
+    return max(4096, 16 * count)
+
+
 def beginning(
     tokenizer: PreTrainedTokenizerBase, text: str, count: int | None
 ) -> tuple[list[int], int]:
@@ -78,7 +82,7 @@ def beginning(
         The tokens, without special tokens, and how many more there are about.
     """
     if count is not None:
-        size = max(_CHARACTERS, _PER_TOKEN * count)
+        size = room_for(count)
         while size < len(text):
             ids = plain(tokenizer, text[:size])
             if len(ids) >= 2 * count:
@@ -110,3 +114,36 @@ def need(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
             fix="pass tokenizer=..., or load the model by a name that has one",
         )
     return tokenizer
+
+
+def fit_prompt(
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    room: int,
+    truncate: Literal["left", "middle"] = "left",
+) -> str:
+    """A prompt of at most `room` tokens, cut as text so that training and scoring read the same.
+
+    Args:
+        prompt: the text.
+        tokenizer: its special tokens count and are never cut.
+        room: tokens; where not one of the prompt's fits, nothing is left of it.
+        truncate: where to cut: the beginning or the middle. There " ... " stands for what is left
+            out; a room of less than 32 tokens is filled from the end all the same.
+    """
+    whole = len(tokenize(tokenizer, prompt))
+    if whole <= room:
+        return prompt
+    if tokenizer.is_fast:
+        found = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        ends = [int(end) for _, end in found["offset_mapping"]]
+    else:
+        count = len(plain(tokenizer, prompt))
+        ends = [round(len(prompt) * (i + 1) / count) for i in range(count)]
+    for keep in range(room - (whole - len(ends)), 0, -1):
+        head = keep // 2 if truncate == "middle" and room >= _SMALL else 0
+        tail = prompt[ends[len(ends) - (keep - head) - 1] :]
+        text = (prompt[: ends[head - 1]] + _GAP if head else "") + tail.lstrip()
+        if len(tokenize(tokenizer, text)) <= room:
+            return text
+    return ""

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from retain.data.knowledge import knowledge_items
-from retain.data.problems import Problem, final_number
-from retain.data.tasks import ask, recall
+from retain.data.problems import Problem, ask, final_number, recall
 from retain.evaluation.generation import generate
 from retain.evaluation.ranking import rank_options
 

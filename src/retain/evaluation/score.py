@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from retain.data.batches import Example, batches
-from retain.data.fitting import fit_prompt
-from retain.data.items import Item
 from retain.data.patterns import PatternError, first_match
+from retain.data.specs import Item
+from retain.data.tokens import fit_prompt
 from retain.errors import ConfigError, SourceError, shown, unknown
 from retain.evaluation.generation import generate
 from retain.evaluation.metrics import METRICS, TEXT_METRICS, compute, row_scores

@@ -21,9 +21,8 @@ from retain.curvature.artifact import load_curvature
 from retain.curvature.curvature import Curvature
 from retain.curvature.fit.fit import fit_curvature
 from retain.data.batches import Example
-from retain.data.problems import Problem, word_problems
+from retain.data.problems import Problem, problem_examples, word_problems
 from retain.data.sources import encode
-from retain.data.tasks import problem_examples
 from retain.documents import read_json
 from retain.errors import CurvatureError
 from retain.evaluation.forgetting import Reference

@@ -9,8 +9,7 @@ from torch import nn
 
 from retain.data.batches import Example, batches
 from retain.data.knowledge import general_questions
-from retain.data.problems import Problem
-from retain.data.tasks import ask, problem_examples
+from retain.data.problems import Problem, ask, problem_examples
 from retain.evaluation.forgetting import Reference, answer_loss
 from retain.evaluation.generation import generate
 from retain.evaluation.probes import knowledge_score, problem_score

@@ -90,7 +90,7 @@ def fit_curvature(
         model: a PEFT model with LoRA on linear layers, or a plain one to be trained in full; a
             causal or sequence-classification head.
         source: ``"self"`` (text that the base model samples), a file, a folder, a data set, a
-            table, a list or a stream; see `retain.data.readers.read_rows`, and docs/data.md for
+            table, a list or a stream; see `retain.data.sources.read_rows`, and docs/data.md for
             the columns. A list of `Example` is taken as it is.
         structure: see `retain.types.Structure` and docs/curvature.md.
         tokenizer: for text; not needed for rows with ``input_ids``. A model loaded from a name

@@ -1,4 +1,4 @@
-"""Rows that know where they come from, so that an error can name the line."""
+"""Rows: columns by name, and where they come from, so that an error can name the line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 from retain.errors import SourceError
 
-__all__ = ["Passage", "PlacedRow", "as_row", "half_character", "place_of"]
+__all__ = ["Passage", "PlacedRow", "Row", "as_row", "check_characters", "place_of"]
+
+Row = Mapping[str, Any]
 
 _LABELS = frozenset({"label", "labels"})
 
@@ -25,9 +27,7 @@ class PlacedRow(dict[str, Any]):
 
     __slots__ = ("number", "path", "unit")
 
-    def __init__(
-        self, fields: Mapping[str, Any], number: int, unit: str = "row", path: Path | None = None
-    ) -> None:
+    def __init__(self, fields: Row, number: int, unit: str = "row", path: Path | None = None):
         super().__init__(fields)
         self.number, self.unit, self.path = number, unit, path
 
@@ -37,8 +37,7 @@ class PlacedRow(dict[str, Any]):
     @property
     def place(self) -> str:
         """Such as ``line 7 of train.jsonl``."""
-        where = "" if self.path is None else f" of {self.path.name}"
-        return f"{self.unit} {self.number}{where}"
+        return f"{self.unit} {self.number}" + (f" of {self.path.name}" if self.path else "")
 
 
 class Passage(PlacedRow):
@@ -52,7 +51,7 @@ class Passage(PlacedRow):
         return self.number == 0
 
 
-def place_of(row: Mapping[str, Any], number: int) -> str:
+def place_of(row: Row, number: int) -> str:
     """Where a row stands in its source; ``row NUMBER`` if it does not say."""
     return str(getattr(row, "place", f"row {number}"))
 
@@ -64,7 +63,7 @@ def as_row(value: object, number: int, unit: str = "row", path: Path | None = No
     where it may also be the result of a wrong computation.
 
     Raises:
-        SourceError: the value is neither, or its keys are not all strings.
+        SourceError: the value is neither, its keys are not all strings, or half a character.
     """
     if isinstance(value, PlacedRow):
         return value
@@ -74,27 +73,18 @@ def as_row(value: object, number: int, unit: str = "row", path: Path | None = No
     if not isinstance(value, Mapping):
         raise SourceError(
             f"{where} is neither a mapping nor a text",
-            got=f"{_article(value)}: {value!r:.60}" if value is not None else "None",
+            got="None" if value is None else f"{_kind(value)}: {value!r:.60}",
             allowed="a dictionary such as {'text': ...}, or a string",
             fix=_mend(value),
         )
-    strange = next((key for key in value if not isinstance(key, str)), None)
-    if strange is not None or None in value:
+    if not all(isinstance(key, str) for key in value):
         raise SourceError(
             f"{where} has a key that is no string",
-            got=repr(strange),
+            got=repr(next(key for key in value if not isinstance(key, str))),
             allowed="names of columns as keys",
             fix="give {'text': ...} for each row",
         )
-    half = half_character(value)
-    if half is not None:
-        raise SourceError(
-            f"{where} holds half a character",
-            got=ascii(half)[:60],
-            allowed="whole characters: an emoji is two such halves in JSON",
-            fix="text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace'), or take the "
-            "row out",
-        )
+    check_characters(value, where)
     row = PlacedRow(value, number, unit, path)
     for key, found in value.items():
         if isinstance(found, float) and math.isnan(found) and key not in _LABELS:
@@ -102,28 +92,33 @@ def as_row(value: object, number: int, unit: str = "row", path: Path | None = No
     return row
 
 
-def half_character(value: object) -> str | None:
-    r"""The text in a value that holds half a character, such as ``\ud83d`` alone; else None.
+def check_characters(value: object, where: str = "a text") -> None:
+    r"""Refuses half a character, such as ``\ud83d`` alone: JSON can write it, nothing reads it.
 
-    JSON can write it, and no tokenizer can read it.
+    Raises:
+        SourceError: there is one, however deep in the value.
     """
-    if isinstance(value, str):
-        if value.isascii():
-            return None
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            return value
-        return None
     inner: Iterable[object] = ()
-    if isinstance(value, Mapping):
+    if isinstance(value, str):
+        try:
+            value.isascii() or value.encode()
+        except UnicodeEncodeError as error:
+            raise SourceError(
+                f"{where} holds half a character (a lone surrogate)",
+                got=f"{value[error.start]!r} at character {error.start + 1}",
+                allowed="whole characters: an emoji is two such halves in JSON",
+                fix="text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace'), or take "
+                "the row out",
+            ) from error
+    elif isinstance(value, Mapping):
         inner = [*value.keys(), *value.values()]
     elif isinstance(value, list | tuple) and not isinstance(next(iter(value), 0), int | float):
         inner = value  # and no list of tokens
-    return next((found for found in map(half_character, inner) if found is not None), None)
+    for each in inner:
+        check_characters(each, where)
 
 
-def _article(value: object) -> str:
+def _kind(value: object) -> str:
     name = type(value).__name__
     return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
 
@@ -131,12 +126,13 @@ def _article(value: object) -> str:
 def _mend(value: object) -> str:
     if isinstance(value, bytes | bytearray):
         return "decode it: row.decode('utf-8')"
-    if isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[0], str):
-        return "rows = [{'text': text, 'label': label} for text, label in rows]"
-    if isinstance(value, tuple | list) and value and all(isinstance(v, int) for v in value):
-        return "rows = [{'input_ids': ids} for ids in rows]"
-    if isinstance(value, tuple | list) and value and all(isinstance(v, Mapping) for v in value):
-        return "rows = [{'messages': chat} for chat in rows]"
+    if isinstance(value, tuple | list) and value:
+        if len(value) == 2 and isinstance(value[0], str):
+            return "rows = [{'text': text, 'label': label} for text, label in rows]"
+        if all(isinstance(v, int) for v in value):
+            return "rows = [{'input_ids': ids} for ids in rows]"
+        if all(isinstance(v, Mapping) for v in value):
+            return "rows = [{'messages': chat} for chat in rows]"
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "leave the row out"
     return "give {'text': ...} for each row"

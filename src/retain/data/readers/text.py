@@ -2,8 +2,7 @@
 
 A file is divided into blocks of one length, moved to the next end of a paragraph, line or word, so
 that the blocks make up the whole text and share nothing. Of the blocks that are drawn only the
-first tokens are used (`retain.data.passages`), so a draw needs the memory of what is drawn, however
-large the file.
+first tokens are used, so a draw needs the memory of what is drawn, however large the file.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from retain.data.filetypes.opened import COMPRESSIONS, decoded, open_bytes, size_of
-from retain.data.placed import Passage, PlacedRow
+from retain.data.readers.opened import COMPRESSIONS, decoded, open_bytes, size_of
+from retain.data.rows import Passage, PlacedRow
 
 __all__ = ["Text", "block_length"]
 
@@ -39,24 +38,18 @@ def block_length(size: int, limit: int, max_length: int | None) -> int:
 
 
 class Text:
-    """A file of plain text in blocks.
-
-    Args:
-        path: of the file.
-    """
+    """A file of plain text in blocks; at first in one."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size = size_of(path)
+        self.path, self.size = path, size_of(path)
         self._count = min(1, self.size)
 
-    def whole(self) -> PlacedRow | None:
-        """The text as one row, which is packed into rows of tokens; None if it is blank."""
+    def whole(self) -> list[PlacedRow]:
+        """The text as one row, which is packed into rows of tokens; none if it is blank."""
         with open_bytes(self.path) as file:
             text = _text(file.read(), self.path, True)
-        return (
-            PlacedRow({"text": text, "pack": True}, 1, "row", self.path) if text.strip() else None
-        )
+        row = PlacedRow({"text": text, "pack": True}, 1, "row", self.path)
+        return [row] if text.strip() else []
 
     def divide(self, length: int) -> None:
         """Sets the bytes of a block: so many, or more, so that all are alike."""
@@ -77,7 +70,7 @@ class Text:
                 held, begin = held[start - begin :], start
                 if not held:
                     at = _forward(file, self.path, at, start)
-                more = _read(file, end - start + length - len(held))  # and the next one's break
+                more = file.read(end - start + length - len(held))  # and the next one's break
                 held, at = held + more, at + len(more)
                 first = 0 if place == 0 else _break(held, length)
                 last = end - start
@@ -105,15 +98,6 @@ def _forward(file: IO[bytes], path: Path, at: int, to: int) -> int:
     """Moves on in a file that may be compressed."""
     if path.suffix.lower() not in COMPRESSIONS:
         return file.seek(to)
-    while at < to:
-        at += len(_read(file, min(_CHUNK, to - at)))
+    while at < to and (passed := len(file.read(min(_CHUNK, to - at)))):
+        at += passed
     return at
-
-
-def _read(file: IO[bytes], count: int) -> bytes:
-    """So many bytes, fewer only at the end of the file."""
-    parts, missing = [], count
-    while missing > 0 and (part := file.read(missing)):
-        parts.append(part)
-        missing -= len(part)
-    return b"".join(parts)

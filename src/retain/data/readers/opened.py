@@ -10,24 +10,27 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
+
+import pyarrow
 
 from retain.errors import SourceError
 
-__all__ = [
-    "COMPRESSIONS",
-    "check_head",
-    "decoded",
-    "open_bytes",
-    "open_text",
-    "reading",
-    "size_of",
-]
+__all__ = ["COMPRESSIONS", "check_head", "decoded", "open_bytes", "open_text", "reading", "size_of"]
 
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
-_CHUNK = 1 << 20
-_HEAD = 1 << 16
+def _open_zstd(path: Path, mode: str) -> IO[bytes]:
+    stream = pyarrow.input_stream(str(path), compression="zstd")
+    return io.BufferedReader(cast(io.RawIOBase, stream), _CHUNK)
+
+
+_OPENERS: dict[str, tuple[Callable[..., Any], str]] = {
+    ".gz": (gzip.open, "gzip"), ".bz2": (bz2.open, "bzip2"), ".xz": (lzma.open, "xz"),
+    ".zst": (_open_zstd, "zstd"),
+}  # fmt: skip
+COMPRESSIONS = tuple(_OPENERS)
+
+_CHUNK, _HEAD = 1 << 20, 1 << 16
 _UTF8 = "utf-8-sig"  # Excel and PowerShell begin a file with a byte order mark
 
 _MAGIC = (
@@ -37,14 +40,14 @@ _MAGIC = (
     (b"\x28\xb5\x2f\xfd", "zstd data", ".zst"),
     (b"PAR1", "Parquet data", ".parquet"),
     (b"ARROW1", "Arrow data", ".arrow"),
-)
-_OTHERS = (
     (b"PK\x03\x04", "a zip archive or an Office document", "unpack it, or save it as CSV UTF-8"),
     (b"%PDF", "a PDF", "extract its text"),
     (b"\xd0\xcf\x11\xe0", "an old Office document", "save it as CSV UTF-8"),
     (b"SQLite format 3", "an SQLite database", "export the table as CSV"),
     (b"version https://git-lfs", "a Git LFS pointer, not the data", "git lfs pull"),
 )
+"""How files begin; what they are; the suffix that they should have, or what to do."""
+
 _WESTERN = 0.3
 """Letters that are no ASCII, as a share: fewer in Western texts, more in others."""
 _WIDE = (
@@ -57,18 +60,8 @@ _WIDE = (
 
 def open_bytes(path: Path) -> IO[bytes]:
     """A file's bytes, decompressed."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    if suffix == ".bz2":
-        return cast(IO[bytes], bz2.open(path, "rb"))
-    if suffix == ".xz":
-        return cast(IO[bytes], lzma.open(path, "rb"))
-    if suffix == ".zst":
-        import pyarrow
-
-        stream = pyarrow.input_stream(str(path), compression="zstd")
-        return io.BufferedReader(cast(io.RawIOBase, stream), _CHUNK)
+    if path.suffix.lower() in _OPENERS:
+        return cast(IO[bytes], _OPENERS[path.suffix.lower()][0](path, "rb"))
     return path.open("rb")
 
 
@@ -93,15 +86,13 @@ def decoded(raw: bytes, path: Path, first: bool) -> str:
         UnicodeDecodeError: it is no UTF-8.
     """
     if b"\x00" in raw:
-        raise _nul(path)
+        raise nul(path)
     return raw.decode(_UTF8 if first else "utf-8")
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Whatever reading a file may raise, as a `SourceError` that names the place."""
-    import pyarrow
-
     try:
         yield
     except UnicodeDecodeError as error:
@@ -138,87 +129,70 @@ def check_head(path: Path) -> None:
     Raises:
         SourceError: it is.
     """
-    packed = path.suffix.lower()
+    own = path.suffix.lower()
     with path.open("rb") as file:
         start = file.read(_HEAD)
-    for magic, what, suffix in _MAGIC:
-        if start.startswith(magic) and suffix != packed:
-            whole = path.name + suffix if suffix in COMPRESSIONS else f"{path.stem}{suffix}"
+    for magic, what, better in _MAGIC:
+        if start.startswith(magic) and better != own:
+            whole = path.name + better if better in COMPRESSIONS else f"{path.stem}{better}"
             raise SourceError(
-                f"{path} is not what its name says", got=what, allowed=f"a name in {suffix}",
-                fix=f"mv {path} {path.with_name(whole)}",
-            )  # fmt: skip
-    for magic, what, fix in _OTHERS:
-        if start.startswith(magic):
-            raise SourceError(
-                f"{path} is not what its name says", got=what, allowed="text or Parquet", fix=fix
+                f"{path} is not what its name says",
+                got=what,
+                allowed="a name that says it, or text or Parquet",
+                fix=f"mv {path} {path.with_name(whole)}" if better[0] == "." else better,
             )
-    if packed in {".parquet", ".arrow", ".feather"} or not start:
+    if own in {".parquet", ".arrow"} or not start:
         return
-    if packed in COMPRESSIONS:
-        with open_bytes(path) as packed_file:
-            start = packed_file.read(_HEAD)
-    for mark, name in _WIDE:
-        if start.startswith(mark):
-            raise _wide(path, name)
-    if b"\x00" in start:
-        half = len(start) // 2 or 1
-        for name, side in (("UTF-16LE", start[1::2]), ("UTF-16BE", start[::2])):
-            if side.count(0) > 0.4 * half:
-                raise _wide(path, name)
-        raise _nul(path)
+    if own in COMPRESSIONS:
+        with open_bytes(path) as packed:
+            start = packed.read(_HEAD)
+    wide = next((name for mark, name in _WIDE if start.startswith(mark)), None)
+    if wide is None and b"\x00" in start:
+        sides = (("UTF-16LE", start[1::2]), ("UTF-16BE", start[::2]))
+        wide = next((n for n, side in sides if side.count(0) > 0.4 * (len(start) // 2 or 1)), None)
+        if wide is None:
+            raise nul(path)
+    if wide is not None:
+        what, fix = f"{path} is not in UTF-8", _iconv(path, wide)
+        raise SourceError(what, got=wide, allowed="UTF-8", fix=fix)
 
 
-def _wide(path: Path, name: str) -> SourceError:
-    return SourceError(f"{path} is not in UTF-8", got=name, allowed="UTF-8", fix=_iconv(path, name))
-
-
-def _nul(path: Path) -> SourceError:
-    number = _first_line(path, lambda line: b"\x00" not in line)
+def nul(path: Path, number: int | None = None) -> SourceError:
+    """The error for a NUL byte; without the line's number it is looked for."""
+    if number is None:
+        with open_bytes(path) as file:
+            number = next((n for n, line in enumerate(file, start=1) if b"\x00" in line), 1)
     return SourceError(
         f"line {number} of {path} holds a NUL byte",
         got="binary data, or a file that was damaged",
         allowed="text in UTF-8",
-        fix=f"look at the line: sed -n {number}p {path.name} | cat -v; then remove the byte",
+        fix=f"look at the line: sed -n {number}p {path} | cat -v; then remove the byte",
     )
 
 
 def _encoding(path: Path) -> SourceError:
     """What is said of a file that is no UTF-8, with the line and a guess."""
-
-    def sound(line: bytes) -> bool:
-        try:
-            line.decode(_UTF8)
-        except UnicodeDecodeError:
-            return False
-        return True
-
-    number, line, last = _first_line(path, sound), b"", False
     with open_bytes(path) as file:
         some = file.read(_HEAD)
+    number, line, byte = 1, b"", "bytes that are no UTF-8"
     with open_bytes(path) as file:
-        for _ in range(number):
-            line = file.readline()
-        last = not file.read(1)
-    try:
-        line.decode("utf-8")
-        place = 0
-    except UnicodeDecodeError as error:
-        place = error.start
-        if last and "unexpected end" in error.reason:
-            return SourceError(
-                f"{path} ends in the middle of a character",
-                got=f"line {number}, its last, cut off after {len(line)} bytes",
-                allowed="a whole file",
-                fix="download or write it again",
-            )
-    byte = f"byte 0x{line[place]:02x} in line {number}" if line else "bytes that are no UTF-8"
-    some += line
-    high = sum(value >= 0x80 for value in some)
-    letters = sum(value >= 0x80 or chr(value).isalpha() for value in some) or 1
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                if not file.read(1) and "unexpected end" in error.reason:
+                    return SourceError(
+                        f"{path} ends in the middle of a character",
+                        got=f"line {number}, its last, cut off after {len(line)} bytes",
+                        allowed="a whole file",
+                        fix="download or write it again",
+                    )
+                byte = f"byte 0x{line[error.start]:02x} in line {number}"
+                break
+    letters = [value for value in some + line if value >= 0x80 or chr(value).isalpha()]
+    western = sum(value >= 0x80 for value in letters) < _WESTERN * max(1, len(letters))
     try:
         line.decode("cp1252")
-        western = high / letters < _WESTERN
     except UnicodeDecodeError:
         western = False
     return SourceError(
@@ -232,18 +206,9 @@ def _encoding(path: Path) -> SourceError:
 
 
 def _iconv(path: Path, name: str) -> str:
-    packed = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
+    packed = path.suffix.lower() in COMPRESSIONS
     inner = path.with_suffix("") if packed else path
     out = inner.with_name(f"{inner.stem}.utf8{inner.suffix}")
     if not packed:
         return f"iconv -f {name} -t UTF-8 {path} > {out}"
-    tool = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}[packed]
-    return f"{tool} -dc {path} | iconv -f {name} -t UTF-8 > {out}"
-
-
-def _first_line(path: Path, sound: Callable[[bytes], bool]) -> int:
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not sound(line):
-                return number
-    return 1
+    return f"{_OPENERS[path.suffix.lower()][1]} -dc {path} | iconv -f {name} -t UTF-8 > {out}"

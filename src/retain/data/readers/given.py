@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 from retain.data.draws import draw, draw_from
-from retain.data.filetypes.columns import check_names
-from retain.data.placed import PlacedRow, as_row
+from retain.data.readers.tables import check_names
+from retain.data.rows import PlacedRow, as_row
 from retain.errors import RetainWarning, SourceError
 
 __all__ = ["STREAMED", "given_rows"]
@@ -18,26 +19,38 @@ STREAMED = 10_000
 """Rows of a stream that a draw looks at; or eight times as many as are wanted, if that is more."""
 
 _PLAIN = frozenset({"numpy", "torch", "pandas", "arrow", "polars", "jax", "tensorflow"})
+_ALLOWED = "a data set, a list of dictionaries or strings, a table, a path"
 
 
 def given_rows(source: Any, limit: int | None, seed: int) -> list[PlacedRow]:
-    """The rows of a data set, a list, a table or a stream; see `retain.data.readers.read_rows`.
+    """The rows of a data set, a list, a table or a stream; see `retain.data.sources.read_rows`.
 
     Raises:
         SourceError: it holds no rows, or a row is neither a mapping nor a text.
     """
-    _refuse(source)
-    if _is(source, "pandas", "Series"):
+    if isinstance(source, Mapping):
+        raise _mapping(source)
+    fix = next((fix for holds, fix in _NOT_ROWS if holds(source)), None)
+    if fix is not None:
+        raise SourceError("the source holds no rows", got=_named(source), allowed=_ALLOWED, fix=fix)
+    saved = _is(source, "datasets", "Dataset")
+    if saved and source.format["type"] in _PLAIN:
+        source = source.with_format(None, columns=source.format["columns"])
+    elif _is(source, "pandas", "Series"):
         source = source.tolist()
-    if _is(source, "datasets", "Dataset"):
-        if source.format["type"] in _PLAIN:
-            source = source.with_format(None, columns=source.format["columns"])
     elif _is(source, "datasets", "IterableDataset"):
         source = source.with_format(None)
-    elif any(hasattr(source, f"__arrow_c_{kind}__") for kind in ("stream", "array")):
+    elif not saved and any(hasattr(source, f"__arrow_c_{kind}__") for kind in ("stream", "array")):
         return _table(source, limit, seed)
-    if _by_number(source):
-        return _numbered(source, limit, seed)
+    if (
+        hasattr(source, "__len__")
+        and hasattr(source, "__getitem__")
+        and not _is(source, "torch.utils.data", "IterableDataset")
+    ):
+        places = draw(len(source), limit, seed)
+        if len(places) == len(source) and (saved or isinstance(source, list | tuple)):
+            return [as_row(row, number) for number, row in enumerate(source, start=1)]
+        return [as_row(source[place], place + 1) for place in places]
     try:
         stream = iter(source)
     except TypeError as error:
@@ -50,36 +63,22 @@ def given_rows(source: Any, limit: int | None, seed: int) -> list[PlacedRow]:
     return _streamed(stream, limit, seed)
 
 
-_ALLOWED = "a data set, a list of dictionaries or strings, a table, a path"
-
-
-def _numbered(source: Any, limit: int | None, seed: int) -> list[PlacedRow]:
-    places = draw(len(source), limit, seed)
-    whole = isinstance(source, list | tuple) or _is(source, "datasets", "Dataset")
-    if whole and len(places) == len(source):  # a data set reads many rows at once this way
-        return [as_row(row, number) for number, row in enumerate(source, start=1)]
-    return [as_row(source[place], place + 1) for place in places]
-
-
 def _table(source: Any, limit: int | None, seed: int) -> list[PlacedRow]:
     """The rows of a table of pandas, Polars, Arrow or whatever else gives itself to Arrow."""
     import pyarrow
 
     try:
         if _is(source, "pandas", "DataFrame"):
-            check_names(
-                [str(name) for name in source.columns],
-                "the data frame",
-                "frame.columns = [...]",
-            )
+            check_names([str(n) for n in source.columns], "the data frame", "frame.columns = [...]")
             places = draw(len(source), limit, seed)
             some = source if len(places) == len(source) else source.iloc[list(places)]
             table = pyarrow.Table.from_pandas(some, preserve_index=False)
         else:
-            whole = pyarrow.table(source)
-            check_names(whole.schema.names, "the table")
-            places = draw(whole.num_rows, limit, seed)
-            table = whole if len(places) == whole.num_rows else whole.take(list(places))
+            table = pyarrow.table(source)
+            fix = "table.rename_columns([...]) in pyarrow"
+            check_names(table.schema.names, "the table", fix)
+            places = draw(table.num_rows, limit, seed)
+            table = table if len(places) == table.num_rows else table.take(list(places))
         rows = table.to_pylist()
     except (pyarrow.ArrowException, TypeError, ValueError, KeyError) as error:
         raise SourceError(
@@ -95,9 +94,8 @@ def _streamed(stream: Iterator[Any], limit: int | None, seed: int) -> list[Place
     if limit is None:
         return [as_row(row, number) for number, row in enumerate(stream, start=1)]
     most = max(STREAMED, 8 * limit)
-    first = _First(stream, most)
-    found = draw_from(first, limit, seed)
-    if first.more():
+    found = draw_from(itertools.islice(stream, most), limit, seed)
+    if next(stream, found) is not found:
         warnings.warn(
             f"the source is a stream: {limit} rows are drawn from its first {most}; shuffle it "
             "first if its order means something, or give a data set with a length",
@@ -105,31 +103,6 @@ def _streamed(stream: Iterator[Any], limit: int | None, seed: int) -> list[Place
             stacklevel=2,
         )
     return [as_row(row, place + 1) for place, row in found]
-
-
-class _First:
-    """The first rows of a stream, and whether there are more."""
-
-    def __init__(self, stream: Iterator[Any], most: int) -> None:
-        self._stream, self._most = stream, most
-
-    def __iter__(self) -> Iterator[Any]:
-        for _ in range(self._most):
-            try:
-                yield next(self._stream)
-            except StopIteration:
-                self._most = 0
-                return
-
-    def more(self) -> bool:
-        return self._most > 0 and next(self._stream, self) is not self
-
-
-def _by_number(source: Any) -> bool:
-    """Whether rows can be asked for by number."""
-    if _is(source, "torch.utils.data", "IterableDataset"):
-        return False
-    return hasattr(source, "__len__") and hasattr(source, "__getitem__")
 
 
 def _is(source: object, package: str, *names: str) -> bool:
@@ -140,28 +113,13 @@ def _is(source: object, package: str, *names: str) -> bool:
     )
 
 
-def _refuse(source: Any) -> None:
-    """Refuses what can be iterated over and yet holds no rows.
-
-    Raises:
-        SourceError: it is such a thing.
-    """
-    if isinstance(source, Mapping):
-        raise _mapping(source)
-    for holds, fix in _NOT_ROWS:
-        if holds(source):
-            raise SourceError(
-                "the source holds no rows", got=_named(source), allowed=_ALLOWED, fix=fix
-            )
-
-
 def _mapping(source: Mapping[Any, Any]) -> SourceError:
     """What is said of a mapping: splits, columns, or one row."""
     kind, names = type(source).__name__, ", ".join(map(str, source)) or "nothing"
     values = list(source.values())
     splits = [v for v in values if _is(v, "datasets", "Dataset", "IterableDataset")]
     lists = [v for v in values if isinstance(v, list | tuple) and v and isinstance(v[0], Mapping)]
-    known = [n for n in source if n in {"train", "test", "validation"}]
+    known = source.keys() & {"train", "test", "validation"}
     if kind in {"DatasetDict", "IterableDatasetDict"} or splits or (known and lists):
         first = "train" if "train" in source else next(iter(source), "train")
         return SourceError(
@@ -170,8 +128,11 @@ def _mapping(source: Mapping[Any, Any]) -> SourceError:
             allowed="one split",
             fix=f"pick a split: source[{first!r}]",
         )
-    sizes = {len(v) if _is_column(v) else None for v in values}
-    columns = bool(values) and len(sizes) == 1 and None not in sizes
+    sizes = {
+        len(v) if hasattr(v, "__len__") and not isinstance(v, str | bytes | Mapping) else None
+        for v in values
+    }
+    columns = len(sizes) == 1 and None not in sizes
     one = "[source] if it is one row"
     return SourceError(
         f"the source is {'columns, not rows' if columns else 'one row, not a list of rows'}",
@@ -179,10 +140,6 @@ def _mapping(source: Mapping[Any, Any]) -> SourceError:
         allowed="rows, one after the other",
         fix=f"datasets.Dataset.from_dict(dict(source)); {one}" if columns else one,
     )
-
-
-def _is_column(value: Any) -> bool:
-    return hasattr(value, "__len__") and not isinstance(value, str | bytes | Mapping)
 
 
 def _named(source: Any) -> str:

@@ -1,24 +1,17 @@
-"""Which files a path names, and what each of them is."""
+"""Which files a path names, and what each of them is by its name."""
 
 from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from retain.data.filetypes.columns import Arrow, Parquet
-from retain.data.filetypes.delimited import Delimited
-from retain.data.filetypes.documents import Documents
-from retain.data.filetypes.lines import Lines
-from retain.data.filetypes.opened import COMPRESSIONS, check_head
-from retain.data.filetypes.text import Text
+from retain.data.readers.opened import COMPRESSIONS
 from retain.errors import SourceError
 
-__all__ = ["KINDS", "Reader", "files_of", "kind_of", "open_file"]
-
-Reader = Text | Lines | Documents | Delimited | Parquet | Arrow
+__all__ = ["KINDS", "files_of", "kind_of"]
 
 _SUFFIXES = {
     ".txt": ".txt", ".md": ".txt", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".json": ".json",
@@ -38,37 +31,25 @@ _SPLITS = frozenset(
     | {"eval", "evaluation", "heldout", "held_out"}
 )
 _LOOKED = 10_000  # files and folders that are looked at for advice
+_MENDED = {
+    ".jsonlines": ".jsonl", ".text": ".txt", ".log": ".txt", ".json5": ".json", ".tab": ".tsv",
+    ".pq": ".parquet",
+    ".xlsx": "save it as CSV UTF-8", ".xls": "save it as CSV UTF-8", ".zip": "unpack it",
+    ".tar": "unpack it", ".tgz": "unpack it",
+    ".pkl": "pickles run code: write it as JSON Lines or Parquet",
+    ".pickle": "pickles run code: write it as JSON Lines or Parquet",
+    ".safetensors": "give text; a curvature goes to --curvature",
+}  # fmt: skip
+"""Suffixes that are not read: the one to take, or what to do."""
 
-KINDS = (
-    f"{', '.join(s for s in _SUFFIXES)} (all but the last two also compressed: "
-    f"{', '.join(COMPRESSIONS)})"
-)
+KINDS = f"{', '.join(_SUFFIXES)} (all but the last two also compressed: {', '.join(COMPRESSIONS)})"
 
 
 def kind_of(path: Path) -> str | None:
     """What a file is by its name, such as ".jsonl"; None if it is nothing that can be read."""
-    suffixes = [s.lower() for s in path.suffixes[-2:]]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        kind = _SUFFIXES.get(suffixes[0]) if len(suffixes) == 2 else None
-        return None if kind in _BINARY else kind
-    return _SUFFIXES.get(suffixes[-1]) if suffixes else None
-
-
-def open_file(path: Path) -> Reader:
-    """A file as something to read rows from.
-
-    Raises:
-        SourceError: its columns are not sound.
-        OSError, ValueError: it cannot be read.
-    """
-    check_head(path)
-    kind = kind_of(path)
-    if kind in {".csv", ".tsv"}:
-        return Delimited(path, kind == ".tsv")
-    made: dict[str | None, Callable[[Path], Reader]] = {
-        ".txt": Text, ".jsonl": Lines, ".json": Documents, ".parquet": Parquet, ".arrow": Arrow
-    }  # fmt: skip
-    return made[kind](path)
+    packed = path.suffix.lower() in COMPRESSIONS
+    kind = _SUFFIXES.get((path.with_suffix("") if packed else path).suffix.lower())
+    return None if packed and kind in _BINARY else kind
 
 
 def files_of(source: str | Path) -> list[Path]:
@@ -80,9 +61,7 @@ def files_of(source: str | Path) -> list[Path]:
     """
     path = Path(source).expanduser()
     if path.is_file():
-        if kind_of(path) is None:
-            raise _unknown(path)
-        return [path]
+        return [_known(path)]
     if path.is_dir():
         inside = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
         rows = [p for p in inside if not _BESIDE.match(p.name) and kind_of(p) is not None]
@@ -96,14 +75,23 @@ def files_of(source: str | Path) -> list[Path]:
             allowed="a file or a folder",
             fix="write what it holds into a file",
         )
-    if glob.has_magic(str(path)):
-        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
-        rows = [p for p in found if p.is_file()]
-        for row in rows:
-            if kind_of(row) is None:
-                raise _unknown(row)
-        return _alike(rows, path, named=True) if rows else []
-    return []
+    found = (
+        sorted(map(Path, glob.glob(str(path), recursive=True))) if glob.has_magic(str(path)) else []
+    )
+    return _alike([_known(p) for p in found if p.is_file()], path, named=True)
+
+
+def _known(path: Path) -> Path:
+    """The same file, if it is of a kind that can be read."""
+    if kind_of(path) is not None:
+        return path
+    fix = _MENDED.get(path.suffix.lower(), "give it the suffix of what it holds")
+    raise SourceError(
+        "a source of an unknown kind",
+        got=str(path),
+        allowed=KINDS,
+        fix=f"mv {path} {path.with_suffix(fix)}" if fix[0] == "." else fix,
+    )
 
 
 def _alike(files: list[Path], where: Path, named: bool = False) -> list[Path]:
@@ -146,10 +134,8 @@ def _words(split: str) -> set[str]:
 def _pick(splits: Sequence[str], files: Sequence[Path]) -> str:
     """A file or a pattern of one split; the one to train on where there is one."""
     best = min(splits, key=lambda s: (s != "train", "train" not in _words(s), not _words(s), s))
-    shards = [p for p in files if _split(p) == best]
-    if len(shards) == 1:
-        return str(shards[0])
-    return f"'{shards[0].parent}/{shards[0].name[: len(best)]}*{_suffixes(shards[0])}'"
+    first, *more = (p for p in files if _split(p) == best)
+    return f"'{first.parent}/{first.name[: len(best)]}*{_suffixes(first)}'" if more else str(first)
 
 
 def _suffixes(path: Path) -> str:
@@ -159,8 +145,7 @@ def _suffixes(path: Path) -> str:
 
 def _split(path: Path) -> str:
     """The name of a file without suffixes and numbers of shards."""
-    packed = path.suffix.lower() in COMPRESSIONS
-    return _SHARD.sub("", path.with_suffix("").stem if packed else path.stem).lower()
+    return _SHARD.sub("", path.name.removesuffix(_suffixes(path))).lower()
 
 
 def _no_rows(path: Path, inside: Sequence[Path]) -> SourceError:
@@ -174,31 +159,4 @@ def _no_rows(path: Path, inside: Sequence[Path]) -> SourceError:
         got=f"{path}: {others or 'nothing'}",
         allowed=KINDS,
         fix=f"name the folder below: {best}" if best else "name another folder",
-    )
-
-
-def _unknown(path: Path) -> SourceError:
-    near = {
-        ".jsonlines": ".jsonl",
-        ".text": ".txt",
-        ".log": ".txt",
-        ".json5": ".json",
-        ".tab": ".tsv",
-        ".pq": ".parquet",
-    }
-    better = near.get(path.suffix.lower())
-    fix = {
-        ".xlsx": "save it as CSV UTF-8", ".xls": "save it as CSV UTF-8",
-        ".zip": "unpack it", ".tar": "unpack it", ".tgz": "unpack it",
-        ".pkl": "pickles run code: write it as JSON Lines or Parquet",
-        ".pickle": "pickles run code: write it as JSON Lines or Parquet",
-        ".safetensors": "give text; a curvature goes to --curvature",
-    }.get(path.suffix.lower())  # fmt: skip
-    if better is not None:
-        fix = f"mv {path} {path.with_suffix(better)}"
-    return SourceError(
-        "a source of an unknown kind",
-        got=str(path),
-        allowed=KINDS,
-        fix=fix or "give it the suffix of what it holds",
     )
