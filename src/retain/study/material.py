@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from retain.data.batches import Example
-from retain.data.filetypes.found import kind_of
-from retain.data.folders import inside
-from retain.data.items import Item
-from retain.data.loading import encode_items, load_items
+from retain.data.loading import encode_items, inside, load_items
+from retain.data.readers.paths import kind_of
 from retain.data.sources import Row, encode, read_rows
-from retain.data.specs import TaskSpec
+from retain.data.specs import Item, TaskSpec
 from retain.documents import sealed
 from retain.errors import ConfigError, ModelError, SourceError
 from retain.files import first_rank
