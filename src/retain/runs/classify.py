@@ -127,7 +127,7 @@ def _numbered(
     found: Sequence[Any], asked: int | None, own: Sequence[str] | None, rows: int
 ) -> Labels:
     """What labels that are numbers are."""
-    from retain.data.labels import target_of
+    from retain.data.classifier import target_of
 
     values: list[int | float] = []
     for number, label in enumerate(found, start=1):

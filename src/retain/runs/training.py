@@ -185,8 +185,7 @@ class Training:
         return base
 
     def _problem_rows(self) -> list[dict[str, str]]:
-        from retain.data.problems import word_problems
-        from retain.data.tasks import problem_rows
+        from retain.data.problems import problem_rows, word_problems
 
         count = min(self.problems or 1, self.config.limit or 10**9)
         return problem_rows(
