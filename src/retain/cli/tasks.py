@@ -204,10 +204,10 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
     quieten(False)
     from transformers import AutoTokenizer
 
-    from retain.models.builtin import BUILTIN, offline, resolve_builtin, unknown_model
+    from retain.models.builtin import locate, offline, unknown_model
 
-    where = resolve_builtin(model) if model in BUILTIN else model
+    where, _ = locate(model)
     try:
         return AutoTokenizer.from_pretrained(where, local_files_only=offline())
     except (OSError, ValueError) as error:
-        raise unknown_model(model, str(error).splitlines()[0]) from error
+        raise unknown_model(model, error) from error

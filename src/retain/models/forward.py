@@ -88,21 +88,15 @@ def own_forwards(model: nn.Module) -> Iterator[None]:
 def _without_autocast(forward: Any) -> Callable[..., Any] | None:
     """What is under the wrappers of accelerate and ``torch.autocast``; None where none is."""
     found = function = getattr(forward, "__func__", forward)
-    while _is_autocast(function):
-        function = function.__wrapped__
+    while (wrapped := getattr(function, "__wrapped__", None)) is not None and (
+        isinstance(function, ConvertOutputsToFp32)
+        or isinstance(wrapped, ConvertOutputsToFp32)
+        or getattr(getattr(function, "__code__", None), "co_name", "") == "decorate_autocast"
+    ):
+        function = wrapped
     if function is found:
         return None
     return MethodType(function, forward.__self__) if hasattr(forward, "__self__") else function
-
-
-def _is_autocast(function: Any) -> bool:
-    wrapped = getattr(function, "__wrapped__", None)
-    code = getattr(function, "__code__", None)  # of torch.autocast used as a decorator
-    return wrapped is not None and (
-        isinstance(function, ConvertOutputsToFp32)
-        or isinstance(wrapped, ConvertOutputsToFp32)
-        or (code is not None and code.co_name == "decorate_autocast")
-    )
 
 
 @contextmanager
@@ -112,11 +106,8 @@ def evaluating(model: nn.Module, *, checkpoint: bool = False) -> Iterator[None]:
     4-bit layers of bitsandbytes stay in training mode, which is nothing to them but this: on a CPU
     their first evaluation repacks them for inference, and no gradient passes them any more.
 
-    Args:
-        model: any module.
-        checkpoint: let gradient checkpointing work: transformers checkpoints only layers that are
-            in training mode, so those layers alone, without the modules inside them, are put into
-            it.
+    With `checkpoint`, gradient checkpointing works: transformers checkpoints only layers that are
+    in training mode, so those alone, without the modules inside them, are put into it.
 
     Raises:
         ModelError: the model runs under autocast alone, as its layers differ in precision.
@@ -148,10 +139,7 @@ def evaluating(model: nn.Module, *, checkpoint: bool = False) -> Iterator[None]:
 def divergence(base: Tensor, tuned: Tensor, regression: bool) -> Tensor:
     """``KL(base || tuned)`` of each prediction in nats, [predictions].
 
-    Args:
-        base: log-probabilities, or the outputs of a regression, [predictions, outputs].
-        tuned: the same of the tuned model.
-        regression: see `retain.models.heads`.
+    Both are log-probabilities, or the outputs of a `regression`, [predictions, outputs].
     """
     if regression:
         return 0.5 * (base - tuned).square().sum(-1)
@@ -204,13 +192,9 @@ def _head_reads(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterato
 
 
 def inputs_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, Tensor]:
-    """Each layer's input in one forward pass.
+    """Each layer's input in the forward pass that `run` makes.
 
     All inputs are held until its end, so that no memory is used twice.
-
-    Args:
-        layers: the modules, by name.
-        run: makes the pass.
 
     Raises:
         CurvatureError: a layer that runs not at all, or more than once.

@@ -39,18 +39,17 @@ def plain_generation(model: nn.Module) -> Iterator[None]:
 
     A ``generate`` that came with the model's files is set aside too.
     """
-    before: list[tuple[dict[str, Any], str, Any]] = []
-    for module in unwrap(model).modules():
-        own = vars(module)
-        if isinstance(own.get("generation_config"), GenerationConfig):
-            before.append((own, "generation_config", own["generation_config"]))
-        if isinstance(own.get("generate"), functools.partial):
-            before.append((own, "generate", own["generate"]))
+    kinds = {"generation_config": GenerationConfig, "generate": functools.partial}
+    before = [
+        (own, name, own[name])
+        for own in map(vars, unwrap(model).modules())
+        for name, kind in kinds.items()
+        if isinstance(own.get(name), kind)
+    ]
     try:
         for own, name, value in before:
-            if name == "generate":
-                del own[name]
-            else:
+            del own[name]
+            if name == "generation_config":
                 own[name] = GenerationConfig(eos_token_id=value.eos_token_id)
         yield
     finally:
@@ -66,15 +65,14 @@ def write(
     new_tokens: int,
     temperature: float | None = None,
 ) -> list[list[int]]:
-    """What a model writes after prompts, up to and with the token that ends it.
+    """What a causal model writes after prompts (tokens), up to and with the token that ends it.
 
     Args:
-        model: a causal model in any mode; it is put into evaluation mode for the while.
+        model: in any mode; it is put into evaluation mode for the while.
         tokenizer: its own.
-        prompts: tokens; shorter ones are padded on the left.
+        prompts: shorter ones are padded on the left.
         new_tokens: that are written at most.
-        temperature: of what is sampled from the softmax of the logits, 1 for the model as it is;
-            None takes the most likely token each time.
+        temperature: of what is sampled, 1 for the model as it is; None takes the most likely token.
 
     Raises:
         SourceError: a prompt and its answer are longer than the model can read.
@@ -100,7 +98,9 @@ def write(
         out = model.generate(  # type: ignore[operator]
             input_ids=ids, attention_mask=mask, generation_config=settings
         )
-    return [_ended(row, ends) for row in out[:, width:].tolist()]
+    found = out[:, width:].tolist()
+    stops = (next((i for i, t in enumerate(row) if t in ends), len(row)) for row in found)
+    return [row[: stop + 1] for row, stop in zip(found, stops, strict=True)]
 
 
 def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -110,12 +110,6 @@ def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if given is None:
         return []
     return sorted(set(given)) if isinstance(given, list | tuple) else [int(given)]
-
-
-def _ended(ids: list[int], ends: Sequence[int]) -> list[int]:
-    """Without what comes after the token that ends the text."""
-    last = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return ids[: last + 1]
 
 
 def sample_rows(

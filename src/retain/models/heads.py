@@ -57,8 +57,7 @@ def head_kind(model: nn.Module) -> Head:
     """What a model's head predicts; a class that is derived from one of transformers is that one.
 
     Raises:
-        ModelError: a model without a head that is known here, or a classifier whose labels do not
-            exclude each other.
+        ModelError: a head that is not known here, or whose labels do not exclude each other.
     """
     inner = inner_model(model)
     config: Any = getattr(inner, "config", None)
@@ -102,7 +101,7 @@ def writes(config: Any) -> bool:
 
 
 def _of_classifier(config: Any) -> Head:
-    problem, outputs = getattr(config, "problem_type", None), int(config.num_labels)
+    problem, outputs = config.problem_type, int(config.num_labels)
     if problem == "multi_label_classification":
         raise several_labels("problem_type='multi_label_classification'")
     if problem == "regression" or (outputs == 1 and problem is None):
@@ -164,13 +163,8 @@ def check_labels(model: nn.Module, labels: Iterable[object], unit: str = "row") 
     """Refuses labels that a model's head does not answer; of a causal model there are none.
 
     transformers itself tells a head of several labels by its first batch alone: labels that are
-    lists, or floating-point numbers for several outputs.
-
-    Args:
-        model: see `head_kind`.
-        labels: numbers, lists or tensors, in the order of the rows; None and "" are no labels, and
-            neither is a class below 0.
-        unit: what they are counted by, from 1.
+    lists, or floating-point numbers for several outputs. The labels are numbers, lists or tensors,
+    counted from 1 by `unit`; None and "" are none, and neither is a class below 0.
 
     Raises:
         ModelError: see `head_kind`; several labels of one text.
@@ -224,10 +218,8 @@ def row_label(row: Mapping[str, Any]) -> object:
 
 def _values(label: Any) -> list[float]:
     """A label as numbers; text that is no number is left to whoever reads the rows."""
-    if isinstance(label, Tensor):
-        return [float(v) for v in label.reshape(-1).tolist()]
-    if hasattr(label, "tolist"):  # numpy
-        label = label.tolist()
+    if hasattr(label, "tolist"):  # a tensor, or numpy's
+        label = label.reshape(-1).tolist()
     try:
         return [float(v) for v in label] if isinstance(label, list | tuple) else [float(label)]
     except (TypeError, ValueError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from retain.errors import ModelError, unknown
-from retain.models.builtin import (
-    BUILTIN,
-    cache_folder,
-    convert_gguf,
-    offline,
-    resolve_builtin,
-    unknown_model,
-)
+from retain.models.builtin import BUILTIN, locate, offline, unknown_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,25 +73,24 @@ def load_model(
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
         dtype = DTYPES[dtype]
-    where = _resolve(str(name))
+    where, _ = locate(str(name))
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": offline()}
     bar = tf.utils.logging.is_progress_bar_enabled()
     tf.utils.logging.disable_progress_bar()
     try:
         config = tf.AutoConfig.from_pretrained(where, **common)
-        causal = has_causal_head(config.architectures or [])
-        auto: Any
+        auto: Any = tf.AutoModel
         if num_labels is not None:
             auto, kwargs = (
                 tf.AutoModelForSequenceClassification,
-                {"num_labels": num_labels} | kwargs,
+                {"num_labels": num_labels, **kwargs},
             )
-        else:
-            auto = tf.AutoModelForCausalLM if causal else tf.AutoModel
+        elif has_causal_head(config.architectures or []):
+            auto = tf.AutoModelForCausalLM
         model = auto.from_pretrained(where, dtype=dtype, use_safetensors=True, **common, **kwargs)
         tokenizer = tf.AutoTokenizer.from_pretrained(where, **common)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise unknown_model(str(name), _first_line(error)) from error
+        raise unknown_model(str(name), error) from error
     finally:
         if bar:
             tf.utils.logging.enable_progress_bar()
@@ -116,6 +107,11 @@ def load_model(
     return LoadedModel(model, tokenizer, str(name))
 
 
+def has_causal_head(architectures: Sequence[str]) -> bool:
+    """Whether the classes that a configuration names are of a decoder with its head."""
+    return any("CausalLM" in a or "LMHead" in a for a in architectures)
+
+
 def is_decoder(name: str) -> bool | None:
     """Whether a model has a language-model head, by its configuration.
 
@@ -127,7 +123,7 @@ def is_decoder(name: str) -> bool | None:
     Returns:
         None where no configuration can be had, or it names no architecture.
     """
-    if (BUILTIN[name].path if name in BUILTIN else name).endswith(".gguf"):
+    if _is_gguf(name):
         return True
     named = _settings_of(name).get("architectures")
     return has_causal_head(named) if named else None
@@ -155,54 +151,19 @@ def own_labels(name: str) -> list[str] | None:
     return [str(names[key]) for key in sorted(names, key=int)]
 
 
+def _is_gguf(name: str) -> bool:
+    return (BUILTIN[name].path if name in BUILTIN else name).endswith(".gguf")
+
+
 def _settings_of(name: str) -> dict[str, Any]:
     """A model's configuration as it is written; {} where none can be had."""
-    if (BUILTIN[name].path if name in BUILTIN else name).endswith(".gguf"):
-        return {}
     import transformers as tf
 
-    for here in (True, False):
+    for here in () if _is_gguf(name) else (True, False):
         try:
-            config, _ = tf.PreTrainedConfig.get_config_dict(_resolve(name), local_files_only=here)
+            where, _ = locate(name)
+            config, _ = tf.PreTrainedConfig.get_config_dict(where, local_files_only=here)
         except (ModelError, OSError, ValueError):
             continue
         return dict(config)
     return {}
-
-
-def has_causal_head(architectures: Sequence[str]) -> bool:
-    """Whether the classes that a configuration names are of a decoder with its head."""
-    return any("CausalLM" in a or "LMHead" in a for a in architectures)
-
-
-def _resolve(name: str) -> str:
-    """The folder or hub id that a name stands for."""
-    if name in BUILTIN:
-        return resolve_builtin(name)
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(
-                "no such .gguf file",
-                got=name,
-                allowed="a path of a GGUF file",
-                fix="check the path",
-            )
-        path = path.resolve()
-        tag = hashlib.sha256(f"{path}:{path.stat().st_mtime_ns}".encode()).hexdigest()[:12]
-        return str(convert_gguf(path, cache_folder() / f"{path.stem}-{tag}"))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(
-                "the folder holds no model",
-                got=f"{name} without config.json",
-                allowed="a folder written by save_pretrained",
-                fix="give the folder that holds config.json and the safetensors files",
-            )
-        return str(path)
-    return name
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:160] if text else type(error).__name__

@@ -54,6 +54,7 @@ def attach_lora(
     if isinstance(targets, str) and targets.isidentifier():
         targets = [targets]  # a name; PEFT would read it as a pattern of whole paths
     names = [name for name, _ in model.named_modules()]
+    linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     # PEFT trains some layers of a classifier whole, by the ends of their names: no LoRA on them.
     # DistilBERT's pre_classifier is one, though it is not the last layer.
     heads = [name for name in names if of_head(name.rsplit(".", 1)[-1])]
@@ -72,8 +73,6 @@ def attach_lora(
         return drawn(model, config, seed)
     except (ValueError, TypeError) as error:
         known = not isinstance(error, ValueError)
-        linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules()
-                  if isinstance(m, nn.Linear)}  # fmt: skip
         raise ConfigError(
             f"the adapter's targets are not {'for LoRA' if known else 'in the model'}",
             got=f"{targets}: {error}" if known else targets,
@@ -107,8 +106,7 @@ def grow_lora(
 ) -> PeftModel:
     """The same model with its LoRA, and fresh rows of A behind the old ones, with B = 0.
 
-    The update ``scaling B A`` is what it was, since the scaling is. The given model is spent: its
-    base is in the new one.
+    The update ``scaling B A`` is what it was. The given model is spent: its base is in the new one.
 
     Args:
         model: with a LoRA of one rank and scaling.

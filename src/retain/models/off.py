@@ -109,8 +109,8 @@ def exactly_off(model: nn.Module) -> Iterator[None]:
     """`switched_off`, with the base's own weights in their places, or an error."""
     kept: list[Swap] | None = vars(model).get("retain_originals")
     start = start_of(model) if kept is None else None
-    done = kept if start is None else start
-    left = left_on(model, None if done is None else {id(p) for p, _ in done})
+    originals = kept if start is None else start
+    left = left_on(model, None if originals is None else {id(p) for p, _ in originals})
     if left is not None:
         raise ModelError(
             "with its adapter switched off, the model is not its base",
@@ -118,7 +118,7 @@ def exactly_off(model: nn.Module) -> Iterator[None]:
             allowed="an adapter beside a base that stays as it is",
             fix=left[1],
         )
-    with swapped(done or ()), switched_off(model, all_of_it=start is None):
+    with swapped(originals or ()), switched_off(model, all_of_it=start is None):
         yield
 
 

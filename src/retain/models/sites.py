@@ -24,6 +24,7 @@ __all__ = [
     "find_sites",
     "is_idle",
     "lora_sites",
+    "output_head",
     "row_scales",
 ]
 
@@ -38,6 +39,12 @@ class LoraSite:
             ``W x + scaling * B A x``.
         adapter: PEFT's name of the adapter.
         scaling: PEFT's factor, ``alpha / r`` (or ``alpha / sqrt(r)`` for rsLoRA).
+        lora_a: the module of A; `lora_b` is that of B.
+        a: A, [r, d_in].
+        b: B, [d_out, r].
+        shape: (d_out, d_in) of the frozen weight.
+        rank: r.
+        dora: whether the layer is DoRA: ``W' = m (W + s B A) / ||W + s B A||``, row by row.
     """
 
     name: str
@@ -47,52 +54,36 @@ class LoraSite:
 
     @property
     def lora_a(self) -> nn.Linear:
-        """The module of A, whose weight has the shape [r, d_in]."""
-        module: nn.Linear = self.layer.lora_A[self.adapter]  # type: ignore[assignment]
-        return module
+        return self.layer.lora_A[self.adapter]  # type: ignore[return-value]
 
     @property
     def lora_b(self) -> nn.Linear:
-        """The module of B, whose weight has the shape [d_out, r]."""
-        module: nn.Linear = self.layer.lora_B[self.adapter]  # type: ignore[assignment]
-        return module
+        return self.layer.lora_B[self.adapter]  # type: ignore[return-value]
 
     @property
     def a(self) -> nn.Parameter:
-        """A, of the shape [r, d_in]."""
-        weight: nn.Parameter = self.lora_a.weight  # type: ignore[assignment]
-        return weight
+        return self.lora_a.weight  # type: ignore[return-value]
 
     @property
     def b(self) -> nn.Parameter:
-        """B, of the shape [d_out, r]."""
-        weight: nn.Parameter = self.lora_b.weight  # type: ignore[assignment]
-        return weight
+        return self.lora_b.weight  # type: ignore[return-value]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(d_out, d_in) of the frozen weight."""
         return self.b.shape[0], self.a.shape[1]
 
     @property
     def rank(self) -> int:
-        """The rank of B A."""
         return self.a.shape[0]
 
     @property
     def dora(self) -> bool:
-        """Whether the layer is DoRA: ``W' = m (W + s B A) / ||W + s B A||``, row by row."""
         return bool(getattr(self.layer, "use_dora", {}).get(self.adapter))
 
 
 @dataclass(frozen=True)
 class LinearSite:
-    """One linear layer whose own weight W is trained (full fine-tuning).
-
-    Attributes:
-        name: the layer's name.
-        layer: the layer.
-    """
+    """One linear layer whose own weight W, [d_out, d_in], is trained (full fine-tuning)."""
 
     name: str
     layer: nn.Linear
@@ -102,33 +93,28 @@ class LinearSite:
 
     @property
     def weight(self) -> nn.Parameter:
-        """W, of the shape [d_out, d_in]."""
-        weight: nn.Parameter = self.layer.weight  # type: ignore[assignment]
-        return weight
+        return self.layer.weight  # type: ignore[return-value]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(d_out, d_in)."""
         return self.weight.shape[0], self.weight.shape[1]
 
 
 Site = LoraSite | LinearSite
 
 
-def lora_sites(model: nn.Module, adapter: str | None = None) -> list[LoraSite]:
+def lora_sites(model: nn.Module) -> list[LoraSite]:
     """The LoRA layers of a model, in the order of its modules.
 
     Raises:
         ModelError: no LoRA layer, a kind that is not linear, or sharded weights.
     """
-    inner: Any = unwrap(model)
-    find = getattr(inner, "get_output_embeddings", None)
-    head = find() if find is not None else None
-    sites = []
+    inner, sites = unwrap(model), []
+    head = output_head(inner)
     for name, layer in inner.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        active = [adapter] if adapter else [a for a in layer.active_adapters if a in layer.lora_A]
+        active = [a for a in layer.active_adapters if a in layer.lora_A]
         if len(active) > 1:
             raise ModelError(
                 "several adapters are active",
@@ -136,7 +122,7 @@ def lora_sites(model: nn.Module, adapter: str | None = None) -> list[LoraSite]:
                 allowed="one",
                 fix="model.set_adapter(name)",
             )
-        if not active or active[0] not in layer.lora_A:
+        if not active:
             if any(a in layer.lora_embedding_A for a in layer.active_adapters):
                 raise _unsupported(name, "an embedding")
             continue
@@ -174,8 +160,7 @@ def find_sites(model: nn.Module) -> list[LoraSite] | list[LinearSite]:
     inner: Any = unwrap(model)
     if any(isinstance(m, LoraLayer) for m in inner.modules()) or hasattr(inner, "peft_config"):
         return lora_sites(inner)
-    find = getattr(inner, "get_output_embeddings", None)
-    head = find() if find is not None else None
+    head = output_head(inner)
     sites = [
         LinearSite(canonical(name), layer)
         for name, layer in inner.named_modules()
@@ -185,6 +170,12 @@ def find_sites(model: nn.Module) -> list[LoraSite] | list[LinearSite]:
         and layer.weight.requires_grad
     ]
     return sites or lora_sites(inner)  # which says what is missing
+
+
+def output_head(model: nn.Module) -> Any:
+    """The language-model head of a model; None without one."""
+    find: Any = getattr(model, "get_output_embeddings", None)
+    return None if find is None else find()
 
 
 def _other_kinds(model: nn.Module) -> list[str]:

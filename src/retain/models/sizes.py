@@ -52,11 +52,9 @@ def rows_of_embedding(model: nn.Module) -> int | None:
     try:
         table = None if find is None else find()
     except NotImplementedError:
-        return None
-    if not isinstance(table, nn.Module):
-        return None
-    inner = next((m for m in table.modules() if isinstance(m, nn.Embedding)), None)
-    return None if inner is None else int(inner.num_embeddings)
+        table = None
+    parts = table.modules() if isinstance(table, nn.Module) else ()
+    return next((m.num_embeddings for m in parts if isinstance(m, nn.Embedding)), None)
 
 
 def pad_id(model: Any) -> int:
@@ -127,11 +125,7 @@ def check_length(
 ) -> None:
     """Refuses rows that are longer than a model can read.
 
-    Args:
-        model: any.
-        lengths: tokens of each row.
-        what: the rows are, in the error.
-        fix: in place of a smaller ``max_length``.
+    `what` the rows are and a `fix` other than a smaller ``max_length`` are for the error.
 
     Raises:
         SourceError: one is longer than the model's table of positions.
@@ -199,13 +193,7 @@ def check_ids(
     number: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Refuses the tokens of one row for which a table has no row.
-
-    Args:
-        ids: the tokens.
-        rows: of the table; None for any number.
-        number: of the row, from 1.
-        tokenizer: see `check_sizes`.
+    """Refuses the tokens of one row, counted from 1, for which a table of `rows` has none.
 
     Raises:
         SourceError: there is one.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from retain.errors import ModelError
-from retain.models.builtin import BUILTIN, cache_folder, offline, resolve_builtin, unknown_model
+from retain.models.builtin import locate, offline, unknown_model
 from retain.models.forward import first_readers, inputs_of
+from retain.models.heads import writes
 from retain.models.load import has_causal_head
 from retain.models.lora import attach_lora
-from retain.models.sites import LoraSite, lora_sites
+from retain.models.sites import LoraSite, lora_sites, output_head
 
 __all__ = ["Outline", "load_skeleton", "outline"]
 
@@ -73,23 +73,27 @@ def load_skeleton(
     import transformers as tf
     from huggingface_hub.errors import StrictDataclassError
 
-    where, extra = _locate(str(name))
+    where, extra = locate(str(name), convert=False)
     trust = {"trust_remote_code": trust_remote_code}
+    allowed = "a decoder, or an encoder with a sequence-classification head"
+    fix = "check config.json, or give --num-labels for a classifier"
     try:
         config = tf.AutoConfig.from_pretrained(where, local_files_only=offline(), **trust, **extra)
     except (*_BROKEN, StrictDataclassError) as error:
-        raise unknown_model(str(name), _short(error), also="a config.json, ") from error
-    if num_labels is None and any("Conditional" in a for a in config.architectures or []):
+        raise unknown_model(str(name), error, also="a config.json, ") from error
+    named = config.architectures or []
+    if num_labels is None and any("Conditional" in a for a in named):
         raise ModelError(
             "the model is neither a decoder nor an encoder",
-            got=f"{name}: {', '.join(config.architectures)}",
-            allowed="a decoder, or an encoder with a sequence-classification head",
-            fix="give another model, or --num-labels for a classifier",
+            got=f"{name}: {', '.join(named)}",
+            allowed=allowed,
+            fix=fix,
         )
-    causal = num_labels is None and _is_decoder(config)
-    auto: Any = tf.AutoModelForCausalLM if causal else tf.AutoModelForSequenceClassification
+    auto: Any = tf.AutoModelForSequenceClassification
     if num_labels is not None:
         config.num_labels = num_labels
+    elif has_causal_head(named) if named else writes(config):
+        auto = tf.AutoModelForCausalLM
     try:
         with torch.device("meta"):
             model: nn.Module = auto.from_config(config, **trust)
@@ -97,8 +101,8 @@ def load_skeleton(
         raise ModelError(
             "no model can be built from the configuration",
             got=f"{name} ({config.model_type}): {_short(error)}",
-            allowed="a decoder, or an encoder with a sequence-classification head",
-            fix="check config.json, or give --num-labels for a classifier",
+            allowed=allowed,
+            fix=fix,
         ) from error
     return model.eval()
 
@@ -119,10 +123,8 @@ def outline(
         CurvatureError: a layer that runs not at all, or more than once, in one forward pass.
     """
     kind, parameters = type(model).__name__, sum(p.numel() for p in model.parameters())
-    linear, head = _linear_work(model), 0
-    find: Any = getattr(model, "get_output_embeddings", None)
-    if find is not None and (out := find()) is not None:
-        head = out.weight.numel()
+    linear, out = _linear_work(model), output_head(model)
+    head = 0 if out is None else out.weight.numel()
     with torch.device("meta"):
         adapted = attach_lora(model, rank=rank, targets=targets)
     sites = lora_sites(adapted)
@@ -141,58 +143,11 @@ def outline(
     return Outline(kind, parameters, linear, head, layers, first_readers(seen), pooled)
 
 
-def _locate(name: str) -> tuple[str, dict[str, str]]:
-    """What ``AutoConfig`` finds the configuration by."""
-    if name in BUILTIN:
-        cached = cache_folder() / name
-        if (cached / "config.json").is_file():
-            return str(cached), {}
-        entry = BUILTIN[name]
-        spec = importlib.util.find_spec(entry.package)  # looks it up, does not import it
-        for place in list(spec.submodule_search_locations or []) if spec else []:
-            inside = Path(place) / entry.path
-            if inside.is_file():
-                return str(inside.parent), {"gguf_file": inside.name}
-            if inside.is_dir():
-                return str(inside), {}
-        return resolve_builtin(name), {}  # its id on the hub, or an error that says how to get it
-    path = Path(name).expanduser()
-    missing = path.suffix in {".gguf", ".json"} and not path.is_file()
-    if missing or (path.is_dir() and not (path / "config.json").is_file()):
-        raise ModelError(
-            "no configuration of a model is there",
-            got=name if missing else f"{name} without config.json",
-            allowed="a folder with config.json, such a file itself, or a .gguf file",
-            fix="check the path",
-        )
-    if path.suffix == ".gguf":
-        return str(path.parent), {"gguf_file": path.name}
-    return (str(path) if path.exists() else name), {}
-
-
-def _is_decoder(config: Any) -> bool:
-    """Whether a model is one for ``AutoModelForCausalLM``.
-
-    Says so by itself or, where it does not, is of a type that has that head and no masked one.
-    """
-    from transformers.models.auto import modeling_auto as known
-
-    if config.architectures:
-        return has_causal_head(config.architectures)
-    return (
-        config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        and config.model_type not in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """A linear layer; GPT-2's Conv1D is one, with its weight transposed."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
 def _linear_work(model: nn.Module) -> int:
     """Multiply-adds a token in the linear layers and in the experts that a token meets."""
-    linear: list[Any] = [m for m in model.modules() if _is_linear(m)]
+    linear: list[Any] = [
+        m for m in model.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
+    ]  # GPT-2's Conv1D is one, with its weight transposed
     total: int = sum(m.weight.numel() for m in linear)
     meets = getattr(model.config, "num_experts_per_tok", None)
     for expert in _experts(model):

@@ -40,7 +40,20 @@ class ModelView:
 
     Attributes:
         model: the model, without the wrappers of distributed training and compilation.
+        inner: the model of transformers, under PEFT's.
+        config: its configuration.
         tokenizer: None where none is known.
+        device: where inputs have to be.
+        dtype: the precision of the first weights.
+        head: ``causal``, ``classes`` (one label a text) or ``regression``; see `head_kind`, which
+            refuses any other, several labels a text among them.
+        causal: whether it is a causal language model.
+        regression: whether its outputs are values, and no logits.
+        pad: the token that pads its batches; see `pad_id`.
+        positions: how many tokens a row may have; None for any number.
+        lora: its LoRA layers; see `lora_sites`.
+        sites: what a curvature can be about; see `find_sites`.
+        fingerprint: tells its base from other models.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -60,68 +73,52 @@ class ModelView:
 
     @cached_property
     def inner(self) -> Any:
-        """The model of transformers, under PEFT's."""
         return inner_model(self.model)
 
     @property
     def config(self) -> Any:
-        """The configuration of transformers."""
         return self.inner.config
 
     @property
     def device(self) -> torch.device:
-        """Where inputs have to be."""
         device: torch.device = next(self.model.parameters()).device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the first weights."""
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype
 
     @cached_property
     def head(self) -> Head:
-        """``causal``, ``classes`` (one label a text) or ``regression``.
-
-        Raises:
-            ModelError: any other head, several labels a text among them; see `head_kind`.
-        """
         return head_kind(self.model)
 
     @property
     def causal(self) -> bool:
-        """Whether it is a causal language model; raises as `head` does."""
         return self.head == "causal"
 
     @property
     def regression(self) -> bool:
-        """Whether its outputs are values, and no logits; raises as `head` does."""
         return self.head == "regression"
 
     @cached_property
     def pad(self) -> int:
-        """The token that pads its batches; see `pad_id`."""
         return pad_id(self.inner)
 
     @cached_property
     def positions(self) -> int | None:
-        """How many tokens a row may have; None for any number."""
         return positions(self.model)
 
     @cached_property
     def lora(self) -> list[LoraSite]:
-        """Its LoRA layers; raises as `lora_sites` does."""
         return lora_sites(self.model)
 
     @cached_property
     def sites(self) -> list[LoraSite] | list[LinearSite]:
-        """What a curvature can be about: see `find_sites`, which says what it raises."""
         return find_sites(self.model)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells its base from other models; see `retain.models.fingerprint`."""
         return fingerprint(self.model)
 
     def evaluating(self, *, checkpoint: bool = False) -> AbstractContextManager[None]:
@@ -145,12 +142,9 @@ class ModelView:
         forward_body(self.model, batch)
 
     def batches(self, examples: Sequence[Example], size: int, *, multiple: int = 1) -> list[Batch]:
-        """All examples as padded batches on the model's device, those of like length together.
+        """All examples in batches of at most `size`, those of like length together, on the device.
 
-        Args:
-            examples: any number from 1.
-            size: rows a batch at most.
-            multiple: of which a batch's width is one.
+        Their width is a multiple of `multiple`.
 
         Raises:
             SourceError: no examples.
