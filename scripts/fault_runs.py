@@ -1,10 +1,13 @@
-"""Commands of retain as child processes: forked, limited, killed."""
+"""Commands of retain as child processes, and what they leave, in a form to compare."""
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
+import hashlib
 import importlib
+import json
 import os
 import resource
 import shutil
@@ -12,12 +15,28 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fault_inputs import Job
 
-__all__ = ["Ended", "alone", "copy", "fork", "load_libraries", "run"]
+__all__ = [
+    "Ended", "alone", "copy", "fork", "lines_of", "listing", "load_libraries", "named_inputs",
+    "record_of", "results", "run",
+]  # fmt: skip
+
+VOLATILE = frozenset([
+    "seconds", "created", "peak_memory_gib", "memory", "commit", "digest", "resumed_from", "notes",
+    "train_runtime", "train_samples_per_second", "train_steps_per_second",
+])  # fmt: skip
+"""Keys of records that differ between two runs of a command: times, what was said, a seal."""
+
+INPUTS = ("config", "digests", "data", "inputs", "model", "examples", "start", "source")
+"""Keys of records that say what a result was made from."""
+
+LEFT_OUT = (".png", ".svg", ".md", ".pdf", ".lock")
+"""Pictures and locks are no results; nor are logs and checkpoints, whose state holds times."""
 
 MEMORY = 6 << 30
 """Bytes that a command may take beyond what the parent has."""
@@ -44,27 +63,27 @@ def load_libraries() -> None:
     gc.freeze()
 
 
-def fork(act: Any) -> int:
-    """A child process that does something and ends."""
+def fork(act: Callable[[], int | None]) -> int:
+    """A child process that does something, and ends with what that returns, 0 for None."""
     sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return child
-    try:
-        act()
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-
-
-def start(argv: list[str], folder: Path, said: Path) -> int:
-    """A command in a process of its own, with a group of its own."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
+        code = act() or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def start(argv: list[str], folder: Path, said: Path) -> int:
+    """A command in a process of its own, with a group of its own."""
+
+    def command() -> int:
         os.setsid()
         os.chdir(folder)
         handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -72,18 +91,12 @@ def start(argv: list[str], folder: Path, said: Path) -> int:
             os.dup2(handle, stream)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-        import faulthandler
-
         faulthandler.register(signal.SIGUSR1)
-        from retain.cli import main as command
+        from retain.cli import main
 
-        code = command(argv)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        return main(argv)
+
+    return fork(command)
 
 
 def run(
@@ -136,3 +149,74 @@ def alone(job: Job, folder: Path) -> float:
 def copy(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, symlinks=True)
+
+
+def listing(folder: Path, names: Iterable[str]) -> set[str]:
+    """All files below some names of a folder."""
+    return {
+        str(path.relative_to(folder))
+        for name in names
+        for path in [folder / name, *(folder / name).rglob("*")]
+        if path.is_file() or path.is_symlink()
+    }
+
+
+def results(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Digest of each file that counts as a result: bytes, or of JSON what does not vary."""
+    return {
+        name: _digest(folder / name, folder)
+        for name in sorted(listing(folder, names))
+        if (folder / name).is_file()
+        and not (name.endswith(LEFT_OUT) or "checkpoint-" in name or name.startswith("out/traces/"))
+    }
+
+
+def _digest(path: Path, folder: Path) -> str:
+    data = path.read_bytes()
+    if path.suffix == ".json":
+        tree = record_of(path)
+        if tree is None:
+            return "no JSON"
+        data = _written(tree, folder).encode()
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _written(tree: Any, folder: Path) -> str:
+    """A record without what varies, and without the name of its folder."""
+
+    def steady(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: steady(part) for key, part in value.items() if key not in VOLATILE}
+        return [steady(part) for part in value] if isinstance(value, list) else value
+
+    return json.dumps(steady(tree), sort_keys=True).replace(str(folder), "@")
+
+
+def record_of(path: Path) -> Any:
+    """What a file of JSON holds; None where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def named_inputs(folder: Path, names: Iterable[str]) -> str:
+    """What the records of a result say that it was made from."""
+    found = []
+    for name in sorted(listing(folder, names)):
+        if name.endswith(".json") and "/checkpoint-" not in name:
+            tree = record_of(folder / name)
+            if isinstance(tree, dict):
+                found.append([name, {k: tree[k] for k in INPUTS if k in tree}])
+    return _written(found, folder)
+
+
+def lines_of(path: Path) -> list[Any] | None:
+    """The rows of a file of JSON lines; None where it cannot be read."""
+    if not path.is_file():  # /dev/zero has no end
+        return None
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        return [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError, RecursionError):
+        return None

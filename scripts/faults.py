@@ -37,8 +37,19 @@ os.environ |= {
 
 from fault_inputs import BASES, JOBS, Job, stop, write_inputs
 from fault_mutations import damage
-from fault_results import listing, meaning, named_inputs, results
-from fault_runs import Ended, alone, copy, fork, load_libraries, run
+from fault_runs import (
+    Ended,
+    alone,
+    copy,
+    fork,
+    lines_of,
+    listing,
+    load_libraries,
+    named_inputs,
+    record_of,
+    results,
+    run,
+)  # fmt: skip
 
 VERDICTS = (
     "same bytes", "refused in one line", "other inputs, named", "raw", "hang", "silent",
@@ -205,7 +216,7 @@ def mutated(
     family, pattern = draw.choice(job.targets)
     every = (pattern, *(other for _, other in job.targets))
     path = draw.choice(next(f for p in every if (f := sorted(folder.glob(p)))))
-    before = meaning(path) if job.name == "fit" else None
+    before = lines_of(path) if job.name == "fit" else None
     how = damage(path, draw)
     found: dict[str, Any] = {
         "family": family, "file": str(path.relative_to(folder)), "damage": how
@@ -216,7 +227,7 @@ def mutated(
     if verdict == "other":
         named = named_inputs(folder, job.outputs) != alone.inputs
         if job.name == "fit":  # whose result is no record
-            named = meaning(path) != before
+            named = lines_of(path) != before
         may_be = family in SOUND or (family, job.name) in SOUND
         verdict = "other inputs, named" if may_be and named else "silent"
         found["differs"] = differing(results(folder, job.outputs), alone.results)[:9]
@@ -241,7 +252,6 @@ def judged(
             return "raw"
         return "refused in one line" if ended.seconds <= patience or failed else "hang"
     found = differing(results(folder, job.outputs), alone.results)
-    # A cache that nobody had to read is as it was.
     if "/untrained/" in damaged:  # a cache, which a finished study does not read
         found = [name for name in found if name != damaged]
     return "other" if found else "same bytes"
@@ -256,16 +266,13 @@ def sound(line: str) -> bool:
 
 def failures(folder: Path, names: tuple[str, ...]) -> list[str]:
     """What the records of failed runs say."""
-    found = []
-    for name in listing(folder, names):
-        if "/runs/" in name and name.endswith(".json") and (folder / name).is_file():
-            try:
-                record = json.loads((folder / name).read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError):
-                continue
-            if isinstance(record, dict) and record.get("status") == "failed":
-                found.append(str(record.get("error")))
-    return found
+    every = (name for name in listing(folder, names) if "/runs/" in name and name.endswith(".json"))
+    records = (record_of(folder / name) for name in every)
+    return [
+        str(record.get("error"))
+        for record in records
+        if isinstance(record, dict) and record.get("status") == "failed"
+    ]
 
 
 def table(trials: list[dict[str, Any]]) -> str:

@@ -60,7 +60,7 @@ def test_what_is_bad_is_seen(tmp_path: Path) -> None:
     folder = tmp_path / "trial"
     (folder / "out").mkdir(parents=True)
     (folder / "out" / "a").write_text("as it should be")
-    job = Job("job", "", lambda folder: [], ("out",))
+    job = Job("job", "", "", ("out",))
     alone = faults.Reference(
         faults.results(folder, ["out"]), faults.listing(folder, ["."]), "", 1.0
     )
