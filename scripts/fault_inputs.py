@@ -155,8 +155,8 @@ def write_inputs(folder: Path, seed: int) -> None:
     import pyarrow.parquet
     import yaml
 
-    from study_parts import TEXT, tiny_study
-    from tiny import save_tiny
+    from study_parts import TEXT, tiny_study  # type: ignore[import-not-found]
+    from tiny import save_tiny  # type: ignore[import-not-found]
 
     folder.mkdir(parents=True)
     save_tiny(folder / "model", seed)

@@ -26,6 +26,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,9 +97,7 @@ def main() -> int:
         print(json.dumps(found, indent=1))
         return found["verdict"] in BAD
     done = read_trials(out)
-    workers = [
-        fork(lambda n=n: work(out, options, references, done, n)) for n in range(options.jobs)
-    ]
+    workers = [fork(partial(work, out, options, references, done, n)) for n in range(options.jobs)]
     ended = [os.waitpid(worker, 0)[1] for worker in workers]
     trials = list(read_trials(out).values())
     print(table(trials))
@@ -113,7 +112,7 @@ def prepare(out: Path, seed: int) -> dict[str, Reference]:
         for name, (before, job) in BASES.items():
             made = bases / name / "trial"
             if not before:
-                os.waitpid(fork(lambda made=made: write_inputs(made, seed)), 0)
+                os.waitpid(fork(partial(write_inputs, made, seed)), 0)
             else:
                 copy(bases / before / "trial", made)
             if name == "stopped":
