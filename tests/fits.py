@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from retain import Curvature, fit_curvature
+from retain.curvature.blocks.kronecker import KroneckerBlock
 from retain.models.sites import find_sites
-from retain.types import FISHERS, SPACES, STRUCTURES
-from tiny import KINDS, ROWS, base, move, tiny
+from retain.types import FISHERS, SPACES
+from tiny import KINDS, ROWS, STRUCTURES, base, move, tiny
 
 __all__ = ["SEEDS", "Fit", "Setup", "fitted", "groups", "model_of", "moved", "setups"]
 
@@ -86,8 +87,9 @@ def moved(setup: Setup, seed: int) -> nn.Module:
 
 def groups(curvature: Curvature) -> list[int]:
     """For each factor and tensor of the blocks, the first that it is one and the same with."""
-    blocks = curvature.blocks.values()
-    things: list[Any] = [f for block in blocks for f in block.factors().values()]
-    things += [t for block in blocks if not block.factors() for t in block.tensors().values()]
+    things: list[Any] = []
+    for block in curvature.blocks.values():
+        parts = block.factors() if isinstance(block, KroneckerBlock) else block.tensors()
+        things += parts.values()
     known: dict[int, int] = {}
     return [known.setdefault(id(thing), n) for n, thing in enumerate(things)]

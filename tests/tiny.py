@@ -16,12 +16,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from retain.curvature.blocks.registry import names
 from retain.models.lora import attach_lora
 from retain.models.sites import lora_sites
 
 torch.set_num_threads(1)
 
 KINDS = ("llama", "bert")
+STRUCTURES = names()
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "llama": [

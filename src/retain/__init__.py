@@ -14,10 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retain.curvature.artifact import load_curvature
-    from retain.curvature.curvature import Curvature
+    from retain.curvature.curvature import Curvature, load_curvature, reanchored
     from retain.curvature.fit.fit import fit_curvature
-    from retain.curvature.merge import reanchored
     from retain.errors import RetainError
     from retain.evaluation.forgetting import measure_forgetting
     from retain.models.load import load_model
@@ -62,10 +60,10 @@ _HOMES = {
     "fit_curvature": "retain.curvature.fit.fit",
     "fit_head": "retain.training.head",
     "grow_lora": "retain.models.lora",
-    "load_curvature": "retain.curvature.artifact",
+    "load_curvature": "retain.curvature.curvature",
     "load_model": "retain.models.load",
     "measure_forgetting": "retain.evaluation.forgetting",
-    "reanchored": "retain.curvature.merge",
+    "reanchored": "retain.curvature.curvature",
     "soften": "retain.retention.soften.adapter",
     "train_run": "retain.runs.train",
 }

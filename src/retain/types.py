@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Structure = Literal["identity", "diagonal", "kfac", "shampoo", "ekfac", "activation", "tridiagonal"]
-"""How a curvature is stored: see `retain.curvature`."""
+Structure = str
+"""How a curvature is stored: a name in `retain.curvature.blocks.registry`."""
 
 Space = Literal["weight", "adapter"]
 """What a curvature is a function of: the update ``s B A`` of a weight, or ``(A, B)``."""
@@ -28,7 +28,6 @@ FactorRank = int | Literal["auto"] | None
 STRONGEST = 1e12
 """The largest strength: more is no stronger, and would leave the range of float32 in products."""
 
-STRUCTURES: tuple[str, ...] = get_args(Structure)
 SPACES: tuple[str, ...] = get_args(Space)
 FISHERS: tuple[str, ...] = get_args(Fisher)
 UPDATES: tuple[str, ...] = get_args(Update)

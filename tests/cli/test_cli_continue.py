@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from retain.curvature.artifact import load_curvature
+from retain.curvature.curvature import load_curvature
 from retain.evaluation.forgetting import measure_forgetting
 from retain.models.load import load_model
 from retain.models.saved import load_adapter

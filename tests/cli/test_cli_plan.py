@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from retain.types import STRUCTURES
+from tiny import STRUCTURES
 
 
 @pytest.fixture

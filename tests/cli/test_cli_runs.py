@@ -58,7 +58,7 @@ class TestFit:
     def test_around_an_adapter(
         self, retain: Any, model: Path, source: Path, trained: Path, tmp_path: Path
     ) -> None:
-        from retain.curvature.artifact import load_curvature
+        from retain.curvature.curvature import load_curvature
 
         out = tmp_path / "c.safetensors"
         retain("fit", model, source, "-o", out, "--adapter", trained / "adapter", "--json").json  # noqa: B018

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from retain.curvature.artifact import load_curvature
+from retain.curvature.curvature import load_curvature
 from retain.models.load import load_model
 from retain.models.saved import load_adapter
 from retain.report.scales import number, short

@@ -19,8 +19,8 @@ import retain.curvature.artifact as artifact
 from fits import SEEDS, Setup, fitted, groups, moved, setups
 from retain import Curvature, fit_curvature, load_curvature
 from retain.errors import ArtifactError, MismatchError, OutputError, RetainError
-from retain.types import SPACES, STRUCTURES
-from tiny import ROWS, relative, tiny
+from retain.types import SPACES
+from tiny import ROWS, STRUCTURES, relative, tiny
 
 
 def fit(kind: str, space: str = "weight", structure: str = "kfac", **options) -> Curvature:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from random_blocks import BLOCKS, IN, OUT, SIDES, Random, dense_quadratic, vec
+from retain.curvature.blocks.base import Reader
 from retain.curvature.blocks.eigen import EigenBlock
-from retain.curvature.blocks.factor import Factor, factor_from
 from tiny import relative
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 3))
@@ -55,21 +55,19 @@ def test_matvec_trace_and_definiteness_of_the_dense_matrix(
 
 
 @pytest.mark.parametrize("structure", BLOCKS)
-def test_tensors_define_the_block_and_count_as_its_memory(structure: str) -> None:
+def test_tensors_define_the_block(structure: str) -> None:
     block = Random(0).block(structure)
-
-    def copy(factor: Factor) -> Factor:
-        assert any(factor is known for known in block.factors().values())
-        return factor_from({end: t.clone() for end, t in factor.tensors().items()}, factor.size)
-
-    again = block.moved(copy, torch.clone)
-    assert type(again) is type(block)
+    copies = {f"x/{name}": t.clone() for name, t in block.tensors().items()}
+    again = type(block).unpack(Reader(copies, "x/", {}), block.shape)
     assert again.shape == block.shape == (OUT, IN)
     assert torch.equal(again.to_dense(), block.to_dense())
-    places = {t.data_ptr() for t in block.tensors().values()}
-    assert places.isdisjoint(t.data_ptr() for t in again.tensors().values())
-    assert block.memory() == 8 * sum(t.numel() for t in block.tensors().values())
-    assert set(block.factors()) == ({"inputs", "outputs"} if structure in SIDES else set())
+    assert all(t is copies[f"x/{name}"] for name, t in again.tensors().items())
+    block.check("x", set())
+    for name in block.tensors():
+        with pytest.raises((KeyError, ValueError)):
+            type(block).unpack(
+                Reader({k: t for k, t in copies.items() if k != f"x/{name}"}, "x/", {}), block.shape
+            )
 
 
 @pytest.mark.parametrize("c", [0.0, 1.0, 2.5])

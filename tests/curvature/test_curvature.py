@@ -15,8 +15,8 @@ from retain import Curvature, fit_curvature
 from retain.data.sources import encode
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, SourceError
 from retain.models.sites import LinearSite, find_sites, lora_sites
-from retain.types import SPACES, STRUCTURES
-from tiny import KINDS, ROWS, base, move, relative, tiny
+from retain.types import SPACES
+from tiny import KINDS, ROWS, STRUCTURES, base, move, relative, tiny
 
 FIT = {"batch_size": 2, "progress": False, "seed": 2}
 EACH = pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_shared_inputs_are_kept_once(structure: str) -> None:
         mlp = {id(blocks[f"{at}mlp.{n}_proj"].inputs) for n in ("gate", "up")}
         others = {id(blocks[f"{at}{n}"].inputs) for n in ("self_attn.o_proj", "mlp.down_proj")}
         assert (len(attention), len(mlp), len(attention | mlp | others)) == (1, 1, 4)
-    every = sum(block.memory() for block in blocks.values())
+    every = sum(8 * t.numel() for block in blocks.values() for t in block.tensors().values())
     for (i, j), link in curvature.links.items():
         shared = blocks[i].inputs is blocks[j].inputs
         assert shared is (link.inputs is blocks[i].inputs.dense())

@@ -13,8 +13,8 @@ from oracles_more import activation, ekfac, places, tridiagonal
 from quadratics import displacement, joined
 from retain import Curvature, fit_curvature
 from retain.models.sites import lora_sites
-from retain.types import FISHERS, SPACES, STRUCTURES
-from tiny import KINDS, ROWS, move, relative, tiny
+from retain.types import FISHERS, SPACES
+from tiny import KINDS, ROWS, STRUCTURES, move, relative, tiny
 
 SAMPLES, SEED = 3, 5
 FIT = {"samples": SAMPLES, "seed": SEED, "batch_size": 2, "progress": False}

@@ -13,9 +13,8 @@ from quadratics import dense_quadratic
 from retain import Curvature, Retention, fit_curvature, load_curvature, reanchored
 from retain.errors import CurvatureError, MismatchError, ModelError
 from retain.models.sites import find_sites, lora_sites
-from retain.types import STRUCTURES
 from sums import definite, same, text
-from tiny import KINDS, ROWS, base, move, relative, tiny
+from tiny import KINDS, ROWS, STRUCTURES, base, move, relative, tiny
 
 EACH = pytest.mark.parametrize(("kind", "structure"), [(k, s) for k in KINDS for s in STRUCTURES])
 HEADS = {"llama": "lm_head", "bert": "classifier"}

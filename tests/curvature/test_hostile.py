@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retain import fit_curvature, load_curvature
 from retain.curvature.artifact import digest_of
-from retain.curvature.blocks.definite import EXACT, check_dense
+from retain.curvature.blocks.linalg import EXACT, check_dense
 from retain.data.tensors import read_tensors
 from retain.errors import ArtifactError
 from tiny import ROWS, tiny

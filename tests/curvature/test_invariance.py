@@ -11,8 +11,8 @@ from torch import Tensor
 
 from retain import Curvature, fit_curvature
 from retain.models.sites import lora_sites
-from retain.types import FISHERS, SPACES, STRUCTURES
-from tiny import KINDS, ROWS, relative, tiny
+from retain.types import FISHERS, SPACES
+from tiny import KINDS, ROWS, STRUCTURES, relative, tiny
 
 SOME = [("llama", p, s) for p in SPACES for s in STRUCTURES] + [
     ("bert", "weight", "tridiagonal"),

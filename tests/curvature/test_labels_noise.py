@@ -13,8 +13,7 @@ from retain import fit_curvature
 from retain.curvature.curvature import Curvature
 from retain.curvature.fit.labels import EXACT_LIMIT
 from retain.errors import CurvatureError
-from retain.types import STRUCTURES
-from tiny import KINDS, ROWS, tiny
+from tiny import KINDS, ROWS, STRUCTURES, tiny
 
 ONE = {kind: ROWS[kind][:1] for kind in KINDS}
 SAMPLES = (8, 32, 128, 256)

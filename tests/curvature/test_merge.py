@@ -9,10 +9,9 @@ from torch import Tensor
 from retain import Curvature, fit_curvature
 from retain.curvature.blocks.base import Block
 from retain.curvature.blocks.factor import SketchFactor
-from retain.curvature.merge import _nearest
-from retain.types import SPACES, STRUCTURES
+from retain.types import SPACES
 from sums import definite, dense, fit, measure, pair, same, text
-from tiny import KINDS, move, relative, tiny
+from tiny import KINDS, STRUCTURES, move, relative, tiny
 
 F64 = torch.float64
 PRODUCTS = ("kfac", "shampoo", "activation", "tridiagonal")
@@ -152,14 +151,14 @@ def test_sums_of_sketches_stay_within_their_bounds(structure: str) -> None:
         assert total.memory() == a.memory()
         for names in sharing(a):
             ours, theirs = [a.blocks[n] for n in names], [b.blocks[n] for n in names]
-            blocks, _, ways = _nearest(ours, theirs)
+            blocks, _, _, ways = type(ours[0]).merge(ours, theirs)
             for n, block, way in zip(names, blocks, ways, strict=True):
                 assert total.blocks[n].trace() == pytest.approx(
                     a.blocks[n].trace() + b.blocks[n].trace(), rel=1e-10
                 )
                 for side, factor in block.factors().items():
                     x, y = (c.blocks[n].factors()[side].dense() for c in whole)
-                    p, q = getattr(way, side)
+                    p, q = way[side == "inputs"]
                     truth = p * x + q * y
                     off = torch.linalg.matrix_norm(factor.dense() - truth, 2)
                     bound = factor.bound if isinstance(factor, SketchFactor) else 0.0

@@ -20,9 +20,8 @@ from quadratics import dense_quadratic
 from retain import Curvature, Retention, fit_curvature, load_curvature
 from retain.errors import CurvatureError, MismatchError, ModelError, SourceError
 from retain.models.sites import is_idle, lora_sites, row_scales
-from retain.types import STRUCTURES
 from sums import dora, same
-from tiny import KINDS, ROWS, base, move, relative, tiny
+from tiny import KINDS, ROWS, STRUCTURES, base, move, relative, tiny
 
 TASK = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS"}
 

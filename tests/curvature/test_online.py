@@ -11,9 +11,9 @@ from torch import nn
 from retain import Curvature, Retention, load_curvature, reanchored
 from retain.errors import MismatchError
 from retain.models.sites import lora_sites
-from retain.types import SPACES, STRUCTURES
+from retain.types import SPACES
 from sums import definite, fit, measure, same
-from tiny import KINDS, move, tiny
+from tiny import KINDS, STRUCTURES, move, tiny
 
 SOME = pytest.mark.parametrize(
     ("kind", "space", "structure"),

@@ -16,9 +16,8 @@ from retain.curvature.fit.accumulator import Accumulator
 from retain.curvature.fit.checkpoint import forget
 from retain.errors import OutputError
 from retain.models.sites import lora_sites
-from retain.types import STRUCTURES
 from sums import dora, text
-from tiny import base, tiny
+from tiny import STRUCTURES, base, tiny
 
 BATCHES = 3
 CASES: list[dict[str, Any]] = [{"structure": s} for s in STRUCTURES]

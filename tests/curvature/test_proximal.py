@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from quadratics import dense_quadratic
 from retain import Curvature, fit_curvature
-from retain.curvature.displacement import proximal
+from retain.curvature.anchor import proximal
 from retain.models.sites import Site, find_sites, lora_sites
-from retain.types import SPACES, STRUCTURES
-from tiny import KINDS, ROWS, base, move, relative, tiny
+from retain.types import SPACES
+from tiny import KINDS, ROWS, STRUCTURES, base, move, relative, tiny
 
 FIT = {"batch_size": 2, "progress": False, "seed": 2}
 EACH = pytest.mark.parametrize(

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from retain import Curvature, fit_curvature
-from retain.curvature.blocks.observation import Record
+from retain.curvature.blocks.observation import Observation
 from retain.curvature.fit.accumulator import Accumulator
 from retain.errors import ConfigError
-from retain.types import STRUCTURES
 from sums import definite, same, text
-from tiny import tiny
+from tiny import STRUCTURES, tiny
 
 ROWS = 24
 CASES = [("llama", p, s, 1 / 4) for p in ("weight", "adapter") for s in STRUCTURES]
@@ -123,7 +122,7 @@ def test_the_stated_error_covers_what_the_share_really_misses(
 ) -> None:
     sums, real = [0.0, 0.0], Accumulator._trace
 
-    def trace(self: Accumulator, record: Record) -> None:
+    def trace(self: Accumulator, record: Observation) -> None:
         real(self, record)
         t = record.traces.double() * record.weight
         sums[0] += self.every * float(t[list(record.chosen)].sum())

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from retain.curvature.blocks.eigh import eigh
+from retain.curvature.blocks.linalg import eigh
 from retain.errors import CurvatureError
 
 REAL = torch.linalg.eigh

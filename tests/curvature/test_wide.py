@@ -40,11 +40,11 @@ def test_a_layer_of_14336_inputs_takes_what_the_plan_says(structure: str, tmp_pa
     states: list[dict[str, torch.Tensor]] = []
     from retain.curvature.fit import accumulator
 
-    keep = accumulator.Accumulator.turn
+    keep = accumulator.Accumulator.end_pass
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             accumulator.Accumulator,
-            "turn",
+            "end_pass",
             lambda self: (states.append(dict(self.estimator.state)), keep(self))[1],
         )
         curvature = fit_curvature(

@@ -21,8 +21,7 @@ from retain.retention.moments import input_moments
 from retain.retention.soften.truncate import truncated
 from retain.retention.start import set_start
 from retain.training.head import fit_head
-from retain.types import STRUCTURES
-from tiny import KINDS, ROWS, tiny, weights
+from tiny import KINDS, ROWS, STRUCTURES, tiny, weights
 
 
 def wrapped(model: nn.Module, kind: torch.dtype, how: str) -> nn.Module:

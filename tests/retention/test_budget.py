@@ -11,8 +11,7 @@ from sequences import begun, learn, tasks_of
 from torch import nn
 
 from retain import Retention, fit_curvature
-from retain.curvature.curvature import Curvature
-from retain.curvature.merge import reanchored
+from retain.curvature.curvature import Curvature, reanchored
 from retain.data.batches import Example
 from retain.data.sources import encode
 from retain.errors import ConfigError, MismatchError

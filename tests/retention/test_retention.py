@@ -18,8 +18,8 @@ from retain.errors import ConfigError, MismatchError, TrainingError
 from retain.models.forward import forward_logits
 from retain.models.sites import lora_sites
 from retain.retention.forces import Forces
-from retain.types import SPACES, STRUCTURES, UPDATES
-from tiny import KINDS, ROWS, move, relative, tiny, weights
+from retain.types import SPACES, UPDATES
+from tiny import KINDS, ROWS, STRUCTURES, move, relative, tiny, weights
 
 STRENGTHS = [10.0**k for k in range(-3, 10)]
 SOME = pytest.mark.parametrize(

@@ -20,11 +20,13 @@ from retain.cli.options import (
     name_list,
     quieten,
 )
-from retain.curvature.fit.settings import RANKS, SKETCHES, check_settings, factor_rank_of
+from retain.curvature.blocks.ranks import RANKS, factor_rank_of
+from retain.curvature.blocks.registry import names as structures
+from retain.curvature.fit.settings import FitSettings
 from retain.files import clear_scratch, locked
 from retain.runs.folders import check_curvature
 from retain.runs.messages import Interrupted
-from retain.types import FISHERS, SPACES, STRUCTURES, Fisher, Space, Structure
+from retain.types import FISHERS, SPACES, Fisher, Space
 
 if TYPE_CHECKING:
     from retain.config import AdapterConfig
@@ -52,7 +54,7 @@ def fit(
         "curvature.safetensors"
     ),
     structure: Annotated[
-        str, typer.Option(help=f"How detailed: {', '.join(STRUCTURES)}.")
+        str, typer.Option(help=f"How detailed: {', '.join(structures())}.")
     ] = "kfac",
     space: Annotated[
         str,
@@ -71,9 +73,7 @@ def fit(
     temperature: Annotated[float, typer.Option(help="Of tempered labels.")] = 2.0,
     factor_rank: Annotated[
         str,
-        typer.Option(
-            help=f"Sketch wide factors by so many directions each ({', '.join(SKETCHES)}); {RANKS}."
-        ),
+        typer.Option(help=f"Sketch wide factors by so many directions each; {RANKS}."),
     ] = "auto",
     share: Annotated[
         float, typer.Option(help="Share of the texts that enters each layer's products.")
@@ -110,13 +110,13 @@ def fit(
 ) -> None:
     """Measure what a model relies on, so that training can leave it alone."""
     check_choices(
-        ("structure", structure, STRUCTURES),
+        ("structure", structure, structures()),
         ("space", space, SPACES),
         ("fisher", fisher, FISHERS),
         ("dtype", dtype, DTYPES),
     )
     sketches = factor_rank_of(factor_rank)
-    check_settings(
+    FitSettings(
         structure, space, fisher, samples=samples, rows=rows, rank=sketches,
         batch_size=batch_size, share=share, temperature=temperature,
     )  # fmt: skip
@@ -154,7 +154,7 @@ def fit(
             curvature = fit_curvature(
                 _with_adapter(base, adapter, fresh),
                 source,
-                cast(Structure, structure),
+                structure,
                 tokenizer=tokenizer,
                 space=cast(Space, space),
                 fisher=cast(Fisher, fisher),

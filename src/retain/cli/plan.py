@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retain.cli.options import AsJson, Quiet, Screen, Trust, check_choices, name_list, quieten
-from retain.curvature.fit.settings import RANKS, USUAL_RANK, WHOLE, factor_rank_of
-from retain.curvature.plan import PLANNED, SEQUENCE, Cost, cost
+from retain.curvature.blocks.ranks import RANKS, USUAL_RANK, WHOLE, factor_rank_of
+from retain.curvature.blocks.registry import names as structures
+from retain.curvature.plan import SEQUENCE, Cost, cost
 
 if TYPE_CHECKING:
     from retain.models.skeleton import Outline
@@ -35,7 +36,9 @@ def plan(
     factor_rank: Annotated[
         str, typer.Option(help=f"Sketch wide factors by so many directions each; {RANKS}.")
     ] = "auto",
-    structure: Annotated[str, typer.Option(help=f"all, or one of {', '.join(PLANNED)}.")] = "all",
+    structure: Annotated[
+        str, typer.Option(help=f"all, or one of {', '.join(structures())}.")
+    ] = "all",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a training step.")] = 512,
     num_labels: Annotated[
         int | None, typer.Option(min=2, help="A classifier with so many classes.")
@@ -45,7 +48,7 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Say what a curvature will cost: memory, time to fit, work a training step."""
-    check_choices(("structure", structure, ("all", *PLANNED)))
+    check_choices(("structure", structure, ("all", *structures())))
     sketches = factor_rank_of(factor_rank)
     screen = Screen(as_json, quiet)
     quieten(False)
@@ -58,7 +61,7 @@ def plan(
     )
     costs = {
         name: cost(name, found, rank=rank, factor_rank=sketches, tokens=tokens)
-        for name in (PLANNED if structure == "all" else (structure,))
+        for name in (structures() if structure == "all" else (structure,))
     }
     notes = list(found.notes)
     if missing := [name for name, c in costs.items() if c is None]:

@@ -1,36 +1,36 @@
-"""Whether a curvature belongs to a model: the base, the layers, and in adapter space the rank."""
+"""Where a model stands relative to a curvature: whether it is the curvature's own, how far each
+weight is from the anchor, and the implicit step back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
-from retain.curvature.info import CurvatureInfo, describe
+from retain.curvature.info import describe, part
+from retain.curvature.operator import BlockOperator
 from retain.errors import MismatchError
 from retain.models.fingerprint import fingerprint
-from retain.models.sites import LinearSite, Site
+from retain.models.sites import LinearSite, LoraSite, Site
 
-__all__ = ["Anchor", "check_sites"]
-
-Anchor = Mapping[str, tuple[Tensor, ...]]
-"""Layer -> (B_0 with the scaling in it, A_0), or (W_0,) where the weight itself is trained."""
+__all__ = ["Displacements", "anchor_of", "check_sites", "proximal", "site_tensor"]
 
 
-def check_sites(
-    model: nn.Module, sites: Sequence[Site], info: CurvatureInfo, anchor: Anchor
-) -> None:
-    """Checks that a curvature belongs to a model.
+def site_tensor(site: Site) -> Tensor:
+    """A tensor of the site's: its device is where the curvature must be."""
+    return site.a if isinstance(site, LoraSite) else site.weight
 
-    Args:
-        model: the model.
-        sites: its layers.
-        info: of the curvature.
-        anchor: of the curvature.
+
+def check_sites(curvature: BlockOperator, model: nn.Module, sites: Sequence[Site]) -> None:
+    """Checks that a curvature belongs to a model with these layers.
 
     Raises:
         MismatchError: another base model, other layers, or (adapter space) another rank.
     """
+    info = curvature.info
     found, want = describe(sites), info.sites
     whole = isinstance(sites[0], LinearSite)  # whose base weights are those that train
     mine, theirs = fingerprint(model), info.model
@@ -49,7 +49,7 @@ def check_sites(
             allowed=f"the {len(want)} layers it was fitted on",
             fix="use the same target_modules, or fit the curvature again",
         )
-    if whole and any(len(anchor.get(name, ())) != 1 for name in want):
+    if whole and any(len(curvature.anchor.get(name, ())) != 1 for name in want):
         raise MismatchError(
             "the curvature knows no weights to hold a fully trained model at",
             got="one that was fitted on a LoRA model",
@@ -65,3 +65,108 @@ def check_sites(
                     allowed=f"r={shape[2]:g}, scaling={shape[3]:g}",
                     fix="use that rank, or fit with space='weight', which fits any rank",
                 )
+
+
+@dataclass(frozen=True)
+class Displacements:
+    """Displacements by block name: thin ones, ``(left, right)``, and full ones, D itself."""
+
+    thin: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    full: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, curvature: BlockOperator, sites: Sequence[Site]) -> Displacements:
+        """The present displacements, in the blocks' precision."""
+        found = cls()
+        for site in sites:
+            name, anchor = site.name, curvature.anchor
+            dtype = _dtype_of(curvature, site)
+            if isinstance(site, LinearSite):
+                found.full[name] = site.weight.detach().to(dtype) - anchor[name][0]
+                continue
+            a, b = site.a.detach().to(dtype), site.b.detach().to(dtype)
+            if curvature.info.space == "adapter":
+                b0, a0 = anchor[name]
+                found.full[part(name, "lora_A")] = a - a0
+                found.full[part(name, "lora_B")] = b - b0
+                continue
+            left, right = site.scaling * b, a
+            if len(anchor.get(name, ())) == 2:
+                b0, a0 = anchor[name]
+                left, right = torch.cat([left, -b0], 1), torch.cat([right, a0], 0)
+            found.thin[name] = (left, right)
+        return found
+
+
+def anchor_of(curvature: BlockOperator, sites: Sequence[Site]) -> dict[str, tuple[Tensor, ...]]:
+    """The present weights as an anchor. In weight space, LoRA layers with no update need none."""
+    anchor: dict[str, tuple[Tensor, ...]] = {}
+    for site in sites:
+        dtype = _dtype_of(curvature, site)
+        if isinstance(site, LinearSite):
+            anchor[site.name] = (site.weight.detach().to(dtype, copy=True),)
+            continue
+        a, b = site.a.detach().to(dtype, copy=True), site.b.detach().to(dtype, copy=True)
+        if curvature.info.space == "adapter":
+            anchor[site.name] = (b, a)
+        elif bool(b.any()):
+            anchor[site.name] = (site.scaling * b, a)
+    return anchor
+
+
+def _dtype_of(curvature: BlockOperator, site: Site) -> torch.dtype:
+    """The precision of a site's block."""
+    adapter = curvature.info.space == "adapter"
+    name = part(site.name, "lora_B") if adapter else site.name
+    return next(iter(curvature.blocks[name].tensors().values())).dtype
+
+
+def proximal(curvature: BlockOperator, sites: Sequence[Site], steps: dict[int, float]) -> None:
+    """One implicit step of the quadratic q, in place: of each layer first B, then A.
+
+    Each half solves its own convex problem exactly, ``X = argmin 0.5 ||X - X'||^2 + tau q(X)``, so
+    q never grows, whatever the steps. Where blocks are linked, such steps would let neighbours run
+    away against each other. There q is not the quadratic but its bound, twice the blocks without
+    the links: each pair of a tri-diagonal chain is below twice its own diagonal.
+
+    Args:
+        curvature: whose quadratic.
+        sites: the layers.
+        steps: ``id`` of a parameter -> its tau, the step times the strength; 0 where missing.
+    """
+    bound = 2.0 if curvature.links else 1.0
+
+    def tau(parameter: Tensor) -> float:
+        return bound * steps.get(id(parameter), 0.0) if parameter.requires_grad else 0.0
+
+    with torch.no_grad():
+        for site in sites:
+            if isinstance(site, LinearSite):
+                halves = [(site.name, site.weight, curvature.anchor[site.name][0])]
+            elif curvature.info.space == "adapter":
+                b0, a0 = curvature.anchor[site.name]
+                halves = [
+                    (part(site.name, "lora_B"), site.b, b0),
+                    (part(site.name, "lora_A"), site.a, a0),
+                ]
+            else:
+                _step_thin(curvature, site, tau(site.b), tau(site.a))
+                continue
+            for name, parameter, start in halves:
+                if tau(parameter):
+                    d = parameter.detach().to(start.dtype) - start
+                    parameter.copy_(start + curvature.blocks[name].prox(d, tau(parameter)))
+
+
+def _step_thin(curvature: BlockOperator, site: LoraSite, tau_b: float, tau_a: float) -> None:
+    block, s = curvature.blocks[site.name], site.scaling
+    dtype = _dtype_of(curvature, site)
+    a, b = site.a.detach().to(dtype), site.b.detach().to(dtype)
+    b0, a0 = b[:, :0], a[:0]
+    if len(curvature.anchor.get(site.name, ())) == 2:
+        b0, a0 = curvature.anchor[site.name]
+    if tau_b:
+        b = block.prox_left(b, s * a, b0, a0, tau_b)
+        site.b.copy_(b)
+    if tau_a:
+        site.a.copy_(block.prox_right(a, s * b, b0, a0, tau_a))

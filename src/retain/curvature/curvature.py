@@ -11,27 +11,26 @@ It is a linear operator: ``matvec``, ``quadratic``, ``to_dense``, ``a + b``, ``c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from retain.curvature.anchor import Anchor, check_sites
-from retain.curvature.blocks.base import Block
-from retain.curvature.blocks.factor import DenseFactor, Factor
-from retain.curvature.blocks.identity import IdentityBlock
-from retain.curvature.blocks.offdiagonal import Link
-from retain.curvature.displacement import Moves, anchor_of, place
-from retain.curvature.info import CurvatureInfo, part
-from retain.curvature.stack import Stack, stacks
-from retain.errors import ConfigError, MismatchError
+from retain.curvature.anchor import Displacements, anchor_of, check_sites, site_tensor
+from retain.curvature.artifact import read_curvature, save_curvature
+from retain.curvature.info import part
+from retain.curvature.merge import merge
+from retain.curvature.operator import Anchor, BlockOperator
+from retain.curvature.stack import stacks
+from retain.errors import MismatchError
+from retain.models.fingerprint import fingerprint
 from retain.models.forward import no_autocast
 from retain.models.sites import LinearSite, LoraSite, Site, find_sites
 
-__all__ = ["Anchor", "Curvature", "Pull"]
+__all__ = ["Anchor", "Curvature", "Pull", "load_curvature", "reanchored"]
 
 
 class Pull(NamedTuple):
@@ -41,27 +40,11 @@ class Pull(NamedTuple):
     gradient: Tensor
 
 
-class Curvature:
+class Curvature(BlockOperator):
     """``quadratic(model)``: how many nats per token the model is predicted to have moved.
 
-    Args:
-        blocks: layer (weight space) or `part` (adapter space) -> block.
-        anchor: see `Anchor`. In weight space a LoRA layer without an entry is anchored at the
-            base weight. In adapter space, and for full fine-tuning, each layer has one.
-        info: where the curvature came from.
-        links: (i, j) -> what ties two neighbouring blocks (``tridiagonal``).
+    See `BlockOperator` for the arguments.
     """
-
-    def __init__(
-        self,
-        blocks: Mapping[str, Block],
-        anchor: Anchor,
-        info: CurvatureInfo,
-        links: Mapping[tuple[str, str], Link] | None = None,
-    ) -> None:
-        self.blocks, self.anchor, self.info = dict(blocks), dict(anchor), info
-        self.links = dict(links or {})
-        self._stacks: dict[bool, list[Stack]] = {}
 
     def __repr__(self) -> str:
         i = self.info
@@ -69,16 +52,6 @@ class Curvature:
             f"Curvature({i.structure}, {i.space} space, {i.fisher} Fisher, {len(i.sites)} layers, "
             f"{i.tokens} tokens, {self.memory() / 2**20:.1f} MiB)"
         )
-
-    @no_autocast()
-    def matvec(self, d: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """F d, for displacements by block name: each of its block's shape."""
-        self._check_names(d)
-        out = {name: block.matvec(d[name]) for name, block in self.blocks.items()}
-        for (i, j), link in self.links.items():
-            out[i] = out[i] + link.matvec(d[j])
-            out[j] = out[j] + link.transposed(d[i])
-        return out
 
     @no_autocast()
     def quadratic(self, at: nn.Module | Mapping[str, Tensor]) -> float:
@@ -95,47 +68,9 @@ class Curvature:
         moved = self.matvec(at)
         return 0.5 * sum(float((at[name] * fd).sum()) for name, fd in moved.items())
 
-    def to_dense(self) -> Tensor:
-        """F as one matrix on the row-major vectors of all blocks in order; for small ones."""
-        sizes = [b.shape[0] * b.shape[1] for b in self.blocks.values()]
-        dense: Tensor = torch.block_diag(*(b.to_dense() for b in self.blocks.values()))
-        ends = dict(zip(self.blocks, torch.tensor(sizes).cumsum(0).tolist(), strict=True))
-        spans = {n: slice(ends[n] - size, ends[n]) for n, size in zip(ends, sizes, strict=True)}
-        for (i, j), link in self.links.items():
-            dense[spans[i], spans[j]] = link.to_dense()
-            dense[spans[j], spans[i]] = dense[spans[i], spans[j]].T
-        return dense
-
     def __add__(self, other: Curvature) -> Curvature:
         """Both quadratics at once, at the memory of one; see `retain.curvature.merge`."""
-        from retain.curvature.merge import merge
-
         return merge(self, other) if isinstance(other, Curvature) else NotImplemented
-
-    def __mul__(self, c: float) -> Curvature:
-        if not isinstance(c, int | float):
-            return NotImplemented
-        if not (math.isfinite(c) and c >= 0):
-            raise ConfigError(
-                "a curvature cannot be multiplied by this",
-                got=c,
-                allowed="a finite number, 0 or above: a penalty must not pay for drift",
-                fix="multiply by a weight of at least 0",
-            )
-        scales: dict[int, Tensor] = {}  # the identity has one for all
-        blocks = {
-            name: block.moved(lambda f: f, lambda t: scales.setdefault(id(t), c * t))
-            if isinstance(block, IdentityBlock)
-            else block.scaled(c)
-            for name, block in self.blocks.items()
-        }
-        links = {
-            pair: Link(link.inputs, c * link.outputs, link.weight)
-            for pair, link in self.links.items()
-        }
-        return Curvature(blocks, self.anchor, self.info, links)
-
-    __rmul__ = __mul__
 
     def bind(self, model: nn.Module) -> list[Site]:
         """The model's layers, checked to be those of this curvature.
@@ -146,36 +81,9 @@ class Curvature:
             MismatchError: another base model, other layers, or (adapter space) another rank.
         """
         sites: list[Site] = list(find_sites(model))
-        check_sites(model, sites, self.info, self.anchor)
-        self.to(place(sites[0]).device)
+        check_sites(self, model, sites)
+        self.to(site_tensor(sites[0]).device)
         return sites
-
-    def to(self, device: torch.device) -> Curvature:
-        """Moves the tensors to a device, in place; what was shared stays shared."""
-        held = next(iter(next(iter(self.blocks.values())).tensors().values())).device
-        if held == device:
-            return self
-        factors: dict[int, Factor] = {}
-        tensors: dict[int, Tensor] = {}
-
-        def tensor(t: Tensor) -> Tensor:
-            return tensors.setdefault(id(t), t.to(device))
-
-        def factor(f: Factor) -> Factor:
-            if id(f) not in factors:
-                factors[id(f)] = f.to(device)
-                if isinstance(f, DenseFactor):
-                    tensors[id(f.matrix)] = factors[id(f)].dense()
-            return factors[id(f)]
-
-        self.blocks = {n: b.moved(factor, tensor) for n, b in self.blocks.items()}
-        self._stacks = {}
-        self.links = {
-            pair: Link(tensor(link.inputs), tensor(link.outputs), link.weight)
-            for pair, link in self.links.items()
-        }
-        self.anchor = {n: tuple(t.to(device) for t in kept) for n, kept in self.anchor.items()}
-        return self
 
     @no_autocast()
     def pulls(self, sites: Sequence[Site], *, rounded: bool = False) -> tuple[float, list[Pull]]:
@@ -191,18 +99,18 @@ class Curvature:
                 what is left of two near products would be rounding.
         """
         with torch.no_grad():
-            moves = Moves.of(self, sites)
-            values, thin = self._thin(moves, rounded and not self.anchor)
-            full = {n: self.blocks[n].matvec(d) for n, d in moves.full.items()}
-            values += [0.5 * (d * full[n]).sum() for n, d in moves.full.items()]
+            moved = Displacements.of(self, sites)
+            values, thin = self._thin(moved, rounded and not self.anchor)
+            full = {n: self.blocks[n].matvec(d) for n, d in moved.full.items()}
+            values += [0.5 * (d * full[n]).sum() for n, d in moved.full.items()]
             for (i, j), link in self.links.items():
                 if i in full:
-                    di, dj = moves.full[i], moves.full[j]
+                    di, dj = moved.full[i], moved.full[j]
                     forward = link.matvec(dj)
                     values.append((di * forward).sum())
                     full[i], full[j] = full[i] + forward, full[j] + link.transposed(di)
                     continue
-                (li, ri), (lj, rj) = moves.thin[i], moves.thin[j]
+                (li, ri), (lj, rj) = moved.thin[i], moved.thin[j]
                 p, q = link.forward(lj, rj)
                 lp, rq = li.T @ p, ri @ q.T
                 values.append((lp * rq).sum())
@@ -227,38 +135,26 @@ class Curvature:
         self._stacks.pop(True, None)
 
     def _thin(
-        self, moves: Moves, rounded: bool
+        self, moved: Displacements, rounded: bool
     ) -> tuple[list[Tensor], dict[str, tuple[Tensor, Tensor]]]:
         """Values and gradients of the thin moves, like layers together."""
         values: list[Tensor] = []
         out: dict[str, tuple[Tensor, Tensor]] = {}
         if rounded not in self._stacks:
             # A link may share a block's factor, which must stay where it is.
-            idle = bool(self.links) or not moves.thin
+            idle = bool(self.links) or not moved.thin
             self._stacks[rounded] = [] if idle else stacks(self.blocks, rounded=rounded)
         for stack in self._stacks[rounded]:
-            if stack.fits(moves.thin):
-                value, found = stack.thin(moves.thin)
+            if stack.fits(moved.thin):
+                value, found = stack.thin(moved.thin)
                 values.append(value)
                 out |= found
-        for name, (left, right) in moves.thin.items():
+        for name, (left, right) in moved.thin.items():
             if name not in out:
                 thin = self.blocks[name].thin(left, right)
                 values.append(thin.value)
                 out[name] = (thin.left, thin.right)
         return values, out
-
-    def memory(self) -> int:
-        """Bytes that the blocks, links and the anchor take; shared tensors count once.
-
-        Copies in bfloat16 that a force has made, see `pulls`, count too.
-        """
-        tensors = [t for b in self.blocks.values() for t in b.tensors().values()]
-        tensors += [t for link in self.links.values() for t in (link.inputs, link.outputs)]
-        tensors += [t for kept in self.anchor.values() for t in kept]
-        tensors += [t for stack in self._stacks.get(True, []) for t in stack.tensors()]
-        unique = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
-        return sum(unique.values())
 
     def load_anchor(self, model: nn.Module) -> None:
         """Sets the model to the anchor: the adapter in adapter space, where its A matters, or the
@@ -286,35 +182,44 @@ class Curvature:
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, whole or not at all; see `retain.curvature.artifact`."""
-        from retain.curvature.artifact import save_curvature
-
         return save_curvature(self, path)
 
     def at_anchor(self, sites: Sequence[Site]) -> bool:
         """Whether the present weights are the anchor's: LoRA's A and B, or full weights."""
-        if self.info.space == "weight" and isinstance(sites[0], LoraSite):
-            now = anchor_of(self, sites)
-            return now.keys() == self.anchor.keys() and all(
-                torch.equal(x, y.to(x))
-                for name, pair in now.items()
-                for x, y in zip(pair, self.anchor[name], strict=True)
-            )
+        now = anchor_of(self, sites)
+        if now.keys() != self.anchor.keys():
+            return False
+        update = self.info.space == "weight" and isinstance(sites[0], LoraSite)
         for site in sites:
-            kept = self.anchor[site.name]
-            held = (site.b, site.a) if isinstance(site, LoraSite) else (site.weight,)
-            if not all(
-                torch.equal(p.detach(), t.to(p.dtype)) for p, t in zip(held, kept, strict=True)
-            ):
-                return False
+            for x, kept in zip(now.get(site.name, ()), self.anchor.get(site.name, ()), strict=True):
+                # Weights are compared as the model can hold them.
+                dtype = x.dtype if update else site_tensor(site).dtype
+                if not torch.equal(x.to(dtype), kept.to(x.device, dtype)):
+                    return False
         return True
 
-    def _check_names(self, d: Mapping[str, Tensor]) -> None:
-        odd = [n for n, b in self.blocks.items() if n not in d or tuple(d[n].shape) != b.shape]
-        if odd or len(d) != len(self.blocks):
-            raise MismatchError(
-                "the displacements are not those of the blocks",
-                got=f"{len(d)} displacements, the first that is missing or odd is "
-                f"{(odd or sorted(set(d) - set(self.blocks)))[0]}",
-                allowed=f"{len(self.blocks)} of them by block name, each of its block's shape",
-                fix="see curvature.blocks",
-            )
+
+def load_curvature(path: str | Path) -> Curvature:
+    """Reads a curvature file; checks its digest, and that it can be a curvature.
+
+    Raises:
+        ArtifactError: no such file, not a curvature file, truncated, altered, or with contents
+            that no fit has: see `retain.curvature.artifact`.
+    """
+    found = read_curvature(path)
+    return Curvature(found.blocks, found.anchor, found.info, found.links)
+
+
+@no_autocast()
+def reanchored(curvature: Curvature, model: nn.Module) -> Curvature:
+    """The same blocks around the model's present weights: the online Laplace step.
+
+    Args:
+        curvature: of weight space, or of adapter space at the model's rank.
+        model: the model that carries the adapter, after training.
+    """
+    sites = curvature.bind(model)
+    info = replace(curvature.info, model=fingerprint(model))  # a full model's base has moved too
+    moved = Curvature(curvature.blocks, {}, info, curvature.links)
+    moved.anchor = anchor_of(moved, sites)
+    return moved

@@ -1,22 +1,12 @@
 """What a curvature will cost, by arithmetic on the shapes of the layers. Nothing is measured.
 
 All in weight space, from a fresh adapter, in multiply-adds and in numbers of float32. A LoRA
-layer has a weight [d_out, d_in]. Layers that read the same tensor (q, k and v; gate and up) share
-the factor of their input. A factor of size d has d^2 numbers or, with a factor rank k and
-2k <= d, is a sketch of ``k d + d + 1``: k directions, a diagonal and a bound.
-
-**Stored**
-
-- identity: 1 number for all layers.
-- diagonal: d_out d_in a layer.
-- kfac: a factor of d_in for each distinct input, one of d_out a layer.
-- shampoo: a factor of d_in and one of d_out a layer; nothing is shared.
-- ekfac: as kfac (eigenvectors), and d_out d_in a layer (eigenvalues).
-- activation: a factor of d_in for each distinct input, 1 number a layer.
-- tridiagonal: as kfac and, for each layer i and its successor j, d_out_i d_out_j and, unless they
-  share their input, d_in_i d_in_j. A pooled layer, which sees one position, has no such link.
-
-ekfac and tridiagonal have no sketches; identity and diagonal have no factors.
+layer has a weight [d_out, d_in]. What a structure keeps of it is said by its `Structure`: factors
+of d_in (one for all layers that read the same tensor, as q, k and v do, or one each) and of d_out,
+d_out d_in entries, single numbers. A factor of size d has d^2 numbers or, with a factor rank k and
+2k <= d, is a sketch of ``k d + d + 1``: k directions, a diagonal and a bound. Linked neighbours i
+and j keep d_out_i d_out_j and, unless they share their input, d_in_i d_in_j. A pooled layer, which
+sees one position, has no such link.
 
 **While fitting** the same sums are held, but a sketch is a buffer of 2k rows, with its diagonal
 and bound in float64: ``2 k d + 2 d + 2``. ekfac holds kfac's sums first, then eigenvectors in
@@ -24,35 +14,28 @@ their place and the eigenvalues. Batches, counters, and what a last step copies 
 
 **Passes**: work of the fit, in forward and backward passes over the source. With L the
 multiply-adds a token in all linear layers (the head among them), a pass is ``2 L``: the base is
-frozen, so backward costs what forward does. Attention's products and LoRA's own are left out.
-On top, a token and a label draw, with T tokens a sequence:
+frozen, so backward costs what forward does. A structure without a backward pass takes ``L - head``.
+Attention's products and LoRA's own are left out. On top, a token and a label draw, with T tokens a
+sequence:
 
 - a factor: d^2. A sketch: ``6 k d + 36 k^2``; each k tokens ask for the Gram matrix of 2k rows
   (``4 k^2 d``), its eigenvectors (``4.5 (2k)^3``) and k new rows (``2 k^2 d``);
-- the diagonal: d_out d_in. A link's products: its entries;
-- each layer's true trace, at each backward pass: d_out d_in or, where that is less,
-  ``T (d_in + d_out)`` (Gram matrices over positions, that of an input once for all its readers);
-- shampoo: those Gram matrices in any case, and ``T (d_in + d_out)`` for their products; a sketch
-  needs their roots, ``5.5 T^2``;
-- ekfac: between two passes an eigendecomposition of each factor, ``4.5 d^3`` (Golub and Van Loan
-  2013, section 8.3), spread over the source's tokens; in the second pass each factor once more,
-  which turns inputs and gradients, and the diagonal;
-- activation: ``L - head``, for it needs neither a backward pass nor the head; two forward
-  passes of an eighth of the rows (``L / 4``) for its scale; its factors.
+- entries: d_out d_in. A link's products: its entries;
+- each layer's true trace, at each backward pass: d_out d_in or, where that is less or the Gram
+  matrices over positions are needed in any case, ``T (d_in + d_out)`` (that of an input once);
+- what a structure adds by itself: see `Structure.extra_work`.
 
 **A training step** of n tokens is ``n (2 L + 3 r (d_in + d_out))``, summed over LoRA layers. The
 force comes once a step, whatever n:
 
 - a factor: ``r d^2``; a sketch: ``2 r k d + r d``; then ``2 r^2 (d_in + d_out)``;
-- identity: ``2 r^2 (d_in + d_out)``;
-- diagonal: ``(3 r + 1) d_out d_in``, for the update is built;
-- ekfac: each factor twice, and what diagonal takes;
+- entries: ``(3 r + 1) d_out d_in``, for the update is built, and each factor twice;
 - a link: ``2 r (d_out_i d_out_j + d_in_i d_in_j)`` and ``2 r^2`` (the sum of the four sizes).
 
 These products are thin (r columns), so memory is more likely to bound them: `Cost.step_reads` is
 the bytes of the factors as often as the force reads them. A shared factor is read once for all
-its layers (in ekfac, for each of them); a sketch's directions, ekfac's eigenvectors and links are
-read twice.
+its layers (beside entries, for each of them); a sketch's directions, factors beside entries and
+links are read twice.
 """
 
 from __future__ import annotations
@@ -60,50 +43,24 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
-from retain.curvature.fit.settings import sketch_rank
-from retain.errors import ConfigError, unknown
+from retain.curvature.blocks.ranks import SEQUENCE, sketch_rank
+from retain.curvature.blocks.registry import names, structure_of
+from retain.errors import ConfigError
 from retain.types import FactorRank
 
 if TYPE_CHECKING:
+    from retain.curvature.blocks.structure import Structure
     from retain.models.skeleton import Outline
 
-__all__ = ["PLANNED", "SEQUENCE", "Cost", "cost", "factor_bytes", "fitting_bytes"]
+__all__ = ["SEQUENCE", "Cost", "cost", "factor_bytes", "fitting_bytes"]
 
-SEQUENCE = 128
-"""Tokens of a source sequence, T; ``retain fit`` cuts texts to so many by default."""
-
-_SOURCE = 128 * SEQUENCE  # tokens that retain fit reads by default at most
 _FLOAT = 4  # bytes
 
 Layers = Mapping[str, tuple[int, int]]
 Shared = Mapping[str, str]
 Side = Callable[[int], int]  # what a factor of size d counts
-
-
-class _Parts(NamedTuple):
-    """What a structure keeps of a layer."""
-
-    inputs: Literal["shared", "own", "none"] = "none"
-    outputs: bool = False
-    entries: bool = False
-    links: bool = False
-    sketch: bool = True
-
-
-_PARTS = {
-    "identity": _Parts(),
-    "diagonal": _Parts(entries=True),
-    "kfac": _Parts("shared", outputs=True),
-    "shampoo": _Parts("own", outputs=True),
-    "ekfac": _Parts("shared", outputs=True, entries=True, sketch=False),
-    "activation": _Parts("shared"),
-    "tridiagonal": _Parts("shared", outputs=True, links=True, sketch=False),
-}
-
-PLANNED: tuple[str, ...] = tuple(_PARTS)
-"""The structures that a plan knows."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +97,7 @@ def cost(
     """What a structure costs on a model; None for one that has no sketches where k is given.
 
     Args:
-        structure: one of `PLANNED`.
+        structure: its name.
         model: its layers and size.
         rank: of the adapter, r.
         factor_rank: of the sketches, k, as for `fit_curvature`.
@@ -149,12 +106,13 @@ def cost(
     Raises:
         ConfigError: an unknown structure, or a factor rank below 1.
     """
-    if isinstance(factor_rank, int) and structure in _PARTS and not _PARTS[structure].sketch:
+    if isinstance(factor_rank, int) and not structure_of(structure).sketches:
         return None
     known = (structure, model.layers, model.shared, factor_rank)
     stored, fitting = (f(*known, pooled=model.pooled) for f in (factor_bytes, fitting_bytes))
-    fit = _fit_work(structure, model, factor_rank)
-    force, reads = _force(structure, model, factor_rank, rank)
+    kept = _known(structure, factor_rank)
+    fit = _fit_work(kept, model, factor_rank)
+    force, reads = _force(kept, model, factor_rank, rank)
     own = sum(3 * rank * (d_out + d_in) for d_out, d_in in model.layers.values())
     step = tokens * (2 * model.linear + own)
     passes = fit / (2 * model.linear)
@@ -172,7 +130,7 @@ def factor_bytes(
     """Bytes of a fitted curvature in float32.
 
     Args:
-        structure: one of `PLANNED`.
+        structure: its name.
         layers: layer -> (d_out, d_in), in the order of the modules.
         shared: layer -> the first layer with the same input.
         factor_rank: k, as for `fit_curvature`.
@@ -182,9 +140,9 @@ def factor_bytes(
         ConfigError: an unknown structure, one that has no sketches with a factor rank, or a
             factor rank below 1.
     """
-    parts = _parts(structure, factor_rank)
-    side = _by_size(structure, factor_rank, lambda d: d * d, lambda d, k: k * d + d + 1)
-    return _FLOAT * (_sum(parts, layers, shared, pooled, side) + _scales(structure, layers))
+    kept = _known(structure, factor_rank)
+    side = _by_size(kept, factor_rank, lambda d: d * d, lambda d, k: k * d + d + 1)
+    return _FLOAT * (_sum(kept, layers, shared, pooled, side) + _scalars(kept, layers))
 
 
 def fitting_bytes(
@@ -196,111 +154,107 @@ def fitting_bytes(
     pooled: Collection[str] = (),
 ) -> int:
     """Bytes of the sums that are held while fitting; see `factor_bytes`."""
-    parts = _parts(structure, factor_rank)
-    side = _by_size(structure, factor_rank, lambda d: d * d, lambda d, k: 2 * k * d + 2 * d + 2)
-    return _FLOAT * (_sum(parts, layers, shared, pooled, side) + _scales(structure, layers))
+    kept = _known(structure, factor_rank)
+    side = _by_size(kept, factor_rank, lambda d: d * d, lambda d, k: 2 * k * d + 2 * d + 2)
+    return _FLOAT * (_sum(kept, layers, shared, pooled, side) + _scalars(kept, layers))
 
 
-def _fit_work(structure: str, model: Outline, factor_rank: FactorRank) -> int:
+def _fit_work(kept: Structure, model: Outline, factor_rank: FactorRank) -> int:
     """Multiply-adds a source token of the whole fit."""
-    layers, shared, t = model.layers, model.shared, SEQUENCE
-    side = _by_size(structure, factor_rank, lambda d: d * d, lambda d, k: 6 * k * d + 36 * k * k)
-    work = _sum(_parts(structure, factor_rank), layers, shared, model.pooled, side)
-    if structure == "activation":
-        return model.linear - model.head + model.linear // 4 + work
-    backward, grams = 2 * model.linear, set()
-    for name, (d_out, d_in) in layers.items():
-        by_gram = t * (d_out + d_in) <= d_out * d_in
-        backward += 0 if by_gram else d_out * d_in
-        if by_gram or structure == "shampoo":
-            backward += t * d_out + (0 if shared[name] in grams else t * d_in)
-            grams.add(shared[name])
-    if structure == "shampoo":
-        root = _by_size(
-            structure, factor_rank, lambda d: t * d, lambda d, _: t * d + 11 * t * t // 2
-        )
-        work += sum(root(d_out) + root(d_in) for d_out, d_in in layers.values())
-    if structure == "ekfac":
-        kfac = _PARTS["kfac"]
-        work += _sum(kfac, layers, shared, (), lambda d: d * d)
-        work += _sum(kfac, layers, shared, (), lambda d: 9 * d**3) // (2 * _SOURCE)
-        backward *= 2
-    return backward + work
+    side = _by_size(kept, factor_rank, lambda d: d * d, lambda d, k: 6 * k * d + 36 * k * k)
+    work = _sum(kept, model.layers, model.shared, model.pooled, side)
+    work += kept.extra_work(model, lambda d: sketch_rank(d, factor_rank))
+    if kept.estimator.backward:
+        return kept.estimator.passes * _backward(kept, model) + work
+    return kept.estimator.passes * (model.linear - model.head) + work
 
 
-def _force(structure: str, model: Outline, factor_rank: FactorRank, r: int) -> tuple[int, int]:
+def _backward(kept: Structure, model: Outline) -> int:
+    """A forward and a backward pass with each layer's trace."""
+    found, grams = 2 * model.linear, set()
+    for name, (d_out, d_in) in model.layers.items():
+        by_gram = SEQUENCE * (d_out + d_in) <= d_out * d_in
+        found += 0 if by_gram else d_out * d_in
+        if by_gram or kept.grams:
+            first = model.shared[name]
+            found += SEQUENCE * (d_out + (0 if first in grams else d_in))
+            grams.add(first)
+    return found
+
+
+def _force(kept: Structure, model: Outline, factor_rank: FactorRank, r: int) -> tuple[int, int]:
     """Multiply-adds of the force and the numbers that it reads, once an optimiser step."""
-    parts, layers = _parts(structure, factor_rank), model.layers
-    size = _by_size(structure, factor_rank, lambda d: d * d, lambda d, k: 2 * k * d + d)
-    work, reads = 0, _scales(structure, layers)
-    for name, (d_out, d_in) in layers.items():
-        inputs = size(d_in) * (parts.inputs != "none")
-        outputs = size(d_out) * parts.outputs
-        if parts.entries:
+    size = _by_size(kept, factor_rank, lambda d: d * d, lambda d, k: 2 * k * d + d)
+    work, reads = 0, _scalars(kept, model.layers)
+    for name, (d_out, d_in) in model.layers.items():
+        inputs = size(d_in) * (kept.inputs != "none")
+        outputs = size(d_out) * kept.outputs
+        if kept.entries:
             work += 2 * r * (inputs + outputs) + (3 * r + 1) * d_out * d_in
             reads += 2 * (inputs + outputs) + d_out * d_in
         else:
             work += r * (inputs + outputs) + 2 * r * r * (d_out + d_in)
-            again = parts.inputs == "shared" and model.shared[name] != name
+            again = kept.inputs == "shared" and model.shared[name] != name
             reads += outputs + (0 if again else inputs)
-    for a, b in _links(parts, layers, model.pooled):
-        (out_a, in_a), (out_b, in_b) = layers[a], layers[b]
+    for (out_a, in_a), (out_b, in_b), _ in _links(kept, model.layers, model.shared, model.pooled):
         entries = out_a * out_b + in_a * in_b
         work += 2 * r * entries + 2 * r * r * (out_a + in_a + out_b + in_b)
         reads += 2 * entries
     return work, reads
 
 
-def _parts(structure: str, factor_rank: FactorRank) -> _Parts:
-    if structure not in _PARTS:
-        raise unknown("structure", structure, _PARTS)
-    parts = _PARTS[structure]
-    if isinstance(factor_rank, int) and not parts.sketch:
+def _known(structure: str, factor_rank: FactorRank) -> Structure:
+    kept = structure_of(structure)
+    if isinstance(factor_rank, int) and not kept.sketches:
+        able = [n for n in names() if structure_of(n).sketches and structure_of(n).factors]
         raise ConfigError(
             "the structure has no sketched factors",
             got=f"{structure} with factor rank {factor_rank}",
-            allowed=", ".join(n for n, p in _PARTS.items() if p.sketch and p.inputs != "none"),
+            allowed=", ".join(able),
             fix="leave the factor rank out, or choose another structure",
         )
     if isinstance(factor_rank, int) and factor_rank < 1:
         raise ConfigError(
             "the factor rank is too small", got=factor_rank, allowed="1 or more", fix="raise it"
         )
-    return parts
+    return kept
 
 
 def _by_size(
-    structure: str, factor_rank: FactorRank, whole: Side, sketch: Callable[[int, int], int]
+    kept: Structure, factor_rank: FactorRank, whole: Side, sketch: Callable[[int, int], int]
 ) -> Side:
     """One of two functions of a factor's size, by whether it is sketched."""
 
     def size(d: int) -> int:
-        rank = sketch_rank(d, factor_rank) if _PARTS[structure].sketch else None
+        rank = sketch_rank(d, factor_rank) if kept.sketches else None
         return whole(d) if rank is None else sketch(d, rank)
 
     return size
 
 
-def _scales(structure: str, layers: Layers) -> int:
+def _scalars(kept: Structure, layers: Layers) -> int:
     """Single numbers that a structure keeps."""
-    return {"identity": 1, "activation": len(layers)}.get(structure, 0)
+    return {"none": 0, "one": 1, "each": len(layers)}[kept.scalars]
 
 
-def _sum(parts: _Parts, layers: Layers, shared: Shared, pooled: Collection[str], side: Side) -> int:
+def _sum(
+    kept: Structure, layers: Layers, shared: Shared, pooled: Collection[str], side: Side
+) -> int:
     """Sums what a structure keeps of all layers; its single numbers are left out."""
     total = 0
     for name, (d_out, d_in) in layers.items():
-        if parts.inputs == "own" or (parts.inputs == "shared" and shared[name] == name):
+        if kept.inputs == "own" or (kept.inputs == "shared" and shared[name] == name):
             total += side(d_in)
-        total += side(d_out) * parts.outputs + d_out * d_in * parts.entries
-    for a, b in _links(parts, layers, pooled):
-        (out_a, in_a), (out_b, in_b) = layers[a], layers[b]
-        total += out_a * out_b + (in_a * in_b if shared[a] != shared[b] else 0)
+        total += side(d_out) * kept.outputs + d_out * d_in * kept.entries
+    for (out_a, in_a), (out_b, in_b), same in _links(kept, layers, shared, pooled):
+        total += out_a * out_b + (0 if same else in_a * in_b)
     return total
 
 
-def _links(parts: _Parts, layers: Layers, pooled: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Neighbours that see the same positions."""
-    for a, b in pairwise(layers) if parts.links else ():
+def _links(
+    kept: Structure, layers: Layers, shared: Shared, pooled: Collection[str]
+) -> Iterator[tuple[tuple[int, int], tuple[int, int], bool]]:
+    """Shapes of neighbours that see the same positions, and whether they share their input."""
+    for a, b in pairwise(layers) if kept.links else ():
         if (a in pooled) == (b in pooled):
-            yield a, b
+            yield layers[a], layers[b], shared[a] == shared[b]

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from retain.curvature.anchor import proximal
 from retain.curvature.curvature import Curvature, Pull
-from retain.curvature.displacement import proximal
 from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, TrainingError, check_number, unknown
 from retain.models.forward import no_autocast

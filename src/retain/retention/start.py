@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retain.curvature.blocks.eigh import eigh
+from retain.curvature.blocks.linalg import eigh
 from retain.errors import check_number, unknown
 from retain.models.forward import no_autocast
 from retain.models.sites import LoraSite

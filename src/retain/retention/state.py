@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retain.curvature.artifact import load_curvature
-from retain.curvature.curvature import Curvature
+from retain.curvature.curvature import Curvature, load_curvature
 from retain.data.batches import Example
 
 __all__ = [

@@ -57,7 +57,7 @@ def _grown(
     model: Any, config: RunConfig, month: int, source: Any, past: Any, messages: Messages
 ) -> Any:
     """The adapter of the run before, with fresh rows for a filter; cut first if it is large."""
-    from retain.curvature.merge import reanchored
+    from retain.curvature.curvature import reanchored
     from retain.models.lora import grow_lora
     from retain.models.sites import lora_sites
     from retain.retention.soften.truncate import truncated
@@ -107,7 +107,7 @@ def curvature_for(
         return None
     if config.curvature is not None:
         return HeldBy(_at_start(given, model), Path(config.curvature), None)
-    from retain.curvature.artifact import load_curvature
+    from retain.curvature.curvature import load_curvature
     from retain.curvature.fit.fit import fit_curvature
 
     path, source = out / "curvature.safetensors", config.source or "self"

@@ -71,7 +71,7 @@ class Previous:
 
     def curvatures(self) -> tuple[Any, Any]:
         """Those of the source text and of the earlier tasks, read."""
-        from retain.curvature.artifact import load_curvature
+        from retain.curvature.curvature import load_curvature
 
         return load_curvature(self.source), load_curvature(self.past)
 
@@ -211,8 +211,8 @@ def keep_state(
     Raises:
         OutputError: the folder cannot be written.
     """
+    from retain.curvature.curvature import reanchored
     from retain.curvature.fit.fit import fit_curvature
-    from retain.curvature.merge import reanchored
     from retain.retention.state import choose
 
     messages.say("measuring what the task relies on, for the runs that continue from this one")

@@ -76,7 +76,7 @@ def soften_run(
     check_folder(out)
     name = base_of(adapter, model)
     messages.libraries()
-    from retain.curvature.artifact import load_curvature
+    from retain.curvature.curvature import load_curvature
     from retain.data.draws import HELD_OUT
     from retain.data.sources import read_rows
     from retain.models.fingerprint import fingerprint

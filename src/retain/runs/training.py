@@ -149,7 +149,7 @@ class Training:
             size = {"seed": c.training.seed, "max_length": c.training.max_length}
             self.rows = read_rows(c.data, c.limit, **size)
         if c.method != "none" and c.curvature is not None:
-            from retain.curvature.artifact import load_curvature
+            from retain.curvature.curvature import load_curvature
 
             self.given = load_curvature(c.curvature)
             self.digest = _digest(Path(c.curvature).expanduser())

@@ -17,8 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from retain.config import validate
-from retain.curvature.artifact import load_curvature
-from retain.curvature.curvature import Curvature
+from retain.curvature.curvature import Curvature, load_curvature
 from retain.curvature.fit.fit import fit_curvature
 from retain.data.batches import Example
 from retain.data.problems import Problem, problem_examples, word_problems

@@ -23,21 +23,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from retain.curvature.blocks.base import Block
-from retain.curvature.blocks.estimator import Estimator, Fitted, flat
+from retain.curvature.blocks.estimator import Estimator
 from retain.curvature.blocks.factor import ScalarFactor, SketchFactor
 from retain.curvature.blocks.kronecker import KroneckerBlock
-from retain.curvature.blocks.observation import Record
+from retain.curvature.blocks.observation import Observation
+from retain.curvature.blocks.structure import Ranks, Structure
 from retain.data.batches import Batch, Example
 from retain.models.forward import divergence, forward_logits
 from retain.models.heads import are_values
 
-__all__ = ["ActivationEstimator", "nats_of_noise", "noisy_rows"]
+if TYPE_CHECKING:
+    from retain.models.skeleton import Outline
+
+__all__ = ["STRUCTURE", "ActivationEstimator", "nats_of_noise", "noisy_rows"]
 
 NOISY_SHARE, NOISY_TOKENS = 8, 250
 """Gamma is measured on one in so many rows, drawn, that have at least so many tokens."""
@@ -54,28 +58,21 @@ class ActivationEstimator(Estimator):
 
     backward: ClassVar[bool] = False
 
-    def update(self, record: Record) -> None:
-        name = record.name
-        if self.layout.shared[name] == name:
-            self.moment(f"inputs/{name}", flat(record.inputs))
-            self.add(f"positions/{name}", torch.tensor(record.source.positions))
-        y = record.gradients
+    def update(self, seen: Observation) -> None:
+        name, y = seen.name, seen.gradients
+        self.input_moment(seen)
         self.add(f"energy/{name}", torch.linalg.vecdot(y, y).sum(dtype=torch.float64))
-        self.add(f"seen/{name}", torch.tensor(record.source.positions))
+        self.add(f"seen/{name}", torch.tensor(seen.source.positions))
         self.state.setdefault(f"width/{name}", torch.tensor(y.shape[-1]))
 
-    def finish(self, predictions: int, traces: Mapping[str, float]) -> Fitted:
+    def finish(self, predictions: int, traces: Mapping[str, float]) -> dict[str, Block]:
         """The blocks; here `traces` holds gamma for each layer."""
-        state, shared = self.state, self.layout.shared
-        inputs = {
-            name: self.factor(f"inputs/{name}", 1 / float(state[f"positions/{name}"]))
-            for name in shared
-            if shared[name] == name
-        }
+        state = self.state
         blocks: dict[str, Block] = {}
-        for name, first in shared.items():
+        for name, s in self.input_factors().items():
             energy = float(state[f"energy/{name}"]) / float(state[f"seen/{name}"])
-            scale, s = traces[name] / energy if energy > 0 else 0.0, inputs[first]
+            scale = traces[name] / energy if energy > 0 else 0.0
+            like = next(iter(s.tensors().values()))
             if name in self.layout.adapters:
                 b, a, scaling = self.layout.adapters[name]
                 scale *= scaling**2
@@ -83,16 +80,14 @@ class ActivationEstimator(Estimator):
                 unit = ScalarFactor(a.new_tensor(scale), len(b))
                 blocks[f"{name}.lora_B"] = KroneckerBlock(a @ s.matmul(a.T), unit)
             elif name in self.layout.rows:  # D acts on the output through the rows' factors
-                rows = self.layout.rows[name].to(next(iter(s.tensors().values())))
+                rows = self.layout.rows[name].to(like)
                 none = rows.new_zeros(len(rows), 0)
                 diagonal = SketchFactor(none, scale * rows.square(), rows.new_zeros(()))
                 blocks[name] = KroneckerBlock(s, diagonal)
             else:
-                unit = ScalarFactor(
-                    next(iter(s.tensors().values())).new_tensor(scale), int(state[f"width/{name}"])
-                )
+                unit = ScalarFactor(like.new_tensor(scale), int(state[f"width/{name}"]))
                 blocks[name] = KroneckerBlock(s, unit)
-        return Fitted(blocks)
+        return blocks
 
 
 def nats_of_noise(
@@ -151,3 +146,17 @@ def _noise(layers: Mapping[str, nn.Module], batch: Batch, seed: int, eta: float)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _noise_passes(model: Outline, rank: Ranks) -> int:
+    """Two forward passes of an eighth of the rows, for the scale."""
+    return model.linear // 4
+
+
+STRUCTURE = Structure(
+    KroneckerBlock,
+    ActivationEstimator,
+    inputs="shared",
+    scalars="each",
+    extra_work=_noise_passes,
+)

@@ -11,17 +11,15 @@ and the thin methods never build it (but for the diagonal, whose cost is that of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
-from retain.curvature.blocks.factor import Factor
+from retain.curvature.blocks.factor import ENDINGS, Factor, factor_from
+from retain.errors import shown
 
-__all__ = ["Block", "MoveFactor", "Thin"]
-
-MoveFactor = Callable[[Factor], Factor]
-"""Maps a factor to the same one elsewhere; one that several blocks share, to one and the same."""
+__all__ = ["Block", "Merged", "Reader", "Thin"]
 
 
 class Thin(NamedTuple):
@@ -38,22 +36,95 @@ class Thin(NamedTuple):
     right: Tensor
 
 
+class Merged(NamedTuple):
+    """What stands for the sums of blocks.
+
+    Attributes:
+        blocks: one for each sum.
+        lost: squared Frobenius norm of what the sums lost.
+        norm: squared Frobenius norm of the sums; 0 where nothing can be lost.
+        weights: of a Kronecker product, the coefficients of both terms in (G, S), for each block.
+    """
+
+    blocks: Sequence[Block]
+    lost: float = 0.0
+    norm: float = 0.0
+    weights: Sequence[tuple[list[float], list[float]]] = ()
+
+
+class Reader:
+    """Reads the tensors of one block by their short names.
+
+    Args:
+        tensors: all tensors; those that several blocks read are one and the same.
+        prefix: of the block's names.
+        factors: factors that were made before: one for all blocks that read the same tensors.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], prefix: str, factors: dict[Any, Factor]
+    ) -> None:
+        self._tensors, self._prefix, self._factors = tensors, prefix, factors
+
+    def tensor(self, name: str, dims: int) -> Tensor:
+        """A tensor of so many dimensions.
+
+        Raises:
+            KeyError: there is none of this name.
+            ValueError: it has more or fewer dimensions.
+        """
+        found = self._tensors[self._prefix + name]
+        if found.dim() != dims:
+            what = f"{shown(self._prefix + name, plain=True)} of the shape {list(found.shape)}"
+            raise ValueError(f"{what}, which has not {dims} dimensions")
+        return found
+
+    def factor(self, name: str, size: int) -> Factor:
+        """A factor [size, size].
+
+        Raises:
+            ValueError: it is missing, or a part of it.
+        """
+        name = self._prefix + name
+        found = {end: self._tensors[name + end] for end in ENDINGS if name + end in self._tensors}
+        key = tuple(map(id, found.values()))
+        if key not in self._factors:
+            factor = factor_from(found, size)
+            if factor is None:
+                raise ValueError(f"{shown(name, plain=True)} is missing, or a part of it")
+            self._factors[key] = factor
+        return self._factors[key]
+
+
 class Block(ABC):
     """A positive semi-definite operator on matrices [d_out, d_in]."""
 
     shape: tuple[int, int]
 
     @abstractmethod
-    def factors(self) -> dict[str, Factor]:
-        """The parts of the block that other blocks may share, by short names."""
-
-    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors that define the block, by short names."""
+        """All tensors that define the block, by short names; a file holds these."""
+
+    @classmethod
+    @abstractmethod
+    def unpack(cls, read: Reader, shape: tuple[int, int]) -> Self:
+        """The block of this shape with these tensors, unchecked.
+
+        Raises:
+            KeyError, ValueError: one is missing, or no matrix.
+        """
 
     @abstractmethod
-    def moved(self, move: MoveFactor, tensor: Callable[[Tensor], Tensor]) -> Block:
-        """The same block with each factor and each other tensor mapped."""
+    def check(self, where: str, sound: set[int]) -> None:
+        """Its tensors fit one another and make no direction negative.
+
+        Args:
+            where: the block's name, for messages.
+            sound: ``id`` of the shared parts that have passed before; this block's are added.
+
+        Raises:
+            ValueError: they do not; the message names the tensor.
+        """
 
     @abstractmethod
     def matvec(self, d: Tensor) -> Tensor:
@@ -90,13 +161,25 @@ class Block(ABC):
         """The trace of F."""
 
     @abstractmethod
-    def scaled(self, c: float) -> Block:
-        """``c F``; c is at least 0. Factors that may be shared stay as they are."""
+    def scaled(self, c: float, made: dict[int, Tensor] | None = None) -> Self:
+        """``c F``; c is at least 0. Factors that may be shared stay as they are.
 
-    def quadratic(self, d: Tensor) -> Tensor:
-        """``0.5 <D, F D>`` in nats per prediction, a scalar tensor."""
-        return 0.5 * (d * self.matvec(d)).sum()
+        Args:
+            c: the number.
+            made: ``id`` of a shared tensor -> what was made of it for another block.
+        """
 
-    def memory(self) -> int:
-        """Bytes that the block's tensors take."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+    @classmethod
+    @abstractmethod
+    def merge(cls, a: Sequence[Self], b: Sequence[Self]) -> Merged:
+        """The sums ``a[i] + b[i]``, each as one block at the memory of one.
+
+        Args:
+            a: blocks of one fit that share a part: see `shared`.
+            b: those of the same layers in another fit.
+        """
+
+    @property
+    def shared(self) -> object:
+        """What several blocks have in common, one and the same object for all of them."""
+        return self

@@ -7,17 +7,18 @@ squared gradient of a whole batch's mean is something else, and no Fisher.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from retain.curvature.blocks.base import Block, MoveFactor, Thin
-from retain.curvature.blocks.estimator import Estimator, Fitted, calibration
-from retain.curvature.blocks.factor import Factor
-from retain.curvature.blocks.observation import Record
+from retain.curvature.blocks.base import Block, Merged, Reader, Thin
+from retain.curvature.blocks.estimator import Estimator, calibration
+from retain.curvature.blocks.linalg import check_nonnegative
+from retain.curvature.blocks.observation import Observation
+from retain.curvature.blocks.structure import Structure
 
-__all__ = ["DiagonalBlock", "DiagonalEstimator", "solve_rows", "squares"]
+__all__ = ["STRUCTURE", "DiagonalBlock", "DiagonalEstimator", "squares"]
 
 _CHUNK = 1 << 23
 """Most entries of gradient matrices that are held at a time."""
@@ -34,14 +35,15 @@ class DiagonalBlock(Block):
         self.values = values
         self.shape = (values.shape[0], values.shape[1])
 
-    def factors(self) -> dict[str, Factor]:
-        return {}
-
     def tensors(self) -> dict[str, Tensor]:
         return {"values": self.values}
 
-    def moved(self, move: MoveFactor, tensor: Callable[[Tensor], Tensor]) -> DiagonalBlock:
-        return DiagonalBlock(tensor(self.values))
+    @classmethod
+    def unpack(cls, read: Reader, shape: tuple[int, int]) -> DiagonalBlock:
+        return cls(read.tensor("values", 2))
+
+    def check(self, where: str, sound: set[int]) -> None:
+        check_nonnegative(f"{where}/values", self.values)
 
     def matvec(self, d: Tensor) -> Tensor:
         return self.values * d
@@ -55,10 +57,10 @@ class DiagonalBlock(Block):
         return d / (1.0 + tau * self.values)
 
     def prox_left(self, b: Tensor, c: Tensor, b0: Tensor, a0: Tensor, tau: float) -> Tensor:
-        return solve_rows(self.values, b, c, b0 @ a0, tau)
+        return _solve_rows(self.values, b, c, b0 @ a0, tau)
 
     def prox_right(self, a: Tensor, c: Tensor, b0: Tensor, a0: Tensor, tau: float) -> Tensor:
-        return solve_rows(self.values.T, a.T, c.T, (b0 @ a0).T, tau).T
+        return _solve_rows(self.values.T, a.T, c.T, (b0 @ a0).T, tau).T
 
     def to_dense(self) -> Tensor:
         return torch.diag(self.values.reshape(-1))
@@ -66,25 +68,29 @@ class DiagonalBlock(Block):
     def trace(self) -> float:
         return float(self.values.sum())
 
-    def scaled(self, c: float) -> DiagonalBlock:
+    def scaled(self, c: float, made: dict[int, Tensor] | None = None) -> DiagonalBlock:
         return DiagonalBlock(c * self.values)
+
+    @classmethod
+    def merge(cls, a: Sequence[DiagonalBlock], b: Sequence[DiagonalBlock]) -> Merged:
+        return Merged([cls(x.values + y.values) for x, y in zip(a, b, strict=True)])
 
 
 class DiagonalEstimator(Estimator):
     """Streams V of each layer."""
 
-    def update(self, record: Record) -> None:
-        made = record.made("matrices")  # for the trace, where they are small
-        parts = squares(record.gradients, record.inputs)
+    def update(self, seen: Observation) -> None:
+        made = seen.matrices_if_made
+        parts = squares(seen.gradients, seen.inputs)
         for square in parts if made is None else [made.square().sum(0)]:
-            self.add(record.name, square.mul_(record.weight))
+            self.add(seen.name, square.mul_(seen.weight))
 
-    def finish(self, predictions: int, traces: Mapping[str, float]) -> Fitted:
+    def finish(self, predictions: int, traces: Mapping[str, float]) -> dict[str, Block]:
         blocks: dict[str, Block] = {}
         for name in self.layout.shared:
             v = self.state[name]
             blocks[name] = DiagonalBlock(v * calibration(float(v.sum()), traces[name]))
-        return Fitted(blocks)
+        return blocks
 
 
 def squares(g: Tensor, x: Tensor) -> Iterator[Tensor]:
@@ -94,7 +100,7 @@ def squares(g: Tensor, x: Tensor) -> Iterator[Tensor]:
         yield (some_g.mT @ some_x).square_().sum(0)
 
 
-def solve_rows(values: Tensor, b: Tensor, c: Tensor, d0: Tensor, tau: float) -> Tensor:
+def _solve_rows(values: Tensor, b: Tensor, c: Tensor, d0: Tensor, tau: float) -> Tensor:
     """Solves ``x_i (I + tau c diag(v_i) c^T) = b_i + tau (v_i * d0_i) c^T`` for each row i.
 
     One r x r system a row, in float64: its smallest eigenvalue is 1, so it is sound for any tau.
@@ -110,3 +116,6 @@ def solve_rows(values: Tensor, b: Tensor, c: Tensor, d0: Tensor, tau: float) -> 
         factor = torch.linalg.cholesky(system)
         rows.append(torch.cholesky_solve(right[:, :, None], factor)[:, :, 0])
     return torch.cat(rows).to(dtype)
+
+
+STRUCTURE = Structure(DiagonalBlock, DiagonalEstimator, entries=True)

@@ -5,24 +5,31 @@ With ``S = U_S diag(.) U_S^T`` and ``G = U_G diag(.) U_G^T`` from K-FAC, the blo
 sequence's own gradient (George et al. 2018, arXiv 1806.03884). Of all operators that are diagonal
 in this basis it is the nearest to the Fisher in the Frobenius norm, so never farther than K-FAC,
 and its trace is true by itself. It reads the source twice: for the basis, then for E.
+
+A sum has the eigenvectors of the summed factors, and its exact diagonal in that basis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from retain.curvature.blocks.base import Block, MoveFactor, Thin
+from retain.curvature.blocks.base import Block, Merged, Reader, Thin
 from retain.curvature.blocks.diagonal import DiagonalBlock, squares
-from retain.curvature.blocks.estimator import Fitted, calibration
-from retain.curvature.blocks.factor import Factor
+from retain.curvature.blocks.estimator import calibration
 from retain.curvature.blocks.kronecker import KroneckerEstimator
-from retain.curvature.blocks.observation import Record
+from retain.curvature.blocks.linalg import check_basis, eigh
+from retain.curvature.blocks.observation import Observation
+from retain.curvature.blocks.ranks import SOURCE
+from retain.curvature.blocks.structure import Ranks, Structure
 
-__all__ = ["EigenBlock", "EigenEstimator"]
+if TYPE_CHECKING:
+    from retain.models.skeleton import Outline
+
+__all__ = ["STRUCTURE", "EigenBlock", "EigenEstimator"]
 
 
 class EigenBlock(Block):
@@ -43,14 +50,21 @@ class EigenBlock(Block):
         """E, [d_out, d_in]."""
         return self.inner.values
 
-    def factors(self) -> dict[str, Factor]:
-        return {}
-
     def tensors(self) -> dict[str, Tensor]:
         return {"inputs": self.inputs, "outputs": self.outputs, "values": self.values}
 
-    def moved(self, move: MoveFactor, tensor: Callable[[Tensor], Tensor]) -> EigenBlock:
-        return EigenBlock(tensor(self.inputs), tensor(self.outputs), tensor(self.values))
+    @classmethod
+    def unpack(cls, read: Reader, shape: tuple[int, int]) -> EigenBlock:
+        return cls(*(read.tensor(name, 2) for name in ("inputs", "outputs", "values")))
+
+    def check(self, where: str, sound: set[int]) -> None:
+        for name, basis in (("inputs", self.inputs), ("outputs", self.outputs)):
+            if id(basis) not in sound:
+                sound.add(id(basis))
+                check_basis(f"{where}/{name}", basis)
+        self.inner.check(where, sound)
+        if self.shape != (len(self.outputs), len(self.inputs)):
+            raise ValueError(f"{where}/values of the shape {list(self.shape)}, not of its bases")
 
     def matvec(self, d: Tensor) -> Tensor:
         return self._back(self.values * self._into(d))
@@ -77,8 +91,28 @@ class EigenBlock(Block):
     def trace(self) -> float:
         return float(self.values.sum())
 
-    def scaled(self, c: float) -> EigenBlock:
+    def scaled(self, c: float, made: dict[int, Tensor] | None = None) -> EigenBlock:
         return EigenBlock(self.inputs, self.outputs, c * self.values)
+
+    @property
+    def shared(self) -> object:
+        return self.inputs
+
+    @classmethod
+    def merge(cls, a: Sequence[EigenBlock], b: Sequence[EigenBlock]) -> Merged:
+        sides = [_turned(x[0].inputs, sum(z.values.sum(0) for z in x)) for x in (a, b)]
+        v = eigh(sides[0] + sides[1])[1].contiguous()
+        blocks, lost, norm = [], 0.0, 0.0
+        for x, y in zip(a, b, strict=True):
+            sides = [_turned(z.outputs, z.values.sum(1)) for z in (x, y)]
+            u = eigh(sides[0] + sides[1])[1].contiguous()
+            values = _seen_in(u, v, x) + _seen_in(u, v, y)
+            blocks.append(cls(v, u, values))
+            between = (x.values * _seen_in(x.outputs, x.inputs, y)).sum()
+            size = x.values.square().sum() + y.values.square().sum() + 2 * between
+            norm += float(size)
+            lost += max(float(size - values.square().sum()), 0.0)
+        return Merged(blocks, lost, norm)
 
     def _into(self, d: Tensor) -> Tensor:
         return self.outputs.T @ d @ self.inputs
@@ -87,32 +121,39 @@ class EigenBlock(Block):
         return self.outputs @ d @ self.inputs.T
 
 
+def _turned(basis: Tensor, values: Tensor | int) -> Tensor:
+    return (basis * values) @ basis.T
+
+
+def _seen_in(u: Tensor, v: Tensor, block: EigenBlock) -> Tensor:
+    """The block's diagonal in the basis ``u (x) v``, [d_out, d_in]."""
+    return (u.T @ block.outputs).square() @ block.values @ (block.inputs.T @ v).square()
+
+
 class EigenEstimator(KroneckerEstimator):
     """Streams K-FAC's factors, and in a second pass E in their eigenvectors."""
 
     passes: ClassVar[int] = 2
 
-    def update(self, record: Record) -> None:
-        name = record.name
+    def update(self, seen: Observation) -> None:
+        name = seen.name
         if f"basis/outputs/{name}" not in self.state:
-            super().update(record)
+            super().update(seen)
             return
-        kept, first = record.source.kept, self.layout.shared[name]
-        if "rotated" not in kept:
-            kept["rotated"] = record.inputs @ self.state[f"basis/inputs/{first}"]
-        g = record.gradients @ self.state[f"basis/outputs/{name}"]
-        for square in squares(g, kept["rotated"]):
-            self.add(f"values/{name}", square.mul_(record.weight))
+        made, first = seen.source.made, self.layout.shared[name]
+        if "rotated" not in made:
+            made["rotated"] = seen.inputs @ self.state[f"basis/inputs/{first}"]
+        g = seen.gradients @ self.state[f"basis/outputs/{name}"]
+        for square in squares(g, made["rotated"]):
+            self.add(f"values/{name}", square.mul_(seen.weight))
 
-    def turn(self, number: int) -> None:
+    def end_pass(self, number: int) -> None:
         if number:
             return
-        for side in ("inputs", "outputs"):
-            for name in [k.removeprefix(f"{side}/") for k in self.state if k.startswith(side)]:
-                basis = self.factor(f"{side}/{name}", 1.0).eigen()[1].contiguous()
-                self.state[f"basis/{side}/{name}"] = basis
+        for key in [k for k in self.state if k.startswith(("inputs/", "outputs/"))]:
+            self.state[f"basis/{key}"] = self.factor(key, 1.0).eigen()[1].contiguous()
 
-    def finish(self, predictions: int, traces: Mapping[str, float]) -> Fitted:
+    def finish(self, predictions: int, traces: Mapping[str, float]) -> dict[str, Block]:
         blocks: dict[str, Block] = {}
         for name, first in self.layout.shared.items():
             e = self.state[f"values/{name}"]
@@ -121,4 +162,24 @@ class EigenEstimator(KroneckerEstimator):
                 self.state[f"basis/outputs/{name}"],
                 e * calibration(float(e.sum()), traces[name]),
             )
-        return Fitted(blocks)
+        return blocks
+
+
+def _between_passes(model: Outline, rank: Ranks) -> int:
+    """Each factor's eigenvectors, ``4.5 d^3`` (Golub and Van Loan 2013, section 8.3), spread over
+    the source's tokens; in the second pass each factor once more, which turns inputs, gradients.
+    """
+    sides = [d_in for name, (_, d_in) in model.layers.items() if model.shared[name] == name]
+    sides += [d_out for d_out, _ in model.layers.values()]
+    return sum(d * d for d in sides) + sum(9 * d**3 for d in sides) // (2 * SOURCE)
+
+
+STRUCTURE = Structure(
+    EigenBlock,
+    EigenEstimator,
+    inputs="shared",
+    outputs=True,
+    entries=True,
+    sketches=False,
+    extra_work=_between_passes,
+)

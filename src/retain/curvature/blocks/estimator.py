@@ -1,4 +1,4 @@
-"""What turns a stream of records into blocks: the base of every structure's estimator.
+"""What turns a stream of observations into blocks: the base of every structure's estimator.
 
 All that an estimator has gathered is in one dictionary of tensors, so that a fit which was
 stopped goes on from a file. Sums are kept in float32 (float64 for a float64 model).
@@ -17,13 +17,12 @@ from torch import Tensor
 
 from retain.curvature.blocks.base import Block
 from retain.curvature.blocks.factor import DenseFactor, Factor
-from retain.curvature.blocks.observation import Record
-from retain.curvature.blocks.offdiagonal import Link
+from retain.curvature.blocks.observation import Observation
+from retain.curvature.blocks.ranks import sketch_rank
 from retain.curvature.blocks.sketch import sketch_finish, sketch_update
-from retain.curvature.fit.settings import sketch_rank
 from retain.types import FactorRank, Products
 
-__all__ = ["Estimator", "Fitted", "Layout", "products"]
+__all__ = ["Estimator", "Layout", "calibration", "flat", "has_bf16", "products"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Layout:
     Attributes:
         shared: layer -> the layer whose input it shares (itself, when it shares none), in the
             order of the modules.
-        rank: of sketched factors; see `retain.curvature.fit.settings.sketch_rank`.
+        rank: of sketched factors; see `retain.curvature.blocks.ranks.sketch_rank`.
         calibrate: scale each block of ``kfac`` and ``tridiagonal`` to its true trace.
         adapters: layer -> (B, A, scaling) for a pull-back to adapter space; empty otherwise.
         rows: layer -> the factors of its rows (DoRA), for estimators that see no gradients.
@@ -46,16 +45,8 @@ class Layout:
     rows: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """Blocks by name, and the links between them."""
-
-    blocks: dict[str, Block]
-    links: dict[tuple[str, str], Link] = field(default_factory=dict)
-
-
 class Estimator(ABC):
-    """Streams records into `state`; the blocks come out at the end."""
+    """Streams observations into `state`; the blocks come out at the end."""
 
     passes: ClassVar[int] = 1
     """How often the source is read."""
@@ -67,18 +58,20 @@ class Estimator(ABC):
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.state: dict[str, Tensor] = {}
+        self.links: dict[tuple[str, str], Any] = {}
+        """What ties the blocks of two layers, once `finish` has made them."""
 
     @abstractmethod
-    def update(self, record: Record) -> None:
+    def update(self, seen: Observation) -> None:
         """Takes one layer's inputs and gradients of one pass."""
 
-    def turn(self, number: int) -> None:
+    def end_pass(self, number: int) -> None:
         """Called when a pass over the source has ended, with its number from 0."""
         return
 
     @abstractmethod
-    def finish(self, predictions: int, traces: Mapping[str, float]) -> Fitted:
-        """The blocks.
+    def finish(self, predictions: int, traces: Mapping[str, float]) -> dict[str, Block]:
+        """The blocks by layer.
 
         Args:
             predictions: the number of predicted tokens that were seen.
@@ -108,6 +101,13 @@ class Estimator(ABC):
         else:
             self.product(key, rows, rows, weight)
 
+    def input_moment(self, seen: Observation) -> None:
+        """Adds a layer's ``x x^T``, once for all layers that share the input."""
+        name = seen.name
+        if self.layout.shared[name] == name:
+            self.moment(f"inputs/{name}", flat(seen.inputs))
+            self.add(f"positions/{name}", torch.tensor(seen.source.positions))
+
     def factor(self, key: str, scale: float) -> Factor:
         """``scale`` times what `moment` has summed, which is gone then: it may be large."""
         if key in self.state:
@@ -115,6 +115,15 @@ class Estimator(ABC):
             return DenseFactor(found if scale == 1 else found.mul_(scale))
         buffer = self.state[f"{key}.buffer"]
         return sketch_finish(self.state, key, len(buffer) // 2, scale, buffer.dtype)
+
+    def input_factors(self) -> dict[str, Factor]:
+        """Layer -> ``E[x x^T]`` over positions; layers that share an input share the factor."""
+        shared, made = self.layout.shared, {}
+        for name in shared:
+            if shared[name] == name:
+                positions = float(self.state[f"positions/{name}"])
+                made[name] = self.factor(f"inputs/{name}", 1 / positions)
+        return {name: made[first] for name, first in shared.items()}
 
 
 def flat(x: Tensor) -> Tensor:

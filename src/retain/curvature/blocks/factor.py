@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from retain.curvature.blocks.eigh import eigh
+from retain.curvature.blocks.linalg import check_dense, check_nonnegative, eigh
 
 __all__ = [
+    "ENDINGS",
     "FLAT",
     "DenseFactor",
     "Factor",
@@ -23,6 +25,7 @@ __all__ = [
     "diagonal_of",
     "factor_from",
     "inner",
+    "truncate",
 ]
 
 FLAT = 1e-6
@@ -33,14 +36,25 @@ class Factor(ABC):
     """A positive semi-definite matrix S, [size, size]."""
 
     size: int
+    parts: ClassVar[dict[str, str]]
+    """Ending of a tensor's name -> the attribute that holds it."""
 
-    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that define the factor, by the endings of their names."""
+        return {ending: getattr(self, part) for ending, part in self.parts.items()}
 
-    @abstractmethod
     def replace(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes equal tensors that lie elsewhere, as views of one store."""
+        for ending, part in self.parts.items():
+            setattr(self, part, tensors[ending])
+
+    @abstractmethod
+    def check(self, where: str) -> None:
+        """Its tensors fit one another, and no eigenvalue is below zero.
+
+        Raises:
+            ValueError: they do not.
+        """
 
     @abstractmethod
     def matmul(self, m: Tensor) -> Tensor:
@@ -72,10 +86,6 @@ class Factor(ABC):
             pull: [size, n].
         """
 
-    def to(self, device: torch.device) -> Factor:
-        """The same factor on another device."""
-        return factor_from({k: t.to(device) for k, t in self.tensors().items()}, self.size)
-
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues, ascending, none below zero, and eigenvectors."""
         return _eigh(self.dense())
@@ -88,15 +98,14 @@ class DenseFactor(Factor):
         matrix: S.
     """
 
+    parts: ClassVar[dict[str, str]] = {"": "matrix"}
+
     def __init__(self, matrix: Tensor) -> None:
         self.matrix, self.size = matrix, matrix.shape[0]
         self._eigen: tuple[Tensor, Tensor] | None = None
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"": self.matrix}
-
-    def replace(self, tensors: Mapping[str, Tensor]) -> None:
-        self.matrix = tensors[""]
+    def check(self, where: str) -> None:
+        check_dense(where, self.matrix)
 
     def matmul(self, m: Tensor) -> Tensor:
         return self.matrix @ m
@@ -135,14 +144,15 @@ class ScalarFactor(Factor):
         size: of the identity.
     """
 
+    parts: ClassVar[dict[str, str]] = {".scale": "scale"}
+
     def __init__(self, scale: Tensor, size: int) -> None:
         self.scale, self.size = scale, size
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {".scale": self.scale}
-
-    def replace(self, tensors: Mapping[str, Tensor]) -> None:
-        self.scale = tensors[".scale"]
+    def check(self, where: str) -> None:
+        if self.scale.numel() != 1:
+            raise ValueError(f"{where}.scale of the shape {list(self.scale.shape)}, not one number")
+        check_nonnegative(f"{where}.scale", self.scale)
 
     def matmul(self, m: Tensor) -> Tensor:
         return self.scale * m
@@ -174,16 +184,22 @@ class SketchFactor(Factor):
         bound: what ``|| S - true matrix ||_2`` cannot exceed, a tensor with one entry.
     """
 
+    parts: ClassVar[dict[str, str]] = {
+        ".vectors": "vectors",
+        ".diagonal": "diagonal",
+        ".bound": "bound",
+    }
+
     def __init__(self, vectors: Tensor, diagonal: Tensor, bound: Tensor) -> None:
         self.vectors, self.diagonal, self.bound = vectors, diagonal, bound
         self.size = vectors.shape[0]
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {".vectors": self.vectors, ".diagonal": self.diagonal, ".bound": self.bound}
-
-    def replace(self, tensors: Mapping[str, Tensor]) -> None:
-        self.vectors, self.diagonal = tensors[".vectors"], tensors[".diagonal"]
-        self.bound = tensors[".bound"]
+    def check(self, where: str) -> None:
+        size, k = self.vectors.shape if self.vectors.dim() == 2 else (0, 0)
+        if self.diagonal.shape != (size,) or self.bound.numel() != 1 or k > size:
+            raise ValueError(f"{where}: parts of a sketch that do not fit each other")
+        check_nonnegative(f"{where}.diagonal", self.diagonal)
+        check_nonnegative(f"{where}.bound", self.bound)
 
     def matmul(self, m: Tensor) -> Tensor:
         return torch.addmm(self.diagonal[:, None] * m, self.vectors, self.vectors.T @ m)
@@ -263,13 +279,15 @@ def inner(a: Factor, b: Factor) -> float:
     return float((a.dense() * b.dense()).sum())
 
 
-def factor_from(tensors: Mapping[str, Tensor], size: int) -> Factor:
-    """The factor with these `Factor.tensors`."""
-    if "" in tensors:
-        return DenseFactor(tensors[""])
-    if ".scale" in tensors:
-        return ScalarFactor(tensors[".scale"], size)
-    return SketchFactor(tensors[".vectors"], tensors[".diagonal"], tensors[".bound"])
+def factor_from(tensors: Mapping[str, Tensor], size: int) -> Factor | None:
+    """The factor with these `Factor.tensors`, unchecked; None where they are those of none."""
+    for kind in (DenseFactor, ScalarFactor, SketchFactor):
+        if tensors.keys() == kind.parts.keys():
+            made: Factor = kind.__new__(kind)
+            made.replace(tensors)
+            made.size = size
+            return made
+    return None
 
 
 def diagonal_of(factor: Factor) -> Tensor:
@@ -282,3 +300,7 @@ def diagonal_of(factor: Factor) -> Tensor:
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = eigh(matrix.double() if matrix.shape[0] <= 64 else matrix)
     return values.clamp(min=0).to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+ENDINGS = tuple(e for kind in (DenseFactor, ScalarFactor, SketchFactor) for e in kind.parts)
+"""All endings of the names of a factor's tensors."""

@@ -6,39 +6,40 @@ number of nats here as in the other structures, for a displacement of no particu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from retain.curvature.blocks.base import Block, MoveFactor, Thin
-from retain.curvature.blocks.eigh import eigh
-from retain.curvature.blocks.estimator import Estimator, Fitted
-from retain.curvature.blocks.factor import Factor
-from retain.curvature.blocks.observation import Record
+from retain.curvature.blocks.base import Block, Merged, Reader, Thin
+from retain.curvature.blocks.estimator import Estimator
+from retain.curvature.blocks.linalg import check_nonnegative, eigh
+from retain.curvature.blocks.observation import Observation
+from retain.curvature.blocks.structure import Structure
 
-__all__ = ["IdentityBlock", "IdentityEstimator"]
+__all__ = ["STRUCTURE", "IdentityBlock", "IdentityEstimator"]
 
 
 class IdentityBlock(Block):
     """F(D) = c D.
 
     Args:
-        scale: c, a tensor with one entry.
+        scale: c, a tensor with one entry; all layers share it.
         shape: (d_out, d_in).
     """
 
     def __init__(self, scale: Tensor, shape: tuple[int, int]) -> None:
         self.scale, self.shape = scale, shape
 
-    def factors(self) -> dict[str, Factor]:
-        return {}
-
     def tensors(self) -> dict[str, Tensor]:
         return {"scale": self.scale}
 
-    def moved(self, move: MoveFactor, tensor: Callable[[Tensor], Tensor]) -> IdentityBlock:
-        return IdentityBlock(tensor(self.scale), self.shape)
+    @classmethod
+    def unpack(cls, read: Reader, shape: tuple[int, int]) -> IdentityBlock:
+        return cls(read.tensor("scale", 0), shape)
+
+    def check(self, where: str, sound: set[int]) -> None:
+        check_nonnegative(f"{where}/scale", self.scale)
 
     def matvec(self, d: Tensor) -> Tensor:
         return self.scale * d
@@ -68,21 +69,34 @@ class IdentityBlock(Block):
     def trace(self) -> float:
         return float(self.scale) * self.shape[0] * self.shape[1]
 
-    def scaled(self, c: float) -> IdentityBlock:
-        return IdentityBlock(c * self.scale, self.shape)
+    def scaled(self, c: float, made: dict[int, Tensor] | None = None) -> IdentityBlock:
+        known = {} if made is None else made
+        return IdentityBlock(known.setdefault(id(self.scale), c * self.scale), self.shape)
+
+    @classmethod
+    def merge(cls, a: Sequence[IdentityBlock], b: Sequence[IdentityBlock]) -> Merged:
+        scale = a[0].scale + b[0].scale
+        return Merged([cls(scale, block.shape) for block in a])
+
+    @property
+    def shared(self) -> object:
+        return self.scale
 
 
 class IdentityEstimator(Estimator):
     """Needs the traces alone, which are gathered in any case."""
 
-    def update(self, record: Record) -> None:
-        if record.name not in self.state:
-            shape = (record.gradients.shape[-1], record.inputs.shape[-1])
-            self.state[record.name] = record.gradients.new_tensor(shape)
+    def update(self, seen: Observation) -> None:
+        if seen.name not in self.state:
+            shape = (seen.gradients.shape[-1], seen.inputs.shape[-1])
+            self.state[seen.name] = seen.gradients.new_tensor(shape)
 
-    def finish(self, predictions: int, traces: Mapping[str, float]) -> Fitted:
+    def finish(self, predictions: int, traces: Mapping[str, float]) -> dict[str, Block]:
         shapes = {n: (int(t[0]), int(t[1])) for n, t in self.state.items()}
         mean = sum(traces.values()) / sum(a * b for a, b in shapes.values())
         like = next(iter(self.state.values()))
         scale = like.new_tensor(mean)  # one tensor: a fit's size does not grow with the layers
-        return Fitted({n: IdentityBlock(scale, shapes[n]) for n in self.layout.shared})
+        return {n: IdentityBlock(scale, shapes[n]) for n in self.layout.shared}
+
+
+STRUCTURE = Structure(IdentityBlock, IdentityEstimator, scalars="one")

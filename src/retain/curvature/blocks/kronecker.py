@@ -1,35 +1,35 @@
-"""Kronecker-factored Fisher: ``F = G (x) S``, a factor for a layer's outputs, one for its inputs.
+"""K-FAC: ``F = G (x) S``, a factor for a layer's outputs, one for its inputs.
 
-Then ``0.5 <D, F D> = 0.5 tr(D^T G D S)``. Two ways to the factors, from the inputs x_t and the
-output gradients g_t of a layer at the positions t of a sequence, with ``J = sum_t g_t x_t^T``:
+Then ``0.5 <D, F D> = 0.5 tr(D^T G D S)``. From a layer's inputs x_t and output gradients g_t at the
+positions t of a sequence, ``S = E[x x^T]`` and ``G = E[g g^T]`` over positions (Martens and Grosse
+2015, arXiv 1503.05671; the 'expand' setting of arXiv 2311.00636). Calibration scales each block so
+that its trace is the true one, ``E ||sum_t g_t x_t^T||^2`` per prediction. Without it a language
+model's block can be far too stiff: the first token's huge activations meet tiny gradients, which a
+product of two averages cannot see.
 
-**kfac**: ``S = E[x x^T]``, ``G = E[g g^T]`` over positions (Martens and Grosse 2015, arXiv
-1503.05671; the 'expand' setting of arXiv 2311.00636). Calibration scales each block so that its
-trace is the true one, ``E ||J||^2`` per prediction. Without it a language model's block can be
-far too stiff: the first token's huge activations meet tiny gradients, which a product of two
-averages cannot see.
-
-**shampoo**: ``S = E[J^T J]``, ``G = E[J J^T] / E ||J||^2`` over sequences. This is one step of
-power iteration towards the Kronecker product that is nearest to the Fisher (Morwani et al.
-2024, arXiv 2406.17748), and its trace is true by itself. Each input is weighted by the gradients
-that it meets, so massive activations without gradient do not count.
+**Sums.** The sum of two Kronecker products is none. Kept is the product nearest to it in the
+Frobenius norm: with vectors ``g_i = vec G_i`` and ``s_i = vec S_i`` the rearranged sum
+``g_1 s_1^T + g_2 s_2^T`` has rank two, and its best rank-one part has ``G = a_1 G_1 + a_2 G_2``,
+``S = b_1 S_1 + b_2 S_2`` with (a, b) from a 2 x 2 eigenproblem (Van Loan and Pitsianis 1993). All
+inner products of semi-definite matrices are non-negative, so a and b are too (Perron), and the
+result is semi-definite. Each block is then scaled to the exact trace. Layers that share S have
+common coefficients, and still share it after.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from retain.curvature.blocks.base import Block, MoveFactor, Thin
-from retain.curvature.blocks.eigh import eigh
-from retain.curvature.blocks.estimator import Estimator, Fitted, calibration, flat
-from retain.curvature.blocks.factor import FLAT, DenseFactor, Factor, SketchFactor
-from retain.curvature.blocks.observation import Record
-from retain.curvature.fit.settings import sketch_rank
+from retain.curvature.blocks.base import Block, Merged, Reader, Thin
+from retain.curvature.blocks.estimator import Estimator, calibration, flat
+from retain.curvature.blocks.factor import FLAT, DenseFactor, Factor, SketchFactor, inner
+from retain.curvature.blocks.observation import Observation
+from retain.curvature.blocks.structure import Structure
 
-__all__ = ["KroneckerBlock", "KroneckerEstimator", "ShampooEstimator", "rank_of"]
+__all__ = ["STRUCTURE", "KroneckerBlock", "KroneckerEstimator", "rank_of"]
 
 
 class KroneckerBlock(Block):
@@ -46,21 +46,29 @@ class KroneckerBlock(Block):
         self.shape = (self.outputs.size, self.inputs.size)
 
     def factors(self) -> dict[str, Factor]:
+        """S and G, by their names."""
         return {"inputs": self.inputs, "outputs": self.outputs}
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{k}{end}": t for k, f in self.factors().items() for end, t in f.tensors().items()}
 
-    def moved(self, move: MoveFactor, tensor: Callable[[Tensor], Tensor]) -> KroneckerBlock:
-        return KroneckerBlock(move(self.inputs), move(self.outputs))
+    @classmethod
+    def unpack(cls, read: Reader, shape: tuple[int, int]) -> KroneckerBlock:
+        return cls(read.factor("inputs", shape[1]), read.factor("outputs", shape[0]))
+
+    def check(self, where: str, sound: set[int]) -> None:
+        for name, factor in self.factors().items():
+            if id(factor) not in sound:
+                sound.add(id(factor))
+                factor.check(f"{where}/{name}")
 
     def matvec(self, d: Tensor) -> Tensor:
         return self.inputs.matmul(self.outputs.matmul(d).T).T
 
     def thin(self, left: Tensor, right: Tensor) -> Thin:
         gl, rs = self.outputs.matmul(left), self.inputs.matmul(right.T).T
-        outer, inner = left.T @ gl, rs @ right.T
-        return Thin(0.5 * (outer * inner.T).sum(), gl @ inner, outer @ rs)
+        outer, inner_ = left.T @ gl, rs @ right.T
+        return Thin(0.5 * (outer * inner_.T).sum(), gl @ inner_, outer @ rs)
 
     def prox(self, d: Tensor, tau: float) -> Tensor:
         # One side is diagonalised, and the other solves a shifted system for each of its vectors.
@@ -86,8 +94,32 @@ class KroneckerBlock(Block):
     def trace(self) -> float:
         return self.outputs.trace() * self.inputs.trace()
 
-    def scaled(self, c: float) -> KroneckerBlock:
+    def scaled(self, c: float, made: dict[int, Tensor] | None = None) -> KroneckerBlock:
         return KroneckerBlock(self.inputs, self.outputs.scaled(c))
+
+    @property
+    def shared(self) -> object:
+        return self.inputs
+
+    @classmethod
+    def merge(cls, a: Sequence[KroneckerBlock], b: Sequence[KroneckerBlock]) -> Merged:
+        s = _gram([a[0].inputs], [b[0].inputs])
+        g = _gram([x.outputs for x in a], [x.outputs for x in b])
+        of_g, of_s = _nearest(g, s)
+        inputs = a[0].inputs.scaled(float(of_s[0])).plus(b[0].inputs.scaled(float(of_s[1])))
+        blocks, weights, lost, norm = [], [], 0.0, 0.0
+        for x, y in zip(a, b, strict=True):
+            outputs = x.outputs.scaled(float(of_g[0])).plus(y.outputs.scaled(float(of_g[1])))
+            scale = calibration(inputs.trace() * outputs.trace(), x.trace() + y.trace())
+            block = cls(inputs, outputs.scaled(scale))
+            blocks.append(block)
+            weights.append(((of_g * scale).tolist(), of_s.tolist()))
+            three = (x, y, block)
+            gram = _gram(*([z.inputs] for z in three)) * _gram(*([z.outputs] for z in three))
+            signs = torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)
+            lost += max(float(signs @ gram @ signs), 0.0)
+            norm += float(gram[:2, :2].sum())
+        return Merged(blocks, lost, norm, weights)
 
 
 def _prox(g: Factor, s: Factor, b: Tensor, c: Tensor, b0: Tensor, a0: Tensor, tau: float) -> Tensor:
@@ -99,6 +131,28 @@ def _prox(g: Factor, s: Factor, b: Tensor, c: Tensor, b0: Tensor, a0: Tensor, ta
     return g.solve(b @ v, tau * q, pull) @ v.T
 
 
+def _gram(*stacks: Sequence[Factor]) -> Tensor:
+    """Inner products of stacks of factors."""
+    values = [[sum(inner(x, y) for x, y in zip(p, q, strict=True)) for q in stacks] for p in stacks]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _nearest(g: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """The coefficients of the nearest product, from the inner products of both sides, 2 x 2 each.
+
+    In units of each factor's own size, so that rounding does not depend on scales.
+    """
+    unit_s, unit_g = s.diagonal().sqrt(), g.diagonal().sqrt()
+    weight = unit_s * unit_g  # of each of the two products; one that is zero has no say
+    if not bool(weight.any()):
+        return torch.ones_like(weight), torch.ones_like(weight)
+    unit_s, unit_g = (u.where(weight > 0, torch.ones_like(u)) for u in (unit_s, unit_g))
+    sn, gn = s / unit_s / unit_s[:, None], g / unit_g / unit_g[:, None]
+    values, vectors = torch.linalg.eig((weight[:, None] * sn * weight) @ gn)
+    top = vectors[:, values.real.argmax()].real.abs()
+    return top / unit_g, (gn @ top) * weight / unit_s / (top @ gn @ top)
+
+
 def rank_of(blocks: Iterable[Block]) -> int | None:
     """The rank of the sketches among the factors; None where all are whole."""
     sides = (s for b in blocks if isinstance(b, KroneckerBlock) for s in (b.inputs, b.outputs))
@@ -108,65 +162,20 @@ def rank_of(blocks: Iterable[Block]) -> int | None:
 class KroneckerEstimator(Estimator):
     """Streams S and G of each layer."""
 
-    def update(self, record: Record) -> None:
-        name, shared = record.name, self.layout.shared
-        if record.first and shared[name] == name:
-            self.moment(f"inputs/{name}", flat(record.inputs))
-            self.add(f"positions/{name}", torch.tensor(record.source.positions))
-        self.moment(f"outputs/{name}", flat(record.gradients), record.weight)
+    def update(self, seen: Observation) -> None:
+        if seen.first:
+            self.input_moment(seen)
+        self.moment(f"outputs/{seen.name}", flat(seen.gradients), seen.weight)
 
-    def finish(self, predictions: int, traces: Mapping[str, float]) -> Fitted:
-        shared = self.layout.shared
-        inputs = {
-            name: self.factor(f"inputs/{name}", 1 / float(self.state[f"positions/{name}"]))
-            for name in shared
-            if shared[name] == name
-        }
+    def finish(self, predictions: int, traces: Mapping[str, float]) -> dict[str, Block]:
         blocks: dict[str, Block] = {}
-        for name, first in shared.items():
-            blocks[name] = self.block(name, inputs[first], predictions, traces)
-        return Fitted(blocks)
-
-    def block(
-        self, name: str, s: Factor, predictions: int, traces: Mapping[str, float]
-    ) -> KroneckerBlock:
-        """One layer's block, calibrated if wanted."""
-        g = self.factor(f"outputs/{name}", 1.0)
-        found = s.trace() * g.trace()
-        if self.layout.calibrate:
-            return KroneckerBlock(s, g.scaled(calibration(found, traces[name])))
-        return KroneckerBlock(s, g.scaled(1 / predictions))
+        for name, s in self.input_factors().items():
+            g = self.factor(f"outputs/{name}", 1.0)
+            scale = 1 / predictions
+            if self.layout.calibrate:
+                scale = calibration(s.trace() * g.trace(), traces[name])
+            blocks[name] = KroneckerBlock(s, g.scaled(scale))
+        return blocks
 
 
-class ShampooEstimator(Estimator):
-    """Streams ``E[J^T J]`` and ``E[J J^T]`` of each layer through Gram matrices over positions.
-
-    ``J J^T = sum_{t,t'} g_t (x_t . x_t') g_t'^T``: no J is built. For a sketch the rows are
-    those of ``(x x^T)^(1/2) g``, whose squares sum to the same.
-    """
-
-    def update(self, record: Record) -> None:
-        x, g, name = record.inputs, record.gradients, record.name
-        gram_x, gram_g = record.grams
-        self._side(f"outputs/{name}", g, gram_x, record.weight)
-        self._side(f"inputs/{name}", x, gram_g, record.weight)
-
-    def _side(self, key: str, rows: Tensor, gram: Tensor, weight: float) -> None:
-        if sketch_rank(rows.shape[-1], self.layout.rank) is not None:
-            self.moment(key, flat(_root(gram) @ rows), weight)
-        else:
-            self.product(key, flat(rows), flat(gram @ rows), weight)
-
-    def finish(self, predictions: int, traces: Mapping[str, float]) -> Fitted:
-        blocks: dict[str, Block] = {}
-        for name in self.layout.shared:
-            s, g = self.factor(f"inputs/{name}", 1.0), self.factor(f"outputs/{name}", 1.0)
-            s = s.scaled(calibration(s.trace(), traces[name]))
-            blocks[name] = KroneckerBlock(s, g.scaled(calibration(g.trace(), 1.0)))
-        return Fitted(blocks)
-
-
-def _root(gram: Tensor) -> Tensor:
-    values, vectors = eigh(gram)
-    root: Tensor = values.clamp(min=0).sqrt()[..., None] * vectors.mT
-    return root
+STRUCTURE = Structure(KroneckerBlock, KroneckerEstimator, inputs="shared", outputs=True)

@@ -8,22 +8,22 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["Record", "Source"]
+__all__ = ["LayerInput", "Observation"]
 
 
 @dataclass
-class Source:
+class LayerInput:
     """A layer's input in one batch, which several layers may read.
 
     Attributes:
         inputs: x, [batch, seq, d_in]; zero at padded positions.
         counts: how many positions of each sequence are not padded.
+        made: what an estimator has made of the inputs, for the next layer that reads them.
     """
 
     inputs: Tensor
     counts: tuple[int, ...]
-    kept: dict[str, Tensor] = field(default_factory=dict)
-    """What an estimator has made of the inputs, for the next layer that reads them."""
+    made: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def positions(self) -> int:
@@ -37,7 +37,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Record:
+class Observation:
     """Inputs and output gradients of one layer in one backward pass.
 
     Attributes:
@@ -48,15 +48,13 @@ class Record:
             there is no backward pass, the layer's outputs y.
         weight: of this pass in the expectation over labels.
         first: whether this is the first pass over this batch (the inputs are the same in all).
-        chosen: the sequences that enter the products, or None for all.
     """
 
     name: str
-    source: Source
+    source: LayerInput
     gradients: Tensor
     weight: float
     first: bool
-    chosen: tuple[int, ...] | None = field(default=None)
 
     @property
     def inputs(self) -> Tensor:
@@ -87,20 +85,19 @@ class Record:
             return (gram_x * gram_g).sum((1, 2))
         return self.matrices.flatten(1).square().sum(1)
 
-    def made(self, what: str) -> Tensor | None:
-        """One of the products above if it has been computed already."""
-        return self.__dict__.get(what)
+    @property
+    def matrices_if_made(self) -> Tensor | None:
+        """`matrices` if it has been computed already, as for a small layer's traces."""
+        return self.__dict__.get("matrices")
 
-    def narrowed(self) -> Record:
-        """The record of the chosen sequences alone."""
-        if self.chosen is None:
-            return self
-        rows = torch.tensor(self.chosen, device=self.gradients.device)
+    def of(self, chosen: tuple[int, ...]) -> Observation:
+        """The observation of these sequences alone."""
+        rows = torch.tensor(chosen, device=self.gradients.device)
         x = self.inputs[rows]
-        source = Source(x, tuple(self.source.counts[i] for i in self.chosen))
+        source = LayerInput(x, tuple(self.source.counts[i] for i in chosen))
         if "gram" in self.source.__dict__:
             source.__dict__["gram"] = self.source.gram[rows]
-        found = replace(self, source=source, gradients=self.gradients[rows], chosen=None)
+        found = replace(self, source=source, gradients=self.gradients[rows])
         if "matrices" in self.__dict__:
             found.__dict__["matrices"] = self.matrices[rows]
         return found

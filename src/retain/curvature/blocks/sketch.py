@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from retain.curvature.blocks.eigh import eigh
 from retain.curvature.blocks.factor import SketchFactor, truncate
+from retain.curvature.blocks.linalg import eigh
 
 __all__ = ["sketch_finish", "sketch_update"]
 

@@ -1,4 +1,4 @@
-"""Runs batches through a model and routes what the hooks see to an estimator."""
+"""Runs batches through a model and hands what the hooks see to an estimator."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from retain.curvature.blocks.estimator import Estimator, products
-from retain.curvature.blocks.observation import Record, Source
+from retain.curvature.blocks.observation import LayerInput, Observation
 from retain.curvature.fit.labels import cotangents
+from retain.curvature.fit.settings import FitSettings
 from retain.data.batches import Batch
 from retain.errors import CurvatureError
 from retain.models.forward import forward_body, forward_logits, no_autocast
 from retain.models.heads import are_values
-from retain.types import Fisher, Products
 
 __all__ = ["Accumulator"]
 
@@ -29,28 +29,26 @@ class Accumulator:
 
     Args:
         model: in evaluation mode.
-        layers: the modules that are hooked, by name.
-        estimator: takes the records.
-        every: n; 1 reads all.
-        precision: of the products.
+        estimator: takes the observations of the layers of its layout.
+        settings: of the fit.
+        every: n of the share; 1 reads all.
         scales: layer -> [d_out], by which gradients are multiplied (DoRA's rows).
     """
 
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, nn.Module],
         estimator: Estimator,
+        settings: FitSettings,
         *,
         every: int = 1,
-        precision: Products = "auto",
         scales: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.model, self.estimator = model, estimator
-        self.every, self.precision, self.scales = every, precision, scales or {}
+        self.model, self.estimator, self.settings = model, estimator, settings
+        self.every, self.scales = every, scales or {}
         shared = estimator.layout.shared
         turns = {first: n for n, first in enumerate(dict.fromkeys(shared.values()))}
-        self.offset = {n: 0 if estimator.together else turns[shared[n]] for n in layers}
+        self.offset = {n: 0 if estimator.together else turns[shared[n]] for n in shared}
         self.predictions, self.passes = 0, 0
         self.traces: dict[str, Tensor] = {}
         # Over sequences: their number, the sums of their squared traces by turn and as a whole,
@@ -61,13 +59,11 @@ class Accumulator:
         self._weight, self._first = 1.0, True
         self._fired: set[str] = set()
         self._readers = {first: [n for n in shared if shared[n] == first] for first in turns}
-        self._sources: dict[str, tuple[Source, set[str]]] = {}
+        self._inputs: dict[str, tuple[LayerInput, set[str]]] = {}
         self._total: Tensor | None = None
         self._turns: Tensor | None = None
 
-    def batch(
-        self, batch: Batch, fisher: Fisher, samples: int, seed: int, temperature: float
-    ) -> None:
+    def batch(self, batch: Batch) -> None:
         """Forward once, and backward once for each cotangent."""
         self._batch, self._first = batch, True
         if not self.estimator.backward:
@@ -80,10 +76,7 @@ class Accumulator:
         self._turns = None
         with torch.enable_grad():
             logits = forward_logits(self.model, batch)
-            ways = cotangents(
-                logits, batch.lengths, batch.targets, batch.rows, fisher, samples, seed,
-                temperature, are_values(self.model, logits),
-            )  # fmt: skip
+            ways = cotangents(logits, batch, self.settings, are_values(self.model, logits))
             for cotangent, self._weight, last in ways:
                 self._fired.clear()
                 self._total = None
@@ -99,14 +92,14 @@ class Accumulator:
             size = torch.tensor(u.shape[1:], dtype=u.dtype)
             squares = torch.stack([u.square().sum(), u.sum(0).square().sum()])
             self.share += torch.cat([size, squares, u.sum(1)])
-        if fisher != "exact":
+        if self.settings.fisher != "exact":
             each = zip(*draws, strict=True)
             self.moments += [(list(d), n) for d, n in zip(each, batch.lengths, strict=True)]
         self.predictions += sum(batch.lengths)
 
-    def turn(self) -> None:
+    def end_pass(self) -> None:
         """Ends one pass over the source."""
-        self.estimator.turn(self.passes)
+        self.estimator.end_pass(self.passes)
         self.passes += 1
 
     @no_autocast()
@@ -124,45 +117,45 @@ class Accumulator:
         self._fired.add(name)
         if name in self.scales and self.estimator.backward:
             g = g * self.scales[name].to(g.dtype)
-        source = self._source(name, x, batch)
-        chosen = self._chosen(name, batch.rows) if self.every > 1 else None
-        record = Record(name, source, _rows(name, g, batch.mask), self._weight, self._first, chosen)
-        with products(self.precision):
+        source, g = self._input(name, x, batch), _rows(name, g, batch.mask)
+        seen = Observation(name, source, g, self._weight, self._first)
+        with products(self.settings.products):
             if self.estimator.backward and not self.passes:
-                self._trace(record)
-            if chosen is None or chosen:
-                self.estimator.update(record.narrowed())
+                self._trace(seen)
+            if self.every > 1:
+                chosen = self._chosen(name, batch.rows)
+                if not chosen:
+                    return
+                seen = seen.of(chosen)
+            self.estimator.update(seen)
 
-    def _source(self, name: str, x: Tensor, batch: Batch) -> Source:
+    def _input(self, name: str, x: Tensor, batch: Batch) -> LayerInput:
         """The layer's input, made once for all layers that share it."""
-        first = self.estimator.layout.shared[name]
-        if first not in self._sources:
-            found = _rows(name, x, batch.mask)
-            mask = batch.mask
-            if found.shape[:2] == mask.shape:
-                counts = tuple(mask.sum(1).tolist())
-            else:
-                counts = (1,) * len(found)
-            self._sources[first] = (Source(found, counts), set(self._readers[first]))
-        source, waiting = self._sources[first]
+        first, mask = self.estimator.layout.shared[name], batch.mask
+        if first not in self._inputs:
+            found = _rows(name, x, mask)
+            whole = found.shape[:2] == mask.shape
+            counts = tuple(mask.sum(1).tolist()) if whole else (1,) * len(found)
+            self._inputs[first] = (LayerInput(found, counts), set(self._readers[first]))
+        source, waiting = self._inputs[first]
         waiting.discard(name)
         if not waiting:
-            del self._sources[first]
+            del self._inputs[first]
         return source
 
     def _chosen(self, name: str, rows: list[int]) -> tuple[int, ...]:
+        """Places in the batch of the sequences that enter a layer's products."""
         offset = self.offset[name]
         return tuple(i for i, row in enumerate(rows) if (row + offset) % self.every == 0)
 
-    def _trace(self, record: Record) -> None:
-        traces = record.traces.double()
+    def _trace(self, seen: Observation) -> None:
+        traces, name = seen.traces.double(), seen.name
         self._total = traces if self._total is None else self._total + traces
-        name = record.name
-        self.traces[name] = self.traces.get(name, 0.0) + traces.sum() * record.weight
+        self.traces[name] = self.traces.get(name, 0.0) + traces.sum() * seen.weight
         if self.every > 1:
             if self._turns is None:
                 self._turns = traces.new_zeros(self.every, len(traces))
-            self._turns[self.offset[name] % self.every] += traces * record.weight
+            self._turns[self.offset[name] % self.every] += traces * seen.weight
 
     def _check(self, total: Tensor) -> None:
         if not bool(total.isfinite().all()):
@@ -208,7 +201,7 @@ class Accumulator:
         rest = squares - float(turns.square().sum()) / n - rows / k + total**2 / (n * k)
         return math.sqrt(max(k * rest * n / max(n - 1, 1), 0.0)) / total if total else 0.0
 
-    def dead(self) -> list[str]:
+    def without_gradient(self) -> list[str]:
         """Layers that got no gradient at all."""
         return [name for name, value in self.traces.items() if float(value) == 0.0]
 

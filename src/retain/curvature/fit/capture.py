@@ -1,4 +1,4 @@
-"""Hooks that hand out each layer's inputs and output gradients, and nothing else.
+"""Which layers a fit looks at, and hooks that hand out their inputs and output gradients.
 
 No parameter gets a gradient: the graph begins at the outputs of the lowest hooked layers, so
 the backward pass ends there, and the model's own ``.grad`` fields are left alone.
@@ -13,15 +13,80 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retain.curvature.info import part
 from retain.data.batches import Batch
-from retain.errors import ModelError
-from retain.models.forward import first_readers, forward_body, inputs_of, no_autocast
+from retain.errors import CurvatureError, ModelError
+from retain.models.forward import first_readers, forward_body, inputs_of
 from retain.models.names import unwrap
-from retain.models.sites import LoraSite, Site
+from retain.models.sites import LinearSite, LoraSite, Site, find_sites
+from retain.types import Space
 
-__all__ = ["capture", "shared_inputs", "split_idle", "watch"]
+__all__ = [
+    "capture", "check_gradients", "fit_sites", "hooked", "lora_factors", "shared_inputs", "watch"
+]  # fmt: skip
 
 Receive = Callable[[str, Tensor, Tensor], None]
+
+
+def fit_sites(model: nn.Module, space: Space) -> list[Site]:
+    """The layers that a curvature of this space is of.
+
+    Raises:
+        CurvatureError: adapter space of anything but plain LoRA.
+    """
+    sites: list[Site] = list(find_sites(model))
+    if space == "adapter" and (
+        isinstance(sites[0], LinearSite) or any(s.dora for s in sites if isinstance(s, LoraSite))
+    ):
+        raise CurvatureError(
+            "adapter space needs plain LoRA factors",
+            got="a fully trained model" if isinstance(sites[0], LinearSite) else "DoRA",
+            allowed="plain LoRA",
+            fix="space='weight'",
+        )
+    return sites
+
+
+def hooked(sites: Sequence[Site], space: Space) -> dict[str, nn.Module]:
+    """The modules to hook: the whole layer, or A and B inside it."""
+    if space == "weight":
+        return {s.name: s.layer for s in sites}  # type: ignore[misc]
+    layers: dict[str, nn.Module] = {}
+    for site in sites:
+        assert isinstance(site, LoraSite)
+        layers[part(site.name, "lora_A")] = site.lora_a
+        layers[part(site.name, "lora_B")] = site.lora_b
+    return layers
+
+
+def lora_factors(sites: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Layer -> (B, A, scaling), at least in float32."""
+    found = {}
+    for site in sites:
+        assert isinstance(site, LoraSite)
+        dtype = torch.promote_types(site.a.dtype, torch.float32)
+        found[site.name] = (site.b.detach().to(dtype), site.a.detach().to(dtype), site.scaling)
+    return found
+
+
+def check_gradients(dead: list[str], sites: Sequence[Site], space: Space) -> None:
+    """A layer without any gradient is an error unless theory says so (A's block while B = 0).
+
+    Raises:
+        CurvatureError: it is.
+    """
+    if space == "adapter":
+        lora = [s for s in sites if isinstance(s, LoraSite)]
+        expected = {part(s.name, "lora_A") for s in lora if not bool(s.b.any())}
+        expected |= {part(s.name, "lora_B") for s in lora if not bool(s.a.any())}
+        dead = [name for name in dead if name not in expected]
+    if dead:
+        raise CurvatureError(
+            "layers got no gradient at all",
+            got=f"{len(dead)} layers, such as {dead[0]}",
+            allowed="a gradient at each layer that carries the adapter",
+            fix="check that the adapter is active, and the gradient checkpointing settings",
+        )
 
 
 @contextmanager
@@ -56,23 +121,21 @@ def capture(model: nn.Module, layers: Mapping[str, nn.Module], receive: Receive)
 
         return forward
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    if getattr(unwrap(model), "is_activation_checkpointing", False):
-        # A reentrant checkpoint passes gradients on only where its inputs ask for them.
-        embedding = unwrap(model).get_input_embeddings()  # type: ignore[operator]
-        handles.append(
-            embedding.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_())
-        )
     frozen = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        for handle in handles:
-            handle.remove()
+    with _hooks(layers, hook) as handles:
+        if getattr(unwrap(model), "is_activation_checkpointing", False):
+            # A reentrant checkpoint passes gradients on only where its inputs ask for them.
+            embedding = unwrap(model).get_input_embeddings()  # type: ignore[operator]
+            handles.append(
+                embedding.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_())
+            )
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
 
 
 @contextmanager
@@ -82,31 +145,21 @@ def watch(_: nn.Module, layers: Mapping[str, nn.Module], receive: Receive) -> It
     def hook(name: str) -> Callable[..., None]:
         return lambda _m, args, y: receive(name, args[0].detach(), y.detach())
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
+    with _hooks(layers, hook):
         yield
+
+
+@contextmanager
+def _hooks(
+    layers: Mapping[str, nn.Module], hook: Callable[[str], Callable[..., Any]]
+) -> Iterator[list[Any]]:
+    """One forward hook a layer, for the while."""
+    handles: list[Any] = [m.register_forward_hook(hook(name)) for name, m in layers.items()]
+    try:
+        yield handles
     finally:
         for handle in handles:
             handle.remove()
-
-
-def split_idle(sites: Sequence[Site], receive: Receive) -> Receive:
-    """Takes whole layers whose B is zero, and passes on what their factors would have seen.
-
-    With ``y = W x + s B A x`` and g the gradient at y, B reads ``A x`` and gets ``s g``, and A
-    reads x and gets ``s B^T g = 0``.
-    """
-    found = {site.name: site for site in sites if isinstance(site, LoraSite)}
-
-    @no_autocast()
-    def whole(name: str, x: Tensor, g: Tensor) -> None:
-        site = found[name]
-        a = site.a.detach()
-        inner = x.to(a.dtype) @ a.T
-        receive(f"{name}.lora_A", x, torch.zeros_like(inner))
-        receive(f"{name}.lora_B", inner, site.scaling * g)
-
-    return whole
 
 
 def shared_inputs(

@@ -17,16 +17,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from retain.curvature.artifact import digest_of
+from retain.curvature.artifact import digest_of, save_tensors
 from retain.curvature.fit.accumulator import Accumulator
 from retain.data.batches import Example
 from retain.data.tensors import read_tensors
 from retain.documents import read_json, sealed
 from retain.errors import RetainWarning
-from retain.files import clear_scratch, whole_file, write_json
+from retain.files import clear_scratch, write_json
 
 __all__ = ["FitCheckpoint", "fit_key", "forget", "kept_rows"]
 
@@ -80,11 +79,8 @@ class FitCheckpoint:
             return
         kept: dict[str, Tensor] = {k: t.cpu().contiguous() for k, t in run.state().items()}
         kept["done"] = torch.tensor(done)
-        with whole_file(self.path, "the unfinished curvature") as scratch:
-            try:
-                save_file(kept, scratch, {"retain": self.key, "digest": digest_of(self.key, kept)})
-            except SafetensorError as error:  # safetensors wraps the system's error
-                raise OSError(str(error)) from error
+        metadata = {"retain": self.key, "digest": digest_of(self.key, kept)}
+        save_tensors(self.path, kept, metadata, "the unfinished curvature")
         self._last = time.monotonic()
 
 

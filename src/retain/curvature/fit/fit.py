@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +12,24 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from retain.curvature.blocks.activation import ActivationEstimator, nats_of_noise, noisy_rows
-from retain.curvature.blocks.diagonal import DiagonalEstimator
-from retain.curvature.blocks.eigen import EigenEstimator
-from retain.curvature.blocks.estimator import Estimator, Layout
-from retain.curvature.blocks.identity import IdentityEstimator
-from retain.curvature.blocks.kronecker import KroneckerEstimator, ShampooEstimator, rank_of
-from retain.curvature.blocks.tridiagonal import TridiagonalEstimator
+from retain.curvature.anchor import anchor_of, site_tensor
+from retain.curvature.blocks.activation import nats_of_noise, noisy_rows
+from retain.curvature.blocks.estimator import Layout
+from retain.curvature.blocks.kronecker import rank_of
+from retain.curvature.blocks.registry import structure_of
 from retain.curvature.curvature import Curvature
-from retain.curvature.displacement import anchor_of, place
 from retain.curvature.fit.accumulator import Accumulator
-from retain.curvature.fit.capture import capture, shared_inputs, split_idle, watch
+from retain.curvature.fit.capture import (
+    capture,
+    check_gradients,
+    fit_sites,
+    hooked,
+    lora_factors,
+    shared_inputs,
+    watch,
+)
 from retain.curvature.fit.checkpoint import FitCheckpoint, fit_key
-from retain.curvature.fit.layers import adapters_of, check_alive, fit_sites, hooked
-from retain.curvature.fit.settings import SKETCHES, check_settings
+from retain.curvature.fit.settings import FitSettings
 from retain.curvature.fit.source import glance, source_examples
 from retain.curvature.info import CurvatureInfo, describe
 from retain.data.batches import Batch, Example, batches, collate
@@ -37,30 +42,19 @@ from retain.models.off import check_on, start_of
 from retain.models.sites import bypassed, is_idle, row_scales
 from retain.models.sizes import pad_id
 from retain.provenance import versions
-from retain.types import FactorRank, Fisher, Products, Space, Structure
+from retain.types import FactorRank, Fisher, Products, Space
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["fit_curvature"]
 
-ESTIMATORS: dict[str, type[Estimator]] = {
-    "identity": IdentityEstimator,
-    "diagonal": DiagonalEstimator,
-    "kfac": KroneckerEstimator,
-    "shampoo": ShampooEstimator,
-    "ekfac": EigenEstimator,
-    "activation": ActivationEstimator,
-    "tridiagonal": TridiagonalEstimator,
-}
-"""A structure's estimator: what a new one adds."""
-
 
 @no_autocast()
 def fit_curvature(
     model: nn.Module,
     source: str | Path | Iterable[Row] | Sequence[Example] = "self",
-    structure: Structure = "kfac",
+    structure: str = "kfac",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     space: Space = "weight",
@@ -92,7 +86,7 @@ def fit_curvature(
         source: ``"self"`` (text that the base model samples), a file, a folder, a data set, a
             table, a list or a stream; see `retain.data.sources.read_rows`, and docs/data.md for
             the columns. A list of `Example` is taken as it is.
-        structure: see `retain.types.Structure` and docs/curvature.md.
+        structure: its name; see docs/curvature.md.
         tokenizer: for text; not needed for rows with ``input_ids``. A model loaded from a name
             finds its own.
         space: ``weight`` (of the update s B A, for any rank) or ``adapter`` (of A and B).
@@ -127,14 +121,16 @@ def fit_curvature(
         CurvatureError: a layer that got no gradient where theory says it should.
         OutputError: the unfinished sums cannot be written.
     """
-    check_settings(
-        structure, space, fisher, samples=samples, rows=rows, rank=rank, products=products,
-        batch_size=batch_size, share=share, temperature=temperature, calibrate=calibrate,
+    settings = FitSettings(
+        structure=structure, space=space, fisher=fisher, samples=samples, rows=rows,
+        max_length=max_length, batch_size=batch_size, seed=seed, rank=rank, share=share,
+        temperature=temperature, calibrate=calibrate, products=products,
     )  # fmt: skip
-    if structure not in SKETCHES:
-        rank = None
+    if not settings.sketchable:
+        settings = replace(settings, rank=None)
     causal = is_causal(model)
     sites = fit_sites(model, space)
+    idle = space == "weight" and is_idle(sites)
     if not is_idle(sites):
         check_on(model)
     start_of(model)  # of an adapter that began in the base's weights, for what is measured later
@@ -142,63 +138,41 @@ def fit_curvature(
         model, source, tokenizer, causal, rows, max_length, batch_size, seed, partial, progress
     )
     every = max(1, round(min(1 / share, len(examples))))
-    estimating = ESTIMATORS[structure]
+    estimating = structure_of(structure).estimator
     layers = hooked(sites, space if estimating.backward else "weight")
-    device = place(sites[0]).device
+    device = site_tensor(sites[0]).device
     inner: Any = unwrap(model)
     pad = pad_id(inner)
-    pass_over = list(batches(examples, batch_size, pad))
     base = fingerprint(model)
-    settings = {
-        "structure": structure, "space": space, "fisher": fisher, "samples": samples,
-        "seed": seed, "rank": rank, "every": every, "temperature": temperature,
-        "calibrate": calibrate, "products": products, "batch_size": batch_size,
-        "model": base, "sites": describe(sites), "max_length": max_length,
-    }  # fmt: skip
-    weights = [
-        p
-        for name, p in model.named_parameters()  # all that the fingerprint leaves out or rounds
-        if p.requires_grad or ".lora_" in name or ".modules_to_save." in name
-    ]
-    key = "" if partial is None else fit_key(settings, examples, weights)  # reads all weights
+    known = asdict(settings) | {"every": every, "model": base, "sites": describe(sites)}
+    # Reads all weights that the fingerprint leaves out or rounds.
+    key = "" if partial is None else fit_key(known, examples, _own_weights(model))
     unfinished = FitCheckpoint(partial, key, save_every)
-    idle = is_idle(sites)
     with evaluating(model, checkpoint=estimating.backward):
         scales = row_scales(sites) if space == "weight" else {}
         layout = Layout(
             shared_inputs(model, layers, glance(examples[0], pad).to(device)),
-            rank,
+            settings.rank,
             calibrate,
-            adapters_of(sites) if space == "adapter" and not estimating.backward else {},
+            lora_factors(sites) if space == "adapter" and not estimating.backward else {},
             scales,
         )
-        run = Accumulator(
-            model,
-            layers,
-            estimating(layout),
-            every=every,
-            precision=products,
-            scales=scales,
-        )
-        if idle and space == "adapter" and estimating.backward:
-            hooks = capture(model, hooked(sites, "weight"), split_idle(sites, run.receive))
-        else:
-            hooks = (capture if estimating.backward else watch)(model, layers, run.receive)
-        with bypassed(sites) if idle else nullcontext(), hooks:
-            _read(
-                run, pass_over, unfinished, device, (fisher, samples, seed, temperature), progress
-            )
-        if estimating.backward:
-            check_alive(run.dead(), sites, space)
-            # In the order of the layers: a resumed fit has them in another, and sums would differ.
-            traces = {n: float(run.traces[n]) / run.predictions for n in layers if n in run.traces}
-        else:
-            some = noisy_rows(examples, seed)
-            noisy = collate([examples[i] for i in some], pad, some).to(device)
-            with bypassed(sites) if idle else nullcontext():
-                gamma = nats_of_noise(model, layers, noisy, seed)
-            traces = dict.fromkeys(layers, gamma)
-    fitted = run.estimator.finish(run.predictions, traces)
+        run = Accumulator(model, estimating(layout), settings, every=every, scales=scales)
+        hooks = (capture if estimating.backward else watch)(model, layers, run.receive)
+        with bypassed(sites) if idle else nullcontext():
+            with hooks:
+                _read(run, list(batches(examples, batch_size, pad)), unfinished, device, progress)
+            if estimating.backward:
+                check_gradients(run.without_gradient(), sites, space)
+                # In the layers' order: a resumed fit has them in another, and sums would differ.
+                traces = {
+                    n: float(run.traces[n]) / run.predictions for n in layers if n in run.traces
+                }
+            else:
+                some = noisy_rows(examples, seed)
+                noisy = collate([examples[i] for i in some], pad, some).to(device)
+                traces = dict.fromkeys(layers, nats_of_noise(model, layers, noisy, seed))
+    blocks = run.estimator.finish(run.predictions, traces)
     info = CurvatureInfo(
         structure=structure,
         space=space,
@@ -214,14 +188,23 @@ def fit_curvature(
         sites=describe(sites),
         versions=versions(),
         note=str(source) if isinstance(source, str | Path) else type(source).__name__,
-        rank=rank if rank != "auto" else rank_of(fitted.blocks.values()),
+        rank=settings.rank if settings.rank != "auto" else rank_of(blocks.values()),
         share=1 / every,
         share_error=run.share_error(),
         temperature=temperature if fisher == "tempered" else 1.0,
     )
-    curvature = Curvature(fitted.blocks, {}, info, fitted.links)
+    curvature = Curvature(blocks, {}, info, run.estimator.links)
     curvature.anchor = anchor_of(curvature, sites)
     return curvature
+
+
+def _own_weights(model: nn.Module) -> list[torch.Tensor]:
+    """What trains, and all of the adapter."""
+    return [
+        p
+        for name, p in model.named_parameters()
+        if p.requires_grad or ".lora_" in name or ".modules_to_save." in name
+    ]
 
 
 def _read(
@@ -229,14 +212,12 @@ def _read(
     pass_over: list[Batch],
     unfinished: FitCheckpoint,
     device: torch.device,
-    labels: tuple[Fisher, int, int, float],
     progress: bool,
 ) -> None:
     """Reads the source as often as the estimator asks, from where an earlier run stopped."""
     done = unfinished.load(run, device)
-    total = len(pass_over) * run.estimator.passes
     bar = tqdm(
-        total=total,
+        total=len(pass_over) * run.estimator.passes,
         initial=run.passes * len(pass_over) + done,
         desc="curvature",
         unit="batch",
@@ -245,10 +226,10 @@ def _read(
     with bar:
         while run.passes < run.estimator.passes:
             for number in range(done, len(pass_over)):
-                run.batch(pass_over[number].to(device), *labels)
+                run.batch(pass_over[number].to(device))
                 bar.update()
                 if number + 1 < len(pass_over):
                     unfinished.save(run, number + 1)
             done = 0
-            run.turn()
+            run.end_pass()
             unfinished.save(run, 0, force=run.estimator.passes > 1)

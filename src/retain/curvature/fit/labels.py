@@ -32,39 +32,29 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from retain.curvature.fit.settings import FitSettings
+from retain.data.batches import Batch
 from retain.errors import CurvatureError, SourceError
-from retain.types import Fisher
 
 __all__ = ["EXACT_LIMIT", "cotangents"]
 
 EXACT_LIMIT = 4096
 """Most backward passes that one batch may ask of the exact Fisher."""
 
+Cotangents = Iterator[tuple[Tensor, float, bool]]
+
 
 def cotangents(
-    logits: Tensor,
-    lengths: list[int],
-    targets: Tensor,
-    rows: list[int],
-    fisher: Fisher,
-    samples: int,
-    seed: int,
-    temperature: float = 1.0,
-    regression: bool = False,
-) -> Iterator[tuple[Tensor, float, bool]]:
+    logits: Tensor, batch: Batch, settings: FitSettings, regression: bool = False
+) -> Cotangents:
     """Gradients to send back from the logits, each with its weight in the expectation.
 
     Args:
         logits: [predictions, classes], one sequence's predictions after the other's; or the outputs
             of a regression.
-        lengths: predictions of each sequence, in order; they sum to ``predictions``.
-        targets: [predictions], the data's labels (for ``empirical`` and ``reversed``).
-        rows: number of each sequence in the source; with `seed` it fixes the sequence's draws,
-            whatever batch the sequence is in.
-        fisher: whose labels.
-        samples: draws for each prediction (``mc``, ``tempered``).
-        seed: of the draws.
-        temperature: T of ``tempered``.
+        batch: its rows' numbers in the source, with the seed, fix a sequence's draws, whatever
+            batch the sequence is in; its targets are the labels of ``empirical`` and ``reversed``.
+        settings: whose labels, how many draws, the seed and the temperature.
         regression: see the module.
 
     Yields:
@@ -76,59 +66,57 @@ def cotangents(
             regression are asked for.
         SourceError: ``empirical`` or ``reversed`` where a row has no label, or one of no class.
     """
+    fisher, samples = settings.fisher, settings.samples
+    heat = settings.temperature if fisher == "tempered" else 1.0
     if regression:
-        yield from _of_values(logits.detach(), lengths, rows, fisher, samples, seed, temperature)
+        yield from _of_values(logits.detach(), batch, settings, heat)
         return
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-    heat = temperature if fisher == "tempered" else 1.0
     if fisher == "reversed":
         wide = wide.neg_()
     elif heat != 1.0:
         wide = wide.div_(heat)
     p = _softmax_(wide)
     if fisher in ("empirical", "reversed"):
-        _check_labels(targets, p.shape[-1], fisher)
-        yield _minus_(p, targets), 1.0, True
-    elif fisher in ("mc", "tempered"):
+        _check_labels(batch.targets, p.shape[-1], fisher)
+        yield _minus_(p, batch.targets), 1.0, True
+    elif fisher == "exact":
+        yield from _every_label(p, batch.lengths)
+    else:
         for sample in range(samples):
             parts = [
-                _draw(part, f"{seed}:{row}:{sample}")
-                for part, row in zip(p.split(lengths), rows, strict=True)
+                _draw(part, f"{settings.seed}:{row}:{sample}")
+                for part, row in zip(p.split(batch.lengths), batch.rows, strict=True)
             ]
             last = sample == samples - 1
             way = _minus_(p if last else p.clone(), torch.cat(parts))
             yield way if heat == 1.0 else way.div_(heat), 1.0 / samples, last
-    else:
-        classes, longest = p.shape[-1], max(lengths)
-        if classes * longest > EXACT_LIMIT:
-            raise CurvatureError(
-                "the exact Fisher needs too many backward passes",
-                got=f"{classes} classes x {longest} predictions a sequence",
-                allowed=f"{EXACT_LIMIT} passes a batch",
-                fix="fisher='mc', or a classification head",
-            )
-        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-        for t in range(longest):
-            here = [int(s) + t for s, n in zip(starts, lengths, strict=True) if t < n]
-            for y in range(classes):
-                # E_y[(e_y - p)(e_y - p)^T]: the pass of class y carries the root of p_y.
-                part = -p[here] * p[here, y : y + 1].sqrt()
-                part[:, y] += p[here, y].sqrt()
-                cotangent = torch.zeros_like(p)
-                cotangent[here] = part
-                yield cotangent, 1.0, t == longest - 1 and y == classes - 1
 
 
-def _of_values(
-    outputs: Tensor,
-    lengths: list[int],
-    rows: list[int],
-    fisher: Fisher,
-    samples: int,
-    seed: int,
-    temperature: float,
-) -> Iterator[tuple[Tensor, float, bool]]:
+def _every_label(p: Tensor, lengths: list[int]) -> Cotangents:
+    """``E_y[(e_y - p)(e_y - p)^T]``: the pass of class y carries the root of p_y."""
+    classes, longest = p.shape[-1], max(lengths)
+    if classes * longest > EXACT_LIMIT:
+        raise CurvatureError(
+            "the exact Fisher needs too many backward passes",
+            got=f"{classes} classes x {longest} predictions a sequence",
+            allowed=f"{EXACT_LIMIT} passes a batch",
+            fix="fisher='mc', or a classification head",
+        )
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    for t in range(longest):
+        here = [int(s) + t for s, n in zip(starts, lengths, strict=True) if t < n]
+        for y in range(classes):
+            part = -p[here] * p[here, y : y + 1].sqrt()
+            part[:, y] += p[here, y].sqrt()
+            cotangent = torch.zeros_like(p)
+            cotangent[here] = part
+            yield cotangent, 1.0, t == longest - 1 and y == classes - 1
+
+
+def _of_values(outputs: Tensor, batch: Batch, settings: FitSettings, heat: float) -> Cotangents:
     """The same for a regression."""
+    fisher, samples, width = settings.fisher, settings.samples, outputs.shape[-1]
     if fisher not in ("mc", "tempered", "exact"):
         raise CurvatureError(
             "a regression has no labels of this kind",
@@ -136,24 +124,20 @@ def _of_values(
             allowed="mc, exact, tempered",
             fix="fisher='mc'",
         )
-    width = outputs.shape[-1]
-    if fisher == "exact":
-        for k in range(width):
-            way = torch.zeros_like(outputs)
-            way[:, k] = 1.0
-            yield way, 1.0, k == width - 1
-        return
-    heat = temperature if fisher == "tempered" else 1.0
-    for sample in range(samples):
+    for k in range(width if fisher == "exact" else 0):
+        way = torch.zeros_like(outputs)
+        way[:, k] = 1.0
+        yield way, 1.0, k == width - 1
+    for sample in range(0 if fisher == "exact" else samples):
         drawn = [
-            torch.randint(2, (n, width), generator=_random(f"{seed}:{row}:{sample}"))
-            for n, row in zip(lengths, rows, strict=True)
+            torch.randint(2, (n, width), generator=_random(f"{settings.seed}:{row}:{sample}"))
+            for n, row in zip(batch.lengths, batch.rows, strict=True)
         ]
         way = (2 * torch.cat(drawn) - 1).to(outputs) / heat
         yield way, 1.0 / samples, sample == samples - 1
 
 
-def _check_labels(targets: Tensor, classes: int, fisher: Fisher) -> None:
+def _check_labels(targets: Tensor, classes: int, fisher: str) -> None:
     odd = (targets < 0) | (targets >= classes)
     if bool(odd.any()):
         first = int(targets[odd][0])

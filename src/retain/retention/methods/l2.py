@@ -12,11 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from retain.curvature.anchor import anchor_of, site_tensor
 from retain.curvature.blocks.identity import IdentityBlock
-from retain.curvature.curvature import Curvature
-from retain.curvature.displacement import anchor_of, place
+from retain.curvature.curvature import Curvature, reanchored
 from retain.curvature.info import CurvatureInfo, describe
-from retain.curvature.merge import reanchored
 from retain.models.fingerprint import fingerprint
 from retain.models.sites import Site, find_sites
 from retain.provenance import versions
@@ -35,8 +34,8 @@ class L2(Penalty):
 
     def at_begin(self, context: Context) -> Curvature:
         sites: list[Site] = list(find_sites(context.adapter.model))
-        dtype = torch.promote_types(place(sites[0]).dtype, torch.float32)
-        one: Tensor = torch.ones((), dtype=dtype, device=place(sites[0]).device)
+        dtype = torch.promote_types(site_tensor(sites[0]).dtype, torch.float32)
+        one: Tensor = torch.ones((), dtype=dtype, device=site_tensor(sites[0]).device)
         info = CurvatureInfo(
             structure="identity",
             space="weight",

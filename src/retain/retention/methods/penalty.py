@@ -17,9 +17,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from retain.curvature.curvature import Curvature
-from retain.curvature.fit.settings import check_settings
-from retain.curvature.merge import reanchored
+from retain.curvature.curvature import Curvature, reanchored
+from retain.curvature.fit.settings import FitSettings
 from retain.data.batches import Example
 from retain.errors import ConfigError, check_number, unknown
 from retain.retention.budget import check_budget
@@ -181,7 +180,7 @@ class FittedPenalty(Penalty):
         super().__init__(strength, update=update, consolidate=consolidate, budget=budget)
         for name, weight in (("source_weight", source_weight), ("task_weight", task_weight)):
             check_number(f"{name} is out of range", weight, f"{name}: 1")
-        check_settings(self.structure, space, fisher, samples=samples, rows=rows, rank=rank)
+        FitSettings(self.structure, space, fisher, samples=samples, rows=rows, rank=rank)
         self.rows = rows
         self.source_weight, self.task_weight = source_weight, task_weight
         self.options: dict[str, Any] = {

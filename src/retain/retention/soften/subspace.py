@@ -32,10 +32,10 @@ from torch import Tensor
 from retain.curvature.blocks.base import Block
 from retain.curvature.blocks.diagonal import DiagonalBlock
 from retain.curvature.blocks.eigen import EigenBlock
-from retain.curvature.blocks.eigh import eigh
 from retain.curvature.blocks.factor import Factor, ScalarFactor
 from retain.curvature.blocks.identity import IdentityBlock
 from retain.curvature.blocks.kronecker import KroneckerBlock
+from retain.curvature.blocks.linalg import eigh
 
 __all__ = ["AdapterSubspace", "KroneckerSubspace", "Subspace", "sides"]
 

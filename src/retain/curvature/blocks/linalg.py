@@ -1,8 +1,9 @@
-"""Whether a matrix is symmetric, positive semi-definite or orthogonal, in a few passes over it.
+"""Eigenvectors that always come out, and cheap checks of a matrix that somebody gives.
 
-Up to `EXACT` wide, the smallest eigenvalue is computed; a wider matrix is tried: its diagonal and
-2 x 2 minors, and the smallest Ritz value of a few Lanczos steps, which finds any eigenvalue that is
-far below zero for the size of the others.
+Whether a matrix is symmetric and positive semi-definite is found in a few passes over it. Up to
+`EXACT` wide its smallest eigenvalue is computed; a wider one is tried: its diagonal, its 2 x 2
+minors, and the smallest Ritz value of a few Lanczos steps, which finds any eigenvalue that is far
+below zero for the size of the others.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["EXACT", "check_above", "check_basis", "check_dense", "leading", "slack"]
+from retain.errors import CurvatureError
+
+__all__ = ["EXACT", "check_basis", "check_dense", "check_nonnegative", "eigh", "leading", "slack"]
 
 EXACT = 512
 """Widest factor whose eigenvalues are computed."""
@@ -19,7 +22,40 @@ STEPS = 12
 """Lanczos steps for a wider one."""
 
 
-def check_above(where: str, values: Tensor) -> None:
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """`torch.linalg.eigh` of symmetric matrices [..., n, n], in float64 where float32 fails.
+
+    LAPACK's divide and conquer now and then does not converge in float32 on a matrix of low rank.
+
+    Raises:
+        CurvatureError: the matrix is not finite, or float64 fails as well.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except RuntimeError as error:  # LinAlgError
+        wide = matrix.double()
+        if not bool(wide.isfinite().all()):
+            raise _no_eigenvectors("entries that are not finite") from error
+        size = wide.diagonal(dim1=-2, dim2=-1).abs().amax()
+        scale = torch.where(size > 0, size, torch.ones_like(size))
+        try:
+            values, vectors = torch.linalg.eigh((wide + wide.mT) / (2 * scale))
+        except RuntimeError as again:
+            raise _no_eigenvectors(str(again).partition("\n")[0]) from again
+        return (values * scale).to(matrix.dtype), vectors.to(matrix.dtype)
+    return values, vectors
+
+
+def _no_eigenvectors(why: str) -> CurvatureError:
+    return CurvatureError(
+        "a factor has no eigenvectors",
+        got=why,
+        allowed="a symmetric matrix of finite numbers",
+        fix="check the model's weights, or load it with dtype='float32'",
+    )
+
+
+def check_nonnegative(where: str, values: Tensor) -> None:
     """None of them is below zero.
 
     Raises:
