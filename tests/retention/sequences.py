@@ -13,7 +13,6 @@ from retain.config import TrainConfig
 from retain.data.batches import Batch, Example, collate
 from retain.data.sources import encode
 from retain.models.adapters.base import Adapter
-from retain.models.adapters.osf import OSF
 from retain.models.adapters.registry import ADAPTERS
 from retain.retention.method import Context, Method, Task
 from retain.retention.registry import METHODS, make_method
@@ -27,7 +26,7 @@ __all__ = [
 
 KINDS = {"llama": True, "bert": False}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "lora": {"rank": 2, "dropout": 0.1},
+    "lora": {"rank": 2, "dropout": 0.0},
     "full": {},
     "bottleneck": {"size": 2},
     "prefix": {"num_virtual_tokens": 2},
@@ -93,12 +92,11 @@ def method_of(name: str, **options: Any) -> Method:
 def attach(
     adapter: str, model: str, method: Method, *, tasks: int = 2, dtype: torch.dtype = torch.float64
 ) -> Adapter:
-    kinds = {**ADAPTERS, "osf": OSF}
     options = method.adapter_options(dict(OPTIONS[adapter]), tasks)
-    if dtype == torch.float64 and "dropout" in options:
-        options["dropout"] = 0.0
     dropout = 0.0 if dtype == torch.float64 else 0.1
-    return kinds[adapter].attach(base(model, dtype=dtype, dropout=dropout), seed=3, **options)
+    if "dropout" in options:
+        options["dropout"] = dropout
+    return ADAPTERS[adapter].attach(base(model, dtype=dtype, dropout=dropout), seed=3, **options)
 
 
 def source(model: str) -> list[Example]:
@@ -140,17 +138,12 @@ def tasks_of(model: str, count: int = 16) -> list[Task]:
 
 def learn(method: Method, adapter: Adapter, task: Task, **options: Any) -> TrainResult:
     """One task, from `before_task` to `after_task`."""
-    config = TrainConfig(
-        **{
-            "batch_size": 8, "learning_rate": 0.02, "max_steps": 2, "seed": task.seed,
-            "schedule": "constant", "warmup": 0, **options,
-        }
-    )  # fmt: skip
-    rows = method.before_task(task)
+    usual = {"batch_size": 8, "learning_rate": 0.02, "max_steps": 2, "seed": task.seed}
+    config = TrainConfig(**{**usual, "schedule": "constant", "warmup": 0, **options})
     columns = task.columns
     result = train(
-        adapter.model, rows, config, method=method, columns=columns, progress=False,
-        regression=columns is not None and columns.stop - columns.start == 1,
+        adapter.model, method.before_task(task), config, method=method, columns=columns,
+        regression=columns is not None and columns.stop - columns.start == 1, progress=False,
     )  # fmt: skip
     method.after_task(task)
     return result
@@ -158,9 +151,9 @@ def learn(method: Method, adapter: Adapter, task: Task, **options: Any) -> Train
 
 def begun(method: Method, adapter: str, model: str, *, tasks: int = 2, **options: Any) -> Adapter:
     """An adapter on which the method has begun."""
-    own = {k: options.pop(k) for k in ("source",) if k in options}
+    text = options.pop("source", None)
     attached = attach(adapter, model, method, tasks=tasks, **options)
-    method.begin(context(attached, model, tasks, **own))
+    method.begin(context(attached, model, tasks, **({} if text is None else {"source": text})))
     return attached
 
 

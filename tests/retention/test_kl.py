@@ -6,17 +6,7 @@ import math
 
 import pytest
 import torch
-from sequences import (
-    alone,
-    attach,
-    batch_of,
-    begun,
-    context,
-    method_of,
-    shaken,
-    source,
-    tasks_of,
-)
+from sequences import alone, attach, batch_of, begun, context, method_of, shaken, source, tasks_of
 
 from retain.errors import SourceError
 from retain.models.forward import forward_logits

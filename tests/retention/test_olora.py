@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sequences import (
-    attach,
-    batch_of,
-    begun,
-    context,
-    learn,
-    run,
-    shaken,
-    tasks_of,
-)
+from sequences import attach, batch_of, begun, context, learn, run, shaken, tasks_of
 from torch import nn
 
 from retain.errors import ConfigError

@@ -6,16 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from sequences import (
-    alone,
-    attach,
-    batch_of,
-    begun,
-    learn,
-    method_of,
-    shaken,
-    tasks_of,
-)
+from sequences import alone, attach, batch_of, begun, learn, method_of, shaken, tasks_of
 from torch import Tensor, nn
 
 from retain.data.batches import Example

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from retain.errors import ConfigError
+from retain.retention import registry
 from retain.retention.registry import METHODS, make_method, method_options
 
 
@@ -17,14 +18,25 @@ def test_each_method_is_there_under_its_own_name() -> None:
         "osf",
     ]  # fmt: skip
     for name, method in METHODS.items():
-        assert method.name == name
-        made = make_method(name)
-        assert type(made) is method
-        assert made.stores_data is (name == "replay")
-        assert (method.__doc__ or "").strip()
         options = method_options(name)
-        assert "strength" not in options
-        assert type(make_method(name, **options)) is method
+        made = make_method(name, **options)
+        assert type(make_method(name)) is type(made) is method
+        assert (method.name, made.stores_data) == (name, name == "replay")
+        assert (method.__doc__ or "").strip() and "strength" not in options
+
+
+def test_a_taken_name_is_refused_and_a_free_one_registered(monkeypatch: Any) -> None:
+    monkeypatch.setattr(registry, "METHODS", dict(METHODS))
+
+    class Own(METHODS["none"]):
+        name = "own"
+
+    assert registry.register(Own) is Own and registry.register(Own) is Own  # twice is no harm
+    assert type(make_method("own")) is Own
+    for taken in ("own", "kfac"):
+        other = type("Other", (METHODS["none"],), {"name": taken})
+        with pytest.raises(ConfigError, match=f"is there already; got: {taken}"):
+            registry.register(other)
 
 
 def test_options_are_those_of_the_whole_family() -> None:

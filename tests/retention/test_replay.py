@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import torch
-from sequences import (
-    alone,
-    begun,
-    learn,
-    source,
-    tasks_of,
-)
+from sequences import alone, begun, learn, source, tasks_of
 
 from retain.data.batches import Example
 from retain.retention.method import Task
