@@ -105,9 +105,8 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "a.jsonl": lambda p: p.write_bytes(_lines(ROWS)),
     "A.JSONL": lambda p: p.write_bytes(_lines(ROWS)),
     "a.jsonl.gz": lambda p: p.write_bytes(gzip.compress(_lines(ROWS))),
-    "a.jsonl.zst": lambda p: p.write_bytes(
-        pyarrow.compress(_lines(ROWS), codec="zstd", asbytes=True)
-    ),
+    "a.jsonl.zst": lambda p: p.write_bytes(pyarrow.compress(_lines(ROWS), codec="zstd",
+        asbytes=True)),
     "blank-lines.jsonl": lambda p: p.write_bytes(_lines(ROWS).replace(b"\n", b"\n\n")),
     "lines.json": lambda p: p.write_bytes(_lines(ROWS)),
     "array.json": lambda p: p.write_text(json.dumps(ROWS)),
@@ -125,7 +124,7 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "shards": _shards,
     "parquet-shards": _parquet_shards,
     "saved": lambda p: Dataset.from_list(ROWS).save_to_disk(p),
-}
+}  # fmt: skip
 
 
 def numbers(source: Any, limit: int | None, **more: Any) -> list[int]:

@@ -43,6 +43,9 @@ def read(
 SO = made()("so")["input_ids"]
 TURN = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
+ANSWERED = (f"{TURN}yo<|im_end|>\n", "yo<|im_end|>\n")
+WITH_SYSTEM = (f"<|im_start|>system\nS<|im_end|>\n{TURN}yo<|im_end|>\n", "yo<|im_end|>\n")
+
 READ: dict[str, tuple[Row, str, str]] = {
     "text": ({"text": "so"}, "<s>so</s>", "so</s>"),
     "content": ({"content": "so"}, "<s>so</s>", "so</s>"),
@@ -50,160 +53,65 @@ READ: dict[str, tuple[Row, str, str]] = {
     "prompt + completion": ({"prompt": "a", "completion": "b"}, "<s>ab</s>", "b</s>"),
     "prompt + response": ({"prompt": "a", "response": "b"}, "<s>ab</s>", "b</s>"),
     "messages": ({"messages": CHAT}, f"{TURN}yo<|im_end|>\n", "yo<|im_end|>\n"),
-    "messages as JSON": (
-        {"messages": json.dumps(CHAT)},
-        f"{TURN}yo<|im_end|>\n",
-        "yo<|im_end|>\n",
-    ),
-    "messages of numpy": (
-        {"messages": np.array(CHAT, dtype=object)},
-        f"{TURN}yo<|im_end|>\n",
-        "yo<|im_end|>\n",
-    ),
-    "messages in parts": (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, YO]},
-        f"{TURN}yo<|im_end|>\n",
-        "yo<|im_end|>\n",
-    ),
-    "messages, one of them named None": (
-        {"messages": [{**HI, "name": None, "tool_calls": None}, YO]},
-        f"{TURN}yo<|im_end|>\n",
-        "yo<|im_end|>\n",
-    ),
-    "messages and the prompt again": (
-        {"prompt": "hi", "prompt_id": "7", "messages": CHAT},
-        f"{TURN}yo<|im_end|>\n",
-        "yo<|im_end|>\n",
-    ),
-    "messages that weigh 1": (
-        {"messages": [HI, {**YO, "weight": 1}]},
-        f"{TURN}yo<|im_end|>\n",
-        "yo<|im_end|>\n",
-    ),
-    "conversations": (
-        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
-        f"{TURN}yo<|im_end|>\n",
-        "yo<|im_end|>\n",
-    ),
-    "conversations and a system prompt": (
-        {"system": "S", "conversations": [{"from": "human", "value": "hi"}, YO]},
-        f"<|im_start|>system\nS<|im_end|>\n{TURN}yo<|im_end|>\n",
-        "yo<|im_end|>\n",
-    ),
-    "prompt + completion of messages": (
-        {"prompt": [HI], "completion": [YO]},
-        f"{TURN}yo<|im_end|>\n",
-        "yo<|im_end|>\n",
-    ),
-    "prompt of messages, system beside it": (
-        {"prompt": [HI], "completion": [YO], "system": "S"},
-        f"<|im_start|>system\nS<|im_end|>\n{TURN}yo<|im_end|>\n",
-        "yo<|im_end|>\n",
-    ),
-    "OpenOrca": (
-        {"id": "1", "system_prompt": "S", "question": "hi", "response": "yo"},
-        f"<|im_start|>system\nS<|im_end|>\n{TURN}yo<|im_end|>\n",
-        "yo<|im_end|>\n",
-    ),
-    "SQuAD": (
-        {
-            "id": "1",
-            "title": "T",
-            "context": "C",
-            "question": "Q",
-            "answers": {"text": ["A", "B"], "answer_start": [0, 1]},
-        },
-        "<s>C\nQ\nA</s>",
-        "A</s>",
-    ),
+    "messages as JSON": ({"messages": json.dumps(CHAT)}, *ANSWERED),
+    "messages of numpy": ({"messages": np.array(CHAT, dtype=object)}, *ANSWERED),
+    "messages in parts": ({"messages": [{"role": "user", "content": [{"type": "text",
+        "text": "hi"}]}, YO]}, *ANSWERED),
+    "messages, one of them named None": ({"messages": [{**HI, "name": None, "tool_calls": None},
+        YO]}, *ANSWERED),
+    "messages and the prompt again": ({"prompt": "hi", "prompt_id": "7", "messages": CHAT},
+        *ANSWERED),
+    "messages that weigh 1": ({"messages": [HI, {**YO, "weight": 1}]}, *ANSWERED),
+    "conversations": ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt",
+        "value": "yo"}]}, *ANSWERED),
+    "conversations and a system prompt": ({"system": "S", "conversations": [{"from": "human",
+        "value": "hi"}, YO]}, *WITH_SYSTEM),
+    "prompt + completion of messages": ({"prompt": [HI], "completion": [YO]}, *ANSWERED),
+    "prompt of messages, system beside it": ({"prompt": [HI], "completion": [YO], "system": "S"},
+        *WITH_SYSTEM),
+    "OpenOrca": ({"id": "1", "system_prompt": "S", "question": "hi", "response": "yo"},
+        *WITH_SYSTEM),
+    "SQuAD": ({"id": "1", "title": "T", "context": "C", "question": "Q", "answers": {"text": ["A",
+        "B"], "answer_start": [0, 1]}}, "<s>C\nQ\nA</s>", "A</s>"),
     "BoolQ": ({"passage": "C", "question": "q", "answer": "yes"}, "<s>C\nq\nyes</s>", "yes</s>"),
     "GSM8K": ({"question": "q", "answer": "4"}, "<s>q\n4</s>", "4</s>"),
-    "GSM8K with its text": (
-        {"question": "q", "answer": "4", "text": "Q: q A: 4"},
-        "<s>Q: q A: 4</s>",
-        "Q: q A: 4</s>",
-    ),
-    "Alpaca with its text": (
-        {"instruction": "Add.", "input": "2 2", "output": "4", "text": "Add. 2 2 -> 4"},
-        "<s>Add. 2 2 -> 4</s>",
-        "Add. 2 2 -> 4</s>",
-    ),
+    "GSM8K with its text": ({"question": "q", "answer": "4", "text": "Q: q A: 4"},
+        "<s>Q: q A: 4</s>", "Q: q A: 4</s>"),
+    "Alpaca with its text": ({"instruction": "Add.", "input": "2 2", "output": "4",
+        "text": "Add. 2 2 -> 4"}, "<s>Add. 2 2 -> 4</s>", "Add. 2 2 -> 4</s>"),
     "preference": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "<s>ab</s>", "b</s>"),
     "preference, implicit prompt": ({"chosen": "ab", "rejected": "ac"}, "<s>ab</s>", "b</s>"),
-    "preference, prompt told twice": (
-        {"prompt": "hi", "chosen": CHAT, "rejected": [HI, {**YO, "content": "no"}]},
-        f"{TURN}yo<|im_end|>\n",
-        "yo<|im_end|>\n",
-    ),
-    "preference beside its messages": (
-        {"messages": CHAT, "prompt": "hi", "chosen": CHAT, "rejected": [HI], "score_chosen": 8.0},
-        f"{TURN}yo<|im_end|>\n",
-        "yo<|im_end|>\n",
-    ),
-    "preference of Orca": (
-        {"system": "", "question": "hi", "chosen": "yo", "rejected": "no"},
-        f"{TURN}yo<|im_end|>\n",
-        "yo<|im_end|>\n",
-    ),
-    "preference of Orca, with a system prompt": (
-        {"system": "S", "input": "hi", "chosen": "yo", "rejected": "no"},
-        f"<|im_start|>system\nS<|im_end|>\n{TURN}yo<|im_end|>\n",
-        "yo<|im_end|>\n",
-    ),
-    "weights of SlimOrca": (
-        {"messages": [{**HI, "weight": 0.0}, {**YO, "weight": 1.0, "masked": False}]},
-        f"{TURN}yo<|im_end|>\n",
-        "yo<|im_end|>\n",
-    ),
-    "ShareGPT's calls": (
-        {
-            "conversations": [
-                {"from": "human", "value": "hi"},
-                {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
-                {"from": "observation", "value": "3"},
-                {"from": "gpt", "value": "yo"},
-            ]
-        },
+    "preference, prompt told twice": ({"prompt": "hi", "chosen": CHAT, "rejected": [HI, {**YO,
+        "content": "no"}]}, *ANSWERED),
+    "preference beside its messages": ({"messages": CHAT, "prompt": "hi", "chosen": CHAT,
+        "rejected": [HI], "score_chosen": 8.0}, *ANSWERED),
+    "preference of Orca": ({"system": "", "question": "hi", "chosen": "yo", "rejected": "no"},
+        *ANSWERED),
+    "preference of Orca, with a system prompt": ({"system": "S", "input": "hi", "chosen": "yo",
+        "rejected": "no"}, *WITH_SYSTEM),
+    "weights of SlimOrca": ({"messages": [{**HI, "weight": 0.0}, {**YO, "weight": 1.0,
+        "masked": False}]}, *ANSWERED),
+    "ShareGPT's calls": ({"conversations": [{"from": "human", "value": "hi"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+        {"from": "observation", "value": "3"}, {"from": "gpt", "value": "yo"}]},
         f'{TURN}CALL [{{"type": "function", "function": {{"name": "f", "arguments": {{}}}}}}]'
         "<|im_end|>\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n",
         'CALL [{"type": "function", "function": {"name": "f", "arguments": {}}}]<|im_end|>\n'
-        "yo<|im_end|>\n",
-    ),
-    "an empty text beside its parts": (
-        {"text": "", "instruction": "Add.", "input": "", "output": "4"},
+        "yo<|im_end|>\n"),
+    "an empty text beside its parts": ({"text": "", "instruction": "Add.", "input": "",
+        "output": "4"},
         "<s>Below is an instruction that describes a task. Write a response that appropriately "
-        "completes the request.\n\n### Instruction:\nAdd.\n\n### Response:\n4</s>",
-        "4</s>",
-    ),
-    "MetaMath": (
-        {"query": "q", "response": "r", "original_question": "so it was", "type": "AnsAug"},
-        "<s>q\nr</s>",
-        "r</s>",
-    ),
-    "code": (
-        {
-            "content": "so",
-            "hexsha": "4f2a",
-            "ext": "py",
-            "size": "3",
-            "repo": "a/b",
-            "on": "2020-01-02",
-        },
-        "<s>so</s>",
-        "so</s>",
-    ),
+        "completes the request.\n\n### Instruction:\nAdd.\n\n### Response:\n4</s>", "4</s>"),
+    "MetaMath": ({"query": "q", "response": "r", "original_question": "so it was",
+        "type": "AnsAug"}, "<s>q\nr</s>", "r</s>"),
+    "code": ({"content": "so", "hexsha": "4f2a", "ext": "py", "size": "3", "repo": "a/b",
+        "on": "2020-01-02"}, "<s>so</s>", "so</s>"),
     "wished for": ({"prompt": "a", "completion": "b", "label": True}, "<s>ab</s>", "b</s>"),
-    "premise + hypothesis": (
-        {"premise": "a", "hypothesis": "b", "label": 1},
-        "<s>a\nb</s>",
-        "a\nb</s>",
-    ),
-    "input_ids beside their text": (
-        {"text": "so", "input_ids": [0, *SO], "seq_lengths": [3]},
-        "<s>so",
-        "so",
-    ),
-}
+    "premise + hypothesis": ({"premise": "a", "hypothesis": "b", "label": 1}, "<s>a\nb</s>",
+        "a\nb</s>"),
+    "input_ids beside their text": ({"text": "so", "input_ids": [0, *SO], "seq_lengths": [3]},
+        "<s>so", "so"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", READ)
@@ -256,201 +164,101 @@ def test_ids_sources_and_scores_do_not_matter(name: str) -> None:
 
 
 REFUSED: dict[str, tuple[Row, str, Row]] = {
-    "system beside strings": (
-        {"system": "S", "prompt": "a", "completion": "b"},
-        "column 'system' would be lost",
-        {"prompt": "S a", "completion": "b"},
-    ),
-    "Amazon": (
-        {"title": "Great", "content": "It works.", "label": 1},
-        "column 'title' would be lost",
-        {"content": "Great It works.", "label": 1},
-    ),
+    "system beside strings": ({"system": "S", "prompt": "a", "completion": "b"},
+        "column 'system' would be lost", {"prompt": "S a", "completion": "b"}),
+    "Amazon": ({"title": "Great", "content": "It works.", "label": 1},
+        "column 'title' would be lost", {"content": "Great It works.", "label": 1}),
     "a turn as a row": ({"role": "user", "content": "a"}, "'role' would be lost", {"content": "a"}),
-    "choices": (
-        {"question": "q", "choices": ["a", "b"], "answer": "a"},
-        "'choices' would be lost",
-        {"question": "q a b", "answer": "a"},
-    ),
-    "attention_mask beside text": (
-        {"text": "so", "attention_mask": [1, 0]},
-        "'attention_mask' would be lost",
-        {"text": "so"},
-    ),
-    "an image": (
-        {"messages": CHAT, "images": [b"x"]},
-        "'images' would be lost",
-        {"messages": CHAT},
-    ),
-    "two formats": (
-        {"messages": CHAT, "chosen": [HI, {**YO, "content": "no"}], "rejected": [HI, YO]},
-        "'(chosen|rejected)' would be lost",
-        {"messages": CHAT},
-    ),
-    "a part of a word is not the word": (
-        {"instruction": "Add.", "output": "4", "system": "Be"},
-        "'system' would be lost",
-        {"instruction": "Be. Add.", "output": "4"},
-    ),
-    "more than what is read": (
-        {"prompt": "Ulm", "completion": "Danube", "context": "Ulm lies on the Danube."},
-        "'context' would be lost",
-        {"prompt": "Ulm lies on the Danube. Ulm", "completion": "Danube"},
-    ),
-    "images of a message": (
-        {"messages": [{**HI, "images": ["a.png"]}, YO]},
-        "message 1 of messages has a part that is no text; got: images",
-        {"messages": CHAT},
-    ),
-    "a turn that is masked": (
-        {"messages": [HI, {**YO, "masked": True}, HI, YO]},
-        "not to be learned by its 'masked'",
-        {"prompt": [HI, YO, HI], "completion": [YO]},
-    ),
-    "a call that is no JSON": (
-        {"conversations": [HI, {"from": "function_call", "value": "f(x)"}, YO]},
-        "function call of message 2 of conversations cannot be read",
-        {"conversations": [HI, {"from": "function_call", "value": '{"name": "f"}'}, YO]},
-    ),
-    "a call that the template leaves out": (
-        {"messages": [HI, {**YO, "function_call": {"name": "other", "arguments": "{}"}}]},
-        "leaves out what a message says; got: 'other'",
-        {"messages": CHAT},
-    ),
-    "another text": (
-        {"instruction": "I", "output": "O", "text": "T"},
-        "would be lost; got: (instruction|output) beside text",
-        {"instruction": "I", "output": "O"},
-    ),
-    "no role": (
-        {"messages": [{"content": "a"}]},
-        "message 1 of messages has no role",
-        {"messages": CHAT},
-    ),
-    "an unknown role": (
-        {"messages": [HI, {"role": "critic", "content": "b"}]},
-        "message 2 of messages has an unknown role; got: 'critic'",
-        {"messages": CHAT},
-    ),
+    "choices": ({"question": "q", "choices": ["a", "b"], "answer": "a"}, "'choices' would be lost",
+        {"question": "q a b", "answer": "a"}),
+    "attention_mask beside text": ({"text": "so", "attention_mask": [1, 0]},
+        "'attention_mask' would be lost", {"text": "so"}),
+    "an image": ({"messages": CHAT, "images": [b"x"]}, "'images' would be lost",
+        {"messages": CHAT}),
+    "two formats": ({"messages": CHAT, "chosen": [HI, {**YO, "content": "no"}], "rejected": [HI,
+        YO]}, "'(chosen|rejected)' would be lost", {"messages": CHAT}),
+    "a part of a word is not the word": ({"instruction": "Add.", "output": "4", "system": "Be"},
+        "'system' would be lost", {"instruction": "Be. Add.", "output": "4"}),
+    "more than what is read": ({"prompt": "Ulm", "completion": "Danube",
+        "context": "Ulm lies on the Danube."}, "'context' would be lost",
+        {"prompt": "Ulm lies on the Danube. Ulm", "completion": "Danube"}),
+    "images of a message": ({"messages": [{**HI, "images": ["a.png"]}, YO]},
+        "message 1 of messages has a part that is no text; got: images", {"messages": CHAT}),
+    "a turn that is masked": ({"messages": [HI, {**YO, "masked": True}, HI, YO]},
+        "not to be learned by its 'masked'", {"prompt": [HI, YO, HI], "completion": [YO]}),
+    "a call that is no JSON": ({"conversations": [HI, {"from": "function_call", "value": "f(x)"},
+        YO]}, "function call of message 2 of conversations cannot be read", {"conversations": [HI,
+        {"from": "function_call", "value": '{"name": "f"}'}, YO]}),
+    "a call that the template leaves out": ({"messages": [HI, {**YO,
+        "function_call": {"name": "other", "arguments": "{}"}}]},
+        "leaves out what a message says; got: 'other'", {"messages": CHAT}),
+    "another text": ({"instruction": "I", "output": "O", "text": "T"},
+        "would be lost; got: (instruction|output) beside text", {"instruction": "I",
+        "output": "O"}),
+    "no role": ({"messages": [{"content": "a"}]}, "message 1 of messages has no role",
+        {"messages": CHAT}),
+    "an unknown role": ({"messages": [HI, {"role": "critic", "content": "b"}]},
+        "message 2 of messages has an unknown role; got: 'critic'", {"messages": CHAT}),
     "chats in a chat": ({"messages": [CHAT, CHAT]}, "a list of chats", {"messages": CHAT}),
     "strings in a chat": ({"messages": ["a", "b"]}, "message 1 .* no message", {"text": "a"}),
     "no messages": ({"messages": []}, "a chat is empty", {"messages": CHAT}),
-    "a message of nothing": (
-        {"messages": [HI, {"role": "assistant", "content": None}]},
-        "message 2 of messages says nothing",
-        {"messages": [HI, {"role": "assistant", "content": ""}]},
-    ),
-    "an image as a part": (
-        {"messages": [{"role": "user", "content": [{"type": "image"}]}, YO]},
-        "part of type 'image'",
-        {"messages": CHAT},
-    ),
-    "a content that is a number": (
-        {"messages": [{"role": "user", "content": 7}, YO]},
-        "content that is no text; got: int: 7",
-        {"messages": [{"role": "user", "content": "7"}, YO]},
-    ),
-    "a turn that is not to be learned": (
-        {"messages": [HI, {**YO, "weight": 0}, HI, YO]},
-        "not to be learned by its 'weight'",
-        {"prompt": [HI, YO, HI], "completion": [YO]},
-    ),
+    "a message of nothing": ({"messages": [HI, {"role": "assistant", "content": None}]},
+        "message 2 of messages says nothing", {"messages": [HI, {"role": "assistant",
+        "content": ""}]}),
+    "an image as a part": ({"messages": [{"role": "user", "content": [{"type": "image"}]}, YO]},
+        "part of type 'image'", {"messages": CHAT}),
+    "a content that is a number": ({"messages": [{"role": "user", "content": 7}, YO]},
+        "content that is no text; got: int: 7", {"messages": [{"role": "user", "content": "7"},
+        YO]}),
+    "a turn that is not to be learned": ({"messages": [HI, {**YO, "weight": 0}, HI, YO]},
+        "not to be learned by its 'weight'", {"prompt": [HI, YO, HI], "completion": [YO]}),
     "messages that are no JSON": ({"messages": "[{"}, "messages cannot be read", {"text": "[{"}),
     "brackets": ({"messages": "[" * 100_000}, "messages cannot be read", {"text": "["}),
-    "two system prompts": (
-        {"system": "S", "messages": [{"role": "system", "content": "T"}, *CHAT]},
-        "two system prompts",
-        {"messages": [{"role": "system", "content": "T"}, *CHAT]},
-    ),
-    "a template of the row's own": (
-        {"messages": CHAT, "chat_template_kwargs": {"chat_template": "x"}},
-        "cannot set this; got: chat_template",
-        {"messages": CHAT, "chat_template_kwargs": {"note": "x"}},
-    ),
-    "no turn of the assistant": (
-        {"messages": [HI]},
-        "nothing in the source is to be learned.*loss='all'",
-        {"messages": CHAT},
-    ),
-    "a prompt alone": (
-        {"prompt": "a"},
+    "two system prompts": ({"system": "S", "messages": [{"role": "system", "content": "T"}, *CHAT]},
+        "two system prompts", {"messages": [{"role": "system", "content": "T"}, *CHAT]}),
+    "a template of the row's own": ({"messages": CHAT,
+        "chat_template_kwargs": {"chat_template": "x"}}, "cannot set this; got: chat_template",
+        {"messages": CHAT, "chat_template_kwargs": {"note": "x"}}),
+    "no turn of the assistant": ({"messages": [HI]},
+        "nothing in the source is to be learned.*loss='all'", {"messages": CHAT}),
+    "a prompt alone": ({"prompt": "a"},
         "columns are not known; got: prompt .*fix: add the column completion, or rename prompt",
-        {"text": "a"},
-    ),
-    "a prompt and no completion": (
-        {"prompt": "a", "completion": None},
-        r"completion \(null\).*fill the row",
-        {"prompt": "a", "completion": ""},
-    ),
-    "a string and messages": (
-        {"prompt": [HI], "completion": "yo"},
-        "prompt and completion are of two kinds; got: list and str",
-        {"prompt": [HI], "completion": [YO]},
-    ),
-    "an undesired completion": (
-        {"prompt": "a", "completion": "b", "label": False},
-        "marked as undesired",
-        {"prompt": "a", "completion": "b", "label": True},
-    ),
-    "an undesired completion of CSV": (
-        {"prompt": "a", "completion": "b", "label": "False"},
-        "marked as undesired",
-        {"prompt": "a", "completion": "b", "label": "True"},
-    ),
-    "problem + solution": (
-        {"problem": "a", "solution": "b"},
-        "'prompt' and that of the answer to 'completion'",
-        {"prompt": "a", "completion": "b"},
-    ),
-    "BoolQ": (
-        {"passage": "C", "question": "q", "answer": True},
-        "an answer is no text; got: answer: True.*true as 'yes'",
-        {"passage": "C", "question": "q", "answer": "yes"},
-    ),
-    "SQuAD without an answer": (
-        {"context": "C", "question": "q", "answers": {"text": []}},
-        "an answer is no text",
-        {"context": "C", "question": "q", "answers": {"text": ["a"]}},
-    ),
-    "text as chats": (
-        {"text": CHAT},
-        "text is no string.*fix: rename 'text' to 'messages'",
-        {"messages": CHAT},
-    ),
-    "text as strings": (
-        {"text": ["a", "b"]},
-        "text is no string.*fix: join the strings",
-        {"text": "a b"},
-    ),
+        {"text": "a"}),
+    "a prompt and no completion": ({"prompt": "a", "completion": None},
+        r"completion \(null\).*fill the row", {"prompt": "a", "completion": ""}),
+    "a string and messages": ({"prompt": [HI], "completion": "yo"},
+        "prompt and completion are of two kinds; got: list and str", {"prompt": [HI],
+        "completion": [YO]}),
+    "an undesired completion": ({"prompt": "a", "completion": "b", "label": False},
+        "marked as undesired", {"prompt": "a", "completion": "b", "label": True}),
+    "an undesired completion of CSV": ({"prompt": "a", "completion": "b", "label": "False"},
+        "marked as undesired", {"prompt": "a", "completion": "b", "label": "True"}),
+    "problem + solution": ({"problem": "a", "solution": "b"},
+        "'prompt' and that of the answer to 'completion'", {"prompt": "a", "completion": "b"}),
+    "BoolQ": ({"passage": "C", "question": "q", "answer": True},
+        "an answer is no text; got: answer: True.*true as 'yes'", {"passage": "C", "question": "q",
+        "answer": "yes"}),
+    "SQuAD without an answer": ({"context": "C", "question": "q", "answers": {"text": []}},
+        "an answer is no text", {"context": "C", "question": "q", "answers": {"text": ["a"]}}),
+    "text as chats": ({"text": CHAT}, "text is no string.*fix: rename 'text' to 'messages'",
+        {"messages": CHAT}),
+    "text as strings": ({"text": ["a", "b"]}, "text is no string.*fix: join the strings",
+        {"text": "a b"}),
     "a number as text": ({"text": 7}, "text is no string.*as a string", {"text": "7"}),
     "a null beside a label": ({"text": None, "label": 1}, "holds None", {"text": "a", "label": 1}),
-    "chats of an unknown name": (
-        {"dialogue": CHAT},
-        "fix: rename 'dialogue' to 'messages'",
-        {"messages": CHAT},
-    ),
+    "chats of an unknown name": ({"dialogue": CHAT}, "fix: rename 'dialogue' to 'messages'",
+        {"messages": CHAT}),
     "text of an unknown name": ({"body": "so"}, "fix: rename the column .*'text'", {"text": "so"}),
-    "half an emoji": (
-        {"text": "hi \ud83d there"},
-        r"lone surrogate\); got: '\\ud83d' at character 4",
-        {"text": b"hi ? there".decode()},
-    ),
-    "half an emoji in a chat": (
-        {"messages": [{"role": "user", "content": "\udc00"}, YO]},
-        "lone surrogate",
-        {"messages": CHAT},
-    ),
-    "a preference's question": (
-        {"question": "a", "chosen": "b", "rejected": "c"},
-        "its prompt under another name.*fix: rename 'question' to 'prompt'",
-        {"prompt": "a", "chosen": "b", "rejected": "c"},
-    ),
-    "the same answer twice": (
-        {"chosen": "ab", "rejected": "ab"},
-        "a preference pair has no prompt",
-        {"prompt": "a", "chosen": "b", "rejected": "b"},
-    ),
-}
+    "half an emoji": ({"text": "hi \ud83d there"},
+        r"lone surrogate\); got: '\\ud83d' at character 4", {"text": b"hi ? there".decode()}),
+    "half an emoji in a chat": ({"messages": [{"role": "user", "content": "\udc00"}, YO]},
+        "lone surrogate", {"messages": CHAT}),
+    "a preference's question": ({"question": "a", "chosen": "b", "rejected": "c"},
+        "its prompt under another name.*fix: rename 'question' to 'prompt'", {"prompt": "a",
+        "chosen": "b", "rejected": "c"}),
+    "the same answer twice": ({"chosen": "ab", "rejected": "ab"}, "a preference pair has no prompt",
+        {"prompt": "a", "chosen": "b", "rejected": "b"}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -478,20 +286,14 @@ def test_an_object_that_is_no_row_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("loss", ["assistant", "all"])
-@pytest.mark.parametrize(
-    ("row", "whole"),
-    [
-        ({"text": "so"}, "so"),
-        ({"text": "so{end}"}, "so"),
-        ({"text": "{begin}so"}, "so"),
-        ({"prompt": "2+2=", "completion": "4"}, "2+2=4"),
-        ({"prompt": "2+2=", "completion": "4{end}"}, "2+2=4"),
-        ({"prompt": "{begin}2+2=", "completion": "4{end}"}, "2+2=4"),
-        ({"prompt": "", "completion": "4"}, "4"),
-        ({"prompt": "2+2=", "completion": ""}, "2+2="),
-        ({"question": "q", "answer": "4"}, "q\n4"),
-    ],
-)
+@pytest.mark.parametrize(("row", "whole"), [
+    ({"text": "so"}, "so"), ({"text": "so{end}"}, "so"), ({"text": "{begin}so"}, "so"),
+    ({"prompt": "2+2=", "completion": "4"}, "2+2=4"),
+    ({"prompt": "2+2=", "completion": "4{end}"}, "2+2=4"),
+    ({"prompt": "{begin}2+2=", "completion": "4{end}"}, "2+2=4"),
+    ({"prompt": "", "completion": "4"}, "4"), ({"prompt": "2+2=", "completion": ""}, "2+2="),
+    ({"question": "q", "answer": "4"}, "q\n4"),
+])  # fmt: skip
 def test_one_begin_and_one_end(kind: str, loss: str, row: Row, whole: str) -> None:
     tokenizer = made(**TOKENIZERS[kind])
     begin, end = "<s>" if TOKENIZERS[kind].get("bos") else "", str(tokenizer.eos_token)
@@ -546,33 +348,21 @@ def test_keys_that_arrow_has_filled_are_left_out_however_deep() -> None:
     assert '{"town": "Ulm"}' in text and "day" not in text
 
 
-@pytest.mark.parametrize(
-    ("template", "row", "match"),
-    [
-        (None, {"messages": CHAT}, "a chat needs a chat template"),
-        (
-            "{{ messages[1].content }}",
-            {"messages": CHAT},
-            "leaves out what a message says; got: 'hi'",
-        ),
-        (
-            "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
-            {"messages": CHAT, "system": "Brief."},
-            "leaves out what a message says; got: 'Brief.'",
-        ),
-        ("{{ raise_exception('roles!') }}", {"messages": CHAT}, "cannot write a chat; got: roles!"),
-        (
-            "{% for m in messages %}{{ m.content }}{% endfor %}",
-            {"messages": [HI, {"role": "assistant", "tool_calls": [TOOL]}]},
-            "leaves out what a message says; got: 'rain'",
-        ),
-        (
-            "{% for m in messages %}{% if loop.last %}LAST {% endif %}{{ m.content }}{% endfor %}",
-            {"messages": [*CHAT, *CHAT]},
-            "does not tell which tokens are the assistant's; got: .*message 2.*loss='all'",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("template", "row", "match"), [
+    (None, {"messages": CHAT}, "a chat needs a chat template"),
+    ("{{ messages[1].content }}", {"messages": CHAT},
+        "leaves out what a message says; got: 'hi'"),
+    ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+        {"messages": CHAT, "system": "Brief."},
+        "leaves out what a message says; got: 'Brief.'"),
+    ("{{ raise_exception('roles!') }}", {"messages": CHAT}, "cannot write a chat; got: roles!"),
+    ("{% for m in messages %}{{ m.content }}{% endfor %}", {"messages": [HI,
+        {"role": "assistant", "tool_calls": [TOOL]}]},
+        "leaves out what a message says; got: 'rain'"),
+    ("{% for m in messages %}{% if loop.last %}LAST {% endif %}{{ m.content }}{% endfor %}",
+        {"messages": [*CHAT, *CHAT]},
+        "does not tell which tokens are the assistant's; got: .*message 2.*loss='all'"),
+])  # fmt: skip
 def test_a_template_that_does_not_write_a_chat_is_refused(
     template: str | None, row: Row, match: str
 ) -> None:
@@ -599,14 +389,10 @@ def test_a_role_that_the_template_names_is_known() -> None:
     assert encode(rows, made(template=template), max_length=99, causal=True)
 
 
-@pytest.mark.parametrize(
-    ("end", "told"),
-    [
-        ("<|im_end|>{% endgeneration %}", False),
-        ("<|im_end|>\n{% endgeneration %}", False),
-        ("{% endgeneration %}<|im_end|>", True),
-    ],
-)
+@pytest.mark.parametrize(("end", "told"), [
+    ("<|im_end|>{% endgeneration %}", False), ("<|im_end|>\n{% endgeneration %}", False),
+    ("{% endgeneration %}<|im_end|>", True),
+])  # fmt: skip
 def test_marks_that_leave_out_the_end_are_told(end: str, told: bool) -> None:
     template = MARKED.replace("<|im_end|>{% endgeneration %}", end)
     counts = RowCounts()
@@ -636,19 +422,16 @@ def test_an_unknown_loss_is_refused() -> None:
 LONG = "word " * 1_000_000
 
 
-@pytest.mark.parametrize(
-    ("row", "causal", "field"),
-    [
-        ({"text": LONG}, True, "texts_cut"),
-        ({"prompt": LONG, "completion": "a"}, True, "left_out_no_room"),
-        ({"prompt": "a", "completion": LONG}, True, "completions_cut"),
-        ({"messages": [HI, {"role": "assistant", "content": LONG}]}, True, "completions_cut"),
-        ({"messages": [{"role": "user", "content": LONG}, YO]}, True, "left_out_unlearned"),
-        ({"prompt": [HI], "completion": [{**YO, "content": LONG}]}, True, "completions_cut"),
-        ({"text": LONG, "label": 1}, False, "texts_cut"),
-        ({"text": "a", "text_pair": LONG, "label": 1}, False, "texts_cut"),
-    ],
-)
+@pytest.mark.parametrize(("row", "causal", "field"), [
+    ({"text": LONG}, True, "texts_cut"),
+    ({"prompt": LONG, "completion": "a"}, True, "left_out_no_room"),
+    ({"prompt": "a", "completion": LONG}, True, "completions_cut"),
+    ({"messages": [HI, {"role": "assistant", "content": LONG}]}, True, "completions_cut"),
+    ({"messages": [{"role": "user", "content": LONG}, YO]}, True, "left_out_unlearned"),
+    ({"prompt": [HI], "completion": [{**YO, "content": LONG}]}, True, "completions_cut"),
+    ({"text": LONG, "label": 1}, False, "texts_cut"),
+    ({"text": "a", "text_pair": LONG, "label": 1}, False, "texts_cut"),
+])  # fmt: skip
 def test_a_row_of_megabytes_is_read_as_far_as_needed(row: Row, causal: bool, field: str) -> None:
     short = {
         k: [{**m, "content": m["content"][:4000]} for m in v] if isinstance(v, list) else v
@@ -694,6 +477,12 @@ def test_what_was_lost_is_counted_and_told_in_a_line_each() -> None:
     with pytest.warns(UserWarning, match="1 of 9 rows have a prompt .*; 1 of 9 rows hold fewer"):
         encode(rows, made(bos=True), max_length=6, causal=True)
     assert RowCounts().lines() == []
+
+
+def test_prompts_that_all_fill_a_row_are_refused() -> None:
+    rows: list[Row] = [{"prompt": "abcdefgh", "completion": "i"}] * 2
+    with pytest.raises(SourceError, match=r"got: 2 of 2 rows .*fix: raise max_length"):
+        encode(rows, made(), max_length=6, causal=True)
 
 
 def test_a_text_as_long_as_a_row_may_be_is_not_cut() -> None:

@@ -31,21 +31,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "DatasetDict": (lambda: DatasetDict(train=FEW, test=FEW), "source['train']"),
     "DatasetDict without train": (lambda: DatasetDict(b=FEW, a=FEW), "source['b']"),
     "empty DatasetDict": (DatasetDict, "source['train']"),
-    "IterableDatasetDict": (
-        lambda: IterableDatasetDict(train=FEW.to_iterable_dataset()),
-        "source['train']",
-    ),
+    "IterableDatasetDict": (lambda: IterableDatasetDict(train=FEW.to_iterable_dataset()),
+        "source['train']"),
     "dict of data sets": (lambda: {"one": FEW}, "source['one']"),
     "dict of lists of rows": (lambda: {"train": ROWS, "test": ROWS}, "source['train']"),
     "dict of columns": (lambda: FEW.to_dict(), "Dataset.from_dict(dict(source))"),
-    "BatchEncoding": (
-        lambda: BatchEncoding({"input_ids": IDS, "attention_mask": [[1, 1], [1, 1]]}),
-        "Dataset.from_dict(dict(source))",
-    ),
-    "BatchEncoding of tensors": (
-        lambda: BatchEncoding({"input_ids": torch.tensor(IDS)}),
-        "Dataset.from_dict(dict(source))",
-    ),
+    "BatchEncoding": (lambda: BatchEncoding({"input_ids": IDS, "attention_mask": [[1, 1], [1, 1]]}),
+        "Dataset.from_dict(dict(source))"),
+    "BatchEncoding of tensors": (lambda: BatchEncoding({"input_ids": torch.tensor(IDS)}),
+        "Dataset.from_dict(dict(source))"),
     "one row": (lambda: ROWS[0], "[source]"),
     "one chat": (lambda: {"messages": CHAT}, "[source]"),
     "no row": (dict, "[source]"),
@@ -67,19 +61,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "function": (lambda: lambda: ROWS, "call it"),
     "class": (lambda: list, "source(...)"),
     "trainer": (lambda: object.__new__(Trainer), "source.train_dataset"),
-    "frame with a column twice": (
-        lambda: pandas.concat([pandas.DataFrame(ROWS)] * 2, axis=1),
-        "frame.columns",
-    ),
-    "table with a column twice": (
-        lambda: pyarrow.table([["a"], ["b"]], names=["text", "text"]),
-        "rename_columns",
-    ),
+    "frame with a column twice": (lambda: pandas.concat([pandas.DataFrame(ROWS)] * 2, axis=1),
+        "frame.columns"),
+    "table with a column twice": (lambda: pyarrow.table([["a"], ["b"]], names=["text", "text"]),
+        "rename_columns"),
     "mixed column": (lambda: pandas.DataFrame({"text": ["a", 1]}), "frame.to_dict('records')"),
     "empty list": (list, "give a data set"),
     "empty generator": (lambda: iter(()), "make it anew"),
     "empty frame": (pandas.DataFrame, "give a data set"),
-}
+}  # fmt: skip
 BAD_ROWS: dict[str, tuple[Any, str]] = {
     "None": (None, "leave the row out"),
     "NaN": (float("nan"), "leave the row out"),
@@ -92,11 +82,9 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "no key": ({None: "a"}, "{'text': ...}"),
     "numbered column": ({0: "a"}, "{'text': ...}"),
     "half a character": ({"text": "hi \ud83d there"}, "'replace'"),
-    "half a character deep down": (
-        {"messages": [{"role": "user", "content": "\ude00"}]},
-        "'replace'",
-    ),
-}
+    "half a character deep down": ({"messages": [{"role": "user", "content": "\ude00"}]},
+        "'replace'"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from retain.data.batches import collate
-from retain.data.loading import encode_items, load_items
+from retain.data.loading import encode_items, inside, load_items
 from retain.data.specs import Item, TaskSpec, list_tasks, load_task
 from retain.data.tokens import fit_prompt, tokenize
 from retain.errors import ConfigError, SourceError
@@ -312,3 +314,111 @@ def test_local_copies_fit_their_task(name: str) -> None:
             assert len(i.texts) == len(spec.texts) and all(t.strip() for t in i.texts)
         if spec.labels and split == "train":
             assert {i.answer for i in items} == set(range(len(spec.labels)))
+
+
+# --- null fields, and places outside the data folder
+
+
+def mine(**change: Any) -> TaskSpec:
+    told = {"name": "mine", "description": "d", "local": "mine", "kind": "choice"}
+    return TaskSpec(**told | {"prompt": "{{text}}", "options": ["a", "b"]} | change)
+
+
+@pytest.mark.parametrize("change", [
+    {"prompt": "{{text}}\nTeam:"}, {"prompt": "{{more.text}}\nTeam:"},
+    {"prompt": "Team:", "texts": ["{{text}}"]},
+    {"prompt": "Team:", "options": ["{{text}}", "b"]}, {"prompt": "Team:", "options": "words"},
+    {"prompt": "Team:", "group": "text"},
+])  # fmt: skip
+def test_a_task_names_the_line(tmp_path: Path, change: dict[str, Any]) -> None:
+    spec = mine(**change)
+    sound = {"text": "so", "more": {"text": "so"}, "words": ["a", "b"], "label": 0}
+    empty = {"text": None, "more": {"text": None}, "words": ["a", None], "label": 0}
+    (tmp_path / "mine").mkdir()
+    path = tmp_path / "mine" / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (sound, sound, empty, sound)))
+    with pytest.raises(SourceError, match=r"line 3 of train.jsonl .*is null") as error:
+        load_items(spec, "train", data_dir=tmp_path)
+    assert "or ''" in str(error.value.fix)
+    path.write_text("".join(json.dumps(row) + "\n" for row in (sound, sound)))
+    assert len(load_items(spec, "train", data_dir=tmp_path)) == 2
+
+
+ROW = '{"text": "so", "label": 0}\n'
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A data folder with one task, and another folder beside it."""
+    for folder in ("home/mine", "home/deep/er", "outside"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "train.jsonl").write_text(ROW)
+    (tmp_path / "home-too").mkdir()
+    (tmp_path / "home-too" / "train.jsonl").write_text(ROW)
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("local", ["mine", "deep/er", "./mine", "deep/../mine", "."])
+def test_inside(home: Path, local: str) -> None:
+    if local == ".":
+        shutil.copy(home / "mine" / "train.jsonl", home)
+    assert len(load_items(mine(local=local), "train", data_dir=home)) == 1
+
+
+@pytest.mark.parametrize(
+    "local",
+    ["../outside", "mine/../../outside", "..", "../home-too", "{tmp}/outside", "{home}/mine"],
+)
+def test_outside(home: Path, local: str) -> None:
+    local = local.replace("{tmp}", str(home.parent)).replace("{home}", str(home))
+    with pytest.raises(SourceError, match=r"leads out of the data folder.*--data-dir"):
+        load_items(mine(local=local), "train", data_dir=home)
+
+
+def test_files_too(home: Path) -> None:
+    for train in ("../../outside/train", str(home.parent / "outside" / "train")):
+        with pytest.raises(SourceError, match="leads out"):
+            load_items(mine(files={"train": train, "eval": "x"}), "train", data_dir=home)
+
+
+@pytest.mark.parametrize("link", ["folder", "file", "both"])
+def test_links(home: Path, link: str) -> None:
+    shutil.rmtree(home / "mine")
+    if link == "folder":
+        os.symlink(home.parent / "outside", home / "mine")
+    else:
+        (home / "mine").mkdir()
+        os.symlink(home.parent / "outside" / "train.jsonl", home / "mine" / "train.jsonl")
+    with pytest.raises(SourceError, match="leads out"):
+        load_items(mine(), "train", data_dir=home)
+    if link == "both":  # a link that stays inside is as good as a file
+        os.remove(home / "mine" / "train.jsonl")
+        os.symlink(home / "deep" / "er" / "train.jsonl", home / "mine" / "train.jsonl")
+        os.symlink(home, home.parent / "linked")
+        assert len(load_items(mine(), "train", data_dir=home.parent / "linked")) == 1
+
+
+def test_the_fix_works(home: Path) -> None:
+    with pytest.raises(SourceError, match="name the folder that holds both with --data-dir"):
+        load_items(mine(local="../outside"), "train", data_dir=home)
+    assert len(load_items(mine(local="outside"), "train", data_dir=home.parent)) == 1
+
+
+def test_no_path(home: Path) -> None:
+    os.symlink("loop", home / "loop")
+    for below in ("a\0b", "x" * 5000 + "/y"):
+        with pytest.raises(SourceError):
+            load_items(mine(local=below), "train", data_dir=home)
+    with pytest.raises(SourceError):
+        load_items(mine(local="loop"), "train", data_dir=home)
+    assert inside(home, "mine", "it") == home / "mine"
+
+
+@pytest.mark.parametrize("name", ["../outside", "{tmp}/outside", "mine/../.."])
+def test_a_study_too(home: Path, name: str) -> None:
+    from retain.study.material import _data_file
+
+    work: Any = SimpleNamespace(data_dir=home)
+    assert _data_file({"name": "mine"}, "train", work) == home / "mine" / "train.jsonl"
+    with pytest.raises(SourceError, match="leads out of the data folder"):
+        _data_file({"name": name.replace("{tmp}", str(home.parent))}, "train", work)

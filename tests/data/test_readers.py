@@ -40,17 +40,16 @@ READ: dict[str, tuple[str, str | bytes, list[dict[str, Any]]]] = {
     "old Mac's line ends": ("a.csv", CSV.replace("\n", "\r"), []),
     "Windows' line ends": ("a.csv", CSV.replace("\n", "\r\n"), []),
     "a byte order mark": ("a.csv", b"\xef\xbb\xbf" + CSV.encode(), []),
+    "a mark before lines": ("a.jsonl", b"\xef\xbb\xbf" + LINES.encode(), []),
+    "a mark before an array": ("a.json", b"\xef\xbb\xbf" + json.dumps(ROWS).encode(), []),
     "semicolons": ("a.csv", CSV.replace(",", ";"), []),
     "tabs in .csv": ("a.csv", CSV.replace(",", "\t"), []),
     "bars": ("a.csv", CSV.replace(",", "|"), []),
     "Excel's sep=": ("a.csv", "sep=;\n" + CSV.replace(",", ";"), []),
     "blanks in the header": ("a.csv", CSV.replace("text,label", " text , label "), []),
     "blank lines in CSV": ("a.csv", CSV.replace("\n", "\n\n"), []),
-    "a cell of several lines": (
-        "a.csv",
-        'text,label\n"a\nb, ""c""",1\n',
-        [{"text": 'a\nb, "c"', "label": "1"}],
-    ),
+    "a cell of several lines": ("a.csv", 'text,label\n"a\nb, ""c""",1\n', [{"text": 'a\nb, "c"',
+        "label": "1"}]),
     "quotes inside": ("a.csv", 'text\na "b" c\n', [{"text": 'a "b" c'}]),
     "a large cell": ("a.csv", f"text\n{'x' * 200_000}\n", [{"text": "x" * 200_000}]),
     "an index column": ("a.csv", ",text\n0,a\n", [{"Unnamed: 0": "0", "text": "a"}]),
@@ -61,11 +60,8 @@ READ: dict[str, tuple[str, str | bytes, list[dict[str, Any]]]] = {
     "an array of texts": ("a.json", '["a", "b"]', [{"text": "a"}, {"text": "b"}]),
     "rows under a key": ("a.json", json.dumps({"version": 1, "data": ROWS}), []),
     "one object": ("a.json", json.dumps(ROWS[0], indent=1), ROWS[:1]),
-    "one chat": (
-        "a.json",
-        '{"messages": [{"role": "user", "content": "x"}]}',
-        [{"messages": [{"role": "user", "content": "x"}]}],
-    ),
+    "one chat": ("a.json", '{"messages": [{"role": "user", "content": "x"}]}',
+        [{"messages": [{"role": "user", "content": "x"}]}]),
     "pandas' records": ("a.json", FRAME.to_json(orient="records"), []),
     "pandas' lines": ("a.jsonl", FRAME.to_json(orient="records", lines=True), []),
     ".ndjson": ("a.ndjson", LINES, []),
@@ -73,12 +69,8 @@ READ: dict[str, tuple[str, str | bytes, list[dict[str, Any]]]] = {
     "blank lines": ("a.jsonl", LINES.replace("\n", "\n \n"), []),
     "NaN": ("a.jsonl", '{"text": NaN}', [{"text": None}]),
     "a line separator in a text": ("a.jsonl", '{"text": "a\u2028b"}\n', [{"text": "a\u2028b"}]),
-    "an emoji as two halves": (
-        "a.jsonl",
-        '{"text": "\\ud83d\\ude00"}\n',
-        [{"text": "\U0001f600"}],
-    ),
-}
+    "an emoji as two halves": ("a.jsonl", '{"text": "\\ud83d\\ude00"}\n', [{"text": "\U0001f600"}]),
+}  # fmt: skip
 
 REFUSED: dict[str, tuple[str, str | bytes, str, str]] = {
     # a name, what it holds, what is said, and a piece of the fix
@@ -94,35 +86,19 @@ REFUSED: dict[str, tuple[str, str | bytes, str, str]] = {
     "brackets": ("a.jsonl", LINES + "[" * 100_000, "line 21 of .*nested", "sed -i 21d"),
     "brackets in .json": ("a.json", "[" * 100_000, "nested too deeply", "take that row out"),
     "a long number": ("a.jsonl", '{"label": ' + "9" * 5000 + "}", "line 1 of .*digits", "sed"),
-    "a broken array": (
-        "a.json",
-        json.dumps(ROWS, indent=1).replace('"row 7', "row 7"),
-        "line 31 of",
-        "sed -n 31p",
-    ),
+    "a broken array": ("a.json", json.dumps(ROWS, indent=1).replace('"row 7', "row 7"),
+        "line 31 of", "sed -n 31p"),
     "a cut array": ("a.json", json.dumps(ROWS)[:-9], "line 1 of .*Unterminated|Expecting", "sed"),
     "no comma": ("a.json", '[{"text":"a"}\n{"text":"b"}]', "line 2 of .*comma", "sed -n 2p"),
     "a field twice in .json": ("a.json", '[{"text":"a","text":"b"}]', "there twice", "sed -n 1p"),
-    "splits in .json": (
-        "a.json",
-        json.dumps({"train": ROWS, "test": ROWS}),
-        "several lists of rows; got: train, test",
-        "['train']",
-    ),
+    "splits in .json": ("a.json", json.dumps({"train": ROWS, "test": ROWS}),
+        "several lists of rows; got: train, test", "['train']"),
     "a frame": ("a.json", FRAME.to_json(), "columns, not rows", "orient='records'"),
     "a frame, split": ("a.json", FRAME.to_json(orient="split"), "columns", "orient='records'"),
-    "one comma too many": (
-        "a.csv",
-        "text,label\na,1\nb, c,2\n",
-        "line 3 of .*3 cells",
-        "commas in",
-    ),
-    "one semicolon too many": (
-        "a.csv",
-        "text;label\na; b;1\n",
-        "line 2 of .*3 cells",
-        "semicolons in quotation marks",
-    ),
+    "one comma too many": ("a.csv", "text,label\na,1\nb, c,2\n", "line 3 of .*3 cells",
+        "commas in"),
+    "one semicolon too many": ("a.csv", "text;label\na; b;1\n", "line 2 of .*3 cells",
+        "semicolons in quotation marks"),
     "a cell too few": ("a.csv", "text,label\na,1\n\nb\n", "line 4 of .*1 cell;", "fill the row"),
     "after a cell of lines": ("a.csv", 'text,label\n"a\nb",1\nc\n', "line 4 of", "fill the row"),
     "a column twice": ("a.csv", "text,text\na,b\n", "two columns of one name; got: text", "rename"),
@@ -149,18 +125,10 @@ REFUSED: dict[str, tuple[str, str | bytes, str, str]] = {
     "UTF-32": ("a.jsonl", LINES.encode("utf-32"), "got: UTF-32", "-f UTF-32 "),
     "Windows-1252": ("a.csv", CSV.encode("cp1252"), "line 2 of .*0xe9", "-f WINDOWS-1252 "),
     "Windows-1252 lines": ("a.jsonl", LINES.encode("cp1252"), "line 1 of", "-f WINDOWS-1252 "),
-    "Windows-1252 text": (
-        "a.txt",
-        b"so\n" * 9 + "“naïve”".encode("cp1252"),
-        "line 10 of .*0x93",
-        "-f WINDOWS-1252 ",
-    ),
-    "Windows-1252 array": (
-        "a.json",
-        json.dumps(ROWS, ensure_ascii=False).encode("cp1252"),
-        "not in UTF-8",
-        "-f WINDOWS-1252 ",
-    ),
+    "Windows-1252 text": ("a.txt", b"so\n" * 9 + "“naïve”".encode("cp1252"), "line 10 of .*0x93",
+        "-f WINDOWS-1252 "),
+    "Windows-1252 array": ("a.json", json.dumps(ROWS, ensure_ascii=False).encode("cp1252"),
+        "not in UTF-8", "-f WINDOWS-1252 "),
     "UTF-16 in .gz": ("a.csv.gz", gzip.compress(CSV.encode("utf-16")), "UTF-16", "gzip -dc"),
     "another encoding": ("a.jsonl", CYRILLIC.encode("cp1251"), "WINDOWS-1251", "ITS_ENCODING"),
     "a cut character": ("a.jsonl", '{"text": "é'.encode()[:-1], "middle of a char", "download"),
@@ -173,7 +141,7 @@ REFUSED: dict[str, tuple[str, str | bytes, str, str]] = {
     "a pickle": ("a.pkl", b"", "an unknown kind", "pickles run code"),
     "a log": ("a.log", "so", "an unknown kind", ".txt"),
     "no suffix": ("a", "so", "an unknown kind", "suffix"),
-}
+}  # fmt: skip
 
 
 def put(folder: Path, name: str, data: str | bytes) -> Path:
@@ -273,17 +241,13 @@ def test_a_cell_of_another_module_has_its_limit_back(tmp_path: Path) -> None:
 
 
 class TestPlaces:
-    @pytest.mark.parametrize(
-        ("name", "text", "place"),
-        [
-            ("a.jsonl", LINES, "line 20 of a.jsonl"),
-            ("a.jsonl", "\n\n" + LINES, "line 22 of a.jsonl"),
-            ("a.csv", CSV, "line 21 of a.csv"),
-            ("a.csv", CSV.replace("row 3 é", '"row\n3"'), "line 22 of a.csv"),
-            ("a.csv", "sep=,\n" + CSV, "line 22 of a.csv"),
-            ("a.json", json.dumps(ROWS), "row 20 of a.json"),
-        ],
-    )
+    @pytest.mark.parametrize(("name", "text", "place"), [
+        ("a.jsonl", LINES, "line 20 of a.jsonl"),
+        ("a.jsonl", "\n\n" + LINES, "line 22 of a.jsonl"), ("a.csv", CSV, "line 21 of a.csv"),
+        ("a.csv", CSV.replace("row 3 é", '"row\n3"'), "line 22 of a.csv"),
+        ("a.csv", "sep=,\n" + CSV, "line 22 of a.csv"),
+        ("a.json", json.dumps(ROWS), "row 20 of a.json"),
+    ])  # fmt: skip
     def test_the_last_row(self, name: str, text: str, place: str, tmp_path: Path) -> None:
         assert place_of(read_rows(put(tmp_path, name, text))[-1], 0) == place
 
@@ -295,46 +259,29 @@ class TestPlaces:
 
 
 class TestFolders:
-    @pytest.mark.parametrize(
-        ("files", "said", "fix"),
-        [
-            (["a.jsonl", "b.csv"], "several kinds; got: .csv, .jsonl", "a.jsonl"),
-            (["train.jsonl", "test.jsonl"], "several splits; got: test, train", "train.jsonl"),
-            (["train.jsonl.gz", "validation.jsonl"], "several splits", "train.jsonl.gz"),
-            (
-                ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-0.jsonl"],
-                "several splits",
-                "train*.jsonl'",
-            ),
-            (["README.md", "LICENSE.txt"], "holds no file of rows", "another folder"),
-            ([".hidden.jsonl"], "holds no file of rows", "another folder"),
-            (["data/train.jsonl"], "holds no file of rows", "data"),
-            ([], "holds no file of rows", "another folder"),
-            (
-                [
-                    "train-00000-of-00001-a09b74b3ef9c3b56.jsonl",
-                    "test-00000-of-00001-1b2c3d4e5f6a.jsonl",
-                ],
-                "several splits; got: test, train",
-                "train-00000-of-00001-a09b74b3ef9c3b56.jsonl",
-            ),
-            (
-                ["train_sft-0.jsonl", "test_sft-0.jsonl", "train_sft-1.jsonl"],
-                "several splits; got: test_sft, train_sft",
-                "train_sft*.jsonl'",
-            ),
-            (["news.train.jsonl", "news.dev.jsonl"], "several splits", "news.train.jsonl"),
-            (
-                ["Train-0.jsonl.gz", "Train-1.jsonl.gz", "Test.jsonl.gz"],
-                "several splits",
-                "Train*.jsonl.gz'",
-            ),
-            (["a.jsonl", "a.jsonl.gz"], "twice.*; got: a.jsonl and a.jsonl.gz", "a.jsonl.gz"),
-            (["x/b/refs.bin", "x/snapshots/1/data/train.jsonl"], "no file of rows", "1/data"),
-            (["x/test/0.jsonl", "x/train/0.jsonl", "README.md"], "no file of rows", "x/train"),
-            (["config.json", "train.jsonl"], "several kinds", "train.jsonl, or"),
-        ],
-    )
+    @pytest.mark.parametrize(("files", "said", "fix"), [
+        (["a.jsonl", "b.csv"], "several kinds; got: .csv, .jsonl", "a.jsonl"),
+        (["train.jsonl", "test.jsonl"], "several splits; got: test, train", "train.jsonl"),
+        (["train.jsonl.gz", "validation.jsonl"], "several splits", "train.jsonl.gz"),
+        (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-0.jsonl"],
+            "several splits", "train*.jsonl'"),
+        (["README.md", "LICENSE.txt"], "holds no file of rows", "another folder"),
+        ([".hidden.jsonl"], "holds no file of rows", "another folder"),
+        (["data/train.jsonl"], "holds no file of rows", "data"),
+        ([], "holds no file of rows", "another folder"),
+        (["train-00000-of-00001-a09b74b3ef9c3b56.jsonl",
+            "test-00000-of-00001-1b2c3d4e5f6a.jsonl"], "several splits; got: test, train",
+            "train-00000-of-00001-a09b74b3ef9c3b56.jsonl"),
+        (["train_sft-0.jsonl", "test_sft-0.jsonl", "train_sft-1.jsonl"],
+            "several splits; got: test_sft, train_sft", "train_sft*.jsonl'"),
+        (["news.train.jsonl", "news.dev.jsonl"], "several splits", "news.train.jsonl"),
+        (["Train-0.jsonl.gz", "Train-1.jsonl.gz", "Test.jsonl.gz"], "several splits",
+            "Train*.jsonl.gz'"),
+        (["a.jsonl", "a.jsonl.gz"], "twice.*; got: a.jsonl and a.jsonl.gz", "a.jsonl.gz"),
+        (["x/b/refs.bin", "x/snapshots/1/data/train.jsonl"], "no file of rows", "1/data"),
+        (["x/test/0.jsonl", "x/train/0.jsonl", "README.md"], "no file of rows", "x/train"),
+        (["config.json", "train.jsonl"], "several kinds", "train.jsonl, or"),
+    ])  # fmt: skip
     def test_refused(self, files: list[str], said: str, fix: str, tmp_path: Path) -> None:
         for file in files:
             data = LINES.encode()
@@ -366,26 +313,19 @@ class TestFolders:
 
 
 class TestPaths:
-    @pytest.mark.parametrize(
-        ("source", "fix"),
-        [
-            ("", "check the path"),
-            ("nowhere.jsonl", "check the path"),
-            ("data/nowhere.jsonl", "check the path"),
-            ("*.nothing", "check the path"),
-            ("a\0b", "check the path"),
-            ("The quick brown fox jumps over the dog.", "[text]"),
-            ("Two\nlines", "[text]"),
-            ("x" * 5000, "[text]"),
-            ("https://example.com/a.jsonl", "curl -LO"),
-            ("https://huggingface.co/datasets/tatsu-lab/alpaca", "name: tatsu-lab/alpaca"),
-            ("https://huggingface.co/datasets/a/b/blob/main/c.jsonl", "name: a/b"),
-            ("https://huggingface.co/datasets/a/b/resolve/main/c.jsonl", "curl -LO"),
-            ("hf://datasets/a/b/data/c.parquet", "name: a/b"),
-            ("s3://bucket/a.jsonl", "download it first, and"),
-            ("imdb", "OWNER/imdb"),
-        ],
-    )
+    @pytest.mark.parametrize(("source", "fix"), [
+        ("", "check the path"), ("nowhere.jsonl", "check the path"),
+        ("data/nowhere.jsonl", "check the path"), ("*.nothing", "check the path"),
+        ("a\0b", "check the path"), ("The quick brown fox jumps over the dog.", "[text]"),
+        ("Two\nlines", "[text]"), ("x" * 5000, "[text]"),
+        ("https://example.com/a.jsonl", "curl -LO"),
+        ("https://huggingface.co/datasets/tatsu-lab/alpaca", "name: tatsu-lab/alpaca"),
+        ("https://huggingface.co/datasets/a/b/blob/main/c.jsonl", "name: a/b"),
+        ("https://huggingface.co/datasets/a/b/resolve/main/c.jsonl", "curl -LO"),
+        ("hf://datasets/a/b/data/c.parquet", "name: a/b"),
+        ("s3://bucket/a.jsonl", "download it first, and"), ("imdb", "OWNER/imdb"),
+        ("self", "leave the source out"),
+    ])  # fmt: skip
     def test_missing(
         self, source: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -445,16 +385,12 @@ class TestHub:
         monkeypatch.setattr("datasets.load_dataset", load)
         return asked
 
-    @pytest.mark.parametrize(
-        ("name", "want"),
-        [
-            ("own/two:train", ("own/two", None, "train")),
-            ("own/one", ("own/one", None, None)),
-            ("own/several/a:train", ("own/several", "a", "train")),
-            ("own/two:train[:10%]", ("own/two", None, "train[:10%]")),
-            ("own/v1.5-two:test", ("own/v1.5-two", None, "test")),
-        ],
-    )
+    @pytest.mark.parametrize(("name", "want"), [
+        ("own/two:train", ("own/two", None, "train")), ("own/one", ("own/one", None, None)),
+        ("own/several/a:train", ("own/several", "a", "train")),
+        ("own/two:train[:10%]", ("own/two", None, "train[:10%]")),
+        ("own/v1.5-two:test", ("own/v1.5-two", None, "test")),
+    ])  # fmt: skip
     def test_read(self, name: str, want: Any, hub: list[Any]) -> None:
         assert read_rows(name, 3) == read_rows(ROWS, 3)
         assert hub == [want]

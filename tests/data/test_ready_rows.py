@@ -33,23 +33,18 @@ def whole(row: Row, **more: Any) -> list[tuple[list[int], list[int]]]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("more", "learned"),
-    [
-        ({}, [6, 7, 8, 9]),
-        ({"attention_mask": [1] * 5}, [6, 7, 8, 9]),
-        ({"labels": [-100, -100, 7, 8, 9]}, [7, 8, 9]),
-        ({"labels": [5, 6, -100, -100, 9]}, [6, 9]),
-        ({"labels": [5, 6, 7, 8, -100]}, [6, 7, 8]),
-        ({"completion_mask": [0, 0, 1, 1, 1]}, [7, 8, 9]),
-        ({"assistant_masks": [0, 1, 0, 0, 1]}, [6, 9]),
-        ({"completion_mask": [0, 0, 1, 1, 1], "assistant_masks": [1, 1, 1, 0, 1]}, [7, 9]),
-        ({"labels": [5, 6, 7, -100, 9], "completion_mask": [0, 0, 1, 1, 1]}, [6, 7, 9]),  # as TRL
-        ({"token_type_ids": [0] * 5, "special_tokens_mask": [1, 0, 0, 0, 1]}, [6, 7, 8, 9]),
-        ({"position_ids": [0, 1, 2, 3, 4]}, [6, 7, 8, 9]),
-        ({"labels": None, "attention_mask": None, "completion_mask": math.nan}, [6, 7, 8, 9]),
-    ],
-)
+@pytest.mark.parametrize(("more", "learned"), [
+    ({}, [6, 7, 8, 9]), ({"attention_mask": [1] * 5}, [6, 7, 8, 9]),
+    ({"labels": [-100, -100, 7, 8, 9]}, [7, 8, 9]), ({"labels": [5, 6, -100, -100, 9]}, [6, 9]),
+    ({"labels": [5, 6, 7, 8, -100]}, [6, 7, 8]),
+    ({"completion_mask": [0, 0, 1, 1, 1]}, [7, 8, 9]),
+    ({"assistant_masks": [0, 1, 0, 0, 1]}, [6, 9]),
+    ({"completion_mask": [0, 0, 1, 1, 1], "assistant_masks": [1, 1, 1, 0, 1]}, [7, 9]),
+    ({"labels": [5, 6, 7, -100, 9], "completion_mask": [0, 0, 1, 1, 1]}, [6, 7, 9]),  # as TRL
+    ({"token_type_ids": [0] * 5, "special_tokens_mask": [1, 0, 0, 0, 1]}, [6, 7, 8, 9]),
+    ({"position_ids": [0, 1, 2, 3, 4]}, [6, 7, 8, 9]),
+    ({"labels": None, "attention_mask": None, "completion_mask": math.nan}, [6, 7, 8, 9]),
+])  # fmt: skip
 @pytest.mark.parametrize("left", [0, 3])
 @pytest.mark.parametrize("right", [0, 2])
 def test_pads_are_no_text_and_masks_say_what_is_learned(
@@ -97,10 +92,8 @@ REFUSED: dict[str, tuple[Row, str]] = {
     "lengths": ({"seq_lengths": [2, 2]}, "do not add up to the row; got: 4 of 5"),
     "positions": ({"position_ids": [1, 2, 3, 4, 5]}, "position_ids do not count up"),
     "positions that jump": ({"position_ids": [0, 1, 5, 6, 7]}, "position_ids do not count up"),
-    "positions and lengths": (
-        {"position_ids": [0, 1, 2, 3, 4], "seq_lengths": [2, 3]},
-        "position_ids do not count up",
-    ),
+    "positions and lengths": ({"position_ids": [0, 1, 2, 3, 4], "seq_lengths": [2, 3]},
+        "position_ids do not count up"),
     "another mask": ({"global_attention_mask": [1, 0, 0, 0, 0]}, "'global_attention_mask' would"),
     "weights": ({"weights": [0.5] * 5}, "'weights' would be lost"),
     "an image": ({"pixel_values": [[0.1]]}, "'pixel_values' would be lost"),
@@ -113,7 +106,7 @@ REFUSED: dict[str, tuple[Row, str]] = {
     "a batch": ({"input_ids": [IDS]}, "without return_tensors"),
     "no tokens learned": ({"labels": [-100] * 5}, "nothing in the source is to be learned"),
     "pads alone": ({"attention_mask": [0] * 5}, "the source holds no text to predict"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -169,36 +162,28 @@ def test_a_label_is_read_exactly(
     assert found == target and type(found) is type(target)
 
 
-def test_a_regression_without_a_label_has_no_value() -> None:
+def test_a_row_without_a_label_has_none() -> None:
+    found = encode([{"text": "so"}], made(), max_length=9, causal=False)
+    assert found[0].targets == (UNLABELLED,)
     for row in ({"text": "so"}, {"text": "so", "label": None}, {"text": "so", "label": ""}):
         found = encode([row], made(), max_length=9, causal=False, regression=True)
         assert math.isnan(found[0].targets[0])
 
 
-@pytest.mark.parametrize(
-    ("label", "regression", "fix"),
-    [
-        (math.nan, None, "repair the label"),
-        (math.nan, True, "repair the label"),
-        (math.inf, True, "repair the label"),
-        ("nan", False, "repair the label"),
-        ("1e999", True, "repair the label"),
-        (0.7, False, "num_labels=1 for a regression"),
-        ("0.38", False, "num_labels=1 for a regression"),
-        (1.0000001, False, "num_labels=1 for a regression"),
-        (-2, False, "repair the label"),
-        (10**30, None, "repair the label"),
-        (1e20, False, "repair the label"),
-        (True, None, "write false as 0 and true as 1"),
-        (np.bool_(True), False, "write false as 0 and true as 1"),
-        ("positive", False, "number the classes from 0"),
-        ("positive", None, "number the classes from 0"),
-        ("1_000", None, "number the classes from 0"),
-        ([0, 1], False, "give one label a row"),
-        ([1], None, "give one label a row"),
-        ({"a": 1}, None, "repair the label"),
-    ],
-)
+@pytest.mark.parametrize(("label", "regression", "fix"), [
+    (math.nan, None, "repair the label"), (math.nan, True, "repair the label"),
+    (math.inf, True, "repair the label"), ("nan", False, "repair the label"),
+    ("1e999", True, "repair the label"), (0.7, False, "num_labels=1 for a regression"),
+    ("0.38", False, "num_labels=1 for a regression"),
+    (1.0000001, False, "num_labels=1 for a regression"), (-2, False, "repair the label"),
+    (10**30, None, "repair the label"), (1e20, False, "repair the label"),
+    (True, None, "write false as 0 and true as 1"),
+    (np.bool_(True), False, "write false as 0 and true as 1"),
+    ("positive", False, "number the classes from 0"),
+    ("positive", None, "number the classes from 0"),
+    ("1_000", None, "number the classes from 0"), ([0, 1], False, "give one label a row"),
+    ([1], None, "give one label a row"), ({"a": 1}, None, "repair the label"),
+])  # fmt: skip
 def test_a_label_that_is_no_number_is_refused_with_its_row(
     label: Any, regression: bool | None, fix: str
 ) -> None:
@@ -213,34 +198,26 @@ def test_two_labels_that_differ_are_refused() -> None:
         encode(rows, made(), max_length=9, causal=False)
 
 
-@pytest.mark.parametrize(
-    ("row", "match"),
-    [
-        ({"messages": [{"role": "user", "content": "a"}], "label": 1}, "columns are not known"),
-        ({"prompt": "a", "completion": "b", "label": 1}, "columns are not known"),
-        ({"title": "a", "content": "b", "label": 1}, "'title' would be lost"),
-        ({"title": "a", "text": "b", "label": 1}, "'title' would be lost"),
-        ({"passage": "a", "question": "b", "answer": "c", "label": 1}, "'passage' would be lost"),
-        ({"text": "a", "attention_mask": [1], "label": 1}, "'attention_mask' would be lost"),
-        ({"text": "a", "image": b"x", "label": 1}, "'image' would be lost"),
-        ({"sentence": None, "label": 1}, "text is no string"),
-    ],
-)
+@pytest.mark.parametrize(("row", "match"), [
+    ({"messages": [{"role": "user", "content": "a"}], "label": 1}, "columns are not known"),
+    ({"prompt": "a", "completion": "b", "label": 1}, "columns are not known"),
+    ({"title": "a", "content": "b", "label": 1}, "'title' would be lost"),
+    ({"title": "a", "text": "b", "label": 1}, "'title' would be lost"),
+    ({"passage": "a", "question": "b", "answer": "c", "label": 1}, "'passage' would be lost"),
+    ({"text": "a", "attention_mask": [1], "label": 1}, "'attention_mask' would be lost"),
+    ({"text": "a", "image": b"x", "label": 1}, "'image' would be lost"),
+    ({"sentence": None, "label": 1}, "text is no string"),
+])  # fmt: skip
 def test_a_classifiers_columns_are_not_lost(row: Row, match: str) -> None:
     with pytest.raises(SourceError, match=match):
         encode([row], made(), max_length=9, causal=False)
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"text": "ab", "label_text": "x"},
-        {"sentence": "ab", "idx": 3},
-        {"premise": "a", "hypothesis": "b", "reason": "c"},
-        {"question": "a", "answer": "b"},
-        {"sentence1": "a", "sentence2": "b"},
-    ],
-)
+@pytest.mark.parametrize("row", [
+    {"text": "ab", "label_text": "x"}, {"sentence": "ab", "idx": 3},
+    {"premise": "a", "hypothesis": "b", "reason": "c"}, {"question": "a", "answer": "b"},
+    {"sentence1": "a", "sentence2": "b"},
+])  # fmt: skip
 def test_a_classifiers_texts(row: Row) -> None:
     tokenizer = made()
     found = encode([row | {"label": 1}], tokenizer, max_length=9, causal=False, counts=RowCounts())

@@ -192,31 +192,27 @@ class TestMistakes:
         with pytest.raises(ConfigError, match=r"no.yaml: No such file"):
             load_task("no.yaml")
 
-    @pytest.mark.parametrize(
-        ("change", "said"),
-        [
-            ({"promt": "x"}, "did you mean 'prompt'"),
-            ({"hub": {"splits": {"evl": "x"}}}, "did you mean 'eval'"),
-            ({"kind": "chioce"}, "did you mean 'choice'"),
-            ({"metric": "acuracy"}, "did you mean 'accuracy'"),
-            ({"metric": "pearson"}, "'pearson' is not"),
-            ({"options": [False, True]}, "quotation marks"),
-            ({"options": []}, "options for kind 'choice'"),
-            ({"options": ["one"]}, "two or more different"),
-            ({"options": ["a", "a"]}, "two or more different"),
-            ({"options": [" a", "b"]}, "without spaces"),
-            ({"options": "choices.["}, "a template that compiles"),
-            ({"prompt": "{{text"}, "a template that compiles"),
-            ({"answer": "gold |"}, "a template that compiles"),
-            ({"pattern": "("}, "a template that compiles"),
-            ({"pattern": "a{99999999999}"}, "larger counts"),
-            ({"prompt": "{% include 'x' %}"}, "Include is not taken"),
-            ({"options": [str(n) for n in range(1001)]}, "at most 1000 options"),
-            ({"kind": "generate", "metric": "exact_match"}, "options for kind 'choice'"),
-            ({"texts": ["a", "b", "c"]}, "at most two texts"),
-            ({"max_length": 3}, "max_length"),
-        ],
-    )
+    @pytest.mark.parametrize(("change", "said"), [
+        ({"promt": "x"}, "did you mean 'prompt'"),
+        ({"hub": {"splits": {"evl": "x"}}}, "did you mean 'eval'"),
+        ({"kind": "chioce"}, "did you mean 'choice'"),
+        ({"metric": "acuracy"}, "did you mean 'accuracy'"),
+        ({"metric": "pearson"}, "'pearson' is not"),
+        ({"options": [False, True]}, "quotation marks"),
+        ({"options": []}, "options for kind 'choice'"),
+        ({"options": ["one"]}, "two or more different"),
+        ({"options": ["a", "a"]}, "two or more different"),
+        ({"options": [" a", "b"]}, "without spaces"),
+        ({"options": "choices.["}, "a template that compiles"),
+        ({"prompt": "{{text"}, "a template that compiles"),
+        ({"answer": "gold |"}, "a template that compiles"),
+        ({"pattern": "("}, "a template that compiles"),
+        ({"pattern": "a{99999999999}"}, "larger counts"),
+        ({"prompt": "{% include 'x' %}"}, "Include is not taken"),
+        ({"options": [str(n) for n in range(1001)]}, "at most 1000 options"),
+        ({"kind": "generate", "metric": "exact_match"}, "options for kind 'choice'"),
+        ({"texts": ["a", "b", "c"]}, "at most two texts"), ({"max_length": 3}, "max_length"),
+    ])  # fmt: skip
     def test_values(self, tmp_path: Path, change: dict[str, Any], said: str) -> None:
         with pytest.raises(ConfigError, match="task mine: ") as error:
             load_task(write(tmp_path, **(MINE | change)))
@@ -234,16 +230,12 @@ class TestMistakes:
         with pytest.raises(ConfigError, match="a task file"):
             load_task(path)
 
-    @pytest.mark.parametrize(
-        ("row", "said"),
-        [
-            ({"label": 0}, "'text' is undefined"),
-            ({"text": "a"}, "no field 'label'"),
-            ({"text": "a", "label": 2}, "the answer is 2, of 2 options"),
-            ({"text": "a", "label": -2}, "the answer is -2"),
-            ({"text": "a", "label": "good"}, "'good'"),
-        ],
-    )
+    @pytest.mark.parametrize(("row", "said"), [
+        ({"label": 0}, "'text' is undefined"), ({"text": "a"}, "no field 'label'"),
+        ({"text": "a", "label": 2}, "the answer is 2, of 2 options"),
+        ({"text": "a", "label": -2}, "the answer is -2"),
+        ({"text": "a", "label": "good"}, "'good'"),
+    ])  # fmt: skip
     def test_rows_that_do_not_fit(self, tmp_path: Path, row: dict[str, Any], said: str) -> None:
         with pytest.raises(SourceError, match="row 8 does not fit task mine") as error:
             load_task(write(tmp_path, **MINE)).render(row, 7)

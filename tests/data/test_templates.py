@@ -50,19 +50,18 @@ LARGE = [
     "{{ l|tojson(indent=10**9) }}", "{{ 1|round(10**9) }}", "{{ (5).to_bytes(10**9, 'big') }}",
     "{{ text.translate({97: 'x' * 10**6}) }}", "{{ text.encode() }}", "{{ lipsum(n=10**6) }}",
     "{{ range(10**9)|list }}", "{{ range(99999)|list|string }}",
-    "{{ dict.fromkeys(range(99999)) }}",
-    "{{ range(99999)|map('string')|join('x' * 20000) }}", "{{ ('x' * 99999).join(text * 99) }}",
-    "{{ ([1] * 99999)|map('center', 9999)|join }}", "{{ ([[1] * 999] * 999)|sum(start=[]) }}",
-    "{{ text|replace('', 'x' * 999999) }}", "{{ text.replace('', 'x' * 999999) }}",
+    "{{ dict.fromkeys(range(99999)) }}", "{{ range(99999)|map('string')|join('x' * 20000) }}",
+    "{{ ('x' * 99999).join(text * 99) }}", "{{ ([1] * 99999)|map('center', 9999)|join }}",
+    "{{ ([[1] * 999] * 999)|sum(start=[]) }}", "{{ text|replace('', 'x' * 999999) }}",
+    "{{ text.replace('', 'x' * 999999) }}",
     "{{ text|sub('', 'x' * 2000)|sub('', 'x' * 2000)|sub('', 'x' * 2000) }}",
     "{{ text|sub('(.*)', '\\\\1' * 600)|sub('(.*)', '\\\\1' * 600)|sub('(.*)', '\\\\1' * 600) }}",
     grows("ns.s ~ ns.s"), grows("ns.s + ns.s"), grows("ns.s * 2"), grows("[ns.s, ns.s]"),
     grows("(ns.s, ns.s)"), grows("dict(a=ns.s, b=ns.s)"), grows("{'a': ns.s, 'b': ns.s}"),
     grows("ns.s|replace('a', 'aaaaaaaa')"), grows("ns.s.replace('a', 'aaaaaaaa')"),
     grows("[ns.s, ns.s]|join(ns.s)"), grows("ns.s.join([ns.s, ns.s])"),
-    grows("'%s%s' % (ns.s, ns.s)"),
-    grows("'%s%s'|format(ns.s, ns.s)"), grows("'{0}{0}'.format(ns.s)"),
-    grows("ns.s|sub('a', 'aaa')"),
+    grows("'%s%s' % (ns.s, ns.s)"), grows("'%s%s'|format(ns.s, ns.s)"),
+    grows("'{0}{0}'.format(ns.s)"), grows("ns.s|sub('a', 'aaa')"),
     grows("ns.s|escape|string|urlencode|urlencode ~ '<'", 9999), grows("ns.s + [ns.s]", 60, "[1]"),
     grows("(ns.s|tojson|tojson)", 60, "'\"'"), grows("ns.s ** 2", 60, "3"),
     grows("ns.s * ns.s", 60, "9"),
@@ -84,13 +83,11 @@ REFUSED = [
     "{{ text['__class__'] }}", "{{ text|attr('__class__') }}", "{{ range.__globals__ }}",
     "{{ namespace.__init__.__globals__ }}", "{{ text.strip.__self__.__class__ }}",
     "{{ l.append(1) }}", "{{ d.update(a=2) }}", "{{ text|random }}", "{{ missing }}",
-    "{{ text.x }}",
-    "{{ 1 / 0 }}", "{{ text|int(base=99) + 'a' }}", "{{ 'a'|sub('(', '') }}",
+    "{{ text.x }}", "{{ 1 / 0 }}", "{{ text|int(base=99) + 'a' }}", "{{ 'a'|sub('(', '') }}",
     "{{ 'a'|sub('a', '\\\\9') }}", "{{ 'a'|sub('a{99999999999}', '') }}",
-    "{{ 'a'|sub('((a{1000}){1000}){1000}', '') }}",
-    "{{ " + "(" * 500 + "1" + ")" * 500 + " }}", "{{ " + "-" * 5000 + "1 }}",
-    "{{ " + "[" * 500 + "]" * 500 + " }}", "{{ a" + ".b" * 4000 + " }}",
-    "{{ 1" + "+1" * 4000 + " }}",
+    "{{ 'a'|sub('((a{1000}){1000}){1000}', '') }}", "{{ " + "(" * 500 + "1" + ")" * 500 + " }}",
+    "{{ " + "-" * 5000 + "1 }}", "{{ " + "[" * 500 + "]" * 500 + " }}",
+    "{{ a" + ".b" * 4000 + " }}", "{{ 1" + "+1" * 4000 + " }}",
     "{% if 1 %}" * 150 + "{% endif %}" * 150, "{% for i in l %}" * 40 + "{% endfor %}" * 40,
     "{{ 1 }}" * 6000, "{{ " + "9" * 5000 + " }}", "{{ a }}" + "x" * 100_001, "{{", "{% if %}",
 ]  # fmt: skip
@@ -208,15 +205,11 @@ def test_patterns_are_pythons(pattern: str, text: str, by: str) -> None:
     assert (found and (found.span(), found.groups())) == (want and (want.span(), want.groups()))
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "(", "a{99999999999}", "((a{1000}){1000}){1000}", "(a{0,999}){0,999}", "[z-a]", "*",
-        "(?P<a>x)(?P<a>y)", "(?<=a+)b", "(" * 400 + ")" * 400, "x" * 3000, r"\p{L}", "(?R)",
-        "a{e<=1}",
-        "[[:alpha:]]", "a{3,2}", r"\g", "(?V1)a",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("pattern", [
+    "(", "a{99999999999}", "((a{1000}){1000}){1000}", "(a{0,999}){0,999}", "[z-a]", "*",
+    "(?P<a>x)(?P<a>y)", "(?<=a+)b", "(" * 400 + ")" * 400, "x" * 3000, r"\p{L}", "(?R)",
+    "a{e<=1}", "[[:alpha:]]", "a{3,2}", r"\g", "(?V1)a",
+])  # fmt: skip
 def test_patterns_that_are_not_taken(pattern: str) -> None:
     with pytest.raises(PatternError) as error:
         compile_pattern(pattern)
@@ -247,3 +240,45 @@ def test_a_row_of_a_hostile_task_is_refused() -> None:
     )
     with pytest.raises(SourceError, match="row 4 does not fit task mine; got: the template makes"):
         spec.render({"label": 0}, 3)
+
+
+# --- null fields are never written as a text
+
+NULLS: dict[str, Any] = {
+    "text": None,
+    "deep": {"inner": {"text": None}, "list": ["a", None], "rows": [{"text": None}]},
+    "sound": "so",
+}
+
+
+@pytest.mark.parametrize("text", [
+    "{{text}}", "a {{ text }} b", "{{ text|trim }}", "{{ text|upper }}",
+    "{{ text|replace('a', 'b') }}", "{{ text|sub('a', 'b') }}", "{{ text|string }}",
+    "{{ sound ~ text }}", "{{ '%s' % text }}", "{{ text.strip() }}",
+    "{{ text if text is none else sound }}", "{{ deep.inner.text }}",
+    "{{ deep['inner']['text'] }}", "{{ deep.list[1] }}", "{{ deep.list|string }}",
+    "{{ deep.list|join(', ') }}", "{% for word in deep.list %}{{ word }}{% endfor %}",
+    "{% for row in deep.rows %}{{ row.text }}{% endfor %}", "{% set copy = text %}{{ copy }}",
+    "{% for word in text %}{{ word }}{% endfor %}", "{{ text|length }}",
+])  # fmt: skip
+def test_null_is_an_error_where_it_is_written(text: str) -> None:
+    with pytest.raises(TemplateError, match="is null"):
+        template(text)(NULLS)
+
+
+@pytest.mark.parametrize(("text", "want"), [
+    ("{{ text or sound }}", "so"), ("{{ text|default('x') }}", "x"),
+    ("{% if text is none %}nothing{% endif %}", "nothing"),
+    ("{% if text == none %}nothing{% endif %}", "nothing"),
+    ("{% if text is not none %}{{ text }}{% endif %}", ""),
+    ("{% if text %}{{ text }}{% else %}-{% endif %}", "-"),
+    ("{{ deep.list|select|join }}", "a"), ("{{ sound }}", "so"),
+])  # fmt: skip
+def test_null_can_be_asked_for(text: str, want: str) -> None:
+    assert template(text)(NULLS) == want
+
+
+def test_an_expression_is_no_null() -> None:
+    with pytest.raises(TemplateError, match=r"'deep.inner.text' is null"):
+        expression("deep.inner.text")(NULLS)
+    assert expression("sound")(NULLS) == "so"

@@ -28,12 +28,9 @@ Row = dict[str, Any]
 
 TOOL: Row = {
     "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Weather of a town.",
-        "parameters": {"type": "object", "properties": {"town": {"type": "string"}}},
-    },
-}
+    "function": {"name": "weather", "description": "Weather of a town.",
+        "parameters": {"type": "object", "properties": {"town": {"type": "string"}}}},
+}  # fmt: skip
 
 
 def user(text: str) -> Row:
@@ -47,10 +44,9 @@ def assistant(text: str) -> Row:
 CALL: Row = {
     "role": "assistant",
     "content": "",
-    "tool_calls": [
-        {"type": "function", "function": {"name": "weather", "arguments": {"t": "Ulm"}}}
-    ],
-}
+    "tool_calls": [{"type": "function", "function": {"name": "weather",
+        "arguments": {"t": "Ulm"}}}],
+}  # fmt: skip
 CHAT = [user("hi you"), assistant("yo, é!"), user("2+2?"), assistant("4")]
 WITH_TOOLS = [user("Rain in Ulm?"), CALL, {"role": "tool", "content": "dry"}, assistant("No.")]
 IDS = [3, 20, 21, 22, 23, 1]
@@ -85,154 +81,73 @@ ASSISTANT = {"assistant_only_loss": True}
 FORMATS: dict[str, Format] = {
     "text": Format([{"text": "Hello you."}, {"text": "Hello.</s>"}, {"text": " a b\n"}]),
     "text, cut": Format([{"text": "Hello you."}, {"text": "Hi"}], max_length=6),
-    "prompt + completion": Format(
-        [
-            {"prompt": "2+2=", "completion": "4"},
-            {"prompt": "2+2=\n", "completion": "4</s>"},
-            {"prompt": "hi", "completion": " you"},
-            {"prompt": "say nothing:", "completion": ""},
-        ]
-    ),
-    "prompt + completion, all": Format(
-        [{"prompt": "2+2=", "completion": "4"}, {"prompt": "a", "completion": "b"}],
-        loss="all",
-        trl={"completion_only_loss": False},
-    ),
-    "prompt + completion, cut": Format(
-        [
-            {"prompt": "2+2=", "completion": "four"},
-            {"prompt": "long enough", "completion": "4"},
-            {"prompt": "2", "completion": "4"},
-        ],
-        max_length=7,
-    ),
-    "prompt + completion, all, cut": Format(
-        [{"prompt": "long enough", "completion": "4"}, {"prompt": "2", "completion": "4"}],
-        loss="all",
-        trl={"completion_only_loss": False},
-        max_length=7,
-    ),
+    "prompt + completion": Format([{"prompt": "2+2=", "completion": "4"}, {"prompt": "2+2=\n",
+        "completion": "4</s>"}, {"prompt": "hi", "completion": " you"}, {"prompt": "say nothing:",
+        "completion": ""}]),
+    "prompt + completion, all": Format([{"prompt": "2+2=", "completion": "4"}, {"prompt": "a",
+        "completion": "b"}], loss="all", trl={"completion_only_loss": False}),
+    "prompt + completion, cut": Format([{"prompt": "2+2=", "completion": "four"},
+        {"prompt": "long enough", "completion": "4"}, {"prompt": "2", "completion": "4"}],
+        max_length=7),
+    "prompt + completion, all, cut": Format([{"prompt": "long enough", "completion": "4"},
+        {"prompt": "2", "completion": "4"}], loss="all", trl={"completion_only_loss": False},
+        max_length=7),
     "messages, all": Format([{"messages": CHAT}, {"messages": CHAT[:2]}], loss="all"),
-    "messages, assistant": Format(
-        [{"messages": CHAT}, {"messages": CHAT[:3]}], trl=ASSISTANT, marked=True
-    ),
-    "messages, assistant, cut": Format(
-        [{"messages": CHAT}, {"messages": CHAT[:2]}], trl=ASSISTANT, marked=True, max_length=31
-    ),
-    "messages, tools": Format(
-        [{"messages": WITH_TOOLS, "tools": [TOOL]}], trl=ASSISTANT, marked=True
-    ),
-    "messages, tools as JSON": Format(
-        [{"messages": WITH_TOOLS, "tools": json.dumps([TOOL])}], loss="all"
-    ),
-    "messages, chat_template_kwargs": Format(
-        [{"messages": CHAT, "chat_template_kwargs": {"note": "be brief"}}], loss="all"
-    ),
+    "messages, assistant": Format([{"messages": CHAT}, {"messages": CHAT[:3]}], trl=ASSISTANT,
+        marked=True),
+    "messages, assistant, cut": Format([{"messages": CHAT}, {"messages": CHAT[:2]}], trl=ASSISTANT,
+        marked=True, max_length=31),
+    "messages, tools": Format([{"messages": WITH_TOOLS, "tools": [TOOL]}], trl=ASSISTANT,
+        marked=True),
+    "messages, tools as JSON": Format([{"messages": WITH_TOOLS, "tools": json.dumps([TOOL])}],
+        loss="all"),
+    "messages, chat_template_kwargs": Format([{"messages": CHAT,
+        "chat_template_kwargs": {"note": "be brief"}}], loss="all"),
     "messages as JSON": Format([{"messages": json.dumps(CHAT)}], [{"messages": CHAT}], "all"),
-    "messages, system column": Format(
-        [{"system": "Brief.", "messages": CHAT}],
-        [{"messages": [{"role": "system", "content": "Brief."}, *CHAT]}],
-        trl=ASSISTANT,
-        marked=True,
-    ),
-    "conversations": Format(
-        [{"conversations": [{"from": m["role"], "value": m["content"]} for m in CHAT]}],
-        loss="all",
-    ),
-    "ShareGPT": Format(
-        [
-            {
-                "conversations": [
-                    {
-                        "from": {"user": "human", "assistant": "gpt"}[m["role"]],
-                        "value": m["content"],
-                    }
-                    for m in CHAT
-                ]
-            }
-        ],
-        [{"messages": CHAT}],
-        trl=ASSISTANT,
-        marked=True,
-    ),
-    "prompt + completion of messages": Format(
-        [
-            {"prompt": CHAT[:1], "completion": CHAT[1:2]},
-            {"prompt": CHAT[:3], "completion": CHAT[3:]},
-        ]
-    ),
-    "prompt + completion of messages, tools": Format(
-        [{"prompt": WITH_TOOLS[:1], "completion": WITH_TOOLS[1:], "tools": [TOOL]}]
-    ),
-    "preference": Format(
-        [{"prompt": "2+2=", "chosen": "4", "rejected": "5"}],
-        [{"prompt": "2+2=", "completion": "4"}],
-    ),
-    "preference of messages": Format(
-        [{"prompt": CHAT[:1], "chosen": CHAT[1:2], "rejected": [assistant("no")]}],
-        [{"prompt": CHAT[:1], "completion": CHAT[1:2]}],
-    ),
-    "preference, implicit prompt": Format(
-        [{"chosen": CHAT[:2], "rejected": [CHAT[0], assistant("no")]}],
-        [{"prompt": CHAT[:1], "completion": CHAT[1:2]}],
-    ),
-    "Alpaca": Format(
-        [
-            {"instruction": "Add.", "input": "2 2", "output": "4"},
-            {"instruction": "Sing.", "input": "", "output": "la"},
-        ],
-        [
-            {"prompt": alpaca("Add.", "2 2"), "completion": "4"},
-            {"prompt": alpaca("Sing.", ""), "completion": "la"},
-        ],
-        max_length=900,
-    ),
-    "OpenOrca": Format(
-        [
-            {"system_prompt": "Be brief.", "question": "2+2?", "response": "4"},
-            {"system_prompt": "", "question": "2+2?", "response": "4"},
-        ],
-        [
-            {
-                "prompt": [{"role": "system", "content": "Be brief."}, user("2+2?")],
-                "completion": [assistant("4")],
-            },
-            {"prompt": [user("2+2?")], "completion": [assistant("4")]},
-        ],
-    ),
-    "prompt + response": Format(
-        [{"prompt": "2+2=", "response": "4"}], [{"prompt": "2+2=", "completion": "4"}]
-    ),
-    "question with context": Format(
-        [
-            {"context": "On the Danube.", "question": "Where?", "answer": "Ulm"},
-            {"context": "C", "question": "Q", "answer": None, "answers": {"text": ["A", "B"]}},
-        ],
-        [
-            {"prompt": "On the Danube.\nWhere?\n", "completion": "Ulm"},
-            {"prompt": "C\nQ\n", "completion": "A"},
-        ],
-    ),
+    "messages, system column": Format([{"system": "Brief.", "messages": CHAT}],
+        [{"messages": [{"role": "system", "content": "Brief."}, *CHAT]}], trl=ASSISTANT,
+        marked=True),
+    "conversations": Format([{"conversations": [{"from": m["role"],
+        "value": m["content"]} for m in CHAT]}], loss="all"),
+    "ShareGPT": Format([{"conversations": [{"from": {"user": "human",
+        "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in CHAT]}],
+        [{"messages": CHAT}], trl=ASSISTANT, marked=True),
+    "prompt + completion of messages": Format([{"prompt": CHAT[:1], "completion": CHAT[1:2]},
+        {"prompt": CHAT[:3], "completion": CHAT[3:]}]),
+    "prompt + completion of messages, tools": Format([{"prompt": WITH_TOOLS[:1],
+        "completion": WITH_TOOLS[1:], "tools": [TOOL]}]),
+    "preference": Format([{"prompt": "2+2=", "chosen": "4", "rejected": "5"}], [{"prompt": "2+2=",
+        "completion": "4"}]),
+    "preference of messages": Format([{"prompt": CHAT[:1], "chosen": CHAT[1:2],
+        "rejected": [assistant("no")]}], [{"prompt": CHAT[:1], "completion": CHAT[1:2]}]),
+    "preference, implicit prompt": Format([{"chosen": CHAT[:2], "rejected": [CHAT[0],
+        assistant("no")]}], [{"prompt": CHAT[:1], "completion": CHAT[1:2]}]),
+    "Alpaca": Format([{"instruction": "Add.", "input": "2 2", "output": "4"},
+        {"instruction": "Sing.", "input": "", "output": "la"}], [{"prompt": alpaca("Add.", "2 2"),
+        "completion": "4"}, {"prompt": alpaca("Sing.", ""), "completion": "la"}], max_length=900),
+    "OpenOrca": Format([{"system_prompt": "Be brief.", "question": "2+2?", "response": "4"},
+        {"system_prompt": "", "question": "2+2?", "response": "4"}], [{"prompt": [{"role": "system",
+        "content": "Be brief."}, user("2+2?")], "completion": [assistant("4")]},
+        {"prompt": [user("2+2?")], "completion": [assistant("4")]}]),
+    "prompt + response": Format([{"prompt": "2+2=", "response": "4"}], [{"prompt": "2+2=",
+        "completion": "4"}]),
+    "question with context": Format([{"context": "On the Danube.", "question": "Where?",
+        "answer": "Ulm"}, {"context": "C", "question": "Q", "answer": None,
+        "answers": {"text": ["A", "B"]}}], [{"prompt": "On the Danube.\nWhere?\n",
+        "completion": "Ulm"}, {"prompt": "C\nQ\n", "completion": "A"}]),
     "input_ids": Format([{"input_ids": IDS}, {"input_ids": IDS[:3]}]),
     "input_ids, cut": Format([{"input_ids": IDS}, {"input_ids": IDS[:3]}], max_length=4),
-    "input_ids, labels": Format(
-        [{"input_ids": IDS, "labels": [-100, -100, *IDS[2:]], "attention_mask": [1] * 6}]
-    ),
-    "input_ids, completion_mask": Format(
-        [{"input_ids": IDS, "completion_mask": [0, 0, 0, 1, 1, 1]}],
-        trl={"completion_only_loss": True},
-    ),
-    "input_ids, assistant_masks": Format(
-        [{"input_ids": IDS, "assistant_masks": [0, 1, 1, 0, 1, 1]}]
-    ),
-    "input_ids, padded left": Format(
-        [{"input_ids": [2, 2, *IDS], "attention_mask": [0, 0, *[1] * 6]}], [{"input_ids": IDS}]
-    ),
-    "input_ids, padded right": Format(
-        [{"input_ids": [*IDS, 2], "attention_mask": [*[1] * 6, 0], "labels": [*IDS, -100]}],
-        [{"input_ids": IDS}],
-    ),
-}
+    "input_ids, labels": Format([{"input_ids": IDS, "labels": [-100, -100, *IDS[2:]],
+        "attention_mask": [1] * 6}]),
+    "input_ids, completion_mask": Format([{"input_ids": IDS, "completion_mask": [0, 0, 0, 1, 1,
+        1]}], trl={"completion_only_loss": True}),
+    "input_ids, assistant_masks": Format([{"input_ids": IDS, "assistant_masks": [0, 1, 1, 0, 1,
+        1]}]),
+    "input_ids, padded left": Format([{"input_ids": [2, 2, *IDS], "attention_mask": [0, 0,
+        *[1] * 6]}], [{"input_ids": IDS}]),
+    "input_ids, padded right": Format([{"input_ids": [*IDS, 2], "attention_mask": [*[1] * 6, 0],
+        "labels": [*IDS, -100]}], [{"input_ids": IDS}]),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

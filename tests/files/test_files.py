@@ -27,23 +27,15 @@ from retain.files import (
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        FULL,
-        OSError(errno.EDQUOT, "Disk quota exceeded"),
-        OSError(errno.EROFS, "Read-only file system"),
-        OSError(errno.EIO, "Input/output error"),
-        PermissionError(errno.EACCES, "Permission denied"),
-        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
-        RuntimeError("basic_ios::clear: iostream error"),
-        RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
-        SafetensorError(
-            "Error while serializing: I/O error: No space left on device (os error 28)"
-        ),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("error", [
+    FULL, OSError(errno.EDQUOT, "Disk quota exceeded"),
+    OSError(errno.EROFS, "Read-only file system"), OSError(errno.EIO, "Input/output error"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+    RuntimeError("basic_ios::clear: iostream error"),
+    RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+], ids=str)  # fmt: skip
 def test_each_library_s_word_for_a_full_disk_is_one_line(error: Exception, tmp_path: Path) -> None:
     for place in (whole_file(tmp_path / "a", "it"), whole_folder(tmp_path / "b", "it"),
                   writing("it", tmp_path)):  # fmt: skip

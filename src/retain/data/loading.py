@@ -6,13 +6,12 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from retain.data.batches import Example
 from retain.data.rows import Row
-from retain.data.sources import read_rows
-from retain.data.specs import Item, TaskSpec, missing
-from retain.data.templates import template
+from retain.data.sources import load_hub, read_rows
+from retain.data.specs import Item, TaskSpec
 from retain.data.tokens import fit_prompt, plain, tokenize
 from retain.errors import ConfigError, SourceError, unknown
 
@@ -180,7 +179,7 @@ def _local(spec: TaskSpec, split: Split, data_dir: Path) -> list[Row]:
 
 
 def _hub(spec: TaskSpec, split: Split) -> list[Row]:
-    hub = spec.hub
+    hub, name = spec.hub, getattr(spec.hub.splits, split)
     if not hub.path:
         raise SourceError(
             f"task {spec.name} is not on the hub",
@@ -188,41 +187,17 @@ def _hub(spec: TaskSpec, split: Split) -> list[Row]:
             allowed="local files",
             fix=f"give --data-dir, a folder that holds {spec.local or 'the files'}",
         )
-    import datasets
-
-    name = getattr(hub.splits, split)
     try:
-        found = datasets.load_dataset(hub.path, hub.name, split=name)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        found = load_hub(hub.path, hub.name, name)
+    except SourceError as error:
         raise SourceError(
             f"the {split} rows of task {spec.name} cannot be read from the hub",
-            got=f"{hub.path} {hub.name or ''} {name}: {reason[:160]}",
+            got=f"{hub.path} {hub.name or ''} {name}: {error.got}",
             allowed="a data set that is cached, or a connection to the hub",
             fix=f"give --data-dir, a folder that holds {spec.local or 'the files'}/"
             f"{getattr(spec.files, split)}.jsonl.gz",
         ) from error
-    if not hub.fields:
-        return [dict(row) for row in found]
-    return [
-        {**row, **_renamed(row, hub.fields, spec.name)}
-        for row in found
-        if spec.gold not in row or not missing(row[spec.gold])
-    ]
-
-
-def _renamed(row: Row, fields: Mapping[str, str], task: str) -> dict[str, Any]:
-    from jinja2 import TemplateError
-
-    try:
-        return {field: template(text)(row) for field, text in fields.items()}
-    except (TemplateError, TypeError, ValueError, LookupError) as error:
-        raise SourceError(
-            f"the hub's rows do not fit task {task}",
-            got=f"{str(error)[:160]}; fields: {', '.join(map(str, row))}",
-            allowed="the fields that hub: fields: names",
-            fix="change hub: fields: in the task's file",
-        ) from error
+    return [spec.from_hub(row, number) for number, row in enumerate(found)]
 
 
 def _fitted(

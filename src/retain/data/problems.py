@@ -34,10 +34,8 @@ __all__ = [
 
 Split = Literal["train", "test"]
 
-_FILE = "problems.toml"
 _MARK = "####"
 _SMALLEST = 2  # no step of an answer comes out below this, so none is trivial
-_STEP = re.compile(r"(\w+) ([-+*/]) (\w+)")
 _NUMBER = re.compile(r"[ \t]*\$?[ \t]*(-?\d+(?:,\d{3})*)(?![\d,]*\.?\d)")
 _PRONOUNS = {
     "she": {"she": "she", "She": "She", "her": "her", "Her": "Her"},
@@ -71,6 +69,16 @@ class _Template:
     ranges: tuple[tuple[str, range], ...]
     steps: tuple[tuple[str, str, str], ...]
 
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> _Template:
+        """A template from its table in the file."""
+        ranges = {
+            letter: range(low, high + 1, *stride)
+            for letter, (low, high, *stride) in entry["numbers"].items()
+        }
+        steps = tuple(tuple(text.split(" ")) for text in entry["steps"])
+        return cls(entry["name"], entry["text"], tuple(ranges.items()), steps)
+
     def work(self, numbers: Sequence[int]) -> tuple[list[str], int] | None:
         """The equations and the result, or None where a step does not come out well."""
         values = {letter: n for (letter, _), n in zip(self.ranges, numbers, strict=True)}
@@ -89,13 +97,9 @@ class _Template:
         assert worked is not None, "only numbers that come out well are drawn"
         lines, result = worked
         drawn = {letter: str(n) for (letter, _), n in zip(self.ranges, numbers, strict=True)}
-        return Problem(
-            template=self.name,
-            question=self.text.format_map({**words, **drawn}),
-            answer="\n".join([*lines, f"{_MARK} {result}"]),
-            result=result,
-            numbers=numbers,
-        )
+        question = self.text.format_map({**words, **drawn})
+        answer = "\n".join([*lines, f"{_MARK} {result}"])
+        return Problem(self.name, question, answer, result, numbers)
 
 
 def number_split(numbers: Iterable[int]) -> Split:
@@ -130,7 +134,8 @@ def word_problems(
     known = _templates(_checked(split))
     if count < 0:
         raise ConfigError("negative count of word problems", got=count, allowed="0 or more")
-    limit = sum(len(_drawable(template, split, largest)) for template in known)
+    pools = {t.name: _drawable(t, split, largest) for t in known}
+    limit = sum(map(len, pools.values()))
     if count > limit:
         raise SourceError(
             f"too few {split} word problems",
@@ -139,7 +144,6 @@ def word_problems(
             fix="ask for fewer, or add templates",
         )
     rng = random.Random(f"{split}/{seed}")
-    pools = {t.name: _drawable(t, split, largest) for t in known}
     supply = {name: rng.sample(pool, len(pool)) for name, pool in pools.items()}
     problems: list[Problem] = []
     while len(problems) < count:
@@ -160,15 +164,9 @@ def final_number(text: str) -> int | None:
 
 def _calculate(x: int, operator: str, y: int) -> int:
     """The result of a step, or 0 for a division with a remainder."""
-    match operator:
-        case "+":
-            return x + y
-        case "-":
-            return x - y
-        case "*":
-            return x * y
-        case _:
-            return x // y if x % y == 0 else 0
+    if operator == "/":
+        return x // y if x % y == 0 else 0
+    return {"+": x + y, "-": x - y, "*": x * y}[operator]
 
 
 def _checked(split: Split) -> Split:
@@ -179,28 +177,12 @@ def _checked(split: Split) -> Split:
 
 @cache
 def _data() -> dict[str, Any]:
-    return tomllib.loads(resources.files(__package__).joinpath(_FILE).read_text("utf-8"))
+    return tomllib.loads(resources.files(__package__).joinpath("problems.toml").read_text("utf-8"))
 
 
 @cache
 def _templates(split: Split) -> tuple[_Template, ...]:
-    return tuple(_template(entry) for entry in _data()[split])
-
-
-def _template(entry: Mapping[str, Any]) -> _Template:
-    """A template from its table in the file, checked for steps that cannot be worked."""
-    ranges = {
-        letter: range(low, high + 1, *stride)
-        for letter, (low, high, *stride) in entry["numbers"].items()
-    }
-    steps: list[tuple[str, str, str]] = []
-    for text in entry["steps"]:
-        known = {*ranges, *(f"s{index}" for index in range(1, len(steps) + 1))}
-        match = _STEP.fullmatch(text)
-        if match is None or not all(t.isdigit() or t in known for t in match.group(1, 3)):
-            raise SourceError(f"bad step in template {entry['name']} of {_FILE}", got=repr(text))
-        steps.append((match[1], match[2], match[3]))
-    return _Template(entry["name"], entry["text"], tuple(ranges.items()), tuple(steps))
+    return tuple(map(_Template.of, _data()[split]))
 
 
 @cache
@@ -211,19 +193,15 @@ def _drawable(
 
     They are on the side of the split, every step comes out well, and the result is none of them.
     """
-    return tuple(
-        numbers
-        for numbers in product(*(values for _, values in template.ranges))
-        if number_split(numbers) == split
-        and (worked := template.work(numbers))
-        and worked[1] not in numbers
-        and (largest is None or _peak(numbers, worked[0]) <= largest)
-    )
-
-
-def _peak(numbers: Iterable[int], lines: Iterable[str]) -> int:
-    """The largest number drawn or worked out."""
-    return max(*numbers, *(int(line.partition("=")[2]) for line in lines), 0)
+    found = []
+    for numbers in product(*(values for _, values in template.ranges)):
+        worked = template.work(numbers) if number_split(numbers) == split else None
+        if worked is None or worked[1] in numbers:
+            continue
+        peak = max(*numbers, *(int(line.partition("=")[2]) for line in worked[0]), 0)
+        if largest is None or peak <= largest:
+            found.append(numbers)
+    return tuple(found)
 
 
 def _words(rng: random.Random) -> dict[str, str]:

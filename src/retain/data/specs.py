@@ -267,6 +267,17 @@ class TaskSpec(_Strict):
                 references=tuple(map(str, several)),
             )
 
+    def from_hub(self, row: Row, number: int = 0) -> Row:
+        """A row of the hub with the task's fields.
+
+        Raises:
+            SourceError: the row lacks a field that they are made of.
+        """
+        if not self.hub.fields or (self.gold in row and missing(row[self.gold])):
+            return dict(row)
+        with self._fitting(row, number):
+            return {**row} | {f: template(text)(row) for f, text in self.hub.fields.items()}
+
     @contextmanager
     def _fitting(self, row: Row, number: int) -> Iterator[None]:
         try:
