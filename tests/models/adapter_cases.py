@@ -6,15 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from families import OLDER, built
 from retain.data.batches import Batch, Example, collate
 from retain.models.adapters.base import Adapter
 from retain.models.adapters.registry import attach_adapter
@@ -23,6 +17,7 @@ from tiny import ROWS, base
 
 MODELS = ("llama", "bert", "neox")
 MORE = ("gpt2", "roberta")
+DECODERS = ("llama", "neox", "gpt2")
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 2},
@@ -34,56 +29,28 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "projected": {"kind": "prefix", "num_virtual_tokens": 3, "projection": True},
 }
 
+SMALL: dict[str, Any] = {"vocab_size": 17, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+                         "hidden_size": 8, "intermediate_size": 12, "num_key_value_heads": 2}  # fmt: skip
+DRY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+FAMILIES: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "neox": (AutoModelForCausalLM, "GPTNeoX", {"hidden_dropout": 0.0, "attention_dropout": 0.0}),
+    "gpt2": (
+        AutoModelForCausalLM, "GPT2",  # its head is tied to its embeddings
+        OLDER | {"n_embd": 8, "n_inner": 12, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+                 "attn_pdrop": 0.0},
+    ),
+    "roberta": (AutoModelForSequenceClassification, "Roberta", DRY | {"num_labels": 3}),
+}  # fmt: skip
+
 
 def plain(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A tiny base model with random weights, in evaluation mode."""
     if name in ("llama", "bert"):
         return base(name, seed=seed, dtype=dtype)
-    model: Any
-    common = {"vocab_size": 17, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    auto, family, more = FAMILIES[name]
     with torch.random.fork_rng():
+        model: nn.Module = built(auto, family, **SMALL | more).double()
         torch.manual_seed(seed)
-        if name == "neox":
-            shape = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
-            model = GPTNeoXForCausalLM(
-                GPTNeoXConfig(
-                    **common,
-                    **shape,
-                    num_attention_heads=2,
-                    max_position_embeddings=64,
-                    hidden_dropout=0.0,
-                    attention_dropout=0.0,
-                )
-            )
-        elif name == "gpt2":  # its head is tied to its embeddings
-            model = GPT2LMHeadModel(
-                GPT2Config(
-                    **common,
-                    n_embd=8,
-                    n_inner=12,
-                    n_layer=2,
-                    n_head=2,
-                    n_positions=64,
-                    resid_pdrop=0.0,
-                    embd_pdrop=0.0,
-                    attn_pdrop=0.0,
-                )
-            )
-        else:
-            model = RobertaForSequenceClassification(
-                RobertaConfig(
-                    **common,
-                    hidden_size=8,
-                    intermediate_size=12,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    max_position_embeddings=64,
-                    hidden_dropout_prob=0.0,
-                    attention_probs_dropout_prob=0.0,
-                    num_labels=3,
-                )
-            )
-        model.double()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
@@ -91,29 +58,28 @@ def plain(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn
 
 
 def attached(
-    name: str,
-    how: str,
-    *,
-    seed: int = 5,
-    dtype: torch.dtype = torch.float64,
-    **more: Any,
-) -> Adapter:
+    name: str, how: str, *, seed: int = 5, dtype: torch.dtype = torch.float64, **more: Any
+) -> Any:
     """A fresh adapter of `OPTIONS` on a fresh base model."""
     return attach_adapter(plain(name, dtype=dtype), seed=seed, **{**OPTIONS[how], **more})
 
 
-def batch_of(name: str) -> Batch:
+def examples_of(name: str) -> list[Example]:
     """Four rows of different lengths; a decoder's are scored at every second token."""
-    causal = name in ("llama", "neox", "gpt2")
     examples = []
-    for row in ROWS["llama" if causal else "bert"]:
+    for row in ROWS["llama" if name in DECODERS else "bert"]:
         ids = tuple(row["input_ids"])
-        if causal:
+        if name in DECODERS:
             where = tuple(i % 2 == 0 for i in range(len(ids) - 1))
             examples.append(Example(ids[:-1], ids[1:], where))
         else:
             examples.append(Example(ids, (row["label"],)))
-    return collate(examples, 0)
+    return examples
+
+
+def batch_of(name: str) -> Batch:
+    """All of `examples_of`."""
+    return collate(examples_of(name), 0)
 
 
 def logits(model: nn.Module, name: str) -> torch.Tensor:

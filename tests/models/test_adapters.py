@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
-from adapter_cases import MODELS, MORE, OPTIONS, attached, batch_of, logits, plain, step
+from adapter_cases import (
+    DECODERS,
+    MODELS,
+    MORE,
+    OPTIONS,
+    attached,
+    batch_of,
+    examples_of,
+    logits,
+    plain,
+    step,
+)
 from torch import nn
 
-from retain.data.batches import Example
 from retain.errors import ConfigError, ModelError
 from retain.evaluation.forgetting import Reference
 from retain.models.adapters.base import new_heads
@@ -134,7 +145,7 @@ def test_it_counts_what_it_trains_without_a_new_head(name: str, how: str) -> Non
         sum(m.weight.shape)
         for n, m in model.named_modules()
         if (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
-        and m is not (model.get_output_embeddings() if name in ("llama", "neox", "gpt2") else None)
+        and m is not (model.get_output_embeddings() if name in DECODERS else None)
         and not n.startswith("classifier")
     ]
     tables = {
@@ -145,14 +156,10 @@ def test_it_counts_what_it_trains_without_a_new_head(name: str, how: str) -> Non
     bottleneck = layers * (2 * width * 3 + 3 + width)
     encoder = 3 * width + width * width + width + (width + 1) * 2 * layers * key_width
     want = {
-        "lora": 2 * sum(linear),
-        "full": size,
-        "full-but-embeddings": size - sum(tables.values()),
-        "pfeiffer": bottleneck,
-        "houlsby": 2 * bottleneck,
-        "prefix": 3 * 2 * layers * key_width,
-        "projected": encoder,
-    }
+        "lora": 2 * sum(linear), "full": size, "full-but-embeddings": size - sum(tables.values()),
+        "pfeiffer": bottleneck, "houlsby": 2 * bottleneck,
+        "prefix": 3 * 2 * layers * key_width, "projected": encoder,
+    }  # fmt: skip
     if name == "llama":  # PEFT takes the width of the keys for that of the projection's input
         want["projected"] = 3 * 4 + 4 * width + width + (width + 1) * 2 * layers * key_width
     assert attached(name, how).count() == (want[how], size)
@@ -200,34 +207,24 @@ def test_a_copy_is_independent(name: str, how: str) -> None:
     assert torch.equal(logits(model, name), fresh)
 
 
-@pytest.mark.parametrize("name", ["llama", "neox", "gpt2"])
+@pytest.mark.parametrize("name", DECODERS)
 @kinds
 def test_it_generates_what_it_ranks_first(name: str, how: str) -> None:
     adapter = attached(name, how)
     step(adapter, name, 3)
-    model: Any = adapter.model
     prompts = [[3, 7, 1], [3, 7, 1, 12, 5]]
     ids = torch.tensor([[0, 0, *prompts[0]], prompts[1]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
     more = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    for switch in (False, True):
-        reference = plain(name) if switch else model
-
-        def run(switch: bool = switch, reference: Any = reference) -> None:
-            out = model.generate(input_ids=ids, attention_mask=mask, **more)
+    for reference, switch in ((adapter.model, nullcontext()), (plain(name), adapter.off())):
+        with switch, torch.no_grad():
+            out = adapter.model.generate(input_ids=ids, attention_mask=mask, **more)
             for row, prompt in zip(out, prompts, strict=True):
                 text = torch.tensor([prompt])
                 for _ in range(6):
                     last = reference(input_ids=text, use_cache=False).logits[:, -1]
                     text = torch.cat([text, last.argmax(-1)[None]], 1)
                 assert row[5 - len(prompt) :].tolist() == text[0].tolist()
-
-        with torch.no_grad():
-            if switch:
-                with adapter.off():
-                    run()
-            else:
-                run()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -237,8 +234,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, how: str, reentra
     def gradients(on: bool) -> dict[str, Any]:
         adapter = attached(name, how)
         step(adapter, name, 2)
-        model: Any = adapter.model
-        model.train()
+        model = adapter.model.train()
         if on:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         forward_logits(model, batch_of(name)).square().sum().backward()
@@ -258,7 +254,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, how: str, reentra
 @kinds
 def test_forgetting_is_measured_against_the_base(name: str, how: str) -> None:
     adapter = attached(name, how)
-    rows = _examples(name)
+    rows = examples_of(name)
     untouched = Reference(adapter.model, rows, batch_size=2).measure(adapter.model)
     assert (untouched.kl == 0) == (adapter.kind != "prefix")
     step(adapter, name, 3)
@@ -268,28 +264,15 @@ def test_forgetting_is_measured_against_the_base(name: str, how: str) -> None:
         assert reference.measure(adapter.model).kl == 0
 
 
-def _examples(name: str) -> list[Any]:
-    batch = batch_of(name)
-    rows = []
-    for i, mask in enumerate(batch.mask):
-        ids = tuple(batch.inputs["input_ids"][i][mask].tolist())
-        if batch.predict is None:
-            rows.append(Example(ids, (int(batch.targets[i]),)))
-        else:
-            rows.append(Example(ids, ids, (True,) * len(ids)))
-    return rows
-
-
 def test_unknown_names_are_answered_with_the_near_one() -> None:
     with pytest.raises(ConfigError, match="did you mean 'lora'") as caught:
         attach_adapter(plain("llama"), "lora2")
     assert all(kind in str(caught.value) for kind in ADAPTERS)
     for kind, wrong, right in [
-        ("lora", "rnak", "rank"),
-        ("full", "embedding", "embeddings"),
-        ("bottleneck", "placment", "placement"),
+        ("lora", "rnak", "rank"), ("full", "embedding", "embeddings"),
+        ("bottleneck", "placment", "placement"), ("osf", "presrve", "preserve"),
         ("prefix", "num_virtual_token", "num_virtual_tokens"),
-    ]:
+    ]:  # fmt: skip
         with pytest.raises(ConfigError, match=f"did you mean '{right}'"):
             attach_adapter(plain("llama"), kind, **{wrong: 1})
         assert adapter_kind(kind).check({}).model_dump()
@@ -298,20 +281,14 @@ def test_unknown_names_are_answered_with_the_near_one() -> None:
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("lora", {"rank": 0}),
-        ("lora", {"dropout": 1.0}),
-        ("lora", {"targets": ["no_such_layer"]}),
-        ("full", {"embeddings": "some"}),
-        ("bottleneck", {"size": 0}),
-        ("bottleneck", {"size": 8}),
-        ("bottleneck", {"size": 2, "reduction": 4}),
-        ("bottleneck", {"placement": "pfeifer"}),
-        ("bottleneck", {"nonlinearity": "tanh"}),
-        ("bottleneck", {"scaling": 0.0}),
-        ("prefix", {"num_virtual_tokens": 0}),
-        ("prefix", {"std": -1.0}),
+        ("lora", {"rank": 0}), ("lora", {"dropout": 1.0}), ("lora", {"targets": ["no_such_layer"]}),
+        ("full", {"embeddings": "some"}), ("bottleneck", {"size": 0}), ("bottleneck", {"size": 8}),
+        ("bottleneck", {"size": 2, "reduction": 4}), ("bottleneck", {"placement": "pfeifer"}),
+        ("bottleneck", {"nonlinearity": "tanh"}), ("bottleneck", {"scaling": 0.0}),
+        ("prefix", {"num_virtual_tokens": 0}), ("prefix", {"std": -1.0}),
+        ("osf", {"preserve": 1.0}), ("osf", {"targets": ["no_such_layer"]}),
     ],
-)
+)  # fmt: skip
 def test_a_bad_option_is_refused_and_the_model_left_alone(
     kind: str, options: dict[str, Any]
 ) -> None:

@@ -201,7 +201,7 @@ def unknown_model(name: str, why: BaseException, also: str = "") -> ModelError:
     near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     off = " (the hub is switched off)" if offline() else ""
-    said = next(iter(str(why).split("\n")), "").strip()[:160] or type(why).__name__
+    said = " ".join(str(why).split())[:160] or type(why).__name__
     path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
     if path and not Path(name).expanduser().exists():  # the hub's library has no words for it
         off, said = "", "no such folder"
