@@ -63,8 +63,8 @@ def _options() -> list[inspect.Parameter]:
         for parent in parents:
             model = model.model_fields[parent].annotation
         field = model.model_fields[leaf]
-        help_text = field.description[0].upper() + field.description[1:]
-        if field.default not in (None, False, -1) and not field.is_required():
+        help_text = field.description
+        if not field.is_required() and not any(field.default is v for v in (None, False, -1)):
             value = f"{field.default:g}" if isinstance(field.default, float) else field.default
             help_text += f" ({value})"
         flags = {"out": ["--out", "-o"], "keep_state": ["--keep-state"],

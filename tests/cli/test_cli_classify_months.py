@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_cli_classify import KINDS, SHORT, answers, encoder, write
 
 from retain.cli import main
 from retain.curvature.artifact import load_curvature
-from test_cli_classify import KINDS, SHORT, answers, encoder, write
 
 __all__ = ["encoder"]
 
