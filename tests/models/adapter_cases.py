@@ -29,8 +29,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "projected": {"kind": "prefix", "num_virtual_tokens": 3, "projection": True},
 }
 
-SMALL: dict[str, Any] = {"vocab_size": 17, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-                         "hidden_size": 8, "intermediate_size": 12, "num_key_value_heads": 2}  # fmt: skip
+SMALL: dict[str, Any] = {
+    "vocab_size": 17, "hidden_size": 8, "intermediate_size": 12, "num_key_value_heads": 2,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 DRY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 FAMILIES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "neox": (AutoModelForCausalLM, "GPTNeoX", {"hidden_dropout": 0.0, "attention_dropout": 0.0}),

@@ -17,9 +17,44 @@ from retain.evaluation.generation import generate
 from retain.models.generating import plain_generation, sample_rows, write
 from tiny import base, tiny
 
-TOKENIZER: Any = SimpleNamespace(
-    bos_token_id=11, eos_token_id=12, pad_token_id=0, chat_template=None, bos_token=None
-)
+BOS, END, HEAD = 11, 12, [6, 7]
+
+
+class Tokenizer(SimpleNamespace):
+    """A token for each letter, behind a document's first token if it is one that writes it."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
+        if text == "head":
+            return {"input_ids": HEAD}
+        start = [BOS] * (self.writes and add_special_tokens)
+        return {"input_ids": [*start, *(ord(c) % 13 for c in text)]}
+
+    def __len__(self) -> int:
+        return 20
+
+    def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        return [str([t for t in row if t != self.eos_token_id]) for row in rows]
+
+    def apply_chat_template(self, messages: Any, tokenize: bool) -> str:
+        return "head" + str(messages[0]["content"]) + "tail"
+
+
+def tokenizer(*, writes: bool = False, chat: bool = False) -> Any:
+    return Tokenizer(
+        bos_token_id=BOS, eos_token_id=END, pad_token_id=0, bos_token=None, writes=writes,
+        chat_template="a template" if chat else None,
+    )  # fmt: skip
+
+
+def sampled(model: Any = None, count: int = 6, words: Any = None, seed: int = 3, **how: Any) -> Any:
+    words = words or tokenizer(**how)
+    rows = sample_rows(model or base("llama"), words, count=count, max_length=9, seed=seed)
+    return [row["input_ids"] for row in rows]
+
+
+def answered(model: Any, words: Any = None) -> list[str]:
+    return generate(model, words or tokenizer(), ["ab", "c"], max_new_tokens=6)
+
 
 SETTINGS: dict[str, Any] = {
     "temperature": 0.05, "top_k": 1, "top_p": 0.01, "min_p": 0.9, "top_h": 0.1, "typical_p": 0.1,
@@ -42,80 +77,50 @@ SETTINGS: dict[str, Any] = {
     "constraints": [1], "force_words_ids": [[3]], "a_setting_of_tomorrow": 3,
 }  # fmt: skip
 
+LEFT_OUT = {
+    "eos_token_id", "transformers_version", "compile_config", "disable_compile",
+    "continuous_batching_config",
+    # of assisted and chunked generation: nothing without the settings above
+    "assistant_confidence_threshold", "assistant_lookbehind", "max_matching_ngram_size",
+    "num_assistant_tokens_schedule", "prefill_chunk_size", "speculative_step_size",
+    "target_lookbehind", "is_assistant", "cache_config", "use_mtp", "speculation_type",
+    "assistant_ensemble_weight", "max_cache_len",
+}  # fmt: skip
+
 
 def hostile(model: Any, **settings: Any) -> Any:
-    config = GenerationConfig(eos_token_id=12)
+    config = GenerationConfig(eos_token_id=END)
     for name, value in settings.items():
         setattr(config, name, value)
     model.generation_config = config
     return model
 
 
-def sampled(model: Any) -> list[list[int]]:
-    rows = sample_rows(model, tokenizer(), count=6, max_length=9, seed=3)
-    return [row["input_ids"] for row in rows]
-
-
-def tokenizer() -> Any:
-    class Tokenizer(SimpleNamespace):
-        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-            return {"input_ids": [ord(c) % 13 for c in text]}
-
-        def __len__(self) -> int:
-            return 20
-
-        def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
-            return [str([t for t in row if t != self.eos_token_id]) for row in rows]
-
-    return Tokenizer(**vars(TOKENIZER))
-
-
 @pytest.fixture(scope="module")
-def plain() -> tuple[list[list[int]], list[str]]:
+def plain() -> tuple[Any, list[str]]:
     model = hostile(base("llama"))
-    return sampled(model), generate(model, tokenizer(), ["ab", "c"], max_new_tokens=6)
+    return sampled(model), answered(model)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_no_setting_of_the_models_own_plays_a_part(
-    name: str, plain: tuple[list[list[int]], list[str]]
-) -> None:
+def test_no_setting_of_the_models_own_plays_a_part(name: str, plain: tuple[Any, Any]) -> None:
     model = hostile(base("llama"), **{name: SETTINGS[name]})
     before = model.generation_config
-    assert sampled(model) == plain[0]
-    assert generate(model, tokenizer(), ["ab", "c"], max_new_tokens=6) == plain[1]
+    assert (sampled(model), answered(model)) == plain
     assert model.generation_config is before
     assert getattr(before, name) == SETTINGS[name]
 
 
 def test_the_table_of_settings_is_whole() -> None:
     """Whatever a GenerationConfig of the installed transformers has is in the table, or is kept."""
-    kept = {"eos_token_id", "transformers_version", "compile_config", "disable_compile",
-            "continuous_batching_config"}  # fmt: skip
     known = {n for n in vars(GenerationConfig()) if not n.startswith("_")}
-    inert = {
-        "assistant_confidence_threshold",
-        "assistant_lookbehind",
-        "max_matching_ngram_size",
-        "num_assistant_tokens_schedule",
-        "prefill_chunk_size",
-        "speculative_step_size",
-        "target_lookbehind",
-        "is_assistant",
-        "cache_config",
-        "use_mtp",
-        "speculation_type",
-        "assistant_ensemble_weight",
-        "max_cache_len",
-    }  # of assisted and chunked generation: nothing without the settings above
-    assert known - kept - inert - set(SETTINGS) == set()
+    assert known - LEFT_OUT - set(SETTINGS) == set()
 
 
-def test_all_of_them_at_once_with_an_adapter(plain: tuple[list[list[int]], list[str]]) -> None:
+def test_all_of_them_at_once_with_an_adapter(plain: tuple[Any, Any]) -> None:
     model = tiny("llama")
     hostile(model.get_base_model(), temperature=0.1, top_k=1, repetition_penalty=9.0, num_beams=2)
-    assert sampled(model) == plain[0]
-    assert generate(model, tokenizer(), ["ab", "c"], max_new_tokens=6) == plain[1]
+    assert (sampled(model), answered(model)) == plain
 
 
 def test_no_logits_processor_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,26 +133,23 @@ def test_no_logits_processor_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(type(model), "_get_logits_processor", spy)
     sampled(model)
-    write(model, TOKENIZER, [[11]], new_tokens=2)
-    assert len(seen) == 2
-    assert all(len(found) == 0 for found in seen)
+    write(model, tokenizer(), [[BOS]], new_tokens=2)
+    assert [len(found) for found in seen] == [0, 0]
 
 
 def test_what_is_sampled_is_the_softmax_of_the_logits() -> None:
     model = hostile(base("llama"), temperature=0.3, top_k=2, top_p=0.5)
     with torch.no_grad():
-        p = model(torch.tensor([[11]])).logits[0, -1].softmax(-1)
+        p = model(torch.tensor([[BOS]])).logits[0, -1].softmax(-1)
     torch.manual_seed(0)
-    first = [r[0] for r in write(model, TOKENIZER, [[11]] * 4000, new_tokens=1, temperature=1.0)]
+    first = [r[0] for r in write(model, tokenizer(), [[BOS]] * 4000, new_tokens=1, temperature=1.0)]
     counts = Counter(first)
     found = stats.chisquare([counts[t] for t in range(13)], [4000 * float(q) for q in p])
     assert found.pvalue > 1e-3
     assert len(counts) > 5
 
 
-def test_a_generate_of_the_models_files_is_set_aside(
-    plain: tuple[list[list[int]], list[str]],
-) -> None:
+def test_a_generate_of_the_models_files_is_set_aside(plain: tuple[Any, Any]) -> None:
     def theirs(model: Any, **_: Any) -> Any:
         raise AssertionError("their generate ran")
 
@@ -163,29 +165,71 @@ def test_settings_come_back_after_an_error() -> None:
     before = model.generation_config
     with plain_generation(model):
         assert model.generation_config.top_k is None
-        assert model.generation_config.eos_token_id == 12
+        assert model.generation_config.eos_token_id == END
     assert model.generation_config is before
     with pytest.raises(ZeroDivisionError), plain_generation(model):
         raise ZeroDivisionError
     assert model.generation_config is before
 
 
-@pytest.mark.parametrize("pad", [None, 0, 12, -1, 99])
+@pytest.mark.parametrize("pad", [None, 0, END, -1, 99])
 def test_a_padding_that_the_model_has_no_row_for(pad: int | None) -> None:
     model, words = base("llama"), tokenizer()
     model.config.pad_token_id = words.pad_token_id = pad
-    rows = sample_rows(model, words, count=12, max_length=9, seed=3)
-    assert [r["input_ids"] for r in rows] == [
-        r["input_ids"]
-        for r in sample_rows(base("llama"), tokenizer(), count=12, max_length=9, seed=3)
-    ]
-    assert generate(model, words, ["ab", "c"], max_new_tokens=6) == generate(
-        base("llama"), tokenizer(), ["ab", "c"], max_new_tokens=6
-    )
+    assert sampled(model, 12, words) == sampled(count=12)
+    assert answered(model, words) == answered(base("llama"))
 
 
-def test_a_prefix_beyond_the_embedding_is_refused() -> None:
-    words = tokenizer()
-    words.bos_token_id = 13
+# what is sampled
+
+
+def test_every_second_document_comes_bare_where_the_tokenizer_writes_no_mark() -> None:
+    bare, marked = sampled(), sampled(writes=True)
+    assert all(row[0] == BOS for row in marked)
+    assert bare[0::2] == marked[0::2]
+    for got, whole in zip(bare[1::2], marked[1::2], strict=True):
+        assert got == (whole[1:] if len(whole) > 2 else whole)
+    assert any(row[0] != BOS for row in bare)
+
+
+def test_chats_keep_their_head() -> None:
+    rows = sampled(count=7, chat=True)
+    assert [row[: len(HEAD)] == HEAD for row in rows] == [False] * 4 + [True] * 3
+    assert [row[0] == BOS for row in rows[:4:2]] == [True, True]
+
+
+def test_a_row_is_no_longer_than_asked_and_the_adapter_is_off() -> None:
+    rows = sampled(count=12, writes=True)
+    assert all(2 <= len(row) <= 9 for row in rows)
+    assert sampled(tiny("llama", moved=True), 12, writes=True) == rows
+    assert sampled(count=12, writes=True, seed=4) != rows
+
+
+def test_without_a_pad_token_rows_end_where_their_text_does() -> None:
+    model, words = base("llama"), tokenizer(writes=True)
+    words.pad_token_id = None
+    assert model.generation_config is not None
+    ends = sorted({row[-1] for row in sampled(count=12, writes=True)})[:2]
+    model.generation_config.eos_token_id = ends
+    short = [row for row in sampled(model, 12, words) if len(row) < 9]
+    assert short
+    for row in short:
+        assert row[-1] in ends
+        # Three tokens are kept at least, so a text that ends at once has its end twice.
+        assert len(row) == 3 or not any(token in ends for token in row[1:-1])
+
+
+def test_tokenizers_that_begin_no_text_are_refused() -> None:
+    with pytest.raises(SourceError, match="sampling needs a tokenizer"):
+        sample_rows(base("llama"), None, count=1, max_length=4)
+    bare = tokenizer()
+    bare.bos_token_id = bare.eos_token_id = None
+    with pytest.raises(SourceError, match="neither bos_token nor eos_token"):
+        sampled(words=bare)
+    bare.bos_token_id = 13
     with pytest.raises(SourceError, match="no row in the model's embedding; got: token 13"):
-        sample_rows(base("llama"), words, count=2, max_length=9)
+        sampled(words=bare)
+    bare.bos_token_id = BOS  # and nothing that ends one
+    model = base("llama")
+    model.generation_config.eos_token_id = None
+    assert all(len(row) >= 8 for row in sampled(model, 3, bare))
