@@ -358,6 +358,7 @@ def test_singular_sides_and_layers_without_an_update() -> None:
     assert curvature.quadratic(model) == pytest.approx(budget, rel=1e-6)
     untouched = soften(tiny("llama"), curvature)
     assert untouched.within(1e-9).point.mu == 0
+    assert untouched.within_measured(1e-9, lambda: 0.0).point.mu == 0
     assert [p.nats for p in untouched.curve(3)] == [0, 0, 0]
 
 

@@ -155,7 +155,8 @@ class Softening:
 
         def at(share: float) -> float:
             nonlocal found
-            made.setdefault(share, self.within(share**2 * most))
+            if share not in made:
+                made[share] = self.within(share**2 * most)
             self.apply(made[share])
             try:
                 found = measure()
