@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from retain.errors import ConfigError, ModelError
 from retain.models.lora import grow_lora
+from retain.models.off import adapter_off
 from retain.models.sites import lora_sites
 from tiny import KINDS, ROWS, base, tiny, weights
 
@@ -29,13 +31,13 @@ def test_it_says_what_it_said(kind: str) -> None:
             if ".modules_to_save." in name:  # a head that has learned
                 parameter.add_(0.5)
     before, old = answer(model, kind), weights(model)
-    with model.disable_adapter():
+    with adapter_off(model):
         untuned = answer(model, kind)
     assert not torch.allclose(untuned, before)
     scaling = lora_sites(model)[0].scaling
     grown = grow_lora(model, 3, seed=7)
     torch.testing.assert_close(answer(grown, kind), before, rtol=1e-12, atol=1e-12)
-    with grown.disable_adapter():
+    with adapter_off(grown):
         assert torch.equal(answer(grown, kind), untuned)
     config = grown.peft_config["default"]
     assert (config.r, config.lora_alpha) == (5, 5 * scaling)
@@ -77,12 +79,17 @@ def test_an_adapter_loaded_for_inference_trains_again(tmp_path: Path) -> None:
     assert all(float(s.b[:, 2:].detach().abs().max()) == 0 for s in lora_sites(grown))
 
 
-def test_bad_calls_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("what", "options"),
+    [
+        ("more than A and B", {"use_dora": True}),
+        ("not of one rank", {"rank_pattern": {"v_proj": 3}}),
+    ],
+)
+def test_what_cannot_grow_is_refused(what: str, options: dict[str, Any]) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options)
+    model: Any = get_peft_model(base("llama"), config)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=what):
+        grow_lora(model, 2)
     with pytest.raises(ConfigError, match="too few rows to add"):
         grow_lora(tiny("llama"), 0)
-    config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
-    with pytest.raises(ModelError, match="more than A and B"):
-        grow_lora(get_peft_model(base("llama"), config), 2)  # type: ignore[arg-type]
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 3})
-    with pytest.raises(ModelError, match="not of one rank"):
-        grow_lora(get_peft_model(base("llama"), config), 2)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,19 @@ def moved(model: Any, size: float = 0.2) -> Any:
     return model.eval()
 
 
+def off_is(model: Any, want: torch.Tensor, *, near: bool = False) -> None:
+    """Switched off, also nested, the model answers `want`; afterwards all is as it was."""
+    before, on = state(model), answer(model)
+    same = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-4) if near else torch.equal
+    with adapter_off(model):
+        assert same(answer(model), want) is not False
+        with adapter_off(model):
+            assert same(answer(model), want) is not False
+        assert same(answer(model), want) is not False
+    assert state(model) == before
+    assert torch.equal(answer(model), on)
+
+
 def lora(**options: Any) -> LoraConfig:
     common = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj", "v_proj"]}
     return LoraConfig(**{**common, **options})
@@ -87,15 +101,9 @@ def attached(kind: str) -> Any:
 @pytest.mark.parametrize("kind", [*sorted(KINDS), *PROMPTS])
 def test_every_kind_is_exactly_off_and_left_as_it_was(kind: str) -> None:
     model, want = moved(attached(kind)), answer(plain())
-    on, before = answer(model), state(model)
+    on = answer(model)
     assert on.shape != want.shape or not torch.equal(on, want)
-    with adapter_off(model):
-        assert torch.equal(answer(model), want)
-        with adapter_off(model):
-            assert torch.equal(answer(model), want)
-        assert torch.equal(answer(model), want)
-    assert state(model) == before
-    assert torch.equal(answer(model), on)
+    off_is(model, want)
 
 
 def test_a_kind_that_nobody_has_looked_at_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,9 +133,7 @@ def test_options_of_lora(options: dict[str, Any], frozen: str | None) -> None:
             p.requires_grad_(False)
     before = state(model)
     assert not torch.equal(answer(model), answer(plain()))
-    with adapter_off(model):
-        assert torch.equal(answer(model), answer(plain()))
-    assert state(model) == before
+    off_is(model, answer(plain()))
     measure_forgetting(model, TEXT)
     assert state(model) == before
 
@@ -136,15 +142,11 @@ def test_two_adapters_and_the_way_of_transformers() -> None:
     model = moved(get_peft_model(plain(), lora(), adapter_name="first"))
     model.add_adapter("second", lora(target_modules=["down_proj"]))
     model.set_adapter("second")
-    moved(model)
-    before = state(model)
-    with adapter_off(model):
-        assert torch.equal(answer(model), answer(plain()))
-    assert state(model) == before and model.active_adapter == "second"
+    off_is(moved(model), answer(plain()))
+    assert model.active_adapter == "second"
     native = plain()
     native.add_adapter(lora())  # no PeftModel
-    with adapter_off(moved(native)):
-        assert torch.equal(answer(native), answer(plain()))
+    off_is(moved(native), answer(plain()))
     with base_to_sample(native):
         assert torch.equal(answer(native), answer(plain()))
     assert not torch.equal(answer(native), answer(plain()))
@@ -191,10 +193,7 @@ def test_a_start_in_the_bases_weights_is_known_where_it_was_seen(kind: str, tmp_
     torch.testing.assert_close(whole, want, atol=1e-4, rtol=1e-3)
     assert measure_forgetting(model, TEXT).kl == 0.0  # seen as it was made
     tuned = answer(moved(model))
-    before = state(model)
-    with adapter_off(model):
-        torch.testing.assert_close(answer(model), whole, atol=1e-5, rtol=1e-4)
-    assert state(model) == before and torch.equal(answer(model), tuned)
+    off_is(model, whole, near=True)
     inside = measure_forgetting(model, TEXT).kl
     with base_to_sample(model):
         torch.testing.assert_close(answer(model), whole, atol=1e-5, rtol=1e-4)
@@ -203,14 +202,11 @@ def test_a_start_in_the_bases_weights_is_known_where_it_was_seen(kind: str, tmp_
     model.save_pretrained(tmp_path)
     loaded = load_adapter(wide(), tmp_path)
     torch.testing.assert_close(answer(loaded), tuned, atol=1e-4, rtol=1e-3)
-    with adapter_off(loaded):
-        assert torch.equal(answer(loaded), want)
+    off_is(loaded, want)
     assert measure_forgetting(loaded, TEXT).kl == pytest.approx(inside, rel=1e-3)
     with pytest.raises(RetainError, match=f"init_lora_weights='{kind.lower()}'"):
         soften(loaded, fit_curvature(wide_lora(), TEXT, batch_size=4, progress=False))
-    grown = grow_lora(loaded, 2)
-    with adapter_off(grown):
-        assert torch.equal(answer(grown), want)
+    off_is(grow_lora(loaded, 2), want)
 
 
 def wide_lora() -> Any:
@@ -231,21 +227,16 @@ def test_a_start_that_was_trained_before_it_is_seen_is_refused(kind: str, tmp_pa
     assert abs(measure_forgetting(load_adapter(wide(), tmp_path), TEXT).kl) < 1e-4
 
 
-def embeddings(model: Any) -> Any:
-    model.get_input_embeddings().weight.requires_grad_(True)
-    return model
-
-
-def norms(model: Any) -> Any:
+def trained(part: str, model: Any) -> Any:
     for name, p in model.named_parameters():
-        if "layernorm" in name:
+        if part in name:
             p.requires_grad_(True)
     return model
 
 
 BESIDE: dict[str, tuple[Callable[[], Any], bool]] = {
-    "embeddings": (lambda: embeddings(wide_lora()), True),
-    "norms": (lambda: norms(wide_lora()), False),  # PEFT writes none of them
+    "embeddings": (lambda: trained("embed_tokens", wide_lora()), True),
+    "norms": (lambda: trained("layernorm", wide_lora()), False),  # PEFT writes none of them
     "bias all": (lambda: get_peft_model(wide(), lora(r=4, bias="all")), True),
     "bias lora_only": (lambda: get_peft_model(wide(), lora(r=4, bias="lora_only")), True),
 }
@@ -267,9 +258,7 @@ def test_weights_of_the_base_that_train_beside_it(how: str, tmp_path: Path) -> N
     model.save_pretrained(tmp_path, save_embedding_layers=how == "embeddings")
     loaded = load_adapter(wide(), tmp_path)
     assert torch.equal(answer(loaded), answer(model))
-    with adapter_off(loaded):
-        assert torch.equal(answer(loaded), answer(wide()))
-    assert torch.equal(answer(loaded), answer(model))
+    off_is(loaded, answer(wide()))
     with torch.no_grad():
         p, q = (answer(m).log_softmax(-1) for m in (wide(), model))
     want = float((p.exp() * (p - q)).sum(-1)[0, :-1].mean())  # each place predicts the next
@@ -308,7 +297,7 @@ def test_a_resized_vocabulary_says_so_and_the_fix_works(tied: bool, tmp_path: Pa
 
     small = fresh()
     small.resize_token_embeddings(15, mean_resizing=False)
-    model = moved(embeddings(get_peft_model(small, lora(r=4))))
+    model = moved(trained("embed_tokens", get_peft_model(small, lora(r=4))))
     model.save_pretrained(tmp_path, save_embedding_layers=True)
     with pytest.raises(ModelError, match=r"vocabulary was resized.*15 tokens, a base with 13"):
         load_adapter(fresh(), tmp_path)
@@ -317,6 +306,5 @@ def test_a_resized_vocabulary_says_so_and_the_fix_works(tied: bool, tmp_path: Pa
     want = answer(again)
     loaded = load_adapter(again, tmp_path)
     torch.testing.assert_close(answer(loaded), answer(model))
-    with adapter_off(loaded):
-        assert torch.equal(answer(loaded), want)
+    off_is(loaded, want)
     assert measure_forgetting(loaded, TEXT).kl > 0

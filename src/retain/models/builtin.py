@@ -11,16 +11,16 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from retain.documents import read_json
 from retain.errors import ModelError, OutputError
-from retain.files import file_digest
+from retain.files import file_digest, whole_folder
 
-__all__ = ["BUILTIN", "Builtin", "convert_gguf", "locate", "offline", "unknown_model"]
+__all__ = ["BUILTIN", "Builtin", "convert_gguf", "locate", "offline", "quiet", "unknown_model"]
 
 _WEIGHTS, _SEAL = "model.safetensors", "retain.json"
 
@@ -122,8 +122,7 @@ def locate(name: str, *, convert: bool = True) -> tuple[str, dict[str, str]]:
 def convert_gguf(source: Path, target: Path) -> Path:
     """Converts a ``.gguf`` file to a folder of safetensors, once; returns that folder.
 
-    The copy is written beside `target` and moved into place whole. A checksum is stored and
-    checked on each use; a copy that fails it is made again.
+    A checksum is stored and checked on each use; a copy that fails it is made again.
 
     Raises:
         ModelError: the file cannot be read.
@@ -132,48 +131,46 @@ def convert_gguf(source: Path, target: Path) -> Path:
     if _sealed(target, source):
         return target
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as hf_logging
 
-    scratch = None
-    bar = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        where, file = str(source.parent), source.name
-        try:
-            model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file)
-            tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
-        except (OSError, ValueError, KeyError, RuntimeError, IndexError) as error:
-            raise ModelError(
-                "a .gguf file cannot be read",
-                got=f"{source} ({type(error).__name__}: {error})",
-                allowed="a GGUF file of an architecture that transformers converts",
-                fix="download it again, or give the model's safetensors folder",
-            ) from error
-        model.hf_quantizer = None  # type: ignore[assignment]
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        seal = {"sha256": file_digest(scratch / _WEIGHTS), "source": _identity(source)}
-        (scratch / _SEAL).write_text(json.dumps(seal, indent=2) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(scratch, target)
-    except OSError as error:
-        if _sealed(target, source):  # another process finished the same work first
-            return target
-        raise OutputError(
-            "the converted model cannot be written",
-            got=f"{target}: {error.strerror or error}",
-            fix="free some disk, or point RETAIN_CACHE at a folder you can write to",
-        ) from error
+        with quiet(), whole_folder(target, "the converted model", ["*"]) as new:
+            where, file = str(source.parent), source.name
+            try:
+                model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file)
+                tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
+            except Exception as error:  # whatever transformers makes of a damaged file
+                raise ModelError(
+                    "a .gguf file cannot be read",
+                    got=f"{source} ({type(error).__name__}: {error})",
+                    allowed="a GGUF file of an architecture that transformers converts",
+                    fix="download it again, or give the model's safetensors folder",
+                ) from error
+            model.hf_quantizer = None  # type: ignore[assignment]
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            seal = {"sha256": file_digest(new / _WEIGHTS), "source": _identity(source)}
+            (new / _SEAL).write_text(json.dumps(seal, indent=2) + "\n")
+    except OutputError as error:
+        if not _sealed(target, source):  # else another process finished the same work first
+            fix = "free some disk, or point RETAIN_CACHE at a folder you can write to"
+            raise OutputError(error.what, got=error.got, fix=fix) from error
+    return target
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars of transformers."""
+    from transformers.utils import logging
+
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
         if bar:
-            hf_logging.enable_progress_bar()
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return target
+            logging.enable_progress_bar()
 
 
 def _sealed(folder: Path, source: Path | None = None) -> bool:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from retain.errors import ModelError, unknown
-from retain.models.builtin import BUILTIN, locate, offline, unknown_model
+from retain.models.builtin import BUILTIN, locate, offline, quiet, unknown_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,25 +75,20 @@ def load_model(
         dtype = DTYPES[dtype]
     where, _ = locate(str(name))
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": offline()}
-    bar = tf.utils.logging.is_progress_bar_enabled()
-    tf.utils.logging.disable_progress_bar()
     try:
-        config = tf.AutoConfig.from_pretrained(where, **common)
-        auto: Any = tf.AutoModel
-        if num_labels is not None:
-            auto, kwargs = (
-                tf.AutoModelForSequenceClassification,
-                {"num_labels": num_labels, **kwargs},
-            )
-        elif has_causal_head(config.architectures or []):
-            auto = tf.AutoModelForCausalLM
-        model = auto.from_pretrained(where, dtype=dtype, use_safetensors=True, **common, **kwargs)
-        tokenizer = tf.AutoTokenizer.from_pretrained(where, **common)
+        with quiet():
+            config = tf.AutoConfig.from_pretrained(where, **common)
+            auto: Any = tf.AutoModel
+            if num_labels is not None:
+                auto = tf.AutoModelForSequenceClassification
+                kwargs = {"num_labels": num_labels, **kwargs}
+            elif has_causal_head(config.architectures or []):
+                auto = tf.AutoModelForCausalLM
+            kwargs |= {"dtype": dtype, "use_safetensors": True, **common}
+            model = auto.from_pretrained(where, **kwargs)
+            tokenizer = tf.AutoTokenizer.from_pretrained(where, **common)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise unknown_model(str(name), error) from error
-    finally:
-        if bar:
-            tf.utils.logging.enable_progress_bar()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if getattr(model.config, "pad_token_id", None) is None:

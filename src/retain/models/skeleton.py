@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,10 @@ __all__ = ["Outline", "load_skeleton", "outline"]
 _TOKENS = 8
 """Length of the sequence that finds out who shares an input."""
 
-_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
+_BROKEN = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError,
+    struct.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
