@@ -125,11 +125,9 @@ def test_a_format_is_read_whole(name: str) -> None:
 def test_columns_of_other_formats_that_hold_nothing_count_as_absent(name: str, none: Any) -> None:
     row, whole, learned = READ[name]
     filled = {k: none for other, _, _ in READ.values() for k in other} | {"labels": none} | row
-    if name == "OpenOrca" or "system_prompt" in row:
-        assert read(filled)[:2] == (whole, learned)
-    else:
+    if "system_prompt" not in row:
         filled.pop("system_prompt")  # its presence makes question + response a chat
-        assert read(filled)[:2] == (whole, learned)
+    assert read(filled)[:2] == (whole, learned)
 
 
 VALUES: list[Any] = ["something else", ["something", "else"], [{"type": "image"}], 0.25]
@@ -267,11 +265,6 @@ def test_what_cannot_be_read_is_refused_with_a_fix_that_works(name: str) -> None
     with pytest.raises(SourceError, match=match):
         read(row)
     read(mended)
-
-
-def test_a_lone_surrogate_is_mended_as_told() -> None:
-    text = "hi \ud83d there"
-    assert read({"text": text.encode("utf-8", "replace").decode()})[0] == "<s>hi ? there</s>"
 
 
 def test_rows_are_counted_from_one() -> None:

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 from task_rows import HUB
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers_made import made
 
 from retain.data.batches import collate
 from retain.data.loading import encode_items, inside, load_items
@@ -28,38 +27,21 @@ DATA = Path(os.environ.get("RETAIN_DATA_DIR", Path(__file__).parents[2] / "../sh
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_folder: Path) -> Any:
+def plain() -> Any:
     """One token a byte, none in front."""
-    return AutoTokenizer.from_pretrained(tiny_folder)
+    return made()
 
 
 @pytest.fixture(scope="module")
-def headed(tiny_folder: Path) -> Any:
+def headed() -> Any:
     """The same with a first token, as Llama's tokenizers add."""
-    found = AutoTokenizer.from_pretrained(tiny_folder)
-    found.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    return found
+    return made(bos=True)
 
 
 @pytest.fixture(scope="module")
 def bert() -> Any:
-    """A tokenizer of words, for pairs with segments."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "cat", "runs", "."]
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    raw.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
+    """For pairs with segments."""
+    return made(cls=True)
 
 
 def put(folder: Path, spec: TaskSpec, rows: list[dict[str, Any]], file: str) -> Path:
@@ -271,9 +253,9 @@ class TestDecoder:
 
 class TestEncoder:
     def test_one_text(self, bert: Any) -> None:
-        row = item("q", texts=("a dog runs .",))
+        row = item("q", texts=("a dog",))
         (example,) = encode_items([row], bert, max_length=9, causal=False, spec=SST2)
-        assert bert.decode(example.tokens) == "[CLS] a dog runs . [SEP]"
+        assert bert.decode(example.tokens) == "[CLS]a dog[SEP]"
         assert (example.targets, example.predict) == ((1,), ())
 
     def test_two_texts_and_a_number(self, bert: Any) -> None:
@@ -282,7 +264,7 @@ class TestEncoder:
         examples = encode_items(
             [r for r in rows if r], bert, max_length=32, causal=False, spec=spec
         )
-        assert examples[0].segments == (0,) * 6 + (1,) * 5
+        assert examples[0].segments == (0,) * 13 + (1,) * 12
         batch = collate(examples, pad=0)
         assert batch.targets.dtype == torch.float32
         assert batch.targets.tolist() == pytest.approx([2.8, 5.0])
@@ -418,7 +400,10 @@ def test_no_path(home: Path) -> None:
 def test_a_study_too(home: Path, name: str) -> None:
     from retain.study.material import _data_file
 
+    def source(name: str) -> Any:
+        return SimpleNamespace(name=name)
+
     work: Any = SimpleNamespace(data_dir=home)
-    assert _data_file({"name": "mine"}, "train", work) == home / "mine" / "train.jsonl"
+    assert _data_file(source("mine"), "train", work) == home / "mine" / "train.jsonl"
     with pytest.raises(SourceError, match="leads out of the data folder"):
-        _data_file({"name": name.replace("{tmp}", str(home.parent))}, "train", work)
+        _data_file(source(name.replace("{tmp}", str(home.parent))), "train", work)

@@ -65,15 +65,11 @@ class Format:
 
 
 def alpaca(instruction: str, given: str) -> str:
-    if given:
-        return (
-            "Below is an instruction that describes a task, paired with an input that provides "
-            "further context. Write a response that appropriately completes the request.\n\n"
-            f"### Instruction:\n{instruction}\n\n### Input:\n{given}\n\n### Response:\n"
-        )
+    paired = ", paired with an input that provides further context" if given else ""
     return (
-        "Below is an instruction that describes a task. Write a response that appropriately "
-        f"completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+        f"Below is an instruction that describes a task{paired}. Write a response that "
+        f"appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
+        f"{f'### Input:{chr(10)}{given}{chr(10) * 2}' if given else ''}### Response:\n"
     )
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from retain.data.contents import Answer, Chat, Found, Message
 from retain.data.messages import from_json, messages_of, without_none
-from retain.data.rows import Row
+from retain.data.rows import Answer, Chat, Found, Message, Row
 from retain.errors import SourceError
 
 __all__ = ["chat", "orca", "preference", "prompt_completion", "response", "string_of"]

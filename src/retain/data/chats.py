@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from retain.data.contents import Chat, Message
 from retain.data.counts import RowCounts
+from retain.data.rows import Chat, Message
 from retain.data.tokens import plain, room_for
 from retain.data.turns import assistant_spans, shared, untold
 from retain.errors import SourceError
@@ -31,13 +31,7 @@ _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 class Chats:
-    """Writes chats with one tokenizer.
-
-    Args:
-        tokenizer: with a chat template.
-        max_length: so many tokens of a chat are wanted at most.
-        counts: where tools and reasoning that the template passes over are counted.
-    """
+    """Writes chats with one tokenizer; at most `max_length` tokens of each are wanted."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, max_length: int, counts: RowCounts

@@ -7,11 +7,10 @@ from operator import index
 from typing import TYPE_CHECKING, Any
 
 from retain.data.batches import Example
-from retain.data.contents import Pair, Text, Tokenised
 from retain.data.counts import RowCounts
 from retain.data.formats import content_of
 from retain.data.messages import native
-from retain.data.rows import Row, check_characters
+from retain.data.rows import Pair, Row, Text, Tokenised, check_characters
 from retain.data.tokenised import tokenised_classified
 from retain.data.tokens import need, plain, room_for
 from retain.errors import SourceError
@@ -29,14 +28,7 @@ _NONE = (-1, -100)  # GLUE's test rows have -1, and PyTorch passes over -100
 
 
 class ClassifierRows:
-    """Tokenises one row after another.
-
-    Args:
-        tokenizer: None will do for rows that are tokenised already.
-        max_length: tokens of a row at most.
-        regression: whether labels are values; see `target_of`.
-        counts: of what was left out or cut.
-    """
+    """Tokenises a classifier's rows, one after another; see `retain.data.encoding.encode`."""
 
     def __init__(
         self,

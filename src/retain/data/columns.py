@@ -11,9 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from retain.data.contents import Content
 from retain.data.counts import RowCounts
-from retain.data.rows import Row
+from retain.data.rows import Content, Row
 from retain.errors import SourceError
 
 __all__ = ["check_columns"]

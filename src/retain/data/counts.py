@@ -28,48 +28,25 @@ _LINES = {
 
 @dataclass
 class RowCounts:
-    """Counts over the rows that were tokenised; calls with the same object add up.
-
-    Attributes:
-        rows: that were given.
-        left_out_no_room: rows whose prompt fills ``max_length``, so nothing is left to learn.
-        left_out_empty: rows without text, or of fewer than two tokens.
-        left_out_unlearned: rows in which nothing is to be learned: a chat without a turn of the
-            assistant, labels that are all -100.
-        completions_cut: completions (or chats) that end before their end token.
-        completions_empty: completions of no text: their end token alone is learned.
-        texts_cut: texts of which the end is not read.
-        tokens_cut: tokens behind ``max_length``, estimated for very long texts.
-        rejected_unread: preference pairs, of which the chosen answer alone is read.
-        chats_unanswered: chats of a source without a turn of the assistant, which are read whole.
-        tools_unwritten: chats whose tools the chat template does not write.
-        thoughts_unwritten: chats with reasoning that the chat template does not write; many leave
-            out that of earlier turns.
-        answers_unread: questions with several answers, of which the first alone is read.
-        ends_unlearned: chats whose template leaves the end token of a turn out of its
-            ``{% generation %}`` marks, so that it is not learned.
-        columns_unread: columns that were passed over.
-        max_length: of the last call.
-        columns: how many rows have each of those columns.
-    """
+    """Counts over the rows that were tokenised; calls with the same object add up."""
 
     rows: int = 0
-    left_out_no_room: int = 0
-    left_out_empty: int = 0
-    left_out_unlearned: int = 0
-    completions_cut: int = 0
-    completions_empty: int = 0
-    texts_cut: int = 0
-    tokens_cut: int = 0
-    rejected_unread: int = 0
-    chats_unanswered: int = 0
-    tools_unwritten: int = 0
-    thoughts_unwritten: int = 0
-    answers_unread: int = 0
-    ends_unlearned: int = 0
-    columns_unread: int = 0
-    max_length: int = 0
-    columns: dict[str, int] = field(default_factory=dict, repr=False)
+    left_out_no_room: int = 0  # the prompt fills ``max_length``, so nothing is left to learn
+    left_out_empty: int = 0  # no text, or fewer than two tokens
+    left_out_unlearned: int = 0  # a chat without a turn of the assistant, labels all -100
+    completions_cut: int = 0  # completions (or chats) that end before their end token
+    completions_empty: int = 0  # of no text: their end token alone is learned
+    texts_cut: int = 0  # texts of which the end is not read
+    tokens_cut: int = 0  # tokens behind ``max_length``, estimated for very long texts
+    rejected_unread: int = 0  # preference pairs, of which the chosen answer alone is read
+    chats_unanswered: int = 0  # chats of a source without an assistant's turn, read whole
+    tools_unwritten: int = 0  # chats whose tools the chat template does not write
+    thoughts_unwritten: int = 0  # so with reasoning; many leave out that of earlier turns
+    answers_unread: int = 0  # questions with several answers, of which the first is read
+    ends_unlearned: int = 0  # chats whose template marks a turn without its end token
+    columns_unread: int = 0  # columns that were passed over
+    max_length: int = 0  # of the last call
+    columns: dict[str, int] = field(default_factory=dict, repr=False)  # rows with each of those
 
     @property
     def left_out(self) -> int:

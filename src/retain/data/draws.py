@@ -30,10 +30,8 @@ def check_limit(limit: int | None) -> None:
     """Raises `ConfigError` unless `limit` is None or a whole number above 0."""
     if limit is None or (isinstance(limit, int) and not isinstance(limit, bool) and limit > 0):
         return
-    raise ConfigError(
-        "a limit that is no number of rows", got=repr(limit), allowed="1 or more, or None for all",
-        fix="limit=128",
-    )  # fmt: skip
+    what, allowed = "a limit that is no number of rows", "1 or more, or None for all"
+    raise ConfigError(what, got=repr(limit), allowed=allowed, fix="limit=128")
 
 
 def draw(count: int, limit: int | None, seed: int) -> Sequence[int]:
@@ -61,14 +59,8 @@ def draw_from(items: Iterable[T], limit: int, seed: int) -> list[tuple[int, T]]:
 
     All items are passed over; only `limit` of them are held.
     """
-    numbers = _stream(seed)
-    heap: list[tuple[float, int, T]] = []  # the largest number is on top, as its negative
-    for place, (number, item) in enumerate(zip(numbers, items, strict=False)):
-        if len(heap) < limit:
-            heapq.heappush(heap, (-number, place, item))
-        elif -number > heap[0][0]:
-            heapq.heapreplace(heap, (-number, place, item))
-    return sorted(((place, item) for _, place, item in heap), key=lambda pair: pair[0])
+    least = heapq.nsmallest(limit, zip(_stream(seed), itertools.count(), items, strict=False))
+    return sorted(((place, item) for _, place, item in least), key=lambda pair: pair[0])
 
 
 def sample(items: Sequence[T], limit: int | None, seed: int) -> list[T]:

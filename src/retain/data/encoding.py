@@ -16,11 +16,20 @@ from jinja2 import TemplateError
 from retain.data.batches import Example
 from retain.data.chats import Chats
 from retain.data.classifier import ClassifierRows
-from retain.data.contents import Answer, Chat, Pair, Text, Tokenised
 from retain.data.counts import RowCounts
 from retain.data.formats import content_of
 from retain.data.messages import absent
-from retain.data.rows import Passage, Row, check_characters, place_of
+from retain.data.rows import (
+    Answer,
+    Chat,
+    Pair,
+    Passage,
+    Row,
+    Text,
+    Tokenised,
+    check_characters,
+    place_of,
+)
 from retain.data.tokenised import tokenised_causal
 from retain.data.tokens import Ends, beginning, ends_of, need
 from retain.data.turns import shared
@@ -32,6 +41,10 @@ if TYPE_CHECKING:
 __all__ = ["Loss", "encode"]
 
 Loss = Literal["assistant", "source", "all"]
+
+_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+            TemplateError)  # fmt: skip
+"""What a row of wrong values may raise wherever it is read."""
 
 
 def encode(
@@ -84,15 +97,7 @@ def encode(
         except SourceError as error:
             got = f"{error.got} ({place_of(row, number)})"
             raise SourceError(error.what, got=got, allowed=error.allowed, fix=error.fix) from error
-        except (
-            ValueError,
-            TypeError,
-            LookupError,
-            AttributeError,
-            OverflowError,
-            RecursionError,
-            TemplateError,
-        ) as error:
+        except _DAMAGED as error:
             raise SourceError(
                 f"{place_of(row, number)} cannot be used",
                 got=f"{type(error).__name__}: {str(error)[:160]}",

@@ -11,10 +11,9 @@ from typing import Any
 
 from retain.data.chat_formats import chat, orca, preference, prompt_completion, response, string_of
 from retain.data.columns import check_columns
-from retain.data.contents import Answer, Content, Found, Pair, Text, Tokenised
 from retain.data.counts import RowCounts
 from retain.data.messages import absent, native
-from retain.data.rows import Row
+from retain.data.rows import Answer, Content, Found, Pair, Row, Text, Tokenised
 from retain.errors import SourceError
 
 __all__ = ["content_of"]
@@ -42,7 +41,7 @@ def content_of(
     Args:
         row: its columns; None and NaN count as absent.
         causal: for a decoder, else for a classifier (whose ``label`` is read apart).
-        counts: where columns that are passed over are counted.
+        counts: told of columns that are passed over.
         template: the tokenizer's chat template.
 
     Raises:

@@ -17,21 +17,13 @@ __all__ = ["KnowledgeItem", "general_questions", "knowledge_items"]
 
 @dataclass(frozen=True)
 class KnowledgeItem:
-    """A sentence to complete.
+    """A sentence to complete."""
 
-    Attributes:
-        id: unique name, such as "capitals-01".
-        category: the field of knowledge.
-        prompt: the beginning of the sentence, without a trailing space.
-        options: the continuations, each with its leading space.
-        answer: index of the right option.
-    """
-
-    id: str
+    id: str  # such as "capitals-01"
     category: str
-    prompt: str
-    options: tuple[str, ...]
-    answer: int
+    prompt: str  # the beginning of the sentence, without a trailing space
+    options: tuple[str, ...]  # the continuations, each with its leading space
+    answer: int  # index of the right option
 
 
 @cache

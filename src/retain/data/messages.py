@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from retain.data.contents import Message
+from retain.data.rows import Message
 from retain.errors import SourceError
 
 __all__ = ["absent", "from_json", "messages_of", "native", "without_none"]

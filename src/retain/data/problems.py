@@ -45,21 +45,13 @@ _PRONOUNS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """A word problem, its worked answer, and what both were made from.
+    """A word problem, its worked answer, and what both were made from."""
 
-    Attributes:
-        template: name of the template.
-        question: the text of the problem.
-        answer: one equation a line, then ``#### result``.
-        result: the result as a number.
-        numbers: the numbers drawn for the template, in its order.
-    """
-
-    template: str
+    template: str  # its name
     question: str
-    answer: str
+    answer: str  # one equation a line, then ``#### result``
     result: int
-    numbers: tuple[int, ...]
+    numbers: tuple[int, ...]  # those drawn for the template, in its order
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,19 @@
-"""Rows: columns by name, and where they come from, so that an error can name the line."""
+"""Rows: columns by name, where they come from (so that an error names the line), what they say."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from retain.errors import SourceError
 
-__all__ = ["Passage", "PlacedRow", "Row", "as_row", "check_characters", "place_of"]
+__all__ = [
+    "Answer", "Chat", "Content", "Found", "Message", "Pair", "Passage", "PlacedRow", "Row", "Text",
+    "Tokenised", "as_row", "check_characters", "place_of",
+]  # fmt: skip
 
 Row = Mapping[str, Any]
 
@@ -136,3 +140,57 @@ def _mend(value: object) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "leave the row out"
     return "give {'text': ...} for each row"
+
+
+# --- what a row says, whatever its format
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text; a document that is cut into pieces, if `pack`."""
+
+    text: str
+    pack: bool = False
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two texts: a classifier's, or for a decoder two lines."""
+
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat; `options` go to its template."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt and its completion: strings, or messages of a chat; `others` if it had others."""
+
+    prompt: str | list[Message]
+    completion: str | list[Message]
+    tools: list[Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    others: bool = False
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """A row that is tokenised already; see `retain.data.tokenised`."""
+
+    cells: dict[str, Any]
+
+
+Content = Text | Pair | Answer | Chat | Tokenised
+
+Found = tuple[Content, set[str]]
+"""A row's content, and the columns that it is made of."""

@@ -45,28 +45,17 @@ _TEXTS = {"exact_match", "token_f1"}
 
 @dataclass(frozen=True)
 class Item:
-    """One row of a task, rendered, as every way of training and scoring wants it.
+    """One row of a task, rendered, as every way of training and scoring wants it."""
 
-    Attributes:
-        prompt: what a decoder reads, up to where the answer begins (no trailing space).
-        options: the continuations among which a decoder chooses, each with its leading space, so
-            that ``prompt + option`` is the whole text; empty for generation and regression.
-        answer: the index of the true option; the reference text (generation); the number
-            (regression).
-        texts: the one or two texts that an encoder reads.
-        group: rows of one group are scored together (MultiRC's questions, ReCoRD's); else "".
-        row: the place of the row in its split, from 0; people are told it from 1.
-        references: all texts that count as right, where there are several (ReCoRD); without a
-            leading space.
-    """
-
-    prompt: str
+    prompt: str  # what a decoder reads, up to where the answer begins (no trailing space)
+    # the continuations among which a decoder chooses, each with its leading space, so that prompt
+    # + option is the whole text; empty for generation and regression
     options: tuple[str, ...]
-    answer: int | str | float
-    texts: tuple[str, ...] = ()
-    group: str = ""
-    row: int = 0
-    references: tuple[str, ...] = ()
+    answer: int | str | float  # index of the true option; reference text; or number (regression)
+    texts: tuple[str, ...] = ()  # the one or two texts that an encoder reads
+    group: str = ""  # rows of one group are scored together (MultiRC's questions, ReCoRD's)
+    row: int = 0  # its place in the split, from 0; people are told it from 1
+    references: tuple[str, ...] = ()  # all texts that count as right, where there are several
 
     @property
     def completion(self) -> str:
@@ -93,74 +82,44 @@ class Splits(_Strict):
 
 
 class Hub(_Strict):
-    """Where a task lies on the Hugging Face hub.
+    """Where a task lies on the Hugging Face hub."""
 
-    Attributes:
-        path: id of the data set; "" if it is not there.
-        name: its configuration.
-        splits: names of its splits.
-        fields: templates that make the task's fields from the hub's, where they differ.
-    """
-
-    path: str = ""
-    name: str | None = None
+    path: str = ""  # id of the data set; "" if it is not there
+    name: str | None = None  # its configuration
     splits: Splits = Splits()
-    fields: dict[str, str] = {}
+    fields: dict[str, str] = {}  # templates that make the task's fields, where they differ
 
 
 class TaskSpec(_Strict):
-    """One task.
+    """One task."""
 
-    Attributes:
-        name: such as "glue/sst2"; by default from the file's own.
-        version: raised whenever scores may change.
-        description: one line.
-        citation: who made it, short.
-        hub: where it lies on the hub.
-        local: its folder under ``--data-dir``.
-        files: names of the splits' files in that folder.
-        kind: choose among options, generate text, or predict a number.
-        prompt: template of what a decoder reads.
-        options: a list of label words, or of templates over the row; or one expression that
-            gives the row's own list. In the prompt the list is called ``options``.
-        gold: field of the gold label; rows where it is missing, -1, "-" or "" are left out.
-        answer: expression over the row, ``gold`` and ``options`` that gives the index of the
-            true option, the reference text, or the number.
-        references: expression for the list of all texts that count as right.
-        texts: one or two templates for an encoder; none where an encoder makes no sense.
-        group: expression for what rows are scored together.
-        metric: the primary metric, the official one where there is one.
-        metrics: further metrics.
-        max_new_tokens: where a generated answer is cut.
-        stop: strings at which a generated answer ends.
-        pattern: regular expression whose first group is the answer, in the generated text and
-            in the reference alike.
-        max_length: tokens of prompt and answer together.
-        truncate: where a prompt that is too long loses tokens.
-    """
-
-    name: str
-    version: int = Field(1, ge=1)
-    description: str
-    citation: str = ""
+    name: str  # such as "glue/sst2"; by default from the file's own
+    version: int = Field(1, ge=1)  # raised whenever scores may change
+    description: str  # one line
+    citation: str = ""  # who made it, short
     hub: Hub = Hub()
-    local: str = ""
-    files: Splits = Splits()
-    kind: Kind
-    prompt: str
+    local: str = ""  # its folder under ``--data-dir``
+    files: Splits = Splits()  # names of the splits' files in that folder
+    kind: Kind  # choose among options, generate text, or predict a number
+    prompt: str  # template of what a decoder reads
+    # label words, or templates over the row; or one expression that gives the row's own list. In
+    # the prompt the list is called ``options``
     options: tuple[str, ...] | str = ()
-    gold: str = "label"
+    gold: str = "label"  # field of the gold label; rows where it is missing, -1, "-", "" are out
+    # expression over the row, ``gold`` and ``options`` that gives the index of the true option, the
+    # reference text, or the number
     answer: str = "gold"
-    references: str = ""
-    texts: tuple[str, ...] = ()
-    group: str = ""
-    metric: Metric = "accuracy"
-    metrics: tuple[Metric, ...] = ()
-    max_new_tokens: int = Field(16, ge=1)
-    stop: tuple[str, ...] = ()
+    references: str = ""  # expression for the list of all texts that count as right
+    texts: tuple[str, ...] = ()  # one or two templates for an encoder, where one makes sense
+    group: str = ""  # expression for what rows are scored together
+    metric: Metric = "accuracy"  # the primary metric, the official one where there is one
+    metrics: tuple[Metric, ...] = ()  # further ones
+    max_new_tokens: int = Field(16, ge=1)  # where a generated answer is cut
+    stop: tuple[str, ...] = ()  # strings at which a generated answer ends
+    # regular expression whose first group is the answer, in the generated text and in the reference
     pattern: str = ""
-    max_length: int = Field(256, ge=16)
-    truncate: Literal["left", "middle"] = "left"
+    max_length: int = Field(256, ge=16)  # tokens of prompt and answer together
+    truncate: Literal["left", "middle"] = "left"  # where a prompt that is too long loses tokens
 
     @field_validator("options", mode="before")
     @classmethod

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from retain.data.contents import Message
+from retain.data.rows import Message
 from retain.errors import SourceError
 
 __all__ = ["Write", "assistant_spans", "shared", "untold"]
