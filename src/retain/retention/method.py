@@ -81,7 +81,7 @@ class Method:
         stores_data: whether it keeps rows of earlier tasks (replay).
         why_not: for a kind of adapter that it does not compose with, the reason; under
             ``classifier``, why it needs a causal model, where it does.
-        weighted: whether `strength` means anything to it.
+        weighted: whether it has a `strength`; else it takes none.
         head: how the outputs of a classifier's task begin: ``drawn`` at random, or ``fitted`` to
             the model as it is (`retain.training.head`). What runs the method sees to it.
     """

@@ -68,14 +68,11 @@ def method_options(kind: str) -> dict[str, Any]:
         raise unknown("method", kind, METHODS)
     found: dict[str, Any] = {}
     for member in METHODS[kind].__mro__:  # `**options` stand for those of the class above
-        init = vars(member).get("__init__")
-        if init is None:
-            continue
-        parameters = list(inspect.signature(init).parameters.values())
-        named = [p for p in parameters[1:] if p.name != "strength"]
-        found |= {p.name: p.default for p in named if p.kind == p.KEYWORD_ONLY}
-        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
-            break
+        if "__init__" in vars(member):
+            parameters = inspect.signature(member.__init__).parameters.values()
+            found |= {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
+            if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+                break
     return found
 
 
@@ -95,13 +92,13 @@ def make_method(kind: str, strength: float | None = None, **options: Any) -> Met
     for name in options:
         if name not in known:
             raise unknown(f"option of the method {kind}", name, known)
-    if strength is None:
-        return METHODS[kind](**options)
-    if strength and not METHODS[kind].weighted:
+    if METHODS[kind].weighted:
+        return METHODS[kind](**options | ({} if strength is None else {"strength": strength}))
+    if strength:
         raise ConfigError(
             f"the method {kind} has no strength",
             got=strength,
             allowed="0, or none",
             fix=f"set one of: {', '.join(known)}" if known else "leave it out",
         )
-    return METHODS[kind](strength, **options)
+    return METHODS[kind](**options)

@@ -20,14 +20,11 @@ from retain.retention.method import Method, Task
 
 __all__ = ["OSF"]
 
-_REASON = "PEFT's OSF is a way of tuning of its own"
-
 
 class OSF(Method):
     """Orthogonal subspace fine-tuning; see the module. It needs the adapter ``osf``.
 
     Args:
-        strength: means nothing here; see `preserve`.
         preserve: the share of each weight's singular directions that the first task leaves alone.
         grow: freeze more for each further task: of n tasks, the t-th (from 0) has
             ``preserve + (1 - preserve) t / n``.
@@ -39,12 +36,12 @@ class OSF(Method):
     name: ClassVar[str] = "osf"
     adapters: ClassVar[frozenset[str]] = frozenset({"osf"})
     why_not: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("lora", "full", "bottleneck", "prefix"), _REASON
+        ("lora", "full", "bottleneck", "prefix"), "PEFT's OSF is a way of tuning of its own"
     )
     weighted: ClassVar[bool] = False
 
-    def __init__(self, strength: float = 0.0, *, preserve: float = 0.5, grow: bool = True) -> None:
-        super().__init__(strength)
+    def __init__(self, *, preserve: float = 0.5, grow: bool = True) -> None:
+        super().__init__()
         if not (math.isfinite(preserve) and 0 < preserve < 1):
             raise ConfigError(
                 "preserve is no share",

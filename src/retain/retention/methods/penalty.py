@@ -142,6 +142,8 @@ class Penalty(CurvatureMethod, ABC):
 class FittedPenalty(Penalty):
     """The same with a curvature that is measured. Without source text nothing holds the first task.
 
+    A member says the curvature's structure.
+
     Args:
         strength: see `Penalty`.
         space: ``weight`` or ``adapter``; see `retain.types.Space`.
@@ -152,9 +154,7 @@ class FittedPenalty(Penalty):
         rank: of sketched factors; see `retain.fit_curvature`.
         source_weight: of the source text's curvature; 0 leaves it out.
         task_weight: of each task's.
-        update: see `Penalty`.
-        consolidate: see `Penalty`.
-        budget: see `Penalty`.
+        **options: of `Penalty`.
 
     Raises:
         ConfigError: a value out of range.
@@ -173,32 +173,26 @@ class FittedPenalty(Penalty):
         rank: int | None = None,
         source_weight: float = 1.0,
         task_weight: float = 1.0,
-        update: Update = "gradient",
-        consolidate: bool = True,
-        budget: float | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(strength, update=update, consolidate=consolidate, budget=budget)
+        super().__init__(strength, **options)
         for name, weight in (("source_weight", source_weight), ("task_weight", task_weight)):
             check_number(f"{name} is out of range", weight, f"{name}: 1")
         FitSettings(self.structure, space, fisher, samples=samples, rows=rows, rank=rank)
-        self.rows = rows
-        self.source_weight, self.task_weight = source_weight, task_weight
-        self.options: dict[str, Any] = {
-            "space": space, "fisher": fisher, "samples": samples, "rank": rank
-        }  # fmt: skip
+        self.rows, self.source_weight, self.task_weight = rows, source_weight, task_weight
+        self.options = {"space": space, "fisher": fisher, "samples": samples, "rank": rank}
 
     def at_begin(self, context: Context) -> Curvature | None:
         if not context.source or not self.source_weight:
             return None
-        return _weighted(self.source_weight, self.fit(context.source, None, context.seed))
+        return self.source_weight * self.fit(context.source, None, context.seed)
 
     def joined(self, curvature: Curvature | None, task: Task) -> Curvature | None:
         if curvature is not None:
             curvature = reanchored(curvature, self.context.adapter.model)
         if not self.task_weight:
             return curvature
-        found = self.fit(choose(task.examples, self.rows, task.seed), task.columns, task.seed)
-        found = _weighted(self.task_weight, found)
+        found = self.task_weight * self.fit(task.examples, task.columns, task.seed)
         return found if curvature is None else curvature + found
 
     def fit(self, examples: Sequence[Example], columns: slice | None, seed: int) -> Curvature:
@@ -289,7 +283,3 @@ def _answering(model: nn.Module, columns: slice | None) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _weighted(weight: float, curvature: Curvature) -> Curvature:
-    return curvature if weight == 1 else weight * curvature

@@ -31,7 +31,6 @@ class Replay(Method):
     them. A classifier answers each with the columns of its own task.
 
     Args:
-        strength: means nothing here; see `share`.
         share: of each finished task's rows that are kept, at least one; 0 is plain training.
         per_task: how many are kept, in place of a share.
 
@@ -43,10 +42,8 @@ class Replay(Method):
     stores_data: ClassVar[bool] = True
     weighted: ClassVar[bool] = False
 
-    def __init__(
-        self, strength: float = 0.0, *, share: float = 0.1, per_task: int | None = None
-    ) -> None:
-        super().__init__(strength)
+    def __init__(self, *, share: float = 0.1, per_task: int | None = None) -> None:
+        super().__init__()
         check_number("the share is out of range", share, "share: 0.1", most=1)
         if per_task is not None:
             check_number("per_task is negative", per_task, "per_task: 100")
@@ -77,7 +74,6 @@ class SelfReplay(Method):
     of one token: `max_length` and `share` together say how much.
 
     Args:
-        strength: means nothing here; see `share`.
         share: sampled rows for each row of a task, at least one; 0 is plain training.
         rows: how many are sampled. Where a task asks for more, they come again.
         max_length: tokens of a sample.
@@ -93,14 +89,13 @@ class SelfReplay(Method):
 
     def __init__(
         self,
-        strength: float = 0.0,
         *,
         share: float = 0.1,
         rows: int = 128,
         max_length: int = 64,
         temperature: float = 1.0,
     ) -> None:
-        super().__init__(strength)
+        super().__init__()
         check_number("the share is out of range", share, "share: 0.1")
         check_number("rows is too small", rows, "rows: 128", least=1)
         check_number("max_length is too small", max_length, "max_length: 64", least=2)

@@ -24,7 +24,6 @@ class Soften(CurvatureMethod):
     """Plain LoRA that is softened after each task; see the module.
 
     Args:
-        strength: means nothing here; see `budget`.
         budget: nats per token of source text, for all tasks together.
         rows: rows of the source text, and of each task, whose curvature is measured.
         probe: rows of the source text on which the KL is measured.
@@ -41,10 +40,8 @@ class Soften(CurvatureMethod):
         "classifier": "a new head has no answers of the base model to be held to",
     }
 
-    def __init__(
-        self, strength: float = 0.0, *, budget: float = 0.02, rows: int = 64, probe: int = 16
-    ) -> None:
-        super().__init__(strength)
+    def __init__(self, *, budget: float = 0.02, rows: int = 64, probe: int = 16) -> None:
+        super().__init__()
         check_budget(budget)
         for name, count in (("rows", rows), ("probe", probe)):
             check_number(f"{name} is too small", count, f"{name}: 16", least=1)
