@@ -69,7 +69,7 @@ def method_options(kind: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for member in METHODS[kind].__mro__:  # `**options` stand for those of the class above
         if "__init__" in vars(member):
-            parameters = inspect.signature(member.__init__).parameters.values()
+            parameters = inspect.signature(vars(member)["__init__"]).parameters.values()
             found |= {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
             if not any(p.kind == p.VAR_KEYWORD for p in parameters):
                 break
