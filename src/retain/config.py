@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -22,7 +22,13 @@ from retain.documents import read_mapping
 from retain.errors import ConfigError, shown, unknown
 from retain.types import STRONGEST, Update
 
-__all__ = ["AdapterConfig", "RunConfig", "TrainConfig", "read_config", "read_settings", "validate"]
+__all__ = [
+    "DTYPES", "AdapterConfig", "Measured", "Options", "Precision", "RunConfig", "TrainConfig",
+    "read_config", "read_settings", "validate",
+]  # fmt: skip
+
+Precision = Literal["float32", "bfloat16", "float64"]
+DTYPES: tuple[str, ...] = get_args(Precision)
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -43,6 +49,25 @@ class _Strict(BaseModel):
         if isinstance(value, str) and (not value.strip() or "\0" in value):
             raise ValueError("text that is not empty")
         return value
+
+
+class Options(BaseModel):
+    """Settings of a command, whose options are its fields, descriptions and defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Measured(Options):
+    """Text on which a model is measured."""
+
+    rows: int = Field(64, ge=1, description="Read at most so many texts")
+    max_length: int = Field(128, ge=2, description="Cut texts to so many tokens")
+    batch_size: int = Field(8, ge=1, description="Texts at once")
+    seed: int = Field(0, ge=0, description="Seed of the text")
+    dtype: Precision = Field("float32", description=f"Precision: {', '.join(DTYPES)}")
+    trust_remote_code: bool = Field(
+        False, description="Run code that comes with the model. For models you trust"
+    )
 
 
 class AdapterConfig(_Strict):
@@ -84,6 +109,13 @@ class TrainConfig(_Strict):
         if self.batch_size % self.accumulation:
             raise ValueError("batch_size must be a multiple of accumulation")
         return self
+
+    @field_validator("max_steps")
+    @classmethod
+    def _none_or_some(cls, value: int) -> int:
+        if value < 1 and value != -1:
+            raise ValueError("1 or more; -1 for as many as the epochs have")
+        return value
 
     @property
     def micro_batch(self) -> int:

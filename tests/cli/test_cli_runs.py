@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from retain.cli import main
-from retain.cli.options import DTYPES, name_list
-from retain.config import RunConfig
+from retain.cli.options import name_list
+from retain.config import DTYPES, RunConfig
 from retain.errors import ConfigError
 from retain.records import finite
 from retain.runs.bases import problem_count

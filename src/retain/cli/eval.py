@@ -2,76 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from retain.cli.options import (
-    DTYPES,
-    AsJson,
-    BatchSize,
-    DType,
-    MaxLength,
-    Quiet,
-    Screen,
-    Trust,
-    check_choices,
-    check_file,
-)
+from retain.cli.options import Screen, check_file, command
+from retain.runs.eval import EvalConfig, eval_run
 
 __all__ = ["EXAMPLE", "evaluate"]
 
 EXAMPLE = "Example: retain eval --adapter runs/held/adapter --probe --task word-problems:100"
 
 
-def evaluate(
-    adapter: Annotated[
-        Path | None, typer.Option(help="Folder of the PEFT adapter, such as runs/held/adapter.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The base model; the one that the adapter names by default.")
-    ] = None,
-    source: Annotated[
-        str | None,
-        typer.Option(help="Text to measure forgetting on; by default the base writes it anew."),
-    ] = None,
-    probe: Annotated[
-        bool, typer.Option("--probe", help="Also ask the knowledge questions, before and after.")
-    ] = False,
-    task: Annotated[
-        str | None, typer.Option(help="Also score a task, before and after: word-problems[:N].")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the result to this JSON file.")
-    ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Read at most so many texts.")] = 64,
-    max_length: MaxLength = 128,
-    batch_size: BatchSize = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the text and of the task.")] = 0,
-    dtype: DType = "float32",
-    trust_remote_code: Trust = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
+@command(EvalConfig)
+def evaluate(config: EvalConfig, screen: Screen) -> None:
     """Measure what the model forgot, and what it learned, with an adapter on."""
-    from retain.runs.eval import Sizes, eval_run
-
-    screen = Screen(as_json, quiet)
-    check_choices(("dtype", dtype, DTYPES))
-    out = out and check_file(out)
-    result = eval_run(
-        adapter, model=model, source=source, probe=probe, task=task, out=out,
-        sizes=Sizes(rows, max_length, batch_size), seed=seed, dtype=dtype,
-        trust_remote_code=trust_remote_code, messages=screen,
-    )  # fmt: skip
-    _tell(screen, result, out)
-    screen.emit(result)
-
-
-def _tell(screen: Screen, result: dict[str, Any], out: Path | None) -> None:
-    kept = result["forgetting"]
+    out = config.out and check_file(config.out)
+    result = eval_run(config.model_copy(update={"out": out}), screen)
+    kept: dict[str, Any] = result["forgetting"]
     low, high = kept["kl_interval"]
     spread = f"{kept['kl']:.3g} [{low:.3g}, {high:.3g}]"
     rows = [
@@ -87,3 +34,4 @@ def _tell(screen: Screen, result: dict[str, Any], out: Path | None) -> None:
     screen.table("base and tuned", ["", "base", "with the adapter"], rows)
     if out is not None:
         screen.say(f"{out}\nnext: retain report {quote(str(out))}")
+    screen.emit(result)

@@ -1,43 +1,119 @@
-"""What the commands share: options, output as text or JSON, and checks that come first."""
+"""What commands share: options from settings, output as text or JSON, and first checks."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
+import types
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
+from retain.config import Measured, validate
 from retain.errors import OutputError, unknown
 from retain.files import check_folder, first_rank
 from retain.runs.messages import Messages
 
 __all__ = [
-    "DTYPES", "AdapterRank", "AsJson", "BatchSize", "DType", "MaxLength", "Quiet", "Screen",
-    "Targets", "Trust", "check_choices", "check_file", "name_list", "quieten",
+    "COMMON", "AsJson", "Quiet", "Screen", "check_choices", "check_file", "command", "name_list",
+    "option", "quieten", "signed",
 ]  # fmt: skip
-
-DTYPES = ("float32", "bfloat16", "float64")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Trust = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code", help="Run code that comes with the model. For models you trust."
-    ),
+
+_SHORT = {"out": "-o", "output": "-o", "config": "-c"}
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def command(
+    config: type[Config], *arguments: str
+) -> Callable[[Callable[[Config, Screen], None]], Callable[..., None]]:
+    """Makes a command of a function of checked settings and a screen.
+
+    Args:
+        config: the settings; each field is an option, with its default, bounds and description.
+        *arguments: fields that are arguments, not options.
+    """
+    shared = Measured.model_fields
+
+    def made(act: Callable[[Config, Screen], None]) -> Callable[..., None]:
+        def run(*, as_json: bool, quiet: bool, **given: Any) -> None:
+            act(validate(given, config), Screen(as_json, quiet))
+
+        fields = dict(sorted(config.model_fields.items(), key=lambda f: f[0] in shared))
+        every = [
+            *(option(name, fields[name], argument=True) for name in arguments),
+            *(option(name, field) for name, field in fields.items() if name not in arguments),
+        ]
+        return signed(run, act.__doc__, [*every, *COMMON])
+
+    return made
+
+
+def option(
+    name: str, field: FieldInfo, *, argument: bool = False, unset: bool = False
+) -> inspect.Parameter:
+    """A field as a parameter that typer reads.
+
+    Args:
+        name: of the option.
+        field: with a description.
+        argument: it has no name on the command line.
+        unset: None where it is not given; its default is said in the help, and its bounds are left
+            to whoever checks the settings.
+    """
+    kind, text = _type(field.annotation), field.description or ""
+    default = inspect.Parameter.empty if field.is_required() else field.default
+    if unset:
+        if not field.is_required() and not any(default is v for v in (None, False, -1)):
+            text += f" ({default:g})" if isinstance(default, float) else f" ({default})"
+        default, kind = None, kind | None
+    elif type(None) in get_args(field.annotation):
+        kind = kind | None
+    least = [m.ge for m in field.metadata if hasattr(m, "ge") and not unset]
+    bounds: Any = {"help": f"{text}.", "min": least[0] if least else None}
+    flag = f"--{name.replace('_', '-')}"
+    flags = [flag, *([_SHORT[name]] if name in _SHORT else [])]
+    made = typer.Option(*flags, **bounds)
+    if argument:
+        made = typer.Argument(metavar=name.upper(), **bounds)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, made]
+    )
+
+
+COMMON = [
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+    for name, kind in (("as_json", AsJson), ("quiet", Quiet))
 ]
-DType = Annotated[str, typer.Option(help=f"Precision: {', '.join(DTYPES)}.")]
-MaxLength = Annotated[int, typer.Option(min=2, help="Cut texts to so many tokens.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Texts at once.")]
-AdapterRank = Annotated[int, typer.Option(min=1, help="Rank of the adapter.")]
-Targets = Annotated[
-    str, typer.Option(help="Layers that get an adapter: all-linear, or names with commas.")
-]
+
+
+def signed(
+    run: Callable[..., None], doc: str | None, every: Sequence[inspect.Parameter]
+) -> Callable[..., None]:
+    """A function with the parameters that typer is to see."""
+    run.__doc__ = doc
+    run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in every}
+    return run
+
+
+def _type(annotation: Any) -> Any:
+    """What the command line reads for a field: text, unless it can only be of one other type."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        kinds = {_type(part) for part in get_args(annotation)} - {type(None)}
+        return kinds.pop() if len(kinds) == 1 else str
+    plain = (int, float, bool, Path, list[str], type(None))
+    return annotation if annotation in plain else str
 
 
 class Screen(Messages):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+from pydantic import Field
 
-from retain.cli.options import AsJson, Quiet, Screen, Trust, check_choices, name_list, quieten
+from retain.cli.options import Screen, check_choices, command, name_list, quieten
+from retain.config import Options
 from retain.curvature.blocks.ranks import RANKS, USUAL_RANK, WHOLE, factor_rank_of
 from retain.curvature.blocks.registry import names as structures
 from retain.curvature.plan import SEQUENCE, Cost, cost
@@ -20,48 +21,44 @@ __all__ = ["EXAMPLE", "plan"]
 EXAMPLE = "Example: retain plan meta-llama/Meta-Llama-3-8B"
 
 
-def plan(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A built-in name (smollm2-135m), a hub id, a folder, a config.json or a .gguf "
-            "file. Only the configuration is read.",
-        ),
-    ],
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
-    targets: Annotated[
-        str, typer.Option(help="Layers that get an adapter: all-linear, or names with commas.")
-    ] = "all-linear",
-    factor_rank: Annotated[
-        str, typer.Option(help=f"Sketch wide factors by so many directions each; {RANKS}.")
-    ] = "auto",
-    structure: Annotated[
-        str, typer.Option(help=f"all, or one of {', '.join(structures())}.")
-    ] = "all",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a training step.")] = 512,
-    num_labels: Annotated[
-        int | None, typer.Option(min=2, help="A classifier with so many classes.")
-    ] = None,
-    trust_remote_code: Trust = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
+class PlanConfig(Options):
+    """Settings of ``retain plan``."""
+
+    model: str = Field(
+        description="A built-in name (smollm2-135m), a hub id, a folder, a config.json or a .gguf "
+        "file. Only the configuration is read"
+    )
+    rank: int = Field(16, ge=1, description="Rank of the adapter")
+    targets: str = Field(
+        "all-linear", description="Layers that get an adapter: all-linear, or names with commas"
+    )
+    factor_rank: str = Field(
+        "auto", description=f"Sketch wide factors by so many directions each; {RANKS}"
+    )
+    structure: str = Field("all", description=f"all, or one of {', '.join(structures())}")
+    tokens: int = Field(512, ge=1, description="Tokens of a training step")
+    num_labels: int | None = Field(None, ge=2, description="A classifier with so many classes")
+    trust_remote_code: bool = Field(
+        False, description="Run code that comes with the model. For models you trust"
+    )
+
+
+@command(PlanConfig, "model")
+def plan(config: PlanConfig, screen: Screen) -> None:
     """Say what a curvature will cost: memory, time to fit, work a training step."""
-    check_choices(("structure", structure, ("all", *structures())))
-    sketches = factor_rank_of(factor_rank)
-    screen = Screen(as_json, quiet)
+    check_choices(("structure", config.structure, ("all", *structures())))
+    sketches = factor_rank_of(config.factor_rank)
     quieten(False)
     from retain.models.skeleton import load_skeleton, outline
 
-    found = outline(
-        load_skeleton(model, num_labels=num_labels, trust_remote_code=trust_remote_code),
-        rank=rank,
-        targets=name_list(targets),
+    rank, tokens = config.rank, config.tokens
+    skeleton = load_skeleton(
+        config.model, num_labels=config.num_labels, trust_remote_code=config.trust_remote_code
     )
+    found = outline(skeleton, rank=rank, targets=name_list(config.targets))
     costs = {
         name: cost(name, found, rank=rank, factor_rank=sketches, tokens=tokens)
-        for name in (structures() if structure == "all" else (structure,))
+        for name in (structures() if config.structure == "all" else (config.structure,))
     }
     notes = list(found.notes)
     if missing := [name for name, c in costs.items() if c is None]:
@@ -69,7 +66,7 @@ def plan(
     adapter = sum(rank * sum(shape) for shape in found.layers.values())
     inputs = len(set(found.shared.values()))
     screen.say(
-        f"{model}: {found.kind}, {_count(found.parameters)} weights, none loaded\n"
+        f"{config.model}: {found.kind}, {_count(found.parameters)} weights, none loaded\n"
         f"{len(found.layers)} LoRA layers of rank {rank} ({_count(adapter)} weights), "
         f"{inputs} distinct inputs{_sharing(found)}"
     )
@@ -93,12 +90,12 @@ def plan(
     )
     screen.emit(
         {
-            "model": model,
+            "model": config.model,
             "kind": found.kind,
             "parameters": found.parameters,
             "linear_work": found.linear,
             "head_work": found.head,
-            "targets": targets,
+            "targets": config.targets,
             "rank": rank,
             "factor_rank": sketches,
             "tokens": tokens,
@@ -115,17 +112,11 @@ def plan(
     )
 
 
-def _row(name: str, found: Cost | None) -> list[str]:
-    if found is None:
+def _row(name: str, c: Cost | None) -> list[str]:
+    if c is None:
         return [name, *["-"] * 5]
-    return [
-        name,
-        _size(found.stored_bytes),
-        _size(found.fitting_bytes),
-        f"{found.passes:.2f}",
-        _percent(100 * found.step_overhead),
-        _size(found.step_reads),
-    ]
+    stored, fitting, reads = map(_size, (c.stored_bytes, c.fitting_bytes, c.step_reads))
+    return [name, stored, fitting, f"{c.passes:.2f}", _percent(100 * c.step_overhead), reads]
 
 
 def _sharing(found: Outline) -> str:

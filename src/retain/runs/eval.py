@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from pydantic import Field
+
+from retain.config import Measured
 from retain.errors import ConfigError, MismatchError, ModelError, unknown
 from retain.files import clear_scratch, locked, write_json
 from retain.records import finite
@@ -15,44 +18,39 @@ from retain.runs.folders import check_result
 from retain.runs.messages import Messages, interruption
 from retain.runs.records import TRAIN, TrainRecord, read_record
 
-__all__ = ["Sizes", "check_finite", "eval_run", "own_text"]
+__all__ = ["EvalConfig", "check_finite", "eval_run", "own_text"]
 
 
-class Sizes(NamedTuple):
-    """Text that is measured on: rows at most, tokens of each at most, rows at once."""
+class EvalConfig(Measured):
+    """Settings of ``retain eval``."""
 
-    rows: int
-    max_length: int
-    batch_size: int
+    adapter: Path | None = Field(
+        None, description="Folder of the PEFT adapter, such as runs/held/adapter"
+    )
+    model: str | None = Field(
+        None, description="The base model; the one that the adapter names by default"
+    )
+    source: str | None = Field(
+        None, description="Text to measure forgetting on; by default the base writes it anew"
+    )
+    probe: bool = Field(False, description="Also ask the knowledge questions, before and after")
+    task: str | None = Field(
+        None, description="Also score a task, before and after: word-problems[:N]"
+    )
+    out: Path | None = Field(None, description="Write the result to this JSON file")
 
 
-def eval_run(
-    adapter: Path | None, *, model: str | None, source: str | None, probe: bool, task: str | None,
-    out: Path | None, sizes: Sizes, seed: int, dtype: str, trust_remote_code: bool,
-    messages: Messages,
-) -> dict[str, Any]:  # fmt: skip
+def eval_run(config: EvalConfig, messages: Messages) -> dict[str, Any]:
     """Measures a model with the adapter of a folder against its base.
 
-    Args:
-        adapter: the folder.
-        model: the base; None for the one that the adapter names.
-        source: text to measure forgetting on; None lets the base write it.
-        probe: ask the knowledge questions, before and after.
-        task: to score, before and after: ``word-problems[:N]``.
-        out: a file for the result.
-        sizes: of the text.
-        seed: of the text and of the task.
-        dtype: of the base's weights.
-        trust_remote_code: run code that comes with the model.
-        messages: where to say what is done.
-
     Returns:
-        The result.
+        The result, a `retain.result/1`, which is in ``config.out`` too, if there is one.
 
     Raises:
         RetainError: what is missing, damaged, or of another model.
         Interrupted: Ctrl-C.
     """
+    adapter, task, out = config.adapter, config.task, config.out
     problems = problem_count(task, "test") if task is not None else 0
     if problems is None:
         raise unknown("task", str(task), ["word-problems"])
@@ -65,29 +63,32 @@ def eval_run(
         )
     if out is not None:
         check_result(out)
-    name = base_of(adapter, model)
+    name = base_of(adapter, config.model)
     messages.libraries()
     from retain.data.draws import HELD_OUT
     from retain.data.sources import read_rows
     from retain.models.saved import load_adapter
 
     text = None
-    if source is not None:
-        text = read_rows(source, sizes.rows, seed=HELD_OUT + seed, max_length=sizes.max_length)
+    if config.source is not None:
+        seed = HELD_OUT + config.seed
+        text = read_rows(config.source, config.rows, seed=seed, max_length=config.max_length)
     with interruption("nothing was written"):
         messages.say(f"loading {name}")
         base, tokenizer, _ = load_base(
-            name, None if model else "the adapter", dtype=dtype, trust_remote_code=trust_remote_code
-        )
+            name, None if config.model else "the adapter", dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+        )  # fmt: skip
         tuned = load_adapter(base, adapter)
         record = _record_beside(adapter, tuned)
         if record is None:
             messages.note(
                 "no train.json beside the adapter: that this is its base model is not checked"
             )
-        found = _measure(tuned, tokenizer, text, sizes, seed, probe, problems, messages)
-    result = _result(name, dtype, seed, tuned, record, found, source or "self", adapter)
-    result = dict(finite(result | {"notes": messages.notes}))
+        found = _measure(tuned, tokenizer, text, config, problems, messages)
+    result = dict(finite(
+        _result(name, config, tuned, record, found) | {"notes": messages.notes}
+    ))  # fmt: skip
     if out is not None:
         with locked(out, file=True):
             clear_scratch(out)
@@ -114,15 +115,15 @@ def _record_beside(adapter: Path, model: Any) -> TrainRecord | None:
     return record
 
 
-def own_text(model: Any, tokenizer: Any, sizes: Sizes, seed: int, messages: Messages) -> list[Any]:
+def own_text(model: Any, tokenizer: Any, config: Measured, messages: Messages) -> list[Any]:
     """Text that the base model writes, other than what ``retain fit`` reads with that seed."""
     from retain.data.draws import HELD_OUT
     from retain.models.generating import sample_rows
 
     messages.say("the base model writes the text that forgetting is measured on")
     return sample_rows(
-        model, tokenizer, count=sizes.rows, max_length=sizes.max_length, seed=HELD_OUT + seed,
-        progress=messages.progress,
+        model, tokenizer, count=config.rows, max_length=config.max_length,
+        seed=HELD_OUT + config.seed, progress=messages.progress,
     )  # fmt: skip
 
 
@@ -138,9 +139,8 @@ def check_finite(kl: float) -> None:
 
 
 def _measure(
-    model: Any, tokenizer: Any, source: Any, sizes: Sizes, seed: int, probe: bool, problems: int,
-    messages: Messages,
-) -> dict[str, Any]:  # fmt: skip
+    model: Any, tokenizer: Any, source: Any, config: EvalConfig, problems: int, messages: Messages
+) -> dict[str, Any]:
     """Forgetting on source text, and the probe and the task where they are asked for."""
     from retain.data.draws import HELD_OUT
     from retain.data.problems import word_problems
@@ -150,11 +150,11 @@ def _measure(
     from retain.models.off import adapter_off
 
     if source is None:
-        source = own_text(model, tokenizer, sizes, seed, messages)
+        source = own_text(model, tokenizer, config, messages)
     progress = messages.progress
     forgetting = measure_forgetting(
-        model, source, tokenizer=tokenizer, seed=HELD_OUT + seed, progress=progress,
-        **sizes._asdict(),
+        model, source, tokenizer=tokenizer, rows=config.rows, max_length=config.max_length,
+        batch_size=config.batch_size, seed=HELD_OUT + config.seed, progress=progress,
     )  # fmt: skip
     check_finite(forgetting.kl)
 
@@ -168,22 +168,21 @@ def _measure(
         }
 
     def solved() -> tuple[int, int]:
-        given = word_problems("test", problems, seed)
+        given = word_problems("test", problems, config.seed)
         return problem_score(model, tokenizer, given, progress=progress)[0], problems
 
     return {
         "forgetting": forgetting.to_dict(),
         "probe": both(lambda: knowledge_score(model, tokenizer, progress=progress))
-        if probe
+        if config.probe
         else None,
         "task": both(solved) if problems else None,
     }
 
 
 def _result(
-    name: str, dtype: str, seed: int, model: Any, record: TrainRecord | None,
-    found: dict[str, Any], source: str, adapter: Path,
-) -> dict[str, Any]:  # fmt: skip
+    name: str, config: EvalConfig, model: Any, record: TrainRecord | None, found: dict[str, Any]
+) -> dict[str, Any]:
     """A `retain.result/1`: what was measured by name, and as the rows that the report reads."""
     from retain.models.sites import lora_sites
     from retain.provenance import provenance
@@ -215,12 +214,13 @@ def _result(
             row["target"] = {"exact_match": score.pop("accuracy"), **score}
     learned = record.config.data if record else "unknown"
     return {
-        "schema": "retain.result/1", "kind": "eval", **provenance(seed), "adapter": str(adapter),
-        "model": {"name": name, "parameters": frozen, "trainable": trained, "dtype": dtype},
+        "schema": "retain.result/1", "kind": "eval", **provenance(config.seed),
+        "adapter": str(config.adapter),
+        "model": {"name": name, "parameters": frozen, "trainable": trained, "dtype": config.dtype},
         "task": {
             "name": "word-problems" if task else learned,
             "test": task and task["tuned"]["items"], "metric": "exact_match",
         },
-        "source": {"name": source, "heldout_tokens": forgetting["tokens"]},
+        "source": {"name": config.source or "self", "heldout_tokens": forgetting["tokens"]},
         "forgetting": forgetting, "knowledge": probe, "exact_match": task, "rows": rows,
     }  # fmt: skip

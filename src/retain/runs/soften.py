@@ -7,15 +7,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
+from retain.config import Measured
 from retain.errors import ConfigError
 from retain.files import check_folder, file_digest, locked, whole_file, write_json
 from retain.records import finite
 from retain.runs.bases import base_of, load_base
-from retain.runs.eval import Sizes, check_finite, own_text
+from retain.runs.eval import check_finite, own_text
 from retain.runs.folders import check_soften
 from retain.runs.messages import Messages, interruption
 
-__all__ = ["soften_run"]
+__all__ = ["SoftenConfig", "soften_run"]
 
 SCHEMA = "retain.soften/1"
 MEASURED = 5
@@ -24,30 +27,46 @@ MEASURED = 5
 Pictures = Callable[[dict[str, Any]], Mapping[str, bytes]]
 
 
-def soften_run(
-    adapter: Path, curvature: Path, *, budget: float, out: Path, target: Path | None,
-    model: str | None, depth: int | None, epsilon: float, points: int, measure: bool,
-    source: str | None, sizes: Sizes, seed: int, dtype: str, trust_remote_code: bool,
-    pictures: Pictures, messages: Messages,
-) -> dict[str, Any]:  # fmt: skip
+class SoftenConfig(Measured):
+    """Settings of ``retain soften``."""
+
+    adapter: Path = Field(description="Folder of the finished PEFT adapter")
+    curvature: Path = Field(
+        description="Of what must not be forgotten: a file of retain fit, weight space"
+    )
+    budget: float = Field(
+        description="Forgetting to end at, nats per token: measured with --measure"
+    )
+    out: Path = Field(description="Folder of the results")
+    target_curvature: Path | None = Field(
+        None,
+        description="Of the task's rows, fitted with --adapter ADAPTER; plain distance without one",
+    )
+    model: str | None = Field(
+        None, description="The base model; the one that the adapter names by default"
+    )
+    depth: int | None = Field(
+        None, ge=0,
+        description="Of the subspaces: deeper is nearer to the optimum, and slower (2 or 1)",
+    )  # fmt: skip
+    epsilon: float = Field(
+        1e-3, description="Damping of the target's curvature, relative to its mean"
+    )
+    points: int = Field(12, ge=2, description="Points of the curve")
+    measure: bool = Field(
+        False, description="The budget is of measured KL; some points of the curve are measured"
+    )
+    source: str | None = Field(
+        None, description="Text for --measure; by default the base model writes it"
+    )
+    rows: int = Field(16, ge=1, description="Measure on at most so many texts")
+
+
+def soften_run(config: SoftenConfig, pictures: Pictures, messages: Messages) -> dict[str, Any]:
     """Writes the softened adapter, ``soften.json`` and pictures into a folder.
 
     Args:
-        adapter: folder of the finished PEFT adapter.
-        curvature: file of the source's curvature, in weight space.
-        budget: nats per token to end at, predicted ones, or measured ones with `measure`.
-        out: the folder.
-        target: file of the task's curvature; None for plain distance.
-        model: the base; None for the one that the adapter names.
-        depth: of the subspaces.
-        epsilon: the target's damping, relative to its mean.
-        points: of the curve.
-        measure: the KL of some points on held-out text.
-        source: that text; None lets the base write it.
-        sizes: of that text.
-        seed: of that text.
-        dtype: of the base's weights.
-        trust_remote_code: run code that comes with the model.
+        config: the settings.
         pictures: draws the record, by the files' names.
         messages: where to say what is done.
 
@@ -58,6 +77,8 @@ def soften_run(
         RetainError: whatever `retain.soften` refuses, or files that cannot be read or written.
         Interrupted: Ctrl-C.
     """
+    c, adapter, target, seed = config, config.adapter, config.target_curvature, config.seed
+    source, measure, budget = config.source, config.measure, config.budget
     if source is not None and not measure:
         raise ConfigError(
             "--source is the text to measure on, and nothing is measured",
@@ -65,7 +86,7 @@ def soften_run(
             allowed="both or none",
             fix="add --measure",
         )
-    out = out.expanduser()
+    out = c.out.expanduser()
     if (out / "adapter").resolve() == adapter.expanduser().resolve():
         raise ConfigError(
             "the output would take the place of the adapter",
@@ -74,7 +95,7 @@ def soften_run(
             fix="choose another --out",
         )
     check_folder(out)
-    name = base_of(adapter, model)
+    name = base_of(adapter, c.model)
     messages.libraries()
     from retain.curvature.curvature import load_curvature
     from retain.data.draws import HELD_OUT
@@ -90,37 +111,37 @@ def soften_run(
         check_budget(budget)
         text = None
         if source is not None:
-            text = read_rows(source, sizes.rows, seed=HELD_OUT + seed, max_length=sizes.max_length)
+            text = read_rows(source, c.rows, seed=HELD_OUT + seed, max_length=c.max_length)
         with interruption("nothing was written"):
-            far = load_curvature(curvature)
+            far = load_curvature(c.curvature)
             near = None if target is None else load_curvature(target)
             messages.say(f"loading {name}")
             base, tokenizer, _ = load_base(
-                name, None if model else "the adapter", dtype=dtype,
-                trust_remote_code=trust_remote_code,
+                name, None if c.model else "the adapter", dtype=c.dtype,
+                trust_remote_code=c.trust_remote_code,
             )  # fmt: skip
             tuned = load_adapter(base, adapter)
             start = time.perf_counter()
-            soft = soften(tuned, far, target=near, depth=depth, epsilon=epsilon)
-            kl = _held_out_kl(tuned, tokenizer, text, sizes, seed, messages) if measure else None
-            chosen, curve = _curve(soft, budget, points, kl)
+            soft = soften(tuned, far, target=near, depth=c.depth, epsilon=c.epsilon)
+            kl = _held_out_kl(tuned, tokenizer, text, c, messages) if measure else None
+            chosen, curve = _curve(soft, budget, c.points, kl)
             record: dict[str, Any] = finite({
                 "schema": SCHEMA, **provenance(seed),
-                "start": str(adapter), "curvature": str(curvature),
+                "start": str(adapter), "curvature": str(c.curvature),
                 "target_curvature": target and str(target),
                 "source": (source or "self") if measure else None,
-                "model": {"name": name, "dtype": dtype, "fingerprint": fingerprint(tuned)},
+                "model": {"name": name, "dtype": c.dtype, "fingerprint": fingerprint(tuned)},
                 "unit": "half a squared distance" if near is None else "nats per token",
                 "info": far.info.to_dict(),
                 "target_info": near and near.info.to_dict(),
                 "target_around": near and ("adapter" if near.anchor else "base"),
                 "budget": budget, "budget_of": "measured" if measure else "predicted",
-                "inside": chosen["mu"] == 0, "depth": soft.depth, "epsilon": epsilon,
+                "inside": chosen["mu"] == 0, "depth": soft.depth, "epsilon": c.epsilon,
                 "chosen": chosen, "curve": curve,
                 "seconds": time.perf_counter() - start,
                 "digests": {
                     "start": adapter_digest(adapter.expanduser()),
-                    "curvature": file_digest(curvature.expanduser()),
+                    "curvature": file_digest(c.curvature.expanduser()),
                     "target_curvature": target and file_digest(target.expanduser()),
                 },
                 "notes": messages.notes,
@@ -146,7 +167,7 @@ def soften_run(
 
 
 def _held_out_kl(
-    model: Any, tokenizer: Any, rows: Any, sizes: Sizes, seed: int, messages: Messages
+    model: Any, tokenizer: Any, rows: Any, config: Measured, messages: Messages
 ) -> Callable[[], dict[str, Any]]:
     """Measures the model as it then is against the base; without rows on text of the base."""
     from retain.data.draws import HELD_OUT, sample
@@ -156,15 +177,15 @@ def _held_out_kl(
     from retain.models.sizes import check_sizes
 
     if rows is None:
-        rows = own_text(model, tokenizer, sizes, seed, messages)
+        rows = own_text(model, tokenizer, config, messages)
     regression = is_regression(model)
     every = encode(
-        rows, tokenizer, max_length=sizes.max_length, causal=is_causal(model), loss="source",
+        rows, tokenizer, max_length=config.max_length, causal=is_causal(model), loss="source",
         regression=regression,
     )  # fmt: skip
-    examples = sample(every, sizes.rows, HELD_OUT + seed)
+    examples = sample(every, config.rows, HELD_OUT + config.seed)
     check_sizes(model, examples, tokenizer, labels=not regression)
-    batch = min(sizes.batch_size, len(examples))
+    batch = min(config.batch_size, len(examples))
     base = Reference(model, examples, batch_size=batch, progress=messages.progress)
 
     def measured() -> dict[str, Any]:
