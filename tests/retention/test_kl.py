@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
-from sequences import alone, attach, batch_of, begun, context, method_of, shaken, source, tasks_of
+from sequences import alone, attach, batch_of, begun, method_of, shaken, source, tasks_of
 
+from retain.data.batches import Example
 from retain.errors import SourceError
+from retain.models.adapters.base import Adapter
 from retain.models.forward import forward_logits
-from retain.retention.method import Task
+from retain.retention.method import Method, Task
 from retain.retention.methods.kl import _said, logit_divergence, masked_divergence
 from tiny import relative
 
@@ -22,15 +24,37 @@ def naive_kl(base: list[float], tuned: list[float], skip: int | None = None) -> 
     return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 
 
+def kls(attached: Adapter, example: Example, *, masked: bool = False) -> list[float]:
+    """Nats of each prediction of a row between the base model and the tuned one."""
+    with attached.off() as base, torch.no_grad():
+        p = alone(base, example)
+    q = alone(attached.model, example).detach()
+    targets = [t for t, on in zip(example.targets, example.predict, strict=True) if on]
+    rows = zip(p.tolist(), q.tolist(), targets, strict=True)
+    return [naive_kl(b, t, int(y) if masked else None) for b, t, y in rows]
+
+
+def paired(task: Task, row: int, model: str) -> Example:
+    """The row of the source that stands beside a row of the task."""
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(task.seed)).tolist()
+    return source(model)[order[row % 6]]
+
+
+def term(method: Method, attached: Adapter, task: Task, rows: list[int]) -> torch.Tensor | None:
+    batch = batch_of(task, rows)
+    return method.loss(attached.model, batch, forward_logits(attached.model, batch))
+
+
 def test_divergences_are_those_of_a_naive_loop() -> None:
     random = torch.Generator().manual_seed(0)
     base, tuned = (3 * torch.randn(5, 7, generator=random, dtype=torch.float64) for _ in range(2))
     targets = torch.tensor([0, 6, 3, 3, 1])
     rows = list(zip(base.tolist(), tuned.tolist(), targets.tolist(), strict=True))
-    want = torch.tensor([naive_kl(b, t) for b, t, _ in rows], dtype=torch.float64)
-    assert relative(logit_divergence(base, tuned), want) < 1e-12
-    want = torch.tensor([naive_kl(b, t, y) for b, t, y in rows], dtype=torch.float64)
-    assert relative(masked_divergence(base, tuned, targets), want) < 1e-12
+    for found, masked in (
+        (logit_divergence(base, tuned), False), (masked_divergence(base, tuned, targets), True),
+    ):  # fmt: skip
+        want = [naive_kl(b, t, y if masked else None) for b, t, y in rows]
+        assert relative(found, torch.tensor(want, dtype=torch.float64)) < 1e-12
 
 
 def test_masked_kl_says_nothing_about_the_target() -> None:
@@ -52,24 +76,15 @@ def test_the_kl_term_is_that_to_the_base_model(name: str, adapter: str) -> None:
     method = method_of(name, strength=7.0)
     attached = begun(method, adapter, "llama")
     shaken(attached.model)
-    task = tasks_of("llama")[0]
+    task, rows = tasks_of("llama")[0], [3, 0, 6]
     method.before_task(task)
-    batch = batch_of(task, [3, 0, 6])
-    logits = forward_logits(attached.model, batch)
-    term = method.loss(attached.model, batch, logits)
-    terms = []
-    for row in batch.rows:
-        with attached.off() as base, torch.no_grad():
-            p = alone(base, task.examples[row])
-        q = alone(attached.model, task.examples[row]).detach()
-        example = task.examples[row]
-        targets = [t for t, on in zip(example.targets, example.predict, strict=True) if on]
-        for b, t, y in zip(p.tolist(), q.tolist(), targets, strict=True):
-            terms.append(naive_kl(b, t, y if name == "masked_kl" else None))
-    assert len(terms) == len(batch.targets)
-    assert float(term.detach()) == pytest.approx(7.0 * sum(terms) / len(terms), rel=1e-9)
+    found = term(method, attached, task, rows)
+    masked = name == "masked_kl"
+    each = [x for row in rows for x in kls(attached, task.examples[row], masked=masked)]
+    assert len(each) == len(batch_of(task, rows).targets)
+    assert float(found.detach()) == pytest.approx(7.0 * sum(each) / len(each), rel=1e-9)
     parameters = list(attached.parameters().values())
-    want = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+    want = torch.autograd.grad(found, parameters, retain_graph=True, allow_unused=True)
     assert any(g is not None and bool(g.any()) for g in want)
     assert all(p.requires_grad for p in parameters)
 
@@ -95,62 +110,45 @@ def test_kl_on_the_source_pairs_each_row_with_one_of_the_source() -> None:
     shaken(attached.model)
     task = tasks_of("llama")[0]
     method.before_task(task)
-    text = source("llama")
-    order = torch.randperm(6, generator=torch.Generator().manual_seed(task.seed)).tolist()
-
-    def term(rows: list[int]) -> tuple[float, int]:
-        batch = batch_of(task, rows)
-        found = method.loss(attached.model, batch, forward_logits(attached.model, batch))
-        return float(found.detach()), len(batch.targets)
-
     total, weights = 0.0, 0
     for row in (1, 8, 14, 15):
-        example = text[order[row % 6]]
-        with attached.off() as base, torch.no_grad():
-            p = alone(base, example)
-        q = alone(attached.model, example).detach()
-        kls = [naive_kl(b, t) for b, t in zip(p.tolist(), q.tolist(), strict=True)]
-        total += task.examples[row].predictions * sum(kls) / len(kls)
-        weights += task.examples[row].predictions
-    assert term([1, 8, 14, 15])[0] == pytest.approx(2.0 * total / weights, rel=1e-9)
-    pieces = [term([1, 8]), term([14, 15])]  # any division gives one mean
-    assert sum(t * n for t, n in pieces) == pytest.approx(2.0 * total, rel=1e-9)
-    empty = method_of("kl", on="source")
-    bare = context(attach("lora", "llama", empty), "llama", source=[])
+        each, weight = kls(attached, paired(task, row, "llama")), task.examples[row].predictions
+        total, weights = total + weight * sum(each) / len(each), weights + weight
+    found = term(method, attached, task, [1, 8, 14, 15])
+    assert float(found.detach()) == pytest.approx(2.0 * total / weights, rel=1e-9)
+    pieces = [  # any division gives one mean
+        float(term(method, attached, task, rows).detach()) * len(batch_of(task, rows).targets)
+        for rows in ([1, 8], [14, 15])
+    ]
+    assert sum(pieces) == pytest.approx(2.0 * total, rel=1e-9)
     with pytest.raises(SourceError, match="needs source text"):
-        empty.begin(bare)
+        begun(method_of("kl", on="source"), "lora", "llama", source=[])
 
 
 @pytest.mark.parametrize("on", ["task", "source"])
 def test_a_classifiers_kl_is_to_the_model_before_the_task(on: str) -> None:
     method = method_of("kl", on=on, strength=3.0)
     attached = begun(method, "lora", "bert")
-    tasks = tasks_of("bert")
+    tasks, rows = tasks_of("bert"), [2, 5, 1]
     tasks.append(Task("third", 2, tasks[0].examples, slice(0, 3), 40))
     for index, task in enumerate(tasks):
         shaken(attached.model, seed=index)
         method.before_task(task)
         before = attached.state()
         shaken(attached.model, seed=10 + index)
-        batch = batch_of(task, [2, 5, 1])
-        term = method.loss(attached.model, batch, forward_logits(attached.model, batch))
-        if not index:
-            assert term is None
+        found, now, total = term(method, attached, task, rows), attached.state(), 0.0
+        for row in rows if index else ():
+            example = task.examples[row] if on == "task" else paired(task, row, "bert")
+            said = []
+            for state in (before, now):
+                attached.restore(state)
+                said.append(alone(attached.model, example)[0].tolist())
+            teacher, student = said
+            total += naive_kl(teacher[0:2], student[0:2])
+            if index == 2:
+                total += (teacher[2] - student[2]) ** 2
+        if index:
+            assert float(found.detach()) == pytest.approx(3.0 * total / 3, rel=1e-9)
         else:
-            order = torch.randperm(6, generator=torch.Generator().manual_seed(task.seed)).tolist()
-            rows = [
-                task.examples[i] if on == "task" else source("bert")[order[i % 6]]
-                for i in batch.rows
-            ]
-            now, total = attached.state(), 0.0
-            for example in rows:
-                with torch.no_grad():
-                    student = alone(attached.model, example)[0].tolist()
-                    attached.restore(before)
-                    teacher = alone(attached.model, example)[0].tolist()
-                    attached.restore(now)
-                total += naive_kl(teacher[0:2], student[0:2])
-                if index == 2:
-                    total += (teacher[2] - student[2]) ** 2
-            assert float(term.detach()) == pytest.approx(3.0 * total / 3, rel=1e-9)
+            assert found is None
         method.after_task(task)

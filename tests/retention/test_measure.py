@@ -43,7 +43,10 @@ def predictions(model: Any, row: dict[str, Any], causal: bool) -> tuple[torch.Te
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_moved_adapter_measures_the_kl_from_the_base(kind: str, size: int) -> None:
     model, before = tiny(kind, moved=True), base(kind)
+    first = predictions(model, ROWS[kind][0], kind == "llama")[0]
     found = measure_forgetting(model, ROWS[kind], batch_size=size)
+    assert torch.equal(predictions(model, ROWS[kind][0], kind == "llama")[0], first)  # still on
+    assert not model.training
     kl, flips, loss_base, loss, n = 0.0, 0, 0.0, 0.0, 0
     for row in ROWS[kind]:
         p, targets = predictions(before, row, kind == "llama")
@@ -65,21 +68,9 @@ def test_a_moved_adapter_measures_the_kl_from_the_base(kind: str, size: int) -> 
     assert found.kl_interval[0] <= found.kl <= found.kl_interval[1]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_measuring_leaves_the_adapter_on(kind: str) -> None:
-    model = tiny(kind, moved=True)
-    before = predictions(model, ROWS[kind][0], kind == "llama")[0]
-    measure_forgetting(model, ROWS[kind])
-    assert torch.equal(predictions(model, ROWS[kind][0], kind == "llama")[0], before)
-    assert not model.training
-
-
-def test_a_model_without_adapter_is_refused() -> None:
+def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(ModelError, match="no adapter to switch off"):
         measure_forgetting(base("llama"), ROWS["llama"])
-
-
-def test_its_own_samples_are_refused() -> None:
     with pytest.raises(SourceError, match="text that is given"):
         measure_forgetting(tiny("llama"), "self")
 
