@@ -222,16 +222,24 @@ class RunEvaluation(Part):
             what forward transfer needs, or none. Before the first task all are scored.
         earlier: whether tasks learned earlier are scored after each task or after the last one.
             With ``last`` and ``unseen: none`` forgetting is what was lost since a task was learned.
+        measure_every: optimiser steps between two measurements of the KL during training, which
+            are kept in the record; 0 keeps nothing of the training.
+        answers: general questions that the model answers, before and after, to be read.
     """
 
     batch_size: int = Field(16, ge=1)
     retention: Literal["each", "last"] = "each"
     unseen: Literal["all", "next", "none"] = "all"
     earlier: Literal["each", "last"] = "each"
+    measure_every: int = Field(0, ge=0)
+    answers: int = Field(0, ge=0)
 
     def for_key(self) -> dict[str, Any]:
-        """As plain data; without `earlier` where it is the default, as records from before it."""
-        return self.model_dump(mode="json", exclude={"earlier"} if self.earlier == "each" else None)
+        """As plain data, without later keys that have their defaults: older records have none."""
+        later = {"earlier": "each", "measure_every": 0, "answers": 0}
+        return self.model_dump(
+            mode="json", exclude={name for name, old in later.items() if getattr(self, name) == old}
+        )
 
 
 class RunSpec(Part):
@@ -355,10 +363,11 @@ class Step(Part):
 
 
 class Generation(Part):
-    """What the model answered, to be read."""
+    """What the model answered, and what it answered before it learned anything, to be read."""
 
     prompt: str
     text: str
+    before: str | None = None
 
 
 class RunRecord(Part):
@@ -369,8 +378,7 @@ class RunRecord(Part):
         inputs: digests of the files that were read; null in files of earlier versions.
         matrix: the score of each task after each; null where it was not measured.
         intervals: 95 % intervals within the run, by the name of what they are of.
-        history: of the training, where it was asked for.
-        generations: answers to read, after the last task.
+        history: of the training, and `generations`, where they were asked for.
     """
 
     schema_name: Literal["retain.run/1"] = Field(RUN_SCHEMA, alias="schema")

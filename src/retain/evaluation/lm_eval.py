@@ -24,6 +24,7 @@ from torch import random as torch_random
 
 from retain.documents import parse_json
 from retain.errors import ConfigError, SourceError, unknown
+from retain.evaluation.probes import KNOWLEDGE
 from retain.models.forward import evaluating
 from retain.models.generating import plain_generation
 from retain.models.heads import is_causal
@@ -116,8 +117,10 @@ def check_tasks(names: Sequence[str]) -> None:
     Raises:
         ConfigError: lm-eval is not installed, or a task is not known to it.
     """
-    _need()
-    for name in names:
+    others = [name for name in names if name != KNOWLEDGE]
+    if others:
+        _need()
+    for name in others:
         if name not in LOCAL:
             _check_known(name)
 

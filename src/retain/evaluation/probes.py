@@ -15,7 +15,10 @@ from retain.evaluation.ranking import rank_options
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["knowledge_score", "problem_score"]
+__all__ = ["KNOWLEDGE", "knowledge_score", "problem_score"]
+
+KNOWLEDGE = "knowledge"
+"""The name of the items of common knowledge among the general tasks of a study."""
 
 
 def knowledge_score(

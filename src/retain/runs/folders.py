@@ -95,19 +95,20 @@ def check_soften(out: Path) -> None:
 
 
 def check_demo(out: Path) -> None:
-    """The same for ``retain demo``.
+    """The same for ``retain demo``, which is a study with its data beside it.
 
     Raises:
         OutputError: something in it is not of an earlier demo.
     """
-    sampled = _json(out / "source" / "source.json")
-    mine = _of("retain.result/1")(out / "result.json") or (
-        isinstance(sampled, dict) and sampled.keys() >= {"key", "rows", "text"}
-    )
-    names = ("source", "rows", "adapters", "curvature.safetensors", "result.json", "report.html",
-             "tradeoff.png", "training.png")  # fmt: skip
-    _put_back(out, *names)
-    _check(out, {name: (lambda _: mine, "a result of a demo") for name in names})
+
+    def marked(path: Path) -> bool:
+        return path.is_file() and path.read_bytes().startswith(b"# Written by retain demo\n")
+
+    mine = marked(out / "study.yaml") or _of("retain.result/1")(out / "result.json")
+    files = dict.fromkeys(("study.yaml", "word-problems.yaml"), (marked, "a file of a demo"))
+    others = ("data", "adapters", "report.html")
+    _check(out, files | dict.fromkeys(others, (lambda _: mine, "a result of a demo")))
+    check_study(out)
 
 
 def check_study(out: Path) -> None:

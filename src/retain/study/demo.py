@@ -1,44 +1,91 @@
-"""The demo: one model learns one task with and without retention, and what each forgot.
+"""The demo: a study of one task, with plain LoRA and with the recipe, that brings its own data.
 
-Every stage leaves a file, so an interrupted demo goes on where it stopped. A stage is done
-again when the settings that it depends on have changed.
+Its folder holds ``study.yaml``, the task and its rows beside it, and all that a study writes, so
+an interrupted demo goes on after what is done, and ``retain study`` can do it again with changes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Sequence
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from torch import nn
+import yaml
 
-from retain.config import validate
-from retain.curvature.curvature import Curvature, load_curvature
-from retain.curvature.fit.fit import fit_curvature
-from retain.data.batches import Example
-from retain.data.problems import Problem, problem_examples, word_problems
-from retain.data.sources import encode
-from retain.documents import read_json
-from retain.errors import CurvatureError
-from retain.evaluation.forgetting import Reference
-from retain.files import check_folder, write_json
-from retain.models.generating import sample_rows
+from retain.data.problems import Split, problem_rows, word_problems
+from retain.errors import TrainingError
+from retain.files import check_folder, whole_file
 from retain.models.load import load_model
-from retain.models.lora import attach_lora, share_trainable
-from retain.models.saved import save_adapter
-from retain.models.sites import lora_sites
-from retain.provenance import provenance
-from retain.study.claims import summary
-from retain.study.demo_config import QUICK, DemoConfig
-from retain.study.demo_measures import Measures
-from retain.training.loop import TrainResult, train
-from retain.training.start import AUTO
+from retain.records import RunSpec, StudyRecord
+from retain.study.grid import expand
+from retain.study.runner import Outcome
+from retain.study.spec import read_study
+from retain.study.studies import run_study
+from retain.study.work import Work, read_shared
 
-__all__ = ["run_demo"]
+__all__ = ["MARK", "demo_study", "run_demo"]
+
+MARK = "# Written by retain demo"
+"""How the files that tell a folder of the demo begin."""
+
+TASK = "word-problems"
+
+FULL = {"train": 448, "test": 200, "source": 64, "heldout": 24, "length": 128, "answers": 3}
+QUICK = {"train": 32, "test": 8, "source": 8, "heldout": 8, "length": 48, "answers": 1}
+"""Numbers of rows; the quick ones show in a minute or two that all stages work, and no more."""
+
+LARGEST = 30
+"""In a problem: a model of 135M parameters learns those in a minute."""
+
+_TASK = {
+    "description": "grade-school word problems, made up; asked in the model's chat form",
+    "local": TASK,
+    "files": {"train": "train", "eval": "test"},
+    "kind": "generate",
+    "prompt": "{{ prompt }}",
+    "gold": "completion",
+    "metric": "exact_match",
+    "max_new_tokens": 32,
+    "pattern": r"####[ \t]*\$?[ \t]*(-?\d+(?:,\d{3})*)",
+}
+
+
+def demo_study(
+    seed: int = 0,
+    quick: bool = False,
+    model: str = "smollm2-135m",
+    dtype: str = "bfloat16",
+    strength: float = 10.0,
+) -> dict[str, Any]:
+    """What ``study.yaml`` of the demo says."""
+    size = QUICK if quick else FULL
+    kl, loss, lost = (
+        {"claim": f"{claim}, retention / plain LoRA", "metric": metric, "method": "retention",
+         "bound": bound}
+        for claim, metric, bound in (
+            ("forgetting (KL to the base)", "kl", 0.5),
+            ("target loss on new problems", "loss", 1.05),
+            ("knowledge lost", "general", round(1 / 3, 4)),
+        )
+    )  # fmt: skip
+    return {
+        "name": "demo",
+        "description": "A small model learns word problems with plain LoRA and with retention.",
+        "model": model,
+        "dtype": dtype,
+        "seeds": [seed],
+        "orders": {TASK: [f"{TASK}.yaml"]},
+        "adapters": {"lora": {"rank": 16, "alpha": 32}},
+        "methods": {"none": {}, "retention": {"kind": "auto", "strength": strength}},
+        "training": {"learning_rate": 2e-3, "batch_size": 8},
+        "source": {"kind": "self", "rows": size["source"], "heldout": size["heldout"],
+                   "max_length": size["length"]},
+        "general": {"tasks": ["knowledge"]},
+        "evaluation": {"batch_size": 64, "measure_every": 2 if quick else 16,
+                       "answers": size["answers"]},
+        "claims": [kl, loss, lost],
+    }  # fmt: skip
 
 
 def run_demo(
@@ -46,234 +93,60 @@ def run_demo(
     seed: int = 0,
     quick: bool = False,
     progress: bool = True,
-    verbose: bool = True,
+    say: Callable[[str], None] = lambda text: None,
     **changes: Any,
-) -> dict[str, Any]:
-    """Runs the demo and writes ``result.json`` and an adapter for each run under `out`.
+) -> StudyRecord:
+    """Does the demo, as far as it is not done, and gives its record, ``study.json``.
 
     Args:
         out: folder of everything that is written.
-        seed: of data order, label draws and adapter start.
-        quick: the small settings of `QUICK`.
+        seed: of the problems, their order, label draws and the adapter's start.
+        quick: few rows.
         progress: show bars.
-        verbose: say which stage has begun, on standard error.
-        **changes: settings of `DemoConfig` to change.
-
-    Returns:
-        What ``result.json`` holds.
+        say: told in a few words what is being done.
+        **changes: of `demo_study`.
 
     Raises:
         OutputError: `out` cannot be written.
+        TrainingError: a run has failed.
     """
     out = check_folder(out)
-    config = validate((QUICK if quick else {}) | {"seed": seed} | changes, DemoConfig)
-    result = _Demo(out, config, progress, verbose).run()
-    write_json(out / "result.json", result)
-    return result
+    study = demo_study(seed, quick, **changes)
+    _write(out / f"{TASK}.yaml", _as_yaml(_TASK))
+    _write_problems(out / "data" / TASK, study, QUICK if quick else FULL)
+    _write(out / "study.yaml", _as_yaml(study))
+    spec = read_study(out / "study.yaml")
+    work = Work(spec.name, out, out, out / "data", progress=progress, adapters=True)
+
+    def tell(run: RunSpec, outcome: Outcome) -> None:
+        for note in outcome.notes:
+            say(f"{run.method.title}: {note}")
+        if outcome.error is not None or outcome.status != "done":
+            raise TrainingError(
+                f"the demo's run {run.method.title} is {outcome.status}",
+                got=outcome.error,
+                fix=f"see {work.trace(run.key)}; what is done is kept",
+            )
+
+    run_study(spec, expand(spec, out), work, say=say, tell=tell)
+    return StudyRecord.model_validate(read_shared(out / "study.json"))
 
 
-class _Demo:
-    def __init__(self, out: Path, config: DemoConfig, progress: bool, verbose: bool) -> None:
-        self.out, self.config, self.progress = out, config, progress
-        self.console = Console(stderr=True, quiet=not verbose)
-        self.commit = provenance(config.seed)["commit"]
-        self.tests: list[Problem] = word_problems(
-            "test", config.problems, config.seed, config.largest
-        )
-
-    def run(self) -> dict[str, Any]:
-        c = self.config
-        start = time.perf_counter()
-        self._say(f"loading {c.model}")
-        base, self.tokenizer, _ = load_model(c.model, dtype=c.dtype)
-        self.model = attach_lora(
-            base, rank=c.adapter.rank, alpha=c.adapter.alpha, targets=c.adapter.targets, seed=c.seed
-        )
-        self.start = [(s.a.detach().clone(), s.b.detach().clone()) for s in lora_sites(self.model)]
-        fit_rows = self._sample("source", c.source_rows, 2 * c.seed + 1)
-        held_rows = self._sample("heldout", c.heldout_rows, 2 * c.seed + 2)
-        curvature, seconds = self._curvature(fit_rows)
-        size = {"max_length": c.source_length, "causal": True}
-        held = encode(held_rows, self.tokenizer, **size)  # type: ignore[arg-type]
-        self._held = held
-        self._measures = Measures(
-            self.model, self.tokenizer, c, self.tests, held, progress=self.progress
-        )
-        data = problem_examples(
-            self.tokenizer, word_problems("train", c.examples, c.seed, c.largest), c.max_length
-        )
-        rows = [self._row("base", None, None, None)]
-        for strength in (0.0, *c.strengths):
-            rows.append(self._row(_name(strength), strength, curvature, data))
-        trainable, total = share_trainable(self.model)
-        for row in rows:
-            row["probe"]["lost"] = rows[0]["probe"]["accuracy"] - row["probe"]["accuracy"]
-        self._say(f"done in {time.perf_counter() - start:.0f} s")
-        return {
-            "schema": "retain.result/1",
-            "kind": "demo",
-            **provenance(c.seed),
-            "config": c.model_dump(mode="json"),
-            "model": {
-                "name": c.model,
-                "parameters": total - trainable,
-                "trainable": trainable,
-                "dtype": c.dtype,
-            },
-            "task": {
-                "name": "word-problems",
-                "train": len(data),
-                "test": len(self.tests),
-                "metric": "exact_match",
-            },
-            "source": {
-                "name": "self",
-                "fit_tokens": curvature.info.tokens,
-                "heldout_tokens": sum(e.predictions for e in held),
-            },
-            "curvature": {
-                "structure": curvature.info.structure,
-                "space": curvature.info.space,
-                "fisher": curvature.info.fisher,
-                "tokens": curvature.info.tokens,
-                "seconds": seconds,
-                "bytes": curvature.memory(),
-                "error": curvature.info.error,
-            },
-            "rows": rows,
-            "summary": summary(rows, c.chosen),
-        }
-
-    def _say(self, text: str) -> None:
-        self.console.print(f"[bold]retain demo[/bold] {text}")
-
-    def _key(self, *parts: object) -> str:
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-    def _sample(self, name: str, count: int, seed: int) -> list[dict[str, Any]]:
-        """Text that the base model samples, kept in a file."""
-        c, path = self.config, self.out / "source" / f"{name}.json"
-        key = self._key(c.model, c.dtype, count, c.source_length, seed)
-        kept = _read(path)
-        if kept and kept["key"] == key:
-            return list(kept["rows"])
-        self._say(f"the model writes {count} texts of its own ({name})")
-        rows = sample_rows(
-            self.model,
-            self.tokenizer,
-            count=count,
-            max_length=c.source_length,
-            seed=seed,
-            progress=self.progress,
-        )
-        text = [self.tokenizer.decode(r["input_ids"]) for r in rows]
-        write_json(path, {"key": key, "rows": rows, "text": text})
-        return rows
-
-    def _curvature(self, rows: Sequence[dict[str, Any]]) -> tuple[Curvature, float]:
-        c, path = self.config, self.out / "curvature.safetensors"
-        note = self._key(rows, c.seed, c.structure)
-        kept = _read(self.out / "source" / "curvature.json")
-        if kept and kept["key"] == note and path.exists():
-            try:
-                curvature = load_curvature(path)
-                curvature.bind(self.model)
-                return curvature, float(kept["seconds"])
-            except CurvatureError as error:
-                self._say(f"the kept curvature is not used ({error.what})")
-        self._say("measuring the curvature on them")
-        start = time.perf_counter()
-        curvature = fit_curvature(
-            self.model,
-            rows,
-            c.structure,
-            tokenizer=self.tokenizer,
-            rows=c.source_rows,
-            max_length=c.source_length,
-            seed=c.seed,
-            progress=self.progress,
-        )
-        seconds = time.perf_counter() - start
-        curvature.save(path)
-        write_json(self.out / "source" / "curvature.json", {"key": note, "seconds": seconds})
-        return curvature, seconds
-
-    def _row(
-        self,
-        name: str,
-        strength: float | None,
-        curvature: Curvature | None,
-        data: Sequence[Example] | None,
-    ) -> dict[str, Any]:
-        """One row of the table: trained (unless it is the base) and measured, or read back."""
-        c, path = self.config, self.out / "rows" / f"{name}.json"
-        settings = c.model_dump(exclude={"strengths", "chosen"})
-        key = self._key(settings, strength, self.commit)
-        kept = _read(path)
-        label = _label(strength)
-        if kept and kept["key"] == key:
-            row: dict[str, Any] = kept["row"]
-        else:
-            self._say(f"{name}: " + ("measuring" if data is None else "training and measuring"))
-            self._restart()
-            result = None if data is None else self._train(strength or 0.0, curvature, data)
-            row = self._measures.row(result)
-            if result is not None:
-                save_adapter(self.model, self.out / "adapters" / name, c.model)
-            write_json(path, {"key": key, "row": row})
-        method = None if strength is None else ("laplace" if strength else "none")
-        chosen = strength == c.chosen
-        head = {
-            "name": name,
-            "label": label,
-            "method": method,
-            "strength": strength,
-            "chosen": chosen,
-        }
-        return head | row
-
-    def _restart(self) -> None:
-        """Puts the adapter back to its first state."""
-        with torch.no_grad():
-            for site, (a, b) in zip(lora_sites(self.model), self.start, strict=True):
-                site.a.copy_(a)
-                site.b.copy_(b)
-
-    def _train(
-        self, strength: float, curvature: Curvature | None, data: Sequence[Example]
-    ) -> TrainResult:
-        c = self.config
-        few = Reference(self.model, self._held[:8], batch_size=8)
-
-        def kl(model: nn.Module) -> float:
-            return few.measure(model).kl
-
-        return train(
-            self.model,
-            data,
-            c,
-            curvature=curvature,
-            strength=strength,
-            start=AUTO,
-            measure=kl,
-            measure_every=c.measure_every,
-            progress=self.progress,
-        )
+def _as_yaml(value: dict[str, Any]) -> str:
+    return f"{MARK}\n{yaml.safe_dump(value, sort_keys=False, allow_unicode=True)}"
 
 
-def _name(strength: float) -> str:
-    return f"retain-{strength:g}" if strength else "lora"
+def _write(path: Path, text: str) -> None:
+    """Writes a file whose contents are others; an equal one keeps its time."""
+    if not path.is_file() or path.read_bytes() != text.encode():
+        with whole_file(path, "a file of the demo") as scratch:
+            scratch.write_text(text, encoding="utf-8")
 
 
-def _label(strength: float | None) -> str:
-    if strength is None:
-        return "base model"
-    return "LoRA + retention" if strength else "LoRA"
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found = read_json(path)
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+def _write_problems(folder: Path, study: dict[str, Any], size: dict[str, int]) -> None:
+    tokenizer = load_model(study["model"]).tokenizer
+    splits: tuple[Split, ...] = ("train", "test")
+    for split in splits:
+        problems = word_problems(split, size[split], study["seeds"][0], LARGEST)
+        lines = [json.dumps(row, ensure_ascii=False) for row in problem_rows(tokenizer, problems)]
+        _write(folder / f"{split}.jsonl", "\n".join(lines) + "\n")

@@ -51,6 +51,8 @@ def check_engine(engine: str) -> None:
 def in_order(runs: Sequence[RunSpec], work: Work, say: Say | None = None) -> Iterator[Outcome]:
     """One run after another, in this process."""
     for run in runs:
+        if say is not None:
+            say(run.title)
         yield execute(run, work, say)
 
 

@@ -1,44 +1,19 @@
-"""What goes wrong or less well in a run: told in one line, and whose fault it was."""
+"""What goes wrong in a run: told in one line, and whether it was the machine's fault."""
 
 from __future__ import annotations
 
 import errno
 import re
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
-from retain.errors import OutputError, RetainError, RetainWarning, memory_full
+from retain.errors import OutputError, RetainError, memory_full
 from retain.files import why_unwritable
 
-__all__ = ["heard", "lacks_disk", "lacks_something", "one_line"]
+__all__ = ["lacks_disk", "lacks_something", "one_line"]
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 _MACHINE = _DISK | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE}
 _LINES = {"requests", "urllib3", "httpx", "httpcore", "aiohttp"}
-
-
-@contextmanager
-def heard(notes: list[str]) -> Iterator[None]:
-    """Keeps what this package warns of while a run is done, each once."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("always", category=RetainWarning)
-        warnings.filterwarnings("always", category=UserWarning, module=r"retain(\.|$)")
-        before = warnings.showwarning
-
-        def show(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-            where = str(args[0]) if args else ""
-            ours = issubclass(category, RetainWarning) or "retain" in Path(where).parts
-            text = " ".join(str(message).split())
-            if not ours:
-                before(message, category, *args, **kwargs)
-            elif text not in notes:
-                notes.append(text)
-
-        warnings.showwarning = show
-        yield
 
 
 def one_line(error: BaseException) -> str:

@@ -19,7 +19,8 @@ from retain.errors import OutputError
 from retain.files import clear_scratch, first_rank, whole_file, write_json, writing
 from retain.provenance import provenance
 from retain.records import RUN_SCHEMA, RunRecord, RunSpec, finite
-from retain.study.faults import heard, lacks_disk, lacks_something, one_line
+from retain.runs.messages import Messages
+from retain.study.faults import lacks_disk, lacks_something, one_line
 from retain.study.state import SequenceState
 from retain.study.work import (
     Work,
@@ -133,17 +134,16 @@ def _attempt(run: RunSpec, work: Work, say: Say | None) -> RunRecord:
     inputs = input_digests(run, work)
     stamp = {"versions": where["versions"], "commit": commit}
     state = _state(run.key, work, stamp | ({"inputs": inputs} if inputs else {}))
-    notes: list[str] = []
+    messages = Messages(quiet=True)
 
     def record(status: str, error: str | None, body: dict[str, Any]) -> RunRecord:
         head = {"schema": RUN_SCHEMA, "study": work.study, "key": run.key, "status": status,
                 "error": error, "config": run, **where, "inputs": inputs}  # fmt: skip
-        return RunRecord.model_validate({**head, **finite(body), "notes": notes})
+        return RunRecord.model_validate({**head, **finite(body), "notes": messages.notes})
 
     try:
-        with heard(notes):
+        with messages.listening():
             body = function(run, state=state, work=work, say=say or (lambda text: None))
-        notes += [note for note in body.pop("notes", ()) if note not in notes]
         return record("done", None, body)
     except Exception as error:
         if lacks_disk(error):

@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 
+from retain.data.knowledge import general_questions
+from retain.data.problems import ask
 from retain.documents import sealed
 from retain.evaluation.continual import continual_metrics
 from retain.evaluation.forgetting import Reference
+from retain.evaluation.generation import generate
+from retain.evaluation.probes import KNOWLEDGE, knowledge_score
 from retain.evaluation.score import Score, score_items
 from retain.files import first_rank
 from retain.models.adapters.registry import attach_adapter
@@ -75,7 +79,7 @@ class _Sequence:
         self.tasks = load_tasks(config, self.base, work)
         self.source, self.held = load_source(config, self.base, work)
         self._attach()
-        self.data: dict[str, Any] = {"matrix": [], "retention": [], "predicted": []}
+        self.data: dict[str, Any] = {"matrix": [], "retention": [], "predicted": [], "history": []}
 
     def _attach(self) -> None:
         method, adapter = self.config.method, self.config.adapter
@@ -90,6 +94,7 @@ class _Sequence:
             tasks=len(self.tasks),
             batch_size=min(MEASURED, self.config.evaluation.batch_size),
             seed=seed,
+            progress=self.work.progress,
         )
 
     def run(self) -> dict[str, Any]:
@@ -101,7 +106,7 @@ class _Sequence:
             done = 0
             self._begin()
         else:
-            done, self.data = kept.done, kept.data
+            done, self.data = kept.done, self.data | kept.data
             self.clock.restore(self.data["seconds"])
             self.adapter.restore(kept.adapter)
             self.method.context = self.context
@@ -118,6 +123,7 @@ class _Sequence:
         self.say("scores before")
         known = self._untrained()
         self.data["before"], self.data["general"] = known["scores"], known["general"]
+        self.data["answers"] = known.get("answers", [])
         self.say("the method begins")
         with self.clock.on("method"):
             set_seed(self.context.seed)
@@ -148,7 +154,8 @@ class _Sequence:
                 method=self.method,
                 columns=task.columns,
                 regression=data.spec.kind == "regression",
-                progress=False,
+                progress=self.work.progress,
+                **self._measured(),
             )
         self.adapter.model.zero_grad(set_to_none=True)
         self.adapter.model.eval()
@@ -156,6 +163,10 @@ class _Sequence:
             self.method.after_task(task)
         last = result.history[-1] if result.history else {}
         self.data["predicted"].append(last.get("predicted"))
+        if self.config.evaluation.measure_every:
+            before = self.data["history"][-1]["step"] if self.data["history"] else 0
+            steps = ({**entry, "step": before + i} for i, entry in enumerate(result.history, 1))
+            self.data["history"] += steps
         self.say(f"{place}: scoring")
         with self.clock.on("evaluate"):
             scores = self._scores(index)
@@ -166,6 +177,14 @@ class _Sequence:
             if self.reference is not None and (each or index + 1 == len(self.tasks)):
                 found = self.reference.measure(self.adapter.model).to_dict()
                 self.data["retention"].append({"after": index, **found})
+
+    def _measured(self) -> dict[str, Any]:
+        """Arguments of `train` that measure the KL on a few rows meanwhile."""
+        every = self.config.evaluation.measure_every
+        if not every or not self.held:
+            return {}
+        few = Reference(self.adapter.model, self.held[:8], batch_size=8)
+        return {"measure": lambda model: few.measure(model).kl, "measure_every": every}
 
     def _fit_head(self, task: Task) -> None:
         fit_head(
@@ -184,9 +203,9 @@ class _Sequence:
         start = self.clock.state()
         with self.clock.on("evaluate"):
             scores = [score and score.value for score in self._scores(None)]
-            general = self._general()
+            general, answers = self._general(), self._answers()
         seconds = {name: end - start[name] for name, end in self.clock.state().items()}
-        known = {"scores": scores, "general": general, "seconds": seconds}
+        known = {"scores": scores, "general": general, "answers": answers, "seconds": seconds}
         if first_rank():
             write_shared(self.work, path, sealed(finite(known)))
         return known
@@ -222,6 +241,8 @@ class _Sequence:
                     pattern=spec.pattern or None,
                     stop=spec.stop,
                     batch_size=self.config.evaluation.batch_size,
+                    progress=self.work.progress,
+                    label=spec.name,
                 )
             )
         return out
@@ -232,25 +253,45 @@ class _Sequence:
     def _reference(self) -> Reference | None:
         if not self.held:
             return None
-        size = min(self.config.evaluation.batch_size, len(self.held))
+        size = min(MEASURED, self.config.evaluation.batch_size)
         return Reference(self.adapter.model, self.held, batch_size=size)
 
     def _general(self) -> dict[str, float] | None:
         asked = self.config.general
         if asked is None:
             return None
-        from retain.evaluation.lm_eval import evaluate_general, headline
-
         self.say("general tasks")
-        found = evaluate_general(
-            self.adapter.model,
-            self.base.tokenizer,
-            asked.tasks,
-            limit=asked.limit,
-            data_dir=self.work.data_dir,
-            batch_size=self.config.evaluation.batch_size,
-        )
-        return headline(found)
+        model, tokenizer, found = self.adapter.model, self.base.tokenizer, {}
+        if KNOWLEDGE in asked.tasks:
+            right, items = knowledge_score(model, tokenizer, progress=self.work.progress)
+            found[KNOWLEDGE] = right / items
+        others = [task for task in asked.tasks if task != KNOWLEDGE]
+        if others:
+            from retain.evaluation.lm_eval import evaluate_general, headline
+
+            scores = evaluate_general(
+                model,
+                tokenizer,
+                others,
+                limit=asked.limit,
+                data_dir=self.work.data_dir,
+                batch_size=self.config.evaluation.batch_size,
+            )
+            found |= headline(scores)
+        return found
+
+    def _answers(self) -> list[str]:
+        """Answers to the first general questions."""
+        questions = general_questions()[: self.config.evaluation.answers]
+        prompts = [ask(self.base.tokenizer, question) for question in questions]
+        if not prompts:
+            return []
+        return generate(self.adapter.model, self.base.tokenizer, prompts, max_new_tokens=60)
+
+    def _told(self) -> list[dict[str, str]]:
+        questions = general_questions()[: self.config.evaluation.answers]
+        rows = zip(questions, self.data.pop("answers", []), self._answers(), strict=True)
+        return [{"prompt": q, "before": before, "text": text} for q, before, text in rows]
 
     def _summary(self) -> dict[str, float | None]:
         def known(row: list[float | None]) -> list[float]:
@@ -261,7 +302,9 @@ class _Sequence:
 
     def _result(self, trainable: int, size: int) -> dict[str, Any]:
         with self.clock.on("evaluate"):
-            after = self._general()
+            after, told = self._general(), self._told()
+        if self.work.adapters:
+            self.adapter.save(self.work.adapter(self.config), self.config.model)
         before = self.data.pop("general")
         general = None if after is None else {"before": before, "after": after}
         return {
@@ -283,4 +326,6 @@ class _Sequence:
             "losses": self.data["losses"],
             "extras": self.data["extras"],
             "predicted": self.data["predicted"],
+            "history": self.data["history"],
+            "generations": told,
         }

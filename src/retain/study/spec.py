@@ -30,7 +30,7 @@ from retain.records import Part, RunData, RunEvaluation, RunGeneral, RunSource
 from retain.types import STRONGEST, HeadStart
 
 __all__ = [
-    "RUNNERS_OWN", "AdapterSpec", "CellSpec", "MethodSpec", "SourceSpec", "StudySpec",
+    "RUNNERS_OWN", "AdapterSpec", "CellSpec", "ClaimSpec", "MethodSpec", "SourceSpec", "StudySpec",
     "parse_study", "read_study",
 ]  # fmt: skip
 
@@ -134,6 +134,24 @@ class SourceSpec(RunSource, extra="forbid"):
         return self
 
 
+class ClaimSpec(_Strict):
+    """What a study is to show: a method's mean of a metric over that of another, and its bound.
+
+    Attributes:
+        claim: in words.
+        metric: of `retain.study.tables.METRICS`.
+        method, reference: labels, with the strength where a method has several.
+        relation, bound: what the ratio is to keep.
+    """
+
+    claim: str
+    metric: str
+    method: str
+    reference: str = "none"
+    relation: Literal["<=", ">="] = "<="
+    bound: float
+
+
 class StudySpec(_Strict):
     """A whole study; see the module for an example.
 
@@ -156,6 +174,7 @@ class StudySpec(_Strict):
     source: SourceSpec = SourceSpec()
     general: GeneralSpec | None = None
     evaluation: EvaluationSpec = EvaluationSpec()
+    claims: list[ClaimSpec] = []
 
     @property
     def trainings(self) -> list[dict[str, Any]]:

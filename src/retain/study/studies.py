@@ -16,7 +16,7 @@ from retain.study.engines import ENGINES, check_engine, in_order, in_processes, 
 from retain.study.grid import Grid
 from retain.study.runner import Outcome, Say
 from retain.study.spec import StudySpec
-from retain.study.tables import tables, with_intransigence
+from retain.study.tables import judged, tables, with_intransigence
 from retain.study.work import Work, holding, standing, write_shared
 
 __all__ = ["collect", "is_running", "run_study", "study_status"]
@@ -91,20 +91,23 @@ def collect(spec: StudySpec, grid: Grid, work: Work) -> None:
     if not first_rank():
         return
     kept = replace(work, retry_failed=False)  # what failed is shown until it is done
-    found = (standing(run, kept) for run in grid.runs)
-    records = [record for record in found if record is not None]
-    study = StudyRecord.model_validate(
-        {
-            "schema": STUDY_SCHEMA,
-            "name": spec.name,
-            "description": spec.description,
-            "spec": spec.model_dump(mode="json", exclude_none=True),
-            "skipped": grid.skipped,
-            "planned": len(grid.runs),
-            "runs": with_intransigence(records),
-            "tables": finite(tables(records)),
-        }
-    )
+    there = (standing(run, kept) for run in grid.runs)
+    records = [record for record in there if record is not None]
+    found = tables(records)
+    made: dict[str, Any] = {
+        "schema": STUDY_SCHEMA,
+        "name": spec.name,
+        "description": spec.description,
+        "spec": spec.model_dump(mode="json", exclude_none=True),
+        "skipped": grid.skipped,
+        "planned": len(grid.runs),
+        "runs": with_intransigence(records),
+        "tables": finite(found),
+    }
+    if spec.claims:
+        made["claims"] = judged(spec.claims, found["cells"])
+        made["chosen"] = spec.claims[0].method
+    study = StudyRecord.model_validate(made)
     write_shared(work, work.out / "study.json", study.plain(), lock="study")
 
 

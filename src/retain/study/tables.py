@@ -9,8 +9,9 @@ from typing import Any
 from retain.evaluation.continual import continual_metrics
 from retain.intervals import Estimate, estimate, paired
 from retain.records import RunRecord
+from retain.study.spec import ClaimSpec
 
-__all__ = ["METRICS", "tables", "with_intransigence"]
+__all__ = ["METRICS", "judged", "tables", "with_intransigence"]
 
 METRICS = (
     "average", "learning", "forgetting", "backward_transfer", "forward_transfer",
@@ -73,6 +74,42 @@ def tables(records: Iterable[RunRecord]) -> dict[str, Any]:
             | {"n": len(seeds), "failed": failed, "metrics": metrics, "paired": differences}
         )
     return {"cells": out}
+
+
+def judged(claims: Sequence[ClaimSpec], cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The claims of a study with their values, null where not told, and whether they hold.
+
+    Args:
+        claims: of the study.
+        cells: of its `tables`.
+    """
+    out = []
+    for claim in claims:
+        value = _ratio(claim, cells)
+        holds = None
+        if value is not None:
+            holds = value <= claim.bound if claim.relation == "<=" else value >= claim.bound
+        said = claim.model_dump(include={"claim", "relation", "bound"})
+        out.append(said | {"value": value, "holds": holds})
+    return out
+
+
+def _ratio(claim: ClaimSpec, cells: Sequence[dict[str, Any]]) -> float | None:
+    """Of two cells that differ in the method alone; a loss of ability is a change below 0."""
+    found = next((cell for cell in cells if cell["method"] == claim.method), None)
+    if found is None:
+        return None
+    wanted = found | {"method": claim.reference}
+    place = ("model", "adapter", "method", "order")
+    other = next((c for c in cells if all(c[name] == wanted[name] for name in place)), None)
+    ours, theirs = (
+        (cell or {"metrics": {}})["metrics"].get(claim.metric, {}).get("mean")
+        for cell in (found, other)
+    )
+    if ours is None or theirs is None:
+        return None
+    lost = claim.metric in ("general", "backward_transfer")
+    return float(ours / theirs) if (theirs < 0 if lost else theirs > 0) else None
 
 
 def with_intransigence(records: Sequence[RunRecord]) -> list[RunRecord]:

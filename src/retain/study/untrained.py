@@ -53,6 +53,7 @@ def untrained_file(
         ],
         "batch_size": run.evaluation.batch_size,
         "general": general,
+        **({"answers": run.evaluation.answers} if run.evaluation.answers else {}),
         "seed": None if settled else run.seed,
         "code": dict(stamp),
         "machine": [hardware(), torch.get_num_threads()],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class Work:
         threads: of a run; None leaves torch's own choice.
         retry_failed: do runs again that have failed before.
         function: does the run; `retain.study.sequence.run_sequence` where None.
+        progress: show bars of what a run does, and not of runs alone.
+        adapters: keep what each run has trained.
     """
 
     study: str
@@ -52,6 +55,12 @@ class Work:
     threads: int | None = None
     retry_failed: bool = False
     function: RunFunction | None = None
+    progress: bool = False
+    adapters: bool = False
+
+    def adapter(self, run: RunSpec) -> Path:
+        """The folder of what a run has trained, if it is kept."""
+        return self.out / "adapters" / re.sub(r"[^\w.-]+", "-", run.title)
 
     def record(self, key: str) -> Path:
         """The file of a run's record."""
