@@ -80,7 +80,7 @@ class TestNotOurs:
         assert contents(tmp_path) == {name: b"{}"}
 
     @pytest.mark.parametrize(
-        "name", ["adapters/lora/mine", "rows/a.csv", "source/main.c", "result.json", "report.html"]
+        "name", ["adapters/lora/mine", "data/a.csv", "source/main.c", "study.yaml", "report.html"]
     )
     def test_demo(self, name: str, retain: Any, tmp_path: Path) -> None:
         put(tmp_path, name, "{}")

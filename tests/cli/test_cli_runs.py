@@ -17,7 +17,7 @@ from retain.cli import main
 from retain.cli.options import name_list
 from retain.config import DTYPES, RunConfig
 from retain.errors import ConfigError
-from retain.records import finite
+from retain.records import StudyRecord, finite
 from retain.runs.bases import problem_count
 
 
@@ -312,27 +312,17 @@ class TestDemo:
     ) -> None:
         seen: dict[str, Any] = {}
 
-        def run_demo(**given: Any) -> dict[str, Any]:
+        def run_demo(**given: Any) -> StudyRecord:
             seen.update(given)
-            claim = {
-                "claim": "forgets less",
-                "value": 0.1,
-                "bound": 0.5,
-                "relation": "<=",
-                "holds": True,
-            }
-            return {"summary": [claim]}
+            claim = {"claim": "forgets less", "value": 0.1, "bound": 0.5, "holds": True}
+            return StudyRecord.model_validate({"name": "demo", "runs": [], "claims": [claim]})
 
         monkeypatch.setattr("retain.study.demo.run_demo", run_demo)
-        monkeypatch.setattr("retain.report.page.write_report", lambda _, page: [page])
+        monkeypatch.setattr("retain.report.studies.page.write_study_report", lambda _, page: [page])
         outcome = retain("demo", "--out", tmp_path, "--seed", 3, "--quick")
-        assert seen == {
-            "out": tmp_path,
-            "seed": 3,
-            "quick": True,
-            "progress": False,
-            "verbose": True,
-        }
+        said = seen.pop("say")
+        assert callable(said)
+        assert seen == {"out": tmp_path, "seed": 3, "quick": True, "progress": False}
         assert "forgets less" in outcome.out
         assert "holds" in outcome.out
         assert f"report: {tmp_path / 'report.html'}" in outcome.out

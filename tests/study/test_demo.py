@@ -1,71 +1,111 @@
-"""The demo from end to end, on a tiny model: all stages, the report, and going on from files."""
+"""The demo from end to end, on a tiny model: all stages, its claims, and going on from files."""
 
-import json
+from __future__ import annotations
+
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from retain.errors import ConfigError
-from retain.report.page import write_report
-from retain.study import demo as module
-from retain.study.claims import summary
-from retain.study.demo import run_demo
+from retain.errors import TrainingError
+from retain.records import StudyRecord
+from retain.study.demo import MARK, demo_study, run_demo
+from retain.study.spec import ClaimSpec, parse_study
+from retain.study.tables import judged
 
-TINY = {
-    "dtype": "float32",
-    "examples": 48,
-    "problems": 4,
-    "source_rows": 8,
-    "source_length": 24,
-    "strengths": [1e7],  # an untrained model relies on little: its curvature is tiny
-    "chosen": 1e7,
-}
+# An untrained model relies on little: its curvature is tiny.
+TINY = {"quick": True, "dtype": "float32", "strength": 1e7, "progress": False}
 
 
-def test_every_stage_runs_and_is_not_done_twice(
+@pytest.fixture(scope="module")
+def done(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyRecord]:
+    out = tmp_path_factory.mktemp("demo")
+    return out, run_demo(out, model=str(tiny_folder), **TINY)
+
+
+def test_every_stage_runs(done: tuple[Path, StudyRecord]) -> None:
+    out, study = done
+    lora, held = study.runs
+    assert [run.config.method.name for run in study.runs] == ["none", "retention"]
+    assert (lora.before == held.before and lora.general == held.general) or held.general
+    kl = [run.retention[-1].kl or 0.0 for run in study.runs]
+    assert 0 < kl[1] < kl[0]
+    for run in study.runs:
+        assert run.sizes is not None and (run.sizes.train, run.sizes.test) == ([32], [8])
+        assert run.general is not None and "knowledge" in run.general.before
+        assert [step.step for step in run.history] == [1, 2, 3, 4]
+        assert run.history[-1].measured is not None
+        (told,) = run.generations
+        assert told.before is not None and told.prompt == "What is the capital of France?"
+    adapters = sorted(path.name for path in (out / "adapters").iterdir())
+    assert len(adapters) == 2
+    assert (out / "adapters" / adapters[0] / "adapter_model.safetensors").is_file()
+    assert (out / "study.yaml").read_text().startswith(f"{MARK}\n")
+
+
+def test_its_claims_are_told(done: tuple[Path, StudyRecord]) -> None:
+    study = done[1]
+    assert [claim.bound for claim in study.claims] == [0.5, 1.05, 0.3333]
+    lora, held = ((run.retention[-1].kl or 0.0) for run in study.runs)
+    assert study.claims[0].value == pytest.approx(held / lora)
+    assert study.claims[0].holds is (held / lora <= 0.5)
+    assert study.options["chosen"] == "retention"
+
+
+def test_what_is_done_is_not_done_twice(
+    done: tuple[Path, StudyRecord], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a run that was done is done again")
+
+    out, study = done
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.jsonl")}
+    monkeypatch.setattr("retain.study.sequence.run_sequence", never)
+    assert run_demo(out, model=str(tiny_folder), **TINY) == study
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.jsonl")} == times
+
+
+def test_a_run_that_fails_is_said(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = TINY | {"model": str(tiny_folder), "progress": False, "verbose": False}
-    monkeypatch.setattr(module, "provenance", lambda seed: {"commit": "fixed", "seed": seed})
-    result = run_demo(tmp_path, quick=True, **settings)
-    base, lora, held = result["rows"]
-    assert base["forgetting"]["kl"] == 0.0
-    assert [r["method"] for r in (base, lora, held)] == [None, "none", "laplace"]
-    assert 0 < held["forgetting"]["kl"] < lora["forgetting"]["kl"]
-    assert held["history"][-1]["measured"] is not None
-    assert held["chosen"]
-    assert len(result["summary"]) == 3
-    for name in ("lora", "retain-1e+07"):
-        assert (tmp_path / "adapters" / name / "adapter_model.safetensors").is_file()
-    pages = write_report(tmp_path / "result.json", tmp_path / "report.html")
-    assert all(page.stat().st_size > 1000 for page in pages)
+    def fails(*_: object, **__: object) -> None:
+        raise TrainingError("the loss is not finite")
 
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("a stage that was done is done again")
-
-    for stage in ("train", "sample_rows", "fit_curvature"):
-        monkeypatch.setattr(module, stage, never)
-    again = run_demo(tmp_path, quick=True, **settings)
-    assert again["rows"] == json.loads(json.dumps(result["rows"]))
-    assert json.loads((tmp_path / "result.json").read_text())["rows"][0]["name"] == "base"
+    monkeypatch.setattr("retain.study.sequence.train", fails)
+    with pytest.raises(TrainingError, match="run none is failed; got: the loss is not finite"):
+        run_demo(tmp_path, model=str(tiny_folder), **TINY)
 
 
-def test_the_chosen_strength_is_one_that_is_tried(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="chosen must be one of the strengths"):
-        run_demo(tmp_path, chosen=5.0, verbose=False)
+def test_it_is_a_study_like_any_other() -> None:
+    full, quick = (parse_study(demo_study(3, quick)) for quick in (False, True))
+    assert full.seeds == [3] and full.source.rows > quick.source.rows
 
 
-def test_claims_hold_by_their_numbers_alone() -> None:
-    def row(method: str | None, strength: float | None, kl: float, loss: float, lost: float):
-        return {
-            "method": method,
-            "strength": strength,
-            "forgetting": {"kl": kl},
-            "target": {"loss": loss},
-            "probe": {"lost": lost},
-        }
+def cell(method: str, **metrics: float) -> dict[str, Any]:
+    place = {"model": "m", "adapter": "lora", "method": method, "order": "o"}
+    return place | {"metrics": {name: {"mean": value} for name, value in metrics.items()}}
 
-    good = summary([row("none", 0.0, 0.4, 0.24, 0.09), row("laplace", 10.0, 0.1, 0.25, 0.02)], 10.0)
-    assert [c["holds"] for c in good] == [True, True, True]
-    bad = summary([row("none", 0.0, 0.4, 0.24, 0.0), row("laplace", 10.0, 0.3, 0.26, 0.02)], 10.0)
-    assert [c["holds"] for c in bad] == [False, False, None]
+
+@pytest.mark.parametrize(
+    ("metric", "ours", "plain", "value", "holds"),
+    [
+        ("kl", 0.1, 0.4, 0.25, True),
+        ("kl", 0.3, 0.4, 0.75, False),
+        ("kl", 0.3, 0.0, None, None),
+        ("general", -0.02, -0.08, 0.25, True),
+        ("general", -0.02, 0.0, None, None),
+        ("general", 0.02, -0.08, -0.25, True),
+    ],
+)
+def test_claims_hold_by_their_numbers_alone(
+    metric: str, ours: float, plain: float, value: float | None, holds: bool | None
+) -> None:
+    claim = ClaimSpec(claim="less", metric=metric, method="held", bound=0.5)
+    cells = [cell("none", **{metric: plain}), cell("held", **{metric: ours})]
+    (found,) = judged([claim], cells)
+    assert (found["value"], found["holds"]) == (pytest.approx(value), holds)
+    (found,) = judged([claim], cells[:1])
+    assert (found["value"], found["holds"]) == (None, None)
+    other = claim.model_copy(update={"relation": ">="})
+    (found,) = judged([other], cells)
+    assert found["holds"] is (None if value is None else value >= 0.5)

@@ -106,7 +106,7 @@ def check_demo(out: Path) -> None:
 
     mine = marked(out / "study.yaml") or _of("retain.result/1")(out / "result.json")
     files = dict.fromkeys(("study.yaml", "word-problems.yaml"), (marked, "a file of a demo"))
-    others = ("data", "adapters", "report.html")
+    others = ("data", "adapters", "source", "report.html")
     _check(out, files | dict.fromkeys(others, (lambda _: mine, "a result of a demo")))
     check_study(out)
 
