@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
+from pydantic import Field
 from typer.core import TyperGroup
 
-from retain.cli.options import AsJson, Quiet, Screen, quieten
+from retain.cli.options import Screen, command, quieten
+from retain.config import Options
 from retain.errors import ConfigError, unknown
 from retain.files import check_folder
 from retain.runs.folders import check_study
@@ -43,45 +46,32 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Study = Annotated[Path, typer.Argument(help="The study's YAML file.", show_default=False)]
-Out = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Folder of the results; runs/NAME by default.")
-]
-Data = Annotated[
-    Path | None, typer.Option("--data-dir", help="Local copies of the data; else from the hub.")
-]
-Limit = Annotated[
-    int | None, typer.Option("--limit", min=1, help="At most so many train and test rows a task.")
-]
-Seeds = Annotated[
-    str | None, typer.Option("--seeds", help="Instead of the study's: 0,1,2.", metavar="0,1,2")
-]
+
+class StatusConfig(Options):
+    """Settings of ``retain study status``."""
+
+    study: Path = Field(description="The study's YAML file")
+    out: Path | None = Field(None, description="Folder of the results; runs/NAME by default")
+    limit: int | None = Field(None, ge=1, description="At most so many train and test rows a task")
+    seeds: str | None = Field(None, description="Instead of the study's: 0,1,2")
+
+
+class RunsConfig(StatusConfig):
+    """Settings of ``retain study run``."""
+
+    data_dir: Path | None = Field(None, description="Local copies of the data; else from the hub")
+    engine: str = Field("local", description="local, or ray (an extra)")
+    jobs: int = Field(1, ge=1, description="Runs at a time")
+    threads: int | None = Field(None, ge=1, description="Processor threads of a run")
+    only: str | None = Field(None, description="Runs whose title holds this; * is anything")
+    retry_failed: bool = Field(False, description="Do failed runs again")
 
 
 @app.command("run", epilog=EXAMPLE)
-def run(
-    study: Study,
-    out: Out = None,
-    data_dir: Data = None,
-    engine: Annotated[str, typer.Option("--engine", help="local, or ray (an extra).")] = "local",
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time.")] = 1,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Processor threads of a run.")
-    ] = None,
-    limit: Limit = None,
-    seeds: Seeds = None,
-    only: Annotated[
-        str | None, typer.Option("--only", help="Runs whose title holds this; * is anything.")
-    ] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Do failed runs again.")
-    ] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
+@command(RunsConfig, "study")
+def run(config: RunsConfig, screen: Screen) -> None:
     """Do the runs that are not done yet. It may be stopped, killed and started again."""
-    screen = Screen(as_json, quiet)
-    spec, work = _open(study, out, data_dir, limit, seeds)
+    spec, work = _open(config, config.data_dir)
     check_folder(work.out)
     check_study(work.out)
     from dataclasses import replace
@@ -90,31 +80,28 @@ def run(
     from retain.study.grid import expand
     from retain.study.studies import run_study
 
-    check_engine(engine)
+    check_engine(config.engine)
     if spec.general is not None:
         from retain.evaluation.lm_eval import check_tasks
 
         check_tasks(spec.general.tasks)
-    cores = _cores()
-    work = replace(
-        work,
-        retry_failed=retry_failed,
-        threads=threads or (max(1, cores // jobs) if jobs > 1 else None),
-    )
+    threads = config.threads or (max(1, _cores() // config.jobs) if config.jobs > 1 else None)
+    work = replace(work, retry_failed=config.retry_failed, threads=threads)
     grid = expand(spec, work.base)
-    for skipped in grid.skipped:
-        screen.say(f"skipped: {skipped['adapter']} with {skipped['method']}: {skipped['reason']}")
-    kept = (
-        f"what is done is kept in {work.out}; the same command goes on after the last finished task"
-    )
-    with interruption(kept), _progress(screen, len(grid.matching(only))) as (say, tell):
+    _say_skipped(grid.skipped, screen)
+    kept = f"what is done is kept in {work.out}; the same command goes on after the last finished"
+    with (
+        interruption(f"{kept} task"),
+        _progress(screen, len(grid.matching(config.only))) as (say, tell),
+    ):
         counts = run_study(
-            spec, grid, work, only=only, engine=engine, jobs=jobs, say=say, tell=tell
-        )
+            spec, grid, work, only=config.only, engine=config.engine, jobs=config.jobs, say=say,
+            tell=tell,
+        )  # fmt: skip
     lines = [[name, str(counts[name])] for name in ("done", "failed", "unfinished", "elsewhere")]
     screen.table(f"study {spec.name}", ["runs", ""], lines)
     if counts["failed"]:
-        screen.say(f"why: retain study status {study} --out {work.out}")
+        screen.say(f"why: retain study status {config.study} --out {work.out}")
     if counts["unfinished"]:
         screen.say("the machine lacked something: the same command tries unfinished runs again")
     screen.say(f"results: {work.out / 'study.json'}")
@@ -122,74 +109,64 @@ def run(
 
 
 @app.command("status", epilog="Example: retain study status STUDY.yaml --out runs/four")
-def status(
-    study: Study,
-    out: Out = None,
-    limit: Limit = None,
-    seeds: Seeds = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
+@command(StatusConfig, "study")
+def status(config: StatusConfig, screen: Screen) -> None:
     """Say which runs are done, running, failed (and why) and left."""
-    screen = Screen(as_json, quiet)
-    spec, work = _open(study, out, None, limit, seeds)
+    spec, work = _open(config, None)
     from retain.study.grid import expand
     from retain.study.studies import study_status
 
     found = study_status(expand(spec, work.base), work)
+    names = ("running", "started", "failed", "left", "skipped")
     rows = [["done", f"{found['done']} of {found['total']}"]]
-    rows += [[name, str(len(found[name]))] for name in ("running", "started", "failed", "left")]
-    rows += [["skipped", str(len(found["skipped"]))]]
+    rows += [[name, str(len(found[name]))] for name in names]
     screen.table(f"study {spec.name}", ["runs", ""], rows)
     for name in ("running", "started"):
         for entry in found[name]:
             screen.say(f"{name}: {entry['run']}: {entry['tasks_done']} of {entry['tasks']} tasks")
     for entry in found["failed"]:
         screen.say(f"failed: {entry['run']}: {entry['error']}")
-    for entry in found["skipped"]:
-        screen.say(f"skipped: {entry['adapter']} with {entry['method']}: {entry['reason']}")
+    _say_skipped(found["skipped"], screen)
     screen.emit(found)
 
 
-def _open(
-    study: Path, out: Path | None, data_dir: Path | None, limit: int | None, seeds: str | None
-) -> Any:
+def _say_skipped(found: Any, screen: Screen) -> None:
+    for entry in found:
+        screen.say(f"skipped: {entry['adapter']} with {entry['method']}: {entry['reason']}")
+
+
+def _open(config: StatusConfig, data: Path | None) -> Any:
     """The study and where it works."""
     from retain.study.spec import read_study
 
-    spec = read_study(study, limit=limit, seeds=_numbers(seeds))
-    if data_dir is not None and not data_dir.expanduser().is_dir():
+    seeds = None
+    if config.seeds is not None:
+        parts = [part.strip() for part in config.seeds.split(",")]
+        if not all(part.isdecimal() for part in parts):
+            raise ConfigError(
+                "the seeds are not accepted",
+                got=repr(config.seeds),
+                allowed="whole numbers of 0 or more, with commas",
+                fix="--seeds 0,1,2",
+            )
+        seeds = list(map(int, parts))
+    spec = read_study(config.study, limit=config.limit, seeds=seeds)
+    if data is not None and not data.expanduser().is_dir():
         raise ConfigError(
             "no such data folder",
-            got=data_dir,
+            got=data,
             allowed="a folder that holds the local data",
             fix="check --data-dir",
         )
     quieten(False)
     from retain.study.work import Work
 
-    folder = (out or Path("runs") / spec.name).expanduser().absolute()
-    data = data_dir and data_dir.expanduser().absolute()
-    return spec, Work(spec.name, folder, study.expanduser().absolute().parent, data)
-
-
-def _numbers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ConfigError(
-            "the seeds are not accepted",
-            got=repr(text),
-            allowed="whole numbers of 0 or more, with commas",
-            fix="--seeds 0,1,2",
-        )
-    return [int(part) for part in parts]
+    folder = (config.out or Path("runs") / spec.name).expanduser().absolute()
+    data = data and data.expanduser().absolute()
+    return spec, Work(spec.name, folder, config.study.expanduser().absolute().parent, data)
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -197,16 +174,22 @@ def _cores() -> int:
 def _progress(
     screen: Screen, total: int
 ) -> Iterator[tuple[Callable[[str], None], Callable[[Any, Any], None]]]:
-    """A bar of runs with what is being done, on a terminal; else a line for each run."""
+    """A bar of runs with what is being done, on a terminal, and a line for each run."""
+
+    def lines(run: Any, outcome: Any) -> list[str]:
+        why = f": {outcome.error}" if outcome.error else ""
+        notes = [f"{run.title}: {note}" for note in outcome.notes]
+        return [f"{outcome.status}: {run.title}{why}", *notes]
+
     if not screen.progress:
 
-        def line(run: Any, outcome: Any) -> None:
-            why = f": {outcome.error}" if outcome.error else ""
-            screen.say(f"{outcome.status}: {run.title}{why}")
-            for note in outcome.notes:
-                screen.note(f"{run.title}: {note}")
+        def told(run: Any, outcome: Any) -> None:
+            first, *notes = lines(run, outcome)
+            screen.say(first)
+            for note in notes:
+                screen.note(note)
 
-        yield (lambda text: None), line
+        yield (lambda text: None), told
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -217,11 +200,8 @@ def _progress(
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=total)
 
-        def told(run: Any, outcome: Any) -> None:
+        def shown(run: Any, outcome: Any) -> None:
             bar.advance(task)
-            why = f": {outcome.error}" if outcome.error else ""
-            bar.console.print(f"{outcome.status}: {run.title}{why}", markup=False)
-            for note in outcome.notes:
-                bar.console.print(f"{run.title}: {note}", markup=False)
+            bar.console.print("\n".join(lines(run, outcome)), markup=False)
 
-        yield (lambda text: bar.update(task, description=text)), told
+        yield (lambda text: bar.update(task, description=text)), shown

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
-import typer
+from pydantic import Field
 
-from retain.cli.options import AsJson, Quiet, Screen, check_choices, quieten
+from retain.cli.options import Screen, command, quieten
+from retain.config import Options
 from retain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,56 +25,48 @@ _SHOWN = 3
 _BREAK = "\n"
 
 
-def tasks(
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[NAME]", help="A task's name, or a YAML file; left out, all are listed."
-        ),
-    ] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder of local copies, such as DIR/glue/sst2/train.jsonl.gz."),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help=f"Show so many rows ({_SHOWN} with --data-dir; without it they are read "
-            "from the hub).",
-        ),
-    ] = None,
-    split: Annotated[str, typer.Option(help="train or eval.")] = "eval",
-    model: Annotated[
-        str | None,
-        typer.Option(help="Count tokens with this model's tokenizer, and cut prompts as it would."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Which rows are shown.")] = 0,
-    template: Annotated[
-        bool, typer.Option("--template", help="Print a commented task file to start from.")
-    ] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
+class TasksConfig(Options):
+    """Settings of ``retain tasks``."""
+
+    name: str | None = Field(
+        None, description="A task's name, or a YAML file; left out, all are listed"
+    )
+    data_dir: Path | None = Field(
+        None, description="Folder of local copies, such as DIR/glue/sst2/train.jsonl.gz"
+    )
+    limit: int | None = Field(
+        None, ge=1,
+        description=f"Show so many rows ({_SHOWN} with --data-dir; without it they are read from "
+        "the hub)",
+    )  # fmt: skip
+    split: Literal["train", "eval"] = Field("eval", description="train or eval")
+    model: str | None = Field(
+        None,
+        description="Count tokens with this model's tokenizer, and cut prompts as it would",
+    )
+    seed: int = Field(0, ge=0, description="Which rows are shown")
+    template: bool = Field(False, description="Print a commented task file to start from")
+
+
+@command(TasksConfig, "name")
+def tasks(config: TasksConfig, screen: Screen) -> None:
     """List the tasks, or show one of them with prompts as a model reads them."""
-    check_choices(("split", split, ("train", "eval")))
-    screen = Screen(as_json, quiet)
-    if template:
+    if config.template:
         from retain.data.specs import template_text
 
         screen.say(template_text().rstrip())
         screen.emit({"template": template_text()})
-    elif name is None:
-        if data_dir is not None or limit is not None or model is not None:
-            raise ConfigError(
-                "rows are shown of one task",
-                got="no task",
-                allowed="retain tasks NAME, with these options",
-                fix="name a task; retain tasks lists them",
-            )
-        _list(screen)
+    elif config.name is not None:
+        _show(config.name, config, screen)
+    elif config.data_dir is not None or config.limit is not None or config.model is not None:
+        raise ConfigError(
+            "rows are shown of one task",
+            got="no task",
+            allowed="retain tasks NAME, with these options",
+            fix="name a task; retain tasks lists them",
+        )
     else:
-        _show(screen, name, data_dir, limit, cast("Literal['train', 'eval']", split), model, seed)
+        _list(screen)
 
 
 def _list(screen: Screen) -> None:
@@ -82,7 +76,7 @@ def _list(screen: Screen) -> None:
     screen.table(
         f"{len(specs)} tasks",
         ["task", "kind", "classes", "metric", "on the hub"],
-        [[s.name, s.kind, _classes(s), s.metric, s.hub.path] for s in specs],
+        [[s.name, s.kind, str(s.classes or "-"), s.metric, s.hub.path] for s in specs],
     )
     orders = load_orders()
     screen.say(
@@ -97,37 +91,28 @@ def _list(screen: Screen) -> None:
     )
 
 
-def _show(
-    screen: Screen,
-    name: str,
-    data_dir: Path | None,
-    limit: int | None,
-    split: Literal["train", "eval"],
-    model: str | None,
-    seed: int,
-) -> None:
+def _show(name: str, config: TasksConfig, screen: Screen) -> None:
     from retain.data.specs import load_task
 
-    spec = load_task(name)
+    spec, split = load_task(name), config.split
     rows: list[dict[str, Any]] = []
-    wanted = data_dir is not None or limit is not None
-    tokenizer = _tokenizer(model) if model is not None else None
+    tokenizer = None if config.model is None else _tokenizer(config.model)
+    wanted = config.data_dir is not None or config.limit is not None
     if wanted:
         quieten(False)
         from retain.data.loading import load_items
 
         items = load_items(
-            spec,
-            split,
-            data_dir=data_dir,
-            limit=limit or _SHOWN,
-            seed=seed,
+            spec, split, data_dir=config.data_dir, limit=config.limit or _SHOWN, seed=config.seed,
             tokenizer=tokenizer,
-        )
+        )  # fmt: skip
         rows = [_row(item, tokenizer) for item in items]
     screen.say("\n".join([f"{spec.name}, version {spec.version}", *_facts(spec)]))
     for number, row in enumerate(rows, start=1):
-        screen.say(f"\n{split} row {row['row'] + 1} ({number} of {len(rows)}){_counted(row)}")
+        size = ""
+        if "prompt_tokens" in row:
+            size = f", {row['prompt_tokens']} tokens + {max(row['option_tokens'])}"
+        screen.say(f"\n{split} row {row['row'] + 1} ({number} of {len(rows)}){size}")
         screen.say(_indented(row["prompt"]))
         screen.say(_answers(row))
     if not wanted:
@@ -156,16 +141,7 @@ def _facts(spec: TaskSpec) -> list[str]:
 
 
 def _row(item: Item, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "row": item.row,
-        "prompt": item.prompt,
-        "options": list(item.options),
-        "answer": item.answer,
-        "completion": item.completion,
-        "texts": list(item.texts),
-        "group": item.group,
-        "references": list(item.references),
-    }
+    row = asdict(item) | {"completion": item.completion}
     if tokenizer is not None:
         from retain.data.tokens import tokenize
 
@@ -175,12 +151,6 @@ def _row(item: Item, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any
             for text in item.options or (item.completion,)
         ]
     return row
-
-
-def _counted(row: dict[str, Any]) -> str:
-    if "prompt_tokens" not in row:
-        return ""
-    return f", {row['prompt_tokens']} tokens + {max(row['option_tokens'])}"
 
 
 def _answers(row: dict[str, Any]) -> str:
@@ -194,10 +164,6 @@ def _answers(row: dict[str, Any]) -> str:
 
 def _indented(text: str, first: str = "  | ") -> str:
     return first + text.replace("\n", "\n" + (first if first == "  | " else "    "))
-
-
-def _classes(spec: TaskSpec) -> str:
-    return str(spec.classes or "-")
 
 
 def _tokenizer(model: str) -> PreTrainedTokenizerBase:
