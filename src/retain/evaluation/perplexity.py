@@ -24,13 +24,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from retain.data.batches import Example, batches
+from retain.data.batches import Example
 from retain.data.draws import sample
 from retain.data.sources import Row, encode, read_rows
 from retain.errors import ConfigError
 from retain.evaluation.forgetting import answer_loss
-from retain.models.heads import is_causal
-from retain.models.sizes import check_sizes, pad_id
+from retain.models.view import ModelView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +86,8 @@ def measure_perplexity(
         SourceError: the text is missing, empty or damaged, or the model's tables have no place for
             it.
     """
-    if not is_causal(model):
+    view = ModelView.of(model, tokenizer)
+    if not view.causal:
         raise ConfigError(
             "perplexity is of causal models",
             got="a classifier",
@@ -105,7 +105,7 @@ def measure_perplexity(
     found = read_rows(source, rows, seed=seed, max_length=needed)
     whole = encode(
         found,
-        tokenizer,
+        view.tokenizer,
         max_length=max_length if stride is None else _WHOLE,
         causal=True,
         loss="source",
@@ -113,11 +113,8 @@ def measure_perplexity(
     examples = read = sample(whole, rows, seed)
     if stride is not None:
         examples = [w for e in examples for w in _windows(e, max_length, stride)]
-    check_sizes(model, examples, tokenizer)
-    pad = pad_id(model)
-    device = next(model.parameters()).device
-    every = [b.to(device) for b in batches(examples, min(batch_size, len(examples)), pad)]
-    loss = answer_loss(model, every)
+    view.check(examples)
+    loss = answer_loss(model, view.batches(examples, batch_size))
     tokens = sum(e.predictions for e in examples)
     return Perplexity(math.exp(loss) if loss < 700 else math.inf, loss, tokens, len(read))
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from retain.data.batches import Example, batches
+from retain.data.batches import Example
 from retain.data.tokens import tokenize
 from retain.errors import ConfigError
 from retain.evaluation.reuse import branch_logits, can_reuse
-from retain.models.forward import evaluating, forward_logits
-from retain.models.sizes import check_length, pad_id, pad_multiple
+from retain.models.sizes import check_length, pad_multiple
+from retain.models.view import ModelView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,8 +119,7 @@ def score_options(
     Raises:
         ConfigError: a prompt or an option without tokens, or a prompt without options.
     """
-    device = next(model.parameters()).device
-    pad = pad_id(model)
+    view = ModelView.of(model, tokenizer)
     asked = _questions(tokenizer, prompts, options, max_length)
     unique = list({id(q): q for q in asked}.values())
     longest = max((len(q.head) + len(leaf) for q in unique for leaf in q.leaves), default=0)
@@ -132,24 +131,22 @@ def score_options(
     branched = [] if again else [q for q in unique if len(q.leaves) > 1]
     plain = unique if again else [q for q in unique if len(q.leaves) == 1]
     bar = tqdm(total=len(unique), desc=label, unit="question", disable=not progress)
-    with evaluating(model), torch.no_grad(), bar:
+    with view.evaluating(), torch.no_grad(), bar:
         owners = [(q, k) for q in plain for k in range(len(q.leaves))]
         if owners:
             examples = [_example(q, k) for q, k in owners]
             multiple = pad_multiple(model, examples, 8)
-            for batch in batches(examples, min(batch_size, len(examples)), pad, multiple=multiple):
+            for batch in view.batches(examples, batch_size, multiple=multiple):
                 picks, start = _Picks(), 0
                 for row, n in zip(batch.rows, batch.lengths, strict=True):
                     q, k = owners[row]
                     for j in q.under[k]:
                         picks.add(q, j, range(start, start + n))
                     start += n
-                picks.collect(forward_logits(model, batch.to(device)))
+                picks.collect(view.logits(batch))
                 bar.update(sum(owners[row][1] == 0 for row in batch.rows))
         for chunk in _chunks(branched, batch_size):
-            first, rest = branch_logits(
-                model, [q.head for q in chunk], [q.leaves for q in chunk], pad
-            )
+            first, rest = branch_logits(view, [q.head for q in chunk], [q.leaves for q in chunk])
             picks, start = _Picks(), len(chunk)
             for i, q in enumerate(chunk):
                 for k, leaf in enumerate(q.leaves):

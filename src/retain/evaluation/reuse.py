@@ -7,14 +7,15 @@ is copied to the rows of their continuations, which alone are run then.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from retain.models.names import unwrap
+from retain.models.forward import head_reads
+from retain.models.names import inner_model, unwrap
+from retain.models.view import ModelView
 
 __all__ = ["branch_logits", "can_reuse"]
 
@@ -30,11 +31,10 @@ def can_reuse(model: nn.Module) -> bool:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    inner: Any = unwrap(model)
-    config = getattr(inner, "active_peft_config", None)
+    config = getattr(unwrap(model), "active_peft_config", None)
     if config is not None and config.is_prompt_learning:
         return False
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    base = inner_model(model)
     if not {"position_ids", "past_key_values"} <= set(inspect.signature(base.forward).parameters):
         return False
     try:
@@ -45,18 +45,14 @@ def can_reuse(model: nn.Module) -> bool:
 
 
 def branch_logits(
-    model: nn.Module,
-    heads: Sequence[Sequence[int]],
-    leaves: Sequence[Sequence[Sequence[int]]],
-    pad: int,
+    view: ModelView, heads: Sequence[Sequence[int]], leaves: Sequence[Sequence[Sequence[int]]]
 ) -> tuple[Tensor, Tensor]:
     """Logits after each prompt, and after each token of its continuations.
 
     Args:
-        model: a causal model for which `can_reuse` holds, in evaluation mode.
+        view: of a causal model for which `can_reuse` holds, in evaluation mode.
         heads: tokens of each prompt, one at least.
         leaves: of each prompt, the continuations' tokens, one at least each.
-        pad: the token to pad with.
 
     Returns:
         Logits [prompts, vocabulary] after the prompts, and [tokens, vocabulary] after each token
@@ -64,46 +60,38 @@ def branch_logits(
     """
     from transformers import DynamicCache
 
-    inner: Any = unwrap(model)
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    device = next(model.parameters()).device
     width = max(map(len, heads))
-    ids = torch.full((len(heads), width), pad)
+    ids = torch.full((len(heads), width), view.pad)
     mask = torch.zeros((len(heads), width), dtype=torch.long)
     for i, head in enumerate(heads):
         ids[i, width - len(head) :] = torch.tensor(head)
         mask[i, width - len(head) :] = 1
     last = torch.zeros_like(mask, dtype=torch.bool)
     last[:, -1] = True
-    cache = DynamicCache(config=base.config)
-    first = _run(model, ids, mask, mask, last, cache, device)
+    cache = DynamicCache(config=view.config)
+    first = _run(view, ids, mask, mask, last, cache)
 
     flat = [leaf for row in leaves for leaf in row]
     owner = torch.tensor([i for i, row in enumerate(leaves) for _ in row])
     longest = max(map(len, flat))
-    more = torch.full((len(flat), longest), pad)
+    more = torch.full((len(flat), longest), view.pad)
     new = torch.zeros((len(flat), longest), dtype=torch.long)
     for i, leaf in enumerate(flat):
         more[i, : len(leaf)] = torch.tensor(leaf)
         new[i, : len(leaf)] = 1
-    cache.batch_select_indices(owner.to(device))
+    cache.batch_select_indices(owner.to(view.device))
     whole = torch.cat([mask[owner], new], 1)
-    return first, _run(model, more, whole, new, new.bool(), cache, device)
+    return first, _run(view, more, whole, new, new.bool(), cache)
 
 
 def _run(
-    model: nn.Module,
-    ids: Tensor,
-    mask: Tensor,
-    new: Tensor,
-    predict: Tensor,
-    cache: Any,
-    device: torch.device,
+    view: ModelView, ids: Tensor, mask: Tensor, new: Tensor, predict: Tensor, cache: Any
 ) -> Tensor:
     """One pass on from a cache; `mask` covers the cache too. Logits [predictions, vocabulary]."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - new.shape[1] :]
-    with _head_at(model, predict.to(device)):
-        out = model(
+    device, predict = view.device, predict.to(view.device)
+    with head_reads(view.model, lambda hidden: hidden[predict][None]):
+        out = view.model(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             position_ids=positions.to(device),
@@ -112,15 +100,3 @@ def _run(
         )
     logits: Tensor = out.logits[0]
     return logits
-
-
-@contextmanager
-def _head_at(model: nn.Module, predict: Tensor) -> Iterator[None]:
-    """Lets the head see the predicted positions alone, as one row."""
-    inner: Any = unwrap(model)
-    head = inner.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _m, args: (args[0][predict][None],))
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from retain.data.batches import Example, batches
+from retain.data.batches import Example
 from retain.data.patterns import PatternError, first_match
 from retain.data.specs import Item
 from retain.data.tokens import fit_prompt
@@ -22,9 +22,7 @@ from retain.errors import ConfigError, SourceError, shown, unknown
 from retain.evaluation.generation import generate
 from retain.evaluation.metrics import METRICS, TEXT_METRICS, compute, row_scores
 from retain.evaluation.ranking import score_options
-from retain.models.forward import evaluating, forward_logits
-from retain.models.heads import is_causal
-from retain.models.sizes import check_sizes, pad_id
+from retain.models.view import ModelView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,7 +117,8 @@ def score_items(
         raise SourceError(
             "no rows to score", got="0 items", allowed="1 or more", fix="a larger limit"
         )
-    causal = is_causal(model)
+    view = ModelView.of(model, tokenizer)
+    causal = view.causal
     _fitting(items, kind, causal)
     if causal and kind != "choice" and max_new_tokens >= max_length:
         raise ConfigError(
@@ -132,7 +131,7 @@ def score_items(
     predictions: list[Any]
     if not causal:
         predictions, loss = _encoder(
-            model, tokenizer, items, kind, columns, max_length, batch_size, progress, label
+            view, items, kind, columns, max_length, batch_size, progress, label
         )
     elif kind == "choice":
         ranking = score_options(
@@ -207,8 +206,7 @@ def _fitting(items: Sequence[Item], kind: Kind, causal: bool) -> None:
 
 
 def _encoder(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    view: ModelView,
     items: Sequence[Item],
     kind: Kind,
     columns: slice | None,
@@ -218,19 +216,17 @@ def _encoder(
     label: str,
 ) -> tuple[list[Any], float | None]:
     """Predictions of a classifier's head, and the mean cross-entropy of its columns."""
-    examples = []
+    examples, tokenizer = [], cast("Any", view.tokenizer)
     for item in items:
         out = tokenizer(*item.texts, truncation=True, max_length=max_length)
         segments = tuple(out.get("token_type_ids", ()))
         examples.append(Example(tuple(out["input_ids"]), (0,), (), segments))
-    check_sizes(model, examples, tokenizer, labels=False)
-    pad = pad_id(model)
-    device = next(model.parameters()).device
-    every = list(batches(examples, min(batch_size, len(examples)), pad))
+    view.check(examples, labels=False)
+    every = view.batches(examples, batch_size)
     rows: list[Tensor] = [torch.empty(0)] * len(items)
-    with evaluating(model), torch.no_grad():
+    with view.evaluating(), torch.no_grad():
         for batch in tqdm(every, desc=label, unit="batch", disable=not progress):
-            logits = forward_logits(model, batch.to(device))[:, columns or slice(None)]
+            logits = view.logits(batch)[:, columns or slice(None)]
             for row, part in zip(batch.rows, logits.double().cpu(), strict=True):
                 rows[row] = part
     outputs = torch.stack(rows)

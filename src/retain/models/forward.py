@@ -29,6 +29,7 @@ __all__ = [
     "first_readers",
     "forward_body",
     "forward_logits",
+    "head_reads",
     "inputs_of",
     "no_autocast",
     "own_forwards",
@@ -156,7 +157,7 @@ def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
     if predict is None:
         logits: Tensor = model(**batch.inputs).logits
         return logits
-    with _head_reads(model, lambda hidden: hidden[predict][None]):
+    with head_reads(model, lambda hidden: hidden[predict][None]):
         logits = model(**batch.inputs, use_cache=False).logits
     return logits[0]
 
@@ -166,7 +167,7 @@ def forward_body(model: nn.Module, batch: Batch) -> None:
     if batch.predict is None:
         model(**batch.inputs)
         return
-    with _head_reads(model, lambda hidden: hidden[:1, :1]):
+    with head_reads(model, lambda hidden: hidden[:1, :1]):
         model(**batch.inputs, use_cache=False)
 
 
@@ -176,11 +177,12 @@ def compact_head(model: nn.Module) -> AbstractContextManager[None]:
     transformers hands the head a strided view of the last position of each row. A CPU product
     with such a view copies the head's weights once for each row.
     """
-    return _head_reads(model, Tensor.contiguous)
+    return head_reads(model, Tensor.contiguous)
 
 
 @contextmanager
-def _head_reads(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def head_reads(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside it a causal model's head reads what `change` makes of the hidden states."""
     inner: Any = unwrap(model)
     handle = inner.get_output_embeddings().register_forward_pre_hook(
         lambda _m, args: (change(args[0]), *args[1:])

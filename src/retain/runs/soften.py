@@ -170,23 +170,16 @@ def _held_out_kl(
     model: Any, tokenizer: Any, rows: Any, config: Measured, messages: Messages
 ) -> Callable[[], dict[str, Any]]:
     """Measures the model as it then is against the base; without rows on text of the base."""
-    from retain.data.draws import HELD_OUT, sample
-    from retain.data.sources import encode
+    from retain.data.draws import HELD_OUT
     from retain.evaluation.forgetting import Reference
-    from retain.models.heads import is_causal, is_regression
-    from retain.models.sizes import check_sizes
+    from retain.models.view import ModelView
 
     if rows is None:
         rows = own_text(model, tokenizer, config, messages)
-    regression = is_regression(model)
-    every = encode(
-        rows, tokenizer, max_length=config.max_length, causal=is_causal(model), loss="source",
-        regression=regression,
-    )  # fmt: skip
-    examples = sample(every, config.rows, HELD_OUT + config.seed)
-    check_sizes(model, examples, tokenizer, labels=not regression)
-    batch = min(config.batch_size, len(examples))
-    base = Reference(model, examples, batch_size=batch, progress=messages.progress)
+    view, draw = ModelView(model, tokenizer), HELD_OUT + config.seed
+    labels = not view.regression
+    examples = view.read(rows, config.rows, max_length=config.max_length, seed=draw, labels=labels)
+    base = Reference(model, examples, batch_size=config.batch_size, progress=messages.progress)
 
     def measured() -> dict[str, Any]:
         found = base.measure(model)

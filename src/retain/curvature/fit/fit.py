@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -34,13 +34,10 @@ from retain.curvature.fit.source import glance, source_examples
 from retain.curvature.info import CurvatureInfo, describe
 from retain.data.batches import Batch, Example, batches, collate
 from retain.data.sources import Row
-from retain.models.fingerprint import fingerprint
 from retain.models.forward import evaluating, no_autocast
-from retain.models.heads import is_causal
-from retain.models.names import unwrap
 from retain.models.off import check_on, start_of
 from retain.models.sites import bypassed, is_idle, row_scales
-from retain.models.sizes import pad_id
+from retain.models.view import ModelView
 from retain.provenance import versions
 from retain.types import FactorRank, Fisher, Products, Space
 
@@ -128,23 +125,20 @@ def fit_curvature(
     )  # fmt: skip
     if not settings.sketchable:
         settings = replace(settings, rank=None)
-    causal = is_causal(model)
+    view = ModelView.of(model, tokenizer)
     sites = fit_sites(model, space)
     idle = space == "weight" and is_idle(sites)
     if not is_idle(sites):
         check_on(model)
     start_of(model)  # of an adapter that began in the base's weights, for what is measured later
     examples = source_examples(
-        model, source, tokenizer, causal, rows, max_length, batch_size, seed, partial, progress
+        model, source, tokenizer, view.causal, rows, max_length, batch_size, seed, partial, progress
     )
     every = max(1, round(min(1 / share, len(examples))))
     estimating = structure_of(structure).estimator
     layers = hooked(sites, space if estimating.backward else "weight")
-    device = site_tensor(sites[0]).device
-    inner: Any = unwrap(model)
-    pad = pad_id(inner)
-    base = fingerprint(model)
-    known = asdict(settings) | {"every": every, "model": base, "sites": describe(sites)}
+    device, pad = site_tensor(sites[0]).device, view.pad
+    known = asdict(settings) | {"every": every, "model": view.fingerprint, "sites": describe(sites)}
     # Reads all weights that the fingerprint leaves out or rounds.
     key = "" if partial is None else fit_key(known, examples, _own_weights(model))
     unfinished = FitCheckpoint(partial, key, save_every)
@@ -184,7 +178,7 @@ def fit_curvature(
         max_length=max_length,
         seed=seed,
         error=run.error(),
-        model=base,
+        model=view.fingerprint,
         sites=describe(sites),
         versions=versions(),
         note=str(source) if isinstance(source, str | Path) else type(source).__name__,

@@ -9,13 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from retain.curvature.fit.checkpoint import kept_rows
 from retain.data.batches import Batch, Example, collate
-from retain.data.draws import sample
-from retain.data.sources import Row, encode, read_rows
+from retain.data.sources import Row
 from retain.errors import SourceError
-from retain.models.fingerprint import fingerprint
 from retain.models.generating import sample_rows
-from retain.models.heads import check_labels, is_regression, row_label
-from retain.models.sizes import check_sizes
+from retain.models.view import ModelView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +41,7 @@ def source_examples(
         SourceError: text that is missing, empty or smaller than one batch; or ``"self"`` for a
             model that cannot write; or rows that its tables have no place for.
     """
-    tokenizer = tokenizer or getattr(model, "retain_tokenizer", None)
+    view = ModelView.of(model, tokenizer)
     if isinstance(source, str) and source == "self":
         if not causal:
             raise SourceError(
@@ -53,33 +50,14 @@ def source_examples(
                 allowed="a data set or a file",
                 fix="give source text with the classifier's fields",
             )
-        what = [fingerprint(model), rows, max_length, seed]
+        length: dict[str, Any] = {"max_length": max_length, "seed": seed, "progress": progress}
+        what = [view.fingerprint, rows, max_length, seed]
         source = kept_rows(
-            partial,
-            what,
-            lambda: sample_rows(
-                model, tokenizer, count=rows, max_length=max_length, seed=seed, progress=progress
-            ),
+            partial, what, lambda: sample_rows(view.model, view.tokenizer, count=rows, **length)
         )
-    found: Sequence[Example]
-    if isinstance(source, list | tuple) and source and isinstance(source[0], Example):
-        found = sample(source, rows, seed)
-    else:
-        read: list[Row] = read_rows(
-            source,  # type: ignore[arg-type]
-            rows,
-            seed=seed,
-            max_length=max_length,
-        )
-        check_labels(model, () if causal else (row_label(row) for row in read))
-        if regression is None:
-            regression = not causal and is_regression(model)
-        every = encode(
-            read, tokenizer, max_length=max_length, causal=causal, loss="source",
-            regression=regression,
-        )  # fmt: skip
-        found = sample(every, rows, seed)  # a text that is one row gives many
-    check_sizes(model, found, tokenizer, labels=False)
+    found = view.read(
+        source, rows, max_length=max_length, seed=seed, values=regression, labels=False
+    )  # a text that is one row gives many
     if len(found) < batch_size:
         raise SourceError(
             "the source is smaller than one batch",
