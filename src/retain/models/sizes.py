@@ -98,11 +98,7 @@ def positions(model: nn.Module) -> int | None:
 
 
 def cut_length(model: nn.Module, length: int) -> int:
-    """A row's length for text that the model is to write itself: as many tokens as it can read.
-
-    Warns:
-        RetainWarning: it is less than was asked for.
-    """
+    """A length for text of the model's own: as many tokens as it can read, with a warning."""
     most = positions(model)
     if most is None or length <= most:
         return length
@@ -166,25 +162,49 @@ def check_sizes(
             padding, and has no padding that it could tell.
     """
     kind, inner = head_kind(model), inner_model(model)
-    rows = rows_of_embedding(model)
-    head = inner.get_output_embeddings() if kind == "causal" else None
+    causal, rows = kind == "causal", rows_of_embedding(model)
+    head = inner.get_output_embeddings() if causal else None
     predicted = int(getattr(head, "out_features", 0) or rows or 0)
+    types = [
+        m.num_embeddings
+        for n, m in inner.named_modules()
+        if n.endswith("token_type_embeddings") and isinstance(m, nn.Embedding)
+    ]
+    # The head of an encoder-decoder finds its place by the token that ends a row.
+    both = not causal and getattr(inner.config, "is_encoder_decoder", False)
     for number, example in enumerate(examples, start=1):
         check_ids(example.tokens, rows, number, tokenizer)
-        if kind == "causal":
+        if causal:
             check_ids(example.targets, predicted or None, number, tokenizer)
-    _check_types(inner, examples)
+        if types and example.segments and max(example.segments) >= min(types):
+            raise SourceError(
+                "a token type has no row in the model's table",
+                got=f"token type {max(example.segments)} in tokenised row {number}",
+                allowed=f"0 to {min(types) - 1}",
+                fix="use the model's own tokenizer, or leave token_type_ids out",
+            )
+        if both and inner.config.eos_token_id not in example.tokens:
+            raise SourceError(
+                "the head reads a row's end token, and there is none",
+                got=f"no token {inner.config.eos_token_id} in tokenised row {number}",
+                allowed="rows that end with it",
+                fix="tokenise with the model's own tokenizer, or a smaller row",
+            )
     if lengths:
         check_length(model, (len(e.tokens) for e in examples), "tokenised row")
-    if kind == "causal":
-        return
-    if labels:
+    if labels and not causal:
         found = (e.targets if len(e.targets) > 1 else e.targets[0] for e in examples)
         check_labels(model, found, "tokenised row")
-    if len(examples) > 1 and writes(inner.config):  # it reads the last token that is no padding
-        _check_pad(inner.config, rows)
-    if getattr(inner.config, "is_encoder_decoder", False):
-        _check_end(inner.config.eos_token_id, examples)
+    if causal or len(examples) < 2 or not writes(inner.config):
+        return
+    pad = getattr(inner.config.get_text_config(), "pad_token_id", None)
+    if pad is None or pad < 0 or (rows is not None and pad >= rows):
+        raise ModelError(
+            "the classifier finds the end of a row by its padding, and has none",
+            got=f"pad_token_id={pad}" + (f", an embedding of {rows} rows" if rows else ""),
+            allowed="a token that the embedding has a row for",
+            fix="model.config.pad_token_id = tokenizer.pad_token_id, or its eos_token_id",
+        )
 
 
 def check_ids(
@@ -212,40 +232,3 @@ def check_ids(
         allowed=f"0 to {rows - 1}" if rows else "0 or more",
         fix=fix,
     )
-
-
-def _check_types(inner: nn.Module, examples: Sequence[Example]) -> None:
-    """Refuses token types beyond their table."""
-    tables = (m for n, m in inner.named_modules() if n.endswith("token_type_embeddings"))
-    sizes = [m.num_embeddings for m in tables if isinstance(m, nn.Embedding)]
-    for number, example in enumerate(examples if sizes else (), start=1):
-        if example.segments and max(example.segments) >= min(sizes):
-            raise SourceError(
-                "a token type has no row in the model's table",
-                got=f"token type {max(example.segments)} in tokenised row {number}",
-                allowed=f"0 to {min(sizes) - 1}",
-                fix="use the model's own tokenizer, or leave token_type_ids out",
-            )
-
-
-def _check_pad(config: Any, rows: int | None) -> None:
-    pad = getattr(config.get_text_config(), "pad_token_id", None)
-    if pad is None or pad < 0 or (rows is not None and pad >= rows):
-        raise ModelError(
-            "the classifier finds the end of a row by its padding, and has none",
-            got=f"pad_token_id={pad}" + (f", an embedding of {rows} rows" if rows else ""),
-            allowed="a token that the embedding has a row for",
-            fix="model.config.pad_token_id = tokenizer.pad_token_id, or its eos_token_id",
-        )
-
-
-def _check_end(end: int | None, examples: Sequence[Example]) -> None:
-    """Refuses rows without the token by which an encoder-decoder's head finds its place."""
-    for number, example in enumerate(examples, start=1):
-        if end not in example.tokens:
-            raise SourceError(
-                "the head reads a row's end token, and there is none",
-                got=f"no token {end} in tokenised row {number}",
-                allowed="rows that end with it",
-                fix="tokenise with the model's own tokenizer, or a smaller row",
-            )

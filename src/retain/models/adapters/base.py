@@ -43,12 +43,6 @@ class Adapter(ABC):
     The model knows its adapter as ``model.retain_adapter``, so that what measures against the
     base (`retain.models.off.adapter_off`) works with every kind.
 
-    Args:
-        model: what is trained and run.
-        options: what it was attached with, as plain data.
-        size: parameters of the base model without a new head (`size_of`), for `count`.
-        base: the base model's fingerprint, where `peft_type` is ours.
-
     Attributes:
         kind: its name in a study.
         schema: its options, with their defaults and bounds.
@@ -56,6 +50,8 @@ class Adapter(ABC):
         begins_as_base: whether a fresh one computes what the base model does, for every seed.
         model: what is trained and run; its forward is that of the base model's class.
         options: what it was attached with, as plain data.
+        size: parameters of the base model without a new head.
+        base: the base model's fingerprint, where `peft_type` is ours.
         originals: values that take the places of the model's own while the adapter is off.
     """
 
@@ -73,21 +69,16 @@ class Adapter(ABC):
 
     @classmethod
     def check(cls, options: dict[str, Any]) -> Any:
-        """The options as an object of `schema`, with its defaults.
-
-        Raises:
-            ConfigError: an option that the kind does not have, or a value out of range.
-        """
+        """The options as an object of `schema`, with its defaults, or a ConfigError."""
         return validate(options, cls.schema)
 
     @classmethod
     def attach(cls, base: nn.Module, *, seed: int = 0, **options: Any) -> Self:
         """Attaches a fresh one to a base model, which then computes what it did before.
 
-        (Prefix tuning cannot: see there.) A new classification head (names in PEFT's
-        ``SEQ_CLS_HEAD_NAMES``) is trainable in every kind; embeddings, norms and the
-        language-model head only where the kind says so. New weights are drawn from `seed`; the
-        global random state is left as it was.
+        (Prefix tuning cannot: see there.) A new classification head is trainable in every kind;
+        embeddings, norms and the language-model head only where the kind says so. New weights are
+        drawn from `seed`; the global random state is left as it was.
 
         Raises:
             ConfigError: an option that the kind does not have, or a value out of range.
@@ -118,11 +109,7 @@ class Adapter(ABC):
             yield self.model
 
     def save(self, folder: Path, base: str) -> Path:
-        """Writes a folder (safetensors and JSON), whole; `base` is the base model's name.
-
-        Raises:
-            OutputError: the place cannot be written.
-        """
+        """Writes a folder, whole, or raises OutputError; `base` is the base model's name."""
         model: Any = self.model
         if self.peft_type is None:
             return save_adapter(model, folder, base)
@@ -178,11 +165,7 @@ class Adapter(ABC):
         return {n: p.detach().clone() for n, p in self.parameters().items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Puts a `state` back, exactly.
-
-        Raises:
-            ModelError: it is the state of another adapter.
-        """
+        """Puts a `state` back, exactly; raises as `check_state` does."""
         mine = self.parameters()
         check_state(mine, state)
         for name, parameter in mine.items():
@@ -190,11 +173,7 @@ class Adapter(ABC):
 
 
 def check_state(mine: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Refuses a state of other names or shapes than one's own.
-
-    Raises:
-        ModelError: it is one.
-    """
+    """Raises ModelError for a state of other names or shapes than one's own."""
     odd = sorted(
         n for n in {*mine, *state} if n not in mine or n not in state
         or mine[n].shape != state[n].shape
@@ -229,11 +208,7 @@ def same_base(base: nn.Module) -> str:
 
 
 def check_plain(base: nn.Module) -> None:
-    """Refuses a model that carries an adapter already.
-
-    Raises:
-        ModelError: it does.
-    """
+    """Raises ModelError for a model that carries an adapter already."""
     if isinstance(base, PeftModel) or "retain_adapter" in vars(base):
         raise ModelError(
             "the model carries an adapter already",

@@ -43,7 +43,7 @@ class BottleneckOptions(Options):
         reduction: instead of a size: hidden width over bottleneck width (16 by default).
         placement: ``houlsby``, after attention and MLP; ``pfeiffer``, after the MLP.
         nonlinearity: between the two layers.
-        scaling: factor of the adapter's output.
+        scaling: of the adapter's output.
     """
 
     size: int | None = Field(None, ge=1)
@@ -59,11 +59,7 @@ class BottleneckOptions(Options):
         return self
 
     def width(self, hidden: int) -> int:
-        """Width of the bottleneck of a model of some hidden width.
-
-        Raises:
-            ConfigError: it is not below the hidden width.
-        """
+        """Width in a model of some hidden width; ConfigError where it is not below that."""
         width = self.size or max(1, int(hidden // (self.reduction or 16)))
         if width >= hidden > 1:
             raise ConfigError(
@@ -78,15 +74,8 @@ class BottleneckOptions(Options):
 class Bottleneck(nn.Module):
     """``h + s U f(D h + c) + s e`` on the output h of a linear layer, [..., hidden].
 
-    U and e are zero at first, so that it computes h exactly; D is drawn as `torch.nn.Linear`
-    draws, c is zero.
-
-    Args:
-        base_layer: the frozen linear layer.
-        hidden: width of its output.
-        width: of the bottleneck.
-        options: nonlinearity f and scaling s.
-        random: draws D, on the CPU in float32, whatever the model's device and precision.
+    U and e are zero at first, so that it computes h exactly; c is zero; D is drawn as
+    `torch.nn.Linear` draws, on the CPU in float32, whatever the model's device and precision.
     """
 
     def __init__(
@@ -113,7 +102,6 @@ class Bottleneck(nn.Module):
                 zero.zero_()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output, and the adapter's part where it is switched on."""
         out: Tensor = self.base_layer(*args, **kwargs)
         if self._disable_adapters:
             return out
@@ -163,11 +151,7 @@ class BottleneckAdapter(Adapter):
 
 
 def find_layers(base: nn.Module, placement: str) -> list[str]:
-    """Names of the layers that get a bottleneck, block after block.
-
-    Raises:
-        ModelError: a model of a family that is not known, or with blocks of several kinds.
-    """
+    """Names of the layers that get a bottleneck, block after block; ModelError if not known."""
     blocks: dict[str, list[str]] = {}
     for name, module in base.named_modules():
         for block, child in module.named_children() if isinstance(module, nn.ModuleList) else []:

@@ -53,11 +53,7 @@ class OSF(Adapter):
 
     @classmethod
     def put_on(cls, base: nn.Module, options: OSFOptions, seed: int) -> nn.Module:
-        """See `Adapter.put_on`.
-
-        Raises:
-            ConfigError: targets that the model does not have, or weights too small to split.
-        """
+        """See `Adapter.put_on`; ConfigError for weights too small to split."""
         from peft import OSFConfig
 
         targets, training = options.targets, base.training
@@ -97,10 +93,8 @@ class OSF(Adapter):
     def decompose(self, preserve: float) -> None:
         """Writes what was learned into the weights, and splits them anew; the function stays.
 
-        The trainable parameters are new ones afterwards.
-
-        Args:
-            preserve: the share of singular directions that is frozen from now on.
+        `preserve` is the share of singular directions that is frozen from now on. The trainable
+        parameters are new ones afterwards.
         """
         self.preserve = preserve
         model: Any = self.model
@@ -126,11 +120,7 @@ class OSF(Adapter):
         return {**found, "preserve": torch.tensor(self.preserve, dtype=torch.float64)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Puts a `state` back: the same weights, split anew, so the same function but for rounding.
-
-        Raises:
-            ModelError: it is the state of another adapter.
-        """
+        """Puts a `state` back: the same weights, split anew: the same function but for rounding."""
         check_state(self.state(), state)
         for name, layer in self.layers().items():
             weight = layer.get_base_layer().weight

@@ -52,9 +52,8 @@ class Prefix(Adapter):
 
     Unlike the other kinds it does not begin as the base model: the virtual tokens take part of
     the attention, and a text's own tokens are moved by their number (learned positions too, so
-    a text may be that much shorter). No initial value undoes that; on SmolLM2 with 12 virtual
-    tokens KL(base || fresh) is about 0.4 nats a token with ``init="tokens"``, and 5 with
-    ``normal``. The prefix is kept in float32
+    a text may be that much shorter). On SmolLM2 with 12 virtual tokens KL(base || fresh) is about
+    0.4 nats a token with ``init="tokens"``, and 5 with ``normal``. The prefix is kept in float32
     at least: in bfloat16 a value near 1 would not feel a step below 0.004. Each layer gets it as
     a cache of past tokens, so gradient checkpointing, which drops such caches, is refused.
     """
@@ -115,10 +114,7 @@ class Prefix(Adapter):
 
 
 class _CausalLM(PeftModelForCausalLM):
-    """PEFT's, which also goes on from a cache that it gave.
-
-    PEFT puts a fresh prefix in the place of any cache that it is handed.
-    """
+    """PEFT's puts a fresh prefix in the place of any cache; this one goes on from its own."""
 
     def forward(
         self, input_ids: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any

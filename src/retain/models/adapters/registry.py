@@ -33,16 +33,5 @@ def adapter_kind(kind: str) -> type[Adapter]:
 
 
 def attach_adapter(base: nn.Module, kind: str, seed: int = 0, **options: Any) -> Adapter:
-    """Attaches a fresh adapter to a base model.
-
-    Args:
-        base: a plain model of transformers; it is changed in place.
-        kind: a name in `ADAPTERS`.
-        seed: of the adapter's random weights.
-        **options: of the kind, as in its ``schema``.
-
-    Raises:
-        ConfigError: an unknown kind or option, or a value out of range.
-        ModelError: a model that the kind cannot tune.
-    """
+    """Attaches a fresh adapter of a kind in `ADAPTERS` to a base model; see `Adapter.attach`."""
     return adapter_kind(kind).attach(base, seed=seed, **options)
