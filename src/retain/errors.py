@@ -103,16 +103,14 @@ class OutputError(RetainError):
     """A file or folder that cannot be written."""
 
 
-def unknown(kind: str, got: str, allowed: Iterable[str], **extra: str) -> ConfigError:
+def unknown(kind: str, got: str, allowed: Iterable[str]) -> ConfigError:
     """A `ConfigError` for an unknown name, with the nearest known name where one is near."""
     names = sorted(allowed)
     near = difflib.get_close_matches(got, names, n=1, cutoff=0.5) if len(got) < 200 else []
     short = [name for name in names if 1 < len(got.strip("-")) == len(_initials(name))]
     near = [name for name in short if _initials(name) == got.strip("-").lower()] or near  # lr
     fix = f"did you mean {near[0]!r}?" if near else f"use one of the allowed {kind} names"
-    return ConfigError(
-        f"unknown {kind}", got=shown(got), allowed=", ".join(names), fix=extra.get("fix", fix)
-    )
+    return ConfigError(f"unknown {kind}", got=shown(got), allowed=", ".join(names), fix=fix)
 
 
 def _initials(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,19 +103,14 @@ def _parquet_shards(path: Path) -> None:
 FILES: dict[str, Callable[[Path], Any]] = {
     "a.jsonl": lambda p: p.write_bytes(_lines(ROWS)),
     "A.JSONL": lambda p: p.write_bytes(_lines(ROWS)),
-    "a.jsonl.gz": lambda p: p.write_bytes(gzip.compress(_lines(ROWS))),
-    "a.jsonl.zst": lambda p: p.write_bytes(pyarrow.compress(_lines(ROWS), codec="zstd",
-        asbytes=True)),
     "blank-lines.jsonl": lambda p: p.write_bytes(_lines(ROWS).replace(b"\n", b"\n\n")),
     "lines.json": lambda p: p.write_bytes(_lines(ROWS)),
     "array.json": lambda p: p.write_text(json.dumps(ROWS)),
     "indented.json": lambda p: p.write_text(json.dumps(ROWS, indent=2)),
     "under-a-key.json": lambda p: p.write_text(json.dumps({"version": 1, "data": ROWS})),
-    "a.json.gz": lambda p: p.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
     "a.csv": lambda p: p.write_bytes(_csv(",")),
     "semicolons.csv": lambda p: p.write_bytes(_csv(";")),
     "windows.csv": lambda p: p.write_bytes(b"\xef\xbb\xbf" + _csv(",").replace(b"\n", b"\r\n")),
-    "a.csv.gz": lambda p: p.write_bytes(gzip.compress(_csv(","))),
     "a.tsv": lambda p: p.write_bytes(_csv("\t")),
     "a.parquet": _parquet,
     "a.arrow": _arrow,

@@ -87,7 +87,7 @@ def check_columns(
     Raises:
         SourceError: a column changes what the row means.
     """
-    for key in cells.keys() - used:
+    for key in (k for k in cells if k not in used):
         value = cells[key]
         says = value.strip() if isinstance(value, str) else value
         if isinstance(says, str | list | tuple | dict) and not says:
