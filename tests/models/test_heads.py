@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from doors import trainer
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -17,7 +17,6 @@ from transformers import (
     BertForSequenceClassification,
     LlamaForCausalLM,
     Trainer,
-    TrainingArguments,
 )
 
 import retain
@@ -25,8 +24,7 @@ from families import COMMON, built
 from retain import attach_lora, fit_curvature, fit_head, measure_forgetting
 from retain.config import TrainConfig
 from retain.data.batches import Example, batches, collate
-from retain.errors import ConfigError, CurvatureError, ModelError, RetainError, SourceError
-from retain.evaluation.perplexity import measure_perplexity
+from retain.errors import ConfigError, CurvatureError, ModelError, SourceError
 from retain.models.forward import forward_logits
 from retain.models.heads import check_labels, head_kind, is_causal
 from retain.models.off import adapter_off
@@ -77,14 +75,18 @@ def with_callback(
         batch = collate([Example(tuple(r["input_ids"]), (0,)) for r in rows], 1).inputs
         return batch | {"labels": torch.tensor([r["label"] for r in rows], dtype=kind)}
 
-    arguments = TrainingArguments(
-        tempfile.mkdtemp(), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True,
-        disable_tqdm=True, remove_unused_columns=False, learning_rate=1e-2,
-    )  # fmt: skip
-    return Trainer(
-        model=model, args=arguments, train_dataset=items, data_collator=gathered,  # type: ignore[arg-type]
-        callbacks=[retain.RetentionCallback(curvature, **more)],
-    )  # fmt: skip
+    return trainer(model, items, gathered, retain.RetentionCallback(curvature, **more))
+
+
+READERS: dict[str, Callable[..., Any]] = {
+    "fit_curvature": lambda m, rows=ROWS: fit_curvature(m, rows, progress=False),
+    "measure_forgetting": lambda m, rows=ROWS: measure_forgetting(m, rows),
+    "fit_head": lambda m, rows=ROWS: fit_head(m, rows, progress=False),
+}
+DOORS: dict[str, Callable[[Any], Any]] = READERS | {
+    "activation": lambda m: fit_curvature(m, ROWS, structure="activation", progress=False),
+    "train": lambda m: train(m, valued([0.0] * 16), TrainConfig(), progress=False),
+}
 
 
 class MyLlama(LlamaForCausalLM):
@@ -159,14 +161,7 @@ def test_another_head_is_refused_with_advice_of_its_kind(name: str) -> None:
     linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules()
                      if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"})  # fmt: skip
     lora = get_peft_model(model, LoraConfig(r=2, target_modules=linear[:1]))
-    for call in (
-        lambda m: head_kind(m),
-        lambda m: fit_curvature(m, text_rows(), progress=False),
-        lambda m: measure_forgetting(m, text_rows()),
-        lambda m: measure_perplexity(m, text_rows()),
-        lambda m: fit_head(m, ROWS, progress=False),
-        lambda m: train(m, valued(), TrainConfig(), progress=False),
-    ):
+    for call in (head_kind, *DOORS.values()):
         for given in (model, lora):
             with pytest.raises(ModelError, match=rf"{what}.*got: {name}\b.*fix: .*{fix}"):
                 call(given)
@@ -190,16 +185,6 @@ def test_a_model_of_ones_own() -> None:
 
     with pytest.raises(ModelError, match=r"value head.*fix: .*model\.pretrained_model"):
         head_kind(AutoModelForCausalLMWithValueHead())
-
-
-DOORS: dict[str, Callable[[Any], Any]] = {
-    "fit_curvature": lambda m: fit_curvature(m, ROWS, progress=False),
-    "activation": lambda m: fit_curvature(m, ROWS, structure="activation", progress=False),
-    "measure_forgetting": lambda m: measure_forgetting(m, ROWS),
-    "fit_head": lambda m: fit_head(m, ROWS, progress=False),
-    "perplexity": lambda m: measure_perplexity(m, ROWS),
-    "train": lambda m: train(m, valued([0.0] * 16), TrainConfig(), progress=False),
-}
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -232,14 +217,10 @@ SEVERAL: dict[str, Any] = {
 @pytest.mark.parametrize("name", SEVERAL)
 def test_labels_of_which_several_are_right_are_found_in_the_rows(name: str, key: str) -> None:
     rows = [*ROWS[:1], {"input_ids": [3, 4], key: SEVERAL[name]}, *ROWS[2:]]
-    for call in (
-        lambda m: fit_curvature(m, rows, progress=False),
-        lambda m: measure_forgetting(m, rows),
-        lambda m: fit_head(m, rows, progress=False),
-    ):
+    for call in READERS.values():
         model = adapted(classifier())
         with pytest.raises(ModelError, match=r"do not exclude each other; got: . labels in row 2"):
-            call(model)
+            call(model, rows)
         assert model.config.problem_type is None
 
 
@@ -255,9 +236,8 @@ def test_labels_of_which_several_are_right_are_found_before_the_first_loss(
     model = adapted(classifier())
     curvature = fit_curvature(model, text_rows(), progress=False)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    trainer = with_callback(model, curvature, labels, kind, start=start)
     with pytest.raises(ModelError, match="labels do not exclude each other"):
-        trainer.train()
+        with_callback(model, curvature, labels, kind, start=start).train()
     assert model.config.problem_type is None
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
@@ -268,13 +248,9 @@ def test_a_class_that_the_head_lacks(label: float) -> None:
     match = (
         f"label of row 4 has no output; got: label {label:g}; allowed: whole numbers from 0 to 2"
     )
-    for call in (
-        lambda m: fit_curvature(m, rows, progress=False),
-        lambda m: measure_forgetting(m, rows),
-        lambda m: fit_head(m, rows, progress=False),
-    ):
+    for call in READERS.values():
         with pytest.raises(SourceError, match=match):
-            call(adapted(classifier()))
+            call(adapted(classifier()), rows)
     model = adapted(classifier())
     curvature = fit_curvature(model, text_rows(), progress=False)
     if label in (3, 7):
@@ -433,9 +409,9 @@ def test_the_callback_holds_a_regression(outputs: int, more: dict[str, Any]) -> 
             p.requires_grad_(".lora_" in name)
         held = {"strength": strength} | ({} if strength else {"start": None})
         options = held if not strength else held | more
-        trainer = with_callback(model, curvature, labels, torch.float64, **options)
-        trainer.args.max_steps, trainer.args.learning_rate = 20, 0.02
-        trainer.train()
+        run = with_callback(model, curvature, labels, torch.float64, **options)
+        run.args.max_steps, run.args.learning_rate = 20, 0.02
+        run.train()
         return measure_forgetting(model, text_rows()).kl
 
     free, kept = moved(0.0), moved(300.0)
@@ -445,8 +421,6 @@ def test_the_callback_holds_a_regression(outputs: int, more: dict[str, Any]) -> 
 
 
 def test_a_reward_model_is_held() -> None:
-    trl = pytest.importorskip("trl")
-    assert trl is not None
     model = regression("Llama")
     curvature = fit_curvature(model, text_rows(), progress=False)
     items = [{"input_ids": r["input_ids"]} for r in ROWS]
@@ -460,24 +434,12 @@ def test_a_reward_model_is_held() -> None:
         both = [Example(tuple(r["input_ids"]), (0,)) for r in rows] * 2
         return collate(both, 1).inputs
 
-    arguments = TrainingArguments(
-        tempfile.mkdtemp(), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True,
-        disable_tqdm=True, remove_unused_columns=False,
-    )  # fmt: skip
     held = retain.RetentionCallback(curvature)
-    Pairs(
-        model=model,
-        args=arguments,
-        train_dataset=items,
-        data_collator=gathered,
-        callbacks=[held],  # type: ignore[arg-type]
-    ).train()
+    trainer(model, items, gathered, held, Pairs).train()
     assert held.retention is not None
     assert held.retention.predicted() >= 0
 
 
-def test_perplexity_and_wrong_columns_are_refused() -> None:
-    with pytest.raises(RetainError):
-        measure_perplexity(regression(), text_rows())
+def test_wrong_columns_are_refused() -> None:
     with pytest.raises(ConfigError, match="a regression has one output"):
         train(classifier(), valued(), TrainConfig(), columns=slice(0, 2), regression=True)

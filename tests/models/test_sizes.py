@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from doors import trainer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
-    Trainer,
-    TrainingArguments,
 )
 
 import retain
@@ -24,7 +23,6 @@ from retain.config import TrainConfig
 from retain.data.batches import Example
 from retain.errors import ModelError, RetainError, SourceError
 from retain.evaluation.generation import generate
-from retain.evaluation.perplexity import measure_perplexity
 from retain.evaluation.ranking import score_options
 from retain.models.generating import sample_rows
 from retain.models.heads import is_causal
@@ -137,9 +135,6 @@ class Words:
 
 def collated(model: Any, rows: list[dict[str, Any]], **changes: Any) -> None:
     """Trains with the callback, as any script does."""
-    import tempfile
-
-    curvature = fit_curvature(model, long_rows(6), structure="identity", progress=False)
 
     def gathered(items: list[dict[str, Any]]) -> dict[str, Any]:
         ids = torch.tensor([r["input_ids"] for r in items])
@@ -149,15 +144,13 @@ def collated(model: Any, rows: list[dict[str, Any]], **changes: Any) -> None:
             "labels": torch.as_tensor(labels), **changes,
         }  # fmt: skip
 
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder, max_steps=1, per_device_train_batch_size=8, report_to=[], use_cpu=True,
-            remove_unused_columns=False, disable_tqdm=True,
-        )  # fmt: skip
-        Trainer(
-            model=model, args=arguments, train_dataset=rows, data_collator=gathered,
-            callbacks=[retain.RetentionCallback(curvature, start=None)],
-        ).train()  # fmt: skip
+    trained_with(model, rows, gathered)
+
+
+def trained_with(model: Any, rows: list[dict[str, Any]], gather: Any) -> None:
+    curvature = fit_curvature(model, long_rows(6), structure="identity", progress=False)
+    held = retain.RetentionCallback(curvature, start=None)
+    trainer(model, rows, gather, held, max_steps=1, per_device_train_batch_size=8).train()
 
 
 def trained(model: Any, rows: list[dict[str, Any]]) -> None:
@@ -174,20 +167,16 @@ DOORS: dict[str, Any] = {
     "train": trained,
     "callback": collated,
 }
-DECODING = DOORS | {
-    "perplexity": lambda m, rows: measure_perplexity(m, rows, max_length=999),
-    "windows": lambda m, rows: measure_perplexity(m, rows, max_length=WIDTH * 2, stride=4),
-}
 CLASSIFYING = DOORS | {
     "fit_head": lambda m, rows: fit_head(m, rows, max_length=999, progress=False)
 }
-BOTH = [("decoder", d) for d in DECODING] + [("classifier", d) for d in CLASSIFYING]
+BOTH = [("decoder", d) for d in DOORS] + [("classifier", d) for d in CLASSIFYING]
 
 
 def at(kind: str, door: str) -> tuple[Any, Any]:
     model = decoder() if kind == "decoder" else classifier()
     targets = ["c_attn"] if kind == "decoder" else ["query", "value"]
-    return attach_lora(model, rank=2, targets=targets), (DECODING | CLASSIFYING)[door]
+    return attach_lora(model, rank=2, targets=targets), CLASSIFYING[door]
 
 
 @pytest.mark.parametrize(("kind", "door"), BOTH)
@@ -235,11 +224,11 @@ def test_the_table_under_an_adapter(wrap: str) -> None:
 def test_a_padding_without_a_row(pad: int | None) -> None:
     """Where the mask hides it any will do; where the end of a row is found by it, none will."""
     rows = [{**r, "input_ids": r["input_ids"][: 3 + i % 3]} for i, r in enumerate(long_rows(6))]
-    model = decoder()
-    want = measure_perplexity(model, rows).loss
+    model = attach_lora(decoder(), rank=2, targets=["c_attn"])
+    want = measure_forgetting(model, rows).ppl
     model.config.pad_token_id = pad
     assert pad_id(model) == 0
-    assert measure_perplexity(model, rows).loss == pytest.approx(want, abs=1e-6)
+    assert measure_forgetting(model, rows).ppl == pytest.approx(want, rel=1e-6)
     encoder = classifier()
     encoder.config.pad_token_id = pad
     assert fit_head(encoder, rows, progress=False).rows == 8
@@ -321,8 +310,6 @@ def test_rows_are_not_padded_out_of_the_table(length: int, want: int) -> None:
 def test_the_callback_sees_what_the_collator_pads_with() -> None:
     model = attach_lora(classifier(), rank=2, targets=["query"])
     model.config.pad_token_id = 1
-    curvature = fit_curvature(model, long_rows(6), structure="identity", progress=False)
-    import tempfile
 
     class Padded(Words):
         padding_side = "right"
@@ -336,18 +323,8 @@ def test_the_callback_sees_what_the_collator_pads_with() -> None:
             return {"input_ids": ids, "attention_mask": torch.tensor(mask), "label": labels}
 
     rows = [{**r, "input_ids": r["input_ids"][: 3 + i % 3]} for i, r in enumerate(long_rows(6))]
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder, max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
-            remove_unused_columns=False,
-        )  # fmt: skip
-        trainer = Trainer(
-            model=model, args=arguments, train_dataset=rows,  # type: ignore[arg-type]
-            data_collator=DataCollatorWithPadding(Padded()),  # type: ignore[arg-type]
-            callbacks=[retain.RetentionCallback(curvature, start=None)],
-        )  # fmt: skip
-        with pytest.raises(SourceError, match="got: token 40"):
-            trainer.train()
+    with pytest.raises(SourceError, match="got: token 40"):
+        trained_with(model, rows, DataCollatorWithPadding(Padded()))  # type: ignore[arg-type]
 
 
 def test_rows_laid_end_to_end_count_from_0_each() -> None:

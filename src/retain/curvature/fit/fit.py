@@ -126,13 +126,13 @@ def fit_curvature(
     if not settings.sketchable:
         settings = replace(settings, rank=None)
     view = ModelView.of(model, tokenizer)
-    sites = fit_sites(model, space)
+    causal, sites = view.causal, fit_sites(model, space)  # the head is looked at first
     idle = space == "weight" and is_idle(sites)
     if not is_idle(sites):
         check_on(model)
     start_of(model)  # of an adapter that began in the base's weights, for what is measured later
     examples = source_examples(
-        model, source, tokenizer, view.causal, rows, max_length, batch_size, seed, partial, progress
+        model, source, tokenizer, causal, rows, max_length, batch_size, seed, partial, progress
     )
     every = max(1, round(min(1 / share, len(examples))))
     estimating = structure_of(structure).estimator
