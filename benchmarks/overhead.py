@@ -35,8 +35,6 @@ from retain.models.generating import sample_rows
 from retain.models.sites import lora_sites
 from retain.provenance import provenance
 from retain.study.resources import trim_memory
-from retain.training.held import Held
-from retain.training.start import Start
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -174,7 +172,7 @@ def _steps(model: nn.Module, tokens: Tensor, repeats: int, names: Sequence[str])
     start = {k: v.clone() for k, v in model.state_dict().items() if "lora_" in k}
     loader = DataLoader(TensorDataset(tokens[8:]), collate_fn=_collated)
 
-    def step(model: nn.Module, retention: retain.Retention | None, held: Held | None) -> Run:
+    def step(model: nn.Module, retention: retain.Retention | None) -> Run:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
         def run(batch: Tensor) -> None:
@@ -184,8 +182,6 @@ def _steps(model: nn.Module, tokens: Tensor, repeats: int, names: Sequence[str])
                 optimizer.step()
             else:
                 retention.step(optimizer)
-            if held is not None:
-                held.after_step()
             optimizer.zero_grad()
 
         return run
@@ -194,17 +190,14 @@ def _steps(model: nn.Module, tokens: Tensor, repeats: int, names: Sequence[str])
     for name in names:  # two at a time, or all factors would be held at once
         model.load_state_dict(start, strict=False)
         curvature = retain.fit_curvature(model, rows, progress=False, **STEPS[name])
-        retention = retain.Retention(model, curvature, strength=1.0)
         fitted = curvature.memory()
-        plain = model
-        held: Held | None = None
-        if name in FILTERED:
-            plain = copy.deepcopy(model)  # the filter's hooks stay on the other
-            held = Start().begin(model, curvature, loader, seed=0)
+        plain = copy.deepcopy(model) if name in FILTERED else model  # hooks stay on the other
+        parts = None if name in FILTERED else ["force"]
+        retention = retain.Retention(model, curvature, strength=1.0, rows=loader, parts=parts)
         pair = _measure(
             {
-                "plain LoRA": ("baseline", step(plain, None, None)),
-                name: ("retain", step(model, retention, held)),
+                "plain LoRA": ("baseline", step(plain, None)),
+                name: ("retain", step(model, retention)),
             },
             2 * repeats + 1,
             batch,
@@ -212,9 +205,8 @@ def _steps(model: nn.Module, tokens: Tensor, repeats: int, names: Sequence[str])
         pair[name] |= {"factors": curvature.memory(), "fitted": fitted}
         found.setdefault("plain LoRA", pair["plain LoRA"])
         found[name] = pair[name]
-        if held is not None:
-            held.release()
-        del curvature, retention, held, plain
+        retention.finish()
+        del curvature, retention, plain
     return found
 
 

@@ -20,17 +20,18 @@ if TYPE_CHECKING:
     from retain.evaluation.forgetting import measure_forgetting
     from retain.models.load import load_model
     from retain.models.lora import attach_lora, grow_lora
-    from retain.retention.laplace import Retention
+    from retain.retention.filter import Filter
+    from retain.retention.head import fit_head
+    from retain.retention.retention import Retention
     from retain.retention.soften.adapter import soften
     from retain.runs.train import continue_run, train_run
-    from retain.training.callback import RetentionCallback
-    from retain.training.head import fit_head
-    from retain.training.start import Start
+    from retain.training.callback import RetentionCallback, Start
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Curvature",
+    "Filter",
     "RetainError",
     "Retention",
     "RetentionCallback",
@@ -52,13 +53,14 @@ __all__ = [
 _HOMES = {
     "Curvature": "retain.curvature.curvature",
     "RetainError": "retain.errors",
-    "Retention": "retain.retention.laplace",
+    "Filter": "retain.retention.filter",
+    "Retention": "retain.retention.retention",
     "RetentionCallback": "retain.training.callback",
-    "Start": "retain.training.start",
+    "Start": "retain.training.callback",
     "attach_lora": "retain.models.lora",
     "continue_run": "retain.runs.train",
     "fit_curvature": "retain.curvature.fit.fit",
-    "fit_head": "retain.training.head",
+    "fit_head": "retain.retention.head",
     "grow_lora": "retain.models.lora",
     "load_curvature": "retain.curvature.curvature",
     "load_model": "retain.models.load",

@@ -154,13 +154,12 @@ class RunConfig(_Strict):
         None, gt=0,
         description="In its place: nats per source token that may be spent, such as 0.05",
     )  # fmt: skip
-    start: Literal["random", "wiener", "discriminant"] | None = Field(
+    parts: list[Literal["head", "rows", "filter", "force"]] | None = Field(
         None,
-        description="LoRA's A, in place of the method's choice: wiener filters what it reads, "
-        "discriminant chooses and holds it, random lets it be",
+        description="Of the recipe, those that act: head, rows, filter and force, all by default",
     )
-    gain: float = Field(3.0, gt=0, description="Of A's size, for a start that is not random")
-    weight: float = Field(1.0, ge=0, description="Of the source text in the wiener filter")
+    gain: float = Field(3.0, gt=0, description="Of A's size, behind the filter")
+    weight: float = Field(1.0, ge=0, description="Of the source text in the filter")
     continue_from: str | None = Field(
         None,
         description="Folder of an earlier run: start at its adapter, keep its tasks too, within "
@@ -177,6 +176,19 @@ class RunConfig(_Strict):
     trust_remote_code: bool = Field(False, description="Run code that comes with the model")
     adapter: AdapterConfig = AdapterConfig()
     training: TrainConfig = TrainConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_before_0_2(cls, value: Any) -> Any:
+        """``start`` was what `parts` is now."""
+        if not isinstance(value, dict) or "start" not in value:
+            return value
+        parts = {"wiener": ["rows", "filter", "force"], "random": ["force"], None: None}
+        start = value["start"]
+        if start not in parts:
+            raise unknown("start", shown(start, plain=True), ["parts"])
+        given = {k: v for k, v in value.items() if k != "start"}
+        return given if parts[start] is None else {"parts": parts[start], **given}
 
     @field_validator("adapter", "training", mode="before")
     @classmethod

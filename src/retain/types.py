@@ -20,7 +20,7 @@ Update = Literal["gradient", "proximal"]
 """How the force is applied: added to the gradient, or as a proximal step after the optimiser's."""
 
 HeadStart = Literal["drawn", "fitted"]
-"""How a new classification head begins: at random, or fitted: see `retain.training.head`."""
+"""How a new classification head begins: at random, or fitted: see `retain.retention.head`."""
 
 FactorRank = int | Literal["auto"] | None
 """What wide sides of Kronecker factors are cut to: see `retain.fit_curvature`."""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_cli_classify import KINDS, SHORT, answers, encoder, write
 
 from retain.cli import main
-from retain.curvature.artifact import load_curvature
+from retain.curvature.curvature import load_curvature
 
 __all__ = ["encoder"]
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from quadratics import dense_quadratic
-from retain import Curvature, Retention, fit_curvature, load_curvature, reanchored
+from retain import Curvature, fit_curvature, load_curvature, reanchored
 from retain.errors import CurvatureError, MismatchError, ModelError
 from retain.models.sites import find_sites, lora_sites
+from retain.retention.force import Force
 from sums import definite, same, text
 from tiny import KINDS, ROWS, STRUCTURES, base, move, relative, tiny
 
@@ -55,7 +56,7 @@ def test_a_plain_models_blocks_are_those_of_lora_at_its_start(kind: str, structu
 def test_value_and_force_are_those_of_the_dense_quadratic(kind: str, structure: str) -> None:
     model = base(kind)
     curvature = fit(model, kind, structure)
-    retention = Retention(model, curvature, strength=3.0)
+    retention = Force(model, curvature, strength=3.0)
     assert retention.predicted() == 0
     retention.add_force()
     assert all(bool((p.grad == 0).all()) for p in retention.parameters())
@@ -80,7 +81,7 @@ def test_value_and_force_are_those_of_the_dense_quadratic(kind: str, structure: 
 def test_proximal_step(kind: str, structure: str, strength: float) -> None:
     model = base(kind)
     curvature = fit(model, kind, structure)
-    retention = Retention(model, curvature, strength, update="proximal")
+    retention = Force(model, curvature, strength, update="proximal")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     train(model)
     before, old = retention.predicted(), weights(model)
@@ -122,13 +123,13 @@ def test_a_model_away_from_the_anchor(kind: str) -> None:
     curvature = fit(model, kind)
     train(model, size=1e-6)
     with pytest.raises(MismatchError, match=r"does not start where .* other values of its weights"):
-        Retention(model, curvature)
+        Force(model, curvature)
     with pytest.raises(MismatchError, match="does not start where"):
-        Retention(base(kind, seed=5), curvature)
-    retention = Retention(model, curvature, resuming=True)
+        Force(base(kind, seed=5), curvature)
+    retention = Force(model, curvature, resuming=True)
     assert 0 < retention.predicted() < 1e-6
     curvature.load_anchor(model)
-    assert Retention(model, curvature).predicted() == 0
+    assert Force(model, curvature).predicted() == 0
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -186,7 +187,7 @@ def test_lower_precision(kind: str, dtype: torch.dtype) -> None:
         torch.float32
     }
     assert {t.dtype for (t,) in curvature.anchor.values()} == {torch.float32}
-    retention = Retention(model, curvature, 1.0, update="proximal")
+    retention = Force(model, curvature, 1.0, update="proximal")
     assert retention.predicted() == 0
     train(model)
     before = retention.predicted()
@@ -208,7 +209,7 @@ def test_tasks_add_up_around_the_trained_weights(structure: str) -> None:
         total = reanchored(total, model) + new
         assert total.memory() == size
         assert total.quadratic(model) == 0
-        assert Retention(model, total).predicted() == 0
+        assert Force(model, total).predicted() == 0
     for name, block in total.blocks.items():
         assert block.trace() == pytest.approx(traces[name], rel=1e-9)
     definite(total.to_dense())

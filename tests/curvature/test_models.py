@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from oracles import Oracle, kfac, shampoo
 from oracles_more import ekfac_given
 from quadratics import dense_quadratic
-from retain import Curvature, Retention, fit_curvature, load_curvature
+from retain import Curvature, fit_curvature, load_curvature
 from retain.errors import CurvatureError, MismatchError, ModelError, SourceError
 from retain.models.sites import is_idle, lora_sites, row_scales
+from retain.retention.force import Force
 from sums import dora, same
 from tiny import KINDS, ROWS, STRUCTURES, base, move, relative, tiny
 
@@ -180,7 +181,7 @@ def test_dora_has_no_adapter_space() -> None:
 
 def test_dora_is_held() -> None:
     model = dora("llama")
-    retention = Retention(model, fit(model, "llama"))
+    retention = Force(model, fit(model, "llama"))
     assert retention.predicted() == pytest.approx(0, abs=1e-12)
     assert not any("magnitude" in n for n, p in model.named_parameters() if p.grad is not None)
 
@@ -202,7 +203,7 @@ def test_dora_is_held() -> None:
 def test_pre_trained_modules_that_nothing_holds(kind: str, options: dict, named: str) -> None:
     model = peft(kind, **options)
     with pytest.raises(ModelError, match="no curvature holds") as caught:
-        Retention(model, fit(model, kind))
+        Force(model, fit(model, kind))
     assert named in str(caught.value) and "modules_to_save" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -210,7 +211,7 @@ def test_pre_trained_modules_that_nothing_holds(kind: str, options: dict, named:
 def test_a_new_head_is_free_to_learn() -> None:
     model = peft("bert")
     assert any(".modules_to_save." in n for n, p in model.named_parameters() if p.requires_grad)
-    retention = Retention(model, fit(model, "bert"))
+    retention = Force(model, fit(model, "bert"))
     held = {id(p) for p in retention.parameters()}
     assert all(id(p) not in held for n, p in model.named_parameters() if "classifier" in n)
 
@@ -218,12 +219,12 @@ def test_a_new_head_is_free_to_learn() -> None:
 def test_new_tokens_are_free_to_learn() -> None:
     model = peft("llama", trainable_token_indices={"embed_tokens": [1, 2]})
     curvature = fit(model, "llama")
-    Retention(model, curvature)
+    Force(model, curvature)
     tokens = [p for n, p in model.named_parameters() if "trainable_tokens" in n]
     with torch.no_grad():
         tokens[0].add_(0.5)
     assert curvature.quadratic(model) == 0  # the base model is still the same
-    Retention(model, curvature, resuming=True)
+    Force(model, curvature, resuming=True)
     assert fit(tiny("llama"), "llama").quadratic(model) == 0
 
 
@@ -251,7 +252,7 @@ def test_a_four_bit_base(structure: str, tiny_folder: Path, tmp_path: Path) -> N
     got, want = (fit(m, "llama", structure, fisher="empirical", products="float32") for m in models)
     for name, block in got.blocks.items():
         assert relative(block.to_dense(), want.blocks[name].to_dense()) < 1e-2, name
-    retention = Retention(models[0], load_curvature(got.save(tmp_path / "c")))
+    retention = Force(models[0], load_curvature(got.save(tmp_path / "c")))
     move(models[0], 3)
     assert retention.predicted() > 0
     assert all(torch.equal(m.weight, quantised[n].weight) for n, m in quantised.items())
@@ -280,7 +281,7 @@ def test_dora_on_transposed_weights() -> None:
 def test_biases_of_b_are_held_by_nothing() -> None:
     model = peft("llama", lora_bias=True)
     with pytest.raises(ModelError, match="no curvature holds") as caught:
-        Retention(model, fit(model, "llama"))
+        Force(model, fit(model, "llama"))
     assert "lora_bias=False" in str(caught.value)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

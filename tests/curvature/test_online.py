@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from retain import Curvature, Retention, load_curvature, reanchored
+from retain import Curvature, load_curvature, reanchored
 from retain.errors import MismatchError
 from retain.models.sites import lora_sites
+from retain.retention.force import Force
 from retain.types import SPACES
 from sums import definite, fit, measure, same
 from tiny import KINDS, STRUCTURES, move, tiny
@@ -172,7 +173,7 @@ def test_twenty_tasks_at_constant_memory(space: str, structure: str, rank: int |
     total = measure(model, 0, structure, **options)
     size, traces = total.memory(), {n: b.trace() for n, b in total.blocks.items()}
     for task in range(1, 20):
-        retention = Retention(model, total, 1.0, update="proximal")
+        retention = Force(model, total, 1.0, update="proximal")
         optimizer = torch.optim.SGD(retention.parameters(), lr=0.1)
         move(model, task, size=0.05)
         before = retention.predicted()

@@ -11,16 +11,16 @@ import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import nn
 
-from retain import Retention, fit_curvature, measure_forgetting, reanchored, soften
+from retain import fit_curvature, measure_forgetting, reanchored, soften
 from retain.errors import ModelError
 from retain.models.forward import no_autocast, own_forwards
 from retain.models.generating import sample_rows
 from retain.models.sites import lora_sites
-from retain.retention.filters import InputFilter
+from retain.retention.filter import Filter, InputFilter
+from retain.retention.force import Force
+from retain.retention.head import fit_head
 from retain.retention.moments import input_moments
 from retain.retention.soften.truncate import truncated
-from retain.retention.start import set_start
-from retain.training.head import fit_head
 from tiny import KINDS, ROWS, STRUCTURES, tiny, weights
 
 
@@ -159,13 +159,11 @@ def test_every_product_in_what_a_script_stands_in(where: str) -> None:
         examples = rows_of(model)
         new = input_moments(model, lora_sites(model), examples, answers=0.5)
         found += [new.of(site.name) for site in lora_sites(model)]
-        held = InputFilter(lora_sites(model), new, None, weight=2.0)
+        held = InputFilter(lora_sites(model), new, None, Filter(weight=2.0))
         held.after_step()
         found += list(weights(model).values())
         held.release()
-        set_start(lora_sites(model), new, new, kind="discriminant", gain=2.0, seed=1)
-        found += list(weights(model).values())
-        retention = Retention(model, curvature, 3.0, resuming=True)
+        retention = Force(model, curvature, 3.0, resuming=True)
         found.append(retention.predicted())
         retention.add_force()
         return [*found, *(site.b.grad for site in lora_sites(model))]

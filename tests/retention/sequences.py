@@ -47,7 +47,6 @@ HOLDING: dict[str, dict[str, Any]] = {
     "olora": {"strength": 0.1},
     "auto": {"strength": 5.0, "rows": 8},
     "wiener": {"rows": 8},
-    "discriminant": {"rows": 8},
     "osf": {},
 }
 """A setting of each method that does something."""

@@ -10,7 +10,7 @@ import torch
 from sequences import begun, learn, tasks_of
 from torch import nn
 
-from retain import Retention, fit_curvature
+from retain import fit_curvature
 from retain.curvature.curvature import Curvature, reanchored
 from retain.data.batches import Example
 from retain.data.sources import encode
@@ -18,6 +18,7 @@ from retain.errors import ConfigError, MismatchError
 from retain.models.lora import attach_lora
 from retain.models.sites import lora_sites
 from retain.retention.budget import Budget, anchored, largest_share, scale_back, settle
+from retain.retention.force import Force
 from retain.retention.measure import Reference
 from retain.retention.methods.penalty import KFAC
 from retain.types import UPDATES
@@ -53,7 +54,7 @@ def loss_of(model: nn.Module, kind: str) -> torch.Tensor:
 
 
 def trained(
-    model: nn.Module, kind: str, retention: Retention | None, rate: float, steps: int = 80
+    model: nn.Module, kind: str, retention: Force | None, rate: float, steps: int = 80
 ) -> float:
     """Trains, and returns the measured divergence from where it began."""
     reference = Reference(model, probe(kind), batch_size=4, base=lambda m: torch.no_grad())
@@ -80,7 +81,7 @@ def test_the_budget_is_spent_and_kept_at_any_learning_rate(
 ) -> None:
     plain = trained(model_of(kind), kind, None, rate)
     model = model_of(kind)
-    retention = Retention(model, fit(model, kind), budget=NATS, probe=probe(kind), update=update)
+    retention = Force(model, fit(model, kind), budget=NATS, probe=probe(kind), update=update)
     spent = trained(model, kind, retention, rate)
     assert spent <= NATS
     if plain > 2 * NATS:
@@ -95,7 +96,7 @@ def test_around_a_later_anchor_too(kind: str) -> None:
     curvature = fit(model, kind)
     move(model, seed=4)
     curvature = reanchored(curvature, model)
-    retention = Retention(model, curvature, budget=NATS, probe=probe(kind), resuming=True)
+    retention = Force(model, curvature, budget=NATS, probe=probe(kind), resuming=True)
     spent = trained(model, kind, retention, 1e-2, steps=150)
     assert 0.85 * NATS <= spent <= NATS
 
@@ -105,7 +106,7 @@ def test_more_is_learned_along_the_force_than_by_scaling_back_alone() -> None:
     losses = []
     for free in (True, False):
         model = tiny("llama")
-        retention = Retention(model, fit(model, "llama"), budget=NATS, probe=probe("llama"))
+        retention = Force(model, fit(model, "llama"), budget=NATS, probe=probe("llama"))
         if not free:
             assert retention.budget is not None
             retention.budget.ascend = lambda predicted: None  # type: ignore[method-assign]
@@ -240,14 +241,14 @@ def test_a_method_with_a_budget_spends_it_on_each_task() -> None:
 def test_what_is_no_budget_is_refused(nats: Any) -> None:
     model = tiny("llama")
     with pytest.raises(ConfigError, match="budget is no budget"):
-        Retention(model, fit(model, "llama"), budget=nats)
+        Force(model, fit(model, "llama"), budget=nats)
 
 
 def test_an_anchor_of_another_rank_has_no_budget() -> None:
     model = tiny("llama", moved=True)
     curvature = fit(model, "llama")
     other = attach_lora(base("llama"), rank=5).double()
-    retention = Retention(other, curvature, budget=NATS)
+    retention = Force(other, curvature, budget=NATS)
     move(other, seed=3)
     with pytest.raises(MismatchError, match="belongs to one rank"):
         retention.finish()
@@ -256,13 +257,13 @@ def test_an_anchor_of_another_rank_has_no_budget() -> None:
 def test_a_head_that_trains_cannot_be_measured() -> None:
     model = tiny("bert")
     with pytest.raises(ConfigError, match=r"while other weights train.*source=None"):
-        Retention(model, fit(model, "bert"), budget=NATS, probe=probe("bert"))
+        Force(model, fit(model, "bert"), budget=NATS, probe=probe("bert"))
 
 
 @pytest.mark.parametrize("odd", [math.inf, math.nan])
 def test_a_step_that_a_gradient_scaler_skips_teaches_nothing(odd: float) -> None:
     model = tiny("llama", moved=True)
-    held = Retention(model, fit(tiny("llama"), "llama"), budget=NATS)
+    held = Force(model, fit(tiny("llama"), "llama"), budget=NATS)
     assert held.budget is not None
     before = held.budget.state()
     for parameter in held.parameters():

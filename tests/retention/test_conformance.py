@@ -45,7 +45,7 @@ def plain(adapter: str, model: str, dtype: torch.dtype, tasks: int = 2) -> dict[
 
 
 @pytest.mark.parametrize(
-    ("name", "adapter", "model"), cases(without=["none", "osf", "auto", "wiener", "discriminant"])
+    ("name", "adapter", "model"), cases(without=["none", "osf", "auto", "wiener"])
 )
 def test_strength_zero_is_plain_training_bit_for_bit(name: str, adapter: str, model: str) -> None:
     options = OFF.get(name, {"strength": 0.0})
@@ -154,7 +154,7 @@ def test_memory_does_not_grow_with_the_tasks(name: str, adapter: str, model: str
     else:
         assert len(set(sizes)) == 1
     assert (sizes[0] > 0) is (
-        name in (*CURVED, "self_replay", "auto", "wiener", "discriminant", "soften")
+        name in (*CURVED, "self_replay", "auto", "wiener", "soften")
         or (name == "kl" and model == "bert")
     )
 

@@ -15,7 +15,7 @@ from retain.models.forward import forward_logits
 from retain.models.sites import LinearSite, find_sites, lora_sites
 from retain.retention.method import Task
 from retain.retention.methods.kl import KL
-from retain.retention.methods.penalty import _answering
+from retain.retention.task_curvature import answering
 from tiny import relative
 
 
@@ -174,8 +174,8 @@ def test_the_narrowed_answers_end_with_the_fit() -> None:
     attached = attach("lora", "bert", KL(0.0))
     batch = batch_of(tasks_of("bert")[0], [0, 1])
     whole = forward_logits(attached.model, batch)
-    with _answering(attached.model, slice(0, 2)):
+    with answering(attached.model, slice(0, 2)):
         assert torch.equal(forward_logits(attached.model, batch), whole[:, :2])
-    with _answering(attached.model, slice(2, 3)):
+    with answering(attached.model, slice(2, 3)):
         assert torch.equal(forward_logits(attached.model, batch), whole[:, 2:3])
     assert torch.equal(forward_logits(attached.model, batch), whole)

@@ -14,7 +14,7 @@ from retain.retention.registry import METHODS, make_method, method_options
 def test_each_method_is_there_under_its_own_name() -> None:
     assert list(METHODS) == [
         "none", "l2", "diagonal", "kfac", "tridiagonal", "activation", "kl", "masked_kl",
-        "replay", "self_replay", "auto", "wiener", "discriminant", "soften", "olora",
+        "replay", "self_replay", "auto", "wiener", "soften", "olora",
         "osf",
     ]  # fmt: skip
     for name, method in METHODS.items():

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from quadratics import dense_quadratic
-from retain import Curvature, Retention, fit_curvature
+from retain import Curvature, fit_curvature
 from retain.data.batches import collate
 from retain.data.sources import encode
 from retain.errors import ConfigError, MismatchError, TrainingError
 from retain.models.forward import forward_logits
 from retain.models.sites import lora_sites
-from retain.retention.forces import Forces
+from retain.retention.force import Force
 from retain.types import SPACES, UPDATES
 from tiny import KINDS, ROWS, STRUCTURES, move, relative, tiny, weights
 
@@ -67,7 +67,7 @@ def test_force_is_the_gradient_of_strength_times_the_quadratic(
 ) -> None:
     model = tiny(kind, moved=anchored)
     curvature = fit(model, kind, structure, space)
-    retention = Retention(model, curvature, strength=37.0)
+    retention = Force(model, curvature, strength=37.0)
     move(model, seed=5)
     task = loss_of(model, kind)
     quadratic = dense_quadratic(curvature, model)
@@ -83,7 +83,7 @@ def test_force_is_the_gradient_of_strength_times_the_quadratic(
 
 def test_force_makes_a_gradient_where_the_task_gave_none() -> None:
     model = tiny("llama")
-    retention = Retention(model, fit(model, "llama"), strength=2.0)
+    retention = Force(model, fit(model, "llama"), strength=2.0)
     move(model, seed=5)
     frozen = lora_sites(model)[0].a.requires_grad_(False)
     retention.add_force()
@@ -98,7 +98,7 @@ def test_strength_zero_is_plain_training_bit_for_bit(
 ) -> None:
     plain, held = (tiny(kind, dtype=torch.float32) for _ in range(2))
     run(plain, kind, lambda opt: opt.step(), steps=3)
-    retention = Retention(held, fit(held, kind, structure, space), strength=0.0, update=update)
+    retention = Force(held, fit(held, kind, structure, space), strength=0.0, update=update)
     run(held, kind, retention.step, steps=3)
     for name, weight in weights(plain).items():
         assert torch.equal(weights(held)[name], weight), name
@@ -111,7 +111,7 @@ def test_retention_holds(kind: str, space: str, structure: str, update: str) -> 
     ends, curvature = [], fit(tiny(kind), kind, structure, space)
     for strength in (0.0, 1.0, 10.0):
         model = tiny(kind)
-        retention = Retention(model, curvature, strength, update=update)
+        retention = Force(model, curvature, strength, update=update)
         run(model, kind, retention.step, optimizer=torch.optim.SGD, rate=0.003, steps=3)
         ends.append(retention.predicted())
     assert ends[0] > ends[1] > ends[2] > 0
@@ -128,7 +128,7 @@ def ends_of(
             for site in lora_sites(model):
                 site.a.copy_(start[f"{site.name}.lora_A"])
                 site.b.copy_(start[f"{site.name}.lora_B"])
-        retention = Retention(model, curvature, strength, update="proximal")
+        retention = Force(model, curvature, strength, update="proximal")
         run(model, kind, retention.step, steps=4, rate=0.005)
         ends.append(retention.predicted())
         for name, weight in weights(model).items():
@@ -194,7 +194,7 @@ def test_proximal_is_near_the_gradient_way_for_a_small_step(
         curvature.load_anchor(model)
     for update in UPDATES:
         model = tiny(kind)
-        retention = Retention(model, curvature, 3.0, update=update)
+        retention = Force(model, curvature, 3.0, update=update)
         move(model, seed=5)
         before = weights(model)
         run(model, kind, retention.step, steps=1, rate=rate, optimizer=optimizer)
@@ -214,7 +214,7 @@ def test_accumulation_gives_one_trajectory(count: int, update: str, optimizer: t
 
     def trajectory(pieces: int) -> dict[str, torch.Tensor]:
         model = tiny("llama", moved=True)
-        retention = Retention(model, fit(model, "llama"), 50.0, update=update)
+        retention = Force(model, fit(model, "llama"), 50.0, update=update)
         opt = optimizer([p for p in model.parameters() if p.requires_grad], lr=0.01)
         size = len(rows) // pieces
         for _ in range(4):
@@ -234,43 +234,43 @@ def test_adapter_space_must_start_at_its_anchor() -> None:
     curvature = fit(model, "llama", space="adapter")
     move(model, seed=5)
     with pytest.raises(MismatchError, match="load_anchor") as caught:
-        Retention(model, curvature)
+        Force(model, curvature)
     assert "\n" not in str(caught.value)
-    Retention(model, curvature, resuming=True)
+    Force(model, curvature, resuming=True)
     curvature.load_anchor(model)
-    Retention(model, curvature)
+    Force(model, curvature)
 
 
 def test_weight_space_may_start_anywhere() -> None:
     model = tiny("llama")
     curvature = fit(model, "llama")
     move(model, seed=5)
-    assert Retention(model, curvature).predicted() > 0
+    assert Force(model, curvature).predicted() > 0
 
 
 def test_another_model_is_refused() -> None:
     with pytest.raises(MismatchError, match="another base model"):
-        Retention(tiny("llama", seed=3), fit(tiny("llama"), "llama"))
+        Force(tiny("llama", seed=3), fit(tiny("llama"), "llama"))
 
 
 @pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf"), None, "100"])
 def test_a_strength_that_is_none_is_refused(strength: Any) -> None:
     model = tiny("llama")
     with pytest.raises(ConfigError, match="strength"):
-        Retention(model, fit(model, "llama"), strength)
+        Force(model, fit(model, "llama"), strength)
 
 
 def test_an_unknown_update_is_refused() -> None:
     model = tiny("llama")
     with pytest.raises(ConfigError, match="did you mean 'proximal'") as caught:
-        Retention(model, fit(model, "llama"), update="proximale")  # type: ignore[arg-type]
+        Force(model, fit(model, "llama"), update="proximale")  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("update", UPDATES)
 def test_an_adapter_that_is_not_finite_is_an_error(update: str) -> None:
     model = tiny("llama")
-    retention = Retention(model, fit(model, "llama"), update=update)
+    retention = Force(model, fit(model, "llama"), update=update)
     with torch.no_grad():
         lora_sites(model)[2].b[0, 0] = float("nan")
     opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -283,7 +283,7 @@ def test_an_adapter_that_is_not_finite_is_an_error(update: str) -> None:
 def test_bfloat16_adapters_keep_their_type(kind: str, update: str) -> None:
     model = tiny(kind, dtype=torch.bfloat16)
     curvature = fit(model, kind)
-    retention = Retention(model, curvature, 10.0, update=update)
+    retention = Force(model, curvature, 10.0, update=update)
     run(model, kind, retention.step, steps=2)
     for weight in weights(model).values():
         assert weight.dtype == torch.bfloat16
@@ -307,7 +307,7 @@ def _weak(model: Any, curvature: Any) -> None:
 def test_factors_in_bfloat16_are_given_up_where_their_rounding_is_what_is_left(
     weak: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retain.retention.forces.has_bf16", lambda: True)
+    monkeypatch.setattr("retain.retention.force.has_bf16", lambda: True)
     model = tiny("llama").float()
     curvature = fit(model, "llama")
     factors = {id(block.inputs): block.inputs for block in curvature.blocks.values()}
@@ -319,7 +319,7 @@ def test_factors_in_bfloat16_are_given_up_where_their_rounding_is_what_is_left(
         _weak(model, curvature)
     sites = curvature.bind(model)
     rounded, exact = curvature.pulls(sites, rounded=True), curvature.pulls(sites)
-    retention = Retention(model, curvature, 3.0)
+    retention = Force(model, curvature, 3.0)
     nats = retention.add_force()
     chosen = exact if weak else rounded
     assert (rounded[0] == exact[0]) is False
@@ -346,17 +346,18 @@ def fit_size(curvature: Any) -> int:
 def test_the_error_of_rounding_is_looked_at_now_and_then(
     steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retain.retention.forces.has_bf16", lambda: True)
+    monkeypatch.setattr("retain.retention.force.has_bf16", lambda: True)
     model = tiny("llama").float()
     curvature = fit(model, "llama")
-    retention, looks = Retention(model, curvature, 3.0), []
-    checked = Forces._checked
+    retention, looks = Force(model, curvature, 3.0), []
+    pulls = curvature.pulls
 
-    def look(self: Forces, nats: float, pulls: Any) -> Any:
-        looks.append(self._looks)
-        return checked(self, nats, pulls)
+    def look(sites: Any, *, rounded: bool = False) -> Any:
+        if not rounded:
+            looks.append(retention._looks)
+        return pulls(sites, rounded=rounded)
 
-    monkeypatch.setattr(Forces, "_checked", look)
+    monkeypatch.setattr(curvature, "pulls", look)
     retention.add_force()  # nothing has moved: nothing to look at
     assert not looks
     move(model, seed=9)

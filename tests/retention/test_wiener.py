@@ -13,12 +13,12 @@ from torch.nn.utils import parametrize
 from retain.curvature.blocks.factor import DenseFactor, SketchFactor
 from retain.data.batches import Example, batches
 from retain.errors import ConfigError
+from retain.models.off import adapter_off
 from retain.models.sites import lora_sites
-from retain.retention.discriminant import Discriminant
-from retain.retention.filters import InputFilter, Thin, filter_of, wiener
-from retain.retention.keeper import MomentKeeper
-from retain.retention.moments import Moments, input_moments
-from retain.retention.wiener import Wiener
+from retain.retention.filter import Filter, InputFilter, Thin, filter_of, wiener
+from retain.retention.methods.auto import Auto, Wiener
+from retain.retention.moments import Moments, input_moments, moments_of
+from retain.retention.recipe import reader_of
 from tiny import KINDS, tiny
 
 
@@ -178,7 +178,7 @@ def test_training_is_that_of_a_row_behind_the_filter(kind: str, optimizer: str) 
             site.b.copy_(0.1 * torch.randn(site.b.shape, generator=random).double())
             other.b.copy_(site.b)
             other.a.mul_(2.0)
-    held = InputFilter(sites, new, old, weight=10.0, epsilon=0.01, gain=2.0)
+    held = InputFilter(sites, new, old, Filter(2.0, 0.01, weight=10.0))
     begun_at = [k.clone() for k in held.kept]
     for other, p in zip(others, held.filters, strict=True):
         place: Any = next(m for m in twin.modules() if getattr(m, "weight", None) is other.a)
@@ -211,7 +211,7 @@ def test_what_bfloat16_would_lose_adds_up() -> None:
     sites = lora_sites(model)
     new = input_moments(model, sites, tasks_of("llama")[0].examples)
     old = Moments({k: s.scaled(1.0) for k, s in new.factors.items()}, new.readers)
-    held = InputFilter(sites, new, old, weight=99.0, epsilon=1e-6, gain=1.0)
+    held = InputFilter(sites, new, old, Filter(1.0, 1e-6, weight=99.0))
     before = [k.clone() for k in held.kept]
     for _ in range(100):
         with torch.no_grad():
@@ -244,49 +244,47 @@ def test_the_update_reads_little_of_the_old() -> None:
     assert shares[2] < 0.5 * shares[1] < 0.5 * shares[0]
 
 
-def test_a_block_learns_behind_its_filter_and_the_others_stay() -> None:
+def test_a_task_learns_in_rows_of_its_own_behind_its_filter() -> None:
     method = Wiener(gain=2.0)
-    attached = begun(method, "lora", "llama", tasks=2)
-    sites = lora_sites(attached.model)
-    drawn = [s.a.detach().clone() for s in sites]
-    first, second = tasks_of("llama")
+    attached = begun(method, "lora", "llama", tasks=3)
+    drawn = [s.a.detach().clone() for s in lora_sites(attached.model)]
+    first, *others = tasks_of("llama")
     method.before_task(first)
-    assert method.filter is not None
-    for site, a, p in zip(sites, drawn, method.filter.filters, strict=True):
-        torch.testing.assert_close(site.a, 2.0 * a[:2] @ p.dense())  # the block alone
-    method.after_task(first)
-    for site, a in zip(sites, drawn, strict=True):
-        assert torch.equal(site.a[2:], a[2:])
-    with torch.no_grad():
-        for site, a in zip(sites, drawn, strict=True):
-            site.a.copy_(a)
+    found = method.recipe.filter
+    assert found is not None
+    for site, a, p in zip(lora_sites(attached.model), drawn, found.filters, strict=True):
+        torch.testing.assert_close(site.a, 2.0 * a @ p.dense())
     learn(method, attached, first, weight_decay=0.1)
-    kept = [(s.a[:2].detach().clone(), s.b[:, :2].detach().clone()) for s in sites]
-    for site, a in zip(sites, drawn, strict=True):
-        assert float(site.b[:, :2].abs().max()) > 0
-        assert torch.equal(site.a[2:], a[2:])
-    learn(method, attached, second, weight_decay=0.1)
-    for site, (a, b) in zip(sites, kept, strict=True):
-        assert torch.equal(site.a[:2], a)
-        assert torch.equal(site.b[:, :2], b)
-        assert float(site.b[:, 2:].abs().max()) > 0
-    assert not any(s.a._backward_hooks for s in sites)  # nothing holds them any more
+    kept = [(s.a.detach().clone(), s.b.detach().clone()) for s in lora_sites(attached.model)]
+    for task in others:
+        rank = lora_sites(attached.model)[0].rank
+        learn(method, attached, task, weight_decay=0.1)
+        sites = lora_sites(attached.model)
+        for site, (a, b) in zip(sites, kept, strict=True):
+            assert site.rank == rank + 2
+            assert torch.equal(site.a[:rank], a)
+            assert torch.equal(site.b[:, :rank], b)
+            assert float(site.b[:, rank:].abs().max()) > 0
+        kept = [(s.a.detach().clone(), s.b.detach().clone()) for s in sites]
+        assert not any(s.a._backward_hooks for s in sites)  # nothing holds them any more
 
 
-@pytest.mark.parametrize("kind", [Wiener, Discriminant])
-def test_the_old_grow_by_each_task_and_by_nothing_else(kind: type[MomentKeeper]) -> None:
-    method = kind(rows=8, source_weight=3.0)
-    attached = begun(method, "lora", "llama", tasks=2)
-    sites = lora_sites(attached.model)
-    want = input_moments(attached.model, sites, source("llama")).times(3.0)
-    for task in tasks_of("llama"):
-        task.examples = task.examples[:8]
-        now = input_moments(attached.model, sites, task.examples, first=False)
-        learn(method, attached, task)
-        want = want.plus(now)
-    assert method.old is not None
-    for name in want.factors:
-        torch.testing.assert_close(method.old.of(name), want.of(name))
+def test_the_old_are_the_source_and_each_task_in_the_unit_of_the_rows() -> None:
+    method = Auto(rows=8)
+    attached = begun(method, "lora", "llama", tasks=3)
+    first, second = tasks_of("llama")[:2]
+    learn(method, attached, first)
+    method.before_task(second)
+    recipe, sites = method.recipe, lora_sites(attached.model)
+    assert recipe.filter is not None and recipe.curvature is not None and recipe.past is not None
+    rows = reader_of(second.examples)(8, second.seed)
+    with adapter_off(attached.model):
+        new = input_moments(attached.model, sites, rows, first=False)
+    old = moments_of(recipe.curvature).sized_as(new)
+    old = old.plus(moments_of(recipe.past).sized_as(new))
+    for site, p in zip(sites, recipe.filter.filters, strict=True):
+        want = wiener(new.of(site.name), old.of(site.name), weight=1.0, epsilon=1e-3)
+        torch.testing.assert_close(p.dense(), want)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +296,6 @@ def test_the_old_grow_by_each_task_and_by_nothing_else(kind: type[MomentKeeper])
         ({"gain": 0.0}, "gain is out of range"),
         ({"answers": 1.5}, "answers' share is out of range"),
         ({"rows": 0}, "too few rows to read"),
-        ({"source_weight": -1.0}, "source_weight is out of range"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:
@@ -307,8 +304,8 @@ def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:
 
 
 def test_without_any_old_text_it_is_lora_behind_a_ridge() -> None:
-    method = Wiener(source_weight=0.0, epsilon=1e-9, gain=1.0)
-    attached = begun(method, "lora", "llama", tasks=1)
+    method = Wiener(epsilon=1e-9, gain=1.0)
+    attached = begun(method, "lora", "llama", tasks=1, source=[])
     sites = lora_sites(attached.model)
     drawn = [s.a.detach().clone() for s in sites]
     rows: list[Example] = list(tasks_of("llama")[0].examples)

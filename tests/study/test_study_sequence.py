@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from retain.records import RunSpec
-from retain.retention.wiener import Wiener
+from retain.retention.methods.auto import Wiener
 from retain.study.grid import Grid, expand
 from retain.study.runner import execute
 from retain.study.sequence import run_sequence
@@ -55,7 +55,6 @@ METHODS: dict[str, Any] = {
     "olora": {},
     "auto": {"rows": 4},
     "wiener": {"rows": 4},
-    "discriminant": {"rows": 4},
 }
 
 

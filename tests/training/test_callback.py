@@ -289,7 +289,7 @@ def test_moved_back_to_the_budget_after_the_last_evaluation_is_said(
 
     model = tiny("llama")
     call = RetentionCallback(
-        fit(model), budget=1e-4, start=None, source=ROWS["llama"] if best else None
+        fit(model), budget=1e-4, parts=("force",), source=ROWS["llama"] if best else None
     )
     run = trainer(model, tmp_path, [call, Stops()], learning_rate=0.3)
     with warnings.catch_warnings(record=True) as said:

@@ -14,19 +14,17 @@ import torch
 from test_callback import fit, trainer
 from transformers import TrainerCallback
 
-from retain import RetentionCallback, Start, grow_lora, measure_forgetting
+from retain import Filter, RetentionCallback, grow_lora, measure_forgetting
 from retain.errors import ModelError
 from retain.models.sites import lora_sites
 from tiny import ROWS, move, tiny, weights
 
 STARTS: dict[str, dict[str, Any]] = {
-    "wiener": {"start": "wiener"},
-    "discriminant": {"start": "discriminant"},
-    "random": {"start": "random"},
+    "named": {"parts": ("rows", "filter", "force")},
     "budget": {"budget": 0.05, "source": None},
-    "none": {"start": None},
-    "grown": {"start": "auto"},
-    "grown, discriminant": {"start": "discriminant"},
+    "force": {"parts": ("force",)},
+    "grown": {},
+    "grown, force": {"parts": ("rows", "force")},
 }
 
 INSIDE = ("forward", "backward of A", "backward of B")
@@ -92,7 +90,9 @@ def broken_off(how: str, where: str, folder: Path, **options: Any) -> Any:
         handle.remove()
     assert [p.requires_grad for p in model.parameters()] == flags
     if where not in ("on_train_begin", "on_epoch_begin"):
-        assert (call._held is None) is (STARTS[how].get("start", 0) is None)
+        assert (call.recipe.filter is None) is (
+            "filter" not in STARTS[how].get("parts", ("filter",))
+        )
     if where in OUTSIDE and where not in ("on_step_begin", "on_substep_end"):
         assert hooks(model) == 0  # nothing is left even before anybody looks
     return model
@@ -144,7 +144,7 @@ def test_it_is_saved_copied_and_merged(how: str, where: str, tmp_path: Path) -> 
     torch.testing.assert_close(merged(input_ids=ids).logits, want)
 
 
-@pytest.mark.parametrize("how", ["wiener", "discriminant", "grown"])
+@pytest.mark.parametrize("how", ["named", "grown, force", "grown"])
 def test_a_traceback_that_is_kept_keeps_nothing_alive(how: str, tmp_path: Path) -> None:
     """A notebook holds the last traceback, and with it the frames of the training."""
     model = model_for(how)
@@ -212,9 +212,9 @@ class Look(TrainerCallback):
 @pytest.mark.parametrize(
     "options",
     [
-        {"start": "discriminant"}, {"start": "random"}, {"start": Start("wiener")},
-        {"start": "random", "update": "proximal"},
-        {"start": "discriminant", "budget": 0.01, "source": [{"input_ids": [3, 7, 1, 12]}]},
+        {"filter": Filter(gain=2.0)}, {"parts": ("force",)},
+        {"parts": ("force",), "update": "proximal"},
+        {"budget": 0.01, "source": [{"input_ids": [3, 7, 1, 12]}]},
     ],
     ids=str,
 )  # fmt: skip
@@ -230,34 +230,29 @@ def test_what_is_held_stays_whoever_looks(
         seen: list[dict[str, torch.Tensor]] = []
         after = Look("on_step_end", lambda m, seen=seen: seen.append(weights(m)))
         trainer(model, tmp_path, [call, *each, after], weight_decay=0.1, max_steps=4).train()
-        if options["start"] in ("discriminant", "random"):
-            for name in seen[0]:
-                if "lora_A" in name:
-                    assert all(torch.equal(step[name], seen[0][name]) for step in seen)
         assert all(site.a.requires_grad for site in lora_sites(model))
         found.append(weights(model))
     for name, got in found[0].items():
         assert torch.equal(got, found[1][name]), name
 
 
-@pytest.mark.parametrize("start", [None, "auto", "discriminant"])
-def test_an_a_that_its_user_has_frozen_stays_so(start: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", [None, ("force",)])
+def test_an_a_that_its_user_has_frozen_stays_so(parts: Any, tmp_path: Path) -> None:
     model = tiny("llama")
     for site in lora_sites(model):
         site.a.requires_grad_(False)
     drawn = weights(model)
-    call = RetentionCallback(fit(model, structure="kfac"), 1.0, start=start)
+    call = RetentionCallback(fit(model, structure="kfac"), 1.0, parts=parts)
     trainer(model, tmp_path, [call, Look("on_step_end", LOOKS["measure_forgetting"])]).train()
-    assert call.why_no_filter == ("A does not train" if start == "auto" else None)
+    assert call.why_no_filter == ("A does not train" if parts is None else None)
     for site in lora_sites(model):
         assert not site.a.requires_grad
         assert float(site.b.abs().max()) > 0
-        if start != "discriminant":
-            assert torch.equal(site.a, drawn[f"{site.name}.lora_A"])
+        assert torch.equal(site.a, drawn[f"{site.name}.lora_A"])
     fresh = tiny("llama")
     lora_sites(fresh)[0].a.requires_grad_(False)
     run = trainer(
-        fresh, tmp_path, [RetentionCallback(fit(fresh, structure="kfac"), start="wiener")]
+        fresh, tmp_path, [RetentionCallback(fit(fresh, structure="kfac"), parts=("filter",))]
     )
     with pytest.raises(ModelError, match="a filter is for an A that trains"):
         run.train()

@@ -70,7 +70,7 @@ def test_a_checkpoint_is_resumed_wherever_it_lies(how: str, whole: Any, tmp_path
     elif how == "a trailing slash":
         resumed = f"{place}/"
     elif how.startswith("another"):
-        other, call = held(start=None, strength=500.0)
+        other, call = held(parts=("force",), strength=500.0)
         trainer(out, other, [call]).train()
     model, call = held(**options)
     run = trainer(out, model, [call])
@@ -79,14 +79,13 @@ def test_a_checkpoint_is_resumed_wherever_it_lies(how: str, whole: Any, tmp_path
         assert torch.equal(got, expected)
 
 
-def test_an_earlier_version_s_file_is_read_from_there_too(whole: Any, tmp_path: Path) -> None:
+def test_an_entry_of_0_1_is_read_too(whole: Any, tmp_path: Path) -> None:
     options, folder, want = whole
     place = Path(shutil.copytree(folder / f"checkpoint-{HALF}", tmp_path / "old"))
     state = json.loads((place / "trainer_state.json").read_text())
-    kept = state["stateful_callbacks"].pop("retain")
+    kept = state["stateful_callbacks"]["retain"]
+    kept["start"] = "wiener" if kept.pop("filter") else None
     (place / "trainer_state.json").write_text(json.dumps(state))
-    del kept["step"]
-    (place / "retention.json").write_text(json.dumps(kept))
     model, call = held(**options)
     trainer(tmp_path / "out", model, [call]).train(resume_from_checkpoint=str(place))
     for got, expected in zip(weights(model).values(), want.values(), strict=True):
@@ -96,8 +95,8 @@ def test_an_earlier_version_s_file_is_read_from_there_too(whole: Any, tmp_path: 
 def test_one_that_was_trained_without_it_is_refused(tmp_path: Path) -> None:
     model = tiny("llama")
     trainer(tmp_path, model, []).train()
-    for start, refused in (("auto", True), (None, False)):
-        again, call = held(start=start)
+    for parts, refused in ((None, True), (("force",), False)):
+        again, call = held(parts=parts)
         with pytest.raises(TrainingError, match="how it was held") if refused else nullcontext():
             trainer(tmp_path / "o", again, [call]).train(
                 resume_from_checkpoint=str(tmp_path / f"checkpoint-{HALF}")
@@ -143,4 +142,4 @@ def test_only_the_model_saved_goes_on_too(tmp_path: Path) -> None:
     assert not (place / "optimizer.pt").exists()
     again, call = held()
     trainer(tmp_path / "o", again, [call]).train(resume_from_checkpoint=str(place))
-    assert call.why_no_filter is None and call._held is not None
+    assert call.why_no_filter is None and call.recipe.filter is not None

@@ -17,6 +17,7 @@ from retain.data.batches import Example
 from retain.data.sources import encode
 from retain.errors import ConfigError, MismatchError, SourceError, TrainingError
 from retain.models.sites import lora_sites
+from retain.retention.recipe import Recipe
 from retain.training.loop import TrainResult, train
 from retain.types import SPACES, UPDATES
 from tiny import KINDS, ROWS, move, tiny, weights
@@ -42,9 +43,13 @@ def fit(model: nn.Module, kind: str, space: str = "weight", structure: str = "kf
 
 def go(model: nn.Module, kind: str, curvature: Curvature | None = None, **options: Any):
     """(weights after training, what training gave)"""
-    own = {k: options.pop(k) for k in ("strength", "out", "resume", "measure") if k in options}
+    own = {k: options.pop(k) for k in ("out", "resume", "measure") if k in options}
+    strength, update = options.pop("strength", 10.0), options.pop("update", "gradient")
     config = TrainConfig(**{"batch_size": 8, "learning_rate": 0.01, "max_steps": 4} | options)
-    result = train(model, examples(kind), config, curvature=curvature, progress=False, **own)
+    recipe = None
+    if curvature is not None:
+        recipe = Recipe(curvature, strength, parts=["force"], update=update)
+    result = train(model, examples(kind), config, recipe=recipe, progress=False, **own)
     assert isinstance(result, TrainResult)
     return weights(model), result
 

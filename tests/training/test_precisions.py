@@ -31,12 +31,10 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "filter": ({}, {}),
     "sketched": ({"rank": 4}, {}),
-    "force alone": ({}, {"start": None}),
-    "budget": ({}, {"start": None, "budget": 0.02}),
+    "force alone": ({}, {"parts": ("force",)}),
+    "budget": ({}, {"parts": ("force",), "budget": 0.02}),
     "filter and budget": ({}, {"budget": 0.02}),
-    "discriminant": ({}, {"start": "discriminant"}),
-    "discriminant and budget": ({}, {"start": "discriminant", "budget": 0.02}),
-    "proximal": ({}, {"start": None, "update": "proximal"}),
+    "proximal": ({}, {"parts": ("force",), "update": "proximal"}),
 }
 """Of the fit, and of the callback."""
 
@@ -154,7 +152,7 @@ def trained(
     run.add_callback(call)
     run.train()
     assert call.why_no_filter is None
-    assert (call._held is None) is ("start" in hold and hold["start"] is None)
+    assert (call.recipe.filter is None) is (hold.get("parts") == ("force",))
     log = [e for e in run.state.log_history if "loss" in e]
     assert len(log) == 4
     measured = measure_forgetting(run.model, source, tokenizer=tokenizer).kl
@@ -167,11 +165,11 @@ def trained(
 CASES = [
     *(("sft", way, "text") for way in WAYS),
     *(("sft", "filter", data) for data in SETS if data != "text"),
-    *(("sft", "discriminant", data) for data in ("packing", "completion", "assistant")),
-    *(("dpo", way, "text") for way in ("filter", "sketched", "force alone", "discriminant")),
-    *(("causal", way, "text") for way in ("filter", "sketched", "budget", "discriminant")),
+    *(("sft", "filter and budget", data) for data in ("packing", "completion", "assistant")),
+    *(("dpo", way, "text") for way in ("filter", "sketched", "force alone")),
+    *(("causal", way, "text") for way in ("filter", "sketched", "budget")),
     *(("classifier", way, "text") for way in ("filter", "sketched", "force alone")),
-    *(("classifier", way, "text") for way in ("budget", "discriminant")),
+    ("classifier", "budget", "text"),
 ]
 
 
@@ -195,7 +193,7 @@ def test_bf16_agrees_with_float32(
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", ["sft", "dpo", "causal", "classifier"])
-@pytest.mark.parametrize("way", ["filter", "discriminant and budget"])
+@pytest.mark.parametrize("way", ["filter", "filter and budget"])
 def test_a_model_in_bfloat16_trains_too(
     kind: str, way: str, precision: str, tiny_folder: Path, tmp_path_factory: Any
 ) -> None:

@@ -33,7 +33,9 @@ def run(kind: str, data: Any, folder: Path, collate: Any = default_data_collator
         output_dir=str(folder), max_steps=1, per_device_train_batch_size=2, report_to="none",
         save_strategy="no", use_cpu=True, disable_tqdm=True, seed=0,
     )  # fmt: skip
-    call = RetentionCallback(fit_curvature(model, ROWS[kind] * 2, progress=False), 1.0, start=None)
+    call = RetentionCallback(
+        fit_curvature(model, ROWS[kind] * 2, progress=False), 1.0, parts=("force",)
+    )
     Trainer(model, arguments, collate, data, callbacks=[call]).train()
 
 

@@ -9,9 +9,9 @@ import pytest
 from datasets import Dataset
 from peft import LoraConfig
 
-from retain import RetentionCallback, Start, fit_curvature, load_model
+from retain import RetentionCallback, fit_curvature, load_model
 from retain.errors import SourceError
-from retain.training.reading import loader_examples
+from retain.retention.loader import loader_examples
 
 ARGUMENTS: dict[str, Any] = {
     "per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1,
@@ -89,6 +89,6 @@ def test_grpo_is_held_without_a_filter(grpo: Any) -> None:
 
 
 def test_a_filter_that_was_asked_for_needs_tokens(grpo: Any) -> None:
-    held(grpo, start=Start("wiener"))
+    held(grpo, parts=("rows", "filter", "force"))
     with pytest.raises(SourceError, match="rows whose collator gives input_ids"):
         grpo.train()

@@ -42,8 +42,9 @@ def _field(key: str) -> Any:
 def train(*, as_json: bool, quiet: bool, **given: Any) -> None:
     """Learn a task with a LoRA adapter, and forget little of what the model knew."""
     own = _Given(**{name: given.pop(name) or field.default for name, field in _OWN.items()})
-    if given["targets"] is not None:
-        given["targets"] = name_list(given["targets"])
+    for name in ("targets", "parts"):
+        if given[name] is not None:
+            given[name] = name_list(given[name])
     settings = by_key(given) | _settings(own.set)
     screen = Screen(as_json, quiet)
     done = run_training(own.config, settings, screen, resume=own.resume, overwrite=own.overwrite)

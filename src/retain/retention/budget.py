@@ -1,7 +1,7 @@
 """A retention budget in nats per token: the strength is found while the model trains.
 
 What is wanted is ``min task loss  subject to  q <= budget``, with q the predicted forgetting. Its
-Lagrangian is what `retain.retention.laplace` descends, with the multiplier as strength; here the
+Lagrangian is what `retain.retention.force` descends, with the multiplier as strength; here the
 multiplier climbs by dual ascent, in its logarithm since its scale is not known beforehand:
 
     log strength  +=  rate * tanh(4 (c q / budget - 1)) ,

@@ -82,8 +82,9 @@ class Method:
         why_not: for a kind of adapter that it does not compose with, the reason; under
             ``classifier``, why it needs a causal model, where it does.
         weighted: whether it has a `strength`; else it takes none.
+        fits_head: whether a study's ``head: fitted`` is for it.
         head: how the outputs of a classifier's task begin: ``drawn`` at random, or ``fitted`` to
-            the model as it is (`retain.training.head`). What runs the method sees to it.
+            the model as it is (`retain.retention.head`). What runs the method sees to it.
     """
 
     name: ClassVar[str]
@@ -92,6 +93,7 @@ class Method:
     why_not: ClassVar[dict[str, str]] = {}
     weighted: ClassVar[bool] = True
     head: ClassVar[HeadStart] = "drawn"
+    fits_head: bool = True
 
     def __init__(self, strength: float = 0.0) -> None:
         self.strength = strength
@@ -175,6 +177,9 @@ class Method:
 
         The context has been set (``self.context``); nothing is measured anew.
         """
+
+    def fit_adapter(self, state: dict[str, Tensor]) -> None:
+        """In a resumed run, before the adapter's `state` is put back: its size may have changed."""
 
     def memory(self) -> int:
         """Bytes that it keeps between tasks."""

@@ -6,9 +6,8 @@ import inspect
 from typing import Any
 
 from retain.errors import ConfigError, unknown
-from retain.retention.auto import Auto
-from retain.retention.discriminant import Discriminant
 from retain.retention.method import Method
+from retain.retention.methods.auto import Auto, Wiener
 from retain.retention.methods.kl import KL, MaskedKL
 from retain.retention.methods.l2 import L2
 from retain.retention.methods.olora import OLoRA
@@ -17,7 +16,6 @@ from retain.retention.methods.penalty import KFAC, Activation, Diagonal, Tridiag
 from retain.retention.methods.plain import Plain
 from retain.retention.methods.replay import Replay, SelfReplay
 from retain.retention.methods.soften import Soften
-from retain.retention.wiener import Wiener
 
 __all__ = ["METHODS", "make_method", "method_options", "register"]
 
@@ -34,7 +32,6 @@ METHODS: dict[str, type[Method]] = {
     "self_replay": SelfReplay,
     "auto": Auto,
     "wiener": Wiener,
-    "discriminant": Discriminant,
     "soften": Soften,
     "olora": OLoRA,
     "osf": OSF,

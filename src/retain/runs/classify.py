@@ -1,6 +1,6 @@
 """``retain train`` of a classifier: its labels, its new head, and what it can be held by.
 
-A new head is fitted to the model as it is before anything else (`retain.training.head`): a
+A new head is fitted to the model as it is before anything else (`retain.retention.head`): a
 curvature that is measured before would be that of a head that says nothing. A classifier writes no
 text of its own, so it is held on text that is given (``--source``), and on none without it.
 """
@@ -43,7 +43,7 @@ def check_settings(config: RunConfig, problems: int | None) -> None:
             allowed="a file of text (or pairs of texts) and label",
             fix="give such a file with --data, or a decoder with --model",
         )
-    held = config.method == "laplace" or config.budget is not None or config.start is not None
+    held = config.method == "laplace" or config.budget is not None or config.parts is not None
     sources = (config.source, config.curvature, config.continue_from)
     if (held or config.keep_state) and sources == (None, None, None):
         raise ConfigError(
@@ -273,7 +273,7 @@ def fit_new_head(
             f"the base model's own head of {labels.count} outputs goes on; none is fitted"
         )
         return labels
-    from retain.training.head import fit_head
+    from retain.retention.head import fit_head
 
     found = fit_head(model, list(examples), seed=config.training.seed, progress=messages.progress)
     unit = "squared error" if labels.regression else "nats"

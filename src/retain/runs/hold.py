@@ -12,7 +12,7 @@ from retain.files import first_rank
 from retain.runs.messages import Messages
 from retain.runs.months import Previous
 
-__all__ = ["HeldBy", "adapter_for", "curvature_for", "start_for"]
+__all__ = ["HeldBy", "adapter_for", "curvature_for", "recipe_for"]
 
 
 class HeldBy(NamedTuple):
@@ -47,42 +47,15 @@ def adapter_for(
         return attach_lora(base, **config.adapter.model_dump())
     model: Any = load_adapter(base, before.adapter)
     before.check_adapter(model, past)
-    model = _grown(model, config, len(before.state.runs), source, past, messages)
+    recipe, month = recipe_for(config, source, past), len(before.state.runs)
+    model, note = recipe.grow(
+        model, config.adapter.rank, seed=config.adapter.seed + month, max_rank=config.max_rank
+    )
+    if note is not None:
+        messages.note(note)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name or ".modules_to_save." in name)
     return model
-
-
-def _grown(
-    model: Any, config: RunConfig, month: int, source: Any, past: Any, messages: Messages
-) -> Any:
-    """The adapter of the run before, with fresh rows for a filter; cut first if it is large."""
-    from retain.curvature.curvature import reanchored
-    from retain.models.lora import grow_lora
-    from retain.models.sites import lora_sites
-    from retain.retention.soften.truncate import truncated
-    from retain.training.start import FILTER, why_no_inputs
-
-    reason = why_no_inputs(source)
-    if reason is not None and config.start == FILTER:
-        raise MismatchError(
-            "no filter can be made for this run",
-            got=reason,
-            allowed="a source curvature with input sides, such as kfac in weight space",
-            fix="leave --start out, so that the force acts alone",
-        )
-    if not _filters(config) or reason is not None:
-        return model
-    sites, factors = lora_sites(model), None
-    fresh, most = config.adapter.rank, config.max_rank or 4 * config.adapter.rank
-    if sites[0].rank + fresh > most:
-        felt = reanchored(source, model) + reanchored(past, model)
-        factors, lost = truncated(sites, felt, most - fresh)
-        messages.note(
-            f"the adapter is cut from rank {sites[0].rank} to {most - fresh}, and loses "
-            f"{lost:.2%} of what the curvature feels of it; max_rank={most}"
-        )
-    return grow_lora(model, fresh, factors=factors, seed=config.adapter.seed + month)
 
 
 def curvature_for(
@@ -150,23 +123,13 @@ def _at_start(curvature: Any, model: Any) -> Any:
     return curvature
 
 
-def start_for(config: RunConfig, model: Any, curvature: Any, past: Any) -> tuple[Any, str | None]:
-    """The start of A, and why there is no filter; None where there is one or none was wanted."""
-    from retain.training.start import FILTER, Start, why_no_filter
+def recipe_for(config: RunConfig, curvature: Any, past: Any) -> Any:
+    """The recipe of a run, with the curvatures of its source and of the tasks before."""
+    from retain.retention.filter import Filter
+    from retain.retention.recipe import Recipe
 
-    kind: str | None = config.start
-    reason = None
-    if kind is None and _filters(config):
-        reason = why_no_filter(model, curvature, past)
-        kind = FILTER if reason is None else None
-    if kind in (None, "random"):
-        return None, reason
-    return Start(kind, gain=config.gain, weight=config.weight), reason
-
-
-def _filters(config: RunConfig) -> bool:
-    """Whether the run has a filter, if its curvature allows it."""
-    from retain.training.start import FILTER
-
-    strong = bool(config.strength or config.budget is not None)
-    return config.start == FILTER or (config.start is None and config.method == "auto" and strong)
+    parts = ["force"] if config.method == "laplace" and config.parts is None else config.parts
+    return Recipe(
+        curvature, config.strength, parts=parts, budget=config.budget, past=past,
+        update=config.training.update, filter=Filter(gain=config.gain, weight=config.weight),
+    )  # fmt: skip

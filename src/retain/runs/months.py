@@ -26,11 +26,8 @@ from retain.runs.records import RUN, Labels, Month, StateRecord, read_record, wr
 
 __all__ = ["HELD", "Previous", "keep_state", "previous_run", "settings_of"]
 
-HELD = ("method", "strength", "budget", "start", "gain", "weight", "max_rank")
+HELD = ("method", "strength", "budget", "parts", "gain", "weight", "max_rank")
 """What a run that continues another has from it."""
-
-ROWS = 128
-"""Rows of the task on which its own curvature is measured."""
 
 _KEPT = "the --out of a run with --keep-state that has ended"
 
@@ -192,7 +189,7 @@ def _changed(run: Previous) -> list[str]:
 
 
 def keep_state(
-    model: Any, examples: Sequence[Any], source: Any, past: Any, out: Path, month: Month,
+    model: Any, examples: Sequence[Any], recipe: Any, out: Path, month: Month,
     before: Previous | None, labels: Labels | None, messages: Messages,
 ) -> Path:  # fmt: skip
     """Measures the task's curvature, merges it into the past, and writes ``state/`` whole.
@@ -200,8 +197,7 @@ def keep_state(
     Args:
         model: trained, with its adapter.
         examples: the rows that it learned.
-        source: the source text's curvature.
-        past: the curvature of the tasks before, or None.
+        recipe: that held it.
         out: the run's folder.
         month: of this run, for ``state.json``.
         before: what the run continued from.
@@ -211,24 +207,13 @@ def keep_state(
     Raises:
         OutputError: the folder cannot be written.
     """
-    from retain.curvature.curvature import reanchored
-    from retain.curvature.fit.fit import fit_curvature
-    from retain.retention.state import choose
-
     messages.say("measuring what the task relies on, for the runs that continue from this one")
-    info = source.info
-    rows = choose(examples, ROWS, month.seed)
-    found = fit_curvature(
-        model, rows, info.structure, space=info.space, fisher=info.fisher,
-        rank=info.rank, samples=info.samples, temperature=info.temperature, rows=ROWS,
-        max_length=max(len(e.tokens) for e in examples) + 1,
-        batch_size=min(8, len(rows)), seed=month.seed, progress=messages.progress,
-    )  # fmt: skip
-    if past is not None:
-        found = reanchored(past, model) + found
+    past = recipe.consolidate(model, examples, seed=month.seed, progress=messages.progress)
     with whole_folder(out / "state", "the state of the run", STATE) as new:
-        found.save(new / "past.safetensors")
-        source.save(new / "source.safetensors")  # what held the run, whatever its file is now
+        past.save(new / "past.safetensors")
+        recipe.curvature.save(
+            new / "source.safetensors"
+        )  # what held the run, whatever its file is now
         _save_head(model, new / "head.safetensors")
         digests = {path.name: file_digest(path) for path in sorted(new.glob("*.safetensors"))}
         digests["adapter"] = adapter_digest(out / "adapter")

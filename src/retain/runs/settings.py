@@ -19,7 +19,7 @@ Settings = RunConfig | Mapping[str, Any] | str | Path | None
 OPTIONS = {
     key.rpartition(".")[2] if key != "adapter.seed" else "adapter_seed": key
     for key in (
-        "model", "data", "out", "curvature", "source", "num_labels", "strength", "budget", "start",
+        "model", "data", "out", "curvature", "source", "num_labels", "strength", "budget", "parts",
         "continue_from", "keep_state", "method", "training.learning_rate", "training.epochs",
         "training.max_steps", "training.batch_size", "training.max_length", "adapter.rank",
         "adapter.alpha", "adapter.targets", "adapter.seed", "training.seed", "dtype", "limit",
@@ -164,7 +164,7 @@ def placed(config: RunConfig) -> RunConfig:
 def unused(config: RunConfig) -> list[str]:
     """A line for settings that a run of this kind does not read."""
     if config.method == "none":
-        given = [n for n in ("curvature", "source", "budget", "start") if getattr(config, n)]
+        given = [n for n in ("curvature", "source", "budget", "parts") if getattr(config, n)]
         return [f"method none holds nothing: not used: {', '.join(given)}"] if given else []
     if config.budget is not None and config.strength != RunConfig.model_fields["strength"].default:
         return [f"the budget finds the strength: strength {config.strength:g} is not used"]

@@ -16,7 +16,7 @@ from retain.records import Step, finite
 from retain.runs import checkpoints, classify
 from retain.runs.bases import load_base, problem_count
 from retain.runs.folders import drop_state
-from retain.runs.hold import HeldBy, adapter_for, curvature_for, start_for
+from retain.runs.hold import HeldBy, adapter_for, curvature_for, recipe_for
 from retain.runs.messages import Messages
 from retain.runs.months import Previous, keep_state, previous_run
 from retain.runs.records import (
@@ -65,6 +65,7 @@ class Training:
         self.source: Any = None
         self.past: Any = None
         self.why_no_filter: str | None = None
+        self.recipe: Any = None
         self.labels: Labels | None = None
 
     def run(self) -> RunResult:
@@ -232,29 +233,24 @@ class Training:
         """The one call of the training loop."""
         from retain.training.loop import train
 
-        start = None
-        if held is not None:
-            start, why = start_for(self.config, self.model, held.curvature, self.past)
-            if why is not None:
-                self.messages.note(f"held by the force alone, without a filter: {why}")
-            self.why_no_filter = why
+        recipe = held and recipe_for(self.config, held.curvature, self.past)
         fix = "free some disk; --resume goes on from the last whole checkpoint, where there is one"
         try:
             with writing("a checkpoint", self.kept, fix=fix):
-                return train(
+                done = train(
                     self.model,
                     examples,
                     self.config.training,
-                    curvature=held and held.curvature,
-                    strength=self.config.strength,
-                    budget=self.config.budget if held else None,
-                    past=self.past,
-                    start=start,
+                    recipe=recipe,
+                    say=self.messages.note,
                     out=self.kept,
                     progress=self.messages.progress,
                     resume=self.resume,
                     identity=digests.model_dump(),
                 )
+            self.recipe = recipe
+            self.why_no_filter = recipe and recipe.why_no_filter
+            return done
         finally:
             if first_rank():
                 checkpoints.drop_broken(self.kept)
@@ -298,7 +294,7 @@ class Training:
                 predicted_nats=record.predicted_nats,
             )  # fmt: skip
             keep_state(
-                self.model, examples, held.curvature, self.past, self.out, month, self.before,
+                self.model, examples, self.recipe, self.out, month, self.before,
                 self.labels, self.messages,
             )  # fmt: skip
         else:

@@ -19,6 +19,7 @@ from retain.evaluation.score import Score, score_items
 from retain.files import first_rank
 from retain.models.adapters.registry import attach_adapter
 from retain.records import RunSpec, finite
+from retain.retention.head import fit_head
 from retain.retention.method import Context, Task
 from retain.retention.registry import make_method
 from retain.study.grid import task_at
@@ -27,7 +28,6 @@ from retain.study.resources import Clock, peak_memory, reset_peak_memory
 from retain.study.state import SequenceState
 from retain.study.untrained import read_untrained, untrained_file
 from retain.study.work import Work, write_shared
-from retain.training.head import fit_head
 from retain.training.loop import train
 
 __all__ = ["run_sequence"]
@@ -108,8 +108,9 @@ class _Sequence:
         else:
             done, self.data = kept.done, self.data | kept.data
             self.clock.restore(self.data["seconds"])
-            self.adapter.restore(kept.adapter)
             self.method.context = self.context
+            self.method.fit_adapter(kept.adapter)
+            self.adapter.restore(kept.adapter)
             self.method.restore(kept.method)
         for index in range(done, len(self.tasks)):
             self._learn(index)
@@ -143,7 +144,8 @@ class _Sequence:
         self.say(f"{place}: training")
         set_seed(seed)
         with self.clock.on("method"):
-            if self.config.head == "fitted" and task.columns is not None:
+            fits = self.config.head == "fitted" and self.method.fits_head
+            if fits and task.columns is not None:
                 self._fit_head(task)
             rows = self.method.before_task(task)
         with self.clock.on("train"):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from retain.curvature.curvature import Curvature
 from retain.curvature.fit.source import source_examples
@@ -18,8 +19,10 @@ from retain.data.sources import Row
 from retain.errors import ConfigError, RetainWarning, unknown
 from retain.models.heads import is_causal
 from retain.models.names import unwrap
-from retain.retention.budget import check_budget
-from retain.retention.laplace import Retention, check_strength
+from retain.retention.filter import Filter
+from retain.retention.force import Force
+from retain.retention.loader import loader_examples
+from retain.retention.recipe import NO_STRENGTH, Recipe
 from retain.training.handling import (
     check_alone,
     check_gradients,
@@ -28,19 +31,18 @@ from retain.training.handling import (
     go_first,
     record,
 )
-from retain.training.held import Held, release_left
 from retain.training.keeping import keep, kept_in
 from retain.training.reading import check_loader
-from retain.training.running import Running
-from retain.training.start import AUTO, FILTER, Start, why_no_filter
-from retain.types import UPDATES, Update
+from retain.training.running import Running, calling_handler
+from retain.types import Update
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["RetentionCallback"]
+__all__ = ["RetentionCallback", "Start"]
 
 Source = str | Path | Iterable[Row]
+Say = Callable[[str], None]
 
 PROBE_ROWS, PROBE_TOKENS, PROBE_SEED = 8, 128, 1
 """Of the text that a budget is measured on; another seed than the curvature's own samples."""
@@ -66,15 +68,16 @@ class RetentionCallback(TrainerCallback):
     Args:
         curvature: fitted on the trainer's model.
         strength: how many nats of task loss one nat of predicted forgetting weighs.
-        update: ``gradient`` or ``proximal``; see `retain.retention.laplace`.
+        update: ``gradient`` or ``proximal``; see `retain.retention.force`.
         budget: in place of a strength: nats of KL divergence per source token that may be spent.
             The strength is found in training, see `retain.retention.budget`.
-        past: a second curvature, of the tasks before; see `retain.Retention`.
-        start: what LoRA's A may read: ``"wiener"`` puts it behind a filter that passes what the
-            training rows use and the source text does not; or a `retain.Start`; None, all. By
-            default ``"auto"``, the recipe: the filter, wherever a fresh LoRA and the curvature
-            allow it and the strength is not 0; else the force alone, with a warning, and
-            `why_no_filter` says why.
+        past: the curvature of the tasks before; see `retain.retention.recipe.Recipe`.
+        parts: of the recipe (`retain.retention.recipe`), those that act: ``rows``, ``filter``,
+            ``force``. By default all, the filter wherever a fresh LoRA and the curvature allow it
+            and the strength is not 0; else the force alone, with a warning, and `why_no_filter`
+            says why. (A new head is fitted by `retain.fit_head`, before the curvature.)
+        filter: options of the filter.
+        start: before 0.2, in place of `parts`: ``"wiener"`` or None.
         source: with a budget, text on which the true divergence is measured now and then: rows, a
             data set or a file as for `retain.fit_curvature`, ``"self"`` (the model samples it), or
             None to believe the prediction. By default ``"self"`` for a causal model.
@@ -100,7 +103,9 @@ class RetentionCallback(TrainerCallback):
         *,
         budget: float | None = None,
         past: Curvature | None = None,
-        start: Start | str | None = AUTO,
+        parts: Sequence[str] | None = None,
+        filter: Filter | None = None,
+        start: Any = "auto",
         source: Source | None = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -111,122 +116,115 @@ class RetentionCallback(TrainerCallback):
                 allowed="what retain.fit_curvature or retain.load_curvature gives",
                 fix="RetentionCallback(retain.load_curvature(path))",
             )
-        if update not in UPDATES:
-            raise unknown("update", update, UPDATES)
-        check_strength(strength)
-        if budget is not None:
-            check_budget(budget)
-        elif source is not None and not (isinstance(source, str) and source == "auto"):
+        if start is None or start != "auto":
+            parts, filter = _parts_of(start, filter)
+        self.recipe = Recipe(
+            curvature, strength, parts=parts, budget=budget, past=past, update=update, filter=filter
+        )
+        auto = isinstance(source, str) and source == "auto"
+        if budget is None and source is not None and not auto:
             raise ConfigError(
                 "a source is there to measure what a budget spends",
                 got="a source without a budget",
                 allowed="both, or neither",
                 fix="budget=0.05",
             )
-        self.curvature, self._strength, self.budget = curvature, strength, budget
-        self.past, self.source, self.tokenizer = past, source, tokenizer
-        self.start = Start(start) if isinstance(start, str) and start != AUTO else start
-        self.why_no_filter: str | None = None
-        self.update: Update = update
-        self.retention: Retention | None = None
-        self._held: Held | None = None
+        self.source, self.tokenizer = source, tokenizer
+        self._attached: Any = None
+        self._say: Say = _warn
         self._nats: float | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        check_alone(self)
-        check_trainer(args, kwargs.get("optimizer"))
-        model: nn.Module = unwrap(kwargs["model"])
-        resuming = state.global_step > 0
-        check_loader(model, kwargs["train_dataloader"], args.seed)
-        release_left(model, resuming=resuming)
-        self._held = self._nats = self.why_no_filter = None
-        try:
-            self._begin(args, state, model, kwargs)
-        except BaseException:  # nothing is left half held
-            release_left(model, resuming=resuming)
-            raise
-        go_first(self)
+    @classmethod
+    def driving(cls, recipe: Recipe, say: Say | None = None) -> RetentionCallback:
+        """A callback that drives a recipe which is there already.
 
-    def _begin(
-        self, args: TrainingArguments, state: TrainerState, model: nn.Module, kwargs: dict[str, Any]
-    ) -> None:
-        """Holds the model from now on."""
-        resuming = state.global_step > 0
-        check_trains(model)
-        needed = self.start is not None or self.budget is not None
-        kept = kept_in(state, needed) if resuming else {}
-        start = self._chosen(model, kwargs["train_dataloader"], kept if resuming else None)
-        if start is not None:
-            self._held = start.begin(
-                model,
-                self.curvature,
-                kwargs["train_dataloader"],
-                seed=args.seed,
-                past=self.past,
-                resuming=resuming,
-                first=kept.get("first", 0),
-            )
-            self._held.guard(Running())
-        self.retention = Retention(
-            model,
-            self.curvature,
-            self._strength,
-            budget=self.budget,
-            past=self.past,
-            probe=self._probe(model, kwargs.get("processing_class")),
-            update=self.update,
-            resuming=resuming,
-        )
-        if self._held is not None and self._held.block is not None:
-            if self.update == "proximal":
-                raise ConfigError(
-                    "a proximal step moves all rows of the adapter",
-                    got="an adapter of which some rows are to stay",
-                    allowed="update='gradient'",
-                    fix="leave update out",
-                )
-            self.retention.only(self._held.rows)
-            with self._still():
-                moved = not resuming and self.retention.make_room()
-            if moved:
-                self._held.renew()
-        if self.retention.budget is not None and "strength" in kept:  # it had one before
-            self.retention.budget.restore(kept)
+        Args:
+            recipe: of this training.
+            say: told in what lesser way the model is held; by default a warning.
+        """
+        found = cls.__new__(cls)
+        found.recipe, found.source, found.tokenizer = recipe, "auto", None
+        found._say = say or _warn
+        found._attached = found._nats = None
+        return found
 
-    def _chosen(self, model: nn.Module, loader: Any, kept: dict[str, Any] | None) -> Start | None:
-        """The start; of a run that goes on, what it was when it began."""
-        if not isinstance(self.start, str):
-            return self.start
-        if kept is not None:
-            return Start(FILTER) if kept.get("start") == FILTER else None
-        if not self._strength and self.budget is None:
-            self.why_no_filter = "the strength is 0"
-            return None
-        self.why_no_filter = why_no_filter(model, self.curvature, self.past, loader)
-        if self.why_no_filter is None:
-            return Start(FILTER)
-        _warn(f"held by the force alone, without a filter: {self.why_no_filter}")
-        return None
+    @property
+    def force(self) -> Force | None:
+        """What pulls, once training has begun."""
+        return self.recipe.force
 
-    def _still(self) -> AbstractContextManager[None]:
-        """While the retention moves weights: what the start holds stays."""
-        return nullcontext() if self._held is None else self._held.still()
+    @property
+    def why_no_filter(self) -> str | None:
+        """Why the filter was left out, once training has begun; None where it acts."""
+        return self.recipe.why_no_filter
 
     @property
     def strength(self) -> float:
         """What one predicted nat weighs now."""
-        return self._strength if self.retention is None else self.retention.strength
+        return self.recipe.strength if self.force is None else self.force.strength
 
-    def _probe(self, model: nn.Module, trainers: Any) -> Sequence[Example]:
+    def attach(self, trainer: Trainer) -> RetentionCallback:
+        """Puts the callback in front of a trainer's others, in place of ``add_callback``.
+
+        Args:
+            trainer: any `transformers.Trainer`.
+
+        Raises:
+            ConfigError: the trainer has another one.
+        """
+        handler = trainer.callback_handler
+        check_alone(self, handler, more=1)
+        handler.callbacks.insert(0, self)
+        self._attached, train = weakref.ref(trainer), trainer.train
+
+        @functools.wraps(train)
+        def released(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return train(*args, **kwargs)
+            finally:  # whatever broke it off
+                self.recipe.release()
+
+        trainer.train = released  # type: ignore[method-assign]
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = None if self._attached is None else self._attached()
+        handler = calling_handler() if trainer is None else trainer.callback_handler
+        check_alone(self, handler)
+        check_trainer(args, kwargs.get("optimizer"))
+        model: nn.Module = unwrap(kwargs["model"])
+        resuming = state.global_step > 0
+        loader = kwargs["train_dataloader"]
+        check_loader(model, loader, args.seed)
+        check_trains(model)
+        self._nats = None
+        recipe = self.recipe
+        needed = recipe.budget is not None or "filter" in recipe.parts
+        causal = is_causal(model)
+        recipe.begin(
+            model,
+            lambda count, seed: loader_examples(loader, count, seed, causal),
+            seed=args.seed,
+            probe=self._probe(model, causal, kwargs.get("processing_class")),
+            progress=kept_in(state, needed) if resuming else None,
+        )
+        recipe.guard(Running() if trainer is None else _always)
+        if recipe.why_no_filter is not None and recipe.why_no_filter != NO_STRENGTH:
+            self._say(f"held by the force alone, without a filter: {recipe.why_no_filter}")
+        go_first(self, handler)
+
+    def _probe(self, model: nn.Module, causal: bool, trainers: Any) -> Sequence[Example]:
         """A few rows to measure the true divergence on."""
-        if self.budget is None or self.source is None:
+        if self.recipe.budget is None or self.source is None:
             return ()
-        causal, source = is_causal(model), self.source
+        source = self.source
         if isinstance(source, str) and source == "auto":
             if not causal:
-                _warn("the budget is of predicted nats: a classifier writes no text to measure on")
+                self._say(
+                    "the budget is of predicted nats: a classifier writes no text to measure on"
+                )
                 return ()
             source = "self"
         tokenizer = self.tokenizer or getattr(model, "retain_tokenizer", None) or trainers
@@ -236,63 +234,46 @@ class RetentionCallback(TrainerCallback):
             progress=False,
         )  # fmt: skip
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        assert self.retention is not None
-        budget, held = self.retention.budget, self._held
-        kept = {
-            "start": FILTER if held is not None and held.filter is not None else None,
-            "first": 0 if held is None else held.rows.start or 0,
-        }
-        keep(state, kept | ({} if budget is None else budget.state()))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        assert self.retention is not None
-        before = self.retention.predicted()
-        with self._still():
-            self.retention.finish()
-        left = self.retention.predicted()
-        if left < NOTICED * before:  # it has stopped early, or its best checkpoint was an early one
-            _warn(
-                f"the model was moved back to its budget, from {before:.2g} to {left:.2g} nats "
-                "as predicted: evaluate and save it anew, for its checkpoints are above the budget"
-            )
-        if self._held is not None:
-            self._held.release()
-
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._held is not None:
-            self._held.begin_step()
+        self.recipe.before_step()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        assert self.retention is not None
         if not args.fp16:  # a gradient scaler skips such steps by itself
-            check_gradients(self.retention.parameters(), state.global_step + 1)
-        if self.update == "gradient":
-            with self._still():
-                self._nats = self.retention.add_force()
-        if self._held is not None:
-            self._held.end_step()
+            model: nn.Module = unwrap(kwargs["model"])
+            check_gradients(model.parameters(), state.global_step + 1)
+        self._nats = self.recipe.before_optimizer()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        assert self.retention is not None
-        skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
-        if self._held is not None:
-            self._held.after_step()
-        with self._still():
-            if self.update == "proximal" and not skipped:
-                self._nats = self.retention.apply_proximal(kwargs["optimizer"])
-            if state.global_step + 1 >= state.max_steps:  # before the last evaluation
-                self.retention.finish()
+        optimizer = kwargs["optimizer"]
+        skipped = bool(getattr(optimizer, "step_was_skipped", False))
+        nats = self.recipe.after_step(optimizer, skipped=skipped)
+        self._nats = self._nats if nats is None else nats
+        if state.global_step + 1 >= state.max_steps:  # before the last evaluation
+            self.recipe.finish()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        keep(state, self.recipe.progress())
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        force = self.recipe.force
+        before = 0.0 if force is None else force.predicted()
+        self.recipe.end()
+        left = 0.0 if force is None else force.predicted()
+        if left < NOTICED * before:  # it has stopped early, or its best checkpoint was an early one
+            self._say(
+                f"the model was moved back to its budget, from {before:.2g} to {left:.2g} nats "
+                "as predicted: evaluate and save it anew, for its checkpoints are above the budget"
+            )
 
     def on_log(
         self,
@@ -309,9 +290,42 @@ class RetentionCallback(TrainerCallback):
             "predicted_nats": self._nats,
             "retention_strength": self.strength,
         }
-        if self.retention is not None and self.retention.budget is not None:
-            added["retention_correction"] = self.retention.budget.correction
+        if self.force is not None and self.force.budget is not None:
+            added["retention_correction"] = self.force.budget.correction
         record(state, logs, added)
+
+
+def _parts_of(start: Any, given: Filter | None) -> tuple[tuple[str, ...], Filter | None]:
+    """The parts that a `start` of earlier versions stands for."""
+    warnings.warn(
+        "start is now parts: parts=['force'] holds by the force alone, and filter= has the "
+        "filter's options",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    if start is None:
+        return ("force",), None
+    if start == "wiener":
+        start = Filter()
+    if not isinstance(start, Filter):
+        raise unknown("start", str(start), ("wiener",))
+    return ("rows", "filter", "force"), given or start
+
+
+def Start(kind: str = "wiener", **options: Any) -> Filter:
+    """Before 0.2, the options of the filter; now `retain.Filter`.
+
+    Raises:
+        ConfigError: one of the other starts, which lost to the filter and are gone.
+    """
+    warnings.warn("retain.Start is now retain.Filter", DeprecationWarning, stacklevel=2)
+    if kind != "wiener":
+        raise unknown("start", kind, ("wiener",))
+    return Filter(**options)
+
+
+def _always() -> bool:
+    return True
 
 
 def _warn(text: str) -> None:

@@ -7,23 +7,29 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from retain.errors import ConfigError, ModelError, TrainingError
-from retain.training.running import handler_frame
 
 __all__ = ["check_alone", "check_gradients", "check_trainer", "check_trains", "go_first", "record"]
 
 
-def check_alone(callback: TrainerCallback) -> None:
+def check_alone(
+    callback: TrainerCallback, handler: CallbackHandler | None, *, more: int = 0
+) -> None:
     """Refuses a second callback of the same kind: a cell of a notebook that was run again, mostly.
+
+    Args:
+        callback: the one.
+        handler: of its trainer's callbacks, where it is known.
+        more: of them that are about to be added.
 
     Raises:
         ConfigError: its trainer has another one.
     """
-    frame = handler_frame()
     kind = type(callback)
-    held = [] if frame is None else frame.f_locals["self"].callbacks
-    count = sum(isinstance(other, kind) for other in held)
+    held = [] if handler is None else handler.callbacks
+    count = sum(isinstance(other, kind) for other in held) + more
     if count > 1:
         raise ConfigError(
             "the trainer's model would be held twice",
@@ -95,15 +101,12 @@ def check_trains(model: nn.Module) -> None:
         )
 
 
-def go_first(callback: TrainerCallback) -> None:
-    """Moves a callback to the front of its trainer's handler, which is calling it now.
+def go_first(callback: TrainerCallback, handler: CallbackHandler | None) -> None:
+    """Moves a callback to the front of its trainer's handler.
 
     Backends of ``report_to`` come before a user's callbacks, and would log before `on_log`
-    could add to the record. A callback is not told its handler, so it is found on the stack.
+    could add to the record.
     """
-    frame = handler_frame()
-    if frame is not None:
-        handler = frame.f_locals["self"]
-        if callback in handler.callbacks:
-            handler.callbacks.remove(callback)
-            handler.callbacks.insert(0, callback)
+    if handler is not None and callback in handler.callbacks:
+        handler.callbacks.remove(callback)
+        handler.callbacks.insert(0, callback)

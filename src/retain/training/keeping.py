@@ -9,13 +9,10 @@ so this is an entry of our own.
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 
-from retain.documents import read_json
 from retain.errors import TrainingError
 
 __all__ = ["keep", "kept_in"]
@@ -42,11 +39,6 @@ def kept_in(state: TrainerState, needed: bool) -> dict[str, Any]:
     """
     entries: Any = state.stateful_callbacks
     found, where = entries.get(_ENTRY), "trainer_state.json"
-    if found is None:  # a checkpoint of an earlier version has a file of its own
-        path = _resumed()
-        where = str(path) if path else where
-        found = _read(path / "retention.json") if path else None
-        found = None if found is None else found | {"step": state.global_step}
     if found is None:
         why = f"nothing of it in {where}"
     elif found.get("step") != state.global_step:  # what it holds is of a checkpoint before
@@ -54,35 +46,17 @@ def kept_in(state: TrainerState, needed: bool) -> dict[str, Any]:
     elif not all(_is_number(found.get(name, 0)) for name in _NUMBERS):
         why = f"damaged values in {where}"
     else:
-        return dict(found)
+        named = found.get("start")  # before 0.2
+        return {"filter": named == "wiener"} | dict(found)
     if needed:
         raise TrainingError(
             "the checkpoint does not say how it was held",
             got=why,
             allowed="a checkpoint of a run with this callback, at any place",
-            fix="resume from another one; start=None goes on with the force alone",
+            fix="resume from another one; parts=('force',) goes on with the force alone",
         )
     return {}
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found = read_json(path)
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _resumed() -> Path | None:
-    """The checkpoint that is resumed; callbacks are not told, so it is found on the stack."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        place = frame.f_locals.get("resume_from_checkpoint")
-        if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(place, str):
-            return Path(place)
-        frame = frame.f_back  # type: ignore[assignment]
-    return None

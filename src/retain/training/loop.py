@@ -15,17 +15,16 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from retain.config import TrainConfig
-from retain.curvature.curvature import Curvature
 from retain.data.batches import Example, collate
 from retain.errors import ConfigError, SourceError
 from retain.models.heads import check_single, is_regression
 from retain.models.sizes import check_sizes, pad_id, pad_multiple
 from retain.retention.method import Method
+from retain.retention.recipe import Recipe
 from retain.training.callback import RetentionCallback
 from retain.training.checkpoints import Seal, last_whole
 from retain.training.loss import head_of
 from retain.training.method import MethodCallback
-from retain.training.start import Start
 from retain.training.trainer import Rows, RowTrainer
 
 __all__ = ["TrainResult", "train"]
@@ -82,11 +81,7 @@ def train(
     examples: Sequence[Example],
     config: TrainConfig,
     *,
-    curvature: Curvature | None = None,
-    strength: float = 0.0,
-    budget: float | None = None,
-    past: Curvature | None = None,
-    start: Start | str | None = None,
+    recipe: Recipe | None = None,
     method: Method | None = None,
     columns: slice | None = None,
     regression: bool = False,
@@ -94,6 +89,7 @@ def train(
     measure: Measure | None = None,
     measure_every: int = 20,
     progress: bool = True,
+    say: Callable[[str], None] | None = None,
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
 ) -> TrainResult:
@@ -103,12 +99,8 @@ def train(
         model: with a trainable adapter.
         examples: tokenised rows.
         config: batch size, epochs, learning rate and so on.
-        curvature: turns retention on.
-        strength: of the retention.
-        budget: in place of it, nats per source token; see `RetentionCallback`.
-        past: a second curvature, of the tasks before; see `RetentionCallback`.
-        start: of LoRA's A; see `RetentionCallback`.
-        method: in place of a curvature, a method whose `before_task` gave the examples; its hooks
+        recipe: turns retention on.
+        method: in place of a recipe, a method whose `before_task` gave the examples; its hooks
             are called as `retain.retention.method` says.
         columns: the outputs of a classifier that are trained on, with targets local to them; None
             for all. The other columns get no gradient, so without weight decay they stay.
@@ -118,6 +110,7 @@ def train(
         measure: gives the true KL in nats; called every `measure_every` steps and at the end.
         measure_every: steps.
         progress: show a bar.
+        say: told in what lesser way a recipe holds the model; by default a warning.
         resume: go on from the last whole checkpoint in `out`, if there is one.
         identity: what tells the run from another, kept in its checkpoints' seals.
 
@@ -125,13 +118,13 @@ def train(
         TrainingError: the loss is not finite.
         SourceError: fewer examples than one batch, one without its class, or one that the model's
             tables have no place for.
-        ConfigError: both a curvature and a method, or a regression on several columns.
+        ConfigError: both a recipe and a method, or a regression on several columns.
         ModelError: a regression of several outputs.
     """
     whole = columns is None and method is None
     values = is_regression(model)
     regression = regression or (whole and values)
-    _check_choice(curvature, method, columns, regression)
+    _check_choice(recipe, method, columns, regression)
     if whole and values:
         check_single(model)
     if len(examples) < config.batch_size:
@@ -160,11 +153,6 @@ def train(
     pad, multiple = pad_id(model), pad_multiple(model, examples, config.pad_multiple)
     watch = _Watch(measure, measure_every)
     callbacks: list[TrainerCallback] = [watch]
-    if curvature is not None:
-        held = RetentionCallback(
-            curvature, strength, config.update, budget=budget, past=past, start=start
-        )
-        callbacks.append(held)
     if method is not None:
         callbacks.append(MethodCallback(method))
     if out is not None:
@@ -189,6 +177,8 @@ def train(
             callbacks=callbacks,
             method=method,
         )
+        if recipe is not None:
+            RetentionCallback.driving(recipe, say).attach(trainer)
         watch.extra = None if method is None else trainer.taken_extra
         trainer.remove_callback(PrinterCallback)
         if progress:
@@ -205,14 +195,14 @@ def train(
 
 
 def _check_choice(
-    curvature: Curvature | None, method: Method | None, columns: slice | None, regression: bool
+    recipe: Recipe | None, method: Method | None, columns: slice | None, regression: bool
 ) -> None:
-    if curvature is not None and method is not None:
+    if recipe is not None and method is not None:
         raise ConfigError(
-            "a curvature and a method are two ways to say the same",
+            "a recipe and a method are two ways to say the same",
             got="both",
             allowed="one of them",
-            fix="leave the curvature out",
+            fix="leave the recipe out",
         )
     if regression and columns is not None and columns.stop - columns.start != 1:
         raise ConfigError(

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from retain.models.names import unwrap
 from retain.retention.method import Method
 from retain.training.handling import check_gradients, check_trainer, go_first, record
+from retain.training.running import calling_handler
 
 __all__ = ["MethodCallback"]
 
@@ -35,7 +36,7 @@ class MethodCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_trainer(args, kwargs.get("optimizer"))
-        go_first(self)
+        go_first(self, calling_handler())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

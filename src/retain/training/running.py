@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.trainer_callback import CallbackHandler
 
-__all__ = ["Running", "handler_frame"]
+__all__ = ["Running", "calling_handler"]
 
 
 _LOOPS = ("_inner_training_loop", "train")
@@ -28,7 +28,7 @@ class Running:
         self._trainer: Any = None
         self._state: Any = None
         self._code: CodeType | None = None
-        frame, codes = handler_frame(), []
+        frame, codes = _handler_frame(), []
         while frame is not None:
             found: Any = frame.f_locals.get("self")
             if self._trainer is None and hasattr(found, "callback_handler"):
@@ -59,7 +59,13 @@ class Running:
         return False
 
 
-def handler_frame() -> FrameType | None:
+def calling_handler() -> CallbackHandler | None:
+    """The handler of a trainer's callbacks that is calling one of them now."""
+    frame = _handler_frame()
+    return None if frame is None else frame.f_locals["self"]
+
+
+def _handler_frame() -> FrameType | None:
     """The nearest frame of a trainer's handler of callbacks."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):

@@ -9,22 +9,24 @@ values, as in the authors' code; the paper writes squares). The result is a plai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from retain.data.batches import Batch, Example
-from retain.retention.blocks import Blockwise
-from retain.retention.laplace import check_strength
-from retain.retention.method import Task
+from retain.models.sites import lora_sites
+from retain.retention.force import check_strength
+from retain.retention.fresh_rows import FrozenRows, block_of
+from retain.retention.method import Method, Task
 
 __all__ = ["OLoRA"]
 
 _REASON = "its subspaces are the rows of LoRA's A"
 
 
-class OLoRA(Blockwise):
+class OLoRA(Method):
     """Orthogonal low-rank adaptation; see the module.
 
     With one task and any strength it is plain LoRA. Its adapter's size, not its own memory, grows
@@ -38,20 +40,46 @@ class OLoRA(Blockwise):
     """
 
     name: ClassVar[str] = "olora"
+    adapters: ClassVar[frozenset[str]] = frozenset({"lora"})
     why_not: ClassVar[dict[str, str]] = dict.fromkeys(("full", "bottleneck", "prefix"), _REASON)
 
     def __init__(self, strength: float = 0.5) -> None:
         super().__init__(strength)
         check_strength(strength)
+        self.frozen: FrozenRows | None = None
+
+    def adapter_options(self, options: dict[str, Any], tasks: int) -> dict[str, Any]:
+        """The rank of all tasks; the scaling stays what it is for one."""
+        rank, alpha = int(options.get("rank", 16)), options.get("alpha")
+        alpha = 2.0 * rank if alpha is None else float(alpha)
+        return {**options, "rank": rank * tasks, "alpha": alpha * tasks}
 
     def before_task(self, task: Task) -> Sequence[Example]:
-        self.begin_block(task)
+        self._release()
+        sites = lora_sites(self.context.adapter.model)
+        self.frozen = FrozenRows(sites, block_of(sites, task.index, self.context.tasks))
         return task.examples
 
     def loss(self, model: nn.Module, batch: Batch, logits: Tensor) -> Tensor | None:
-        assert self.block is not None
-        if not self.strength or not self.block.span.start:
+        assert self.frozen is not None
+        own = self.frozen.active
+        if not self.strength or not own.start:
             return None
-        pairs = zip(self.block.sites, self.block.earlier, strict=True)
-        terms = [(site.a @ a.T).abs().sum() for site, (a, _) in pairs]
+        terms = [(s.a[own] @ s.a[: own.start].detach().T).abs().sum() for s in self.frozen.sites]
         return self.strength * torch.stack(terms).sum()
+
+    def after_step(self, model: nn.Module, optimizer: Optimizer) -> float | None:
+        assert self.frozen is not None
+        self.frozen.after_step()
+        return None
+
+    def after_task(self, task: Task) -> None:
+        self._release()
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self.frozen is not None:
+            self.frozen.release()
+        self.frozen = None

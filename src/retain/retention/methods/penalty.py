@@ -10,8 +10,7 @@ of a step do not grow with the tasks (see `retain.curvature.merge` for what that
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -20,12 +19,12 @@ from torch.optim import Optimizer
 from retain.curvature.curvature import Curvature, reanchored
 from retain.curvature.fit.settings import FitSettings
 from retain.data.batches import Example
-from retain.errors import ConfigError, check_number, unknown
+from retain.errors import check_number, unknown
 from retain.retention.budget import check_budget
-from retain.retention.laplace import Retention, check_strength
-from retain.retention.measure import fit_rows
+from retain.retention.force import Force, check_strength
 from retain.retention.method import Context, Method, Task
 from retain.retention.state import choose, pack_curvature, unpack_curvature
+from retain.retention.task_curvature import task_curvature
 from retain.types import UPDATES, Fisher, Space, Structure, Update
 
 __all__ = [
@@ -59,7 +58,7 @@ class Penalty(CurvatureMethod, ABC):
     Args:
         strength: nats of task loss that one nat of predicted forgetting weighs; 0 is plain
             training, bit for bit.
-        update: ``gradient`` or ``proximal``; see `retain.retention.laplace`.
+        update: ``gradient`` or ``proximal``; see `retain.retention.force`.
         consolidate: after each task its curvature joins and the anchor moves; else the model is
             held at its start throughout.
         budget: in place of the strength, nats per token that each task may spend, as the curvature
@@ -92,7 +91,7 @@ class Penalty(CurvatureMethod, ABC):
         if update not in UPDATES:
             raise unknown("update", update, UPDATES)
         self.update, self.consolidate, self.budget = update, consolidate, budget
-        self.retention: Retention | None = None
+        self.force: Force | None = None
 
     @abstractmethod
     def at_begin(self, context: Context) -> Curvature | None:
@@ -107,10 +106,10 @@ class Penalty(CurvatureMethod, ABC):
         self.curvature = self.at_begin(context)
 
     def before_task(self, task: Task) -> Sequence[Example]:
-        context, self.retention = self.context, None
+        context, self.force = self.context, None
         if self.curvature is not None:
             causal = context.adapter.view.causal
-            self.retention = Retention(
+            self.force = Force(
                 context.adapter.model,
                 self.curvature,
                 self.strength,
@@ -122,19 +121,19 @@ class Penalty(CurvatureMethod, ABC):
         return task.examples
 
     def before_step(self, model: nn.Module) -> float | None:
-        if self.retention is None or self.update != "gradient":
+        if self.force is None or self.update != "gradient":
             return None
-        return self.retention.add_force()
+        return self.force.add_force()
 
     def after_step(self, model: nn.Module, optimizer: Optimizer) -> float | None:
-        if self.retention is None or self.update != "proximal":
+        if self.force is None or self.update != "proximal":
             return None
-        return self.retention.apply_proximal(optimizer)
+        return self.force.apply_proximal(optimizer)
 
     def after_task(self, task: Task) -> None:
-        if self.retention is not None:
-            self.retention.finish()
-        self.retention = None
+        if self.force is not None:
+            self.force.finish()
+        self.force = None
         if self.consolidate:
             self.curvature = self.joined(self.curvature, task)
 
@@ -203,21 +202,11 @@ class FittedPenalty(Penalty):
             columns: the outputs of a classifier that answer them; None for all of them.
             seed: of label draws.
         """
-        model = self.context.adapter.model
-        regression = columns is not None and columns.stop - columns.start == 1
-        if regression and self.options["fisher"] in ("empirical", "reversed"):
-            raise ConfigError(
-                "a regression has no labels of this kind",
-                got=f"fisher={self.options['fisher']!r}",
-                allowed="mc, exact, tempered",
-                fix="fisher: mc",
-            )
-        rows = choose(examples, self.rows, seed)
-        with _answering(model, columns):
-            found = fit_rows(self.context, rows, self.structure, seed, **self.options)
-        # The loss (z - y)^2 is, in nats, that of a normal distribution of variance 1/2, whose
-        # Fisher is 2; the curvature of a regression is that of variance 1.
-        return 2 * found if regression else found
+        return task_curvature(
+            self.context.adapter.model, choose(examples, self.rows, seed), self.structure,
+            columns=columns, batch_size=self.context.batch_size, seed=seed,
+            progress=self.context.progress, **self.options,
+        )  # fmt: skip
 
 
 class Diagonal(FittedPenalty):
@@ -265,21 +254,3 @@ class KFAC(FittedPenalty):
             raise unknown("structure", structure, KRONECKER)
         self.structure = structure
         super().__init__(strength, **options)
-
-
-@contextmanager
-def _answering(model: nn.Module, columns: slice | None) -> Iterator[None]:
-    """Lets a classifier answer with a task's own columns alone, as it is trained on it."""
-    if columns is None:
-        yield
-        return
-
-    def narrow(_module: nn.Module, _args: Any, output: Any) -> Any:
-        output.logits = output.logits[:, columns]
-        return output
-
-    handle = model.register_forward_hook(narrow)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,19 +40,37 @@ from retain.models.sites import LoraSite
 from retain.retention.hooks import GradientHooks
 from retain.retention.moments import Moments, check_reading, inputs_of
 
-__all__ = ["InputFilter", "Thin", "Whole", "check_filter", "filter_of", "wiener"]
+__all__ = ["Filter", "InputFilter", "Thin", "Whole", "filter_of", "wiener"]
 
 
-def check_filter(weight: float, epsilon: float, gain: float, answers: float, rows: int) -> None:
-    """Checks what a filter is told; see `InputFilter`, and `input_moments` for the last two.
+@dataclass(frozen=True)
+class Filter:
+    """The options of the filter.
+
+    Args:
+        gain: of A's start over PEFT's, before the filter, which shrinks what it is given.
+        epsilon: of the filter's ridge, relative to the mean second moment of the rows.
+        answers: the share of predicting positions in the rows' second moments.
+        rows: of the training data that are read.
+        weight: what reading a unit of the old costs, in units of the new that is missed. The old
+            second moments are brought to the unit of the rows', so it means the same for any
+            curvature.
 
     Raises:
         ConfigError: a value out of range.
     """
-    check_reading(answers, rows)
-    check_number("weight is out of range", weight, "weight=1")
-    check_number("epsilon is out of range", epsilon, "epsilon=0.001", positive=True)
-    check_number("gain is out of range", gain, "gain=3", positive=True)
+
+    gain: float = 3.0
+    epsilon: float = 1e-3
+    answers: float = 0.5
+    rows: int = 64
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_reading(self.answers, self.rows)
+        check_number("weight is out of range", self.weight, "weight=1")
+        check_number("epsilon is out of range", self.epsilon, "epsilon=0.001", positive=True)
+        check_number("gain is out of range", self.gain, "gain=3", positive=True)
 
 
 def wiener(new: Tensor, old: Tensor | None, *, weight: float, epsilon: float) -> Tensor:
@@ -187,10 +206,8 @@ class InputFilter:
         sites: the layers.
         new: S_new.
         old: S_old; None where there is no old text.
-        weight: of the old; 0 leaves nothing but the ridge.
-        epsilon: see `wiener`.
-        gain: of A's start over PEFT's, before the filter.
-        span: the rows of A that train.
+        options: of the filter; a weight of 0 leaves nothing but the ridge.
+        active: the rows of A that train.
         resuming: A has been set before.
     """
 
@@ -200,36 +217,35 @@ class InputFilter:
         sites: Sequence[LoraSite],
         new: Moments,
         old: Moments | None,
+        options: Filter | None = None,
         *,
-        weight: float = 1.0,
-        epsilon: float = 1e-3,
-        gain: float = 3.0,
-        span: slice = slice(None),
+        active: slice = slice(None),
         resuming: bool = False,
     ) -> None:
-        self.sites, self.span = list(sites), span
+        o = Filter() if options is None else options
+        self.sites, self.active = list(sites), active
         found: dict[tuple[str, str], Whole | Thin] = {}  # layers that read one input share one
         self.filters: list[Whole | Thin] = []
         for site in self.sites:
             both = inputs_of(site.name, new, old)
             if both not in found:
                 s_old = None if old is None else old.factor(site.name)
-                p = filter_of(new.factor(site.name), s_old, weight=weight, epsilon=epsilon)
+                p = filter_of(new.factor(site.name), s_old, weight=o.weight, epsilon=o.epsilon)
                 found[both] = p.to(site.a.device)
             self.filters.append(found[both])
-        self._before = [] if resuming else [s.a[span].detach().clone() for s in self.sites]
+        self._before = [] if resuming else [s.a[active].detach().clone() for s in self.sites]
         if not resuming:
             with torch.no_grad():
                 for site, p in zip(self.sites, self.filters, strict=True):
-                    rows = p.rows(gain * site.a[span].to(p.dtype))
-                    site.a[span] = rows.to(site.a.dtype)
+                    rows = p.rows(o.gain * site.a[active].to(p.dtype))
+                    site.a[active] = rows.to(site.a.dtype)
         # In the filter's precision: what a step adds may be below the last bit of a bfloat16.
         self.kept = [
-            s.a[span].detach().to(p.dtype, copy=True)
+            s.a[active].detach().to(p.dtype, copy=True)
             for s, p in zip(self.sites, self.filters, strict=True)
         ]
         self.hooks = GradientHooks(
-            [(s.a, _Back(p, span)) for s, p in zip(self.sites, self.filters, strict=True)]
+            [(s.a, _Back(p, active)) for s, p in zip(self.sites, self.filters, strict=True)]
         )
 
     @no_autocast()
@@ -237,16 +253,16 @@ class InputFilter:
         """Filters what the optimiser's step has added to A."""
         with torch.no_grad():
             for i, (site, p) in enumerate(zip(self.sites, self.filters, strict=True)):
-                now = site.a[self.span]
+                now = site.a[self.active]
                 step = (now - self.kept[i].to(now.dtype)).to(p.dtype)
                 self.kept[i] = self.kept[i] + p.rows(step)
-                site.a[self.span] = self.kept[i].to(now.dtype)
+                site.a[self.active] = self.kept[i].to(now.dtype)
 
     def undo(self) -> None:
         """Puts A back as it was before the filter, as long as nothing was learned behind it."""
         with torch.no_grad():
             for site, before in zip(self.sites, self._before, strict=False):
-                site.a[self.span] = before
+                site.a[self.active] = before
 
     def release(self) -> None:
         """Lets A train freely again."""
@@ -256,10 +272,10 @@ class InputFilter:
 class _Back:
     """``g P^T`` of some rows of a gradient."""
 
-    def __init__(self, p: Whole | Thin, span: slice) -> None:
-        self.p, self.span = p, span
+    def __init__(self, p: Whole | Thin, active: slice) -> None:
+        self.p, self.active = p, active
 
     def __call__(self, gradient: Tensor) -> Tensor:
         found = gradient.clone()
-        found[self.span] = self.p.back(gradient[self.span].to(self.p.dtype)).to(found.dtype)
+        found[self.active] = self.p.back(gradient[self.active].to(self.p.dtype)).to(found.dtype)
         return found

@@ -1,7 +1,8 @@
-"""The discriminant start in a trainer: A from its rows, then held; the order of data untouched."""
+"""The filter in a trainer: it reads the rows, and leaves the order of the data as it was."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,24 @@ from test_callback import DATA, fit, trainer
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 
-from retain import Retention, RetentionCallback, Start
+from retain import Filter, RetentionCallback
 from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, ModelError
 from retain.models.lora import grow_lora
 from retain.models.off import adapter_off
 from retain.models.sites import lora_sites
-from retain.retention.filters import InputFilter, Thin, Whole, wiener
+from retain.retention.filter import InputFilter, Thin, Whole, wiener
+from retain.retention.force import Force
+from retain.retention.fresh_rows import fresh_rows
+from retain.retention.loader import loader_examples
 from retain.retention.moments import input_moments, moments_of
-from retain.retention.start import set_start
-from retain.training.reading import loader_examples
-from retain.training.start import fresh_rows, why_no_filter
+from retain.retention.recipe import why_no_filter
 from tiny import ROWS, base, move, tiny, weights
 
 
 def keep(model: Any, **options: Any) -> RetentionCallback:
     curvature = fit(model, structure="kfac")
-    return RetentionCallback(curvature, 1.0, **{"start": "discriminant", **options})
+    return RetentionCallback(curvature, 1.0, **options)
 
 
 def sized(s: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -37,29 +39,14 @@ def sized(s: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return s * ratios[(len(ratios) - 1) // 2]
 
 
-@pytest.mark.parametrize("gain", [1.0, 5.0])
-def test_a_is_that_of_all_rows_and_stays(gain: float, tmp_path: Path) -> None:
-    model, twin = tiny("llama"), tiny("llama")
-    ids = [tuple(row["input_ids"]) for row in DATA]
-    rows = [Example(i[:-1], i[1:], (True,) * (len(i) - 1)) for i in ids]
-    new = input_moments(twin, lora_sites(twin), rows, first=False)
-    old = moments_of(fit(twin, structure="kfac"))
-    set_start(lora_sites(twin), new, old, gain=gain, seed=42)
-    run = trainer(
-        model, tmp_path, [keep(model, start=Start("discriminant", gain=gain))], max_steps=5
-    )
-    run.train()
-    for site, other in zip(lora_sites(model), lora_sites(twin), strict=True):
-        torch.testing.assert_close(site.a, other.a, rtol=1e-6, atol=1e-9)
-        assert site.a.requires_grad
-        assert float(site.b.abs().max()) > 0
+NAMED = ("rows", "filter", "force")
 
 
 def test_the_order_of_the_data_is_as_without_it(tmp_path: Path) -> None:
     orders = []
-    for start in (None, "random", "wiener", "discriminant"):
+    for parts in (("force",), NAMED):
         model, seen = tiny("llama"), []
-        run = trainer(model, tmp_path, [keep(model, start=start)], per_device_train_batch_size=1)
+        run = trainer(model, tmp_path, [keep(model, parts=parts)], per_device_train_batch_size=1)
         inner = run.data_collator
 
         def look(items: Any, inner: Any = inner, seen: list[Any] = seen) -> Any:
@@ -73,12 +60,12 @@ def test_the_order_of_the_data_is_as_without_it(tmp_path: Path) -> None:
     assert all(order == orders[0] for order in orders)
 
 
-@pytest.mark.parametrize("kind", ["wiener", "discriminant"])
-def test_a_run_that_goes_on_keeps_its_a(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", [None, NAMED])
+def test_a_run_that_goes_on_keeps_its_a(parts: Any, tmp_path: Path) -> None:
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     model, other = tiny("llama"), tiny("llama")
-    trainer(model, tmp_path, [keep(model, start=kind)], **options).train()
-    run = trainer(other, tmp_path, [keep(other, start=kind)], **options)
+    trainer(model, tmp_path, [keep(model, parts=parts)], **options).train()
+    run = trainer(other, tmp_path, [keep(other, parts=parts)], **options)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for got, want in zip(weights(other).values(), weights(model).values(), strict=True):
         torch.testing.assert_close(got, want)
@@ -93,9 +80,9 @@ def test_behind_the_filter_each_step_is_filtered(
     rows = [Example(i[:-1], i[1:], (True,) * (len(i) - 1)) for i in ids]
     new = input_moments(twin, lora_sites(twin), rows, first=False)
     old = moments_of(fit(twin, structure="kfac")).sized_as(new)
-    held = InputFilter(lora_sites(twin), new, old, weight=7.0, gain=2.0)
-    start = Start(gain=2.0, weight=7.0)
-    call, calls = keep(model, start=start), 0
+    options = Filter(gain=2.0, weight=7.0)
+    held = InputFilter(lora_sites(twin), new, old, options)
+    call, calls = keep(model, filter=options), 0
     step = InputFilter.after_step
 
     def counted(self: InputFilter) -> None:
@@ -110,12 +97,12 @@ def test_behind_the_filter_each_step_is_filtered(
     monkeypatch.setattr(InputFilter, "after_step", counted)
     trainer(model, tmp_path, [call], max_steps=5).train()
     assert calls == 5
-    assert call._held is not None and call._held.filter is not None
+    assert call.recipe.filter is not None
     moved = []
     for i, (site, other) in enumerate(zip(lora_sites(model), lora_sites(twin), strict=True)):
-        got, want = call._held.filter.filters[i].dense(), held.filters[i].dense()
+        got, want = call.recipe.filter.filters[i].dense(), held.filters[i].dense()
         torch.testing.assert_close(got, want)
-        torch.testing.assert_close(site.a.detach(), call._held.filter.kept[i])
+        torch.testing.assert_close(site.a.detach(), call.recipe.filter.kept[i])
         moved.append((site.a - other.a).detach().abs().max())
         assert site.a.requires_grad
         assert not site.a._backward_hooks
@@ -131,10 +118,10 @@ def test_the_source_counts_the_same_in_any_unit(structure: str, tmp_path: Path) 
     rows = [Example(i[:-1], i[1:], (True,) * (len(i) - 1)) for i in ids]
     new = input_moments(model, sites, rows, first=False)
     old = moments_of(curvature)
-    call = RetentionCallback(curvature, 0.0, start=Start(weight=10.0, epsilon=0.01))
+    call = RetentionCallback(curvature, 0.0, parts=NAMED, filter=Filter(weight=10.0, epsilon=0.01))
     trainer(model, tmp_path, [call], max_steps=1).train()
-    assert call._held is not None and call._held.filter is not None
-    for site, p in zip(sites, call._held.filter.filters, strict=True):
+    assert call.recipe.filter is not None
+    for site, p in zip(sites, call.recipe.filter.filters, strict=True):
         s_new, s_old = new.of(site.name), old.of(site.name)
         s_old = sized(s_old, s_new)
         torch.testing.assert_close(p.dense(), wiener(s_new, s_old, weight=10.0, epsilon=0.01))
@@ -147,26 +134,40 @@ def test_a_curvature_of_sketches_has_a_thin_filter(tmp_path: Path) -> None:
     call = RetentionCallback(curvature, 1.0)
     trainer(model, tmp_path, [call], max_steps=3).train()
     assert call.why_no_filter is None
-    assert call._held is not None and call._held.filter is not None
-    kinds = {type(f) for f in call._held.filter.filters}
-    thin = [f for f in call._held.filter.filters if isinstance(f, Thin)]
+    assert call.recipe.filter is not None
+    kinds = {type(f) for f in call.recipe.filter.filters}
+    thin = [f for f in call.recipe.filter.filters if isinstance(f, Thin)]
     assert kinds == {Thin, Whole} or (kinds == {Thin} and thin)
     for found in thin:
         assert found.basis.shape[1] == 4
-    for site, kept in zip(lora_sites(model), call._held.filter.kept, strict=True):
+    for site, kept in zip(lora_sites(model), call.recipe.filter.kept, strict=True):
         torch.testing.assert_close(site.a.detach(), kept)
         assert float(site.b.detach().abs().max()) > 0
 
 
-def test_a_used_adapter_has_no_start(tmp_path: Path) -> None:
+def test_a_used_adapter_has_no_fresh_rows(tmp_path: Path) -> None:
     model = tiny("llama", moved=True)
-    with pytest.raises(ModelError, match="needs a fresh adapter"):
-        trainer(model, tmp_path, [keep(model)]).train()
+    with pytest.raises(ModelError, match="needs fresh rows"):
+        trainer(model, tmp_path, [keep(model, parts=NAMED)]).train()
 
 
-def test_a_curvature_without_inputs_tells_no_start(tmp_path: Path) -> None:
+def test_without_fresh_rows_each_step_of_a_used_adapter_is_filtered(tmp_path: Path) -> None:
+    model = tiny("llama", moved=True)
+    before = [s.a.detach().clone() for s in lora_sites(model)]
+    source = fit(tiny("llama"), structure="kfac")
+    call = RetentionCallback(source, 1.0, parts=["filter", "force"])
+    trainer(model, tmp_path, [call], max_steps=3).train()
+    assert call.recipe.filter is not None
+    for site, a, p in zip(lora_sites(model), before, call.recipe.filter.filters, strict=True):
+        step = site.a.detach() - a
+        assert float(step.abs().max()) > 0
+        solved = torch.linalg.lstsq(p.dense().T, step.T).solution.T @ p.dense()
+        torch.testing.assert_close(solved, step, rtol=1e-5, atol=1e-8)
+
+
+def test_a_curvature_without_inputs_has_no_filter(tmp_path: Path) -> None:
     model = tiny("llama")
-    call = RetentionCallback(fit(model, structure="diagonal"), start="discriminant")
+    call = RetentionCallback(fit(model, structure="diagonal"), parts=NAMED)
     with pytest.raises(MismatchError, match="does not tell what a layer reads"):
         trainer(model, tmp_path, [call]).train()
 
@@ -174,7 +175,6 @@ def test_a_curvature_without_inputs_tells_no_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"kind": "pca"}, "unknown start"),
         ({"gain": 0.0}, "gain is out of range"),
         ({"epsilon": float("inf")}, "epsilon is out of range"),
         ({"rows": 0}, "too few rows"),
@@ -182,9 +182,9 @@ def test_a_curvature_without_inputs_tells_no_start(tmp_path: Path) -> None:
         ({"weight": -1.0}, "weight is out of range"),
     ],
 )
-def test_bad_starts_are_refused(options: dict[str, Any], said: str) -> None:
+def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        Start(**options)
+        Filter(**options)
 
 
 def test_answers_are_those_that_the_labels_name(tmp_path: Path) -> None:
@@ -195,40 +195,39 @@ def test_answers_are_those_that_the_labels_name(tmp_path: Path) -> None:
     ]
     found = []
     for answers in (0.0, 1.0):
-        model = tiny("llama")
-        run = trainer(
-            model,
-            tmp_path,
-            [keep(model, start=Start("discriminant", answers=answers))],
-            max_steps=1,
-        )
+        model, options = tiny("llama"), Filter(answers=answers)
+        call = keep(model, filter=options)
+        run = trainer(model, tmp_path, [call], max_steps=1)
         run.train_dataset = masked
         run.train()
         twin = tiny("llama")
         ids = [tuple(row["input_ids"]) for row in DATA]
         rows = [Example(i[:-1], i[1:], (False, False, True)) for i in ids]
         new = input_moments(twin, lora_sites(twin), rows, answers=answers, first=False)
-        old = moments_of(fit(twin, structure="kfac"))
-        set_start(lora_sites(twin), new, old, gain=3.0, seed=42)
-        for site, other in zip(lora_sites(model), lora_sites(twin), strict=True):
-            torch.testing.assert_close(site.a, other.a, rtol=1e-6, atol=1e-9)
-        found.append(lora_sites(model)[0].a.detach())
+        old = moments_of(fit(twin, structure="kfac")).sized_as(new)
+        want = InputFilter(lora_sites(twin), new, old, options)
+        assert call.recipe.filter is not None
+        for p, q in zip(call.recipe.filter.filters, want.filters, strict=True):
+            torch.testing.assert_close(p.dense(), q.dense())
+        found.append(want.filters[0].dense())
     assert not torch.allclose(*found)
 
 
 @pytest.mark.parametrize("structure", ["kfac", "shampoo", "activation"])
 def test_the_recipe_filters_where_it_can(structure: str, tmp_path: Path) -> None:
-    """Without a word about a start it is that of ``start="wiener"``, bit for bit."""
+    """Without a word it is the one that is named, bit for bit; also in the words of 0.1."""
     ends = []
-    for options in ({}, {"start": "wiener"}):
+    for options in ({}, {"parts": NAMED}, {"start": "wiener"}):
         model = tiny("llama")
-        call = RetentionCallback(fit(model, structure=structure), 1.0, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            call = RetentionCallback(fit(model, structure=structure), 1.0, **options)  # type: ignore[arg-type]
         trainer(model, tmp_path, [call]).train()
         assert call.why_no_filter is None
-        assert call._held is not None and call._held.filter is not None
+        assert call.recipe.filter is not None
         ends.append(weights(model))
     for name, weight in ends[0].items():
-        assert torch.equal(weight, ends[1][name])
+        assert torch.equal(weight, ends[1][name]) and torch.equal(weight, ends[2][name])
 
 
 @pytest.mark.parametrize(
@@ -244,14 +243,14 @@ def test_the_recipe_holds_alone_where_it_cannot(
     structure: str, space: str, moved: bool, strength: float, said: str, tmp_path: Path
 ) -> None:
     ends = []
-    for options in ({}, {"start": None}):
+    for options in ({}, {"parts": ("force",)}):
         model = tiny("llama", moved=moved)
         curvature = fit(model, structure=structure, space=space)
         call = RetentionCallback(curvature, strength, **options)
         trainer(model, tmp_path, [call]).train()
         ends.append(weights(model))
-        assert call._held is None
-        assert ("start" in options) is (call.why_no_filter is None)
+        assert call.recipe.filter is None
+        assert ("parts" in options) is (call.why_no_filter is None)
         assert call.why_no_filter is None or said in call.why_no_filter
     for name, weight in ends[0].items():
         assert torch.equal(weight, ends[1][name])
@@ -260,11 +259,11 @@ def test_the_recipe_holds_alone_where_it_cannot(
 def test_the_recipe_holds_alone_where_a_filter_would_be_too_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retain.training.start.WIDEST", 7)
+    monkeypatch.setattr("retain.retention.recipe.WIDEST", 7)
     model = tiny("llama")
     call = RetentionCallback(fit(model, structure="kfac"), 1.0)
     trainer(model, tmp_path, [call]).train()
-    assert call._held is None
+    assert call.recipe.filter is None
     assert "a filter has as many rows" in str(call.why_no_filter)
 
 
@@ -277,13 +276,12 @@ def test_a_run_of_the_recipe_goes_on_as_it_began(tmp_path: Path) -> None:
     call = RetentionCallback(curvature, 1.0)
     run = trainer(other, tmp_path, [call], **options)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert call._held is not None and call._held.filter is not None
+    assert call.recipe.filter is not None
     for got, want in zip(weights(other).values(), weights(model).values(), strict=True):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("kind", ["wiener", "discriminant"])
-def test_a_grown_adapter_trains_its_fresh_rows_alone(kind: str, tmp_path: Path) -> None:
+def test_a_grown_adapter_trains_its_fresh_rows_alone(tmp_path: Path) -> None:
     """Behind a filter that knows the source and the tasks before; also when it goes on."""
     model, other = (grow_lora(tiny("llama", moved=True), 2, seed=3) for _ in range(2))
     sites, old = lora_sites(model), weights(model)
@@ -296,21 +294,19 @@ def test_a_grown_adapter_trains_its_fresh_rows_alone(kind: str, tmp_path: Path) 
         new = input_moments(model, sites, rows, first=False)
 
     def call() -> RetentionCallback:
-        return RetentionCallback(source, 1.0, past=past, start=kind)
+        return RetentionCallback(source, 1.0, past=past)
 
     options: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     options["weight_decay"] = 0.1
     first = call()
     trainer(model, tmp_path, [first], **options).train()
-    assert first._held is not None
-    if kind == "wiener":
-        assert first._held.filter is not None
-        for site, p in zip(sites, first._held.filter.filters, strict=True):
-            s_new = new.of(site.name)
-            s_old = torch.zeros_like(s_new)
-            for curvature, count in ((source, 1), (past, 3)):
-                s_old += count * sized(moments_of(curvature).of(site.name), s_new)
-            torch.testing.assert_close(p.dense(), wiener(s_new, s_old, weight=1.0, epsilon=1e-3))
+    assert first.recipe.filter is not None
+    for site, p in zip(sites, first.recipe.filter.filters, strict=True):
+        s_new = new.of(site.name)
+        s_old = torch.zeros_like(s_new)
+        for curvature, count in ((source, 1), (past, 3)):
+            s_old += count * sized(moments_of(curvature).of(site.name), s_new)
+        torch.testing.assert_close(p.dense(), wiener(s_new, s_old, weight=1.0, epsilon=1e-3))
     for site in sites:
         assert torch.equal(site.a[:2], old[f"{site.name}.lora_A"][:2])
         assert torch.equal(site.b[:, :2], old[f"{site.name}.lora_B"][:, :2])
@@ -355,7 +351,7 @@ def test_a_budget_that_is_spent_already_makes_room_once(share: float, tmp_path: 
 def test_old_rows_feel_no_force(tmp_path: Path) -> None:
     model = grow_lora(tiny("llama", moved=True), 2, seed=3)
     source = fit(tiny("llama"), structure="kfac")
-    held = Retention(model, source, 10.0, past=fit(model, structure="kfac"))
+    held = Force(model, source, 10.0, past=fit(model, structure="kfac"))
     held.only(slice(2, None))
     for parameter in held.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -391,12 +387,12 @@ class Broken(TrainerCallback):
 @pytest.mark.parametrize("again", ["the same callback", "a new one"])
 def test_a_training_that_broke_off_leaves_no_filter(again: str, tmp_path: Path) -> None:
     model, want = tiny("llama"), tiny("llama")
-    trainer(want, tmp_path, [keep(want, start="auto")]).train()
-    call = keep(model, start="auto")
+    trainer(want, tmp_path, [keep(want)]).train()
+    call = keep(model)
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer(model, tmp_path, [call, Broken()]).train()
     assert not any(site.a._backward_hooks for site in lora_sites(model))
-    trainer(model, tmp_path, [call if again[0] == "t" else keep(model, start="auto")]).train()
+    trainer(model, tmp_path, [call if again[0] == "t" else keep(model)]).train()
     for got, expected in zip(weights(model).values(), weights(want).values(), strict=True):
         assert torch.equal(got, expected)
     assert not any(site.a._backward_hooks for site in lora_sites(model))
@@ -407,11 +403,13 @@ def test_a_callback_may_train_twice(tmp_path: Path) -> None:
     found = []
     for same in (True, False):
         model = tiny("llama")
-        call = keep(model, start="auto")
+        call = keep(model)
+        first = call.recipe.curvature
+        assert first is not None
         trainer(model, tmp_path, [call]).train()
-        call = call if same else RetentionCallback(call.curvature, 1.0)
+        call = call if same else RetentionCallback(first, 1.0)
         trainer(model, tmp_path, [call]).train()
-        assert call._held is None and call.why_no_filter == "the adapter is not fresh"
+        assert call.recipe.filter is None and call.why_no_filter == "the adapter is not fresh"
         found.append(weights(model))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
@@ -421,10 +419,10 @@ def test_room_is_made_of_what_is_measured(tmp_path: Path) -> None:
     model, probe = tiny("llama"), [{"input_ids": row["input_ids"]} for row in ROWS["llama"]]
     source = fit(model, structure="kfac")
     move(model, 3, 0.6)
-    first = RetentionCallback(source, budget=0.3, source=probe, start=None)
+    first = RetentionCallback(source, budget=0.3, source=probe, parts=("force",))
     trainer(model, tmp_path, [first], learning_rate=1e-3).train()
-    assert first.retention is not None
-    spent = first.retention.measured()
+    assert first.force is not None
+    spent = first.force.measured()
     assert spent is not None and 0.25 < spent <= 0.3
     model = grow_lora(model, 2, seed=3)
     old, past = weights(model), fit(model, structure="kfac")
@@ -441,16 +439,16 @@ def test_room_is_made_of_what_is_measured(tmp_path: Path) -> None:
             )
 
     trainer(model, tmp_path, [call, Look()], max_steps=40, learning_rate=0.02).train()
-    assert call.retention is not None and call.retention.budget is not None
+    assert call.force is not None and call.force.budget is not None
     assert shares[0][0] < 0.97
     assert all(share == pytest.approx(shares[0][0], rel=1e-6) for step in shares for share in step)
     for site in lora_sites(model):
         kept = shares[0][0] * old[f"{site.name}.lora_B"][:, :2]
         torch.testing.assert_close(site.b[:, :2].detach(), kept, rtol=1e-6, atol=1e-9)
         assert float(site.b[:, 2:].detach().abs().max()) > 0
-    left, predicted = call.retention.budget.spent
+    left, predicted = call.force.budget.spent
     assert left <= 0.8 * 0.3 and predicted > 0
-    end = call.retention.measured()
+    end = call.force.measured()
     assert end is not None and left < end <= 0.3
 
 
@@ -467,11 +465,11 @@ class Sized(Stream):
 @pytest.mark.parametrize("data", [Stream(), Sized()])
 def test_streams_have_a_filter_too(data: Any, tmp_path: Path) -> None:
     model = tiny("llama")
-    call = keep(model, start="auto")
+    call = keep(model)
     run = trainer(model, tmp_path, [call])
     run.train_dataset = data
     run.train()
-    assert call._held is not None and call._held.filter is not None
+    assert call.recipe.filter is not None
     share = IterableDatasetShard(data, batch_size=2, num_processes=2, process_index=1)
     loaders = [DataLoader(d, batch_size=2, collate_fn=run.data_collator) for d in (data, share)]
     one, other = (loader_examples(loader, 3, 0, True) for loader in loaders)

@@ -1,4 +1,4 @@
-"""Laplace retention: a quadratic force towards the anchor, once an optimiser step.
+"""The force: a quadratic's pull towards the anchor, once an optimiser step (Laplace).
 
 Total loss = task loss + strength x predicted nats. Two ways to apply the force:
 
@@ -16,13 +16,14 @@ In place of the strength a budget may be given; see `retain.retention.budget`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retain.curvature.anchor import proximal
+from retain.curvature.blocks.estimator import has_bf16
 from retain.curvature.curvature import Curvature, Pull
 from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, TrainingError, check_number, unknown
@@ -30,25 +31,24 @@ from retain.models.forward import no_autocast
 from retain.models.heads import head_kind
 from retain.models.sites import LinearSite, check_held
 from retain.retention.budget import Budget, anchored, scale_back, settle
-from retain.retention.forces import Forces
 from retain.retention.lengths import step_lengths
 from retain.retention.measure import Reference
 from retain.types import STRONGEST, UPDATES, Update
 
-__all__ = ["Retention", "check_strength"]
+__all__ = ["Force", "check_strength"]
 
 ROOM = 0.8
-"""Of a budget, the share that what was learned before may have spent when training begins."""
+"""Of a budget, the share that earlier tasks may have used when training begins."""
+
+ROUNDING = 0.05
+"""The relative error of a pull up to which it is read from factors in bfloat16."""
+
+LOOK = 64
+"""Steps between two looks at that error; before, at steps 1, 2, 4 and so on."""
 
 
-class Retention:
-    """Holds a model near its anchor while it trains; for a plain PyTorch loop::
-
-        retention = Retention(model, curvature, strength=10.0)
-        for batch in loader:
-            model(**batch).loss.backward()
-            retention.step(optimizer)  # in place of optimizer.step()
-            optimizer.zero_grad()
+class Force:
+    """Holds a model near its anchor while it trains; `retain.Retention` is the whole recipe.
 
     Args:
         model: a PEFT model with LoRA, or a plain one whose curvature was fitted on it.
@@ -63,8 +63,6 @@ class Retention:
         probe: tokenised source text, a few rows: with a budget, the true divergence on it corrects
             the predicted one now and then, and at the end. Without it the prediction is believed.
         update: ``gradient`` or ``proximal``.
-        beside: a displacement that stays while the adapter moves, ``(left, right)`` by layer (see
-            `retain.retention.beside`); with a strength and ``gradient`` alone.
         resuming: the adapter is expected to be away from the anchor already.
 
     Raises:
@@ -87,19 +85,11 @@ class Retention:
         past: Curvature | None = None,
         probe: Sequence[Example] = (),
         update: Update = "gradient",
-        beside: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         resuming: bool = False,
     ) -> None:
         if update not in UPDATES:
             raise unknown("update", update, UPDATES)
         check_strength(strength)
-        if beside and (update != "gradient" or budget is not None):
-            raise ConfigError(
-                "a displacement that stays is known to a force of fixed strength alone",
-                got="a budget" if budget is not None else f"update={update!r}",
-                allowed="a strength, update='gradient'",
-                fix="leave beside out",
-            )
         head_kind(model)
         self.curvature, self.update = curvature, update
         self.budget = None if budget is None else Budget(budget)
@@ -141,8 +131,9 @@ class Retention:
             self.probe = Reference(
                 model, probe, batch_size=len(probe), base=lambda _: anchored(curvature, self.sites)
             )
-        self.model, self.rows = model, slice(None)
-        self.forces = Forces(curvature, self.sites, past=past, beside=beside)
+        self.model, self.rows, self.past = model, slice(None), past
+        self._active: dict[int, Tensor] = {}
+        self._rounded, self._looks = has_bf16(), 0
 
     @property
     def strength(self) -> float:
@@ -152,7 +143,7 @@ class Retention:
     @no_autocast()
     def predicted(self) -> float:
         """Predicted nats per source token at the present adapter."""
-        return self.forces.predicted()
+        return self.curvature.pulls(self.sites)[0]
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained weights that are held."""
@@ -167,8 +158,12 @@ class Retention:
         Args:
             rows: of every layer.
         """
-        self.rows = rows
-        self.forces.only(rows)
+        self.rows, self._active = rows, {}
+        for site in self.sites:
+            if not isinstance(site, LinearSite):
+                moving = torch.zeros(site.a.shape[0], 1, dtype=torch.bool, device=site.a.device)
+                moving[rows] = True
+                self._active |= {id(site.a): moving, id(site.b): moving.T}
 
     @no_autocast()
     def make_room(self) -> bool:
@@ -210,10 +205,10 @@ class Retention:
         Raises:
             TrainingError: the weights have left the finite numbers.
         """
-        nats, pulls = self.forces.pulls()
+        nats, pulls = self._pulls()
         _check_finite(nats)
         if self._spend(nats, pulls):
-            nats, pulls = self.forces.pulls()
+            nats, pulls = self._pulls()
         if self.strength:
             for parameter, gradient in pulls:
                 if not parameter.requires_grad:
@@ -223,6 +218,32 @@ class Retention:
                 else:
                     parameter.grad.add_(gradient, alpha=self.strength)
         return nats
+
+    def _pulls(self) -> tuple[float, list[Pull]]:
+        """Predicted nats, and the gradients of all that holds, in the trained rows.
+
+        On hardware with bfloat16 products the source's is read from rounded factors, as long as
+        that does no harm: rounded factors are not positive semi-definite, and where the weights
+        have moved in directions that the curvature hardly sees, as behind a filter, what is left of
+        S may be less than what rounding has added.
+        """
+        nats, pulls = self.curvature.pulls(self.sites, rounded=self._rounded)
+        if self._rounded and nats:
+            self._looks += 1
+            if nats < 0 or self._looks % LOOK == 0 or self._looks & (self._looks - 1) == 0:
+                exact, wanted = self.curvature.pulls(self.sites)
+                pairs = zip(pulls, wanted, strict=True)
+                error = sum(float((g - w).square().sum()) for (_, g), (_, w) in pairs)
+                size = sum(float(w.square().sum()) for _, w in wanted)
+                if nats < 0 or error > ROUNDING**2 * size:
+                    self._rounded, nats, pulls = False, exact, wanted  # from now on
+                    self.curvature.drop_rounded()
+        if self.past is not None:
+            others = self.past.pulls(self.sites)[1]
+            pulls = [Pull(p, g + more) for (p, g), (_, more) in zip(pulls, others, strict=True)]
+        if self._active:
+            pulls = [Pull(p, g * self._active[id(p)]) for p, g in pulls]
+        return nats, pulls
 
     @no_autocast()
     def apply_proximal(self, optimizer: Optimizer) -> float:

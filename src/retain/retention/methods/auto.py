@@ -1,0 +1,160 @@
+"""The recipe (`retain.retention.recipe`), a task at a time.
+
+Before the first task the curvature of the source text is measured at the base model, where there is
+any. Each further task learns in fresh rows; after each, what it relies on joins the past.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from retain.data.batches import Example
+from retain.models.lora import grow_lora
+from retain.models.sites import lora_sites
+from retain.retention.filter import Filter
+from retain.retention.measure import fit_rows
+from retain.retention.method import Context, Method, Task
+from retain.retention.recipe import Recipe, reader_of
+from retain.retention.state import choose
+from retain.types import HeadStart, Update
+
+__all__ = ["Auto", "Wiener"]
+
+
+class Auto(Method):
+    """The recipe; see the module. Its options are those of `Recipe` and of `Filter`.
+
+    Args:
+        strength: nats of task loss that one nat of predicted forgetting weighs.
+        parts: of the recipe; all by default.
+        budget: in place of the strength, nats per source token.
+        update: ``gradient`` or ``proximal``.
+        weight: what reading a unit of the old costs, in units of the new that is missed.
+        epsilon: of the filter's ridge.
+        gain: of A's start over PEFT's, before the filter.
+        answers: the share of predicting positions in the rows' second moments.
+        rows: rows of the source text, and of each task, that are read at most.
+        max_rank: of the whole adapter, which is cut beyond it; four times a task's by default.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    name: ClassVar[str] = "auto"
+    adapters: ClassVar[frozenset[str]] = frozenset({"lora"})
+    why_not: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("full", "bottleneck", "prefix"), "what it filters is what LoRA's A reads"
+    )
+    head: ClassVar[HeadStart] = "fitted"
+
+    def __init__(
+        self,
+        strength: float = 10.0,
+        *,
+        parts: Sequence[str] | None = None,
+        budget: float | None = None,
+        update: Update = "gradient",
+        weight: float = 1.0,
+        epsilon: float = 1e-3,
+        gain: float = 3.0,
+        answers: float = 0.5,
+        rows: int = 64,
+        max_rank: int | None = None,
+    ) -> None:
+        super().__init__(strength)
+        options = Filter(gain, epsilon, answers, rows, weight)
+        self.recipe = Recipe(
+            None, strength, parts=parts, budget=budget, update=update, filter=options
+        )
+        self.fits_head = "head" in self.recipe.parts
+        self.max_rank, self.rank = max_rank, 0
+
+    def begin(self, context: Context) -> None:
+        super().begin(context)
+        self.recipe.curvature = self.recipe.past = None
+        if context.source and self.recipe.parts & {"filter", "force"}:
+            rows = choose(context.source, self.recipe.options.rows, context.seed)
+            self.recipe.curvature = fit_rows(context, rows, "kfac", context.seed)
+        self.rank = lora_sites(context.adapter.model)[0].rank
+
+    def before_task(self, task: Task) -> Sequence[Example]:
+        adapter, recipe = self.context.adapter, self.recipe
+        recipe.release()
+        self._attach(
+            recipe.grow(
+                _peft(adapter.model), self.rank, seed=self.context.seed + task.index,
+                max_rank=self.max_rank,
+            )[0]
+        )  # fmt: skip
+        recipe.begin(adapter.model, reader_of(task.examples), seed=task.seed)
+        return task.examples
+
+    def before_step(self, model: nn.Module) -> float | None:
+        return self.recipe.before_optimizer()
+
+    def after_step(self, model: nn.Module, optimizer: Optimizer) -> float | None:
+        return self.recipe.after_step(optimizer)
+
+    def after_task(self, task: Task) -> None:
+        self.recipe.end()
+        if task.index + 1 < self.context.tasks and self.recipe.parts & {"filter", "force"}:
+            self.recipe.consolidate(
+                self.context.adapter.model, task.examples, columns=task.columns, seed=task.seed
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        return self.recipe.state()
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.recipe.restore(state)
+
+    def fit_adapter(self, state: dict[str, Tensor]) -> None:
+        """Grows the adapter to the rank of one that was kept."""
+        model = self.context.adapter.model
+        site = lora_sites(model)[0]
+        self.rank = site.rank
+        kept = next(t.shape[0] for name, t in state.items() if "lora_A" in name)
+        if kept > site.rank:
+            self._attach(grow_lora(_peft(model), kept - site.rank))
+
+    def memory(self) -> int:
+        return self.recipe.memory()
+
+    def _attach(self, model: nn.Module) -> None:
+        adapter = self.context.adapter
+        if adapter.model is not model:
+            adapter.model = model
+            model.retain_adapter = adapter  # type: ignore[assignment]
+
+
+def _peft(model: nn.Module) -> PeftModel:
+    assert isinstance(model, PeftModel)
+    return model
+
+
+class Wiener(Auto):
+    """The recipe without its force and its fitted head."""
+
+    name: ClassVar[str] = "wiener"
+    weighted: ClassVar[bool] = False
+    head: ClassVar[HeadStart] = "drawn"
+
+    def __init__(
+        self,
+        strength: float = 0.0,
+        *,
+        weight: float = 1.0,
+        epsilon: float = 1e-3,
+        gain: float = 3.0,
+        answers: float = 0.5,
+        rows: int = 64,
+    ) -> None:
+        super().__init__(
+            strength, parts=("rows", "filter"), weight=weight, epsilon=epsilon, gain=gain,
+            answers=answers, rows=rows,
+        )  # fmt: skip

@@ -1,0 +1,594 @@
+"""The recipe: how a model learns a task, and forgets little of what it knew.
+
+It is a chain of parts, each of which can be left out by name:
+
+- ``head``: the outputs of a classifier's task begin fitted to the model as it is
+  (`retain.retention.head`).
+- ``rows``: each task learns in rows of its own of LoRA's A and B; those of earlier tasks stay
+  (`retain.retention.fresh_rows`).
+- ``filter``: A learns behind a filter that passes what the task's rows use, and stops what the
+  source text and the earlier tasks use (`retain.retention.filter`).
+- ``force``: the curvature of the source text, and that of the earlier tasks, pull the weights back
+  (`retain.retention.force`), with a strength, or with a budget that finds it.
+
+Each does what the others cannot: the filter knows nothing of outputs, and a force acts only after a
+step has been made. Every door drives this one object: `retain.RetentionCallback` in a trainer,
+`retain.Retention` in a plain loop, ``retain train`` and ``--continue-from``, and the study's method
+``auto``. The order of calls, for each task::
+
+    recipe.fit_head(model, rows)       a classifier with new outputs, before its curvature
+    model = recipe.grow(model, rank)   fresh rows, where the adapter has learned something before
+    recipe.begin(model, rows)
+    each step: before_step, backward, before_optimizer, the optimiser, after_step
+    recipe.end()
+    recipe.consolidate(model, rows)    what the task relies on joins `past`
+
+`state` and `restore` carry what is known between tasks, `progress` what a checkpoint has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from retain.curvature.blocks.factor import SketchFactor
+from retain.curvature.blocks.kronecker import KroneckerBlock
+from retain.curvature.curvature import Curvature, reanchored
+from retain.data.batches import Example
+from retain.errors import ConfigError, MismatchError, ModelError, SourceError, unknown
+from retain.models.lora import grow_lora
+from retain.models.names import unwrap
+from retain.models.off import adapter_off
+from retain.models.sites import LoraSite, lora_sites
+from retain.retention.budget import check_budget
+from retain.retention.filter import Filter, InputFilter
+from retain.retention.force import Force, check_strength
+from retain.retention.fresh_rows import FrozenRows, fresh_rows
+from retain.retention.head import HeadFit, fit_head
+from retain.retention.hooks import GradientHooks
+from retain.retention.moments import Moments, input_moments, moments_of
+from retain.retention.soften.truncate import truncated
+from retain.retention.state import choose, pack_curvature, unpack_curvature
+from retain.retention.task_curvature import task_curvature
+from retain.types import UPDATES, Structure, Update
+
+__all__ = [
+    "NO_STRENGTH",
+    "PARTS",
+    "Recipe",
+    "RowReader",
+    "reader_of",
+    "why_no_filter",
+    "why_no_inputs",
+]
+
+PARTS = ("head", "rows", "filter", "force")
+
+RowReader = Callable[[int, int], Sequence[Example]]
+"""(count, seed) -> so many rows of the training data, drawn by the seed."""
+
+NO_STRENGTH = "the strength is 0"
+"""Why there is no filter where nothing is to be held, which needs no warning."""
+
+WIDEST = 8192
+"""Values that a layer reads, up to which the recipe has a whole filter for it: 256 MiB each."""
+
+TASK_ROWS = 128
+"""Rows of a task on which its own curvature is measured."""
+
+_MARK = "_retain_held"
+"""The attribute of an A that tells which recipe holds it."""
+
+
+class Recipe:
+    """See the module.
+
+    Args:
+        curvature: of the source text, around the base model; None where there is none.
+        strength: how many nats of task loss one nat of predicted forgetting weighs.
+        parts: those that act; by default all, the filter wherever it is possible (`why_no_filter`
+            tells why it is not). One that is named and impossible is refused.
+        budget: in place of the strength, nats of KL divergence per source token that may be spent.
+        past: the curvature of the tasks before, around the model's present weights.
+        update: ``gradient`` or ``proximal``; see `retain.retention.force`.
+        filter: options of the filter.
+
+    Attributes:
+        why_no_filter: after `begin`, why the filter was left out; None where it acts, or where it
+            is not among the parts.
+        force: after `begin`, what pulls; None without that part or any curvature.
+        filter: after `begin`, what filters; None without it.
+        active: after `begin`, the rows of A and columns of B that train.
+
+    Raises:
+        ConfigError: an unknown part, or a value out of range.
+    """
+
+    def __init__(
+        self,
+        curvature: Curvature | None = None,
+        strength: float = 10.0,
+        *,
+        parts: Sequence[str] | None = None,
+        budget: float | None = None,
+        past: Curvature | None = None,
+        update: Update = "gradient",
+        filter: Filter | None = None,
+    ) -> None:
+        for part in () if parts is None else parts:
+            if part not in PARTS:
+                raise unknown("part", part, PARTS)
+        check_strength(strength)
+        if budget is not None:
+            check_budget(budget)
+        if update not in UPDATES:
+            raise unknown("update", update, UPDATES)
+        self.curvature, self.past = curvature, past
+        self.strength, self.budget, self.update = strength, budget, update
+        self.named = parts is not None
+        self.parts = frozenset(PARTS if parts is None else parts)
+        self.options = Filter() if filter is None else filter
+        self._clear()
+
+    def _clear(self) -> None:
+        self.why_no_filter: str | None = None
+        self.force: Force | None = None
+        self.filter: InputFilter | None = None
+        self.frozen: FrozenRows | None = None
+        self.active = slice(None)
+        self.sites: list[LoraSite] = []
+        self._guarded = False
+
+    # Before training.
+
+    def fit_head(
+        self, model: nn.Module, rows: Sequence[Example], *, columns: slice | None = None,
+        seed: int = 0, **options: Any,
+    ) -> HeadFit | None:  # fmt: skip
+        """Fits a classifier's new outputs to the model as it is; see `retain.fit_head`.
+
+        Returns:
+            What was found; None without that part.
+        """
+        if "head" not in self.parts:
+            return None
+        return fit_head(model, rows, columns=columns, seed=seed, **options)
+
+    def grow(
+        self, model: Any, rank: int, *, seed: int = 0, max_rank: int | None = None
+    ) -> tuple[Any, str | None]:
+        """The model with fresh rows for its next task, where its LoRA has learned something.
+
+        An adapter that would be larger than `max_rank` is cut first, as its curvature feels least.
+
+        Args:
+            model: a PEFT model with LoRA; it is spent, its base is in the new one.
+            rank: fresh rows.
+            seed: of PEFT's draw.
+            max_rank: of the whole; four times `rank` by default.
+
+        Returns:
+            The model, and what was cut in words, or None.
+        """
+        if "rows" not in self.parts or not self._holds() or self._why_no_inputs() is not None:
+            return model, None
+        sites, factors, note = lora_sites(model), None, None
+        if fresh_rows(sites) is not None:
+            return model, None
+        most = 4 * rank if max_rank is None else max_rank
+        felt = [reanchored(c, model) for c in (self.curvature, self.past) if c is not None]
+        if sites[0].rank + rank > most and felt:
+            whole = felt[0] + felt[1] if len(felt) == 2 else felt[0]
+            factors, lost = truncated(sites, whole, most - rank)
+            note = (
+                f"the adapter is cut from rank {sites[0].rank} to {most - rank}, and loses "
+                f"{lost:.2%} of what the curvature feels of it; max_rank={most}"
+            )
+        return grow_lora(model, rank, factors=factors, seed=seed), note
+
+    def begin(
+        self,
+        model: nn.Module,
+        rows: RowReader | None,
+        *,
+        seed: int = 0,
+        probe: Sequence[Example] = (),
+        progress: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Sets and holds the model for a training.
+
+        Args:
+            model: with its adapter; or, for the force alone, one whose weights train.
+            rows: reads the training data, for the filter; None where they cannot be read.
+            seed: of the choice of rows.
+            probe: tokenised source text, on which a budget is measured; see `Force`.
+            progress: of a training that goes on, what `progress` gave for its checkpoint.
+
+        Raises:
+            ModelError: no LoRA, or none whose rows are fresh, for a filter that is named; or a
+                model that the force cannot hold.
+            MismatchError: a curvature of another model, or one that a named filter cannot use.
+            SourceError: rows that hold no tokens.
+        """
+        release_left(model, resuming=progress is not None)
+        self._clear()
+        try:
+            self._begin(model, rows, seed, probe, progress)
+        except BaseException:  # nothing is left half held
+            release_left(model, resuming=progress is not None)
+            raise
+
+    def _begin(
+        self, model: nn.Module, rows: RowReader | None, seed: int, probe: Sequence[Example],
+        progress: Mapping[str, Any] | None,
+    ) -> None:  # fmt: skip
+        resuming = progress is not None
+        for held in (self.curvature, self.past):
+            if held is not None:
+                held.bind(model)  # it is of this model, and on its device
+        filters = self._filters(model, rows, progress)
+        if filters or ("rows" in self.parts and self._holds()):
+            self._begin_rows(model, filters, progress)
+        if filters:
+            assert rows is not None
+            new = self._read(model, rows, seed)
+            self.filter = InputFilter(
+                self.sites, new, self._old(new), self.options, active=self.active,
+                resuming=resuming or fresh_rows(self.sites) is None,
+            )  # fmt: skip
+        if self.active != slice(None):
+            self.frozen = FrozenRows(self.sites, self.active)
+        if self.filter is not None or self.frozen is not None:
+            for site in self.sites:
+                setattr(site.a, _MARK, self)
+        held = self.past if self.curvature is None else self.curvature
+        if "force" in self.parts and held is not None:
+            self._begin_force(model, held, probe, progress)
+
+    def _begin_rows(
+        self, model: nn.Module, filters: bool, progress: Mapping[str, Any] | None
+    ) -> None:
+        """Which rows train, of an adapter that is LoRA."""
+        try:
+            self.sites = lora_sites(model)
+        except ModelError:
+            if filters:
+                raise
+            return
+        if progress is not None:
+            self.active = slice(progress.get("first") or None, None)
+        elif "rows" in self.parts:
+            self.active = fresh_rows(self.sites) or slice(None)
+
+    def _begin_force(
+        self, model: nn.Module, held: Curvature, probe: Sequence[Example],
+        progress: Mapping[str, Any] | None,
+    ) -> None:  # fmt: skip
+        if self.frozen is not None and self.update == "proximal":
+            raise ConfigError(
+                "a proximal step moves all rows of the adapter",
+                got="an adapter of which some rows are to stay",
+                allowed="update='gradient'",
+                fix="leave update out",
+            )
+        past = None if held is self.past else self.past
+        self.force = Force(
+            model, held, self.strength, budget=self.budget, past=past, probe=probe,
+            update=self.update, resuming=progress is not None or held is self.past,
+        )  # fmt: skip
+        if self.frozen is not None:
+            self.force.only(self.active)
+            if progress is None and self.force.make_room():
+                self.frozen.renew()
+        if self.force.budget is not None and progress and "strength" in progress:
+            self.force.budget.restore(dict(progress))
+
+    def _filters(
+        self, model: nn.Module, rows: RowReader | None, progress: Mapping[str, Any] | None
+    ) -> bool:
+        """Whether A learns behind a filter; of a training that goes on, whether it did.
+
+        Raises:
+            ModelError: it is named, and the adapter does not allow it.
+            MismatchError: it is named, and the curvature does not allow it.
+        """
+        if "filter" not in self.parts:
+            return False
+        if progress is not None and not self.named:
+            return bool(progress.get("filter"))
+        if not self.named:
+            self.why_no_filter = NO_STRENGTH
+            if self._holds():
+                self.why_no_filter = why_no_filter(model, self.curvature, self.past, rows)
+            return self.why_no_filter is None
+        sites = lora_sites(model)
+        if not all(site.a.requires_grad for site in sites):
+            raise ModelError(
+                "a filter is for an A that trains",
+                got="A with requires_grad=False",
+                allowed="LoRA whose A trains",
+                fix="leave the filter out, so that the force acts alone",
+            )
+        if "rows" in self.parts and progress is None and fresh_rows(sites) is None:
+            raise ModelError(
+                "a filter needs fresh rows of the adapter",
+                got="a LoRA whose B is not 0",
+                allowed="B = 0 as PEFT attaches it, in the last rows at least",
+                fix="retain.grow_lora(model), or leave the filter out",
+            )
+        for held, around in ((self.curvature, False), (self.past, True)):
+            reason = None if held is None else why_no_inputs(held, around=around, limited=False)
+            if reason is not None:
+                raise MismatchError(
+                    "no filter can be made from this curvature",
+                    got=reason,
+                    allowed="one with input sides, such as kfac in weight space",
+                    fix="leave the filter out, so that the force acts alone",
+                )
+        if rows is None:
+            raise SourceError(
+                "a filter reads the training data",
+                got="none",
+                allowed="the rows that the model is to learn",
+                fix="give rows, or leave the filter out",
+            )
+        return True
+
+    def _holds(self) -> bool:
+        """Whether the parts act: with none named, a strength of 0 is plain training."""
+        return self.named or bool(self.strength) or self.budget is not None
+
+    def _why_no_inputs(self) -> str | None:
+        for held, around in ((self.curvature, False), (self.past, True)):
+            reason = None if held is None else why_no_inputs(held, around=around)
+            if reason is not None:
+                return reason
+        return None
+
+    def _read(self, model: nn.Module, rows: RowReader, seed: int) -> Moments:
+        """S_new: the second moments of the training rows, in the base model."""
+        examples = rows(self.options.rows, seed)
+        if not examples:
+            raise SourceError(
+                "the training data hold no tokens for a filter to read",
+                got="rows without input_ids",
+                allowed="rows of two tokens or more",
+                fix="check the data, or leave the filter out",
+            )
+        ranks = None if self.curvature is None else moments_of(self.curvature).ranks()
+        with adapter_off(model):
+            return input_moments(
+                model, self.sites, examples, answers=self.options.answers, first=False, ranks=ranks
+            )
+
+    def _old(self, new: Moments) -> Moments | None:
+        """S_old: the source weighs as much as the rows, and so does each task before."""
+        found = None if self.curvature is None else moments_of(self.curvature).sized_as(new)
+        if self.past is not None:
+            tasks = moments_of(self.past).sized_as(new).times(self.past.info.merged)
+            found = tasks if found is None else found.plus(tasks)
+        return found
+
+    # While it trains.
+
+    def guard(self, live: Callable[[], bool]) -> None:
+        """From now on hooks act from `before_step` to `before_optimizer`, while `live` says so."""
+        self._guarded = True
+        for hooks in self._hooks():
+            hooks.live = live
+            hooks.detach()
+
+    def _hooks(self) -> list[GradientHooks]:
+        return [held.hooks for held in (self.filter, self.frozen) if held is not None]
+
+    def before_step(self) -> None:
+        """Before the first forward pass of a step."""
+        for hooks in self._hooks():
+            hooks.attach()
+
+    def before_optimizer(self) -> float | None:
+        """After the last backward pass of a step, and clipping; returns predicted nats."""
+        nats = None
+        if self.force is not None and self.update == "gradient":
+            nats = self.force.add_force()
+        if self._guarded:
+            for hooks in self._hooks():
+                hooks.detach()
+        return nats
+
+    def after_step(self, optimizer: Optimizer, *, skipped: bool = False) -> float | None:
+        """After a step of the optimiser; returns predicted nats of a proximal one.
+
+        Args:
+            optimizer: whose step it was.
+            skipped: whether a gradient scaler left the step out.
+        """
+        for held in (self.filter, self.frozen):
+            if held is not None:
+                held.after_step()
+        if self.force is None or self.update != "proximal" or skipped:
+            return None
+        return self.force.apply_proximal(optimizer)
+
+    def finish(self) -> None:
+        """After the last step: takes back what is above the budget."""
+        if self.force is not None:
+            self.force.finish()
+
+    def end(self) -> None:
+        """When training has ended: `finish`, and the model trains freely again."""
+        self.finish()
+        self.release()
+
+    def release(self) -> None:
+        """Lets the model train freely again."""
+        for hooks in self._hooks():
+            hooks.detach()
+        for site in self.sites:
+            if getattr(site.a, _MARK, None) is self:
+                delattr(site.a, _MARK)
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint keeps of a training, as plain data for JSON."""
+        budget = None if self.force is None else self.force.budget
+        found: dict[str, Any] = {"filter": self.filter is not None, "first": self.active.start or 0}
+        return found if budget is None else found | budget.state()
+
+    # After a task.
+
+    def consolidate(
+        self,
+        model: nn.Module,
+        rows: Sequence[Example],
+        *,
+        columns: slice | None = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Curvature:
+        """What a task that has been learned relies on joins the past, around the present weights.
+
+        Args:
+            model: that has learned it.
+            rows: its tokenised rows, of which 128 are read.
+            columns: the outputs of a classifier that answer them; None for all.
+            seed: of the choice of rows, and of label draws.
+            progress: show a bar.
+        """
+        chosen = choose(rows, TASK_ROWS, seed)
+        structure: Structure = "kfac"
+        options: dict[str, Any] = {}
+        if self.curvature is not None:
+            info = self.curvature.info
+            structure = info.structure
+            options = {
+                "space": info.space, "fisher": info.fisher, "rank": info.rank,
+                "samples": info.samples, "temperature": info.temperature,
+            }  # fmt: skip
+        found = task_curvature(
+            model, chosen, structure, columns=columns, seed=seed, progress=progress, **options
+        )
+        self.past = found if self.past is None else reanchored(self.past, model) + found
+        return self.past
+
+    def state(self) -> dict[str, Tensor]:
+        """What is known between tasks, as tensors that `safetensors` can write."""
+        known = {"curvature": self.curvature, "past": self.past}
+        return {name: pack_curvature(held) for name, held in known.items() if held is not None}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Puts a `state` back.
+
+        Raises:
+            ArtifactError: it is damaged.
+        """
+        self.release()
+        self._clear()
+        self.curvature = unpack_curvature(state["curvature"]) if "curvature" in state else None
+        self.past = unpack_curvature(state["past"]) if "past" in state else None
+
+    def memory(self) -> int:
+        """Bytes that are kept between tasks."""
+        return sum(held.memory() for held in (self.curvature, self.past) if held is not None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Of a model that is pickled or copied whole, nothing goes along."""
+        return type(None), ()
+
+
+def reader_of(examples: Sequence[Example]) -> RowReader:
+    """Reads tokenised rows as a trainer's data are read: those with tokens, in a drawn order."""
+
+    def read(count: int, seed: int) -> list[Example]:
+        random = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(examples), generator=random).tolist()
+        return [examples[i] for i in order if examples[i].tokens][:count]
+
+    return read
+
+
+def why_no_filter(
+    model: nn.Module,
+    curvature: Curvature | None,
+    past: Curvature | None = None,
+    rows: RowReader | None = None,
+) -> str | None:
+    """Why the recipe leaves the filter out; None where it does not.
+
+    Args:
+        model: with its adapter, before the first step.
+        curvature: of the source text, if there is one.
+        past: of the tasks before.
+        rows: the training data, which the filter is to read.
+    """
+    try:
+        sites = lora_sites(model)
+    except ModelError as error:
+        return error.what
+    if not all(site.a.requires_grad for site in sites):
+        return "A does not train"
+    if fresh_rows(sites) is None:
+        return _why_not_fresh(model)
+    for held, around in ((curvature, False), (past, True)):
+        reason = None if held is None else why_no_inputs(held, around=around)
+        if reason is not None:
+            return reason
+    if rows is None:
+        return "there are no rows to read"
+    if not rows(1, 0):
+        return "the trainer's batches hold no input_ids"
+    return None
+
+
+def _why_not_fresh(model: nn.Module) -> str:
+    configs: dict[str, Any] = getattr(unwrap(model), "peft_config", None) or {}
+    for config in configs.values():
+        given = getattr(config, "init_lora_weights", True)
+        if given is False or str(given).lower() not in ("true", "none", "gaussian", "eva"):
+            return f"init_lora_weights={given!r} begins with a B that is not 0"
+    return "the adapter is not fresh"
+
+
+def why_no_inputs(
+    curvature: Curvature, *, around: bool = False, limited: bool = True
+) -> str | None:
+    """Why no filter can be made from a curvature; None where one can.
+
+    Args:
+        curvature: of the source text, or of the tasks before.
+        around: it may be that of a tuned model.
+        limited: a layer may read `WIDEST` values at most.
+    """
+    if curvature.info.space != "weight" or (curvature.anchor and not around):
+        return "the curvature is not of the base model's weights"
+    most = 0
+    for block in curvature.blocks.values():
+        if not isinstance(block, KroneckerBlock):
+            return f"structure {curvature.info.structure} does not tell what a layer reads"
+        if not isinstance(block.inputs, SketchFactor):
+            most = max(most, block.inputs.size)
+    if limited and most > WIDEST:
+        return (
+            f"a layer reads {most} values, and a filter has as many rows and columns; "
+            "with a curvature of sketched factors (rank=256) it has fewer"
+        )
+    return None
+
+
+def release_left(model: nn.Module, *, resuming: bool = False) -> None:
+    """Releases what a training that broke off has left on A.
+
+    Where it has learned nothing yet, A is what it was before its filter again.
+
+    Args:
+        model: with its adapter.
+        resuming: A is from a checkpoint, and is right as it is.
+    """
+    for held in {id(h): h for p in model.parameters() if (h := getattr(p, _MARK, None))}.values():
+        held.release()
+        idle = not any(bool(site.b[:, held.active].any()) for site in held.sites)
+        if held.filter is not None and idle and not resuming:
+            held.filter.undo()

@@ -1,0 +1,125 @@
+"""The recipe in a plain PyTorch loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from retain.curvature.curvature import Curvature
+from retain.data.batches import Example
+from retain.models.heads import is_causal
+from retain.retention.filter import Filter
+from retain.retention.loader import loader_examples
+from retain.retention.recipe import Recipe, RowReader, reader_of
+from retain.types import Update
+
+__all__ = ["Retention"]
+
+
+class Retention:
+    """Holds a model near what it knew while a plain loop trains it::
+
+        retention = retain.Retention(model, curvature, strength=10.0, rows=loader)
+        for batch in loader:
+            model(**batch).loss.backward()
+            retention.step(optimizer)  # in place of optimizer.step()
+            optimizer.zero_grad()
+        retention.finish()
+
+    It drives the recipe (`retain.retention.recipe`), as `retain.RetentionCallback` does in a
+    trainer. Until `finish`, what holds the model is on it.
+
+    Args:
+        model: a PEFT model with LoRA; or, for the force alone, one whose weights train.
+        curvature: of the source text, fitted on this model.
+        strength: how many nats of task loss one nat of predicted forgetting weighs.
+        rows: what is learned, which the filter reads: a `torch.utils.data.DataLoader` whose batches
+            have ``input_ids``, or tokenised rows. Without it there is no filter.
+        parts: of the recipe; all by default.
+        budget: in place of the strength, nats per source token that may be spent.
+        past: the curvature of the tasks before, around the model's present weights.
+        probe: tokenised source text, on which a budget is measured; without it the prediction is
+            believed.
+        update: ``gradient`` or ``proximal``.
+        filter: options of the filter.
+        seed: of the choice of rows.
+        progress: of a loop that goes on, what `progress` gave.
+
+    Attributes:
+        recipe: what is driven; after training, ``recipe.consolidate(model, rows)`` gives the `past`
+            for the next task.
+
+    Raises:
+        ConfigError, ModelError, MismatchError, SourceError: see `Recipe` and `Recipe.begin`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        curvature: Curvature | None = None,
+        strength: float = 10.0,
+        *,
+        rows: Any = None,
+        parts: Sequence[str] | None = None,
+        budget: float | None = None,
+        past: Curvature | None = None,
+        probe: Sequence[Example] = (),
+        update: Update = "gradient",
+        filter: Filter | None = None,
+        seed: int = 0,
+        progress: dict[str, Any] | None = None,
+    ) -> None:
+        self.recipe = Recipe(
+            curvature, strength, parts=parts, budget=budget, past=past, update=update, filter=filter
+        )
+        self.recipe.begin(model, _reader(model, rows), seed=seed, probe=probe, progress=progress)
+
+    @property
+    def strength(self) -> float:
+        """What one predicted nat weighs now."""
+        force = self.recipe.force
+        return self.recipe.strength if force is None else force.strength
+
+    @property
+    def why_no_filter(self) -> str | None:
+        """Why the filter is left out; None where it acts."""
+        return self.recipe.why_no_filter
+
+    def predicted(self) -> float:
+        """Predicted nats per source token at the present weights; 0 without a force."""
+        return 0.0 if self.recipe.force is None else self.recipe.force.predicted()
+
+    def step(self, optimizer: Optimizer) -> float | None:
+        """Steps the optimiser with the recipe applied, in place of ``optimizer.step()``.
+
+        Returns:
+            Predicted nats per source token (before the step for ``gradient``); None without a
+            force.
+
+        Raises:
+            TrainingError: the weights have left the finite numbers.
+        """
+        nats = self.recipe.before_optimizer()
+        optimizer.step()
+        after = self.recipe.after_step(optimizer)
+        return nats if after is None else after
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint of the loop is to keep, as plain data for JSON."""
+        return self.recipe.progress()
+
+    def finish(self) -> None:
+        """When training has ended: takes back what is above a budget, and lets the model go."""
+        self.recipe.end()
+
+
+def _reader(model: nn.Module, rows: Any) -> RowReader | None:
+    if rows is None:
+        return None
+    if hasattr(rows, "collate_fn"):
+        causal = is_causal(model)
+        return lambda count, seed: loader_examples(rows, count, seed, causal)
+    return reader_of(list(rows))
