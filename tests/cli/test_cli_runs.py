@@ -95,9 +95,8 @@ class TestTrain:
         assert len({entry["strength"] for entry in record["history"]}) > 1
         assert 0 < record["predicted_nats"]
 
-    @pytest.mark.parametrize("start", ["wiener", "discriminant"])
-    def test_a_start(
-        self, start: str, retain: Any, model: Path, source: Path, data: Path, tmp_path: Path
+    def test_the_gain_of_a_filter(
+        self, retain: Any, model: Path, source: Path, data: Path, tmp_path: Path
     ) -> None:
         held = tmp_path / "kfac.safetensors"
         retain("fit", model, source, "-o", held, "--structure", "kfac", "--quiet")
@@ -106,8 +105,9 @@ class TestTrain:
         sizes = []
         for gain in (1.0, 3.0):
             out = tmp_path / f"run{gain:g}"
-            more = ("-o", out, "--start", start, "--set", f"gain={gain}")
-            assert retain(*argv, *more).json["config"]["start"] == start
+            more = ("-o", out, "--parts", "rows,filter,force", "--set", f"gain={gain}")
+            parts = retain(*argv, *more).json["config"]["parts"]
+            assert parts == ["rows", "filter", "force"]
             found = load_file(out / "adapter" / "adapter_model.safetensors")
             sizes.append({n: w.float().norm() for n, w in found.items() if "lora_A" in n})
         for name, size in sizes[0].items():
@@ -123,7 +123,7 @@ class TestTrain:
             held = tmp_path / f"{structure}.safetensors"
             retain("fit", model, source, "-o", held, "--structure", structure, "--quiet")
             for name, more in {
-                "auto": (), "laplace": ("--method", "laplace"), "wiener": ("--start", "wiener")
+                "auto": (), "laplace": ("--method", "laplace"), "wiener": ("--parts", "rows,filter,force")
             }.items():  # fmt: skip
                 if (structure, name) == ("diagonal", "wiener"):
                     continue
