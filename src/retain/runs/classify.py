@@ -50,7 +50,7 @@ def check_settings(config: RunConfig, problems: int | None) -> None:
             "a classifier writes no text that it could be held on",
             got="no --source",
             allowed="a file of texts like those whose answers are to stay",
-            fix="--source texts.jsonl; or leave --method, --budget, --start and --keep-state out",
+            fix="--source texts.jsonl; or leave --method, --budget, --parts and --keep-state out",
         )
 
 
