@@ -10,7 +10,7 @@ measurement runs inside `evaluating`, every hook and product inside `no_autocast
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -171,7 +171,7 @@ def forward_body(model: nn.Module, batch: Batch) -> None:
         model(**batch.inputs, use_cache=False)
 
 
-def compact_head(model: nn.Module) -> AbstractContextManager[None]:
+def compact_head(model: nn.Module) -> AbstractContextManager[object]:
     """Inside it the head sees contiguous input, as generation wants it.
 
     transformers hands the head a strided view of the last position of each row. A CPU product
@@ -180,17 +180,17 @@ def compact_head(model: nn.Module) -> AbstractContextManager[None]:
     return head_reads(model, Tensor.contiguous)
 
 
-@contextmanager
-def head_reads(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def head_reads(
+    model: nn.Module, change: Callable[[Tensor], Tensor]
+) -> AbstractContextManager[object]:
     """Inside it a causal model's head reads what `change` makes of the hidden states."""
     inner: Any = unwrap(model)
-    handle = inner.get_output_embeddings().register_forward_pre_hook(
-        lambda _m, args: (change(args[0]), *args[1:])
+    handle: AbstractContextManager[object] = (
+        inner.get_output_embeddings().register_forward_pre_hook(
+            lambda _m, args: (change(args[0]), *args[1:])
+        )
     )
-    try:
-        yield
-    finally:
-        handle.remove()
+    return handle
 
 
 def inputs_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, Tensor]:
@@ -206,12 +206,10 @@ def inputs_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dic
     def hook(name: str) -> Callable[..., None]:
         return lambda _m, args: seen[name].append(args[0])
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.enter_context(layer.register_forward_pre_hook(hook(name)))
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, inputs in seen.items():
         if len(inputs) != 1:
             raise CurvatureError(

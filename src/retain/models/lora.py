@@ -16,7 +16,7 @@ from retain.models.names import of_head
 from retain.models.off import left_on
 from retain.models.sites import lora_sites
 
-__all__ = ["attach_lora", "drawn", "grow_lora", "share_trainable", "task_of"]
+__all__ = ["attach_lora", "drawn", "grow_lora", "task_of"]
 
 
 def attach_lora(
@@ -169,9 +169,3 @@ def grow_lora(
 def _trained_whole(model: PeftModel) -> dict[str, ModulesToSaveWrapper]:
     """The layers that PEFT trains whole, such as a new classification head, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
-
-
-def share_trainable(model: nn.Module) -> tuple[int, int]:
-    """(trainable parameters, all parameters)."""
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, g in counts if g), sum(n for n, _ in counts)

@@ -257,11 +257,10 @@ class Training:
 
     def _record(self, held: HeldBy | None, last: Path | None, digests: Digests) -> dict[str, Any]:
         """What the finished model tells."""
-        from retain.models.lora import share_trainable
         from retain.provenance import provenance
 
         c = self.config
-        trainable, total = share_trainable(self.model)
+        trainable, total = self.model.get_nb_trainable_parameters()
         return {
             "schema": "retain.train/1",
             **provenance(c.training.seed),
