@@ -100,5 +100,5 @@ def test_bad_options_are_refused() -> None:
         Auto(-1.0)
     with pytest.raises(ConfigError, match="gain is out of range"):
         Auto(gain=0.0)
-    with pytest.raises(ConfigError, match=r"unknown part.*got: fliter"):
+    with pytest.raises(ConfigError, match=r"unknown part.*got: 'fliter'"):
         Auto(parts=["rows", "fliter"])

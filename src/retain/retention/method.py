@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from retain.curvature.curvature import Curvature
 from retain.data.batches import Batch, Example
 from retain.errors import ConfigError, SourceError
 from retain.models.adapters.base import Adapter
-from retain.types import HeadStart
+from retain.retention.measure import fit_rows
+from retain.types import HeadStart, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +63,15 @@ class Context:
     batch_size: int = 8
     seed: int = 0
     progress: bool = False
+
+    def fit(
+        self, rows: Sequence[Example], structure: Structure = "kfac", **options: Any
+    ) -> Curvature:
+        """The curvature of rows at the present weights; see `fit_rows`."""
+        return fit_rows(
+            self.adapter.model, rows, structure, batch_size=self.batch_size,
+            progress=self.progress, **options,
+        )  # fmt: skip
 
     def check_source(self, what: str, fix: str) -> None:
         """Raises `SourceError` where there is no source text."""

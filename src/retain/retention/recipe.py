@@ -50,10 +50,10 @@ from retain.retention.force import Force, check_strength
 from retain.retention.fresh_rows import FrozenRows, fresh_rows
 from retain.retention.head import HeadFit, fit_head
 from retain.retention.hooks import GradientHooks
+from retain.retention.measure import fit_rows
 from retain.retention.moments import Moments, input_moments, moments_of
 from retain.retention.soften.truncate import truncated
 from retain.retention.state import choose, pack_curvature, unpack_curvature
-from retain.retention.task_curvature import task_curvature
 from retain.types import UPDATES, Structure, Update
 
 __all__ = [
@@ -468,7 +468,7 @@ class Recipe:
                 "space": info.space, "fisher": info.fisher, "rank": info.rank,
                 "samples": info.samples, "temperature": info.temperature,
             }  # fmt: skip
-        found = task_curvature(
+        found = fit_rows(
             model, chosen, structure, columns=columns, seed=seed, progress=progress, **options
         )
         self.past = found if self.past is None else reanchored(self.past, model) + found

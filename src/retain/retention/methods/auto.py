@@ -17,7 +17,6 @@ from retain.data.batches import Example
 from retain.models.lora import grow_lora
 from retain.models.sites import lora_sites
 from retain.retention.filter import Filter
-from retain.retention.measure import fit_rows
 from retain.retention.method import Context, Method, Task
 from retain.retention.recipe import Recipe, reader_of
 from retain.retention.state import choose
@@ -79,7 +78,7 @@ class Auto(Method):
         self.recipe.curvature = self.recipe.past = None
         if context.source and self.recipe.parts & {"filter", "force"}:
             rows = choose(context.source, self.recipe.options.rows, context.seed)
-            self.recipe.curvature = fit_rows(context, rows, "kfac", context.seed)
+            self.recipe.curvature = context.fit(rows, seed=context.seed)
         self.rank = lora_sites(context.adapter.model)[0].rank
 
     def before_task(self, task: Task) -> Sequence[Example]:

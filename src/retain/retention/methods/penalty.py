@@ -24,7 +24,6 @@ from retain.retention.budget import check_budget
 from retain.retention.force import Force, check_strength
 from retain.retention.method import Context, Method, Task
 from retain.retention.state import choose, pack_curvature, unpack_curvature
-from retain.retention.task_curvature import task_curvature
 from retain.types import UPDATES, Fisher, Space, Structure, Update
 
 __all__ = [
@@ -202,11 +201,8 @@ class FittedPenalty(Penalty):
             columns: the outputs of a classifier that answer them; None for all of them.
             seed: of label draws.
         """
-        return task_curvature(
-            self.context.adapter.model, choose(examples, self.rows, seed), self.structure,
-            columns=columns, batch_size=self.context.batch_size, seed=seed,
-            progress=self.context.progress, **self.options,
-        )  # fmt: skip
+        rows = choose(examples, self.rows, seed)
+        return self.context.fit(rows, self.structure, columns=columns, seed=seed, **self.options)
 
 
 class Diagonal(FittedPenalty):

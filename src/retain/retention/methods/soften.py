@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from retain.errors import check_number
 from retain.retention.budget import check_budget
-from retain.retention.measure import Reference, fit_rows
+from retain.retention.measure import Reference
 from retain.retention.method import Context, Task
 from retain.retention.methods.penalty import CurvatureMethod
 from retain.retention.soften.adapter import soften
@@ -51,13 +51,13 @@ class Soften(CurvatureMethod):
         super().begin(context)
         context.check_source("softening holds to source text", "give a source")
         rows = choose(context.source, self.rows, context.seed)
-        self.curvature = fit_rows(context, rows, "kfac", context.seed)
+        self.curvature = context.fit(rows, seed=context.seed)
 
     def after_task(self, task: Task) -> None:
         model, context = self.context.adapter.model, self.context
         assert self.curvature is not None
         read = choose(task.examples, self.rows, task.seed)
-        target = fit_rows(context, read, "kfac", task.seed)
+        target = context.fit(read, seed=task.seed)
         held = choose(context.source, self.probe, context.seed + 1)
         base = Reference(model, held, batch_size=context.batch_size)
         soft = soften(model, self.curvature, target=target)
