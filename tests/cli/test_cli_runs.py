@@ -123,7 +123,8 @@ class TestTrain:
             held = tmp_path / f"{structure}.safetensors"
             retain("fit", model, source, "-o", held, "--structure", structure, "--quiet")
             for name, more in {
-                "auto": (), "laplace": ("--method", "laplace"), "wiener": ("--parts", "rows,filter,force")
+                "auto": (), "laplace": ("--method", "laplace"),
+                "wiener": ("--parts", "rows,filter,force"),
             }.items():  # fmt: skip
                 if (structure, name) == ("diagonal", "wiener"):
                     continue

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from retain.training.probe import RIDGES, fit_probe
+from retain.retention.probe import RIDGES, fit_probe
 
 
 def drawn(rows: int, width: int, seed: int = 0) -> Tensor:

@@ -29,7 +29,7 @@ from retain.models.forward import evaluating, forward_logits, no_autocast
 from retain.models.heads import check_single, is_causal
 from retain.models.names import unwrap
 from retain.models.sizes import pad_id
-from retain.training.probe import Probe, fit_probe
+from retain.retention.probe import Probe, fit_probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
