@@ -308,17 +308,17 @@ def test_scores_before_training_are_made_once(
     kept = json.loads(files[0].read_text())
     assert kept["seconds"]["evaluate"] > 0 and kept["seconds"]["total"] > 0
     stamp = Keep(tmp_path / "stamped", {"commit": "another"})
-    with patch("retain.study.sequence.write_shared") as write:
+    with patch("retain.study.measures.write_shared") as write:
         run_sequence(grid.runs[0], state=stamp, work=work)
     assert write.call_count == 1  # scores of other code are not taken
     first = grid.runs[0].plain()
     shorter = RunSpec.model_validate(first | {"training": first["training"] | {"max_length": 8}})
-    with patch("retain.study.sequence.write_shared") as write:
+    with patch("retain.study.measures.write_shared") as write:
         run_sequence(shorter, state=Keep(tmp_path / "shorter", {}), work=work)
     assert write.call_count == 1  # nor those of rows that were cut elsewhere
     with (
-        patch("retain.study.sequence.write_shared") as write,
-        patch("retain.study.untrained.hardware", return_value={"accelerator": "another"}),
+        patch("retain.study.measures.write_shared") as write,
+        patch("retain.study.measures.hardware", return_value={"accelerator": "another"}),
     ):
         run_sequence(grid.runs[0], state=Keep(tmp_path / "moved", {}), work=work)
     assert write.call_count == 1  # nor another machine's

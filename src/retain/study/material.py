@@ -51,6 +51,10 @@ class Base:
     causal: bool
     columns: list[slice] | None
 
+    def columns_of(self, index: int) -> slice | None:
+        """The outputs of a task, by its place in the order; None of a decoder."""
+        return None if self.columns is None else self.columns[index]
+
 
 @dataclass
 class TaskData:

@@ -8,15 +8,7 @@ from typing import Any
 
 import torch
 
-from retain.data.knowledge import general_questions
-from retain.data.problems import ask
-from retain.documents import sealed
 from retain.evaluation.continual import continual_metrics
-from retain.evaluation.forgetting import Reference
-from retain.evaluation.generation import generate
-from retain.evaluation.probes import KNOWLEDGE, knowledge_score
-from retain.evaluation.score import Score, score_items
-from retain.files import first_rank
 from retain.models.adapters.registry import attach_adapter
 from retain.records import RunSpec, finite
 from retain.retention.head import fit_head
@@ -24,16 +16,13 @@ from retain.retention.method import Context, Task
 from retain.retention.registry import make_method
 from retain.study.grid import task_at
 from retain.study.material import load_base, load_source, load_tasks, seed_of
+from retain.study.measures import MEASURED, Measures
 from retain.study.resources import Clock, peak_memory, reset_peak_memory
 from retain.study.state import SequenceState
-from retain.study.untrained import read_untrained, untrained_file
-from retain.study.work import Work, write_shared
+from retain.study.work import Work
 from retain.training.loop import train
 
 __all__ = ["run_sequence"]
-
-MEASURED = 16
-"""Rows a pass at most where a method measures something: a curvature of 64 holds 17 GiB."""
 
 
 def run_sequence(
@@ -100,7 +89,9 @@ class _Sequence:
     def run(self) -> dict[str, Any]:
         trainable, size = self.adapter.count()
         with self.clock.on("evaluate"):
-            self.reference = self._reference()
+            self.measures = Measures(
+                self.config, self.work, self.base, self.adapter, self.tasks, self.held, self.say
+            )
         kept = self.state.load()
         if kept is None:
             done = 0
@@ -122,7 +113,7 @@ class _Sequence:
         from transformers import set_seed
 
         self.say("scores before")
-        known = self._untrained()
+        known = self.measures.untrained(self.state.stamp, self.clock)
         self.data["before"], self.data["general"] = known["scores"], known["general"]
         self.data["answers"] = known.get("answers", [])
         self.say("the method begins")
@@ -139,7 +130,7 @@ class _Sequence:
         from transformers import set_seed
 
         data, seed = self.tasks[index], seed_of(self.seed, index)
-        task = Task(data.spec.name, index, data.train, self._columns(index), seed)
+        task = Task(data.spec.name, index, data.train, self.base.columns_of(index), seed)
         place = f"task {index + 1}/{len(self.tasks)} {data.spec.name}"
         self.say(f"{place}: training")
         set_seed(seed)
@@ -157,7 +148,7 @@ class _Sequence:
                 columns=task.columns,
                 regression=data.spec.kind == "regression",
                 progress=self.work.progress,
-                **self._measured(),
+                **self.measures.meanwhile(),
             )
         self.adapter.model.zero_grad(set_to_none=True)
         self.adapter.model.eval()
@@ -171,129 +162,17 @@ class _Sequence:
             self.data["history"] += steps
         self.say(f"{place}: scoring")
         with self.clock.on("evaluate"):
-            scores = self._scores(index)
+            scores = self.measures.scores(index)
             self.data["matrix"].append([score and score.value for score in scores])
             self.data["losses"] = [score and score.loss for score in scores]
             self.data["extras"] = [score and score.extras for score in scores]
-            each = self.config.evaluation.retention == "each"
-            if self.reference is not None and (each or index + 1 == len(self.tasks)):
-                found = self.reference.measure(self.adapter.model).to_dict()
-                self.data["retention"].append({"after": index, **found})
-
-    def _measured(self) -> dict[str, Any]:
-        """Arguments of `train` that measure the KL on a few rows meanwhile."""
-        every = self.config.evaluation.measure_every
-        if not every or not self.held:
-            return {}
-        few = Reference(self.adapter.model, self.held[:8], batch_size=8)
-        return {"measure": lambda model: few.measure(model).kl, "measure_every": every}
+            self.data["retention"] += self.measures.retention(index)
 
     def _fit_head(self, task: Task) -> None:
         fit_head(
             self.adapter.model, task.examples, columns=task.columns, seed=task.seed,
             batch_size=self.config.evaluation.batch_size, progress=False,
         )  # fmt: skip
-
-    def _untrained(self) -> dict[str, Any]:
-        """Scores before training: another run's, with the time that they took, or made now."""
-        stamp = self.state.stamp
-        path = untrained_file(self.config, self.work, self.adapter, stamp, self.tasks)
-        known = read_untrained(path)
-        if known is not None:
-            self.clock.restore(known["seconds"])
-            return known
-        start = self.clock.state()
-        with self.clock.on("evaluate"):
-            scores = [score and score.value for score in self._scores(None)]
-            general, answers = self._general(), self._answers()
-        seconds = {name: end - start[name] for name, end in self.clock.state().items()}
-        known = {"scores": scores, "general": general, "answers": answers, "seconds": seconds}
-        if first_rank():
-            write_shared(self.work, path, sealed(finite(known)))
-        return known
-
-    def _is_scored(self, index: int, after: int | None) -> bool:
-        """Whether a task is scored after another, or before all."""
-        if after is None or index == after:
-            return True
-        asked = self.config.evaluation
-        if index < after:
-            return asked.earlier == "each" or after + 1 == len(self.tasks)
-        return asked.unseen == "all" or (asked.unseen == "next" and index == after + 1)
-
-    def _scores(self, after: int | None) -> list[Score | None]:
-        """Of all tasks; None of those that the study does not want scored here."""
-        out: list[Score | None] = []
-        for index, data in enumerate(self.tasks):
-            if not self._is_scored(index, after):
-                out.append(None)
-                continue
-            spec = data.spec
-            out.append(
-                score_items(
-                    self.adapter.model,
-                    self.base.tokenizer,
-                    data.test,
-                    kind=spec.kind,
-                    metric=spec.metric,
-                    metrics=spec.metrics,
-                    columns=self._columns(index),
-                    max_length=data.max_length,
-                    max_new_tokens=spec.max_new_tokens,
-                    pattern=spec.pattern or None,
-                    stop=spec.stop,
-                    batch_size=self.config.evaluation.batch_size,
-                    progress=self.work.progress,
-                    label=spec.name,
-                )
-            )
-        return out
-
-    def _columns(self, index: int) -> slice | None:
-        return None if self.base.columns is None else self.base.columns[index]
-
-    def _reference(self) -> Reference | None:
-        if not self.held:
-            return None
-        size = min(MEASURED, self.config.evaluation.batch_size)
-        return Reference(self.adapter.model, self.held, batch_size=size)
-
-    def _general(self) -> dict[str, float] | None:
-        asked = self.config.general
-        if asked is None:
-            return None
-        self.say("general tasks")
-        model, tokenizer, found = self.adapter.model, self.base.tokenizer, {}
-        if KNOWLEDGE in asked.tasks:
-            right, items = knowledge_score(model, tokenizer, progress=self.work.progress)
-            found[KNOWLEDGE] = right / items
-        others = [task for task in asked.tasks if task != KNOWLEDGE]
-        if others:
-            from retain.evaluation.lm_eval import evaluate_general, headline
-
-            scores = evaluate_general(
-                model,
-                tokenizer,
-                others,
-                limit=asked.limit,
-                data_dir=self.work.data_dir,
-                batch_size=self.config.evaluation.batch_size,
-            )
-            found |= headline(scores)
-        return found
-
-    def _answers(self) -> list[str]:
-        """Answers to the first general questions."""
-        questions = general_questions()[: self.config.evaluation.answers]
-        prompts = [ask(self.base.tokenizer, question) for question in questions]
-        if not prompts:
-            return []
-        return generate(self.adapter.model, self.base.tokenizer, prompts, max_new_tokens=60)
-
-    def _told(self) -> list[dict[str, str]]:
-        questions = general_questions()[: self.config.evaluation.answers]
-        rows = zip(questions, self.data.pop("answers", []), self._answers(), strict=True)
-        return [{"prompt": q, "before": before, "text": text} for q, before, text in rows]
 
     def _summary(self) -> dict[str, float | None]:
         def known(row: list[float | None]) -> list[float]:
@@ -304,7 +183,8 @@ class _Sequence:
 
     def _result(self, trainable: int, size: int) -> dict[str, Any]:
         with self.clock.on("evaluate"):
-            after, told = self._general(), self._told()
+            after = self.measures.general()
+            told = self.measures.told(self.data.pop("answers", []))
         if self.work.adapters:
             self.adapter.save(self.work.adapter(self.config), self.config.model)
         before = self.data.pop("general")
