@@ -16,7 +16,6 @@ from retain.curvature.fit.source import source_examples
 from retain.data.batches import Example
 from retain.data.draws import HELD_OUT, draw, sample
 from retain.data.sources import encode
-from retain.evaluation.perplexity import measure_perplexity
 from retain.training.callback import PROBE_ROWS, PROBE_SEED
 from tiny import tiny
 
@@ -68,15 +67,6 @@ def test_forgetting(tmp_path: Path) -> None:
         for source in sources(tmp_path):
             assert retain.measure_forgetting(model, source, rows=ASKED, **more) == want
     assert drawn(HELD_OUT) != drawn(0)  # other rows than a curvature's
-
-
-@pytest.mark.parametrize("stride", [None, 2])
-def test_perplexity(stride: int | None, tmp_path: Path) -> None:
-    model = tiny("llama", moved=True)
-    want = measure_perplexity(model, drawn(3), max_length=4, stride=stride)
-    for source in sources(tmp_path):
-        found = measure_perplexity(model, source, rows=ASKED, seed=3, max_length=4, stride=stride)
-        assert found == want and found.rows == ASKED
 
 
 def test_a_head(tmp_path: Path) -> None:

@@ -1,19 +1,16 @@
-"""Forgetting of a tuned model on held-out source text, and its loss on answers."""
+"""Forgetting of a tuned model on held-out source text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from retain.data.batches import Batch
 from retain.data.draws import HELD_OUT
 from retain.data.sources import Row
 from retain.errors import SourceError
-from retain.models.forward import evaluating, forward_logits
 from retain.models.off import check_on
 from retain.models.view import ModelView
 from retain.retention.measure import Forgetting, Reference
@@ -21,7 +18,7 @@ from retain.retention.measure import Forgetting, Reference
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Forgetting", "Reference", "answer_loss", "measure_forgetting"]
+__all__ = ["Forgetting", "Reference", "measure_forgetting"]
 
 
 def measure_forgetting(
@@ -69,16 +66,3 @@ def measure_forgetting(
         model, examples, batch_size=batch_size, keep=False, progress=progress, label="forgetting"
     )
     return reference.measure(model)
-
-
-def answer_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Mean cross-entropy in nats per predicted token."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    with evaluating(model), torch.no_grad():
-        for batch in batches:
-            logits: Tensor = forward_logits(model, batch).float()
-            total += (
-                nn.functional.cross_entropy(logits, batch.targets, reduction="sum").double().cpu()
-            )
-            count += len(batch.targets)
-    return float(total) / count

@@ -25,14 +25,15 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
+from importlib import import_module
 from typing import Any, cast
 
 from retain.errors import ConfigError, unknown
 
-__all__ = ["METRICS", "TEXT_METRICS", "compute", "normalize", "row_scores"]
+__all__ = ["METRICS", "TEXT_METRICS", "compute", "normalize"]
 
 Values = Sequence[Any]
-Metric = Callable[[Values, Values, Sequence[str] | None], float]
+Metric = Callable[[Values, Values, Sequence[str]], float]
 
 TEXT_METRICS = frozenset({"exact_match", "token_f1"})
 """Metrics of texts; an answer may be several texts, of which the nearest counts."""
@@ -70,28 +71,7 @@ def compute(
             allowed=f"a group for each of {len(answers)} rows",
             fix="name the group in the task's file",
         )
-    return METRICS[metric](predictions, answers, groups)
-
-
-def row_scores(
-    metric: str, predictions: Values, answers: Values, groups: Sequence[str] | None = None
-) -> list[float]:
-    """What each row (each group, for metrics of groups) adds, for resampling.
-
-    1 or 0 for right or wrong; for a text metric its score; for a correlation minus the squared
-    error. Only the mean of accuracy, exact_match, token_f1 and group_em is the metric itself.
-    """
-    if metric in _GROUPED:
-        return _grouped(predictions, answers, groups)
-    if metric in TEXT_METRICS:
-        one = _exact if metric == "exact_match" else _token_f1
-        return [
-            max(one(str(p), r) for r in _references(a))
-            for p, a in zip(predictions, answers, strict=True)
-        ]
-    if metric in {"pearson", "spearman", "pearson_spearman"}:
-        return [-((float(p) - float(a)) ** 2) for p, a in zip(predictions, answers, strict=True)]
-    return [float(p == a) for p, a in zip(predictions, answers, strict=True)]
+    return METRICS[metric](predictions, answers, groups or ())
 
 
 def normalize(text: str) -> str:
@@ -112,86 +92,46 @@ def normalize(text: str) -> str:
     return " ".join((rest if rest.strip() else plain).split())
 
 
-def _accuracy(predictions: Values, answers: Values, groups: object) -> float:
-    from sklearn.metrics import accuracy_score
+def _classes(name: str, **options: Any) -> Metric:
+    """A score of classes of scikit-learn, by its name there."""
 
-    return float(accuracy_score(answers, predictions))
+    def score(predictions: Values, answers: Values, groups: object) -> float:
+        found = getattr(import_module("sklearn.metrics"), name)
+        return _defined(found(answers, predictions, **options))
+
+    return score
 
 
 def _f1(predictions: Values, answers: Values, groups: object) -> float:
-    from sklearn.metrics import f1_score
-
-    truth, found = [a == 1 for a in answers], [p == 1 for p in predictions]
-    return float(f1_score(truth, found, pos_label=True, average="binary", zero_division=0))
+    score = _classes("f1_score", pos_label=True, average="binary", zero_division=0)
+    return score([p == 1 for p in predictions], [a == 1 for a in answers], ())
 
 
-def _f1_macro(predictions: Values, answers: Values, groups: object) -> float:
-    from sklearn.metrics import f1_score
+def _correlation(*names: str) -> Metric:
+    """The mean of correlations of SciPy, by their names there."""
 
-    return float(f1_score(answers, predictions, average="macro", zero_division=0))
+    def score(predictions: Values, answers: Values, groups: object) -> float:
+        if len(answers) < 2 or len(set(predictions)) < 2 or len(set(answers)) < 2:
+            return 0.0
+        if not all(math.isfinite(v) for v in (*predictions, *answers)):
+            return 0.0
+        stats = import_module("scipy.stats")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nearly constant input, which is 0 here
+            found = [getattr(stats, name)(predictions, answers).statistic for name in names]
+        return _mean([_defined(value) for value in found])
 
-
-def _matthews(predictions: Values, answers: Values, groups: object) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return _defined(matthews_corrcoef(answers, predictions))
-
-
-def _pearson(predictions: Values, answers: Values, groups: object) -> float:
-    from scipy.stats import pearsonr
-
-    return _correlation(pearsonr, predictions, answers)
-
-
-def _spearman(predictions: Values, answers: Values, groups: object) -> float:
-    from scipy.stats import spearmanr
-
-    return _correlation(spearmanr, predictions, answers)
+    return score
 
 
-def _pearson_spearman(predictions: Values, answers: Values, groups: object) -> float:
-    both = _pearson(predictions, answers, groups), _spearman(predictions, answers, groups)
-    return sum(both) / 2
+def _texts(one: Callable[[str, str], float]) -> Metric:
+    """The mean over rows of what is measured to the nearest of a row's references."""
 
+    def score(predictions: Values, answers: Values, groups: object) -> float:
+        rows = zip(predictions, answers, strict=True)
+        return _mean([max(one(str(p), r) for r in _references(a)) for p, a in rows])
 
-def _exact_match(predictions: Values, answers: Values, groups: object) -> float:
-    return _mean(row_scores("exact_match", predictions, answers))
-
-
-def _token_f1_mean(predictions: Values, answers: Values, groups: object) -> float:
-    return _mean(row_scores("token_f1", predictions, answers))
-
-
-def _group_em(predictions: Values, answers: Values, groups: Sequence[str] | None) -> float:
-    return _mean(_grouped(predictions, answers, groups))
-
-
-def _f1a_em(predictions: Values, answers: Values, groups: Sequence[str] | None) -> float:
-    return (_f1(predictions, answers, groups) + _group_em(predictions, answers, groups)) / 2
-
-
-METRICS: dict[str, Metric] = {
-    "accuracy": _accuracy,
-    "f1": _f1,
-    "f1_macro": _f1_macro,
-    "matthews": _matthews,
-    "pearson": _pearson,
-    "spearman": _spearman,
-    "pearson_spearman": _pearson_spearman,
-    "exact_match": _exact_match,
-    "token_f1": _token_f1_mean,
-    "f1a": _f1,
-    "group_em": _group_em,
-    "f1a_em": _f1a_em,
-}
-"""Name to ``(predictions, answers, groups) -> score``; call `compute`, which checks them."""
-
-
-def _grouped(predictions: Values, answers: Values, groups: Sequence[str] | None) -> list[float]:
-    right: dict[str, bool] = {}
-    for p, a, g in zip(predictions, answers, groups or (), strict=True):
-        right[g] = right.get(g, True) and p == a
-    return [float(r) for r in right.values()]
+    return score
 
 
 def _references(answer: object) -> Sequence[str]:
@@ -208,14 +148,32 @@ def _token_f1(prediction: str, reference: str) -> float:
     return 2 * shared / (len(found) + len(truth)) if shared else 0.0
 
 
-def _correlation(function: Callable[..., Any], predictions: Values, answers: Values) -> float:
-    if len(answers) < 2 or len(set(predictions)) < 2 or len(set(answers)) < 2:
-        return 0.0
-    if not all(math.isfinite(v) for v in (*predictions, *answers)):
-        return 0.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nearly constant input, which is 0 here
-        return _defined(function(predictions, answers).statistic)
+def _group_em(predictions: Values, answers: Values, groups: Sequence[str]) -> float:
+    right: dict[str, bool] = {}
+    for p, a, g in zip(predictions, answers, groups, strict=True):
+        right[g] = right.get(g, True) and p == a
+    return _mean([float(r) for r in right.values()])
+
+
+def _f1a_em(predictions: Values, answers: Values, groups: Sequence[str]) -> float:
+    return (_f1(predictions, answers, groups) + _group_em(predictions, answers, groups)) / 2
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": _classes("accuracy_score"),
+    "f1": _f1,
+    "f1_macro": _classes("f1_score", average="macro", zero_division=0),
+    "matthews": _classes("matthews_corrcoef"),
+    "pearson": _correlation("pearsonr"),
+    "spearman": _correlation("spearmanr"),
+    "pearson_spearman": _correlation("pearsonr", "spearmanr"),
+    "exact_match": _texts(_exact),
+    "token_f1": _texts(_token_f1),
+    "f1a": _f1,
+    "group_em": _group_em,
+    "f1a_em": _f1a_em,
+}
+"""Name to ``(predictions, answers, groups) -> score``; call `compute`, which checks them."""
 
 
 def _defined(value: float) -> float:

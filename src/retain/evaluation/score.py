@@ -20,7 +20,7 @@ from retain.data.specs import Item
 from retain.data.tokens import fit_prompt
 from retain.errors import ConfigError, SourceError, shown, unknown
 from retain.evaluation.generation import generate
-from retain.evaluation.metrics import METRICS, TEXT_METRICS, compute, row_scores
+from retain.evaluation.metrics import METRICS, TEXT_METRICS, compute
 from retain.evaluation.ranking import score_options
 from retain.models.view import ModelView
 
@@ -40,8 +40,6 @@ class Score:
         metric: the name of the task's metric.
         value: the score, a fraction from 0 to 1 (a correlation from -1 to 1).
         count: rows.
-        correct: what each row (each group, for metrics of groups) adds, for resampling; see
-            `retain.evaluation.metrics.row_scores`.
         loss: mean loss of the right answer, in nats per row: minus the log-probability of its
             text after the prompt, summed over its tokens (without an end of text), or the
             cross-entropy of an encoder's own columns. None for an encoder's regression.
@@ -52,7 +50,6 @@ class Score:
     metric: str
     value: float
     count: int
-    correct: list[float]
     loss: float | None
     extras: dict[str, float] = field(default_factory=dict)
 
@@ -183,8 +180,7 @@ def score_items(
 
     for name in metrics:
         extras[name] = compute(name, *both(name))
-    value, correct = compute(metric, *both(metric)), row_scores(metric, *both(metric))
-    return Score(metric, value, len(items), correct, loss, extras)
+    return Score(metric, compute(metric, *both(metric)), len(items), loss, extras)
 
 
 def _fitting(items: Sequence[Item], kind: Kind, causal: bool) -> None:
