@@ -41,7 +41,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("winogrande", winogrande, "validation"),
     ):
         write(folder / "reasoning" / name / f"{split}.jsonl.gz", [row(i) for i in range(12)])
-    write(folder / "reasoning" / "arc_easy" / "train.jsonl.gz", [arc(i) for i in range(20, 25)])
     return folder
 
 
@@ -173,10 +172,9 @@ def check(name: str, data: Path, count: int, tuned: dict[str, Any], folder: Path
     want, ours = plain(name, rows, tuned, folder), own(name, rows, tuned)
     assert want["sample_len"] == len(rows) == count
     for metric in ("acc", "acc_norm"):
-        assert got[metric] == want[f"{metric},none"]
-        assert got["stderr"][metric] == want[f"{metric}_stderr,none"]
-        assert ours[metric] == pytest.approx(got[metric], abs=1e-12)
-    assert 0 < got["acc"] < 1
+        assert got[f"{metric},none"] == want[f"{metric},none"]
+        assert ours[metric] == pytest.approx(got[f"{metric},none"], abs=1e-12)
+    assert 0 < got["acc,none"] < 1
 
 
 @needs_lm_eval
@@ -213,13 +211,7 @@ def test_nothing_else_changes(
     assert numpy.array_equal(numpy.random.get_state()[1], states[2])
     assert capfd.readouterr().err == ""
     assert set(got) == {"winogrande", "arc_easy"}
-    assert set(got["winogrande"]) == {"acc", "stderr"}
-    assert got["winogrande"]["stderr"]["acc"] > 0
     model.eval()
-    few = bridge.evaluate_general(
-        model, tuned["tokenizer"], ["arc_easy"], data_dir=made, num_fewshot=2
-    )
-    assert few["arc_easy"] != got["arc_easy"]
     with model.disable_adapter():
         base = bridge.evaluate_general(model, tuned["tokenizer"], ["arc_easy"], data_dir=made)
     again = bridge.evaluate_general(model, tuned["tokenizer"], ["arc_easy"], data_dir=made)
@@ -228,10 +220,10 @@ def test_nothing_else_changes(
 
 def test_one_number_a_task() -> None:
     results = {
-        "a": {"acc": 0.5, "acc_norm": 0.6, "stderr": {"acc": 0.1}},
-        "b": {"acc": 0.25, "stderr": {}},
-        "c": {"exact_match,strict-match": 0.1, "exact_match,flexible-extract": 0.2, "stderr": {}},
-        "d": {"stderr": {}},
+        "a": {"alias": "a", "sample_len": 9, "acc,none": 0.5, "acc_norm,none": 0.6},
+        "b": {"acc_stderr,none": 0.1, "acc,none": 0.25},
+        "c": {"exact_match,strict-match": 0.1, "exact_match,flexible-extract": 0.2},
+        "d": {"alias": "d", "acc,none": "N/A"},
     }
     assert bridge.headline(results) == {"a": 0.6, "b": 0.25, "c": 0.1}
 
@@ -262,8 +254,6 @@ def test_mistakes_are_named(
             bridge.evaluate_general(tiny.base("bert"), tokenizer, ["arc_easy"])
         with pytest.raises(SourceError, match=r"no rows in .*test\.jsonl\.gz"):
             bridge.evaluate_general(model, tokenizer, ["arc_easy"], data_dir=tmp_path)
-        with pytest.raises(SourceError, match=r"no rows in .*train\.jsonl\.gz"):
-            bridge.evaluate_general(model, tokenizer, ["winogrande"], data_dir=made, num_fewshot=1)
         path = tmp_path / "reasoning" / "arc_easy" / "test.jsonl.gz"
         path.parent.mkdir(parents=True)
         path.write_bytes(b"no gzip")

@@ -1,4 +1,4 @@
-"""Ranking by likelihood equals scoring each option by itself; intervals; generation order."""
+"""Ranking by likelihood equals scoring each option by itself; generation keeps the order."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from transformers import (
 import tiny
 from retain.errors import ConfigError
 from retain.evaluation.generation import generate
-from retain.evaluation.ranking import rank_options, score_options
+from retain.evaluation.ranking import Ranking, score_options
 from retain.evaluation.reuse import can_reuse
-from retain.intervals import wilson
 
 PROMPTS = ["abc", "ab", "kj", "abcd", "c", "hgfedcba"]
 OPTIONS = [
@@ -97,7 +96,7 @@ def test_ranking_equals_scoring_each_option_alone(kind: str) -> None:
             got = score_options(model, Letters(), PROMPTS, OPTIONS, batch_size=size, reuse=reuse)
             for row, right in zip(got.logp, want, strict=True):
                 assert row == pytest.approx(right, abs=1e-4)
-        assert rank_options(model, Letters(), PROMPTS, OPTIONS, batch_size=size) == best
+            assert got.best() == best
 
 
 def test_prefix_tuning_runs_every_branch_by_itself() -> None:
@@ -149,15 +148,10 @@ def test_long_prompts_lose_their_beginning_and_options_nothing(model: torch.nn.M
     assert kept.logp[0] == pytest.approx(by_hand.logp[0], abs=1e-9)
 
 
-def test_lengths_and_norms(model: torch.nn.Module) -> None:
-    got = score_options(model, Letters(), ["abc"], [[" a", " bcd", " éfg"]])
-    assert got.tokens == [[1, 3, 2]]
-    assert got.bytes == [[1, 3, 4]]
-    fixed = got._replace(logp=[[-2.0, -4.5, -4.0]])
-    assert fixed.best() == [0]
-    assert fixed.best("tokens") == [1]
-    assert fixed.best("bytes") == [2]
-    assert fixed.nll([2]) == 4.0
+def test_the_best_option_and_its_loss() -> None:
+    got = Ranking([[-2.0, -4.5, -4.0], [-3.0, -1.0, -1.0]])
+    assert got.best() == [0, 1]
+    assert got.nll([2, 0]) == 3.5
 
 
 def test_what_cannot_be_ranked_is_refused(model: torch.nn.Module) -> None:
@@ -172,11 +166,3 @@ def test_generation_keeps_the_order_and_ignores_padding(model: torch.nn.Module) 
     alone = [generate(model, Letters(), [p], max_new_tokens=5)[0] for p in prompts]
     assert together == alone
     assert len(set(alone)) > 1
-
-
-def test_wilson_intervals() -> None:
-    low, high = wilson(0, 200)
-    assert low == 0
-    assert high == pytest.approx(0.0188, abs=1e-3)
-    assert wilson(50, 100) == pytest.approx((0.404, 0.596), abs=1e-3)
-    assert wilson(0, 0) == (0.0, 1.0)

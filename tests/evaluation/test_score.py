@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from letters import Letters
 
 import tiny
-from retain.data.specs import Item
+from retain.data.specs import Item, TaskSpec
 from retain.errors import ConfigError, SourceError
 from retain.evaluation.generation import generate
-from retain.evaluation.score import _extract, _number, _until, score_items
+from retain.evaluation.score import Score, _extract, _number, _until, score_task
 
 CHOICES = [
     Item("abc", (" a", " bc", " d"), 1, ("abc",), "x"),
@@ -30,6 +31,13 @@ def logp(model: torch.nn.Module, prompt: str, option: str) -> float:
     return sum(float(rows[len(head) - 1 + k, t]) for k, t in enumerate(ids))
 
 
+def score(model: Any, items: list[Item], tokenizer: Any = None, **asked: Any) -> Score:
+    """Of a task; `columns` and `batch_size` are no parts of it."""
+    more = {name: asked.pop(name) for name in ("columns", "batch_size") if name in asked}
+    spec = TaskSpec.model_construct(**{"name": "t", "max_length": 256, "pattern": ""} | asked)
+    return score_task(model, tokenizer or Letters(), spec, items, **more)
+
+
 @pytest.fixture
 def decoder() -> torch.nn.Module:
     return tiny.tiny("llama", moved=True)
@@ -41,9 +49,8 @@ def test_choice_by_ranking(decoder: torch.nn.Module) -> None:
     right = [float(b == i.answer) for b, i in zip(best, CHOICES, strict=True)]
     assert 0 < sum(right) < len(right)
     for size in (1, 16):
-        got = score_items(
+        got = score(
             decoder,
-            Letters(),
             CHOICES,
             kind="choice",
             metric="accuracy",
@@ -57,7 +64,7 @@ def test_choice_by_ranking(decoder: torch.nn.Module) -> None:
         for item, one in zip(CHOICES, right, strict=True):
             groups[item.group] *= one
         assert got.extras["group_em"] == pytest.approx(sum(groups.values()) / 3)
-        assert got.to_dict()["count"] == 5
+        assert got.count == 5
 
 
 def test_references_of_a_choice_are_texts(decoder: torch.nn.Module) -> None:
@@ -65,9 +72,9 @@ def test_references_of_a_choice_are_texts(decoder: torch.nn.Module) -> None:
     best = max((0, 1), key=scores.__getitem__)
     texts = ("a", "bc")
     items = [Item("abc", (" a", " bc"), 1 - best, references=("k", texts[best]))]
-    got = score_items(decoder, Letters(), items, kind="choice", metric="token_f1")
+    got = score(decoder, items, kind="choice", metric="token_f1")
     assert got.value == 1.0
-    assert score_items(decoder, Letters(), items, kind="choice", metric="accuracy").value == 0.0
+    assert score(decoder, items, kind="choice", metric="accuracy").value == 0.0
 
 
 def test_generation_with_a_pattern(decoder: torch.nn.Module) -> None:
@@ -76,9 +83,8 @@ def test_generation_with_a_pattern(decoder: torch.nn.Module) -> None:
     assert texts == ["fffe", "keeee", "egkee", "eeeg"]
     items = [Item(p, (), "z" + t[1] + "q") for p, t in zip(prompts, texts, strict=True)]
     items[2] = Item(prompts[2], (), "zkq")
-    got = score_items(
+    got = score(
         decoder,
-        Letters(),
         items,
         kind="generate",
         metric="exact_match",
@@ -88,9 +94,8 @@ def test_generation_with_a_pattern(decoder: torch.nn.Module) -> None:
     assert got.value == 0.75
     assert got.extras["unparsed"] == 0
     assert got.loss is not None and got.loss > 0
-    never = score_items(
+    never = score(
         decoder,
-        Letters(),
         items,
         kind="generate",
         metric="exact_match",
@@ -98,9 +103,8 @@ def test_generation_with_a_pattern(decoder: torch.nn.Module) -> None:
         max_new_tokens=6,
     )
     assert (never.value, never.extras["unparsed"]) == (0.0, 1.0)
-    cut = score_items(
+    cut = score(
         decoder,
-        Letters(),
         [Item(p, (), t[:2]) for p, t in zip(prompts, texts, strict=True)],
         kind="generate",
         metric="exact_match",
@@ -133,17 +137,13 @@ def test_an_encoder_answers_with_its_columns() -> None:
         best = [int(o.argmax()) for o in own]
         width = len(own[0])
         items = [Item("", (), i % width, item.texts) for i, item in enumerate(CHOICES)]
-        got = score_items(
-            model, Letters(), items, kind="choice", metric="accuracy", columns=columns, batch_size=2
-        )
+        got = score(model, items, kind="choice", metric="accuracy", columns=columns, batch_size=2)
         right = [b == i.answer for b, i in zip(best, items, strict=True)]
         assert got.value == sum(right) / len(right)
         loss = [-float(o.log_softmax(-1)[int(i.answer)]) for o, i in zip(own, items, strict=True)]
         assert got.loss == pytest.approx(sum(loss) / len(loss), abs=1e-9)
     numbers = [Item("", (), float(i), item.texts) for i, item in enumerate(CHOICES)]
-    got = score_items(
-        model, Letters(), numbers, kind="regression", metric="pearson", columns=slice(2, 3)
-    )
+    got = score(model, numbers, kind="regression", metric="pearson", columns=slice(2, 3))
     values = torch.tensor([float(o[2]) for o in outputs], dtype=torch.float64)
     wanted = torch.corrcoef(torch.stack([values, torch.arange(5.0, dtype=torch.float64)]))[0, 1]
     assert got.value == pytest.approx(float(wanted))
@@ -167,9 +167,7 @@ def test_a_decoder_may_write_a_number(decoder: torch.nn.Module) -> None:
     numbers = [0.0 if t == "?" else float(t.split()[2]) for t in texts]
     assert 0 < texts.count("?") < 4
     items = [Item(p, (), n + 1) for p, n in zip(prompts, numbers, strict=True)]
-    got = score_items(
-        decoder, Digits(), items, kind="regression", metric="pearson", max_new_tokens=2
-    )
+    got = score(decoder, items, Digits(), kind="regression", metric="pearson", max_new_tokens=2)
     assert got.value == pytest.approx(1.0)
     assert got.extras["unparsed"] == texts.count("?") / 5
 
@@ -177,37 +175,24 @@ def test_a_decoder_may_write_a_number(decoder: torch.nn.Module) -> None:
 def test_training_mode_and_weights_stay(decoder: torch.nn.Module) -> None:
     decoder.train()
     before = {n: p.clone() for n, p in decoder.named_parameters()}
-    score_items(decoder, Letters(), CHOICES, kind="choice", metric="accuracy")
+    score(decoder, CHOICES, kind="choice", metric="accuracy")
     assert decoder.training
     assert all(torch.equal(p, before[n]) for n, p in decoder.named_parameters())
 
 
 def test_mistakes_are_named(decoder: torch.nn.Module) -> None:
-    def ask(model: torch.nn.Module, items: list[Item], kind: str, metric: str = "accuracy") -> None:
-        score_items(model, Letters(), items, kind=kind, metric=metric)  # type: ignore[arg-type]
-
-    with pytest.raises(ConfigError, match="unknown metric"):
-        ask(decoder, CHOICES, "choice", "acuracy")
-    with pytest.raises(ConfigError, match="unknown kind"):
-        ask(decoder, CHOICES, "chose")
     with pytest.raises(SourceError, match="no rows"):
-        ask(decoder, [], "choice")
-    with pytest.raises(ConfigError, match="cannot be asked"):
-        ask(decoder, [Item("a", (), 1)], "choice")
+        score(decoder, [], kind="choice", metric="accuracy")
     bert = tiny.base("bert")
-    with pytest.raises(ConfigError, match="cannot be asked"):
-        ask(bert, [Item("a", (), "b", ("a",))], "generate", "exact_match")
-    with pytest.raises(ConfigError, match="cannot be asked"):
-        ask(bert, [Item("a", (" a",), 0)], "choice")
-    with pytest.raises(ConfigError, match="columns"):
-        ask(bert, [Item("", (), 3, ("a",))], "choice")
+    for model, item, kind, said in (
+        (decoder, Item("a", (), 1), "choice", "cannot be asked"),
+        (bert, Item("a", (), "b", ("a",)), "generate", "cannot be asked"),
+        (bert, Item("a", (" a",), 0), "choice", "cannot be asked"),
+        (bert, Item("", (), 3, ("a",)), "choice", "columns"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            score(model, [item], kind=kind, metric="accuracy")
     with pytest.raises(ConfigError, match="no room"):
-        score_items(
-            decoder,
-            Letters(),
-            [Item("a", (), "b")],
-            kind="generate",
-            metric="exact_match",
-            max_new_tokens=300,
-        )
+        score(decoder, [Item("a", (), "b")], kind="generate", metric="exact_match",
+              max_new_tokens=300)  # fmt: skip
     assert math.isfinite(logp(decoder, "a", "b"))

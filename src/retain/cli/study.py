@@ -82,9 +82,9 @@ def run(config: RunsConfig, screen: Screen) -> None:
 
     check_engine(config.engine)
     if spec.general is not None:
-        from retain.evaluation.lm_eval import check_tasks
+        from retain.evaluation.general import check_general
 
-        check_tasks(spec.general.tasks)
+        check_general(spec.general.tasks)
     threads = config.threads or (max(1, _cores() // config.jobs) if config.jobs > 1 else None)
     work = replace(work, retry_failed=config.retry_failed, threads=threads)
     grid = expand(spec, work.base)

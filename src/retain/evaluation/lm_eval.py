@@ -14,7 +14,7 @@ import logging
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,6 @@ from torch import random as torch_random
 
 from retain.documents import parse_json
 from retain.errors import ConfigError, SourceError, unknown
-from retain.evaluation.probes import KNOWLEDGE
 from retain.models.forward import evaluating
 from retain.models.generating import plain_generation
 from retain.models.heads import is_causal
@@ -43,8 +42,7 @@ LOCAL: dict[str, tuple[str, str]] = {
 }
 """Tasks with local data: lm-eval's folder of the task, and the split that is scored."""
 
-_SPLITS = ("train", "validation", "test")
-_KEYS = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
+_SPLITS = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
 _TAIL = re.compile(r"(?P<a>.*[.!?]['\")\]]*)\s+(?P<b>[a-z][^.!?]*)", re.DOTALL)
 
 
@@ -56,8 +54,6 @@ def evaluate_general(
     data_dir: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 8,
-    num_fewshot: int = 0,
-    progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """What a model in memory scores on tasks of lm-evaluation-harness.
 
@@ -67,18 +63,15 @@ def evaluate_general(
         model: a causal model, as it is (an adapter stays on).
         tokenizer: its tokenizer.
         tasks: names of lm-eval's tasks or groups.
-        data_dir: folder that holds ``reasoning/<task>/{train,validation,test}.jsonl.gz`` with the
-            hub's field names, for the tasks of `LOCAL`. Other tasks are read as lm-eval reads
-            them, from the hub or its cache.
+        data_dir: folder that holds ``reasoning/<task>/{validation,test}.jsonl.gz`` with the hub's
+            field names, for the tasks of `LOCAL`. Other tasks are read as lm-eval reads them,
+            from the hub or its cache.
         limit: the first so many rows of each task; None for all.
         batch_size: rows a pass.
-        num_fewshot: solved examples before each question.
-        progress: show lm-eval's bars and messages.
 
     Returns:
         For each task (and each group and its members) its metrics by lm-eval's names, such as
-        ``acc`` and ``acc_norm`` (``metric,filter`` where a task has several filters), and under
-        ``stderr`` the standard error of each, None where lm-eval has none.
+        ``acc,none`` and ``acc_norm,none``; see `headline`.
 
     Raises:
         ConfigError: lm-eval is not installed, a task is not known to it, or the model is not
@@ -93,22 +86,21 @@ def evaluate_general(
             allowed="a model with a language-model head",
             fix="load it without num_labels",
         )
-    quiet = nullcontext() if progress else redirect_stderr(io.StringIO())
-    plain = plain_generation(model)
-    with _quiet_logs(progress), quiet, _same_random(), evaluating(model), plain:
+    with _quiet(), _same_random(), evaluating(model), plain_generation(model):
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
         found = lm_eval.simple_evaluate(
             model=HFLM(pretrained=unwrap(model), tokenizer=tokenizer, batch_size=batch_size),
-            tasks=_load(tasks, None if data_dir is None else Path(data_dir), num_fewshot),
-            num_fewshot=num_fewshot,
+            tasks=_load(tasks, None if data_dir is None else Path(data_dir)),
+            num_fewshot=0,
             limit=limit,
-            bootstrap_iters=1000,
+            bootstrap_iters=0,
             log_samples=False,
             task_manager=_manager(""),  # the tasks are loaded; without one it indexes them all
         )
-    return {name: _tidy(result) for name, result in (found or {})["results"].items()}
+    results: dict[str, dict[str, Any]] = (found or {})["results"]
+    return results
 
 
 def check_tasks(names: Sequence[str]) -> None:
@@ -117,10 +109,8 @@ def check_tasks(names: Sequence[str]) -> None:
     Raises:
         ConfigError: lm-eval is not installed, or a task is not known to it.
     """
-    others = [name for name in names if name != KNOWLEDGE]
-    if others:
-        _need()
-    for name in others:
+    _need()
+    for name in names:
         if name not in LOCAL:
             _check_known(name)
 
@@ -129,10 +119,14 @@ def headline(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """One number a task: ``acc_norm`` where it has one, else ``acc``, else its first metric."""
     found = {}
     for name, result in results.items():
-        metrics = {m: v for m, v in result.items() if m != "stderr" and v is not None}
+        metrics = {
+            key.removesuffix(",none"): float(value)
+            for key, value in result.items()  # the alias and sizes have no filter in their names
+            if "," in key and "_stderr" not in key and isinstance(value, int | float)
+        }
         best = next((m for m in ("acc_norm", "acc", *metrics) if m in metrics), None)
         if best is not None:
-            found[name] = float(metrics[best])
+            found[name] = metrics[best]
     return found
 
 
@@ -185,12 +179,12 @@ def _check_known(name: str) -> None:
         raise unknown("lm-eval task", name, known)
 
 
-def _load(names: Sequence[str], data_dir: Path | None, shots: int) -> list[Any]:
+def _load(names: Sequence[str], data_dir: Path | None) -> list[Any]:
     """lm-eval's tasks and groups of these names."""
     loaded: list[Any] = []
     for name in names:
         if data_dir is not None and name in LOCAL:
-            loaded.append(_local(name, data_dir, shots))
+            loaded.append(_local(name, data_dir))
             continue
         _check_known(name)
         try:
@@ -207,28 +201,23 @@ def _load(names: Sequence[str], data_dir: Path | None, shots: int) -> list[Any]:
     return loaded
 
 
-def _local(name: str, data_dir: Path, shots: int) -> Any:
+def _local(name: str, data_dir: Path) -> Any:
     """lm-eval's task of this name, reading local files."""
     import datasets
 
     folder, scored = LOCAL[name]
-    rows = {split: local_rows(name, split, data_dir) for split in _SPLITS}
-    lacking = next((s for s in (scored, *["train"] * bool(shots)) if not rows[s]), None)
-    if lacking is not None:
+    rows = local_rows(name, scored, data_dir)
+    if not rows:
         raise SourceError(
             f"the rows of {name} are not here",
-            got=f"no rows in {data_dir / 'reasoning' / name / lacking}.jsonl.gz",
+            got=f"no rows in {data_dir / 'reasoning' / name / scored}.jsonl.gz",
             allowed="a file with one row a line and the hub's field names",
             fix="put the file there, or leave the data directory out to read from the hub",
         )
-    found = {split: datasets.Dataset.from_list(part) for split, part in rows.items() if part}
-
-    def dataset(**_: Any) -> datasets.DatasetDict:
-        return datasets.DatasetDict(found)
-
-    absent = {_KEYS[split]: None for split in _SPLITS if split not in found}
-    spec = {"group": "local", "task": [{"task": name, "custom_dataset": dataset, **absent}]}
-    return _manager(folder).load([spec])["tasks"][name]
+    found = datasets.DatasetDict({scored: datasets.Dataset.from_list(rows)})
+    absent = {key: None for split, key in _SPLITS.items() if split != scored}
+    own = {"task": name, "custom_dataset": lambda **_: found, **absent}
+    return _manager(folder).load([{"group": "local", "task": [own]}])["tasks"][name]
 
 
 @cache
@@ -242,32 +231,15 @@ def _manager(folder: str | None = None) -> Any:
     return lm_eval.tasks.TaskManager(include_path=where, include_defaults=False)
 
 
-def _tidy(result: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"acc,none": x, "acc_stderr,none": y}`` as ``{"acc": x, "stderr": {"acc": y}}``."""
-    metrics: dict[str, Any] = {}
-    errors: dict[str, float | None] = {}
-    for key, value in result.items():
-        name, _, kind = key.partition(",")
-        if not kind:
-            continue  # the task's alias and sizes
-        number = float(value) if isinstance(value, int | float) else None
-        whole = name if kind == "none" else key
-        if name.endswith("_stderr"):
-            errors[whole.replace("_stderr", "", 1)] = number
-        else:
-            metrics[whole] = number
-    return {**metrics, "stderr": errors}
-
-
 @contextmanager
-def _quiet_logs(loud: bool) -> Iterator[None]:
-    """Keeps lm-eval's warnings about what is done here on purpose to itself."""
+def _quiet() -> Iterator[None]:
+    """Keeps lm-eval's bars, and its warnings about what is done here on purpose, to itself."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
-    if not loud:
-        logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logger.setLevel(level)
 

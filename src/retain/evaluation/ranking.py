@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,67 +27,23 @@ from retain.models.view import ModelView
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Ranking", "rank_options", "score_options"]
+__all__ = ["Ranking", "score_options"]
 
 _CHUNK = 512  # positions whose logits are held in float32 at once
 
 
 class Ranking(NamedTuple):
-    """How likely each option of each prompt is.
-
-    Attributes:
-        logp: log-probability of each option after its prompt, in nats, summed over its tokens.
-        tokens: tokens of each option.
-        bytes: bytes of each option in UTF-8, without the spaces around it.
-    """
+    """The log-probability of each option after its prompt, in nats, summed over its tokens."""
 
     logp: list[list[float]]
-    tokens: list[list[int]]
-    bytes: list[list[int]]
 
-    def best(self, norm: Literal["sum", "tokens", "bytes"] = "sum") -> list[int]:
-        """The index of the best option of each prompt; of equals the first.
-
-        Args:
-            norm: what the log-probability is divided by: nothing, the option's tokens, or its
-                bytes (as ``acc_bytes`` of lm-eval; its ``acc_norm`` divides by characters, which
-                is the same for ASCII).
-        """
-        if norm == "sum":
-            rows = self.logp
-        else:
-            sizes = self.tokens if norm == "tokens" else self.bytes
-            rows = [
-                [p / max(1, n) for p, n in zip(*both, strict=True)]
-                for both in zip(self.logp, sizes, strict=True)
-            ]
-        return [max(range(len(s)), key=s.__getitem__) for s in rows]
+    def best(self) -> list[int]:
+        """The index of the best option of each prompt; of equals the first."""
+        return [max(range(len(s)), key=s.__getitem__) for s in self.logp]
 
     def nll(self, answers: Sequence[int]) -> float:
         """Mean negative log-probability of the right options, in nats per option."""
         return -sum(row[a] for row, a in zip(self.logp, answers, strict=True)) / len(answers)
-
-
-def rank_options(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    options: Sequence[Sequence[str]],
-    *,
-    batch_size: int = 64,
-    progress: bool = False,
-    label: str = "ranking",
-) -> list[int]:
-    """The index of the most likely continuation of each prompt; see `score_options`."""
-    return score_options(
-        model,
-        tokenizer,
-        prompts,
-        options,
-        batch_size=batch_size,
-        progress=progress,
-        label=label,
-    ).best()
 
 
 def score_options(
@@ -155,11 +111,7 @@ def score_options(
                     start += len(leaf)
             picks.collect(torch.cat([first, rest]))
             bar.update(len(chunk))
-    return Ranking(
-        [list(q.scores) for q in asked],
-        [[len(ids) for ids in q.ids] for q in asked],
-        [[len(o.strip().encode()) for o in row] for row in options],
-    )
+    return Ranking([list(q.scores) for q in asked])
 
 
 @dataclass

@@ -6,9 +6,9 @@ Every item is scored, in the model's evaluation mode and as it is (an adapter st
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,18 @@ from tqdm.auto import tqdm
 
 from retain.data.batches import Example
 from retain.data.patterns import PatternError, first_match
-from retain.data.specs import Item
+from retain.data.specs import Item, TaskSpec
 from retain.data.tokens import fit_prompt
-from retain.errors import ConfigError, SourceError, shown, unknown
+from retain.errors import ConfigError, SourceError, shown
 from retain.evaluation.generation import generate
-from retain.evaluation.metrics import METRICS, TEXT_METRICS, compute
+from retain.evaluation.metrics import TEXT_METRICS, compute
 from retain.evaluation.ranking import score_options
 from retain.models.view import ModelView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Score", "score_items"]
-
-Kind = Literal["choice", "generate", "regression"]
+__all__ = ["Score", "score_task"]
 
 
 @dataclass(frozen=True)
@@ -53,120 +51,81 @@ class Score:
     loss: float | None
     extras: dict[str, float] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data for JSON."""
-        return asdict(self)
 
-
-def score_items(
+def score_task(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
+    spec: TaskSpec,
     items: Sequence[Item],
     *,
-    kind: Kind,
-    metric: str,
-    metrics: Sequence[str] = (),
     columns: slice | None = None,
-    max_length: int = 256,
-    max_new_tokens: int = 128,
-    pattern: str | None = None,
-    stop: Sequence[str] = (),
+    max_length: int | None = None,
     batch_size: int = 16,
     progress: bool = False,
-    label: str = "scoring",
 ) -> Score:
     """Scores a model on the items of one task.
 
     A decoder ranks the options of "choice" by their full log-likelihood, and writes the answers
-    of the other kinds. An encoder answers "choice" with the most likely of its task's columns and
-    "regression" with the value of the first of them.
+    of the other kinds; the first match of the task's pattern (its first group, where it has one)
+    in a text, and in the reference, is the answer. A text without a match is wrong; a reference
+    without one is the answer itself. An encoder answers "choice" with the most likely of its
+    task's columns and "regression" with the value of the first of them.
 
     Args:
         model: a causal model or a classifier.
         tokenizer: its tokenizer.
-        items: the rows, one at least.
-        kind: how the task is answered.
-        metric: a name in `retain.evaluation.metrics.METRICS`.
-        metrics: further ones, for `Score.extras`.
+        spec: the task.
+        items: its rows, one at least.
         columns: the outputs of an encoder that belong to the task; all by default.
         max_length: tokens of a prompt and its longest option (or of a prompt and its room to
-            answer); prompts are cut from the left, options never. An encoder's texts are cut on
-            the right, by its tokenizer.
-        max_new_tokens: where a generated answer is cut.
-        pattern: regular expression; its first match (first group, where it has one) in a
-            generated text, and in the reference, is the answer. A text without a match is wrong;
-            a reference without one is the answer itself. None takes the whole text.
-        stop: strings at which a generated text is cut.
+            answer), the task's by default; prompts are cut from the left, options never. An
+            encoder's texts are cut on the right, by its tokenizer.
         batch_size: rows a pass; for ranking, so many continuations.
         progress: show a bar.
-        label: of the bar.
 
     Raises:
-        ConfigError: an unknown kind or metric, a task that this model cannot be asked.
+        ConfigError: a task that this model cannot be asked.
         SourceError: no items.
     """
-    for name in (metric, *metrics):
-        if name not in METRICS:
-            raise unknown("metric", name, METRICS)
-    if kind not in ("choice", "generate", "regression"):
-        raise unknown("kind of task", str(kind), ("choice", "generate", "regression"))
     if not items:
         raise SourceError(
             "no rows to score", got="0 items", allowed="1 or more", fix="a larger limit"
         )
-    view = ModelView.of(model, tokenizer)
-    causal = view.causal
-    _fitting(items, kind, causal)
-    if causal and kind != "choice" and max_new_tokens >= max_length:
+    view, kind, room = ModelView.of(model, tokenizer), spec.kind, spec.max_new_tokens
+    length = spec.max_length if max_length is None else max_length
+    _fitting(items, kind, view.causal)
+    if view.causal and kind != "choice" and room >= length:
         raise ConfigError(
             "an answer that leaves no room for its prompt",
-            got=f"max_new_tokens {max_new_tokens}, max_length {max_length}",
+            got=f"max_new_tokens {room}, max_length {length}",
             allowed="a max_length of more than max_new_tokens",
-            fix=f"a max_length of {max_new_tokens + 128}",
+            fix=f"a max_length of {room + 128}",
         )
+    bar: dict[str, Any] = {"progress": progress, "label": spec.name}
     extras: dict[str, float] = {}
     predictions: list[Any]
-    if not causal:
-        predictions, loss = _encoder(
-            view, items, kind, columns, max_length, batch_size, progress, label
-        )
+    prompts = [item.prompt for item in items]
+    if not view.causal:
+        predictions, loss = _encoder(view, items, kind, columns, length, batch_size, bar)
     elif kind == "choice":
         ranking = score_options(
-            model,
-            tokenizer,
-            [i.prompt for i in items],
-            [i.options for i in items],
-            max_length=max_length,
-            batch_size=batch_size,
-            progress=progress,
-            label=label,
-        )
+            model, tokenizer, prompts, [item.options for item in items],
+            max_length=length, batch_size=batch_size, **bar,
+        )  # fmt: skip
         predictions = ranking.best()
-        loss = ranking.nll([int(i.answer) for i in items])
+        loss = ranking.nll([int(item.answer) for item in items])
     else:
-        texts = generate(
-            model,
-            tokenizer,
-            [fit_prompt(i.prompt, tokenizer, max_length - max_new_tokens) for i in items],
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            progress=progress,
-            label=label,
-        )
-        found = [_extract(_until(text, stop), pattern) for text in texts]
-        extras["unparsed"] = sum(f is None for f in found) / len(found)
-        predictions = [f or "" for f in found]
+        cut = [fit_prompt(prompt, tokenizer, length - room) for prompt in prompts]
+        texts = generate(model, tokenizer, cut, max_new_tokens=room, batch_size=batch_size, **bar)
+        found: list[Any] = [_extract(_until(text, spec.stop), spec.pattern) for text in texts]
         if kind == "regression":
-            numbers = [_number(p) for p in predictions]
-            extras["unparsed"] = sum(n is None for n in numbers) / len(numbers)
-            predictions = [n or 0.0 for n in numbers]
+            found = [_number(text or "") for text in found]
+        extras["unparsed"] = sum(answer is None for answer in found) / len(found)
+        nothing = "" if kind == "generate" else 0.0
+        predictions = [nothing if answer is None else answer for answer in found]
+        right = [(item.completion,) for item in items]
         loss = score_options(
-            model,
-            tokenizer,
-            [i.prompt for i in items],
-            [(i.completion,) for i in items],
-            max_length=max_length,
-            batch_size=batch_size,
+            model, tokenizer, prompts, right, max_length=length, batch_size=batch_size
         ).nll([0] * len(items))
     groups = [i.group for i in items]
 
@@ -174,16 +133,15 @@ def score_items(
         if name not in TEXT_METRICS:
             return predictions, [i.answer for i in items], groups
         if kind != "choice":
-            return predictions, [_truths(i, pattern) for i in items], groups
+            return predictions, [_truths(i, spec.pattern) for i in items], groups
         shown = [i.options[p].strip() for i, p in zip(items, predictions, strict=True)]
-        return shown, [_truths(i, None) for i in items], groups
+        return shown, [_truths(i, "") for i in items], groups
 
-    for name in metrics:
-        extras[name] = compute(name, *both(name))
-    return Score(metric, compute(metric, *both(metric)), len(items), loss, extras)
+    extras |= {name: compute(name, *both(name)) for name in spec.metrics}
+    return Score(spec.metric, compute(spec.metric, *both(spec.metric)), len(items), loss, extras)
 
 
-def _fitting(items: Sequence[Item], kind: Kind, causal: bool) -> None:
+def _fitting(items: Sequence[Item], kind: str, causal: bool) -> None:
     """Raises where a task cannot be asked of a model."""
     if causal and kind == "choice":
         bad = next((i for i in items if not i.options), None)
@@ -204,12 +162,11 @@ def _fitting(items: Sequence[Item], kind: Kind, causal: bool) -> None:
 def _encoder(
     view: ModelView,
     items: Sequence[Item],
-    kind: Kind,
+    kind: str,
     columns: slice | None,
     max_length: int,
     batch_size: int,
-    progress: bool,
-    label: str,
+    bar: Mapping[str, Any],
 ) -> tuple[list[Any], float | None]:
     """Predictions of a classifier's head, and the mean cross-entropy of its columns."""
     examples, tokenizer = [], cast("Any", view.tokenizer)
@@ -221,7 +178,7 @@ def _encoder(
     every = view.batches(examples, batch_size)
     rows: list[Tensor] = [torch.empty(0)] * len(items)
     with view.evaluating(), torch.no_grad():
-        for batch in tqdm(every, desc=label, unit="batch", disable=not progress):
+        for batch in tqdm(every, desc=bar["label"], unit="batch", disable=not bar["progress"]):
             logits = view.logits(batch)[:, columns or slice(None)]
             for row, part in zip(batch.rows, logits.double().cpu(), strict=True):
                 rows[row] = part
@@ -239,13 +196,13 @@ def _encoder(
     return outputs.argmax(-1).tolist(), float(nn.functional.cross_entropy(outputs, answers))
 
 
-def _truths(item: Item, pattern: str | None) -> list[str]:
+def _truths(item: Item, pattern: str) -> list[str]:
     """The texts that count as right."""
     every = item.references or (item.completion.strip() if item.options else str(item.answer),)
     return [_extract(text, pattern) or text.strip() for text in every]
 
 
-def _extract(text: str, pattern: str | None) -> str | None:
+def _extract(text: str, pattern: str) -> str | None:
     """The answer in a text, or None."""
     if not pattern:
         return text.strip() or None

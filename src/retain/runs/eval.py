@@ -145,7 +145,7 @@ def _measure(
     from retain.data.draws import HELD_OUT
     from retain.data.problems import word_problems
     from retain.evaluation.forgetting import measure_forgetting
-    from retain.evaluation.probes import knowledge_score, problem_score
+    from retain.evaluation.general import knowledge_score, problem_score
     from retain.intervals import wilson
     from retain.models.off import adapter_off
 

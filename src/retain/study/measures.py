@@ -14,9 +14,9 @@ from retain.data.knowledge import general_questions
 from retain.data.problems import ask
 from retain.documents import sealed
 from retain.evaluation.forgetting import Reference
+from retain.evaluation.general import general_scores
 from retain.evaluation.generation import generate
-from retain.evaluation.probes import KNOWLEDGE, knowledge_score
-from retain.evaluation.score import Score, score_items
+from retain.evaluation.score import Score, score_task
 from retain.files import first_rank
 from retain.models.adapters.base import Adapter
 from retain.provenance import hardware, versions
@@ -137,23 +137,11 @@ class Measures:
 
     def _score(self, index: int) -> Score:
         task = self.tasks[index]
-        spec = task.spec
-        return score_items(
-            self.adapter.model,
-            self.base.tokenizer,
-            task.test,
-            kind=spec.kind,
-            metric=spec.metric,
-            metrics=spec.metrics,
-            columns=self.base.columns_of(index),
-            max_length=task.max_length,
-            max_new_tokens=spec.max_new_tokens,
-            pattern=spec.pattern or None,
-            stop=spec.stop,
-            batch_size=self.asked.batch_size,
-            progress=self.work.progress,
-            label=spec.name,
-        )
+        return score_task(
+            self.adapter.model, self.base.tokenizer, task.spec, task.test,
+            columns=self.base.columns_of(index), max_length=task.max_length,
+            batch_size=self.asked.batch_size, progress=self.work.progress,
+        )  # fmt: skip
 
     def retention(self, after: int) -> list[dict[str, Any]]:
         """How far the model is from the base after a task, where it is asked for."""
@@ -178,21 +166,11 @@ class Measures:
         if asked is None:
             return None
         self.say("general tasks")
-        model, tokenizer, found = self.adapter.model, self.base.tokenizer, {}
-        if KNOWLEDGE in asked.tasks:
-            right, items = knowledge_score(model, tokenizer, progress=self.work.progress)
-            found[KNOWLEDGE] = right / items
-        others = [task for task in asked.tasks if task != KNOWLEDGE]
-        if others:
-            from retain.evaluation.lm_eval import evaluate_general, headline
-
-            found |= headline(
-                evaluate_general(
-                    model, tokenizer, others, limit=asked.limit, data_dir=self.work.data_dir,
-                    batch_size=self.asked.batch_size,
-                )
-            )  # fmt: skip
-        return found
+        return general_scores(
+            self.adapter.model, self.base.tokenizer, asked.tasks, limit=asked.limit,
+            data_dir=self.work.data_dir, batch_size=self.asked.batch_size,
+            progress=self.work.progress,
+        )  # fmt: skip
 
     def answers(self) -> list[str]:
         """Answers to the first general questions, as many as are asked for."""
