@@ -1,10 +1,11 @@
 """Brute-force twins of the library's curvatures.
 
-Nothing here is fast or streamed. Each sequence is run alone, without padding, and for each of
-its predictions t and each class y one call of `torch.autograd.grad` gives the gradient of
-``log p_t(y)`` in the weights themselves: W (the frozen weight, which asks for a gradient for
-the while), A and B. From these single-token gradients all the Fishers are made as dense
-matrices, ``F = (1/N) sum weight * vec(J) vec(J)^T`` with vec row-major and N predictions.
+Nothing here is streamed or shared with the library but the draws of labels. Each sequence is run
+alone, without padding, and for each of its predictions t and each class y one call of
+`torch.autograd.grad` gives the gradient of ``log p_t(y)`` in the weights themselves: W (the frozen
+weight, which asks for a gradient for the while), A and B. From these single-token gradients all
+the Fishers are made as dense matrices, ``F = (1/N) sum weight * vec(J) vec(J)^T`` with vec
+row-major and N predictions.
 
 Some Fishers square the gradient of another function of the logits z. Its cotangent k in z sums
 to zero, so its gradient is ``sum_c k_c dz_t(c) = sum_c k_c dlog p_t(c)``: the same single-token
@@ -16,14 +17,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from retain.curvature.fit.labels import _draw
 
-__all__ = ["FACTORS", "Oracle", "calibrate", "kfac", "shampoo"]
+__all__ = [
+    "FACTORS", "How", "Oracle", "activation", "calibrate", "diagonalises", "ekfac", "ekfac_given",
+    "kfac", "links", "passes", "places", "shampoo", "shares", "total", "tridiagonal",
+]  # fmt: skip
+
+
+class How(NamedTuple):
+    """Whose labels a Fisher has."""
+
+    fisher: str = "mc"
+    samples: int = 1
+    seed: int = 0
+    temperature: float = 2.0
 
 
 @dataclass
@@ -55,14 +69,10 @@ class Oracle:
         self.names: dict[str, list[str]] = {"weight": [], "adapter": []}
         modules: dict[str, nn.Module] = {}
         parameters: dict[str, nn.Parameter] = {}
-        for path, module in model.named_modules():
-            if not (hasattr(module, "base_layer") and hasattr(module, "lora_A")):
-                continue
-            name = path.removeprefix("base_model.model.")
+        for name, module in _lora_layers(model):
             a, b = module.lora_A["default"], module.lora_B["default"]
-            frozen = module.base_layer.weight
             for space, key, inner, weight in (
-                ("weight", name, module, frozen),
+                ("weight", name, module, module.base_layer.weight),
                 ("adapter", f"{name}.lora_A", a, a.weight),
                 ("adapter", f"{name}.lora_B", b, b.weight),
             ):
@@ -76,82 +86,56 @@ class Oracle:
             ]
         self.predictions = sum(len(s.p) for s in self.sequences)
 
-    def dense(
-        self, space: str, fisher: str, samples: int = 1, seed: int = 0, temperature: float = 2.0
-    ) -> dict[str, Tensor]:
+    def gradients(self, name: str, how: How) -> Iterator[tuple[float, Tensor]]:
+        """(weight, J) of each pass over each sequence, J [d_out, d_in]."""
+        for sequence in self.sequences:
+            for weight, k in passes(sequence, how):
+                yield weight, total(sequence.in_weights[name], k)
+
+    def dense(self, space: str, how: How) -> dict[str, Tensor]:
         """Block of each weight, [d_out * d_in, d_out * d_in]."""
         blocks = {}
         for name in self.names[space]:
-            size = self.shapes[name][0] * self.shapes[name][1]
-            block = torch.zeros(size, size, dtype=torch.float64)
-            for sequence in self.sequences:
-                for weight, terms in _passes(sequence, fisher, samples, seed, temperature):
-                    j = _total(sequence.in_weights[name], terms).reshape(-1)
-                    block += weight * torch.outer(j, j)
-            blocks[name] = block / self.predictions
+            js = [w**0.5 * j.reshape(-1) for w, j in self.gradients(name, how)]
+            blocks[name] = torch.stack(js).T @ torch.stack(js) / self.predictions
         return blocks
 
     def traces(self, space: str) -> list[tuple[float, int]]:
         """Exact Fisher's (trace summed over its predictions, predictions) of each sequence."""
         found = []
-        for sequence in self.sequences:
-            total = 0.0
-            for name in self.names[space]:
-                squares = sequence.in_weights[name].square().sum((2, 3))
-                total += float((sequence.p * squares).sum())
-            found.append((total, len(sequence.p)))
+        for s in self.sequences:
+            each = [(s.p * s.in_weights[n].square().sum((2, 3))).sum() for n in self.names[space]]
+            found.append((float(sum(each)), len(s.p)))
         return found
 
+    def input_product(self, one: str, two: str) -> Tensor:
+        """``S_ij``: mean of ``x_i x_j^T`` over positions."""
+        products = [s.inputs[one].T @ s.inputs[two] for s in self.sequences]
+        return sum(products) / sum(len(s.inputs[one]) for s in self.sequences)
 
-def kfac(
-    oracle: Oracle,
-    space: str,
-    fisher: str,
-    samples: int = 1,
-    seed: int = 0,
-    temperature: float = 2.0,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """K-FAC before calibration: layer -> (S [d_in, d_in], G [d_out, d_out]).
-
-    ``S`` is the mean of ``x x^T`` over positions, and ``G`` the sum over positions of
-    ``E[g g^T]``, over the number of predictions.
-    """
-    factors = {}
-    for name in oracle.names[space]:
-        d_out, d_in = oracle.shapes[name]
-        s = torch.zeros(d_in, d_in, dtype=torch.float64)
-        g = torch.zeros(d_out, d_out, dtype=torch.float64)
-        positions = 0
-        for sequence in oracle.sequences:
-            for x in sequence.inputs[name]:
-                s += torch.outer(x, x)
-                positions += 1
-            for weight, terms in _passes(sequence, fisher, samples, seed, temperature):
-                for at_position in _total(sequence.at_outputs[name], terms):
-                    g += weight * torch.outer(at_position, at_position)
-        factors[name] = (s / positions, g / oracle.predictions)
-    return factors
+    def gradient_product(self, one: str, two: str, how: How) -> Tensor:
+        """``G_ij``: sum of ``g_i g_j^T`` over passes and positions, over the predictions."""
+        found = torch.zeros(self.shapes[one][0], self.shapes[two][0], dtype=torch.float64)
+        for s in self.sequences:
+            for weight, k in passes(s, how):
+                found += weight * total(s.at_outputs[one], k).T @ total(s.at_outputs[two], k)
+        return found / self.predictions
 
 
-def shampoo(
-    oracle: Oracle,
-    space: str,
-    fisher: str,
-    samples: int = 1,
-    seed: int = 0,
-    temperature: float = 2.0,
-) -> dict[str, tuple[Tensor, Tensor]]:
+def kfac(oracle: Oracle, space: str, how: How) -> dict[str, tuple[Tensor, Tensor]]:
+    """K-FAC before calibration: layer -> (S [d_in, d_in], G [d_out, d_out])."""
+    return {
+        name: (oracle.input_product(name, name), oracle.gradient_product(name, name, how))
+        for name in oracle.names[space]
+    }
+
+
+def shampoo(oracle: Oracle, space: str, how: How) -> dict[str, tuple[Tensor, Tensor]]:
     """Shampoo's factors of the weights' own gradients J: layer -> (E[J^T J], E[J J^T])."""
     factors = {}
     for name in oracle.names[space]:
-        d_out, d_in = oracle.shapes[name]
-        s = torch.zeros(d_in, d_in, dtype=torch.float64)
-        g = torch.zeros(d_out, d_out, dtype=torch.float64)
-        for sequence in oracle.sequences:
-            for weight, terms in _passes(sequence, fisher, samples, seed, temperature):
-                j = _total(sequence.in_weights[name], terms)
-                s += weight * j.T @ j
-                g += weight * j @ j.T
+        js = [w**0.5 * j for w, j in oracle.gradients(name, how)]
+        s, g = sum(j.T @ j for j in js), sum(j @ j.T for j in js)
         factors[name] = (s / oracle.predictions, g / oracle.predictions)
     return factors
 
@@ -168,47 +152,152 @@ def calibrate(factors: tuple[Tensor, Tensor], dense: Tensor) -> Tensor:
     return block * (dense.trace() / trace) if trace > 0 else block
 
 
-def _passes(
-    sequence: _Sequence, fisher: str, samples: int, seed: int, temperature: float
-) -> Iterator[tuple[float, list[tuple[int, int, float]]]]:
-    """The gradients that a Fisher squares: (weight, the (t, c, k) of ``sum k log p_t(c)``)."""
-    predictions, classes = sequence.p.shape
-    if fisher == "exact":
-        for t in range(predictions):
-            for y in range(classes):
-                yield float(sequence.p[t, y]), [(t, y, 1.0)]
-    elif fisher == "empirical":
-        yield 1.0, [(t, y, 1.0) for t, y in enumerate(sequence.labels.tolist())]
-    elif fisher == "mc":
-        for sample in range(samples):
-            drawn = _draw(sequence.p, f"{seed}:{sequence.row}:{sample}")
-            yield 1.0 / samples, [(t, y, 1.0) for t, y in enumerate(drawn.tolist())]
-    elif fisher == "tempered":  # log softmax(z / T)_y, and y drawn from there too
-        p = (sequence.logits / temperature).softmax(-1)
-        for sample in range(samples):
-            drawn = _draw(p, f"{seed}:{sequence.row}:{sample}")
-            yield 1.0 / samples, _against(p, drawn.tolist(), 1.0 / temperature)
-    elif fisher == "reversed":  # log softmax(-z)_y, at the data's label
-        yield 1.0, _against((-sequence.logits).softmax(-1), sequence.labels.tolist(), 1.0)
+def ekfac(oracle: Oracle, space: str, how: How) -> dict[str, Tensor]:
+    """EK-FAC: the eigenvectors of K-FAC's factors, with the true second moments along them.
+
+    A basis is free to turn within a repeated eigenvalue. Within the null space of S or G it does
+    no harm: every J has its rows and columns in their ranges, so all moments are zero there.
+    """
+    dense = oracle.dense(space, how)
+    return {
+        name: ekfac_given(dense[name], torch.linalg.eigh(g)[1], torch.linalg.eigh(s)[1])
+        for name, (s, g) in kfac(oracle, space, how).items()
+    }
+
+
+def ekfac_given(dense: Tensor, u_g: Tensor, u_s: Tensor) -> Tensor:
+    """``U diag(U^T F U) U^T`` with ``U = U_G (x) U_S``, in a basis that somebody gives."""
+    block = torch.zeros_like(dense)
+    for left in u_g.T:
+        for right in u_s.T:
+            u = torch.outer(left, right).reshape(-1)  # column of kron(U_G, U_S)
+            block += (u @ dense @ u) * torch.outer(u, u)
+    return block
+
+
+def diagonalises(basis: Tensor, matrix: Tensor, tolerance: float = 1e-9) -> bool:
+    """Whether a basis is orthonormal, complete, and holds eigenvectors of a matrix only."""
+    basis, matrix = basis.double(), matrix.double()
+    if basis.shape != matrix.shape:
+        return False
+    gram = basis.T @ basis - torch.eye(len(matrix), dtype=torch.float64)
+    turned = basis.T @ matrix @ basis
+    rest = (turned - torch.diag(turned.diagonal())).abs().max() / matrix.abs().max()
+    return float(gram.abs().max()) <= tolerance and float(rest) <= tolerance
+
+
+def activation(oracle: Oracle, model: nn.Module) -> dict[str, Tensor]:
+    """``E ||D x||^2`` of each layer, up to one factor for the whole model; names of both spaces.
+
+    Weight space: ``I (x) S``. In adapter space ``D = s (dB A + B dA)``, so A has
+    ``s^2 B^T B (x) S`` and B has ``s^2 I (x) A S A^T``. S is a mean over the layer's own
+    positions.
+    """
+    blocks = {}
+    for name, module in _lora_layers(model):
+        a = module.lora_A["default"].weight.detach().double()
+        b = module.lora_B["default"].weight.detach().double()
+        scaling, s = float(module.scaling["default"]), oracle.input_product(name, name)
+        one = torch.eye(len(b), dtype=torch.float64)
+        blocks[name] = torch.kron(one, s)
+        blocks[f"{name}.lora_A"] = torch.kron(scaling**2 * b.T @ b, s)
+        blocks[f"{name}.lora_B"] = scaling**2 * torch.kron(one, a @ s @ a.T)
+    return blocks
+
+
+def tridiagonal(
+    oracle: Oracle, space: str, how: How, *, shared: bool = True
+) -> tuple[list[str], Tensor]:
+    """K-FAC with the cross blocks of neighbours in the chain of layers.
+
+    ``F_ij = w sqrt(c_i c_j) G_ij (x) S_ij``; c calibrates the diagonal blocks, and w makes the
+    chain a sum over its links of positive semidefinite pairs. Without `shared`, w = 1, and the
+    result need not be semidefinite.
+
+    Returns:
+        (names in chain order, the matrix of the whole chain)
+    """
+    names, dense = oracle.names[space], oracle.dense(space, how)
+    place, linked = places(oracle, names), links(oracle, names)
+    right, left = shares(linked)
+    chain = torch.zeros(place[names[-1]].stop, place[names[-1]].stop, dtype=torch.float64)
+    scale = []
+    for name, (s, g) in kfac(oracle, space, how).items():
+        found = float(g.trace() * s.trace())
+        scale.append(float(dense[name].trace()) / found if found > 0 else 0.0)
+        chain[place[name], place[name]] = scale[-1] * torch.kron(g, s)
+    for i, (one, two) in enumerate(pairwise(names)):
+        if linked[i]:
+            g, s = oracle.gradient_product(one, two, how), oracle.input_product(one, two)
+            w = (right[i] * left[i + 1]) ** 0.5 if shared else 1.0
+            cross = w * (scale[i] * scale[i + 1]) ** 0.5 * torch.kron(g, s)
+            chain[place[one], place[two]], chain[place[two], place[one]] = cross, cross.T
+    return names, chain
+
+
+def places(oracle: Oracle, names: list[str]) -> dict[str, slice]:
+    """Where each weight's row-major vec lies in the chain's."""
+    found, start = {}, 0
+    for name in names:
+        size = oracle.shapes[name][0] * oracle.shapes[name][1]
+        found[name] = slice(start, start + size)
+        start += size
+    return found
+
+
+def links(oracle: Oracle, names: list[str]) -> list[bool]:
+    """For each pair of neighbours, whether both see the same positions in every sequence."""
+    return [
+        all(len(s.inputs[one]) == len(s.inputs[two]) for s in oracle.sequences)
+        for one, two in pairwise(names)
+    ]
+
+
+def shares(linked: list[bool]) -> tuple[list[float], list[float]]:
+    """How much of each node's own block goes to (its right, its left) pair; the sum is 1.
+
+    A node without a link on a side is the end of its chain: all of it goes to the other side.
+    """
+    right, left = [], []
+    for has_left, has_right in zip([False, *linked], [*linked, False], strict=True):
+        share = 0.5 if has_left and has_right else 1.0
+        right.append(share * has_right)
+        left.append(share * has_left)
+    return right, left
+
+
+def passes(sequence: _Sequence, how: How) -> Iterator[tuple[float, Tensor]]:
+    """The gradients that a Fisher squares: (weight, the k [T, C] of ``sum k log p_t(c)``)."""
+    p, one = sequence.p, torch.eye(sequence.p.shape[1], dtype=torch.float64)
+    if how.fisher == "exact":
+        for t in range(len(p)):
+            for y in range(p.shape[1]):
+                k = torch.zeros_like(p)
+                k[t, y] = 1.0
+                yield float(p[t, y]), k
+    elif how.fisher == "empirical":
+        yield 1.0, one[sequence.labels]
+    elif how.fisher == "reversed":  # log softmax(-z)_y, at the data's label
+        yield 1.0, one[sequence.labels] - (-sequence.logits).softmax(-1)
+    elif how.fisher in ("mc", "tempered"):  # tempered: log softmax(z / T)_y, y drawn from there too
+        heat = how.temperature if how.fisher == "tempered" else 1.0
+        q = (sequence.logits / heat).softmax(-1) if how.fisher == "tempered" else p
+        for sample in range(how.samples):
+            drawn = one[_draw(q, f"{how.seed}:{sequence.row}:{sample}")]
+            yield 1.0 / how.samples, (drawn - q) / heat if how.fisher == "tempered" else drawn
     else:
-        raise ValueError(fisher)
+        raise ValueError(how.fisher)
 
 
-def _against(q: Tensor, labels: list[int], scale: float) -> list[tuple[int, int, float]]:
-    """The terms of the cotangent ``scale * (e_y - q)`` at each prediction."""
-    terms = []
-    for t, y in enumerate(labels):
-        for c in range(q.shape[1]):
-            terms.append((t, c, scale * ((1.0 if c == y else 0.0) - float(q[t, c]))))
-    return terms
+def total(gradients: Tensor, k: Tensor) -> Tensor:
+    """``sum k[t, c] * gradients[t, c]``."""
+    return torch.tensordot(k, gradients, 2)
 
 
-def _total(gradients: Tensor, terms: list[tuple[int, int, float]]) -> Tensor:
-    """``sum k * gradients[t, c]``."""
-    total = torch.zeros_like(gradients[0, 0])
-    for t, c, k in terms:
-        total += k * gradients[t, c]
-    return total
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for path, module in model.named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+            yield path.removeprefix("base_model.model."), module
 
 
 def _differentiate(

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from retain.curvature.blocks.registry import names
 from retain.models.lora import attach_lora
-from retain.models.sites import lora_sites
+from retain.models.sites import LoraSite, find_sites, lora_sites
 
 torch.set_num_threads(1)
 
@@ -137,11 +137,11 @@ def _built(
 
 
 def move(model: nn.Module, seed: int, size: float = 0.3) -> None:
-    """Adds a random displacement to each A and B."""
+    """Adds a random displacement to each A and B, or to each weight of a plain model."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for site in lora_sites(model):
-            for weight in (site.a, site.b):
+        for site in find_sites(model):
+            for weight in (site.a, site.b) if isinstance(site, LoraSite) else (site.weight,):
                 step = torch.randn(weight.shape, generator=random, dtype=torch.float64)
                 weight.add_((size * step).to(weight.dtype))
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from oracles import Oracle, kfac
-from oracles_more import activation
-from quadratics import displacement, joined
+from fits import displacement, joined
+from oracles import How, Oracle, activation, kfac
 from retain import Curvature, fit_curvature
 from retain.curvature.blocks.activation import nats_of_noise, noisy_rows
 from retain.data.batches import Batch, Example, collate
@@ -114,7 +113,7 @@ def test_gamma_is_the_nats_of_noise_that_gradients_predict(kind: str, moved: boo
     # Noise of variance eta^2 ms_l at each entry of each output: to second order its KL a
     # prediction is 0.5 eta^2 sum of ms_l tr G_l, with G_l = E[g g^T] of the exact Fisher.
     model, eta, seeds = tiny(kind, moved=moved), 1e-4, 400
-    factors = kfac(oracle(kind, moved), "weight", "exact")
+    factors = kfac(oracle(kind, moved), "weight", How("exact"))
     kl = sum(
         0.5 * eta**2 * energy / width * float(factors[name][1].trace())
         for name, (energy, width) in energies(kind, moved).items()

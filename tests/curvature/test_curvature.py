@@ -1,141 +1,85 @@
-"""The whole curvature: its value, its gradients, its gauge and the models it belongs to."""
+"""The whole curvature: what it belongs to, its anchor, ranks, sharing, rounding and refusals."""
 
 from __future__ import annotations
 
-from functools import cache
+import math
+from functools import partial
 from typing import Any
 
 import peft
 import pytest
 import torch
-from torch import nn
 
-from quadratics import dense_quadratic
-from retain import Curvature, fit_curvature
+from fits import FIT, dense_quadratic, fit, known, same, tensors
+from retain import fit_curvature, load_curvature
 from retain.data.sources import encode
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, SourceError
-from retain.models.sites import LinearSite, find_sites, lora_sites
+from retain.models.sites import lora_sites
 from retain.types import SPACES
 from tiny import KINDS, ROWS, STRUCTURES, base, move, relative, tiny
 
-FIT = {"batch_size": 2, "progress": False, "seed": 2}
-EACH = pytest.mark.parametrize(
-    ("kind", "space", "structure"), [(k, p, s) for k in KINDS for p in SPACES for s in STRUCTURES]
-)
+llama = partial(tiny, "llama")
 
 
-@cache
-def fitted(kind: str, moved: bool, space: str, structure: str) -> Curvature:
-    return fit_curvature(tiny(kind, moved=moved), ROWS[kind], structure, space=space, **FIT)
-
-
-@pytest.mark.parametrize("anchored", [False, True])
-@EACH
-def test_value_and_pulls_are_those_of_the_dense_quadratic(
-    kind: str, space: str, structure: str, anchored: bool
-) -> None:
-    model, curvature = tiny(kind, moved=anchored), fitted(kind, anchored, space, structure)
-    assert bool(curvature.anchor) is (anchored or space == "adapter")
-    move(model, seed=9)
-    value = dense_quadratic(curvature, model)
-    value.backward()
-    nats, pulls = curvature.pulls(lora_sites(model))
-    assert relative(nats, value.detach()) < 1e-10
-    assert nats > 0
-    assert len(pulls) == 2 * len(lora_sites(model))
-    for parameter, gradient in pulls:
-        assert relative(gradient, parameter.grad) < 1e-10
-        parameter.grad = None
-
-
-@pytest.mark.parametrize("anchored", [False, True])
-@EACH
-def test_value_is_zero_at_the_anchor(kind: str, space: str, structure: str, anchored: bool) -> None:
-    model, curvature = tiny(kind, moved=anchored), fitted(kind, anchored, space, structure)
-    nats, pulls = curvature.pulls(lora_sites(model))
-    exact = space == "adapter" or not anchored
-    assert abs(nats) <= (0.0 if exact else 1e-14)
-    assert max(float(g.abs().max()) for _, g in pulls) <= (0.0 if exact else 1e-13)
-
-
-@pytest.mark.parametrize("anchored", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_weight_space_does_not_see_how_the_update_is_split(
-    kind: str, structure: str, anchored: bool
-) -> None:
-    model, curvature = tiny(kind, moved=anchored), fitted(kind, anchored, "weight", structure)
-    move(model, seed=9)
-    before = curvature.quadratic(model)
-    random = torch.Generator().manual_seed(0)
+def changed() -> torch.nn.Module:
+    """One base weight is another."""
+    model = llama()
     with torch.no_grad():
-        for site in lora_sites(model):
-            r = torch.eye(site.rank) * 2 + torch.randn(site.rank, site.rank, generator=random)
-            r = r.double()
-            site.b.copy_(site.b @ r)
-            site.a.copy_(torch.linalg.solve(r, site.a))
-    assert before > 0
-    assert relative(curvature.quadratic(model), before) < 1e-10
+        lora_sites(model)[3].layer.base_layer.weight[0, 0] += 0.1
+    return model
+
+
+@pytest.mark.parametrize(
+    ("space", "other", "said"),
+    [
+        *[(space, lambda: llama(seed=5), "another base model") for space in SPACES],
+        *[(space, lambda: tiny("bert"), "another base model") for space in SPACES],
+        *[(space, changed, "another base model") for space in SPACES],
+        *[(s, lambda: llama(targets=["q_proj", "down_proj"]), "other layers") for s in SPACES],
+        ("adapter", lambda: llama(rank=3), "one rank and scaling"),
+        ("weight", lambda: base("llama"), "no weights to hold"),
+    ],
+)
+def test_what_is_not_the_curvatures_model_is_refused(
+    space: str, other: Any, said: str, tmp_path
+) -> None:
+    curvature = known("llama", space, moved=False)
+    for each in (curvature, load_curvature(curvature.save(tmp_path / "c"))):
+        with pytest.raises(MismatchError, match=said) as caught:
+            each.quadratic(other())
+        assert "\n" not in str(caught.value)
 
 
 def test_adapter_space_does_see_how_the_update_is_split() -> None:
-    model = tiny("llama", moved=True)
-    curvature = fit_curvature(model, ROWS["llama"], space="adapter", **FIT)
+    model = llama(moved=True)
     with torch.no_grad():
         for site in lora_sites(model):
             site.b.mul_(2)
             site.a.div_(2)
-    assert curvature.quadratic(model) > 0
-
-
-@pytest.mark.parametrize("space", SPACES)
-def test_another_base_model_is_refused(space: str) -> None:
-    curvature = fit_curvature(tiny("llama"), ROWS["llama"], space=space, **FIT)
-    for other in (tiny("llama", seed=5), tiny("bert")):
-        with pytest.raises(MismatchError, match="another base model"):
-            curvature.quadratic(other)
-
-
-def test_one_changed_base_weight_is_another_base_model() -> None:
-    model = tiny("llama")
-    curvature = fit_curvature(model, ROWS["llama"], **FIT)
-    with torch.no_grad():
-        lora_sites(model)[3].layer.base_layer.weight[0, 0] += 0.1
-    with pytest.raises(MismatchError, match="another base model"):
-        curvature.quadratic(model)
-
-
-@pytest.mark.parametrize("space", SPACES)
-def test_other_target_modules_are_refused(space: str) -> None:
-    curvature = fit_curvature(tiny("llama"), ROWS["llama"], space=space, **FIT)
-    with pytest.raises(MismatchError, match="other layers"):
-        curvature.quadratic(tiny("llama", targets=["q_proj", "down_proj"]))
-
-
-def test_adapter_space_refuses_another_rank() -> None:
-    curvature = fit_curvature(tiny("llama"), ROWS["llama"], space="adapter", **FIT)
-    with pytest.raises(MismatchError, match="one rank and scaling"):
-        curvature.quadratic(tiny("llama", rank=3))
+    assert known("llama", "adapter").quadratic(model) > 0
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("anchored", [False, True])
-def test_weight_space_fits_any_rank(structure: str, anchored: bool) -> None:
-    curvature = fitted("llama", anchored, "weight", structure)
+@pytest.mark.parametrize("moved", [False, True])
+def test_weight_space_fits_any_rank(structure: str, moved: bool, tmp_path) -> None:
+    curvature = known("llama", "weight", structure, moved)
+    loaded = load_curvature(curvature.save(tmp_path / "c"))
     for rank in (1, 3):
-        other = tiny("llama", rank=rank, moved=True)
+        other = llama(rank=rank, moved=True)
         want = dense_quadratic(curvature, other).detach()
-        assert relative(curvature.quadratic(other), want) < 1e-10
+        assert want > 0
+        for each in (curvature, loaded):
+            assert relative(each.quadratic(other), want) < 1e-10
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_layers_of_several_ranks_and_anchors(structure: str) -> None:
-    model = tiny("llama", targets=["q_proj", "v_proj", "down_proj"])
+    model = llama(targets=["q_proj", "v_proj", "down_proj"])
     sites = lora_sites(model)
     with torch.no_grad():
         for site in sites[:2]:
             site.b.add_(0.3)
-    curvature = fit_curvature(model, ROWS["llama"], structure, **FIT)
+    curvature = fit(model, "llama", structure)
     assert list(curvature.anchor) == [site.name for site in sites[:2]]
     move(model, seed=9)
     value = dense_quadratic(curvature, model)
@@ -146,18 +90,19 @@ def test_layers_of_several_ranks_and_anchors(structure: str) -> None:
 
 
 def test_load_anchor_brings_the_adapter_back() -> None:
-    model = tiny("llama", moved=True)
-    curvature = fit_curvature(model, ROWS["llama"], space="adapter", **FIT)
+    model, curvature = llama(moved=True), known("llama", "adapter")
     move(model, seed=9)
     assert not curvature.at_anchor(lora_sites(model))
     curvature.load_anchor(model)
     assert curvature.at_anchor(lora_sites(model))
     assert curvature.quadratic(model) == 0.0
+    with pytest.raises(MismatchError, match="only an adapter-space curvature"):
+        known("llama").load_anchor(model)
 
 
 @pytest.mark.parametrize("structure", ["kfac", "ekfac", "activation", "tridiagonal"])
 def test_shared_inputs_are_kept_once(structure: str) -> None:
-    curvature = fitted("llama", False, "weight", structure)
+    curvature = known("llama", "weight", structure, moved=False)
     blocks = curvature.blocks
     for layer in range(2):
         at = f"model.layers.{layer}."
@@ -178,23 +123,35 @@ def test_shared_inputs_are_kept_once(structure: str) -> None:
     [
         ({"structure": "kfca"}, "did you mean 'kfac'"),
         ({"structure": "diag"}, "did you mean 'diagonal'"),
+        ({"structure": "kfac-tri"}, "unknown structure"),
         ({"space": "weights"}, "did you mean 'weight'"),
         ({"fisher": "emprical"}, "did you mean 'empirical'"),
-        ({"samples": 0}, "samples is too small"),
-        ({"rows": 0}, "rows is too small"),
-        ({"batch_size": 0}, "batch_size is too small"),
-        ({"rank": 0}, "rank is too small"),
-        ({"rank": 2, "structure": "ekfac"}, "keeps no sketches"),
-        ({"share": 0.0}, "the share is no share"),
-        ({"share": 1.5}, "the share is no share"),
-        ({"temperature": 0.0}, "the temperature is no temperature"),
-        ({"temperature": float("nan")}, "the temperature is no temperature"),
-        ({"calibrate": False, "share": 0.5}, "no true scale"),
+        ({"products": "bf16"}, "unknown products"),
+        ({"rank": "all"}, "unknown rank"),
+        *(
+            ({name: 0}, f"{name} is too small")
+            for name in ("samples", "rows", "batch_size", "rank")
+        ),
+        *(
+            ({"structure": s, "rank": 2}, f"got: structure='{s}' with rank=2; allowed: a rank with")
+            for s in ("identity", "diagonal", "ekfac", "tridiagonal")
+        ),
+        *(({"share": n}, "the share is no share; got") for n in (0, -0.5, 1.5, math.nan, math.inf)),
+        *(
+            ({"temperature": n}, "the temperature is no temperature")
+            for n in (0, -1.0, math.nan, math.inf)
+        ),
+        ({"calibrate": False, "share": 0.5}, "got: calibrate=False with share=0.5"),
     ],
 )
-def test_unknown_names_and_small_numbers_are_refused(options: dict, hint: str) -> None:
+def test_settings_that_are_refused_before_any_work(options: dict, hint: str) -> None:
+    def nothing(*_: object, **__: object) -> None:
+        raise AssertionError("work was done")
+
+    model = llama()
+    model.forward = nothing
     with pytest.raises(ConfigError) as caught:
-        fit_curvature(tiny("llama"), ROWS["llama"], **{**FIT, **options})
+        fit_curvature(model, ROWS["llama"], **{**FIT, **options})
     assert hint in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -213,77 +170,34 @@ def test_an_adapter_of_another_kind_is_named(kind: str, options: dict[str, Any])
     config = getattr(peft, f"{kind}Config")(target_modules=["q_proj"], **options)
     model = peft.get_peft_model(base("llama", dtype=torch.float32), config)
     with pytest.raises(ModelError, match=f"no LoRA adapter; got: .* {kind.upper()}; .*LoraConfig"):
-        fit_curvature(model, ROWS["llama"], **FIT)
+        fit(model, "llama")
 
 
-def test_a_frozen_model_without_adapter_is_refused() -> None:
-    with pytest.raises(ModelError, match="no LoRA adapter"):
-        fit_curvature(base("llama").requires_grad_(False), ROWS["llama"], **FIT)
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_trained_model_without_adapter_has_the_curvature_of_its_weights(
-    kind: str, structure: str
-) -> None:
-    # That of a LoRA update in weight space, at W in place of at zero.
-    model = base(kind)
-    curvature = fit_curvature(model, ROWS[kind], structure, **FIT)
-    sites = find_sites(model)
-    assert all(isinstance(site, LinearSite) for site in sites)
-    want = fitted(kind, False, "weight", structure)
-    assert list(curvature.blocks) == list(want.blocks) == list(curvature.anchor)
-    dense = curvature.to_dense()
-    assert relative(dense, want.to_dense()) < 1e-9
-    assert curvature.quadratic(model) == 0.0
-
-    shift(model, seed=9)
-    value = dense_quadratic(curvature, model, dense)
-    value.backward()
-    nats, pulls = curvature.pulls(sites)
-    assert nats > 0 and relative(nats, value.detach()) < 1e-10
-    assert [id(p) for p, _ in pulls] == [id(site.weight) for site in sites]
-    for parameter, gradient in pulls:
-        assert relative(gradient, parameter.grad) < 1e-10
-    curvature.load_anchor(model)
-    assert curvature.at_anchor(sites)
-    assert curvature.quadratic(model) == 0.0
-
-
-def shift(model: nn.Module, seed: int) -> None:
-    random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for site in find_sites(model):
-            step = torch.randn(site.weight.shape, generator=random, dtype=torch.float64)
-            site.weight.add_(0.1 * step)
-
-
-def test_adapter_space_refuses_a_model_without_adapter() -> None:
-    with pytest.raises(CurvatureError, match="plain LoRA factors"):
-        fit_curvature(base("llama"), ROWS["llama"], space="adapter", **FIT)
-
-
-def test_a_trained_model_and_an_adapter_do_not_share_a_curvature() -> None:
-    with pytest.raises(MismatchError, match="no weights to hold"):
-        fitted("llama", False, "weight", "kfac").quadratic(base("llama"))
-
-
-def test_a_source_smaller_than_a_batch_is_refused() -> None:
-    with pytest.raises(SourceError, match="smaller than one batch"):
-        fit_curvature(tiny("llama"), ROWS["llama"], batch_size=5, progress=False)
-
-
-def test_a_layer_that_gets_no_gradient_is_an_error() -> None:
-    # With one position, attention does not depend on its query and key.
-    with pytest.raises(CurvatureError, match="no gradient at all"):
-        fit_curvature(tiny("llama"), [{"input_ids": [3, 7]}], batch_size=1, progress=False)
+@pytest.mark.parametrize(
+    ("model", "options", "error", "said"),
+    [
+        (lambda: base("llama").requires_grad_(False), {}, ModelError, "no LoRA adapter"),
+        (lambda: base("llama"), {"space": "adapter"}, CurvatureError, "plain LoRA factors"),
+        (llama, {"batch_size": 5}, SourceError, "smaller than one batch"),
+        # With one position, attention does not depend on its query and key.
+        (
+            llama,
+            {"source": [{"input_ids": [3, 7]}], "batch_size": 1},
+            CurvatureError,
+            "no gradient at all",
+        ),
+    ],
+)
+def test_fits_that_cannot_be(model: Any, options: dict, error: Any, said: str) -> None:
+    with pytest.raises(error, match=said):
+        fit(model(), "llama", **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("structure", ["kfac", "activation", "shampoo"])
 def test_rounded_factors_pull_nearly_as_whole_ones(kind: str, structure: str) -> None:
     model = tiny(kind).float()
-    curvature = fit_curvature(model, ROWS[kind], structure, **FIT)
+    curvature = fit(model, kind, structure)
     move(model, seed=9)
     sites = curvature.bind(model)
     nats, pulls = curvature.pulls(sites)
@@ -299,19 +213,25 @@ def test_rounded_factors_pull_nearly_as_whole_ones(kind: str, structure: str) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_around_a_later_anchor_and_in_double_precision_nothing_is_rounded(kind: str) -> None:
     for model, moved in ((tiny(kind), False), (tiny(kind, moved=True).float(), True)):
-        curvature = fit_curvature(model, ROWS[kind], "kfac", **FIT)
+        curvature = fit(model, kind)
         move(model, seed=9)
         sites = curvature.bind(model)
         assert bool(curvature.anchor) is moved
         assert curvature.pulls(sites, rounded=True)[0] == curvature.pulls(sites)[0]
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_tensors_move_together_and_what_is_shared_stays_so(structure: str) -> None:
+    curvature = fit(llama(moved=True), "llama", structure)
+    want, groups = known("llama", "weight", structure), curvature.groups()
+    assert curvature.to(torch.device("meta")) is curvature
+    assert {t.device.type for t in tensors(curvature)} == {"meta"}
+    assert {t.device.type for kept in curvature.anchor.values() for t in kept} == {"meta"}
+    assert curvature.groups() == groups
+    assert len({id(t) for t in tensors(curvature)}) == len({id(t) for t in tensors(want)})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokenised_rows_are_taken_as_they_are(kind: str) -> None:
-    model = tiny(kind)
     ready = encode(ROWS[kind], None, max_length=16, causal=kind == "llama")
-    want = fit_curvature(model, ROWS[kind], "kfac", **FIT)
-    got = fit_curvature(model, ready, "kfac", **FIT)
-    for name, block in want.blocks.items():
-        for key, tensor in block.tensors().items():
-            assert torch.equal(got.blocks[name].tensors()[key], tensor)
+    same(fit(tiny(kind, moved=True), kind, source=ready), known(kind), 1e-15)

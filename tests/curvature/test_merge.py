@@ -1,16 +1,20 @@
-"""``a + b``: what a sum keeps, and how near it is, against dense matrices."""
+"""``a + b``: what adds, what a sum keeps, and how near it is, against dense matrices."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from retain import Curvature, fit_curvature
+from fits import definite, dense, fit, known, measure, pair, same, split_anew, text
+from retain import Curvature, load_curvature, reanchored
 from retain.curvature.blocks.base import Block
 from retain.curvature.blocks.factor import SketchFactor
+from retain.errors import MismatchError
 from retain.types import SPACES
-from sums import definite, dense, fit, measure, pair, same, text
 from tiny import KINDS, STRUCTURES, move, relative, tiny
 
 F64 = torch.float64
@@ -22,6 +26,77 @@ SOME = pytest.mark.parametrize(
     ("kind", "space", "structure"),
     [(k, p, s) for k, p in zip(KINDS, SPACES, strict=True) for s in STRUCTURES],
 )
+
+
+# --- what adds ---
+
+
+@pytest.mark.parametrize(
+    ("other", "what", "got"),
+    [
+        ({"structure": "shampoo"}, "structures", "kfac and shampoo"),
+        ({"structure": "tridiagonal"}, "structures", "kfac and tridiagonal"),
+        ({"space": "adapter"}, "spaces", "weight and adapter"),
+        ({"fisher": "empirical"}, "Fishers", "mc and empirical"),
+        ({"rank": 2}, "ranks of sketches", "None and 2"),
+        ({"fisher": "tempered", "temperature": 3.0}, "temperatures", "2.0 and 3.0"),
+    ],
+)
+def test_fits_of_other_settings_do_not_add(other: dict, what: str, got: str) -> None:
+    a = known("llama", fisher="tempered" if "temperature" in other else "mc")
+    b = known("llama", **other)
+    for one, two, names in ((a, b, got), (b, a, " and ".join(reversed(got.split(" and "))))):
+        with pytest.raises(MismatchError, match=f"different {what} do not add") as caught:
+            one + two
+        assert f"got: {names}" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_fits_of_other_models_do_not_add(structure: str) -> None:
+    a = known("llama", "weight", structure)
+    for model, what in (
+        (tiny("llama", moved=True, seed=5), "base models"),
+        (tiny("bert", moved=True), "base models"),
+        (tiny("llama", moved=True, targets=["q_proj", "down_proj"]), "layers"),
+    ):
+        with pytest.raises(MismatchError, match=f"different {what} do not add"):
+            a + measure(model, 1, structure)
+
+
+@SOME
+def test_fits_around_other_anchors_do_not_add(kind: str, space: str, structure: str) -> None:
+    a, away = pair(kind, space, structure)[0], tiny(kind, moved=True)
+    move(away, 4, size=1e-3)
+    b = measure(away, 2, structure, space=space)
+    for x, y in ((a, b), (b, a), (a, pair(kind, space, structure, moved=False)[1])):
+        with pytest.raises(MismatchError, match=r"different anchors do not add; .*reanchored"):
+            x + y
+
+
+def test_a_curvature_adds_to_nothing_else() -> None:
+    for wrong in (lambda: known("llama") + 1, lambda: sum([known("llama")])):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_split_of_an_update_is_no_part_of_the_anchor(structure: str) -> None:
+    model = tiny("llama", moved=True)
+    a, c = (measure(model, 1, structure, space=space) for space in SPACES)
+    split_anew(model)
+    b, d = (measure(model, 2, structure, space=space) for space in SPACES)
+    same(a + b, a + pair("llama", "weight", structure)[1], 1e-6)
+    assert (a + b).quadratic(model) == pytest.approx(0, abs=1e-12)
+    with pytest.raises(MismatchError, match="different anchors"):
+        c + d
+
+    # At B = 0 there is no update, whatever A or the rank.
+    e = measure(tiny("llama"), 1, structure) + measure(tiny("llama", rank=3), 2, structure)
+    assert e.anchor == {}
+
+
+# --- what a sum keeps ---
 
 
 @EACH
@@ -40,7 +115,7 @@ def test_a_sum_commutes_and_keeps_traces(kind: str, space: str, structure: str) 
         lost += float((x + y - kept).square().sum())
         whole += float((x + y).square().sum())
     assert total.info.merge_loss == pytest.approx((lost / whole) ** 0.5, abs=1e-7)
-    assert set(total.links) == set(a.links)
+    assert set(total.links) == set(a.links) and set(total.anchor) == set(a.anchor)
     definite(total.to_dense())
     for key in ("tokens", "predictions", "sequences", "merged"):
         assert getattr(total.info, key) == getattr(a.info, key) + getattr(b.info, key)
@@ -55,10 +130,16 @@ def test_a_sum_commutes_and_keeps_traces(kind: str, space: str, structure: str) 
 
 
 @SOME
-def test_a_sum_takes_the_memory_of_a_part(kind: str, space: str, structure: str) -> None:
+def test_a_sum_takes_the_memory_of_a_part(
+    kind: str, space: str, structure: str, tmp_path: Path
+) -> None:
     a, b = pair(kind, space, structure)
     total = a + b
-    assert total.memory() == a.memory()
+    loaded = [load_curvature(c.save(tmp_path / str(n))) for n, c in enumerate((a, b, total))]
+    for again in (loaded[0] + b, a + loaded[1], loaded[0] + loaded[1], loaded[2]):
+        same(again, total, 1e-12)
+        assert again.memory() == total.memory() == a.memory()
+        assert again.info.merge_loss == pytest.approx(total.info.merge_loss, abs=1e-8)
     for _ in range(20):
         total = total + b
         assert total.memory() == a.memory()
@@ -95,8 +176,8 @@ def rearranged(a: Block, b: Block) -> Tensor:
 def test_the_kept_product_is_the_nearest(kind: str, space: str, structure: str) -> None:
     a, b = pair(kind, space, structure)
     total, random = a + b, torch.Generator().manual_seed(0)
-    assert sharing(total) == sharing(a)
-    for names in sharing(a):
+    assert total.groups() == a.groups()
+    for names in a.groups():
         sums = [rearranged(a.blocks[n], b.blocks[n]) for n in names]
         left, values, right = torch.linalg.svd(torch.cat(sums), full_matrices=False)
         s = total.blocks[names[0]].inputs.dense().reshape(-1)
@@ -132,30 +213,22 @@ def test_ekfac_keeps_the_diagonal_of_the_sum_in_its_basis(kind: str, space: str)
         assert relative(basis.T @ basis, torch.eye(len(basis), dtype=basis.dtype)) < 1e-12
         want = (basis.T @ (x + y) @ basis).diagonal().reshape(block.shape)
         assert relative(block.values, want) < 1e-12
-    assert sharing(total) == sharing(a)
-
-
-def sharing(curvature: Curvature) -> list[list[str]]:
-    groups: dict[int, list[str]] = {}
-    for name, block in curvature.blocks.items():
-        groups.setdefault(id(block.inputs), []).append(name)
-    return list(groups.values())
+    assert total.groups() == a.groups()
 
 
 @pytest.mark.parametrize("structure", ["kfac", "shampoo", "activation"])
 def test_sums_of_sketches_stay_within_their_bounds(structure: str) -> None:
     whole = pair("llama", "weight", structure)
     for rank in (1, 2, 4):
-        a, b = (fit("llama", "weight", structure, seed, rank=rank) for seed in (1, 2))
+        a, b = pair("llama", "weight", structure, rank=rank)
         total = a + b
         assert total.memory() == a.memory()
-        for names in sharing(a):
+        for names in a.groups():
             ours, theirs = [a.blocks[n] for n in names], [b.blocks[n] for n in names]
-            blocks, _, _, ways = type(ours[0]).merge(ours, theirs)
-            for n, block, way in zip(names, blocks, ways, strict=True):
-                assert total.blocks[n].trace() == pytest.approx(
-                    a.blocks[n].trace() + b.blocks[n].trace(), rel=1e-10
-                )
+            merged = type(ours[0]).merge(ours, theirs)
+            for n, block, way in zip(names, merged.blocks, merged.weights, strict=True):
+                want = a.blocks[n].trace() + b.blocks[n].trace()
+                assert total.blocks[n].trace() == pytest.approx(want, rel=1e-10)
                 for side, factor in block.factors().items():
                     x, y = (c.blocks[n].factors()[side].dense() for c in whole)
                     p, q = way[side == "inputs"]
@@ -164,8 +237,7 @@ def test_sums_of_sketches_stay_within_their_bounds(structure: str) -> None:
                     bound = factor.bound if isinstance(factor, SketchFactor) else 0.0
                     assert float(off) <= float(bound) + 1e-10 * float(truth.trace())
                     kept = total.blocks[n].factors()[side].tensors()
-                    for key, tensor in factor.tensors().items():
-                        assert torch.equal(kept[key], tensor)
+                    assert all(torch.equal(kept[k], t) for k, t in factor.tensors().items())
         definite(total.to_dense())
 
 
@@ -173,15 +245,12 @@ def test_sums_of_sketches_stay_within_their_bounds(structure: str) -> None:
 def test_two_halves_add_up_to_the_whole(structure: str) -> None:
     # A curvature is a mean over predictions, so halves are weighted by theirs.
     model, rows = tiny("llama", moved=True), text(1, 8)
-    options = {"fisher": "empirical", "batch_size": 2, "progress": False}
     a, b, whole = (
-        fit_curvature(model, part, structure, **options) for part in (rows[:3], rows[3:], rows)
+        fit(model, "llama", structure, source=part, fisher="empirical")
+        for part in (rows[:3], rows[3:], rows)
     )
     n, m = a.info.predictions, b.info.predictions
     same(n / (n + m) * a + m / (n + m) * b, whole, 1e-12)
-
-
-# --- zero blocks ---
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("llama", F64), ("bert", torch.float32)])
@@ -192,8 +261,7 @@ def test_zero_blocks(kind: str, space: str, structure: str, dtype: torch.dtype) 
     model = tiny(kind, dtype=dtype)
     a, b = (measure(model, seed, structure, space=space) for seed in (1, 2))
     tolerance = 1e-9 if dtype == F64 else 1e-4
-    total = a + b
-    for name, block in total.blocks.items():
+    for name, block in (a + b).blocks.items():
         definite(block.to_dense())
         want = a.blocks[name].trace() + b.blocks[name].trace()
         assert block.trace() == pytest.approx(want, rel=tolerance, abs=1e-300)
@@ -202,3 +270,62 @@ def test_zero_blocks(kind: str, space: str, structure: str, dtype: torch.dtype) 
     nothing = 0.0 * a + 0.0 * b
     assert nothing.info.merge_loss == 0
     assert all(bool((t == 0).all()) for t in dense(nothing).values())
+
+
+# --- anchors that move ---
+
+
+@SOME
+def test_reanchoring_moves_the_zero(kind: str, space: str, structure: str) -> None:
+    model = tiny(kind, moved=True)
+    a = measure(model, 1, structure, space=space)
+    move(model, 7)
+    moved = reanchored(a, model)
+    assert a.quadratic(model) > 1e-6
+    assert all(moved.blocks[name] is block for name, block in a.blocks.items())
+    assert moved.links == a.links
+    nats, pulls = moved.pulls(moved.bind(model))
+    assert abs(nats) <= (0 if space == "adapter" else 1e-12)
+    assert max(float(g.abs().max()) for _, g in pulls) <= (0 if space == "adapter" else 1e-12)
+    b = measure(model, 2, structure, space=space)
+    with pytest.raises(MismatchError, match="different anchors"):
+        a + b
+    total = moved + b
+    split_anew(model)
+    if space == "weight":
+        assert total.quadratic(model) == pytest.approx(0, abs=1e-12)
+        same(reanchored(a, model) + b, total, 1e-12)
+    move(model, 8)
+    assert all(c.quadratic(model) > 1e-6 for c in (moved, b, total))
+
+
+def test_reanchoring_needs_the_curvatures_own_model() -> None:
+    a = known("llama")
+    with pytest.raises(MismatchError, match="another base model"):
+        reanchored(a, tiny("llama", seed=5))
+    with pytest.raises(MismatchError, match="one rank"):
+        reanchored(known("llama", "adapter"), tiny("llama", rank=3))
+    assert reanchored(a, tiny("llama", rank=3)).anchor == {}
+
+
+CONSOLIDATED: list[tuple[str, str, Any]] = [("weight", s, None) for s in STRUCTURES]
+CONSOLIDATED += [("adapter", "tridiagonal", None), ("weight", "kfac", 2)]
+
+
+@pytest.mark.parametrize(("space", "structure", "rank"), CONSOLIDATED)
+def test_twenty_tasks_at_constant_memory(space: str, structure: str, rank: int | None) -> None:
+    model, options = tiny("llama", moved=True), {"space": space, "rank": rank, "batch_size": 4}
+    total = measure(model, 0, structure, **options)
+    size, traces = total.memory(), {n: b.trace() for n, b in total.blocks.items()}
+    for task in range(1, 20):
+        move(model, task, size=0.05)
+        new = measure(model, task, structure, **options)
+        total = reanchored(total, model) + new
+        traces = {n: t + new.blocks[n].trace() for n, t in traces.items()}
+        assert total.memory() == size
+        assert abs(total.quadratic(model)) < 1e-10
+    assert total.info.merged == 20
+    for name, block in total.blocks.items():
+        assert block.trace() == pytest.approx(traces[name], rel=1e-9)
+    definite(total.to_dense())
+    assert len(total.anchor) == 14 and len(total.blocks) == (14 if space == "weight" else 28)

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from oracles import Oracle, kfac, shampoo
-from oracles_more import ekfac_given
-from quadratics import dense_quadratic
+import fits
+from fits import dense_quadratic, dora, same
+from oracles import How, Oracle, ekfac_given, kfac, shampoo
 from retain import Curvature, fit_curvature, load_curvature
 from retain.errors import CurvatureError, MismatchError, ModelError, SourceError
 from retain.models.sites import is_idle, lora_sites, row_scales
 from retain.retention.force import Force
-from sums import dora, same
 from tiny import KINDS, ROWS, STRUCTURES, base, move, relative, tiny
 
 TASK = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS"}
@@ -34,8 +33,7 @@ def peft(kind: str, model: nn.Module | None = None, **options: Any) -> PeftModel
 
 
 def fit(model: nn.Module, kind: str, structure: str = "kfac", **options: Any) -> Curvature:
-    options = {"fisher": "exact", "batch_size": 2, "progress": False} | options
-    return fit_curvature(model, ROWS[kind], structure, **options)
+    return fits.fit(model, kind, structure, **{"fisher": "exact"} | options)
 
 
 # --- rsLoRA and tied embeddings ---
@@ -125,8 +123,11 @@ def test_the_oracle_of_dora_is_that_of_the_effective_weight() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_dora_in_weight_space(kind: str, structure: str, tmp_path: Path) -> None:
     model, o = dora(kind), oracle(kind)
-    curvature, dense = fit(model, kind, structure), o.dense("weight", "exact")
-    c, (f, g) = factors(model), (kfac(o, "weight", "exact"), shampoo(o, "weight", "exact"))
+    curvature, dense = fit(model, kind, structure), o.dense("weight", How("exact"))
+    c, (f, g) = (
+        factors(model),
+        (kfac(o, "weight", How("exact")), shampoo(o, "weight", How("exact"))),
+    )
     mean = sum(b.trace() for b in dense.values()) / sum(len(b) for b in dense.values())
     for name, block in curvature.blocks.items():
         full, one = dense[name], torch.eye(len(dense[name]), dtype=torch.float64)

@@ -11,8 +11,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fits import SEEDS, Setup, fitted, groups, model_of, moved, setups
-from quadratics import dense_quadratic, displacement, joined
+from fits import (
+    SEEDS,
+    Setup,
+    dense_quadratic,
+    displacement,
+    fitted,
+    groups,
+    joined,
+    model_of,
+    moved,
+    setups,
+)
 from retain import Curvature
 from retain.errors import ConfigError, MismatchError
 from retain.models.sites import find_sites, lora_sites

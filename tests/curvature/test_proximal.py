@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import cache
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from quadratics import dense_quadratic
-from retain import Curvature, fit_curvature
+from fits import dense_quadratic, fit, known
+from retain import Curvature
 from retain.curvature.anchor import proximal
 from retain.models.sites import Site, find_sites, lora_sites
 from retain.types import SPACES
-from tiny import KINDS, ROWS, STRUCTURES, base, move, relative, tiny
+from tiny import KINDS, STRUCTURES, base, move, relative, tiny
 
-FIT = {"batch_size": 2, "progress": False, "seed": 2}
 EACH = pytest.mark.parametrize(
     ("kind", "space", "structure", "anchored"),
     [(k, p, s, m) for k in KINDS for p in SPACES for s in STRUCTURES for m in (False, True)],
 )
-
-
-@cache
-def fitted(kind: str, space: str, structure: str, moved: bool) -> Curvature:
-    return fit_curvature(tiny(kind, moved=moved), ROWS[kind], structure, space=space, **FIT)
 
 
 def stepped(curvature: Curvature) -> Curvature:
@@ -51,7 +44,7 @@ def test_a_step_is_a_minimum_in_each_half(
     kind: str, space: str, structure: str, anchored: bool
 ) -> None:
     model = tiny(kind, moved=anchored)
-    curvature = fitted(kind, space, structure, anchored)
+    curvature = known(kind, space, structure, anchored)
     bound = stepped(curvature)
     full = bound.to_dense()
     move(model, seed=9)
@@ -87,13 +80,9 @@ def test_a_step_is_a_minimum_in_each_half(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_of_full_weights_is_a_minimum(kind: str, structure: str) -> None:
     model = base(kind)
-    curvature = fit_curvature(model, ROWS[kind], structure, **FIT)
+    curvature = fit(model, kind, structure)
     sites = find_sites(model)
-    random = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for site in sites:
-            step = torch.randn(site.weight.shape, generator=random, dtype=torch.float64)
-            site.weight.add_(0.1 * step)
+    move(model, seed=3, size=0.1)
     for site in (sites[0], sites[3], sites[-1]):
         before = site.weight.detach().clone()
         proximal(curvature, sites, {id(site.weight): 1.7})
@@ -106,7 +95,7 @@ def test_a_step_of_full_weights_is_a_minimum(kind: str, structure: str) -> None:
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_all_sites_at_once_are_one_after_the_other(structure: str, space: str) -> None:
     together, apart = (tiny("llama", moved=True) for _ in range(2))
-    curvature = fitted("llama", space, structure, True)
+    curvature = known("llama", space, structure, True)
     for model in (together, apart):
         move(model, seed=9)
     proximal(curvature, lora_sites(together), taus(lora_sites(together), seed=1))
@@ -124,7 +113,7 @@ def test_all_sites_at_once_are_one_after_the_other(structure: str, space: str) -
 def test_a_step_never_makes_the_quadratic_grow(
     kind: str, space: str, structure: str, anchored: bool
 ) -> None:
-    model, curvature = tiny(kind, moved=anchored), fitted(kind, space, structure, anchored)
+    model, curvature = tiny(kind, moved=anchored), known(kind, space, structure, anchored)
     sites = lora_sites(model)
     for power in range(-3, 13):
         move(model, seed=power + 3)
@@ -145,6 +134,6 @@ def test_frozen_weights_stay(structure: str, space: str) -> None:
     sites[1].b.requires_grad_(False)
     frozen = [sites[0].a.detach().clone(), sites[1].b.detach().clone()]
     steps = {id(p): 1.0 for s in sites for p in parts(s)}
-    proximal(fitted("llama", space, structure, True), sites, steps)
+    proximal(known("llama", space, structure, True), sites, steps)
     assert torch.equal(sites[0].a, frozen[0])
     assert torch.equal(sites[1].b, frozen[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retain import Curvature, fit_curvature, load_curvature
+from fits import SEEDS, fit, known
+from retain import Curvature, load_curvature
 from retain.curvature.blocks import ranks
 from retain.curvature.blocks.factor import (
     DenseFactor,
@@ -23,14 +23,12 @@ from retain.curvature.blocks.factor import (
     inner,
     truncate,
 )
-from retain.curvature.blocks.kronecker import KroneckerBlock
 from retain.curvature.blocks.ranks import sketch_rank
 from retain.curvature.blocks.sketch import sketch_finish, sketch_update
-from tiny import KINDS, ROWS, relative, tiny
+from tiny import KINDS, relative, tiny
 
 F64 = torch.float64
 FACTORS = ("dense", "scalar", "sketch")
-SEEDS = st.integers(0, 2**31 - 1)
 SIZES = st.tuples(st.integers(2, 12), st.integers(1, 6)).filter(lambda s: 2 * s[1] <= s[0])
 SPECTRA = ("flat", "decaying", "steep", "low")
 HARD = settings(max_examples=25, deadline=None)
@@ -213,43 +211,7 @@ def test_a_factor_is_its_dense_matrix(
     assert torch.equal(again.dense(), full)
 
 
-@pytest.mark.parametrize("inputs", FACTORS)
-@pytest.mark.parametrize("outputs", FACTORS)
-@pytest.mark.parametrize("sizes", [(9, 6), (6, 9)])
-@pytest.mark.parametrize("anchored", [0, 2])
-def test_a_block_of_any_two_factors_is_the_dense_block(
-    inputs: str, outputs: str, sizes: tuple[int, int], anchored: int
-) -> None:
-    (out, into), random = sizes, torch.Generator().manual_seed(5)
-    s, g = example(inputs, into, 2, 3)[0], example(outputs, out, 3, 4)[0]
-    block, plain = KroneckerBlock(s, g), KroneckerBlock(s.dense(), g.dense())
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random, dtype=F64)
-
-    d, left, right = draw(out, into), draw(out, 2), draw(2, into)
-    b0, a0 = draw(out, anchored), draw(anchored, into)
-    assert relative(block.to_dense(), plain.to_dense()) < 1e-12
-    assert block.trace() == pytest.approx(plain.trace(), rel=1e-12)
-    assert relative(block.matvec(d), plain.matvec(d)) < 1e-10
-    for mine, theirs in zip(block.thin(left, right), plain.thin(left, right), strict=True):
-        assert relative(mine, theirs) < 1e-10
-    for tau in (0.0, 1e-2, 1.0, 1e3):
-        assert relative(block.prox(d, tau), plain.prox(d, tau)) < 1e-7
-        for which, start, c in (("prox_left", left, right), ("prox_right", right, left)):
-            mine = getattr(block, which)(start, c, b0, a0, tau)
-            assert relative(mine, getattr(plain, which)(start, c, b0, a0, tau)) < 1e-7
-
-
 # --- fits ---
-
-
-@cache
-def fit(kind: str, structure: str, space: str, rank: Any, batch_size: int = 2) -> Curvature:
-    return fit_curvature(
-        tiny(kind, moved=True), ROWS[kind], structure, space=space, rank=rank, seed=3,
-        batch_size=batch_size, progress=False,
-    )  # fmt: skip
 
 
 def near(got: Curvature, want: Curvature, rank: int) -> set[int]:
@@ -275,9 +237,9 @@ def near(got: Curvature, want: Curvature, rank: int) -> set[int]:
 def test_a_sketched_fit_stays_within_its_bounds(
     kind: str, structure: str, space: str, rank: int
 ) -> None:
-    whole = fit(kind, structure, space, None)
+    whole = known(kind, space, structure, rank=None)
     for batch_size in (2, 4):
-        got = fit(kind, structure, space, rank, batch_size)
+        got = known(kind, space, structure, rank=rank, batch_size=batch_size)
         wide = {size for size in (2, 4, 8, 12) if 2 * rank <= size}
         seen = near(got, whole, rank)
         assert wide & {8, 12} <= seen <= wide
@@ -294,25 +256,23 @@ def test_a_sketched_fit_stays_within_its_bounds(
 def test_by_default_only_wide_sides_are_sketched(monkeypatch: Any) -> None:
     found = [sketch_rank(d, "auto") for d in (512, 2048, 2049, 14336)]
     assert found == [None, None, 256, 256]
-    usual = fit("llama", "kfac", "weight", "auto")
+    usual, whole = known("llama"), known("llama", rank=None)
     assert usual.info.rank is None
-    assert usual.memory() == fit("llama", "kfac", "weight", None).memory()
+    assert usual.memory() == whole.memory()
     monkeypatch.setattr(ranks, "WHOLE", 8)
     monkeypatch.setattr(ranks, "USUAL_RANK", 3)
-    got = fit_curvature(
-        tiny("llama", moved=True), ROWS["llama"], seed=3, batch_size=2, progress=False
-    )
+    got = fit(tiny("llama", moved=True), "llama")
     assert got.info.rank == 3
-    assert near(got, fit("llama", "kfac", "weight", None), 3) == {12}
+    assert near(got, whole, 3) == {12}
     assert got.memory() < usual.memory()
-    plain = fit("llama", "tridiagonal", "weight", "auto")
-    assert plain.memory() == fit("llama", "tridiagonal", "weight", None).memory()
+    plain = fit(tiny("llama", moved=True), "llama", "tridiagonal")
+    assert plain.memory() == known("llama", "weight", "tridiagonal", rank=None).memory()
 
 
 def test_sketches_are_smaller_and_survive_a_file(tmp_path) -> None:
-    got = fit("llama", "kfac", "weight", 1)
+    got = known("llama", rank=1)
     assert got.info.rank == 1
-    assert got.memory() < fit("llama", "kfac", "weight", None).memory() / 2
+    assert got.memory() < known("llama", rank=None).memory() / 2
     again = load_curvature(got.save(tmp_path / "c.safetensors"))
     assert again.memory() == got.memory()
     for name, block in again.blocks.items():

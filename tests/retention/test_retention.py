@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from quadratics import dense_quadratic
+from fits import dense_quadratic
 from retain import Curvature, fit_curvature
 from retain.data.batches import collate
 from retain.data.sources import encode

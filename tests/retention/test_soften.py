@@ -13,6 +13,7 @@ from peft import PeftModel
 from sequences import begun, learn, method_of, run, source, tasks_of
 from torch import Tensor, nn
 
+from fits import dora, measure
 from retain import Curvature, soften
 from retain.curvature.blocks.base import Block
 from retain.curvature.blocks.factor import SketchFactor
@@ -24,7 +25,6 @@ from retain.retention.measure import Reference
 from retain.retention.soften import curve
 from retain.retention.soften.subspace import Subspace, sides
 from retain.retention.state import choose
-from sums import dora, measure
 from tiny import KINDS, base, move, relative, tiny, weights
 
 EPSILON = 1e-3

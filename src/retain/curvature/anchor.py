@@ -16,7 +16,7 @@ from retain.errors import MismatchError
 from retain.models.fingerprint import fingerprint
 from retain.models.sites import LinearSite, LoraSite, Site
 
-__all__ = ["Displacements", "anchor_of", "check_sites", "proximal", "site_tensor"]
+__all__ = ["Displacements", "anchor_of", "check_sites", "proximal", "site_tensor", "whole_weights"]
 
 
 def site_tensor(site: Site) -> Tensor:
@@ -67,6 +67,20 @@ def check_sites(curvature: BlockOperator, model: nn.Module, sites: Sequence[Site
                 )
 
 
+def whole_weights(curvature: BlockOperator, site: Site) -> list[tuple[str, nn.Parameter, Tensor]]:
+    """(block, weight, its value at the anchor) of what moves as a whole matrix.
+
+    Of LoRA in weight space nothing does: there the update is a product.
+    """
+    kept = curvature.anchor.get(site.name, ())
+    if isinstance(site, LinearSite):
+        return [(site.name, site.weight, kept[0])]
+    if curvature.info.space == "weight":
+        return []
+    names = (part(site.name, "lora_B"), part(site.name, "lora_A"))
+    return list(zip(names, (site.b, site.a), kept, strict=True))
+
+
 @dataclass(frozen=True)
 class Displacements:
     """Displacements by block name: thin ones, ``(left, right)``, and full ones, D itself."""
@@ -79,22 +93,12 @@ class Displacements:
         """The present displacements, in the blocks' precision."""
         found = cls()
         for site in sites:
-            name, anchor = site.name, curvature.anchor
-            dtype = _dtype_of(curvature, site)
-            if isinstance(site, LinearSite):
-                found.full[name] = site.weight.detach().to(dtype) - anchor[name][0]
-                continue
-            a, b = site.a.detach().to(dtype), site.b.detach().to(dtype)
-            if curvature.info.space == "adapter":
-                b0, a0 = anchor[name]
-                found.full[part(name, "lora_A")] = a - a0
-                found.full[part(name, "lora_B")] = b - b0
-                continue
-            left, right = site.scaling * b, a
-            if len(anchor.get(name, ())) == 2:
-                b0, a0 = anchor[name]
-                left, right = torch.cat([left, -b0], 1), torch.cat([right, a0], 0)
-            found.thin[name] = (left, right)
+            for name, weight, start in whole_weights(curvature, site):
+                found.full[name] = weight.detach().to(start.dtype) - start
+            if isinstance(site, LoraSite) and curvature.info.space == "weight":
+                a, b, b0, a0 = _thin(curvature, site)
+                left = torch.cat([site.scaling * b, -b0], 1) if b0.shape[1] else site.scaling * b
+                found.thin[site.name] = (left, torch.cat([a, a0], 0) if len(a0) else a)
         return found
 
 
@@ -121,6 +125,15 @@ def _dtype_of(curvature: BlockOperator, site: Site) -> torch.dtype:
     return next(iter(curvature.blocks[name].tensors().values())).dtype
 
 
+def _thin(curvature: BlockOperator, site: LoraSite) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A, B and the anchor's B_0, A_0, which may be of rank 0, in the block's precision."""
+    dtype = _dtype_of(curvature, site)
+    a, b = site.a.detach().to(dtype), site.b.detach().to(dtype)
+    kept = curvature.anchor.get(site.name, ())
+    b0, a0 = kept if len(kept) == 2 else (b[:, :0], a[:0])
+    return a, b, b0, a0
+
+
 def proximal(curvature: BlockOperator, sites: Sequence[Site], steps: dict[int, float]) -> None:
     """One implicit step of the quadratic q, in place: of each layer first B, then A.
 
@@ -141,32 +154,15 @@ def proximal(curvature: BlockOperator, sites: Sequence[Site], steps: dict[int, f
 
     with torch.no_grad():
         for site in sites:
-            if isinstance(site, LinearSite):
-                halves = [(site.name, site.weight, curvature.anchor[site.name][0])]
-            elif curvature.info.space == "adapter":
-                b0, a0 = curvature.anchor[site.name]
-                halves = [
-                    (part(site.name, "lora_B"), site.b, b0),
-                    (part(site.name, "lora_A"), site.a, a0),
-                ]
-            else:
-                _step_thin(curvature, site, tau(site.b), tau(site.a))
-                continue
-            for name, parameter, start in halves:
-                if tau(parameter):
-                    d = parameter.detach().to(start.dtype) - start
-                    parameter.copy_(start + curvature.blocks[name].prox(d, tau(parameter)))
-
-
-def _step_thin(curvature: BlockOperator, site: LoraSite, tau_b: float, tau_a: float) -> None:
-    block, s = curvature.blocks[site.name], site.scaling
-    dtype = _dtype_of(curvature, site)
-    a, b = site.a.detach().to(dtype), site.b.detach().to(dtype)
-    b0, a0 = b[:, :0], a[:0]
-    if len(curvature.anchor.get(site.name, ())) == 2:
-        b0, a0 = curvature.anchor[site.name]
-    if tau_b:
-        b = block.prox_left(b, s * a, b0, a0, tau_b)
-        site.b.copy_(b)
-    if tau_a:
-        site.a.copy_(block.prox_right(a, s * b, b0, a0, tau_a))
+            for name, weight, start in whole_weights(curvature, site):
+                if tau(weight):
+                    d = weight.detach().to(start.dtype) - start
+                    weight.copy_(start + curvature.blocks[name].prox(d, tau(weight)))
+            if isinstance(site, LoraSite) and curvature.info.space == "weight":
+                block, s = curvature.blocks[site.name], site.scaling
+                a, b, b0, a0 = _thin(curvature, site)
+                if tau(site.b):
+                    b = block.prox_left(b, s * a, b0, a0, tau(site.b))
+                    site.b.copy_(b)
+                if tau(site.a):
+                    site.a.copy_(block.prox_right(a, s * b, b0, a0, tau(site.a)))

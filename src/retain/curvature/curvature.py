@@ -19,16 +19,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from retain.curvature.anchor import Displacements, anchor_of, check_sites, site_tensor
+from retain.curvature.anchor import (
+    Displacements,
+    anchor_of,
+    check_sites,
+    site_tensor,
+    whole_weights,
+)
 from retain.curvature.artifact import read_curvature, save_curvature
-from retain.curvature.info import part
 from retain.curvature.merge import merge
 from retain.curvature.operator import Anchor, BlockOperator
 from retain.curvature.stack import stacks
 from retain.errors import MismatchError
 from retain.models.fingerprint import fingerprint
 from retain.models.forward import no_autocast
-from retain.models.sites import LinearSite, LoraSite, Site, find_sites
+from retain.models.sites import LoraSite, Site, find_sites
 
 __all__ = ["Anchor", "Curvature", "Pull", "load_curvature", "reanchored"]
 
@@ -119,12 +124,9 @@ class Curvature(BlockOperator):
                 thin[j] = (thin[j][0] + p @ (q @ rj.T), thin[j][1] + (lj.T @ p) @ q)
             pulls: list[Pull] = []
             for site in sites:
-                if isinstance(site, LinearSite):
-                    pulls.append(Pull(site.weight, full[site.name]))
-                elif self.info.space == "adapter":
-                    pulls.append(Pull(site.a, full[part(site.name, "lora_A")]))
-                    pulls.append(Pull(site.b, full[part(site.name, "lora_B")]))
-                else:
+                whole = whole_weights(self, site)
+                pulls += [Pull(weight, full[name]) for name, weight, _ in whole]
+                if not whole and isinstance(site, LoraSite):
                     left, right = thin[site.name]
                     pulls.append(Pull(site.b, site.scaling * left[:, : site.rank]))
                     pulls.append(Pull(site.a, right[: site.rank]))
@@ -163,22 +165,17 @@ class Curvature(BlockOperator):
         Raises:
             MismatchError: a curvature of weight space, whose anchor is an update, not factors.
         """
-        sites = self.bind(model)
+        parts = [part for site in self.bind(model) for part in whole_weights(self, site)]
+        if not parts:
+            raise MismatchError(
+                "only an adapter-space curvature has factors to start from",
+                got="space='weight'",
+                allowed="space='adapter'",
+                fix="start from any adapter with the anchor's update",
+            )
         with torch.no_grad():
-            for site in sites:
-                if isinstance(site, LinearSite):
-                    site.weight.copy_(self.anchor[site.name][0])
-                elif self.info.space == "adapter":
-                    b0, a0 = self.anchor[site.name]
-                    site.a.copy_(a0)
-                    site.b.copy_(b0)
-                else:
-                    raise MismatchError(
-                        "only an adapter-space curvature has factors to start from",
-                        got="space='weight'",
-                        allowed="space='adapter'",
-                        fix="start from any adapter with the anchor's update",
-                    )
+            for _, weight, start in parts:
+                weight.copy_(start)
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, whole or not at all; see `retain.curvature.artifact`."""
@@ -186,17 +183,15 @@ class Curvature(BlockOperator):
 
     def at_anchor(self, sites: Sequence[Site]) -> bool:
         """Whether the present weights are the anchor's: LoRA's A and B, or full weights."""
+        parts = [part for site in sites for part in whole_weights(self, site)]
+        if parts:  # compared as the model can hold them
+            return all(torch.equal(w.detach(), start.to(w.dtype)) for _, w, start in parts)
         now = anchor_of(self, sites)
-        if now.keys() != self.anchor.keys():
-            return False
-        update = self.info.space == "weight" and isinstance(sites[0], LoraSite)
-        for site in sites:
-            for x, kept in zip(now.get(site.name, ()), self.anchor.get(site.name, ()), strict=True):
-                # Weights are compared as the model can hold them.
-                dtype = x.dtype if update else site_tensor(site).dtype
-                if not torch.equal(x.to(dtype), kept.to(x.device, dtype)):
-                    return False
-        return True
+        return now.keys() == self.anchor.keys() and all(
+            torch.equal(x, kept.to(x))
+            for name, pair in now.items()
+            for x, kept in zip(pair, self.anchor[name], strict=True)
+        )
 
 
 def load_curvature(path: str | Path) -> Curvature:

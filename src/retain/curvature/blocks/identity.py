@@ -71,7 +71,7 @@ class IdentityBlock(Block):
 
     def scaled(self, c: float, made: dict[int, Tensor] | None = None) -> IdentityBlock:
         known = {} if made is None else made
-        return IdentityBlock(known.setdefault(id(self.scale), c * self.scale), self.shape)
+        return type(self)(known.setdefault(id(self.scale), c * self.scale), self.shape)
 
     @classmethod
     def merge(cls, a: Sequence[IdentityBlock], b: Sequence[IdentityBlock]) -> Merged:
