@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from retain.curvature.blocks.kronecker import KroneckerBlock
 from retain.curvature.fit.capture import shared_inputs
-from retain.curvature.plan import cost, factor_bytes, fitting_bytes
+from retain.curvature.plan import cost, kept_bytes
 from retain.data.batches import Batch
 from retain.errors import ConfigError, CurvatureError, ModelError
 from retain.models.lora import attach_lora
@@ -44,8 +44,8 @@ class TestNumbers:
         ],
     )
     def test_whole_factors(self, structure: str, numbers: int) -> None:
-        assert factor_bytes(structure, LAYERS, SHARED) == 4 * numbers
-        assert fitting_bytes(structure, LAYERS, SHARED) == 4 * numbers
+        assert kept_bytes(structure, LAYERS, SHARED) == 4 * numbers
+        assert kept_bytes(structure, LAYERS, SHARED, fitting=True) == 4 * numbers
 
     @pytest.mark.parametrize(
         ("structure", "rank", "stored", "fitting"),
@@ -61,18 +61,18 @@ class TestNumbers:
         ],
     )
     def test_sketches(self, structure: str, rank: int, stored: int, fitting: int) -> None:
-        assert factor_bytes(structure, LAYERS, SHARED, rank) == 4 * stored
-        assert fitting_bytes(structure, LAYERS, SHARED, rank) == 4 * fitting
+        assert kept_bytes(structure, LAYERS, SHARED, rank) == 4 * stored
+        assert kept_bytes(structure, LAYERS, SHARED, rank, fitting=True) == 4 * fitting
 
     def test_a_pooled_layer_has_no_link(self) -> None:
-        found = factor_bytes("tridiagonal", LAYERS, SHARED, pooled={"o"})
+        found = kept_bytes("tridiagonal", LAYERS, SHARED, pooled={"o"})
         assert found == 4 * (108 + 4 * 2)
 
     @pytest.mark.parametrize("structure", ["ekfac", "tridiagonal"])
     def test_no_sketches(self, structure: str) -> None:
         assert cost(structure, SMALL, factor_rank=2) is None
         with pytest.raises(ConfigError, match="kfac, shampoo, activation"):
-            factor_bytes(structure, LAYERS, SHARED, 2)
+            kept_bytes(structure, LAYERS, SHARED, 2)
 
     def test_refusals(self) -> None:
         with pytest.raises(ConfigError, match="did you mean 'kfac'"):
@@ -266,7 +266,7 @@ class TestSize:
         assert groups(found) == GATED
         kfac = costs["kfac"]
         assert kfac is not None
-        assert kfac.stored_bytes == factor_bytes("kfac", found.layers, found.shared, 256)
+        assert kfac.stored_bytes == kept_bytes("kfac", found.layers, found.shared, 256)
         assert kfac.stored_bytes <= 3 * 2**30
         side = {d: d * 257 + 1 for d in (1024, 4096, 14336)}
         inputs = 3 * side[4096] + side[14336]

@@ -14,7 +14,7 @@ from fits import dense, fit, known, same
 from retain import fit_curvature, load_curvature
 from retain.curvature.blocks import registry
 from retain.curvature.blocks.registry import names, register, structure_of
-from retain.curvature.plan import cost, factor_bytes
+from retain.curvature.plan import cost, kept_bytes
 from retain.errors import ArtifactError, ConfigError
 from retain.models.skeleton import Outline
 from tiny import ROWS, move, tiny
@@ -70,7 +70,7 @@ def test_the_documents_own_structure(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert again.quadratic(model) == curvature.quadratic(model) > 0
     sites = {name: tuple(map(int, site[:2])) for name, site in curvature.info.sites.items()}
     shared = {name: name for name in sites}
-    assert factor_bytes("layer-identity", sites, shared) == 4 * len(sites)
+    assert kept_bytes("layer-identity", sites, shared) == 4 * len(sites)
     assert cost("layer-identity", Outline("Small", 0, 10**4, 0, sites, shared)) is not None
 
     monkeypatch.undo()

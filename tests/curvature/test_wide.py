@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from retain import attach_lora, fit_curvature
 from retain.curvature.blocks.kronecker import KroneckerBlock
-from retain.curvature.plan import factor_bytes, fitting_bytes
+from retain.curvature.plan import kept_bytes
 from retain.curvature.stack import WIDE as STACKED
 from retain.curvature.stack import stacks
 from retain.models.sites import lora_sites
@@ -51,13 +51,15 @@ def test_a_layer_of_14336_inputs_takes_what_the_plan_says(structure: str, tmp_pa
             model, rows, structure, rank=RANK, batch_size=2, max_length=64, progress=False
         )
     layers, shared = {site.name: site.shape}, {site.name: site.name}
-    planned = factor_bytes(structure, layers, shared, RANK)
+    planned = kept_bytes(structure, layers, shared, RANK)
     assert curvature.memory() == pytest.approx(planned, rel=0.05)
     path = curvature.save(tmp_path / "c.safetensors")
     assert path.stat().st_size == pytest.approx(planned, rel=0.05)
     (state,) = states
     held = sum(t.numel() * t.element_size() for t in state.values())
-    assert held == pytest.approx(fitting_bytes(structure, layers, shared, RANK), rel=0.05)
+    assert held == pytest.approx(
+        kept_bytes(structure, layers, shared, RANK, fitting=True), rel=0.05
+    )
     # The whole factor of the wide side alone would be 822 MB.
     assert 4 * WIDE**2 > 50 * curvature.memory()
 

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from retain.curvature.blocks.structure import Structure
     from retain.models.skeleton import Outline
 
-__all__ = ["SEQUENCE", "Cost", "cost", "factor_bytes", "fitting_bytes"]
+__all__ = ["SEQUENCE", "Cost", "cost", "kept_bytes"]
 
 _FLOAT = 4  # bytes
 
@@ -108,8 +108,12 @@ def cost(
     """
     if isinstance(factor_rank, int) and not structure_of(structure).sketches:
         return None
-    known = (structure, model.layers, model.shared, factor_rank)
-    stored, fitting = (f(*known, pooled=model.pooled) for f in (factor_bytes, fitting_bytes))
+    stored, fitting = (
+        kept_bytes(
+            structure, model.layers, model.shared, factor_rank, pooled=model.pooled, fitting=each
+        )
+        for each in (False, True)
+    )
     kept = _known(structure, factor_rank)
     fit = _fit_work(kept, model, factor_rank)
     force, reads = _force(kept, model, factor_rank, rank)
@@ -119,15 +123,16 @@ def cost(
     return Cost(stored, fitting, fit, passes, force, force / step, _FLOAT * reads)
 
 
-def factor_bytes(
+def kept_bytes(
     structure: str,
     layers: Layers,
     shared: Shared,
     factor_rank: FactorRank = "auto",
     *,
     pooled: Collection[str] = (),
+    fitting: bool = False,
 ) -> int:
-    """Bytes of a fitted curvature in float32.
+    """Bytes of a fitted curvature in float32, or of the sums that are held while fitting.
 
     Args:
         structure: its name.
@@ -135,27 +140,15 @@ def factor_bytes(
         shared: layer -> the first layer with the same input.
         factor_rank: k, as for `fit_curvature`.
         pooled: layers that see one position of a sequence.
+        fitting: which of the two.
 
     Raises:
         ConfigError: an unknown structure, one that has no sketches with a factor rank, or a
             factor rank below 1.
     """
     kept = _known(structure, factor_rank)
-    side = _by_size(kept, factor_rank, lambda d: d * d, lambda d, k: k * d + d + 1)
-    return _FLOAT * (_sum(kept, layers, shared, pooled, side) + _scalars(kept, layers))
-
-
-def fitting_bytes(
-    structure: str,
-    layers: Layers,
-    shared: Shared,
-    factor_rank: FactorRank = "auto",
-    *,
-    pooled: Collection[str] = (),
-) -> int:
-    """Bytes of the sums that are held while fitting; see `factor_bytes`."""
-    kept = _known(structure, factor_rank)
-    side = _by_size(kept, factor_rank, lambda d: d * d, lambda d, k: 2 * k * d + 2 * d + 2)
+    twice = 2 if fitting else 1
+    side = _by_size(kept, factor_rank, lambda d: d * d, lambda d, k: twice * (k * d + d + 1))
     return _FLOAT * (_sum(kept, layers, shared, pooled, side) + _scalars(kept, layers))
 
 
