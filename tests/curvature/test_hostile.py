@@ -186,7 +186,10 @@ OWN: dict[str, dict[str, Change]] = {
         "integer": lambda t: t.long(), "one more dimension": lambda t: t[None],
     }.items()},
     "diagonal": of("/values", square=False) | below("/values"),
-    "kfac": of("/inputs", square=True) | of("/outputs", square=True),
+    "kfac": of("/inputs", square=True) | of("/outputs", square=True) | {
+        f"a smaller square of {side}": at(side, lambda t: t[:-1, :-1])
+        for side in ("/inputs", "/outputs")
+    },
     "sketch": {
         k: v for end in (".vectors", ".diagonal") for k, v in of(end, square=False).items()
     } | below(".diagonal") | below(".bound") | {

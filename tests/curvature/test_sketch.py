@@ -209,6 +209,7 @@ def test_a_factor_is_its_dense_matrix(
     again = factor_from(factor.tensors(), shape[0])
     assert type(again) is type(factor)
     assert torch.equal(again.dense(), full)
+    assert torch.equal(again.solve(y, t, pull), x)
 
 
 # --- fits ---

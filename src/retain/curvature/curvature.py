@@ -107,21 +107,15 @@ class Curvature(BlockOperator):
             moved = Displacements.of(self, sites)
             values, thin = self._thin(moved, rounded and not self.anchor)
             full = {n: self.blocks[n].matvec(d) for n, d in moved.full.items()}
-            values += [0.5 * (d * full[n]).sum() for n, d in moved.full.items()]
-            for (i, j), link in self.links.items():
+            for i, j, link in self.off_diagonal():
                 if i in full:
-                    di, dj = moved.full[i], moved.full[j]
-                    forward = link.matvec(dj)
-                    values.append((di * forward).sum())
-                    full[i], full[j] = full[i] + forward, full[j] + link.transposed(di)
+                    full[i] = full[i] + link.matvec(moved.full[j])
                     continue
-                (li, ri), (lj, rj) = moved.thin[i], moved.thin[j]
-                p, q = link.forward(lj, rj)
-                lp, rq = li.T @ p, ri @ q.T
-                values.append((lp * rq).sum())
+                (left, right), (p, q) = moved.thin[i], link.thin(*moved.thin[j])
+                lp, rq = left.T @ p, right @ q.T
+                values.append(0.5 * (lp * rq).sum())
                 thin[i] = (thin[i][0] + p @ rq.T, thin[i][1] + lp @ q)
-                p, q = link.backward(li, ri)
-                thin[j] = (thin[j][0] + p @ (q @ rj.T), thin[j][1] + (lj.T @ p) @ q)
+            values += [0.5 * (d * full[n]).sum() for n, d in moved.full.items()]
             pulls: list[Pull] = []
             for site in sites:
                 whole = whole_weights(self, site)

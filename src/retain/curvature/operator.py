@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -52,10 +52,15 @@ class BlockOperator:
         """F d, for displacements by block name: each of its block's shape."""
         self._check_names(d)
         out = {name: block.matvec(d[name]) for name, block in self.blocks.items()}
-        for (i, j), link in self.links.items():
+        for i, j, link in self.off_diagonal():
             out[i] = out[i] + link.matvec(d[j])
-            out[j] = out[j] + link.transposed(d[i])
         return out
+
+    def off_diagonal(self) -> Iterator[tuple[str, str, OffDiagonal]]:
+        """(i, j, F_ij) of each link and of its transpose."""
+        for (i, j), link in self.links.items():
+            yield i, j, link
+            yield j, i, link.T
 
     def to_dense(self) -> Tensor:
         """F as one matrix on the row-major vectors of all blocks in order; for small ones."""
@@ -64,9 +69,8 @@ class BlockOperator:
         for name, block in self.blocks.items():
             size = block.shape[0] * block.shape[1]
             spans[name], start = slice(start, start + size), start + size
-        for (i, j), link in self.links.items():
+        for i, j, link in self.off_diagonal():
             dense[spans[i], spans[j]] = link.to_dense()
-            dense[spans[j], spans[i]] = dense[spans[i], spans[j]].T
         return dense
 
     def __mul__(self, c: float) -> Self:

@@ -88,7 +88,9 @@ class Factor(ABC):
 
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues, ascending, none below zero, and eigenvectors."""
-        return _eigh(self.dense())
+        matrix = self.dense()
+        values, vectors = eigh(matrix.double() if self.size <= 64 else matrix)
+        return values.clamp(min=0).to(matrix.dtype), vectors.to(matrix.dtype)
 
 
 class DenseFactor(Factor):
@@ -132,7 +134,7 @@ class DenseFactor(Factor):
 
     def eigen(self) -> tuple[Tensor, Tensor]:
         if self._eigen is None:  # once: a proximal run asks at each step
-            self._eigen = _eigh(self.matrix)
+            self._eigen = super().eigen()
         return self._eigen
 
 
@@ -281,12 +283,11 @@ def inner(a: Factor, b: Factor) -> float:
 
 def factor_from(tensors: Mapping[str, Tensor], size: int) -> Factor | None:
     """The factor with these `Factor.tensors`, unchecked; None where they are those of none."""
-    for kind in (DenseFactor, ScalarFactor, SketchFactor):
+    if tensors.keys() == ScalarFactor.parts.keys():
+        return ScalarFactor(tensors[".scale"], size)
+    for kind in (DenseFactor, SketchFactor):
         if tensors.keys() == kind.parts.keys():
-            made: Factor = kind.__new__(kind)
-            made.replace(tensors)
-            made.size = size
-            return made
+            return kind(*(tensors[ending] for ending in kind.parts))
     return None
 
 
@@ -295,11 +296,6 @@ def diagonal_of(factor: Factor) -> Tensor:
     if isinstance(factor, SketchFactor):
         return factor.vectors.square().sum(1) + factor.diagonal
     return factor.dense().diagonal()
-
-
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = eigh(matrix.double() if matrix.shape[0] <= 64 else matrix)
-    return values.clamp(min=0).to(matrix.dtype), vectors.to(matrix.dtype)
 
 
 ENDINGS = tuple(e for kind in (DenseFactor, ScalarFactor, SketchFactor) for e in kind.parts)

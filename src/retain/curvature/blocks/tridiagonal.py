@@ -64,21 +64,18 @@ class OffDiagonal:
     outputs: Tensor
     weight: float
 
-    def forward(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def T(self) -> OffDiagonal:
+        """The transpose, F_ji."""
+        return OffDiagonal(self.inputs.T, self.outputs.T, self.weight)
+
+    def thin(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """``F_ij (left @ right)`` as thin factors, for left [d_out_j, k] and right [k, d_in_j]."""
         return self.weight * (self.outputs @ left), right @ self.inputs.T
-
-    def backward(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """``F_ji (left @ right)`` as thin factors, for left [d_out_i, k] and right [k, d_in_i]."""
-        return self.weight * (self.outputs.T @ left), right @ self.inputs
 
     def matvec(self, d: Tensor) -> Tensor:
         """``F_ij d`` for d [d_out_j, d_in_j]."""
         return self.weight * (self.outputs @ d @ self.inputs.T)
-
-    def transposed(self, d: Tensor) -> Tensor:
-        """``F_ji d`` for d [d_out_i, d_in_i]."""
-        return self.weight * (self.outputs.T @ d @ self.inputs)
 
     def to_dense(self) -> Tensor:
         """``w G_ij (x) S_ij`` on row-major vectors."""
