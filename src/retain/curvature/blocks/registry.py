@@ -45,7 +45,7 @@ def structure_of(name: str) -> Structure:
     """
     found = _STRUCTURES.get(name) if isinstance(name, str) else None
     if found is None:
-        raise unknown("structure", name, names())
+        raise unknown("structure", str(name), names())
     if isinstance(found, str):
         made: Structure = importlib.import_module(found).STRUCTURE
         _STRUCTURES[name] = found = made
