@@ -35,8 +35,7 @@ class Forgetting:
     Attributes:
         kl: ``KL(base || tuned)`` in nats per token.
         kl_interval: its 95 % interval, from the spread over sequences.
-        ppl_base: perplexity of the base, over predictions with a label; NaN where none has one, and
-            of a regression.
+        ppl_base: perplexity of the base on labelled predictions; NaN of none, and of a regression.
         ppl: perplexity of the tuned model.
         flips: share of predictions whose most likely label changed; NaN of a regression.
         tokens: predictions.
@@ -159,9 +158,8 @@ def fit_rows(
     Args:
         model: that answers them.
         rows: tokenised.
-        structure: see `retain.types.Structure`.
-        columns: the outputs of a classifier that answer them; None for all. A single one is a
-            regression.
+        structure: of the curvature.
+        columns: outputs of a classifier that answer them (one: a regression); None for all.
         batch_size: rows a pass at most.
         **options: of `retain.fit_curvature`.
 
@@ -171,11 +169,9 @@ def fit_rows(
     regression = columns is not None and columns.stop - columns.start == 1
     if regression and options.get("fisher") in ("empirical", "reversed"):
         raise ConfigError(
-            "a regression has no labels of this kind",
-            got=f"fisher={options['fisher']!r}",
-            allowed="mc, exact, tempered",
-            fix="fisher: mc",
-        )
+            "a regression has no labels of this kind", got=f"fisher={options['fisher']!r}",
+            allowed="mc, exact, tempered", fix="fisher: mc",
+        )  # fmt: skip
     with answering(model, columns):
         found = fit_curvature(
             model, list(rows), structure, rows=len(rows), batch_size=min(batch_size, len(rows)),

@@ -30,8 +30,7 @@ class Task:
         name: of the task.
         index: its place in the sequence, from 0.
         examples: its tokenised training rows.
-        columns: the outputs of a classifier that answer it; None for a decoder. A single column
-            is a regression.
+        columns: outputs of a classifier that answer it (one: a regression); None for a decoder.
         seed: of everything random in this task's training.
     """
 
@@ -111,11 +110,7 @@ class Method:
 
     @classmethod
     def check(cls, adapter: str, causal: bool = True) -> None:
-        """Checks that the method composes with a kind of adapter, and of model.
-
-        Args:
-            adapter: the kind.
-            causal: a decoder; else a classifier.
+        """Checks that the method composes with a kind of adapter, and with a decoder (`causal`).
 
         Raises:
             ConfigError: it does not; the error says why.
@@ -123,20 +118,17 @@ class Method:
         osf = "osf splits its weights anew before each task, which the method osf alone does"
         reasons = {"osf": osf} | cls.why_not
         if adapter not in cls.adapters:
+            why = reasons.get(adapter, "nobody has derived it")
             raise ConfigError(
-                f"the method {cls.name} does not compose with this adapter: "
-                + reasons.get(adapter, "nobody has derived it"),
-                got=adapter,
+                f"the method {cls.name} does not compose with this adapter: {why}", got=adapter,
                 allowed=", ".join(sorted(cls.adapters)),
                 fix="choose another adapter or another method",
-            )
+            )  # fmt: skip
         if not causal and "classifier" in reasons:
             raise ConfigError(
                 f"the method {cls.name} needs a causal model: {reasons['classifier']}",
-                got="a classifier",
-                allowed="a decoder",
-                fix="choose another method",
-            )
+                got="a classifier", allowed="a decoder", fix="choose another method",
+            )  # fmt: skip
 
     def adapter_options(self, options: dict[str, Any], tasks: int) -> dict[str, Any]:
         """Options of the adapter, before it is attached."""
@@ -158,13 +150,10 @@ class Method:
     def loss(self, model: nn.Module, batch: Batch, logits: Tensor) -> Tensor | None:
         """A term of the loss of one micro-batch, in nats per prediction, with its graph.
 
-        Its strength is in it. A step's term is the mean of its micro-batches' terms, weighted by
-        their predictions, so what it returns must itself be such a mean.
-
-        Args:
-            model: what is trained.
-            batch: the micro-batch; its ``rows`` are numbers of the rows that `before_task` gave.
-            logits: its logits, [predictions, classes]; all columns of a classifier.
+        Its strength is in it. It is a mean over the batch's predictions, so that a step's term is
+        the mean of its micro-batches', weighted by their predictions. The batch's ``rows`` number
+        those that `before_task` gave; `logits` are [predictions, classes], all columns of a
+        classifier.
         """
         return None
 

@@ -108,13 +108,7 @@ class KL(Method):
         return self.strength * each.mean()
 
     def compare(self, base: Tensor, tuned: Tensor, targets: Tensor) -> Tensor:
-        """Nats for each prediction, [predictions].
-
-        Args:
-            base: the base model's logits, [predictions, vocabulary].
-            tuned: the tuned model's.
-            targets: the data's next tokens, [predictions].
-        """
+        """Nats for each prediction, from logits [predictions, vocabulary] and next tokens."""
         return logit_divergence(base, tuned)
 
     def after_task(self, task: Task) -> None:
@@ -135,11 +129,7 @@ class KL(Method):
 
 
 class MaskedKL(KL):
-    """KL without the target; see the module.
-
-    Args:
-        strength: nats of task loss that one nat weighs; 0 is plain training, bit for bit.
-    """
+    """KL without the target, on the task's own inputs; see the module, and `KL` for `strength`."""
 
     name: ClassVar[str] = "masked_kl"
     why_not: ClassVar[dict[str, str]] = {
@@ -160,13 +150,7 @@ def logit_divergence(base: Tensor, tuned: Tensor) -> Tensor:
 
 
 def masked_divergence(base: Tensor, tuned: Tensor, targets: Tensor) -> Tensor:
-    """`logit_divergence` over all classes but each row's target.
-
-    Args:
-        base: logits, [rows, classes].
-        tuned: logits, [rows, classes].
-        targets: [rows].
-    """
+    """`logit_divergence` of [rows, classes] over all classes but each row's target."""
     keep = torch.ones_like(base, dtype=torch.bool).scatter_(1, targets[:, None], False)
     shape = (len(base), base.shape[1] - 1)
     return logit_divergence(base[keep].view(shape), tuned[keep].view(shape))

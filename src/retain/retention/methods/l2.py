@@ -10,14 +10,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from retain.curvature.anchor import anchor_of, site_tensor
 from retain.curvature.blocks.identity import IdentityBlock
 from retain.curvature.curvature import Curvature, reanchored
 from retain.curvature.info import CurvatureInfo, describe
-from retain.models.fingerprint import fingerprint
-from retain.models.sites import Site, find_sites
+from retain.models.sites import Site
 from retain.provenance import versions
 from retain.retention.method import Context, Task
 from retain.retention.methods.penalty import Penalty
@@ -33,25 +31,16 @@ class L2(Penalty):
     why_not: ClassVar[dict[str, str]] = {"prefix": Penalty.why_not["prefix"]}
 
     def at_begin(self, context: Context) -> Curvature:
-        sites: list[Site] = list(find_sites(context.adapter.model))
-        dtype = torch.promote_types(site_tensor(sites[0]).dtype, torch.float32)
-        one: Tensor = torch.ones((), dtype=dtype, device=site_tensor(sites[0]).device)
+        sites: list[Site] = list(context.adapter.view.sites)
+        like = site_tensor(sites[0])
+        wide = torch.promote_types(like.dtype, torch.float32)
+        one = torch.ones((), dtype=wide, device=like.device)
         info = CurvatureInfo(
-            structure="identity",
-            space="weight",
-            fisher="mc",
-            tokens=0,
-            predictions=0,
-            sequences=0,
-            samples=0,
-            max_length=0,
-            seed=context.seed,
-            error=0.0,
-            model=fingerprint(context.adapter.model),
-            sites=describe(sites),
-            versions=versions(),
+            structure="identity", space="weight", fisher="mc", tokens=0, predictions=0,
+            sequences=0, samples=0, max_length=0, seed=context.seed, error=0.0,
+            model=context.adapter.view.fingerprint, sites=describe(sites), versions=versions(),
             note="L2, not measured",
-        )
+        )  # fmt: skip
         curvature = Curvature({s.name: IdentityBlock(one, s.shape) for s in sites}, {}, info)
         curvature.anchor = anchor_of(curvature, sites)
         return curvature

@@ -232,13 +232,8 @@ class Activation(FittedPenalty):
 class KFAC(FittedPenalty):
     """Kronecker-factored Laplace, ``F = S (x) G`` a layer (Ritter et al. 2018, arXiv 1805.07810).
 
-    Args:
-        strength: see `FittedPenalty`, as the other arguments.
-        structure: ``kfac``, ``shampoo`` or ``ekfac``; see docs/curvature.md.
-        **options: of `FittedPenalty`.
-
-    Raises:
-        ConfigError: another structure, or a value out of range.
+    Its `structure` is ``kfac``, ``shampoo`` or ``ekfac`` (docs/curvature.md), else a `ConfigError`;
+    the other arguments are those of `FittedPenalty`.
     """
 
     name = "kfac"

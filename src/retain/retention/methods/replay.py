@@ -109,14 +109,9 @@ class SelfReplay(Method):
             return
         with context.adapter.off() as base:
             rows = sample_rows(
-                base,
-                context.tokenizer,
-                count=self.rows,
-                max_length=self.max_length,
-                seed=context.seed,
-                temperature=self.temperature,
-                progress=context.progress,
-            )
+                base, context.tokenizer, count=self.rows, max_length=self.max_length,
+                seed=context.seed, temperature=self.temperature, progress=context.progress,
+            )  # fmt: skip
         found = encode(rows, None, max_length=self.max_length, causal=True)
         self.samples = [StoredRow.of(example, None) for example in found]
 

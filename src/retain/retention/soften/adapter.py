@@ -72,9 +72,8 @@ def soften(
         raise MismatchError(
             "the curvature stands around an adapter, and softening leads to the base model",
             got=f"an anchor at {len(curvature.anchor)} layers",
-            allowed="a curvature around the base model",
-            fix="fit it on the source text without --adapter",
-        )
+            allowed="one around the base model", fix="fit it on the source text without --adapter",
+        )  # fmt: skip
     whole = all(sides(block) for one in given for block in one.blocks.values())
     _check_depth(depth, whole, view.lora)
     if depth is None:
@@ -114,27 +113,24 @@ def _check_depth(depth: int | None, whole: bool, sites: list[LoraSite]) -> None:
     if not whole and widest > WIDEST:
         raise ConfigError(
             "the adapter's rank is too large for a curvature that is no Kronecker product",
-            got=widest,
-            allowed=f"up to {WIDEST}",
+            got=widest, allowed=f"up to {WIDEST}",
             fix="fit shampoo, kfac or activation, which soften any rank",
-        )
+        )  # fmt: skip
 
 
 def _check_curvature(curvature: Curvature, model: nn.Module) -> None:
     if curvature.info.space != "weight":
         raise MismatchError(
             "the curvature is one of A and B, and softening needs one of their product",
-            got=f"space={curvature.info.space!r}",
-            allowed="space='weight'",
+            got=f"space={curvature.info.space!r}", allowed="space='weight'",
             fix="fit it with --space weight",
-        )
+        )  # fmt: skip
     if curvature.links:
         raise CurvatureError(
             "the curvature ties layers to each other, and each layer is softened by itself",
-            got=curvature.info.structure,
+            got=curvature.info.structure, fix="fit it with --structure kfac",
             allowed="shampoo, kfac, activation, identity, diagonal, ekfac",
-            fix="fit it with --structure kfac",
-        )
+        )  # fmt: skip
     curvature.bind(model)
 
 
@@ -177,11 +173,9 @@ def _check_adapter(view: ModelView) -> None:
     odd = [s.name for s in sites if not bool(s.a.isfinite().all() and s.b.isfinite().all())]
     if odd:
         raise ModelError(
-            "the adapter's weights are not finite",
-            got=odd[0],
-            allowed="finite numbers",
+            "the adapter's weights are not finite", got=odd[0], allowed="finite numbers",
             fix="train it again with a smaller learning rate",
-        )
+        )  # fmt: skip
 
 
 def _square(left: Tensor, right: Tensor) -> float:

@@ -171,10 +171,9 @@ class Softening:
             least = made[min(made)].point.nats
             raise ConfigError(
                 "no softened adapter was measured within the budget",
-                got=f"{found:.3g} nats at {least:.3g} predicted",
-                allowed=f"{budget:g}",
+                got=f"{found:.3g} nats at {least:.3g} predicted", allowed=f"{budget:g}",
                 fix="raise the budget, or measure in float32",
-            )
+            )  # fmt: skip
         return made[share]
 
     def curve(self, points: int = 12) -> list[Point]:
@@ -232,15 +231,10 @@ class Softening:
         most = self.predicted(0.0)
         shrunk = 1.0 - math.sqrt(nats / most) if most > 0 else 0.0
         point = Point(
-            mu=mu,
-            nats=nats,
-            loss=loss,
-            learned=1.0 - _share(loss, self._reach),
-            scaled=1.0 - shrunk**2,
-            norm=math.sqrt(_share(left, self._square, 1.0)),
-            cut_nats=_share(nats - whole, whole),
-            cut_norm=math.sqrt(_share(cut, full_left)),
-        )
+            mu=mu, nats=nats, loss=loss, learned=1.0 - _share(loss, self._reach),
+            scaled=1.0 - shrunk**2, norm=math.sqrt(_share(left, self._square, 1.0)),
+            cut_nats=_share(nats - whole, whole), cut_norm=math.sqrt(_share(cut, full_left)),
+        )  # fmt: skip
         return SoftenedAdapter(point, factors)
 
 

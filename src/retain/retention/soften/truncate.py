@@ -53,10 +53,9 @@ def truncated(
         if not isinstance(block, KroneckerBlock):
             raise MismatchError(
                 "the curvature has no two sides to cut by",
-                got=f"structure {curvature.info.structure}",
+                got=f"structure {curvature.info.structure}", fix="fit it with structure='kfac'",
                 allowed="kfac, shampoo, activation or tridiagonal in weight space",
-                fix="fit it with structure='kfac'",
-            )
+            )  # fmt: skip
         kind = torch.promote_types(site.b.dtype, torch.float32)
         b, a = site.b.detach().to(kind), site.a.detach().to(kind)
         left = _root(b.T @ block.outputs.matmul(b))
