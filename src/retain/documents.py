@@ -21,6 +21,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -199,11 +200,11 @@ def _finite(text: str) -> float:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise Unreadable(f"the key {shown(key)} is there twice")
-        found[key] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: dict[str, int] = Counter(key for key, _ in pairs)
+        twice = next(key for key, times in seen.items() if times > 1)
+        raise Unreadable(f"the key {shown(twice)} is there twice")
     return found
 
 

@@ -105,7 +105,8 @@ def check_characters(value: object, where: str = "a text") -> None:
     inner: Iterable[object] = ()
     if isinstance(value, str):
         try:
-            value.isascii() or value.encode()
+            if not value.isascii():
+                value.encode()
         except UnicodeEncodeError as error:
             raise SourceError(
                 f"{where} holds half a character (a lone surrogate)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,7 @@ def _line(path: Path, number: int, line: bytes) -> PlacedRow:
     """
     text = decoded(line, path, number == 1)
     try:
-        value = json.loads(text, object_pairs_hook=_once)
+        value = _DECODER.decode(text)
     except ValueError as error:
         raise _broken_line(path, number, text, error) from error
     except RecursionError as error:
@@ -53,7 +54,8 @@ def _line(path: Path, number: int, line: bytes) -> PlacedRow:
             allowed="rows of a few levels",
             fix=f"take the line out: sed -i {number}d {path}",
         ) from error
-    _no_array(path, number, value, f"arrays belong into a .json: mv {path} {_as_json(path)}")
+    if isinstance(value, list) and any(isinstance(v, dict) for v in value):
+        raise _array(path, number, value, f"arrays belong into a .json: mv {path} {_as_json(path)}")
     return as_row(value, number, "line", path)
 
 
@@ -82,14 +84,13 @@ def _as_json(path: Path) -> Path:
     return path.with_name(f"{head}.json{tail}")
 
 
-def _no_array(path: Path, line: int, value: Any, fix: str) -> None:
-    if isinstance(value, list) and any(isinstance(v, dict) for v in value):
-        raise SourceError(
-            f"line {line} of {path} is an array of rows",
-            got=f"{len(value)} rows in one value",
-            allowed="one object a line, one object after the other, or one array in a .json",
-            fix=fix,
-        )
+def _array(path: Path, line: int, value: list[Any], fix: str) -> SourceError:
+    return SourceError(
+        f"line {line} of {path} is an array of rows",
+        got=f"{len(value)} rows in one value",
+        allowed="one object a line, one object after the other, or one array in a .json",
+        fix=fix,
+    )
 
 
 def json_records(path: Path) -> Iterator[Record]:
@@ -104,7 +105,8 @@ def json_records(path: Path) -> Iterator[Record]:
 
 
 def _value(path: Path, number: int, line: int, value: Any) -> PlacedRow:
-    _no_array(path, line, value, "write one object a line")
+    if isinstance(value, list) and any(isinstance(v, dict) for v in value):
+        raise _array(path, line, value, "write one object a line")
     return as_row(value, number, "row", path)
 
 
@@ -161,12 +163,15 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: one is there twice.
     """
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"the field {name!r} is there twice")
-        found[name] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        times = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in times.items() if count > 1)
+        raise ValueError(f"the field {twice!r} is there twice")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 class _Parser:
@@ -175,7 +180,6 @@ class _Parser:
     def __init__(self, file: IO[str], path: Path) -> None:
         self._file, self._path = file, path
         self._text, self._at, self._line, self._done = "", 0, 1, False
-        self._decoder = json.JSONDecoder(object_pairs_hook=_once)
 
     def _fill(self) -> None:
         self._line = self._here(self._at)
@@ -201,7 +205,7 @@ class _Parser:
             raise self.broken("the file ends too early")
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
+                value, end = _DECODER.raw_decode(self._text, self._at)
                 if end < len(self._text) or self._done:
                     line, self._at = self._here(self._at), end
                     return line, value
