@@ -164,7 +164,7 @@ def relative(got: torch.Tensor | float, want: torch.Tensor | float) -> float:
     return float((got - want).abs().max()) / scale if scale else float(got.abs().max())
 
 
-def save_tiny(folder: Path, seed: int = 0) -> Path:
+def save_tiny(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A random Llama of two layers with a byte-level tokenizer, as a folder of transformers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -178,10 +178,9 @@ def save_tiny(folder: Path, seed: int = 0) -> Path:
         tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     ).save_pretrained(folder)
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256,
+            "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # fmt: skip
+    config = LlamaConfig(vocab_size=len(vocabulary), **size | changes)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -10,22 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from cli_parts import Run, adapter, told, write_lines
 from safetensors.torch import load_file, save_file
 
 from retain.cli import main
 from retain.documents import read_json, sealed
+
+FILES = (
+    "adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt",
+    "rng_state.pth", "trainer_state.json", "training_args.bin", "digests.json",
+)  # fmt: skip
 
 
 def edit(path: Path, before: str, after: str) -> None:
     """Another path in settings that are sealed with a digest, and the seal made anew."""
     text = json.dumps(read_json(path, sealed=True)).replace(before, after)
     path.write_text(json.dumps(sealed(json.loads(text))))
-
-
-FILES = (
-    "adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt",
-    "rng_state.pth", "trainer_state.json", "training_args.bin", "digests.json",
-)  # fmt: skip
 
 
 def gone(path: Path) -> None:
@@ -62,7 +62,7 @@ HOW: tuple[Callable[[Path], None], ...] = (gone, emptied, cut, flipped, grown, a
 def start(
     tmp_path_factory: pytest.TempPathFactory, model: Path, data: Path, curvature: Path
 ) -> Callable[..., Path]:
-    """Starts a run in a folder of its own, with its own copies of all that it reads."""
+    """Copies a run into a folder of its own, with all that it reads."""
     folder = tmp_path_factory.mktemp("whole")
     shutil.copytree(model, folder / "base")
     shutil.copy(data, folder / "rows.jsonl")
@@ -94,64 +94,51 @@ def half(whole: Path) -> Path:
     return whole
 
 
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
-
-
-def resumed(retain: Any, folder: Path, want: dict[str, torch.Tensor], *more: object) -> Any:
-    """Resumes, and checks that it ends in the same bytes."""
-    shutil.rmtree(folder / "run" / "adapter")
-    found = retain("train", "--resume", "--out", folder / "run", "--json", *more).json
-    for name, tensor in adapter(folder).items():
-        assert torch.equal(tensor, want[name])
-    return found
+def same(run: Path, want: dict[str, torch.Tensor]) -> None:
+    assert all(torch.equal(tensor, want[name]) for name, tensor in adapter(run).items())
 
 
 class TestCheckpoint:
     @pytest.mark.parametrize("name", FILES)
     @pytest.mark.parametrize("how", HOW)
     def test_one_that_changed_is_passed_over(
-        self, how: Any, name: str, retain: Any, whole: Path
+        self, how: Any, name: str, retain: Run, whole: Path
     ) -> None:
         if (how, name) == (grown, "digests.json"):
             name = "scheduler.pt"  # a blank at the end of JSON says nothing else
-        want = adapter(whole)
-        how(whole / "run" / "checkpoints" / "checkpoint-4" / name)
-        found = resumed(retain, whole, want)
+        run = whole / "run"
+        want = adapter(run)
+        how(run / "checkpoints" / "checkpoint-4" / name)
+        shutil.rmtree(run / "adapter")
+        found = retain("train", "--resume", "--out", run, "--json").json
+        same(run, want)
         assert found["resumed_from"] == "checkpoint-2"
         assert [n for n in found["notes"] if "checkpoint-4 is passed over" in n and name in n]
-        assert json.loads((whole / "run" / "train.json").read_text())["notes"] == found["notes"]
+        assert told(run / "train.json")["notes"] == found["notes"]
 
-    def test_it_is_said(self, retain: Any, whole: Path) -> None:
+    def test_it_is_said(self, retain: Run, whole: Path) -> None:
         flipped(whole / "run" / "checkpoints" / "checkpoint-4" / "scheduler.pt")
         outcome = retain("train", "--resume", "--out", whole / "run")
         assert "checkpoint-4 is passed over: scheduler.pt has changed" in outcome.out
         assert "going on from" in outcome.out and "checkpoint-2" in outcome.out
 
-    def test_none_is_whole(self, retain: Any, whole: Path) -> None:
-        want = adapter(whole)
+    def test_none_is_whole(self, retain: Run, whole: Path) -> None:
+        want = adapter(whole / "run")
         for number in (2, 4):
             flipped(whole / "run" / "checkpoints" / f"checkpoint-{number}" / "optimizer.pt")
-        found = resumed(retain, whole, want)
+        shutil.rmtree(whole / "run" / "adapter")
+        found = retain("train", "--resume", "--out", whole / "run", "--json").json
+        same(whole / "run", want)
         assert found["resumed_from"] is None
         assert len(found["notes"]) == 3
         assert "no checkpoint is whole: the run begins anew" in found["notes"]
 
-    def test_others_files_in_it_do_not_matter(self, retain: Any, half: Path) -> None:
+    def test_others_files_in_it_do_not_matter(self, retain: Run, half: Path) -> None:
         note = half / "run" / "checkpoints" / "checkpoint-2" / "note.txt"
         note.write_text("mine")
         found = retain("train", "--resume", "--out", half / "run", "--json").json
         assert found["resumed_from"] == "checkpoint-2"
         assert note.read_text() == "mine"
-
-    def test_a_damaged_one_is_no_end_of_file_to_typer(
-        self, retain: Any, monkeypatch: pytest.MonkeyPatch, whole: Path
-    ) -> None:
-        def ends(*_: object) -> None:
-            raise EOFError("Ran out of input")
-
-        monkeypatch.setattr("retain.cli.report.check_file", ends)
-        retain("report", "r.json").refused("ends too early", "Ran out of input")
 
 
 def reordered(path: Path) -> None:
@@ -176,59 +163,49 @@ def another_base(path: Path) -> None:
 
 class TestInputs:
     @pytest.mark.parametrize("how", [reordered, one_letter, one_less])
-    def test_rows_that_changed_are_refused(self, how: Any, retain: Any, half: Path) -> None:
+    def test_rows_that_changed_are_refused(self, how: Any, retain: Run, half: Path) -> None:
         how(half / "rows.jsonl")
         retain("train", "--resume", "--out", half / "run").refused(
             "the rows to learn from changed", "--data", "--overwrite"
         )
         assert (half / "run" / "adapter").exists()
 
-    def test_another_base_is_refused(self, retain: Any, half: Path) -> None:
+    def test_another_base_is_refused(self, retain: Run, half: Path, tmp_path: Path) -> None:
+        plain = ("--model", half / "base", "--data", half / "rows.jsonl", "--method", "none", "-q")
+        plain = (*plain, "--max-steps", 2, "--save-steps", 1, "--batch-size", 4)
+        retain("train", *plain, "-o", tmp_path / "plain").done()
         another_base(half / "base")
         outcome = retain("train", "--resume", "--out", half / "run")
         outcome.refused("another base model")  # the curvature's word
+        outcome = retain("train", "--resume", "-o", tmp_path / "plain")
+        outcome.refused("the base model changed", "--model")
 
-    def test_another_base_is_refused_without_a_curvature(
-        self, retain: Any, model: Path, data: Path, tmp_path: Path
-    ) -> None:
-        base = Path(shutil.copytree(model, tmp_path / "base"))
-        argv = ("--model", base, "--data", data, "--method", "none", "--max-steps", 2, "-q")
-        argv = (*argv, "--save-steps", 1, "--batch-size", 4, "-o", tmp_path / "run")
-        assert retain("train", *argv).code == 0
-        another_base(base)
-        retain("train", "--resume", "-o", tmp_path / "run").refused(
-            "the base model changed", "--model"
-        )
-
-    def test_another_curvature_is_refused(self, retain: Any, source: Path, half: Path) -> None:
-        other = half / "other.safetensors"
-        assert retain("fit", half / "base", source, "-o", other, "--seed", 5, "-q").code == 0
-        shutil.copy(other, half / "c.safetensors")
+    def test_another_curvature_is_refused(self, retain: Run, source: Path, half: Path) -> None:
+        other = half / "c.safetensors"
+        retain("fit", half / "base", source, "-o", other, "--seed", 5, "-q").done()
         retain("train", "--resume", "--out", half / "run").refused("curvature changed")
 
-    def test_all_may_have_moved(self, retain: Any, half: Path, tmp_path: Path) -> None:
-        want = adapter(half)
+    def test_all_may_have_moved(self, retain: Run, half: Path, tmp_path: Path) -> None:
+        want = adapter(half / "run")
         there = Path(half.rename(tmp_path / "elsewhere"))
         (there / "run").rename(there / "walk")
         argv = ("--model", there / "base", "--data", there / "rows.jsonl")
         argv = (*argv, "--curvature", there / "c.safetensors")
         found = retain("train", "--resume", "--out", there / "walk", "--json", *argv).json
         assert found["resumed_from"] == "checkpoint-2"
-        (there / "walk").rename(there / "run")
-        for name, tensor in adapter(there).items():
-            assert torch.equal(tensor, want[name])
+        same(there / "walk", want)
 
     def test_paths_hold_from_another_folder(
-        self, retain: Any, half: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+        self, retain: Run, half: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         monkeypatch.chdir(half)
         argv = ("--model", "base", "--data", "rows.jsonl", "--curvature", "c.safetensors")
         argv = (*argv, "--max-steps", 2, "--save-steps", 1, "--batch-size", 4, "-q", "--rank", 4)
-        assert retain("train", *argv, "--out", "new", "--keep-state").code == 0
+        retain("train", *argv, "--out", "new", "--keep-state").done()
         monkeypatch.chdir(tmp_path)
-        assert retain("train", "--resume", "--out", half / "new", "-q").code == 0
+        retain("train", "--resume", "--out", half / "new", "-q").done()
         more = ("--data", half / "rows.jsonl", "--batch-size", 4, "--max-steps", 1, "-q")
-        assert retain("train", "--continue-from", half / "new", *more, "-o", "next").code == 0
+        retain("train", "--continue-from", half / "new", *more, "-o", "next").done()
 
 
 class TestContinue:
@@ -246,33 +223,25 @@ class TestContinue:
         """The base lies under another name now, and so does the run."""
         shutil.copytree(may / "base", tmp_path / "moved")
         shutil.copytree(may / "may", tmp_path / "mai")
-        path = tmp_path / "mai" / "run.json"
-        edit(path, str(may / "base"), str(tmp_path / "base"))
+        edit(tmp_path / "mai" / "run.json", str(may / "base"), str(tmp_path / "base"))
         return tmp_path
 
-    def argv(self, folder: Path, *more: object) -> tuple[object, ...]:
-        return ("train", "--continue-from", folder / "mai", "--batch-size", 4, "--max-steps", 1,
-                "--out", folder / "june", "-q", *more)  # fmt: skip
+    @pytest.fixture
+    def june(self, retain: Run, moved: Path, data: Path) -> Run:
+        argv = ("--continue-from", moved / "mai", "--batch-size", 4, "--max-steps", 1, "-q")
+        return lambda *more: retain("train", *argv, "--data", data, "--out", moved / "june", *more)
 
-    def test_a_base_that_moved(self, retain: Any, moved: Path, data: Path) -> None:
-        retain(*self.argv(moved, "--data", data)).refused("cannot be loaded", "--model")
-        assert retain(*self.argv(moved, "--data", data, "--model", moved / "moved")).code == 0
-        record = json.loads((moved / "june" / "run.json").read_text())
-        assert record["model"] == str(moved / "moved")
+    def test_a_base_that_moved(self, june: Run, moved: Path) -> None:
+        june().refused("cannot be loaded", "--model")
+        june("--model", moved / "moved").done()
+        assert told(moved / "june" / "run.json")["model"] == str(moved / "moved")
 
-    def test_another_model_of_its_shape(
-        self, retain: Any, moved: Path, data: Path, other_model: Path
-    ) -> None:
-        retain(*self.argv(moved, "--data", data, "--model", other_model)).refused(
-            "not the base of the run", "fingerprint", "--model"
-        )
-        assert not (moved / "june").exists()
-
-    def test_another_model_at_its_place(
-        self, retain: Any, moved: Path, data: Path, other_model: Path
-    ) -> None:
+    def test_another_model(self, june: Run, moved: Path, other_model: Path) -> None:
+        said = ("not the base of the run", "fingerprint", "--model")
+        june("--model", other_model).refused(*said)
         shutil.copytree(other_model, moved / "base")
-        retain(*self.argv(moved, "--data", data)).refused("not the base of the run")
+        june().refused(*said)
+        assert not (moved / "june").exists()
 
 
 class TestSaid:
@@ -286,37 +255,31 @@ class TestSaid:
     )
 
     @pytest.mark.parametrize(("rows", "said", "counted"), CASES)
-    @pytest.mark.parametrize("as_json", [False, True])
+    @pytest.mark.parametrize("more", [[], ["--json"]])
     def test_rows(
-        self, rows: Any, said: str, counted: str, as_json: bool, retain: Any, model: Path,
-        tmp_path: Path,
-    ) -> None:  # fmt: skip
-        number = len(rows)
-        rows = rows + [{"prompt": "a", "completion": "b"}] * 8
-        path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        argv = ("--model", model, "--data", path, "--max-length", 16, "--batch-size", 4)
-        argv = (*argv, "--max-steps", 1, "--method", "none", "-o", tmp_path / "out")
-        outcome = retain("train", *argv, *(["--json"] if as_json else []))
-        assert outcome.code == 0
-        assert outcome.out.count(said) == 1
-        record = json.loads((tmp_path / "out" / "train.json").read_text())
+        self, rows: Any, said: str, counted: str, more: list[str], train: Run, tmp_path: Path
+    ) -> None:
+        every = rows + [{"prompt": "a", "completion": "b"}] * 8
+        path, out = write_lines(tmp_path / "rows.jsonl", every), tmp_path / "out"
+        argv = ("--data", path, "--max-length", 16, "--max-steps", 1, "--method", "none")
+        assert train(out, *argv, *more).done().out.count(said) == 1
+        record = told(out / "train.json")
         assert len([n for n in record["notes"] if said in n]) == 1
-        assert record["rows"]["rows"] == len(rows)
-        assert record["rows"][counted] == number
+        assert record["rows"]["rows"] == len(every)
+        assert record["rows"][counted] == len(rows)
 
     def test_no_filter(
-        self, retain: Any, model: Path, data: Path, source: Path, tmp_path: Path
+        self, retain: Run, train: Run, model: Path, source: Path, tmp_path: Path
     ) -> None:
         held = tmp_path / "d.safetensors"
-        assert retain("fit", model, source, "-o", held, "--structure", "diagonal", "-q").code == 0
-        argv = ("--model", model, "--data", data, "--curvature", held, "--batch-size", 4)
-        found = retain("train", *argv, "--max-steps", 1, "-o", tmp_path / "out", "--json").json
+        retain("fit", model, source, "-o", held, "--structure", "diagonal", "-q").done()
+        argv = ("--curvature", held, "--max-steps", 1, "--json")
+        found = train(tmp_path / "out", *argv).json
         assert "structure diagonal" in found["why_no_filter"]
         assert [n for n in found["notes"] if found["why_no_filter"] in n]
 
     def test_our_own_warnings_alone_reach_the_screen(
-        self, retain: Any, monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
+        self, retain: Run, monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
     ) -> None:
         import warnings
 
@@ -332,8 +295,8 @@ class TestSaid:
 
         monkeypatch.setattr("retain.models.load.load_model", loads)
         argv = ("-o", tmp_path / "c.safetensors", "--rows", 8, "--max-length", 12)
-        outcome = retain("fit", model, *argv)
-        assert outcome.code == 0 and outcome.err == ""
+        outcome = retain("fit", model, *argv).done()
+        assert outcome.err == ""
         assert outcome.out.splitlines().count("of ours") == 1
         assert outcome.out.splitlines().count("of ours too") == 1
         assert "of others" not in outcome.out
