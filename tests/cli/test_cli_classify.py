@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cli_parts import Run, adapter, told, write_lines
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -18,6 +21,9 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
 )
+
+from retain.cli import main
+from retain.curvature.curvature import load_curvature
 
 KINDS = ["red", "blue", "green"]
 WORDS = [a + b for a in ("ca", "do", "mi", "lo", "su") for b in ("t", "g", "n", "p")]
@@ -32,11 +38,10 @@ def save_encoder(folder: Path, tokens: Path, head: int | None = None, **changes:
             "attention_probs_dropout_prob": 0.0}  # fmt: skip
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(tokenizer), **size | changes)
-    if head is None:
-        BertModel(config).save_pretrained(folder)
-    else:
+    if head is not None:
         config.num_labels = head
-        BertForSequenceClassification(config).save_pretrained(folder)
+    kind = BertModel if head is None else BertForSequenceClassification
+    kind(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -46,17 +51,15 @@ def encoder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_encoder(tmp_path_factory.mktemp("encoder") / "bert", model)
 
 
-def write(path: Path, labels: list[Any], pairs: bool = False, key: str = "label") -> Path:
+def write(path: Path, labels: list[Any], pairs: bool = False) -> Path:
     """Rows whose text tells their label."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i, label in enumerate(labels):
         text = " ".join([KINDS[i % 3]] * 3 + [WORDS[i % 19]])
-        row: dict[str, Any] = (
-            {"text": text, "text_pair": WORDS[i % 19]} if pairs else {"text": text}
-        )
-        rows.append(row if label is None else row | {key: label})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+        rows.append({"text": text, "text_pair": WORDS[i % 19]} if pairs else {"text": text})
+        if label is not None:
+            rows[-1]["label"] = label
+    return write_lines(path, rows)
 
 
 SHORT = ["--batch-size", "4", "--learning-rate", "0.01", "--dtype", "float32", "--rank", "2"]
@@ -88,17 +91,23 @@ def answers(out: Path, base: Path, rows: Path) -> torch.Tensor:
     return torch.stack(found)
 
 
+@pytest.fixture
+def train(retain: Run, encoder: Path, tmp_path: Path) -> Run:
+    """Trains the encoder on rows; later options come before these."""
+    given = ("train", "--model", encoder, "--out", tmp_path / "run", *SHORT)
+    return lambda rows, *argv: retain(*given, "--data", rows, *argv)
+
+
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
 @pytest.mark.parametrize("name", LABELS)
 def test_labels_are_learned(
-    retain: Any, encoder: Path, model: Path, tmp_path: Path, name: str, kind: str
+    train: Run, encoder: Path, model: Path, tmp_path: Path, name: str, kind: str
 ) -> None:
     labels, options, names, count = LABELS[name]
     base = encoder if kind == "encoder" else model
     more = options or ([] if kind == "encoder" else ["--num-labels", "auto"])
     rows, out = write(tmp_path / "rows.jsonl", labels), tmp_path / "run"
-    argv = ["--model", base, "--data", rows, "--out", out, "--epochs", 6, *more, *SHORT, "--json"]
-    found = retain("train", *argv).json
+    found = train(rows, "--model", base, "--epochs", 6, *more, "--json").json
     assert found["labels"]["count"] == count
     assert found["labels"]["names"] == (names or [])
     assert found["labels"]["head"]["rows"] == 24
@@ -120,19 +129,17 @@ def test_labels_are_learned(
 
 
 def test_the_reloaded_adapter_answers_as_the_trained_one(
-    retain: Any, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Run, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from retain.models import saved
 
-    kept = []
-    whole = saved.save_adapter
+    kept, whole = [], saved.save_adapter
     monkeypatch.setattr(saved, "save_adapter", lambda m, *a: (kept.append(m), whole(m, *a))[1])
     rows, out = write(tmp_path / "r.jsonl", LABELS["names"][0], pairs=True), tmp_path / "run"
-    retain("train", "--model", encoder, "--data", rows, "--out", out, *SHORT)
+    train(rows).done()
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     want = []
-    for line in rows.read_text().splitlines():
-        row = json.loads(line)
+    for row in map(json.loads, rows.read_text().splitlines()):
         with torch.no_grad():
             batch = tokenizer(row["text"], row["text_pair"], return_tensors="pt")
             want.append(kept[0].eval()(**batch).logits[0])
@@ -143,60 +150,40 @@ def test_the_reloaded_adapter_answers_as_the_trained_one(
 
 @pytest.mark.parametrize("method", ["auto", "laplace"])
 def test_it_is_held_on_the_source_that_is_given(
-    retain: Any, encoder: Path, source: Path, tmp_path: Path, method: str
+    train: Run, source: Path, tmp_path: Path, method: str
 ) -> None:
     rows, nats = write(tmp_path / "r.jsonl", LABELS["whole"][0]), []
     for strength in (0, 1000):
-        out = tmp_path / f"run{strength}"
-        argv = ["--model", encoder, "--data", rows, "--out", out, "--source", source, *SHORT]
-        argv += ["--method", method, "--strength", strength, "--epochs", 3, "--json"]
-        found = retain("train", *argv).json
+        argv = ("--out", tmp_path / f"run{strength}", "--source", source, "--method", method)
+        found = train(rows, *argv, "--strength", strength, "--epochs", 3, "--json").json
         assert found["curvature"]["info"]["sequences"] == 16
         assert found["curvature"]["info"]["note"] == str(source)
         nats.append(found["predicted_nats"])
     assert nats[1] < 0.5 * nats[0]
-    assert (found["why_no_filter"] is None) == (method == "auto" or found["why_no_filter"] is None)
 
 
-def test_a_source_for_a_language_model_too(
-    retain: Any, model: Path, data: Path, source: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    argv = ["--model", model, "--data", data, "--out", out, *SHORT, "--max-steps", 1, "--json"]
-    found = retain("train", *argv, "--source", source).json
-    assert found["curvature"]["info"]["note"] == str(source)
-    again = retain("train", *argv, "--overwrite").json  # and its own text without one
-    assert again["curvature"]["info"]["note"] == "self"
-
-
-def test_resuming_ends_at_the_same_bytes(retain: Any, encoder: Path, tmp_path: Path) -> None:
-    rows = write(tmp_path / "r.jsonl", LABELS["names"][0])
-    argv = ["--model", encoder, "--data", rows, *SHORT, "--save-steps", 2, "--quiet"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert retain("train", *argv, "--out", one).code == 0
-    assert retain("train", *argv, "--out", two).code == 0
-    (last,) = [p for p in (two / "checkpoints").iterdir() if p.name == "checkpoint-6"]
-    import shutil
-
-    shutil.rmtree(last)
-    outcome = retain("train", "--resume", "--out", two, "--quiet")
-    assert outcome.code == 0, outcome.err
+def test_resuming_ends_at_the_same_bytes(train: Run, retain: Run, tmp_path: Path) -> None:
+    rows, one, two = write(tmp_path / "r.jsonl", LABELS["names"][0]), tmp_path / "a", tmp_path / "b"
+    for out in (one, two):
+        train(rows, "--save-steps", 2, "-q", "--out", out).done()
+    shutil.rmtree(two / "checkpoints" / "checkpoint-6")
+    retain("train", "--resume", "--out", two, "-q").done()
     files = [p / "adapter" / "adapter_model.safetensors" for p in (one, two)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize("labels", ["whole", "names"])
-def test_a_head_of_the_base_goes_on(retain: Any, model: Path, tmp_path: Path, labels: str) -> None:
+def test_a_head_of_the_base_goes_on(train: Run, model: Path, tmp_path: Path, labels: str) -> None:
     names = {"id2label": dict(enumerate(KINDS)), "label2id": {n: i for i, n in enumerate(KINDS)}}
     base = save_encoder(tmp_path / "b", model, 3, **(names if labels == "names" else {}))
     rows = write(tmp_path / "r.jsonl", LABELS[labels][0])
-    argv = ["--model", base, "--data", rows, *SHORT, "--max-steps", 1, "--json"]
-    found = retain("train", *argv, "--out", tmp_path / "run").json
+    argv = ("--model", base, "--max-steps", 1, "--json")
+    found = train(rows, *argv).json
     assert found["labels"]["head"] is None
     assert any("own head of 3 outputs goes on" in note for note in found["notes"])
     if labels == "names":
         assert found["labels"]["names"] == KINDS  # in the order of the head, not the alphabet's
-    other = retain("train", *argv, "--num-labels", 4, "--out", tmp_path / "o")
+    other = train(rows, *argv, "--num-labels", 4, "--out", tmp_path / "o")
     if labels == "whole":
         assert other.json["labels"]["head"]["rows"] == 24
     else:
@@ -212,11 +199,7 @@ REFUSED: dict[str, tuple[list[Any], list[str], list[str]]] = {
     "one class": ([0] * 24, [], ["the labels are no classes"]),
     "a blank name": (["x", "  ", "y"] * 8, [], ["row 2 of the data has no label"]),
     "one name": (["x"] * 24, [], ["the labels are no classes"]),
-    "identities": (
-        [7000 + 0 * i if i else 0 for i in range(24)],
-        [],
-        ["the labels are no classes"],
-    ),
+    "identities": ([0, *[7000] * 23], [], ["the labels are no classes"]),
     "beyond": ([0, 1, 2] * 8, ["--num-labels", "2"], ["label 2", "0 to 1"]),
     "parts": ([0, 1, 1.5] * 8, ["--num-labels", "2"], ["1.5"]),
     "names and numbers": ([0, "x", 1] * 8, [], ["row 1 of the data has a label of another kind"]),
@@ -233,12 +216,10 @@ REFUSED: dict[str, tuple[list[Any], list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused(retain: Any, encoder: Path, tmp_path: Path, name: str) -> None:
+def test_what_is_refused(train: Run, tmp_path: Path, name: str) -> None:
     labels, options, said = REFUSED[name]
-    rows, out = write(tmp_path / "r.jsonl", labels), tmp_path / "run"
-    argv = ["--model", encoder, "--data", rows, "--out", out, *SHORT, *options]
-    retain("train", *argv).refused(*said)
-    assert not (out / "adapter").exists()
+    train(write(tmp_path / "r.jsonl", labels), *options).refused(*said)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -250,72 +231,164 @@ def test_what_is_refused(retain: Any, encoder: Path, tmp_path: Path, name: str) 
     ],
 )
 def test_what_the_labels_leave_open_is_said(
-    retain: Any, encoder: Path, tmp_path: Path, labels: list[Any], options: list[Any], said: str
+    train: Run, tmp_path: Path, labels: list[Any], options: list[Any], said: str
 ) -> None:
-    rows = write(tmp_path / "r.jsonl", labels)
-    argv = ["--model", encoder, "--data", rows, "--out", tmp_path / "run", *SHORT]
-    found = retain("train", *argv, *options, "--json").json
+    found = train(write(tmp_path / "r.jsonl", labels), *options, "--json").json
     assert any(said in note for note in found["notes"])
 
 
-def test_rows_that_the_head_may_not_be_held_by(
-    retain: Any, encoder: Path, source: Path, tmp_path: Path
+def test_what_does_not_go_together(
+    train: Run, retain: Run, encoder: Path, model: Path, source: Path, tmp_path: Path
 ) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
     rows, file = write(tmp_path / "r.jsonl", [0, 1] * 12), tmp_path / "c.safetensors"
-    size = ["--rank", 2]
-    assert retain("fit", encoder, source, "-o", file, "--num-labels", 2, *size, "-q").code == 0
-    argv = ["--model", encoder, "--data", rows, "--out", tmp_path / "run", *SHORT]
-    retain("train", *argv, "--curvature", file).refused("before the head was fitted", "--source")
-    retain("train", *argv, "--data", "word-problems:8").refused("learns rows with a label")
-    long = write(tmp_path / "long.jsonl", [0, 1] * 12)
-    long.write_text(long.read_text().replace("red red", "red " * 200))
-    retain("train", *argv[:2], "--data", long, *argv[4:], "--max-length", 600).refused(
-        "longer than the model can read", "--max-length 300"
-    )
+    argv = ("fit", encoder, source, "-o", file, "--num-labels", 2, "--rank", 2, "-q")
+    retain(*argv).done()
+    train(rows, "--curvature", file).refused("before the head was fitted", "--source")
+    train("word-problems:8").refused("learns rows with a label")
+    long = tmp_path / "long.jsonl"
+    long.write_text(rows.read_text().replace("red red", "red " * 200))
+    said = ("longer than the model can read", "--max-length 300")
+    train(long, "--max-length", 600).refused(*said)
+    size = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(vocab_size=300, **size)).save_pretrained(tmp_path / "t5")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "t5")
+    train(rows, "--model", tmp_path / "t5").refused("is an encoder-decoder")
 
 
-@pytest.mark.parametrize("command", ["eval", "soften"])
 def test_there_is_no_base_to_compare_a_new_head_with(
-    retain: Any, encoder: Path, source: Path, tmp_path: Path, command: str
+    train: Run, retain: Run, source: Path, tmp_path: Path
 ) -> None:
-    rows, out = write(tmp_path / "r.jsonl", [0, 1] * 12), tmp_path / "run"
-    argv = ["--model", encoder, "--data", rows, "--out", out, "--source", source, *SHORT, "-q"]
-    assert retain("train", *argv).code == 0
+    train(write(tmp_path / "r.jsonl", [0, 1] * 12), "--source", source, "-q").done()
+    out = tmp_path / "run"
+    retain("eval", "--adapter", out / "adapter").refused("brings its own head")
     more = ["--curvature", out / "curvature.safetensors", "--budget", 0.1, "--out", tmp_path / "s"]
-    given = ["--adapter", out / "adapter"] if command == "eval" else [out / "adapter", *more]
-    retain(command, *given).refused("brings its own head")
+    retain("soften", out / "adapter", *more).refused("brings its own head")
 
 
 def test_a_decoder_is_one_only_where_it_is_asked_to_be(
-    retain: Any, make_model: Any, source: Path, tmp_path: Path
+    train: Run, model: Path, source: Path, encoder: Path
 ) -> None:
-    base = make_model(tmp_path / "m")
-    argv = [
-        "--model",
-        base,
-        "--data",
-        source,
-        "--out",
-        tmp_path / "run",
-        *SHORT,
-        "--method",
-        "none",
-    ]
-    assert retain("train", *argv, "--max-steps", 1, "--json").json["labels"] is None
-
-
-def test_other_models_are_refused_as_before(retain: Any, model: Path, tmp_path: Path) -> None:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    folder = tmp_path / "t5"
-    size = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    T5ForConditionalGeneration(T5Config(vocab_size=300, **size)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    rows = write(tmp_path / "r.jsonl", [0, 1] * 12)
-    retain("train", "--model", folder, "--data", rows, "--out", tmp_path / "o").refused(
-        "is an encoder-decoder"
-    )
-
-
-def test_the_encoder_is_bare(encoder: Path) -> None:
+    argv = ("--model", model, "--method", "none", "--max-steps", 1, "--json")
+    assert train(source, *argv).json["labels"] is None
     assert type(AutoModel.from_pretrained(encoder)) is BertModel
+
+
+class TestMonths:
+    """``--continue-from``: the head goes on, the classes stay, other classes are refused."""
+
+    @pytest.fixture(scope="module", params=["encoder", "decoder"])
+    def months(
+        self, request: pytest.FixtureRequest, encoder: Path, model: Path, source: Path,
+        tmp_path_factory: pytest.TempPathFactory,
+    ) -> tuple[Path, list[Path]]:  # fmt: skip
+        """The base, and three runs, the second of which sees two of the three classes."""
+        folder = tmp_path_factory.mktemp("months")
+        base, runs = encoder if request.param == "encoder" else model, []
+        for month, labels in enumerate(([*KINDS] * 8, ["red", "green"] * 12, [*KINDS] * 8)):
+            rows, out = write(folder / f"{month}.jsonl", labels), folder / f"run{month}"
+            argv = ["train", "--data", rows, "--out", out, "--epochs", 3, "-q", *SHORT]
+            if runs:
+                argv = [a for a in argv if a not in SHORT] + ["--continue-from", runs[-1]]
+                argv += SHORT[:4]
+            else:
+                argv += [
+                    "--model",
+                    base,
+                    "--source",
+                    source,
+                    "--keep-state",
+                    "--num-labels",
+                    "auto",
+                ]
+            assert main([str(a) for a in argv]) == 0
+            runs.append(out)
+        return base, runs
+
+    def test_the_head_goes_on(self, months: tuple[Path, list[Path]]) -> None:
+        base, runs = months
+        heads, records = [], []
+        for run in runs:
+            weights = adapter(run)
+            (name,) = [n for n in weights if n.endswith(("classifier.weight", "score.weight"))]
+            heads.append(weights[name])
+            records.append(told(run / "train.json"))
+        assert [r["labels"]["names"] for r in records] == [sorted(KINDS)] * 3
+        assert records[0]["labels"]["head"]["rows"] == 24
+        assert records[1]["labels"]["head"] is records[2]["labels"]["head"] is None
+        assert any("1 of 3 classes" in note for note in records[1]["notes"])
+        assert len({r["model"]["fingerprint"] for r in records}) == 1
+        first = load_file(runs[0] / "state" / "head.safetensors")
+        last = load_file(runs[2] / "state" / "head.safetensors")
+        assert first.keys() == last.keys() and all(torch.equal(first[n], last[n]) for n in first)
+        assert not torch.equal(heads[0], heads[1]) and not torch.equal(heads[1], heads[2])
+        assert load_curvature(runs[2] / "state" / "past.safetensors").info.merged == 3
+        if "classifier" in name:  # the tiny decoder's features foretell little
+            said = answers(runs[2], base, runs[2].parent / "2.jsonl")
+            wanted = torch.tensor([sorted(KINDS).index(KINDS[i % 3]) for i in range(24)])
+            assert float((said.argmax(1) == wanted).float().mean()) > 0.6
+
+    def test_it_begins_where_the_run_before_ended(
+        self, months: tuple[Path, list[Path]], retain: Any, tmp_path: Path
+    ) -> None:
+        rows, out = write(tmp_path / "r.jsonl", [*KINDS] * 8), tmp_path / "out"
+        argv = ["--continue-from", months[1][0], "--data", rows, "--out", out, "-q"]
+        more = ["--max-steps", 1, "--learning-rate", 1e-12, "--batch-size", 4]
+        assert retain("train", *argv, *more).code == 0
+        then, now = (answers(run, months[0], rows) for run in (months[1][0], out))
+        torch.testing.assert_close(now, then, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("labels", "more", "said"),
+        [
+            ([*KINDS, "black"] * 6, [], ["other labels", "'black'", "blue, green, red"]),
+            ([0, 1, 2] * 8, [], ["other labels", "got: labels such as 0"]),
+            ([*KINDS] * 8, ["--num-labels", 4], ["other labels", "--num-labels 4"]),
+        ],
+        ids=["new name", "numbers", "count"],
+    )
+    def test_other_labels_are_refused(
+        self,
+        months: Any,
+        retain: Any,
+        tmp_path: Path,
+        labels: list[Any],
+        more: list[Any],
+        said: list[str],
+    ) -> None:
+        rows, out = write(tmp_path / "r.jsonl", labels), tmp_path / "out"
+        argv = ["--continue-from", months[1][0], "--data", rows, "--out", out, *SHORT[:4], *more]
+        retain("train", *argv).refused(*said)
+        assert not out.exists()
+
+    def test_a_language_model_does_not_go_on_as_a_classifier(
+        self, retain: Any, model: Path, data: Path, curvature: Path, tmp_path: Path
+    ) -> None:
+        out, rows = tmp_path / "may", write(tmp_path / "r.jsonl", [0, 1, 2] * 8)
+        argv = ["--model", model, "--data", data, "--curvature", curvature, "--rank", 4, "-o", out]
+        assert retain("train", *argv, "--keep-state", "--max-steps", 1, "-q").code == 0
+        more = ["--continue-from", out, "--data", rows, "--num-labels", 3, "-o", tmp_path / "june"]
+        retain("train", *more).refused("other labels", "no classifier")
+
+    def test_resuming_a_later_month_ends_at_the_same_bytes(
+        self, months: Any, retain: Any, tmp_path: Path
+    ) -> None:
+        rows = write(tmp_path / "r.jsonl", [*KINDS] * 8)
+        argv = [
+            "--continue-from",
+            months[1][0],
+            "--data",
+            rows,
+            "--save-steps",
+            2,
+            "-q",
+            *SHORT[:4],
+        ]
+        one, two = tmp_path / "one", tmp_path / "two"
+        for out in (one, two):
+            assert retain("train", *argv, "--out", out).code == 0
+        shutil.rmtree(two / "checkpoints" / "checkpoint-6")
+        assert retain("train", "--resume", "--out", two, "-q").code == 0
+        for name in ("adapter/adapter_model.safetensors", "state/past.safetensors"):
+            assert (one / name).read_bytes() == (two / name).read_bytes()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_parts import SHORT
 from safetensors.torch import load_file
 
 COMMAND = [sys.executable, "-c", "import sys; from retain.cli import main; sys.exit(main())"]
@@ -58,10 +59,10 @@ def _hears() -> None:
 
 
 def test_ctrl_c_keeps_a_checkpoint_and_resume_finishes(
-    retain: Any, model: Path, data: Path, curvature: Path, short: Any, tmp_path: Path
+    retain: Any, model: Path, data: Path, curvature: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    argv = ["--model", model, "--data", data, "--curvature", curvature, *short, "--out", out]
+    argv = ["--model", model, "--data", data, "--curvature", curvature, *SHORT, "--out", out]
     argv += ["--max-steps", 150, "--save-steps", 10]
     process = subprocess.Popen(
         [*COMMAND, "train", *map(str, argv)],
@@ -93,13 +94,9 @@ def test_ctrl_c_keeps_a_checkpoint_and_resume_finishes(
 
 @pytest.mark.parametrize("command", ["fit", "eval", "demo", "train"])
 def test_ctrl_c_elsewhere(
-    retain: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    trained: Path,
-    data: Path,
-    tmp_path: Path,
+    retain: Any, monkeypatch: pytest.MonkeyPatch, trained: Path, data: Path, tmp_path: Path,
     command: str,
-) -> None:
+) -> None:  # fmt: skip
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_parts import SHORT
 
 from study_parts import torchrun
 
 
-def test_two_processes_train_as_one(
-    retain: Any, model: Path, data: Path, short: list[str], tmp_path: Path
-) -> None:
-    argv = ["train", "--model", str(model), "--data", str(data), *short, "--budget", "0.05"]
+def test_two_processes_train_as_one(retain: Any, model: Path, data: Path, tmp_path: Path) -> None:
+    argv = ["train", "--model", str(model), "--data", str(data), *SHORT, "--budget", "0.05"]
     argv += ["--epochs", "2", "--save-steps", "3", "--keep-state", "--dtype", "float32"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert retain(*argv, "--out", one, "-q").code == 0
