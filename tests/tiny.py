@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)  # fmt: skip
 
 from retain.curvature.blocks.registry import names
 from retain.models.lora import attach_lora
@@ -164,8 +170,8 @@ def relative(got: torch.Tensor | float, want: torch.Tensor | float) -> float:
     return float((got - want).abs().max()) / scale if scale else float(got.abs().max())
 
 
-def save_tiny(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A random Llama of two layers with a byte-level tokenizer, as a folder of transformers."""
+def save_tiny(folder: Path, seed: int = 0, kind: str = "llama", **changes: Any) -> Path:
+    """A random Llama or Bert of two layers with a byte-level tokenizer, as a folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -179,8 +185,13 @@ def save_tiny(folder: Path, seed: int = 0, **changes: Any) -> Path:
     ).save_pretrained(folder)
     torch.manual_seed(seed)
     size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256,
-            "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # fmt: skip
-    config = LlamaConfig(vocab_size=len(vocabulary), **size | changes)
-    LlamaForCausalLM(config).save_pretrained(folder)
+            "num_attention_heads": 2, "max_position_embeddings": 256, "pad_token_id": 1}
+    model: Any
+    if kind == "bert":
+        size |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        model = BertModel(BertConfig(vocab_size=len(vocabulary), **size | changes))
+    else:
+        size |= {"num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 1}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), **size | changes))
+    model.save_pretrained(folder)
     return folder

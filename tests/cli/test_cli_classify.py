@@ -111,7 +111,7 @@ def test_labels_are_learned(
     assert found["labels"]["count"] == count
     assert found["labels"]["names"] == (names or [])
     assert found["labels"]["head"]["rows"] == 24
-    assert any("nothing is held" in note for note in found["notes"])
+    assert any("the base model is not held" in note for note in found["notes"])
     config = AutoConfig.from_pretrained(out / "adapter")
     assert config.num_labels == count
     if names:

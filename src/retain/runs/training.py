@@ -67,6 +67,7 @@ class Training:
         self.why_no_filter: str | None = None
         self.recipe: Any = None
         self.labels: Labels | None = None
+        self.unheld = False
 
     def run(self) -> RunResult:
         self._read()
@@ -199,7 +200,8 @@ class Training:
         if self.labels is not None and self.config.method != "none":
             reason = classify.why_not_held(self.config, self.labels)
             if reason is not None:
-                self.messages.note(f"nothing is held: {reason}")
+                self.messages.note(f"the base model is not held: {reason}")
+                self.unheld = True
                 return None
         return curvature_for(
             self.config, self.given, self.out, self.model, self.tokenizer, self.messages,
@@ -233,7 +235,9 @@ class Training:
         """The one call of the training loop."""
         from retain.training.loop import train
 
-        recipe = held and recipe_for(self.config, held.curvature, self.past)
+        recipe = None
+        if held is not None or self.unheld:  # without a source, its other parts act
+            recipe = recipe_for(self.config, held and held.curvature, self.past)
         fix = "free some disk; --resume goes on from the last whole checkpoint, where there is one"
         try:
             with writing("a checkpoint", self.kept, fix=fix):
