@@ -74,6 +74,11 @@ class Case:
         )  # fmt: skip
         for task in (folder / "tasks").iterdir():
             task.write_text(task.read_text() + 'texts: ["{{ text }}"]\n')
+            rows = [  # what a fitted head can tell apart, so that it is placed
+                {"text": ("ab" if i % 2 else "yz") * (1 + i % 3), "label": i % 2} for i in range(12)
+            ]
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / "data" / task.stem / "train.jsonl").write_text(lines)
         self.spec: RunSpec = expand(read_study(path), folder).runs[0]
         self.work = Work("tiny", folder / "out", folder, data_dir=folder / "data")
         self.folder, self.model, self.parts = folder, model, parts
@@ -96,7 +101,8 @@ class Case:
             set_seed(seed_of(0, -1))
             rows = choose(self.source, 64, seed_of(0, -1))
             recipe.curvature = retain.fit_curvature(
-                model, rows, "kfac", rows=len(rows), batch_size=min(16, len(rows)), seed=seed_of(0, -1),
+                model, rows, "kfac", rows=len(rows), batch_size=min(16, len(rows)),
+                seed=seed_of(0, -1),
                 max_length=max(len(e.tokens) for e in rows) + 1, progress=False,
             )  # fmt: skip
         return model, recipe
