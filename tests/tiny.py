@@ -184,8 +184,14 @@ def save_tiny(folder: Path, seed: int = 0, kind: str = "llama", **changes: Any) 
         tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     ).save_pretrained(folder)
     torch.manual_seed(seed)
-    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "max_position_embeddings": 256, "pad_token_id": 1}
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": 1,
+    }
     model: Any
     if kind == "bert":
         size |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
