@@ -16,6 +16,7 @@ from retain.curvature.fit.source import source_examples
 from retain.data.batches import Example
 from retain.data.draws import HELD_OUT, draw, sample
 from retain.data.sources import encode
+from retain.models.view import ModelView
 from retain.training.callback import PROBE_ROWS, PROBE_SEED
 from tiny import tiny
 
@@ -39,10 +40,7 @@ def sources(folder: Path) -> list[Any]:
 @pytest.mark.parametrize("seed", [0, 3])
 def test_a_curvature(seed: int, tmp_path: Path) -> None:
     for source in [*sources(tmp_path), encode(ROWS, None, max_length=8, causal=True)]:
-        found = source_examples(
-            tiny("llama"), source, None, causal=True, rows=ASKED, max_length=8, batch_size=1,
-            seed=seed, partial=None, progress=False,
-        )  # fmt: skip
+        found = source_examples(ModelView(tiny("llama")), source, ASKED, 8, seed)
         assert found == encode(drawn(seed), None, max_length=8, causal=True)
         assert found != encode(ROWS[:ASKED], None, max_length=8, causal=True)
 
@@ -85,7 +83,7 @@ def test_the_probe_of_a_budget(tmp_path: Path) -> None:
     curvature = retain.fit_curvature(model, ROWS, batch_size=4, progress=False)
     for source in sources(tmp_path):
         callback = retain.RetentionCallback(curvature, budget=0.1, source=source)
-        found = callback._probe(model, None)
+        found = callback._probe(ModelView(model))
         want = [ROWS[i] for i in draw(COUNT, PROBE_ROWS, PROBE_SEED)]
         assert found == encode(want, None, max_length=8, causal=True)
 
@@ -102,10 +100,7 @@ class TestText:
         model = AutoModelForCausalLM.from_pretrained(tiny_folder)
 
         def places(seed: int) -> list[int]:
-            found = source_examples(
-                model, text, tokenizer, causal=True, rows=ASKED, max_length=32, batch_size=1,
-                seed=seed, partial=None, progress=False,
-            )  # fmt: skip
+            found = source_examples(ModelView(model, tokenizer), text, ASKED, 32, seed)
             assert len(found) == ASKED
             assert all(len(e.tokens) == 31 for e in found)
             return [int(tokenizer.decode(e.tokens).split("\n")[0][:5]) for e in found]
@@ -118,10 +113,8 @@ class TestText:
         path = tmp_path / "a.txt"
         path.write_text("".join(f"{i:03} " for i in range(200)))
         tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-        found = source_examples(
-            AutoModelForCausalLM.from_pretrained(tiny_folder), path, tokenizer, causal=True,
-            rows=ASKED, max_length=32, batch_size=1, seed=2, partial=None, progress=False,
-        )  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+        found = source_examples(ModelView(model, tokenizer), path, ASKED, 32, 2)
         rows = [{"text": path.read_text(), "pack": True}]
         every = encode(rows, tokenizer, max_length=32, causal=True)
         assert len(every) == 25

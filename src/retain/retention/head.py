@@ -13,22 +13,22 @@ the fit would be next to 0, and a model learns more slowly through that than thr
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from retain.curvature.fit.source import source_examples
-from retain.data.batches import Example, batches
+from retain.data.batches import Example
 from retain.data.sources import Row
 from retain.errors import ModelError, SourceError
-from retain.models.forward import evaluating, forward_logits, no_autocast
-from retain.models.heads import check_single, is_causal
-from retain.models.names import unwrap
-from retain.models.sizes import pad_id
+from retain.models.forward import no_autocast
+from retain.models.heads import check_single
+from retain.models.view import ModelView
 from retain.retention.probe import Probe, fit_probe
 
 if TYPE_CHECKING:
@@ -95,20 +95,19 @@ def fit_head(
         ModelError: a model without such a head.
         SourceError: fewer than two labelled rows, or a label without an output.
     """
-    if is_causal(model):
+    view = ModelView.of(model, tokenizer)
+    if view.causal:
         raise ModelError(
             "a causal model has no new head",
             got=type(model).__name__,
             allowed="a ...ForSequenceClassification model",
             fix="leave fit_head out",
         )
-    values = _width(model, columns) == 1
+    count = view.config.num_labels if columns is None else columns.stop - columns.start
+    values = count == 1
     if columns is None:
         check_single(model)
-    found = source_examples(
-        model, data, tokenizer, causal=False, rows=rows, max_length=max_length, batch_size=1,
-        seed=seed, partial=None, progress=progress, regression=values,
-    )  # fmt: skip
+    found = source_examples(view, data, rows, max_length, seed, values=values)
     labelled = [e for e in found if (e.targets[0] == e.targets[0] if values else e.targets[0] >= 0)]
     if len(labelled) < 2:
         raise SourceError(
@@ -117,9 +116,8 @@ def fit_head(
             allowed="2 or more",
             fix="give labelled rows",
         )
-    layer, features, targets = _features(model, labelled, min(batch_size, len(labelled)), progress)
+    layer, features, targets = _features(view, labelled, batch_size, progress)
     outputs = columns or slice(0, layer.out_features)
-    count = _width(model, columns)
     if count > 1 and int(targets.max()) >= count:
         raise SourceError(
             "a label has no output",
@@ -133,42 +131,25 @@ def fit_head(
     return HeadFit(len(labelled), probe.ridge, probe.loss, probe.known, probe.tells)
 
 
-def _width(model: nn.Module, columns: slice | None) -> int:
-    """How many outputs answer."""
-    config: Any = unwrap(model).config
-    outputs: int = config.num_labels if columns is None else columns.stop - columns.start
-    return outputs
-
-
 @torch.no_grad()
 def _features(
-    model: nn.Module, examples: Sequence[Example], size: int, progress: bool
+    view: ModelView, examples: Sequence[Example], size: int, progress: bool
 ) -> tuple[nn.Linear, Tensor, Tensor]:
     """The last layer of the head; what it reads, [rows, width]; and the rows' targets, [rows]."""
-    inner: Any = unwrap(model)
     seen: list[_Call] = []
-    handles = [
-        m.register_forward_hook(lambda m, args, out: seen.append((m, args[0], out)))
-        for m in inner.modules()
-        if isinstance(m, nn.Linear) and m.out_features == inner.config.num_labels
-    ]
-    device = next(inner.parameters()).device
-    pad = pad_id(inner)
     features, targets, layer = [], [], None
-    try:
-        with evaluating(model):
-            for batch in tqdm(
-                batches(examples, size, pad), "head", -(-len(examples) // size),
-                disable=not progress, leave=False,
-            ):  # fmt: skip
-                seen.clear()
-                batch = batch.to(device)
-                layer, read = _last(seen, forward_logits(model, batch))
-                features.append(read.double().cpu())
-                targets.append(batch.targets.cpu())
-    finally:
-        for handle in handles:
-            handle.remove()
+    every = view.batches(examples, size)
+    with view.evaluating(), ExitStack() as hooks:
+        for m in view.model.modules():
+            if isinstance(m, nn.Linear) and m.out_features == view.config.num_labels:
+                hooks.enter_context(
+                    m.register_forward_hook(lambda m, args, out: seen.append((m, args[0], out)))
+                )
+        for batch in tqdm(every, "head", disable=not progress, leave=False):
+            seen.clear()
+            layer, read = _last(seen, view.logits(batch))
+            features.append(read.double().cpu())
+            targets.append(batch.targets.cpu())
     assert layer is not None
     return layer, torch.cat(features), torch.cat(targets)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -28,12 +29,11 @@ from retain.curvature.blocks.sketch import sketch_finish, sketch_update
 from retain.curvature.curvature import Curvature
 from retain.curvature.fit.capture import shared_inputs
 from retain.curvature.fit.source import glance
-from retain.data.batches import Batch, Example, batches
+from retain.data.batches import Batch, Example
 from retain.errors import ConfigError, MismatchError, SourceError
-from retain.models.forward import evaluating, forward_body, no_autocast
-from retain.models.heads import is_causal
+from retain.models.forward import no_autocast
 from retain.models.sites import LoraSite
-from retain.models.sizes import pad_id
+from retain.models.view import ModelView
 
 __all__ = ["Moments", "check_reading", "input_moments", "inputs_of", "moments_of"]
 
@@ -193,16 +193,15 @@ def input_moments(
             allowed="one at least",
             fix="give more data",
         )
-    pad = pad_id(model)
-    device = sites[0].a.device
-    skip = not first and is_causal(model)
+    view = ModelView.of(model)
+    skip = not first and view.causal
     starts = [int(skip and len(e.tokens) > 1) for e in examples]
     tokens = sum(len(e.tokens) - s for e, s in zip(examples, starts, strict=True))
     predictions = sum(sum(e.predict[s:]) for e, s in zip(examples, starts, strict=True))
     share = answers if predictions else 0.0
     layers: dict[str, Any] = {site.name: site.layer for site in sites}
-    with evaluating(model), torch.no_grad(), products("auto"):
-        readers = shared_inputs(model, layers, glance(examples[0], pad).to(device))
+    with view.evaluating(), torch.no_grad(), products("auto"), ExitStack() as hooks:
+        readers = shared_inputs(model, layers, glance(examples[0], view.pad).to(view.device))
         found: dict[str, Tensor] = {}
         sketches: dict[str, Tensor] = {}
         wide = {readers[layer]: rank for layer, rank in (ranks or {}).items()}
@@ -226,19 +225,12 @@ def input_moments(
 
             return hook
 
-        handles = [
-            layers[name].register_forward_pre_hook(hear(name))
-            for name in dict.fromkeys(readers.values())
-        ]
-        try:
-            every = list(batches(examples, min(batch_size, len(examples)), pad))
-            for batch in tqdm(every, desc="inputs", unit="batch", disable=not progress):
-                batch = batch.to(device)
-                weights[:] = [_weights(batch, share, tokens, predictions, skip)]
-                forward_body(model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        for name in dict.fromkeys(readers.values()):
+            hooks.enter_context(layers[name].register_forward_pre_hook(hear(name)))
+        every = view.batches(examples, batch_size)
+        for batch in tqdm(every, desc="inputs", unit="batch", disable=not progress):
+            weights[:] = [_weights(batch, share, tokens, predictions, skip)]
+            view.run(batch)
     kind = torch.promote_types(sites[0].a.dtype, torch.float32)
     factors: dict[str, Factor] = {name: DenseFactor(s) for name, s in found.items()}
     factors |= {n: sketch_finish(sketches, n, rank, 1.0, kind) for n, rank in wide.items()}

@@ -17,8 +17,8 @@ from retain.curvature.fit.source import source_examples
 from retain.data.batches import Example
 from retain.data.sources import Row
 from retain.errors import ConfigError, RetainWarning, unknown
-from retain.models.heads import is_causal
 from retain.models.names import unwrap
+from retain.models.view import ModelView
 from retain.retention.filter import Filter
 from retain.retention.force import Force
 from retain.retention.loader import loader_examples
@@ -202,12 +202,13 @@ class RetentionCallback(TrainerCallback):
         self._nats = None
         recipe = self.recipe
         needed = recipe.budget is not None or "filter" in recipe.parts
-        causal = is_causal(model)
+        view = ModelView(model, self.tokenizer)
+        view.tokenizer = view.tokenizer or kwargs.get("processing_class")
         recipe.begin(
             model,
-            lambda count, seed: loader_examples(loader, count, seed, causal),
+            lambda count, seed: loader_examples(loader, count, seed, view.causal),
             seed=args.seed,
-            probe=self._probe(model, causal, kwargs.get("processing_class")),
+            probe=self._probe(view),
             progress=kept_in(state, needed) if resuming else None,
         )
         recipe.guard(Running() if trainer is None else _always)
@@ -215,24 +216,19 @@ class RetentionCallback(TrainerCallback):
             self._say(f"held by the force alone, without a filter: {recipe.why_no_filter}")
         go_first(self, handler)
 
-    def _probe(self, model: nn.Module, causal: bool, trainers: Any) -> Sequence[Example]:
+    def _probe(self, view: ModelView) -> Sequence[Example]:
         """A few rows to measure the true divergence on."""
         if self.recipe.budget is None or self.source is None:
             return ()
         source = self.source
         if isinstance(source, str) and source == "auto":
-            if not causal:
+            if not view.causal:
                 self._say(
                     "the budget is of predicted nats: a classifier writes no text to measure on"
                 )
                 return ()
             source = "self"
-        tokenizer = self.tokenizer or getattr(model, "retain_tokenizer", None) or trainers
-        return source_examples(
-            model, source, tokenizer, causal,
-            rows=PROBE_ROWS, max_length=PROBE_TOKENS, batch_size=1, seed=PROBE_SEED, partial=None,
-            progress=False,
-        )  # fmt: skip
+        return source_examples(view, source, PROBE_ROWS, PROBE_TOKENS, PROBE_SEED)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

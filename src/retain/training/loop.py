@@ -17,8 +17,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from retain.config import TrainConfig
 from retain.data.batches import Example, collate
 from retain.errors import ConfigError, SourceError
-from retain.models.heads import check_single, is_regression
-from retain.models.sizes import check_sizes, pad_id, pad_multiple
+from retain.models.heads import check_single
+from retain.models.sizes import pad_multiple
+from retain.models.view import ModelView
 from retain.retention.method import Method
 from retain.retention.recipe import Recipe
 from retain.training.callback import RetentionCallback
@@ -122,7 +123,8 @@ def train(
         ModelError: a regression of several outputs.
     """
     whole = columns is None and method is None
-    values = is_regression(model)
+    view = ModelView.of(model)
+    values = view.regression
     regression = regression or (whole and values)
     _check_choice(recipe, method, columns, regression)
     if whole and values:
@@ -142,7 +144,7 @@ def train(
             fix="leave out rows without a label",
         )
     own = whole and regression == values
-    check_sizes(model, examples, getattr(model, "retain_tokenizer", None), labels=own)
+    view.check(examples, labels=own)
     if not regression and any(not e.predict and e.targets[0] < 0 for e in examples):
         raise SourceError(
             "a row to learn from has no label",
@@ -150,7 +152,7 @@ def train(
             allowed="the class of each row, from 0",
             fix="leave out rows without a label",
         )
-    pad, multiple = pad_id(model), pad_multiple(model, examples, config.pad_multiple)
+    pad, multiple = view.pad, pad_multiple(model, examples, config.pad_multiple)
     watch = _Watch(measure, measure_every)
     callbacks: list[TrainerCallback] = [watch]
     if method is not None:

@@ -34,7 +34,7 @@ from retain.curvature.fit.source import glance, source_examples
 from retain.curvature.info import CurvatureInfo, describe
 from retain.data.batches import Batch, Example, batches, collate
 from retain.data.sources import Row
-from retain.models.forward import evaluating, no_autocast
+from retain.models.forward import no_autocast
 from retain.models.off import check_on, start_of
 from retain.models.sites import bypassed, is_idle, row_scales
 from retain.models.view import ModelView
@@ -126,14 +126,15 @@ def fit_curvature(
     if not settings.sketchable:
         settings = replace(settings, rank=None)
     view = ModelView.of(model, tokenizer)
-    causal, sites = view.causal, fit_sites(model, space)  # the head is looked at first
+    _, sites = view.head, fit_sites(model, space)  # a head that is not known is refused first
     idle = space == "weight" and is_idle(sites)
     if not is_idle(sites):
         check_on(model)
     start_of(model)  # of an adapter that began in the base's weights, for what is measured later
     examples = source_examples(
-        model, source, tokenizer, causal, rows, max_length, batch_size, seed, partial, progress
-    )
+        view, source, rows, max_length, seed,
+        batch_size=batch_size, partial=partial, progress=progress,
+    )  # fmt: skip
     every = max(1, round(min(1 / share, len(examples))))
     estimating = structure_of(structure).estimator
     layers = hooked(sites, space if estimating.backward else "weight")
@@ -142,7 +143,7 @@ def fit_curvature(
     # Reads all weights that the fingerprint leaves out or rounds.
     key = "" if partial is None else fit_key(known, examples, _own_weights(model))
     unfinished = FitCheckpoint(partial, key, save_every)
-    with evaluating(model, checkpoint=estimating.backward):
+    with view.evaluating(checkpoint=estimating.backward):
         scales = row_scales(sites) if space == "weight" else {}
         layout = Layout(
             shared_inputs(model, layers, glance(examples[0], pad).to(device)),

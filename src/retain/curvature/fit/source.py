@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from retain.curvature.fit.checkpoint import kept_rows
 from retain.data.batches import Batch, Example, collate
@@ -14,36 +14,31 @@ from retain.errors import SourceError
 from retain.models.generating import sample_rows
 from retain.models.view import ModelView
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 __all__ = ["glance", "source_examples"]
 
 
 def source_examples(
-    model: Any,
+    view: ModelView,
     source: str | Path | Iterable[Row] | Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase | None,
-    causal: bool,
     rows: int,
     max_length: int,
-    batch_size: int,
     seed: int,
-    partial: str | Path | None,
-    progress: bool,
-    regression: bool | None = None,
+    *,
+    batch_size: int = 1,
+    partial: str | Path | None = None,
+    progress: bool = False,
+    values: bool | None = None,
 ) -> Sequence[Example]:
     """Tokenised rows of a source, at most `rows` of them, drawn by `seed`; see `fit_curvature`.
 
-    A classifier's labels are values where `regression` says so; by default, where its head does.
+    A classifier's labels are `values`, or by default what its head answers.
 
     Raises:
         SourceError: text that is missing, empty or smaller than one batch; or ``"self"`` for a
             model that cannot write; or rows that its tables have no place for.
     """
-    view = ModelView.of(model, tokenizer)
     if isinstance(source, str) and source == "self":
-        if not causal:
+        if not view.causal:
             raise SourceError(
                 "only a causal model can sample its own text",
                 got="source='self'",
@@ -56,7 +51,7 @@ def source_examples(
             partial, what, lambda: sample_rows(view.model, view.tokenizer, count=rows, **length)
         )
     found = view.read(
-        source, rows, max_length=max_length, seed=seed, values=regression, labels=False
+        source, rows, max_length=max_length, seed=seed, values=values, labels=False
     )  # a text that is one row gives many
     if len(found) < batch_size:
         raise SourceError(
