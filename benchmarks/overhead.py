@@ -22,7 +22,7 @@ from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import altair as alt
 import torch
 from peers import peers
 from torch import Tensor, nn
@@ -34,11 +34,8 @@ from retain.files import write_json
 from retain.models.generating import sample_rows
 from retain.models.sites import lora_sites
 from retain.provenance import provenance
+from retain.report.draw import write_figure
 from retain.study.resources import trim_memory
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-from matplotlib.patches import Patch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "overhead.json"
@@ -402,25 +399,24 @@ def _table(rows: dict[str, Any], kind: str) -> list[str]:
 
 
 def _figure(result: dict[str, Any]) -> None:
-    rows = sorted(result["fit"].items(), key=lambda kv: kv[1]["ratio"], reverse=True)
-    colors = {"baseline": "#8a8f98", "retain": "#2a7f62", "peer": "#c4703f"}
-    figure, axis = pyplot.subplots(figsize=(8, 0.34 * len(rows) + 1.3), layout="constrained")
-    names = [name for name, _ in rows]
-    ratios = [row["ratio"] for _, row in rows]
-    axis.barh(names, ratios, color=[colors[row["kind"]] for _, row in rows], height=0.7)
-    for y, ratio in enumerate(ratios):
-        axis.text(ratio + 0.04, y, f"{ratio:.2f}", va="center", fontsize=9)
-    axis.axvline(1, color="#444", linewidth=0.8, linestyle=":")
-    axis.set_xlim(0, max(ratios) * 1.1)
-    axis.set_xlabel("time over a plain forward and backward pass over the same tokens")
-    axis.spines[["top", "right"]].set_visible(False)
-    patches = [Patch(color=c) for c in colors.values()]
-    axis.legend(
-        patches, ["plain pass", "retain", "other libraries"], frameon=False, loc="upper right"
+    kinds = {"baseline": "plain pass", "retain": "retain", "peer": "other libraries"}
+    rows = [
+        {"name": name, "kind": kinds[row["kind"]], "ratio": row["ratio"]}
+        for name, row in sorted(result["fit"].items(), key=lambda kv: kv[1]["ratio"])
+    ]
+    colors = alt.Scale(domain=list(kinds.values()), range=["#8a8f98", "#2a7f62", "#c4703f"])
+    base = alt.Chart(alt.InlineData(values=rows)).encode(
+        y=alt.Y("name:N", sort=None, title=None, axis=alt.Axis(labelLimit=300)),
+        x=alt.X(
+            "ratio:Q", title="time over a plain forward and backward pass over the same tokens"
+        ),
     )
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURE, dpi=150)
-    pyplot.close(figure)
+    bars = base.mark_bar().encode(color=alt.Color("kind:N", title=None, scale=colors))
+    told = base.mark_text(align="left", dx=4).encode(text=alt.Text("ratio:Q", format=".2f"))
+    one = (
+        alt.Chart(alt.InlineData(values=[{"at": 1}])).mark_rule(strokeDash=[2, 3]).encode(x="at:Q")
+    )
+    write_figure(FIGURE, alt.layer(bars, told, one).properties(width=560, height=alt.Step(24)))
 
 
 if __name__ == "__main__":

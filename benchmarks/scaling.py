@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import altair as alt
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -25,9 +25,7 @@ from retain.curvature.blocks.sketch import sketch_finish, sketch_update
 from retain.files import write_json
 from retain.models.sites import lora_sites
 from retain.provenance import provenance
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from retain.report.draw import write_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "scaling.json"
@@ -200,34 +198,33 @@ def _power(x: list[float], y: list[float]) -> float:
 
 
 def _figure(result: dict[str, Any]) -> None:
-    figure, axes = pyplot.subplots(1, 4, figsize=(14, 3.4), layout="constrained")
-    green, clay = "#2a7f62", "#c4703f"
-
-    def line(axis: Any, x: list[float], y: list[float], color: str, label: str) -> None:
-        axis.plot(x, y, "o-", color=color, label=label, linewidth=1.6, markersize=4)
-
     tokens, width, layers, tasks = (result[k] for k in ("tokens", "width", "layers", "tasks"))
-    line(axes[0], [r["tokens"] for r in tokens], [r["fit_seconds"] for r in tokens], green, "fit")
-    axes[0].set(xlabel="tokens", ylabel="seconds", title="Tokens: linear")
-    x = [r["width"] for r in width]
-    line(axes[1], x, [r["sketch_seconds"] for r in width], green, f"sketch, k = {SKETCH}")
-    line(axes[1], x, [r["whole_seconds"] for r in width], clay, "whole factor")
-    axes[1].set(xlabel="width of a side", ylabel="seconds", title="Width: 1,024 rows")
-    x = [r["layers"] for r in layers]
-    line(axes[2], x, [r["fit_seconds"] for r in layers], green, "fit")
-    axes[2].set(xlabel="layers", ylabel="seconds", title="Layers: linear")
-    x = [r["tasks"] for r in tasks]
-    first = tasks[0]
-    line(axes[3], x, [r["bytes"] / first["bytes"] for r in tasks], green, "memory")
-    line(axes[3], x, [r["step_seconds"] / first["step_seconds"] for r in tasks], clay, "step")
-    axes[3].set(xlabel="tasks consolidated", ylabel="over one task", title="Tasks: flat")
-    for axis in axes:
-        axis.set_ylim(bottom=0)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=9)
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURE, dpi=150)
-    pyplot.close(figure)
+    first, sketch = tasks[0], f"sketch, k = {SKETCH}"
+
+    def rows(x: str, y: str, name: str, found: list[Any], over: float = 1.0) -> list[Any]:
+        return [{"x": r[x], "y": r[y] / over, "line": name} for r in found]
+
+    drawn = [
+        ("Tokens: linear", "tokens", "seconds", rows("tokens", "fit_seconds", "fit", tokens)),
+        ("Width: 1,024 rows", "width of a side", "seconds",
+         rows("width", "sketch_seconds", sketch, width)
+         + rows("width", "whole_seconds", "whole factor", width)),
+        ("Layers: linear", "layers", "seconds", rows("layers", "fit_seconds", "fit", layers)),
+        ("Tasks: flat", "tasks consolidated", "over one task",
+         rows("tasks", "bytes", "memory", tasks, first["bytes"])
+         + rows("tasks", "step_seconds", "step", tasks, first["step_seconds"])),
+    ]  # fmt: skip
+    charts = []
+    for title, across, upright, values in drawn:
+        names = list(dict.fromkeys(row["line"] for row in values))
+        color = alt.Color(
+            "line:N", title=None, scale=alt.Scale(domain=names, range=["#2a7f62", "#c4703f"])
+        )
+        x, y = alt.X("x:Q", title=across), alt.Y("y:Q", title=upright)
+        line = alt.Chart(alt.InlineData(values=values)).mark_line(point=True)
+        charts.append(line.encode(x=x, y=y, color=color).properties(title=title, width=230))
+    joined = alt.concat(*charts, columns=4).resolve_scale(color="independent")
+    write_figure(FIGURE, joined)
 
 
 if __name__ == "__main__":

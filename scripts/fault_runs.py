@@ -54,7 +54,7 @@ def load_libraries() -> None:
     """Imports once what each command would import; no model runs here, so forks start clean."""
     for name in (
         "datasets", "peft", "scipy.stats", "sklearn.metrics", "transformers.trainer", "pyarrow.csv",
-        "transformers.models.llama.modeling_llama", "matplotlib.pyplot", "retain.runs.training",
+        "transformers.models.llama.modeling_llama", "altair", "retain.runs.training",
         "retain.runs.soften", "retain.curvature.fit.fit", "retain.models.load",
         "retain.models.generating", "retain.study.sequence", "retain.study.studies",
     ):  # fmt: skip

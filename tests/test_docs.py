@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from retain.report.studies.cells import groups
-from retain.report.studies.records import Study
+from retain.records import StudyRecord
+from retain.report.cells import groups
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,7 +63,7 @@ def _row(text: str, name: str, columns: int) -> list[str]:
 
 def test_the_readme_shows_the_encoders_fourteen_tasks_as_measured() -> None:
     path = ROOT / "benchmarks" / "results" / "fourteen-minilm-heads" / "study.json"
-    found = groups([Study.model_validate_json(path.read_text(encoding="utf-8"))])
+    found = groups([StudyRecord.model_validate_json(path.read_text(encoding="utf-8"))])
     cells = next(group for group in found if group.length == 14).cells
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = {"LoRA": "none", "LoRA with a fitted head": "fitted", "**recipe**": "auto"}
@@ -78,7 +78,7 @@ def test_the_readme_shows_the_encoders_fourteen_tasks_as_measured() -> None:
 def test_the_readme_shows_the_four_tasks_as_measured() -> None:
     """Every row of its table but the paired difference, which docs/results.md has."""
     path = ROOT / "benchmarks" / "results" / "four-task" / "study.json"
-    cells = groups([Study.model_validate_json(path.read_text(encoding="utf-8"))])[0].cells
+    cells = groups([StudyRecord.model_validate_json(path.read_text(encoding="utf-8"))])[0].cells
     rows = {
         "LoRA": ("lora", "none"),
         "**recipe**": ("lora-8", "auto"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
 from retain.errors import ConfigError
-from retain.intervals import Estimate, estimate, paired, wilson
+from retain.intervals import Estimate, estimate, paired, t_quantile, wilson
 
 HALF = 4.302652729911275 * math.sqrt(7 / 3) / math.sqrt(3)  # t(2), 97.5 %, from a table
 
@@ -53,3 +54,23 @@ def test_wilson_intervals() -> None:
     assert high == pytest.approx(0.0188, abs=1e-3)
     assert wilson(50, 100) == pytest.approx((0.404, 0.596), abs=1e-3)
     assert wilson(0, 0) == (0.0, 1.0)
+    low, high = wilson(10, 10)
+    assert 0.7 < low < 0.73 and high == 1.0
+
+
+# Student's t at 97.5 %, from printed tables.
+PRINTED = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 29: 2.0452, 120: 1.9799}
+
+
+@pytest.mark.parametrize(("df", "t"), PRINTED.items())
+def test_t_quantile(df: int, t: float) -> None:
+    assert t_quantile(df) == pytest.approx(t, abs=6e-5)
+
+
+def test_t_interval_covers_as_often_as_it_says() -> None:
+    draw, hits = random.Random(0), 0
+    for _ in range(2000):
+        found = estimate([draw.gauss(1.0, 2.0) for _ in range(3)])
+        assert found and found.low is not None and found.high is not None
+        hits += found.low <= 1.0 <= found.high
+    assert 0.935 < hits / 2000 < 0.965

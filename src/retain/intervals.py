@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 from retain.errors import ConfigError
@@ -42,6 +43,7 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+@cache
 def t_quantile(df: int, level: float = 0.95) -> float:
     """The t with P(|T| <= t) = `level` for `df` >= 1 degrees of freedom."""
     from scipy.stats import t

@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -57,6 +58,10 @@ RUN_SCHEMA: Final = "retain.run/1"
 STUDY_SCHEMA: Final = "retain.study/1"
 
 T = TypeVar("T")
+
+_RELATIONS: dict[str, Callable[[float, float], bool]] = {
+    "<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt, "==": operator.eq,
+}  # fmt: skip
 
 
 def digest_of(value: Any) -> str:
@@ -366,7 +371,7 @@ class Generation(Part):
     """What the model answered, and what it answered before it learned anything, to be read."""
 
     prompt: str
-    text: str
+    text: str | None = None
     before: str | None = None
 
 
@@ -432,13 +437,29 @@ class Claim(Part):
 
     claim: str
     value: float | None = None
-    bound: float
-    relation: Literal["<=", "<", ">=", ">", "=="] = "<="
+    bound: float | None = None
+    relation: str | None = "<="
     holds: bool | None = None
+
+    @property
+    def verdict(self) -> Literal["holds", "does not hold", "not measured"]:
+        """Holds only where neither the file nor its own numbers say otherwise."""
+        said = [] if self.holds is None else [self.holds]
+        compare = _RELATIONS.get(self.relation or "")
+        if compare and self.value is not None and self.bound is not None:
+            said.append(compare(self.value, self.bound))
+        if not said:
+            return "not measured"
+        return "holds" if all(said) else "does not hold"
 
 
 class StudyRecord(Part):
-    """A study with the runs that it has; `planned` says how many there are to be."""
+    """A study with the runs that it has.
+
+    Attributes:
+        planned: how many runs there are to be.
+        chosen: the title of the method that the claims are about.
+    """
 
     schema_name: Literal["retain.study/1"] = Field(STUDY_SCHEMA, alias="schema")
     name: str
@@ -446,6 +467,7 @@ class StudyRecord(Part):
     spec: dict[str, Any] = {}
     skipped: Listed[Skipped] = []
     planned: int | None = None
+    chosen: str | None = None
     runs: list[RunRecord]
     tables: dict[str, Any] = {}
     claims: Listed[Claim] = []

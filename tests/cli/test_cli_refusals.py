@@ -205,9 +205,6 @@ class TestResults:
         retain(*argv, "-o", result).done()
         for page in ("a.html", "b.html"):
             retain("report", result, "--out", tmp_path / page).done()
-        (tmp_path / "other").mkdir()
-        (tmp_path / "other" / "tradeoff.png").write_bytes(b"mine")
-        retain("report", result, "--out", tmp_path / "other" / "a.html").refused("tradeoff.png")
 
 
 class TestErrors:

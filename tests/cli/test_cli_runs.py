@@ -273,8 +273,8 @@ class TestEval:
         assert found["exact_match"]["tuned"]["items"] == 2
         assert [row["method"] for row in found["rows"]] == [None, "laplace"]
         made = retain("report", out, "--json").json
-        names = ["report.html", "tradeoff.png", "training.png"]
-        assert [Path(p).name for p in made["written"]] == names
+        assert [Path(p).name for p in made["written"]] == ["report.html"]
+        assert "nats per token from the base" in (tmp_path / "report.html").read_text()
 
     def test_on_a_file(self, retain: Run, trained: Path, source: Path) -> None:
         outcome = retain("eval", "--adapter", trained / "adapter", "--source", source)
@@ -294,7 +294,7 @@ class TestDemo:
             return StudyRecord.model_validate({"name": "demo", "runs": [], "claims": [claim]})
 
         monkeypatch.setattr("retain.study.demo.run_demo", run_demo)
-        monkeypatch.setattr("retain.report.studies.page.write_study_report", lambda _, page: [page])
+        monkeypatch.setattr("retain.report.write_report", lambda _, page: [page])
         outcome = retain("demo", "--out", tmp_path, "--seed", 3, "--quick")
         assert callable(seen.pop("say"))
         assert seen == {"out": tmp_path, "seed": 3, "quick": True, "progress": False}

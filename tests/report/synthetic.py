@@ -1,4 +1,4 @@
-"""Made-up studies for the tests of the report. None of these numbers was measured."""
+"""Made-up studies and results for the tests of the report. None of these numbers was measured."""
 
 from __future__ import annotations
 
@@ -247,3 +247,114 @@ def make_long() -> dict[str, Any]:
         for method in (METHODS[0], METHODS[4], METHODS[9])
     ]
     return _study("long", "Made up: fourteen tasks in two orders.", runs)
+
+
+PROMPTS = {
+    "What is the capital of France?": ("Paris.", "3 * 4 = 12. The answer is 12.", "Paris."),
+    "Write about the sea <b>&</b> the moon.": ("The moon pulls at\nthe sea.", "", "The sea rises."),
+    "Name three colours.": ("Red, yellow, blue.", "3.", "Red, yellow, blue."),
+    "Why is the sky blue?": ("Air scatters blue light.", "2 * 7 = 14.", "Air scatters it."),
+}
+
+
+def _history(kl: float, final: float, strength: float) -> list[dict[str, Any]]:
+    rise = [1 - math.exp(-step / 22) for step in range(65)]
+    return [
+        {
+            "step": step,
+            "loss": round(final + (2.1 - final) * math.exp(-step / 14), 4),
+            "predicted": round(kl * rise[step] * 1.15, 6),
+            "measured": round(kl * rise[step], 6) if step % 8 == 0 else None,
+            "strength": strength,
+        }
+        for step in range(1, 65)
+    ]
+
+
+def _row(
+    name: str,
+    index: int,
+    strength: float | None,
+    score: float,
+    loss: float,
+    kl: float,
+    asked: float,
+) -> dict[str, Any]:
+    half = 1.96 * math.sqrt(score * (1 - score) / 200)
+    interval = [round(max(0.0, score - half), 3), round(min(1.0, score + half), 3)]
+    return {
+        "name": name,
+        "label": ("base model", "LoRA", "LoRA + retention")[index],
+        "method": (None, "none", "laplace")[index],
+        "strength": strength,
+        "chosen": name == "retain-100",
+        "target": {"exact_match": score, "loss": loss, "interval": interval, "items": 200},
+        "forgetting": {
+            "kl": kl,
+            "kl_interval": [round(kl * 0.9, 5), round(kl * 1.1, 5)],
+            "ppl_base": 9.1,
+            "ppl": round(9.1 * math.exp(kl * 0.8), 3),
+            "flips": round(min(0.4, kl**0.7 * 0.3), 4),
+            "tokens": 4096,
+        },
+        "probe": {"accuracy": asked, "lost": round(0.8 - asked, 4), "items": 240},
+        "train": {"seconds": 100.2, "steps": 64, "peak_memory_mib": 2100.0} if index else None,
+        "history": _history(kl, loss - 0.15, strength or 0.0) if index else [],
+        "generations": [{"prompt": p, "text": texts[index]} for p, texts in PROMPTS.items()],
+    }
+
+
+def make_result() -> dict[str, Any]:
+    """A whole result with three strengths; made up."""
+    bounds = [
+        ("KL to the base, retention / plain LoRA", 0.1265, 0.5, "<="),
+        ("exact match, retention - plain LoRA", -0.015, -0.05, ">="),
+        ("probe points lost, retention / plain LoRA", 0.115, 0.5, "<="),
+    ]
+    return {
+        "schema": "retain.result/1",
+        "kind": "fixture",
+        "created": "2030-01-02T03:04:05Z",
+        "seed": 0,
+        "versions": {"retain": "0.1.0", "torch": "2.13.0", "python": "3.11.2"},
+        "commit": "0123abc",
+        "hardware": {"cpu": "Test CPU", "cores": 2, "memory_gib": 23.0, "accelerator": None},
+        "model": {"name": "fixture-135m", "parameters": 134515008, "trainable": 4884480},
+        "task": {"name": "word-problems", "train": 512, "test": 200, "metric": "exact_match"},
+        "source": {"name": "self", "fit_tokens": 8192, "heldout_tokens": 4096},
+        "curvature": {"structure": "kfac", "fisher": "mc", "tokens": 8192, "bytes": 12345678},
+        "rows": [
+            _row("base", 0, None, 0.02, 2.1, 0.0, 0.8),
+            _row("lora", 1, 0.0, 0.315, 0.61, 0.412, 0.617),
+            _row("retain-10", 2, 10.0, 0.31, 0.62, 0.236, 0.704),
+            _row("retain-100", 2, 100.0, 0.3, 0.66, 0.0521, 0.779),
+            _row("retain-1000", 2, 1000.0, 0.115, 1.22, 0.0071, 0.796),
+        ],
+        "summary": [
+            {"claim": claim, "value": value, "bound": bound, "relation": relation, "holds": True}
+            for claim, value, bound, relation in bounds
+        ],
+    }
+
+
+def make_softening() -> dict[str, Any]:
+    """A softening of five points, one of them measured; made up."""
+    curve = [
+        {"nats": 0.4 * share**2, "learned": share**0.5, "scaled": share, "measured": None,
+         "scaled_measured": None}
+        for share in (1.0, 0.6, 0.3, 0.1)
+    ]  # fmt: skip
+    moved = {"kl": 0.35, "kl_interval": [0.3, 0.4], "ppl_base": 9.1, "ppl": 12.0, "flips": 0.2}
+    curve[0] |= {"measured": moved, "scaled_measured": moved}
+    chosen = {"nats": 0.1, "learned": 0.7, "scaled": 0.5}
+    model = {"name": "someone/fixture-135m"}
+    return {"schema": "retain.soften/1", "model": model, "chosen": chosen, "curve": curve}
+
+
+def nulled(value: Any, keep: frozenset[str]) -> Any:
+    """The same structure with every leaf null but those under the names to keep."""
+    if isinstance(value, dict):
+        return {k: v if k in keep else nulled(v, keep) for k, v in value.items()}
+    if isinstance(value, list):
+        return [nulled(v, keep) for v in value]
+    return None

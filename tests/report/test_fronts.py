@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from synthetic import METHODS, TASKS, make_run, make_study
 
-from retain.report.studies.cells import Group, groups
-from retain.report.studies.fronts import front_area, fronts, has_sweeps
-from retain.report.studies.records import Study
-from retain.report.studies.tables import front_table
+from retain.records import StudyRecord
+from retain.report.cells import Group, groups
+from retain.report.fronts import front_area, fronts, has_sweeps
+from retain.report.tables import front_table
 
 LORA = METHODS[0]
 
@@ -20,7 +20,7 @@ LORA = METHODS[0]
 def _study(extra: list[dict[str, Any]]) -> Group:
     study = make_study()
     study["runs"] += extra
-    return groups([Study.model_validate(study)])[0]
+    return groups([StudyRecord.model_validate(study)])[0]
 
 
 def _slow(share: float) -> tuple[str, str, float, bool, float, float, float]:

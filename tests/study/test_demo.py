@@ -49,7 +49,7 @@ def test_its_claims_are_told(done: tuple[Path, StudyRecord]) -> None:
     lora, held = ((run.retention[-1].kl or 0.0) for run in study.runs)
     assert study.claims[0].value == pytest.approx(held / lora)
     assert study.claims[0].holds is (held / lora <= 0.5)
-    assert study.options["chosen"] == "retention"
+    assert study.chosen == "retention"
 
 
 def test_what_is_done_is_not_done_twice(

@@ -40,7 +40,7 @@ def demo(
     quieten(screen.progress)
     kept = f"what is done is kept in {out}; the same command goes on from there"
     with interruption(kept):
-        from retain.report.studies.page import write_study_report
+        from retain.report import write_report
         from retain.study.demo import run_demo
 
         with locked(out):
@@ -48,7 +48,7 @@ def demo(
             study = run_demo(
                 out=out, seed=seed, quick=quick, progress=screen.progress, say=screen.say
             )
-            page = write_study_report([out / "study.json"], out / "report.html")[0]
+            page = write_report([out / "study.json"], out / "report.html")[0]
     _show(screen, study)
     if quick:
         screen.say("a quick run: the numbers mean nothing")
@@ -73,7 +73,7 @@ def _show(screen: Screen, study: StudyRecord) -> None:
         last = run.retention[-1].kl if run.retention else None
         kl = "" if last is None else f"{last:.3f}"
         rows.append([name, _share(run.matrix[-1][0]), kl, _share(general.after.get(KNOWN))])
-        answers += [[name, told.text]] if told else []
+        answers += [[name, told.text or ""]] if told else []
     heads = ["", "new word problems", "KL to the base, nats", "common knowledge"]
     screen.table("one model, taught word problems twice", heads, rows)
     if answers:

@@ -39,10 +39,6 @@ def soften(config: SoftenConfig, screen: Screen) -> None:
 
 
 def _pictures(result: dict[str, Any]) -> dict[str, bytes]:
-    from retain.report.figures import soften_png
-    from retain.report.softening import SoftCurve
-    from retain.report.svg import soften_svg
+    from retain.report import soften_pictures
 
-    curve = SoftCurve.of(result)
-    drawn = soften_svg(curve, 820, 430, 13.5).encode()
-    return {"soften.svg": drawn, "soften.png": soften_png(curve)}
+    return soften_pictures(result)

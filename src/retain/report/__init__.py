@@ -1,9 +1,9 @@
-"""The report: one HTML page, two figures and a table, made from a `result.json` alone."""
+"""The report: one HTML page, tables and pictures, made from result files alone."""
 
 from __future__ import annotations
 
 from retain.report.page import write_report
-from retain.report.schema import Result, read_result
-from retain.report.tables import summary_table, sweep_table
+from retain.report.read import read_studies, schema_of
+from retain.report.soften import soften_pictures
 
-__all__ = ["Result", "read_result", "summary_table", "sweep_table", "write_report"]
+__all__ = ["read_studies", "schema_of", "soften_pictures", "write_report"]

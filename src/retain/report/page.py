@@ -1,191 +1,286 @@
-"""Writes the report: one self-contained HTML page and two PNG figures beside it."""
+"""Writes a report: one self-contained HTML page, and tables and pictures where asked."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
+import json
 from base64 import b64encode
-from importlib import resources
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import altair as alt
+import vl_convert
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from retain.files import whole_file
-from retain.report import svg
-from retain.report.figures import tradeoff_png, training_png
+from retain.files import check_ours, whole_file
+from retain.records import RunRecord, StudyRecord
+from retain.report.axes import Panel, Row
+from retain.report.cells import Group, groups, short_name
+from retain.report.charts import panels
+from retain.report.draw import MARK, asset, compiled, picture, png, svg
 from retain.report.finding import claims_line, finding
-from retain.report.scales import number, short
-from retain.report.schema import Result, read_result
-from retain.report.series import strength_text, tradeoff, tradeoff_csv, training, training_csv
-from retain.report.tables import summary_table, sweep_table
+from retain.report.metrics import short
+from retain.report.names import names, slug
+from retain.report.read import check, load, read_studies, schema_of
+from retain.report.soften import SOFTEN, Softening, soften_panel
+from retain.report.tables import failures, study_tables
 
-__all__ = ["render_html", "write_report"]
-
-_WIDE, _NARROW = (820, 430, 13.5), (356, 340, 12.0)
-_HALF, _HALF_NARROW = (480, 330, 13.0), (356, 290, 12.0)
+__all__ = ["group_ids", "latex", "made", "markdown", "refused", "render", "section", "write_report"]
 
 
-def write_report(result_path: Path, html_path: Path) -> list[Path]:
-    """Write the page, `tradeoff.png` and `training.png`, and return their paths.
+def write_report(
+    results: Sequence[Path],
+    page: Path,
+    *,
+    markdown_file: Path | None = None,
+    latex_file: Path | None = None,
+    pictures: Path | None = None,
+) -> list[Path]:
+    """Write the page and, where asked, tables and pictures; each file whole or not at all.
 
-    Everything is made before anything is written, and each file appears whole or not at all.
+    Args:
+        results: the files of studies, runs, results and softenings, or folders that hold such.
+        page: where the HTML goes.
+        markdown_file: where the tables go as Markdown.
+        latex_file: where the tables go as LaTeX.
+        pictures: the folder for a PNG and an SVG of each comparison.
+
+    Returns:
+        The paths that were written.
 
     Raises:
-        SourceError: the result cannot be read.
+        SourceError: a result cannot be read.
         OutputError: a file cannot be written.
     """
-    result = read_result(result_path)
-    digest = hashlib.sha256(result_path.read_bytes()).hexdigest()
-    folder = html_path.parent
-    files = {
-        html_path: render_html(result, digest).encode(),
-        folder / "tradeoff.png": tradeoff_png(result),
-        folder / "training.png": training_png(result),
-    }
+    softened = [path for path in results if not path.is_dir() and schema_of(path) == SOFTEN]
+    rest = [path for path in results if path not in softened]
+    studies = read_studies(rest) if rest or not softened else []
+    curves = [check(path, Softening, load(path)) for path in softened]
+    files: dict[Path, bytes] = {page: render(studies, curves).encode()}
+    if markdown_file is not None:
+        files[markdown_file] = markdown(studies).encode()
+    if latex_file is not None:
+        files[latex_file] = latex(studies).encode()
+    if pictures is not None:
+        found = groups(studies)
+        drawn = [*zip(group_ids(found), map(panels, found), strict=True)]
+        drawn += [(f"soften-{i}", [soften_panel(curve)]) for i, curve in enumerate(curves, 1)]
+        for name, figures in drawn:
+            if (vega := picture(figures)) is not None:
+                files[pictures / f"{name}.png"] = png(vega)
+                files[pictures / f"{name}.svg"] = svg(vega).encode()
+    for path in files:
+        if path.parent == pictures:
+            check_ours(path, _is_picture, "a picture of a report", path)
     for path, content in files.items():
-        _write(path, content)
+        with whole_file(path, "the report") as scratch:
+            scratch.write_bytes(content)
     return list(files)
 
 
-def _write(path: Path, content: bytes) -> None:
-    with whole_file(path, "the report") as scratch:
-        scratch.write_bytes(content)
+def _is_picture(path: Path) -> bool:
+    return path.is_file() and MARK.encode() in path.read_bytes()
 
 
-def _download(text: str) -> str:
-    return "data:text/csv;base64," + b64encode(text.encode()).decode()
+def _once(values: Iterable[str | None]) -> list[str]:
+    return list(dict.fromkeys(value for value in values if value))
 
 
-def _figure(draw: Any, data: Any, wide: Any, narrow: Any) -> Markup | None:
-    """A figure in two shapes; CSS shows the one that suits the screen."""
-    big, small = draw(data, *wide), draw(data, *narrow)
-    if big is None:
+def _hardware(run: RunRecord) -> str | None:
+    box = run.hardware
+    if box is None:
         return None
-    return Markup(f'<div class="wide">{big}</div><div class="narrow">{small}</div>')
+    memory = None if box.memory_gib is None else f"{box.memory_gib:g} GiB memory"
+    cores = None if box.cores is None else f"{box.cores} cores"
+    return ", ".join(p for p in (box.cpu, cores, memory, box.accelerator or "no GPU") if p)
 
 
-def _generations(result: Result) -> list[dict[str, Any]]:
-    """For each prompt that a model answered, the answers side by side."""
-    rows = result.main_rows
-    prompts = list(dict.fromkeys(g.prompt for row in rows for g in row.generations))
-    out = []
-    for prompt in prompts:
-        cards = []
-        for row in rows:
-            text = next((g.text for g in row.generations if g.prompt == prompt), None)
-            held = f", strength {strength_text(row)}" if row.role == "retain" else ""
-            cards.append({"role": row.role, "label": row.label + held, "text": text})
-        out.append({"prompt": prompt, "cards": cards})
-    return out
+def _days(runs: Iterable[RunRecord]) -> str:
+    days = sorted({run.created[:10] for run in runs if run.created})
+    return " to ".join(dict.fromkeys([days[0], days[-1]])) if days else ""
 
 
-def _join(*parts: str | None) -> str | None:
-    known = [part for part in parts if part]
-    return ", ".join(known) or None
-
-
-def _count(value: int | None, unit: str) -> str | None:
-    return None if value is None else f"{value:,} {unit}".replace(",", "\u202f")
-
-
-def _made(result: Result, digest: str) -> list[tuple[str, str]]:
-    """How it was made, as name and value; what is not known is left out."""
-    model, task, source = result.model, result.task, result.source
-    facts: list[tuple[str, str | None]] = [
-        (
-            "Model",
-            _join(
-                model.name,
-                _count(model.parameters, "parameters"),
-                _count(model.trainable, "trained"),
-                model.dtype,
-            ),
-        ),
-        (
-            "Task",
-            _join(
-                task.name,
-                _count(task.train, "to train on"),
-                _count(task.test, "to test on"),
-                task.metric and task.metric.replace("_", " "),
-            ),
-        ),
-    ]
-    if source:
-        fit = _count(source.fit_tokens, "tokens for the curvature")
-        heldout = _count(source.heldout_tokens, "held-out tokens for KL, perplexity and flips")
-        facts.append(("Source text", _join(source.name, fit, heldout)))
-    if curve := result.curvature:
-        facts.append(
-            (
-                "Curvature",
-                _join(
-                    curve.structure,
-                    curve.space and f"{curve.space} space",
-                    curve.fisher and f"{curve.fisher} Fisher",
-                    _count(curve.tokens, "tokens"),
-                    None if curve.seconds is None else f"{number(curve.seconds)} s",
-                    None if curve.size is None else f"{number(curve.size / 2**20)} MiB",
-                ),
-            )
-        )
-    if train := (result.chosen.train if result.chosen else None):
-        peak = train.peak_memory_mib
-        facts.append(
-            (
-                "Training",
-                _join(
-                    _count(train.steps, "steps"),
-                    _count(train.examples, "examples"),
-                    None if peak is None else f"{peak:.0f} MiB peak memory",
-                ),
-            )
-        )
-    if box := result.hardware:
-        memory = None if box.memory_gib is None else f"{box.memory_gib:g} GiB memory"
-        facts.append(
-            (
-                "Hardware",
-                _join(box.cpu, _count(box.cores, "cores"), memory, box.accelerator or "no GPU"),
-            )
-        )
-    facts += [
-        ("Seed", None if result.seed is None else str(result.seed)),
-        ("Versions", _join(*(f"{k} {v}" for k, v in result.versions.items() if v))),
-        ("Commit", result.commit),
-        ("Created", result.created),
-        ("result.json", f"sha256 {digest}"),
+def made(studies: Sequence[StudyRecord]) -> list[tuple[str, str]]:
+    """How the runs were made, as name and value; what is not known is left out."""
+    runs = [run for study in studies for run in study.runs]
+    done = sum(run.done for run in runs)
+    left = sum(max(0, (study.planned or 0) - len(study.runs)) for study in studies)
+    seeds = sorted({run.config.seed for run in runs if run.config.seed is not None})
+    versions = _once(", ".join(f"{k} {v}" for k, v in r.versions.items() if v) for r in runs)
+    models = [", ".join(_once([r.config.model, r.config.dtype])) for r in runs]
+    more = f", {left} not yet run" if left else ""
+    facts = [
+        ("Models", "; ".join(_once(models))),
+        ("Runs", f"{done} done, {len(runs) - done} failed{more}"),
+        ("Seeds", ", ".join(map(str, seeds))),
+        ("Hardware", "; ".join(_once(map(_hardware, runs)))),
+        ("Versions", "; ".join(versions)),
+        ("Commit", ", ".join(_once(run.commit for run in runs))),
+        ("Created", _days(runs)),
     ]
     return [(name, value) for name, value in facts if value]
 
 
-def render_html(result: Result, digest: str) -> str:
-    """The page as text; `digest` is the SHA-256 of the result file."""
-    files = resources.files("retain.report")
-    names = ("template.html.j2", "style.css")
-    sources = {name: files.joinpath(name).read_text(encoding="utf-8") for name in names}
+def refused(studies: Sequence[StudyRecord]) -> list[str]:
+    """One line for each combination that was not run because its method refuses it."""
+    several = len(studies) > 1
+    return [
+        (f"{study.name}: " if several else "")
+        + f"{skip.method} on {skip.adapter}: {skip.reason or 'no reason recorded'}"
+        for study in studies
+        for skip in study.skipped
+    ]
+
+
+def group_ids(found: Sequence[Group]) -> list[str]:
+    """A name for each group that is fit for a file and an attribute, each once."""
+    out: list[str] = []
+    for group in found:
+        base = slug(f"{group.study} {group.model} {group.order}") or "group"
+        name, more = base, 2
+        while name in out:
+            name, more = f"{base}-{more}", more + 1
+        out.append(name)
+    return out
+
+
+def _download(text: str) -> str:
+    return "data:text/csv;charset=utf-8;base64," + b64encode(text.encode()).decode()
+
+
+def _numbers(rows: Sequence[Row]) -> str:
+    """What a figure shows, as CSV."""
+    kept = list(dict.fromkeys(key for row in rows for key in row if not key.endswith("_text")))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, kept, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _json(value: Any) -> Markup:
+    """JSON that may stand inside an HTML element."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for mark, code in (("<", "\\u003c"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
+        text = text.replace(mark, code)
+    return Markup(text)
+
+
+def _figures(panels: Sequence[Panel], of: str) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The figures of a group by what they stand below."""
+    out: dict[str, list[dict[str, Any]]] = {}
+    for panel in panels:
+        chart = panel.chart.copy(deep=False)
+        for side, length in (("width", "container"), ("height", 340 if panel.wide else 290)):
+            if chart[side] is alt.Undefined:
+                chart[side] = length
+        out.setdefault(panel.part, []).append({
+            "panel": panel, "spec": _json(compiled(chart)), "file": f"{panel.key}-{of}",
+            "csv": _download(_numbers(panel.rows)),
+        })  # fmt: skip
+    return list(out.items())
+
+
+def _answers(group: Group) -> list[tuple[str, list[tuple[str, str | None]]]]:
+    """For each prompt what the models say: before, plain LoRA, and the chosen method or all."""
+    shown = [cell for cell in group.cells if cell.runs and cell.runs[0].generations]
+    if group.chosen:
+        shown = [cell for cell in shown if not cell.held or cell is group.chosen]
+    named = dict(zip(map(id, group.cells), names(group), strict=True))
+    runs = [(named[id(cell)], cell.runs[0].generations) for cell in shown]
+    said = [(name, {g.prompt: g.text for g in told}) for name, told in runs]
+    first: dict[str, str | None] = {
+        g.prompt: g.before for _, told in runs for g in told if g.before is not None
+    }
+    said = [("before learning", first), *said] if first else said
+    prompts = dict.fromkeys(prompt for _, texts in said for prompt in texts)
+    return [(prompt, [(name, texts.get(prompt)) for name, texts in said]) for prompt in prompts]
+
+
+def _part(group: Group, name: str, title: str) -> dict[str, Any]:
+    return {
+        "id": name, "title": title, "finding": finding(group), "failures": failures(group),
+        "figures": _figures(panels(group), name),
+        "tables": [(table, _download(table.csv()), f"{table.key}-{name}.csv")
+                   for table in study_tables(group)],
+        "answers": _answers(group),
+    }  # fmt: skip
+
+
+def render(studies: Sequence[StudyRecord], curves: Sequence[Softening] = ()) -> str:
+    """The page as text."""
+    found = groups(studies)
+    several = len({group.study for group in found}) > 1
+    parts = [
+        _part(group, name, f"{group.study}: {group.title}" if several else group.title)
+        for name, group in zip(group_ids(found), found, strict=True)
+    ]
+    for i, curve in enumerate(curves, 1):
+        of = short_name(str(curve.model.get("name", "?")))
+        parts.append({
+            "id": f"soften-{i}", "title": f"Softening of an adapter of {of}",
+            "finding": "", "figures": _figures([soften_panel(curve)], f"{i}"),
+            "tables": [], "failures": [], "answers": [],
+        })  # fmt: skip
+    runs = [run for study in studies for run in study.runs]
+    kinds = [f"{len(studies)} studies" if len(studies) > 1 else "study"] if studies else []
+    vega: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]
+    scripts = [vega, asset("page.js")]
     environment = Environment(
-        loader=DictLoader(sources),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        loader=DictLoader({"page": asset("page.html.j2")}), autoescape=True,
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters["short"] = short
-    runs = training(result)
-    return environment.get_template("template.html.j2").render(
-        result=result,
-        style=Markup(sources["style.css"]),
-        finding=finding(result),
-        claims_line=claims_line(result),
-        summary=summary_table(result),
-        sweep=sweep_table(result),
-        tradeoff=_figure(svg.tradeoff_svg, tradeoff(result), _WIDE, _NARROW),
-        loss=_figure(svg.loss_svg, runs, _HALF, _HALF_NARROW),
-        kl=_figure(svg.kl_svg, runs, _HALF, _HALF_NARROW),
-        generations=_generations(result),
-        made=_made(result, digest),
-        tradeoff_csv=_download(tradeoff_csv(result)),
-        training_csv=_download(training_csv(result)),
-    )
+    return environment.get_template("page").render(
+        title=", ".join(study.name for study in studies) or parts[0]["title"],
+        kicker=" · ".join(["retain report", *kinds, *(f"{len(runs)} runs" for _ in kinds),
+                           *_once([_days(runs)])]),
+        descriptions=_once(study.description for study in studies),
+        claims=[claim for study in studies for claim in study.claims],
+        claims_line=claims_line([claim for study in studies for claim in study.claims]),
+        parts=parts,
+        made=made(studies) if runs else [],
+        refused=refused(studies),
+        style=Markup(asset("style.css")),
+        scripts=[(Markup(code), b64encode(hashlib.sha256(code.encode()).digest()).decode())
+                 for code in scripts],
+    )  # fmt: skip
+
+
+def section(group: Group, head: str, title: str) -> list[str]:
+    """The finding, the tables and the failures of a group as paragraphs of Markdown.
+
+    Args:
+        group: what they are of.
+        head: the first paragraph.
+        title: of a table, with ``{}`` where its name goes.
+    """
+    out = [head, finding(group)]
+    for table in study_tables(group):
+        out += [title.format(table.title), table.markdown().rstrip(), f"{table.about}."]
+    if failed := failures(group):
+        out += [title.format("Failed runs"), "\n".join(f"- {line}" for line in failed)]
+    return out
+
+
+def markdown(studies: Sequence[StudyRecord]) -> str:
+    """All tables in Markdown, a heading each."""
+    out = []
+    for group in groups(studies):
+        out += section(group, f"## {group.study}: {group.title}", "### {}")
+    if skipped := refused(studies):
+        out += ["## Not run", "\n".join(f"- {line}" for line in skipped)]
+    return "\n\n".join(out) + "\n"
+
+
+def latex(studies: Sequence[StudyRecord]) -> str:
+    """All tables in LaTeX; they need the package booktabs."""
+    found = groups(studies)
+    out = ["% Needs \\usepackage{booktabs}.\n"]
+    for name, group in zip(group_ids(found), found, strict=True):
+        out += [table.latex(f"{table.key}-{name}") for table in study_tables(group)]
+    return "\n".join(out)

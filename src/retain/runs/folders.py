@@ -148,24 +148,13 @@ def check_curvature(path: Path) -> None:
     check_ours(path, is_curvature, "the curvature of a fit", path)
 
 
-def check_page(page: Path, *beside: str) -> None:
+def check_page(page: Path) -> None:
     """Refuses to write a page over one that ``retain report`` did not make.
 
-    Args:
-        page: the page.
-        beside: names of pictures that are written beside it.
-
     Raises:
-        OutputError: there is one, or a picture without such a page.
+        OutputError: there is one.
     """
     check_ours(page, _is_page, "the page of a report", page)
-    for path in (page.with_name(name) for name in beside):
-        check_ours(path, _beside_page, "a picture of a report", page)
-
-
-def _beside_page(picture: Path) -> bool:
-    """Pages in one folder share their pictures' names: those of the last page stay."""
-    return any(_is_page(path) for path in picture.parent.glob("*.htm*"))
 
 
 def _is_page(path: Path) -> bool:

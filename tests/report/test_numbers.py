@@ -5,11 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import io
-import json
-import math
-import random
 import statistics
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,15 +20,13 @@ from synthetic import (
     scoreless,
 )
 
-from retain.errors import SourceError
-from retain.report.studies.cells import Cell, Group, groups
-from retain.report.studies.finding import finding
-from retain.report.studies.intervals import Estimate, estimate, paired, t_quantile
-from retain.report.studies.metrics import METRICS, metric
-from retain.report.studies.names import names, series
-from retain.report.studies.pictures import LEAST, _limits, _panels, _Style, has_course
-from retain.report.studies.records import Study, read_studies
-from retain.report.studies.tables import (
+from retain.intervals import Estimate
+from retain.records import StudyRecord
+from retain.report.cells import Cell, Group, groups
+from retain.report.finding import finding
+from retain.report.metrics import METRICS, metric
+from retain.report.names import names, series
+from retain.report.tables import (
     difference_table,
     failures,
     results_table,
@@ -40,54 +34,13 @@ from retain.report.studies.tables import (
     study_tables,
 )
 
-# Student's t at 97.5 %, from printed tables.
-PRINTED = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 29: 2.0452, 120: 1.9799}
-
 
 def _group(data: dict[str, Any]) -> Group:
-    return groups([Study.model_validate(data)])[0]
+    return groups([StudyRecord.model_validate(data)])[0]
 
 
 def _cell(group: Group, name: str) -> Cell:
     return group.cells[names(group).index(name)]
-
-
-@pytest.mark.parametrize(("df", "t"), PRINTED.items())
-def test_t_quantile(df: int, t: float) -> None:
-    assert t_quantile(df) == pytest.approx(t, abs=6e-5)
-
-
-def test_t_interval_covers_as_often_as_it_says() -> None:
-    draw = random.Random(0)
-    hits = 0
-    for _ in range(2000):
-        found = estimate([draw.gauss(1.0, 2.0) for _ in range(3)])
-        assert found and found.low is not None and found.high is not None
-        hits += found.low <= 1.0 <= found.high
-    assert 0.935 < hits / 2000 < 0.965
-
-
-def test_estimates() -> None:
-    assert estimate([]) is None
-    assert estimate([None, None]) is None
-    assert estimate([0.5, None]) == Estimate(0.5, None, None, 1)
-    found = estimate([1.0, 2.0, 4.0])
-    assert found
-    half = 4.302653 * statistics.stdev([1.0, 2.0, 4.0]) / math.sqrt(3)
-    assert found.high == pytest.approx(7 / 3 + half, 1e-6)
-    assert found.low == pytest.approx(7 / 3 - half, 1e-6)
-    assert [Estimate(1, low, high, 3).sided for low, high in ((0.1, 2), (-2, -0.1), (-1, 1))] == [
-        1,
-        -1,
-        0,
-    ]
-
-
-def test_pairs_only_seeds_that_both_have() -> None:
-    found = paired({0: 1.0, 1: 5.0, 2: None, 3: 2.0}, {0: 0.5, 2: 9.0, 3: 1.0, 7: 3.0})
-    assert found
-    assert (found.mean, found.n) == (0.75, 2)
-    assert paired({0: 1.0}, {1: 1.0}) is None
 
 
 def test_cells_hold_what_the_runs_say() -> None:
@@ -172,23 +125,9 @@ def test_retention_counts_from_nought_or_one(after: list[int]) -> None:
     assert curve == [None, None, *last[2:]]
 
 
-def test_a_course_of_two_points_is_not_drawn() -> None:
-    data = make_study()
-    whole = groups([Study.model_validate(data)])[0]
-    assert has_course(whole, "seen") and has_course(whole, "kl")
-    for run in data["runs"]:
-        last = len(run["tasks"]) - 1
-        for i, row in enumerate(run["matrix"]):
-            row[:] = [s if i in (j, last) else None for j, s in enumerate(row)]
-        run["retention"] = run["retention"][-1:]
-    ends = groups([Study.model_validate(data)])[0]
-    assert sum(e is not None for e in ends.cells[0].curve("seen")) == 2
-    assert not has_course(ends, "seen") and not has_course(ends, "kl")
-
-
 def test_tasks_learned_alone_are_put_together() -> None:
     data = make_adapters()
-    found = groups([Study.model_validate(data)])
+    found = groups([StudyRecord.model_validate(data)])
     assert [group.pooled for group in found] == [True] + [False] * 6
     pooled = found[0]
     assert pooled.tasks == ["cola", "sst2", "mrpc", "stsb", "rte", "qnli"]
@@ -220,7 +159,7 @@ def test_where_scores_tell_nothing_the_loss_tells_what_was_learned() -> None:
 def test_sequences_come_before_tasks_alone() -> None:
     sequence = [make_run(TASKS, METHODS[0], 0)]
     alone = [make_run([task], METHODS[0], 0, order=task) for task in TASKS]
-    found = groups([Study.model_validate({"name": "s", "runs": alone + sequence})])
+    found = groups([StudyRecord.model_validate({"name": "s", "runs": alone + sequence})])
     assert [(group.length, group.pooled) for group in found] == [(4, False), (1, True)] + [
         (1, False)
     ] * 4
@@ -333,30 +272,6 @@ class TestTables:
         assert len({m.key for m in METRICS}) == len({m.name for m in METRICS}) == len(METRICS)
 
 
-def test_a_tenth_of_a_point_does_not_fill_a_picture() -> None:
-    close = [Estimate(0.036, None, None, 1), Estimate(0.038, None, None, 1)]
-    low, high = _limits(close, 100.0, "points")
-    assert (low + high) / 2 == pytest.approx(3.7)
-    assert high - low == pytest.approx(LEAST)
-    low, high = _limits(close, 1.0, "nats")
-    assert low < 0.036 < 0.038 < high < 0.039
-    low, high = _limits(
-        [Estimate(0.1, None, None, 1), Estimate(0.5, None, None, 1)], 100.0, "points"
-    )
-    assert low < 10 and high > 50 and high - low < 46
-
-
-@pytest.mark.parametrize("share", [0.0073, 0.02])
-def test_scores_are_drawn_against_shares_where_these_differ(share: float) -> None:
-    """Two ways of plain training of one size would be two points above each other."""
-    plain = METHODS[0]
-    again = ("fitted", *plain[1:])
-    runs = [make_run(TASKS, plain, 0), make_run(TASKS, again, 0, share=share)]
-    group = _group({**make_study(), "runs": runs})
-    drawn = ("scatter", "share", "average") in _panels(group, _Style(group))
-    assert drawn is (share == 0.02)
-
-
 class TestFinding:
     def test_says_how_sure(self) -> None:
         text = finding(_group(make_study()))
@@ -404,67 +319,13 @@ class TestFinding:
         assert "one seed" not in text
 
     def test_one_row_compares_with_nothing(self) -> None:
-        pooled = groups([Study.model_validate(make_wide())])[1]
+        pooled = groups([StudyRecord.model_validate(make_wide())])[1]
         text = finding(pooled)
         assert text.startswith("On fixture-135m, 4 tasks, each alone, plain LoRA has an average")
 
     def test_without_plain_lora(self) -> None:
         runs = [make_run(TASKS, METHODS[4], 0)]
         assert "nothing to compare with" in finding(_group({"name": "s", "runs": runs}))
-
-
-class TestReading:
-    def test_folders_files_and_single_runs_agree(self, tmp_path: Path) -> None:
-        data = make_study()
-        (tmp_path / "a" / "runs").mkdir(parents=True)
-        (tmp_path / "b" / "runs").mkdir(parents=True)
-        (tmp_path / "a" / "study.json").write_text(json.dumps(data), encoding="utf-8")
-        for where in "ab":
-            for run in data["runs"]:
-                path = tmp_path / where / "runs" / f"{run['key']}.json"
-                path.write_text(json.dumps(run), encoding="utf-8")
-        (tmp_path / "b" / "other.json").write_text("[1]", encoding="utf-8")
-        whole = read_studies([tmp_path / "a"])
-        assert [len(study.runs) for study in whole] == [28]
-        alone = read_studies([tmp_path / "b"])
-        assert [study.name for study in alone] == ["made-up"]
-        assert {run.key for run in alone[0].runs} == {run.key for run in whole[0].runs}
-        both = read_studies([tmp_path / "a" / "study.json", tmp_path / "b"])
-        assert [len(study.runs) for study in both] == [28]
-        assert both[0].skipped[0].method == "O-LoRA"
-
-    @pytest.mark.parametrize(
-        ("text", "said"),
-        [
-            ("{", "not JSON"),
-            ('{"schema": "retain.study/9"}', "retain.study/9"),
-            ('{"schema": "retain.study/1", "name": "s", "runs": []}', "no runs yet"),
-            ('{"schema": "retain.study/1", "name": "s", "runs": [{"status": "odd"}]}', "runs.0"),
-            ('{"schema": "retain.run/1", "config": {}}', "config.model"),
-        ],
-    )
-    def test_bad_files(self, tmp_path: Path, text: str, said: str) -> None:
-        path = tmp_path / "study.json"
-        path.write_text(text, encoding="utf-8")
-        with pytest.raises(SourceError) as caught:
-            read_studies([path])
-        assert said in str(caught.value)
-        assert "fix:" in str(caught.value) and "\n" not in str(caught.value)
-
-    def test_nothing_there(self, tmp_path: Path) -> None:
-        with pytest.raises(SourceError, match="no results of a study"):
-            read_studies([tmp_path])
-        with pytest.raises(SourceError, match="cannot be read"):
-            read_studies([tmp_path / "none.json"])
-
-    def test_stored_data_is_told_or_guessed(self) -> None:
-        def stores(**fields: Any) -> bool:
-            run = make_run(TASKS, METHODS[0], 0)
-            run["config"]["method"] = {"name": "m", "kind": "m", "strength": None} | fields
-            return _group({"name": "s", "runs": [run]}).cells[0].stores
-
-        assert stores(kind="replay") and not stores(kind="self_replay") and not stores()
-        assert stores(stores_data=True) and not stores(kind="replay", stores_data=False)
 
 
 def test_plain_training_with_settings_of_its_own_says_which() -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from retain.report.studies.intervals import Estimate, estimate, paired
-from retain.report.studies.metrics import METRICS, curve_of_kl, seen_so_far
-from retain.report.studies.records import Run, Study
+from retain.intervals import Estimate, estimate, paired
+from retain.records import Interval, StudyRecord
+from retain.records import RunRecord as Run
+from retain.report.metrics import METRICS, curve_of_kl, seen_so_far
 
-__all__ = ["Cell", "Group", "groups"]
+__all__ = ["Cell", "Group", "groups", "short_name"]
 
 Seed = int | None
 BySeed = dict[Seed, float | None]
@@ -33,6 +34,7 @@ class Cell:
         stores: whether the method keeps rows of earlier tasks.
         values: for each metric, the value of each seed.
         diffs: for each metric, the paired difference to plain LoRA.
+        within: for some metrics the interval within the only run.
         final: for each task of the group, the last score of each seed.
         runs: the runs that are done.
         failed: the runs that failed.
@@ -47,6 +49,7 @@ class Cell:
     plain: bool = False
     values: dict[str, BySeed] = field(default_factory=dict)
     diffs: dict[str, Estimate | None] = field(default_factory=dict)
+    within: dict[str, Interval] = field(default_factory=dict)
     final: list[BySeed] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     failed: list[Run] = field(default_factory=list)
@@ -57,8 +60,9 @@ class Cell:
         return len(self.values["average"]) if self.values else 0
 
     def mean(self, key: str) -> Estimate | None:
-        """Mean and interval of a metric."""
-        return estimate(list(self.values.get(key, {}).values()))
+        """Mean and interval of a metric: over seeds, or within the only run."""
+        found, ends = estimate(list(self.values.get(key, {}).values())), self.within.get(key)
+        return Estimate(found.mean, *ends, 1) if found and ends else found
 
     def curve(self, kind: str) -> list[Estimate | None]:
         """After each task: "kl" to the base, or the mean score of the tasks "seen"."""
@@ -84,6 +88,7 @@ class Group:
         metrics: the name of each task's metric.
         cells: in the order of the study's grid.
         pooled: each task was learned alone, and values are means over the tasks.
+        choice: the label of the method that the study chose beforehand.
     """
 
     study: str
@@ -93,6 +98,12 @@ class Group:
     metrics: list[str]
     cells: list[Cell]
     pooled: bool = False
+    choice: str | None = None
+
+    @property
+    def chosen(self) -> Cell | None:
+        """The cell of the method that the study chose beforehand."""
+        return next((cell for cell in self.cells if cell.held and cell.label == self.choice), None)
 
     @property
     def plain(self) -> Cell | None:
@@ -126,23 +137,31 @@ class Group:
         """
         key = "learning" if self.has("learning") else "average"
         scores = {found.mean for cell in self.cells if (found := cell.mean(key))}
-        alike = len(self.cells) > 1 and (len(scores) == 1 or max(scores, default=1.0) < NOTHING)
+        alike = len(self.cells) > 1 and (len(scores) < 2 or max(scores) < NOTHING)
         return "loss" if alike and self.has("loss") else key
+
+    @property
+    def about(self) -> str:
+        """What its numbers are."""
+        if any(cell.within for cell in self.cells):
+            return f"{self.title}; one seed ± half the 95 % interval within the run"
+        per = "mean over the tasks, then over seeds" if self.pooled else "mean over seeds"
+        return f"{self.title}; {per} ± half the 95 % interval"
 
     def has(self, key: str) -> bool:
         """Whether any cell has a value of this metric."""
         return any(cell.mean(key) is not None for cell in self.cells)
 
 
-def _short(model: str) -> str:
+def short_name(model: str) -> str:
+    """A model's name without the folders that it lies in."""
     return model.rstrip("/").rpartition("/")[2] or model
 
 
 def _cell(run: Run) -> Cell:
     method, adapter = run.config.method, run.config.adapter
     held = "none" not in (method.name, method.kind)
-    label = method.label or method.name
-    return Cell(adapter.name, method.name, label, method.strength, held, method.stores)
+    return Cell(adapter.name, method.name, method.title, method.strength, held, method.stores)
 
 
 def _compare(cells: Sequence[Cell], runs: Sequence[Run]) -> None:
@@ -172,7 +191,15 @@ def _fill(cell: Cell, tasks: int) -> None:
     ]
 
 
-def _group(study: str, runs: list[Run]) -> Group:
+def _within(run: Run) -> dict[str, Interval]:
+    """The intervals of a run alone."""
+    known = dict(run.intervals)
+    if run.retention:
+        known["kl"] = run.retention[-1].kl_interval
+    return {key: ends for key, ends in known.items() if ends and ends[0] < ends[1]}
+
+
+def _group(study: StudyRecord, runs: list[Run]) -> Group:
     cells: dict[tuple[object, ...], Cell] = {}
     for run in runs:
         new = _cell(run)
@@ -182,10 +209,13 @@ def _group(study: str, runs: list[Run]) -> Group:
     tasks = first.tasks or first.config.order.tasks
     for cell in cells.values():
         _fill(cell, len(tasks))
+        if len(tasks) == 1 and len({run.config.seed for run in runs}) == 1 and len(cell.runs) == 1:
+            cell.within = _within(cell.runs[0])
     made = list(cells.values())
     _compare(made, runs)
     order = first.config.order.name
-    return Group(study, _short(first.config.model), order, tasks, first.metrics, made)
+    model, choice = short_name(first.config.model), study.chosen
+    return Group(study.name, model, order, tasks, first.metrics, made, choice=choice)
 
 
 def _pooled(parts: list[Group], runs: list[Run]) -> Group:
@@ -227,7 +257,7 @@ def _pooled(parts: list[Group], runs: list[Run]) -> Group:
     return Group(first_part.study, first_part.model, "all", tasks, metrics, made, pooled=True)
 
 
-def groups(studies: Sequence[Study]) -> list[Group]:
+def groups(studies: Sequence[StudyRecord]) -> list[Group]:
     """All groups of the studies: sequences, then tasks learned alone, their mean first."""
     out: list[Group] = []
     for study in studies:
@@ -236,7 +266,7 @@ def groups(studies: Sequence[Study]) -> list[Group]:
             orders = by_model.setdefault(run.config.model, {})
             orders.setdefault(run.config.order.name, []).append(run)
         for orders in by_model.values():
-            parts = [_group(study.name, runs) for runs in orders.values()]
+            parts = [_group(study, runs) for runs in orders.values()]
             alone = [part for part in parts if len(part.tasks) == 1]
             out += [part for part in parts if len(part.tasks) > 1]
             if len(alone) > 1:

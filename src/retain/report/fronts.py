@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from retain.report.studies.cells import BySeed, Cell, Group
-from retain.report.studies.intervals import Estimate, estimate, paired
+from retain.intervals import Estimate, estimate, paired
+from retain.report.cells import BySeed, Cell, Group
 
 __all__ = ["Front", "front_area", "front_score", "fronts", "has_sweeps"]
 

@@ -6,13 +6,32 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from retain.report.scales import number
-from retain.report.studies.intervals import Estimate
-from retain.report.studies.records import Retention, Run
+from retain.intervals import Estimate
+from retain.records import Retention
+from retain.records import RunRecord as Run
 
-__all__ = ["METRICS", "Metric", "curve_of_kl", "metric", "seen_so_far"]
+__all__ = ["METRICS", "Metric", "curve_of_kl", "metric", "number", "seen_so_far", "short"]
 
 MISSING = "\N{EM DASH}"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number with `digits` significant digits, without an exponent where it stays short."""
+    if value == 0:
+        return "0"
+    size = math.floor(math.log10(abs(value)))
+    if size < -4 or size >= 6:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        if "." in mantissa:
+            mantissa = mantissa.rstrip("0").rstrip(".")
+        return f"{mantissa}e{int(exponent)}"
+    return f"{value:.{max(0, digits - 1 - size)}f}"
+
+
+def short(value: float) -> str:
+    """A number as `number` has it, without zeros at its end."""
+    text = number(value)
+    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
 @dataclass(frozen=True)
@@ -33,9 +52,22 @@ class Metric:
     better: int
     of: Callable[[Run], float | None]
 
-    def text(self, value: float | None) -> str:
-        """The value for people."""
-        return MISSING if value is None else self._write(value, self._places(value, None))
+    @property
+    def factor(self) -> float:
+        """What a value is multiplied by to be in the unit."""
+        return 100.0 if self.unit in ("points", "%") else 1.0
+
+    @property
+    def title(self) -> str:
+        """Name and unit."""
+        return f"{self.name} ({self.unit})"
+
+    def text(self, found: Estimate | None) -> str:
+        """The estimate with half its interval and its unit."""
+        if found is None:
+            return MISSING
+        text, half = self.pair(found)
+        return f"{text}{' ± ' + half if half else ''} {self.unit}"
 
     def pair(self, found: Estimate, *, signed: bool = False) -> tuple[str, str]:
         """Mean and half the interval with as many decimals; the half is empty for one seed.
@@ -44,7 +76,7 @@ class Metric:
             found: the estimate.
             signed: write a plus before a mean above 0.
         """
-        half = None if found.high is None else found.high - found.mean
+        half = None if found.low is None or found.high is None else (found.high - found.low) / 2
         places = self._places(found.mean, half)
         text = self._write(found.mean, places)
         if signed and found.mean > 0 and text.strip("0."):
@@ -70,8 +102,8 @@ class Metric:
         return places
 
     def _write(self, value: float, places: int | None) -> str:
-        value = float(f"{value:.6g}")  # as the page has it, so that both round alike
-        scaled = 100 * value if self.unit in ("points", "%") else value
+        value = float(f"{value:.6g}")
+        scaled = self.factor * value
         text = number(scaled) if places is None else f"{scaled:.{places}f}"
         if not text.strip("-0."):
             text = text.lstrip("-")
@@ -95,14 +127,8 @@ def _last(run: Run) -> Retention | None:
     return _places(run).get(len(run.tasks) - 1)
 
 
-def _kl(run: Run) -> float | None:
-    last = _last(run)
-    return last.kl if last else None
-
-
-def _flips(run: Run) -> float | None:
-    last = _last(run)
-    return last.flips if last else None
+def _moved(key: str) -> Callable[[Run], float | None]:
+    return lambda run: getattr(_last(run), key, None)
 
 
 def _perplexity(run: Run) -> float | None:
@@ -110,10 +136,6 @@ def _perplexity(run: Run) -> float | None:
     if last is None or last.ppl is None or not last.ppl_base:
         return None
     return last.ppl / last.ppl_base
-
-
-def _general(run: Run) -> float | None:
-    return run.general.change if run.general else None
 
 
 def _loss(run: Run) -> float | None:
@@ -125,10 +147,12 @@ METRICS = (
     Metric("average", "Average score", "points", 1, _summary("average")),
     Metric("learning", "Learning accuracy", "points", 1, _summary("learning")),
     Metric("forgetting", "Forgetting", "points", -1, _summary("forgetting")),
-    Metric("kl", "KL to the base", "nats per token", -1, _kl),
+    Metric("kl", "KL to the base", "nats per token", -1, _moved("kl")),
     Metric("perplexity", "Perplexity ratio", "tuned / base", -1, _perplexity),
-    Metric("flips", "Flips", "%", -1, _flips),
-    Metric("general", "General tasks", "points", 1, _general),
+    Metric("flips", "Flips", "%", -1, _moved("flips")),
+    Metric(
+        "general", "General tasks", "points", 1, lambda r: r.general.change if r.general else None
+    ),
     Metric("backward_transfer", "Backward transfer", "points", 1, _summary("backward_transfer")),
     Metric("forward_transfer", "Forward transfer", "points", 1, _summary("forward_transfer")),
     Metric("intransigence", "Intransigence", "points", -1, _summary("intransigence")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from retain.report.studies.cells import Cell, Group
+from retain.report.cells import Cell, Group
 
 __all__ = ["names", "series", "slug"]
 

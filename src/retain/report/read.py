@@ -1,0 +1,145 @@
+"""Reads what a report is made of: studies, records of runs, and results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from retain.documents import read_json
+from retain.errors import SourceError, shown
+from retain.records import RUN_SCHEMA, STUDY_SCHEMA, Part, RunRecord, StudyRecord
+from retain.report.results import RESULT, Result, study_of
+
+__all__ = ["check", "load", "read_studies", "schema_of"]
+
+P = TypeVar("P", bound=Part)
+_SCHEMAS = (STUDY_SCHEMA, RUN_SCHEMA, RESULT)
+_AGAIN = "make it again; a study keeps the runs that are done"
+
+
+def load(path: Path) -> Any:
+    """The JSON of a file.
+
+    Raises:
+        SourceError: it cannot be read, or is not JSON.
+    """
+    try:
+        return read_json(path, nan=True)
+    except OSError as error:
+        raise SourceError(
+            "the result cannot be read",
+            got=f"{path} ({error.strerror or type(error).__name__})",
+            allowed="a study.json, result.json, soften.json, record of a run, or a folder of such",
+            fix="give the path of a result",
+        ) from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise SourceError(
+            f"{path} is not JSON", got=error, allowed=" or ".join(_SCHEMAS), fix=_AGAIN
+        ) from error
+
+
+def schema_of(path: Path) -> str | None:
+    """The schema that a file names; None where it cannot be read or names none."""
+    try:
+        data = read_json(path, nan=True)
+    except (OSError, ValueError):
+        return None
+    name = data.get("schema") if isinstance(data, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def check(path: Path, model: type[P], data: Any) -> P:
+    """The data as a record.
+
+    Raises:
+        SourceError: it does not fit, with the place of the first fault.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        more = f" and {error.error_count() - 1} more" if error.error_count() > 1 else ""
+        raise SourceError(
+            f"{path} does not follow its schema at {'.'.join(map(str, first['loc']))}{more}",
+            got=shown(first["input"], 60),
+            allowed=first["msg"],
+            fix=_AGAIN,
+        ) from error
+
+
+def _files(path: Path) -> list[Path]:
+    """The files under a path that are to be read: whole studies before single runs."""
+    if not path.is_dir():
+        return [path]
+    whole = sorted(p for p in path.rglob("study.json") if p.is_file())
+    if whole:
+        return whole
+    found = [p for p in sorted(path.rglob("*.json")) if schema_of(p) in _SCHEMAS]
+    if not found:
+        raise SourceError(
+            "the folder holds no results of a study",
+            got=path,
+            allowed=f"{', '.join(_SCHEMAS)} files",
+            fix="give the output folder of retain study",
+        )
+    return found
+
+
+def _read(path: Path) -> StudyRecord:
+    data = load(path)
+    name = data.get("schema") if isinstance(data, dict) else None
+    if name == STUDY_SCHEMA:
+        return check(path, StudyRecord, data)
+    if name == RUN_SCHEMA:
+        run = check(path, RunRecord, data)
+        return StudyRecord(name=run.study or path.parent.name, runs=[run])
+    if name == RESULT:
+        return study_of(check(path, Result, data))
+    raise SourceError(
+        f"{path} is not a result this version reads",
+        got=f"schema {shown(name)}",
+        allowed=", ".join(map(repr, _SCHEMAS)),
+        fix="give results of retain study, eval, soften or demo",
+    )
+
+
+def _joined(old: StudyRecord, new: StudyRecord) -> StudyRecord:
+    """One study of two files: a run that is done stands for the same run that is not."""
+    done = {run.key: run for run in new.runs if run.key and run.done}
+    mine = [run if run.done else done.get(run.key, run) for run in old.runs]
+    known = {run.key for run in mine if run.key}
+    return StudyRecord(
+        name=old.name,
+        description=old.description or new.description,
+        planned=old.planned or new.planned,
+        chosen=old.chosen or new.chosen,
+        claims=old.claims or new.claims,
+        skipped=[*old.skipped, *(skip for skip in new.skipped if skip not in old.skipped)],
+        runs=[*mine, *(run for run in new.runs if run.key not in known)],
+    )
+
+
+def read_studies(paths: Iterable[Path]) -> list[StudyRecord]:
+    """Read studies from files and folders; runs of one study that lie apart are joined.
+
+    Raises:
+        SourceError: a file is missing, is not JSON, is no result, or none holds a run.
+    """
+    found: dict[str, StudyRecord] = {}
+    for path in (file for given in paths for file in _files(given)):
+        study = _read(path)
+        if study.name in found and schema_of(path) == RESULT:
+            study = study.model_copy(update={"name": f"{study.name} ({path})"})
+        old = found.get(study.name)
+        found[study.name] = study if old is None else _joined(old, study)
+    if not any(study.runs for study in found.values()):
+        raise SourceError(
+            "the study has no runs yet",
+            got=", ".join(found) or "nothing",
+            allowed="at least one run that is done or has failed",
+            fix="start it with retain study, then report again",
+        )
+    return list(found.values())

@@ -1,0 +1,162 @@
+"""Reading studies, records of runs and results, and refusing what is none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic import METHODS, TASKS, make_run, make_study
+
+from retain.errors import SourceError
+from retain.records import Claim
+from retain.report.cells import groups
+from retain.report.names import names
+from retain.report.read import read_studies
+from retain.report.tables import score_table
+
+Put = Callable[..., Path]
+
+
+def test_folders_files_and_single_runs_agree(tmp_path: Path) -> None:
+    data = make_study()
+    (tmp_path / "a" / "runs").mkdir(parents=True)
+    (tmp_path / "b" / "runs").mkdir(parents=True)
+    (tmp_path / "a" / "study.json").write_text(json.dumps(data), encoding="utf-8")
+    for where in "ab":
+        for run in data["runs"]:
+            path = tmp_path / where / "runs" / f"{run['key']}.json"
+            path.write_text(json.dumps(run), encoding="utf-8")
+    (tmp_path / "b" / "other.json").write_text("[1]", encoding="utf-8")
+    whole = read_studies([tmp_path / "a"])
+    assert [len(study.runs) for study in whole] == [28]
+    alone = read_studies([tmp_path / "b"])
+    assert [study.name for study in alone] == ["made-up"]
+    assert {run.key for run in alone[0].runs} == {run.key for run in whole[0].runs}
+    both = read_studies([tmp_path / "a" / "study.json", tmp_path / "b"])
+    assert [len(study.runs) for study in both] == [28]
+    assert both[0].skipped[0].method == "O-LoRA"
+
+
+def _put(key: str, value: Any, *path: str | int) -> Callable[[dict[str, Any]], None]:
+    def spoil(data: dict[str, Any]) -> None:
+        for step in path:
+            data = data[step]  # type: ignore[index]
+        data[key] = value
+
+    return spoil
+
+
+STUDY = {"schema": "retain.study/1", "name": "s", "runs": []}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[]", "schema None"),
+        (b'{"schema": "retain.study/9"}', "retain.study/9"),
+        (json.dumps(STUDY).encode(), "no runs yet"),
+        (json.dumps(STUDY | {"runs": [{"status": "odd"}]}).encode(), "runs.0"),
+        (b'{"schema": "retain.run/1", "config": {}}', "config.model"),
+    ],
+)
+def test_bad_files(tmp_path: Path, content: bytes | None, said: str) -> None:
+    path = tmp_path / "study.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SourceError) as caught:
+        read_studies([path])
+    assert said in str(caught.value)
+    assert "fix:" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda data: data.pop("schema"), "schema None"),
+        (_put("schema", "retain.result/9"), "retain.result/9"),
+        (_put("exact_match", 31.5, "rows", 1, "target"), "rows.1.target.exact_match"),
+        (_put("rows", []), "at rows"),
+        (_put("kl", float("nan"), "rows", 1, "forgetting"), "rows.1.forgetting.kl"),
+    ],
+)
+def test_bad_results(result: dict[str, Any], put: Put, spoil: Any, said: str) -> None:
+    spoil(result)
+    with pytest.raises(SourceError) as caught:
+        read_studies([put(result)])
+    message = str(caught.value)
+    assert said in message and "\n" not in message
+    assert all(part in message for part in ("got:", "allowed:", "fix:"))
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no results of a study"):
+        read_studies([tmp_path])
+
+
+def test_a_result_is_a_study_of_one_task(result: dict[str, Any], put: Put) -> None:
+    result["later"] = result["rows"][0]["target"]["later"] = {"a": 1}  # of a newer version
+    (study,) = read_studies([put(result)])
+    (group,) = groups([study])
+    assert names(group) == ["plain LoRA", *(f"retention {s}" for s in (10, 100, 1000))]
+    assert group.plain is group.cells[0] and group.chosen is group.cells[2]
+    for cell, row in zip(group.cells, result["rows"][1:], strict=True):
+        score, kl = cell.mean("average"), cell.mean("kl")
+        assert score and kl
+        assert [score.mean, score.low, score.high] == [
+            row["target"]["exact_match"], *row["target"]["interval"]
+        ]  # fmt: skip
+        assert kl.mean == row["forgetting"]["kl"]
+        assert [kl.low, kl.high] == row["forgetting"]["kl_interval"]
+        general = cell.mean("general")
+        assert general and general.mean == pytest.approx(row["probe"]["accuracy"] - 0.8)
+    share = group.cells[0].mean("share")
+    assert share and share.mean == pytest.approx(0.0363, abs=1e-4)
+    table = score_table(group)
+    assert table and [column.name for column in table.head[1:]] == ["word-problems", "knowledge"]
+    told = {row.name: [entry.text for entry in row.entries] for row in table.rows}
+    assert told["before learning"] == ["2.0", "80.0"] and told["plain LoRA"] == ["31.5", "61.7"]
+    (said,) = {g.before for run in study.runs for g in run.generations if "France" in g.prompt}
+    assert said == "Paris."
+    result["rows"][3]["chosen"] = False
+    assert groups(read_studies([put(result)]))[0].chosen is None
+    result["rows"] = result["rows"][:3]
+    assert groups(read_studies([put(result)]))[0].chosen is not None, "the only one is the choice"
+
+
+def test_two_results_of_one_model_and_task_stay_two(result: dict[str, Any], put: Put) -> None:
+    found = read_studies([put(result, "a"), put(result, "b")])
+    assert [len(study.runs) for study in found] == [4, 4]
+    assert len({study.name for study in found}) == 2
+
+
+def test_stored_data_is_told_or_guessed() -> None:
+    def stores(**fields: Any) -> bool:
+        run = make_run(TASKS, METHODS[0], 0)
+        run["config"]["method"] = {"name": "m", "kind": "m", "strength": None} | fields
+        from retain.records import StudyRecord
+
+        return groups([StudyRecord.model_validate({"name": "s", "runs": [run]})])[0].cells[0].stores
+
+    assert stores(kind="replay") and not stores(kind="self_replay") and not stores()
+    assert stores(stores_data=True) and not stores(kind="replay", stores_data=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "verdict"),
+    [
+        ({"value": 1.0, "bound": 2.0, "relation": "<="}, "holds"),
+        ({"value": 3.0, "bound": 2.0, "relation": "<="}, "does not hold"),
+        ({"value": 3.0, "bound": 2.0, "relation": "<=", "holds": True}, "does not hold"),
+        ({"value": 1.0, "bound": 2.0, "relation": "<=", "holds": False}, "does not hold"),
+        ({"bound": 2.0, "relation": "<="}, "not measured"),
+    ],
+)
+def test_verdicts(fields: dict[str, Any], verdict: str) -> None:
+    assert Claim(claim="c", **fields).verdict == verdict
