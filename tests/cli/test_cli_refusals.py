@@ -28,9 +28,6 @@ FIT: dict[str, tuple[list[Any], list[str]]] = {
     "below its range": (["--samples", 0], ["--samples", "'0'"]),
     "the library's range": (["--alpha", -1], ["alpha", "-1.0"]),
     "a batch": (["--batch-size", 64, "-q"], ["smaller than one batch", "16 sequences"]),
-    **{f"factor rank {value}": ([f"--factor-rank={value}"],
-                                ["no such factor rank", f"'{value}'", "auto, whole, or a number"])
-       for value in ("0", "-1", "wide", "2.5", "")},
 }  # fmt: skip
 
 TRAIN: dict[str, tuple[list[Any], list[str]]] = {
