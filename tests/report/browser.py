@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import fcntl
 import json
 import os
@@ -163,14 +162,8 @@ class Browser:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         self.settle()
 
-    def tap(self, selector: str) -> None:
-        x, y = self._middle(selector)
-        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
-        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
-        self.settle()
-
     def key(self, name: str) -> None:
-        code = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowRight": 39, "ArrowDown": 40}[name]
+        code = {"Tab": 9, "Enter": 13}[name]
         text = {"text": "\r"} if name == "Enter" else {}
         for kind in ("keyDown" if text else "rawKeyDown", "keyUp"):
             self.call(
@@ -223,18 +216,3 @@ class Browser:
             if e["method"] == "Network.requestWillBeSent"
         ]
         return [url for url in urls if not url.startswith(("file:", "data:", "blob:"))]
-
-    def picture(self, path: Path, selector: str | None = None) -> None:
-        """The whole page, or one element, as PNG."""
-        code = "document.documentElement" if not selector else (
-            f"document.querySelector({json.dumps(selector)})"
-        )  # fmt: skip
-        box = self.js(
-            f"(() => {{ scrollTo(0, 0); const b = {code}.getBoundingClientRect();"
-            "return { x: b.x, y: b.y, width: b.width, height: b.height }; })()"
-        )
-        self.settle()
-        shot = self.call(
-            "Page.captureScreenshot", captureBeyondViewport=True, clip=box | {"scale": 1}
-        )
-        path.write_bytes(base64.b64decode(shot["data"]))

@@ -20,7 +20,7 @@ from synthetic import (
     scoreless,
 )
 
-from retain.intervals import Estimate
+from retain.intervals import Estimate, wilson
 from retain.records import StudyRecord
 from retain.report.cells import Cell, Group, groups
 from retain.report.finding import finding
@@ -340,3 +340,16 @@ def test_plain_training_with_settings_of_its_own_says_which() -> None:
     assert found[-4:] == [
         "plain LoRA, low-rate", "full, low-rate", "bottleneck, low-rate", "prefix, low-rate",
     ]  # fmt: skip
+
+
+def test_one_seed_of_one_task_has_the_intervals_of_its_rows() -> None:
+    runs = [make_run(["word-problems"], METHODS[i], 0) for i in (0, 4)]
+    runs[0]["matrix"], runs[0]["metrics_summary"]["average"] = [[0.25]], 0.25
+    plain = _group({"name": "s", "runs": runs}).plain
+    assert plain is not None
+    score, kl = plain.mean("average"), plain.mean("kl")
+    assert score and (score.low, score.high) == pytest.approx(wilson(50, 200))
+    assert kl and [kl.low, kl.high] == runs[0]["retention"][0]["kl_interval"]
+    again = [make_run(["word-problems"], METHODS[i], seed) for i in (0, 4) for seed in (0, 1)]
+    (found, *_) = _group({"name": "s", "runs": again}).cells
+    assert found.within == {}

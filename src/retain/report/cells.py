@@ -7,9 +7,10 @@ one more group holds the mean over them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from retain.intervals import Estimate, estimate, paired
+from retain.intervals import Estimate, estimate, paired, wilson
 from retain.records import Interval, StudyRecord
 from retain.records import RunRecord as Run
 from retain.report.metrics import METRICS, curve_of_kl, seen_so_far
@@ -192,8 +193,13 @@ def _fill(cell: Cell, tasks: int) -> None:
 
 
 def _within(run: Run) -> dict[str, Interval]:
-    """The intervals of a run alone."""
-    known = dict(run.intervals)
+    """The intervals of a run alone; of a share of test rows that is right it is Wilson's."""
+    known: dict[str, Interval] = {}
+    score = run.metrics_summary.get("average")
+    if run.sizes and score is not None and run.metrics[:1] in (["accuracy"], ["exact_match"]):
+        n = run.sizes.test[0]
+        known = dict.fromkeys(("average", "learning"), wilson(round(score * n), n))
+    known |= run.intervals
     if run.retention:
         known["kl"] = run.retention[-1].kl_interval
     return {key: ends for key, ends in known.items() if ends and ends[0] < ends[1]}
@@ -228,10 +234,9 @@ def _pooled(parts: list[Group], runs: list[Run]) -> Group:
     made = []
     for found in cells.values():
         first = found[0]
-        new = Cell(
-            first.adapter, first.method, first.label, first.strength, first.held, first.stores
-        )
-        new.failed = [run for cell in found for run in cell.failed]
+        failed = [run for cell in found for run in cell.failed]
+        fresh: dict[str, Any] = {"values": {}, "diffs": {}, "within": {}, "final": [], "runs": []}
+        new = replace(first, plain=False, failed=failed, **fresh)
         whole = len(found) == len(parts)
         seeds = [
             seed
@@ -245,8 +250,7 @@ def _pooled(parts: list[Group], runs: list[Run]) -> Group:
                 known = [value for value in got if value is not None]
                 mean = sum(known) / len(known) if len(known) == len(got) else None
                 new.values[m.key][seed] = mean
-        by_task = {part.tasks[0]: part for part in parts}
-        for part in by_task.values():
+        for part in {part.tasks[0]: part for part in parts}.values():
             mine = [cell for cell in found if any(cell is other for other in part.cells)]
             new.final.append(mine[0].final[0] if mine else {})
         made.append(new)
