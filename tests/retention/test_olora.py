@@ -37,11 +37,10 @@ def test_olora_trains_one_block_at_a_time(decay: float) -> None:
 
 
 def test_olora_gives_other_blocks_no_gradient() -> None:
-    """So that clipping sees the block alone, and a step costs what the block does."""
+    """So that clipping sees the block alone."""
     method = OLoRA(strength=0.3)
     attached = begun(method, "lora", "llama", tasks=3)
     shaken(attached.model)
-    wholes = [(site.a, site.b) for site in lora_sites(attached.model)]
     task = tasks_of("llama")[0]
     task.index = 1
     method.before_task(task)
@@ -49,10 +48,9 @@ def test_olora_gives_other_blocks_no_gradient() -> None:
     logits = forward_logits(attached.model, batch)
     term = method.loss(attached.model, batch, logits)
     (nn.functional.cross_entropy(logits, batch.targets) + term).backward()
-    for site, whole in zip(lora_sites(attached.model), wholes, strict=True):
-        assert site.a.grad.shape[0] == site.b.grad.shape[1] == 2
-        assert bool(site.a.grad.any(1).all()) and bool(site.b.grad.any(0).all())
-        assert whole[0].grad is None and whole[1].grad is None
+    for site in lora_sites(attached.model):
+        for trains in (site.a.grad.any(1), site.b.grad.any(0)):
+            assert trains.tolist() == [False, False, True, True, False, False]
 
 
 def test_oloras_term_is_the_sum_of_all_products() -> None:
@@ -74,7 +72,8 @@ def test_oloras_term_is_the_sum_of_all_products() -> None:
         if term is not None:
             assert float(term.detach()) == pytest.approx(0.3 * total, rel=1e-9)
             grads = torch.autograd.grad(term, [s.a for s in lora_sites(attached.model)])
-            assert all(g.shape[0] == 2 and bool(g.any()) for g in grads)
+            own = slice(2 * index, 2 * index + 2)
+            assert all(bool(g[own].any(1).all()) for g in grads)
 
 
 def test_olora_becomes_orthogonal_and_says_what_it_needs() -> None:
