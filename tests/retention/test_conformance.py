@@ -120,8 +120,9 @@ def test_a_run_that_goes_on_from_a_file_is_the_uninterrupted_one(
 
     again = method_of(name)
     other = attach(adapter, model, again, dtype=torch.float32)
-    other.restore(load_file(tmp_path / "adapter.safetensors"))
-    again.context = context(other, model)
+    again.context, kept = context(other, model), load_file(tmp_path / "adapter.safetensors")
+    again.fit_adapter(kept)
+    other.restore(kept)
     again.restore(load_file(tmp_path / "method.safetensors"))
     learn(again, other, second)
     same(other.state(), attached.state())
@@ -151,6 +152,8 @@ def test_memory_does_not_grow_with_the_tasks(name: str, adapter: str, model: str
         sizes.append(method.memory())
     if name == "kl" and model == "bert":  # two numbers for each task
         assert sizes == [16, 32, 48, 64]
+    elif name in ("auto", "wiener"):  # the anchor has the adapter's rank, which grows up to a bound
+        assert sizes[2] == sizes[3] < 2 * sizes[0]
     else:
         assert len(set(sizes)) == 1
     assert (sizes[0] > 0) is (
