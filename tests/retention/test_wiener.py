@@ -16,9 +16,9 @@ from retain.errors import ConfigError
 from retain.models.off import adapter_off
 from retain.models.sites import lora_sites
 from retain.retention.filter import Filter, InputFilter, Thin, filter_of, wiener
+from retain.retention.loader import reader_of
 from retain.retention.methods.auto import Auto, Wiener
 from retain.retention.moments import Moments, input_moments, moments_of
-from retain.retention.recipe import reader_of
 from tiny import KINDS, tiny
 
 

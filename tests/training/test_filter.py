@@ -259,7 +259,7 @@ def test_the_recipe_holds_alone_where_it_cannot(
 def test_the_recipe_holds_alone_where_a_filter_would_be_too_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retain.retention.recipe.WIDEST", 7)
+    monkeypatch.setattr("retain.retention.filter_checks.WIDEST", 7)
     model = tiny("llama")
     call = RetentionCallback(fit(model, structure="kfac"), 1.0)
     trainer(model, tmp_path, [call]).train()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,7 +11,10 @@ from torch.utils.data import IterableDataset
 
 from retain.data.batches import Example
 
-__all__ = ["loader_examples", "loader_items"]
+__all__ = ["RowReader", "loader_examples", "loader_items", "reader_of"]
+
+RowReader = Callable[[int, int], Sequence[Example]]
+"""(count, seed) -> so many rows of the training data, drawn by the seed."""
 
 SEARCHED = 16
 """Rows that are looked at for each that is wanted."""
@@ -70,3 +73,14 @@ def _examples(batch: Any, causal: bool) -> list[Example]:
         else:
             found.append(Example(kept[:-1], kept[1:], predict[1:]))
     return [example for example in found if example.tokens]
+
+
+def reader_of(examples: Sequence[Example]) -> RowReader:
+    """Reads tokenised rows as a trainer's data are read: those with tokens, in a drawn order."""
+
+    def read(count: int, seed: int) -> list[Example]:
+        random = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(examples), generator=random).tolist()
+        return [examples[i] for i in order if examples[i].tokens][:count]
+
+    return read

@@ -31,51 +31,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from retain.curvature.blocks.factor import SketchFactor
-from retain.curvature.blocks.kronecker import KroneckerBlock
 from retain.curvature.curvature import Curvature, reanchored
 from retain.data.batches import Example
-from retain.errors import ConfigError, MismatchError, ModelError, SourceError, unknown
+from retain.errors import ConfigError, ModelError, SourceError, unknown
 from retain.models.lora import grow_lora
-from retain.models.names import unwrap
 from retain.models.off import adapter_off
 from retain.models.sites import LoraSite, lora_sites
 from retain.retention.budget import check_budget
 from retain.retention.filter import Filter, InputFilter
+from retain.retention.filter_checks import NO_STRENGTH, check_filter, why_no_filter, why_no_inputs
 from retain.retention.force import Force, check_strength
 from retain.retention.fresh_rows import FrozenRows, fresh_rows
 from retain.retention.head import HeadFit, fit_head
 from retain.retention.hooks import GradientHooks
+from retain.retention.loader import RowReader
 from retain.retention.measure import fit_rows
 from retain.retention.moments import Moments, input_moments, moments_of
 from retain.retention.soften.truncate import truncated
 from retain.retention.state import choose, pack_curvature, unpack_curvature
 from retain.types import UPDATES, Structure, Update
 
-__all__ = [
-    "NO_STRENGTH",
-    "PARTS",
-    "Recipe",
-    "RowReader",
-    "reader_of",
-    "why_no_filter",
-    "why_no_inputs",
-]
+__all__ = ["PARTS", "Recipe", "release_left"]
 
 PARTS = ("head", "rows", "filter", "force")
-
-RowReader = Callable[[int, int], Sequence[Example]]
-"""(count, seed) -> so many rows of the training data, drawn by the seed."""
-
-NO_STRENGTH = "the strength is 0"
-"""Why there is no filter where nothing is to be held, which needs no warning."""
-
-WIDEST = 8192
-"""Values that a layer reads, up to which the recipe has a whole filter for it: 256 MiB each."""
 
 TASK_ROWS = 128
 """Rows of a task on which its own curvature is measured."""
@@ -174,7 +155,11 @@ class Recipe:
         Returns:
             The model, and what was cut in words, or None.
         """
-        if "rows" not in self.parts or not self._holds() or self._why_no_inputs() is not None:
+        if (
+            "rows" not in self.parts
+            or not self._holds()
+            or why_no_inputs(self.curvature, self.past) is not None
+        ):
             return model, None
         sites, factors, note = lora_sites(model), None, None
         if fresh_rows(sites) is not None:
@@ -305,49 +290,13 @@ class Recipe:
             if self._holds():
                 self.why_no_filter = why_no_filter(model, self.curvature, self.past, rows)
             return self.why_no_filter is None
-        sites = lora_sites(model)
-        if not all(site.a.requires_grad for site in sites):
-            raise ModelError(
-                "a filter is for an A that trains",
-                got="A with requires_grad=False",
-                allowed="LoRA whose A trains",
-                fix="leave the filter out, so that the force acts alone",
-            )
-        if "rows" in self.parts and progress is None and fresh_rows(sites) is None:
-            raise ModelError(
-                "a filter needs fresh rows of the adapter",
-                got="a LoRA whose B is not 0",
-                allowed="B = 0 as PEFT attaches it, in the last rows at least",
-                fix="retain.grow_lora(model), or leave the filter out",
-            )
-        for held, around in ((self.curvature, False), (self.past, True)):
-            reason = None if held is None else why_no_inputs(held, around=around, limited=False)
-            if reason is not None:
-                raise MismatchError(
-                    "no filter can be made from this curvature",
-                    got=reason,
-                    allowed="one with input sides, such as kfac in weight space",
-                    fix="leave the filter out, so that the force acts alone",
-                )
-        if rows is None:
-            raise SourceError(
-                "a filter reads the training data",
-                got="none",
-                allowed="the rows that the model is to learn",
-                fix="give rows, or leave the filter out",
-            )
+        fresh = "rows" in self.parts and progress is None
+        check_filter(model, self.curvature, self.past, rows, fresh=fresh)
         return True
 
     def _holds(self) -> bool:
         """Whether the parts act: with none named, a strength of 0 is plain training."""
         return self.named or bool(self.strength) or self.budget is not None
-
-    def _why_no_inputs(self) -> str | None:
-        for held, around in ((self.curvature, False), (self.past, True)):
-            reason = None if held is None else why_no_inputs(held, around=around)
-            if reason is not None:
-                return reason
-        return None
 
     def _read(self, model: nn.Module, rows: RowReader, seed: int) -> Moments:
         """S_new: the second moments of the training rows, in the base model."""
@@ -497,85 +446,6 @@ class Recipe:
     def __reduce__(self) -> tuple[Any, ...]:
         """Of a model that is pickled or copied whole, nothing goes along."""
         return type(None), ()
-
-
-def reader_of(examples: Sequence[Example]) -> RowReader:
-    """Reads tokenised rows as a trainer's data are read: those with tokens, in a drawn order."""
-
-    def read(count: int, seed: int) -> list[Example]:
-        random = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(examples), generator=random).tolist()
-        return [examples[i] for i in order if examples[i].tokens][:count]
-
-    return read
-
-
-def why_no_filter(
-    model: nn.Module,
-    curvature: Curvature | None,
-    past: Curvature | None = None,
-    rows: RowReader | None = None,
-) -> str | None:
-    """Why the recipe leaves the filter out; None where it does not.
-
-    Args:
-        model: with its adapter, before the first step.
-        curvature: of the source text, if there is one.
-        past: of the tasks before.
-        rows: the training data, which the filter is to read.
-    """
-    try:
-        sites = lora_sites(model)
-    except ModelError as error:
-        return error.what
-    if not all(site.a.requires_grad for site in sites):
-        return "A does not train"
-    if fresh_rows(sites) is None:
-        return _why_not_fresh(model)
-    for held, around in ((curvature, False), (past, True)):
-        reason = None if held is None else why_no_inputs(held, around=around)
-        if reason is not None:
-            return reason
-    if rows is None:
-        return "there are no rows to read"
-    if not rows(1, 0):
-        return "the trainer's batches hold no input_ids"
-    return None
-
-
-def _why_not_fresh(model: nn.Module) -> str:
-    configs: dict[str, Any] = getattr(unwrap(model), "peft_config", None) or {}
-    for config in configs.values():
-        given = getattr(config, "init_lora_weights", True)
-        if given is False or str(given).lower() not in ("true", "none", "gaussian", "eva"):
-            return f"init_lora_weights={given!r} begins with a B that is not 0"
-    return "the adapter is not fresh"
-
-
-def why_no_inputs(
-    curvature: Curvature, *, around: bool = False, limited: bool = True
-) -> str | None:
-    """Why no filter can be made from a curvature; None where one can.
-
-    Args:
-        curvature: of the source text, or of the tasks before.
-        around: it may be that of a tuned model.
-        limited: a layer may read `WIDEST` values at most.
-    """
-    if curvature.info.space != "weight" or (curvature.anchor and not around):
-        return "the curvature is not of the base model's weights"
-    most = 0
-    for block in curvature.blocks.values():
-        if not isinstance(block, KroneckerBlock):
-            return f"structure {curvature.info.structure} does not tell what a layer reads"
-        if not isinstance(block.inputs, SketchFactor):
-            most = max(most, block.inputs.size)
-    if limited and most > WIDEST:
-        return (
-            f"a layer reads {most} values, and a filter has as many rows and columns; "
-            "with a curvature of sketched factors (rank=256) it has fewer"
-        )
-    return None
 
 
 def release_left(model: nn.Module, *, resuming: bool = False) -> None:

@@ -12,8 +12,8 @@ from retain.curvature.curvature import Curvature
 from retain.data.batches import Example
 from retain.models.heads import is_causal
 from retain.retention.filter import Filter
-from retain.retention.loader import loader_examples
-from retain.retention.recipe import Recipe, RowReader, reader_of
+from retain.retention.loader import RowReader, loader_examples, reader_of
+from retain.retention.recipe import Recipe
 from retain.types import Update
 
 __all__ = ["Retention"]

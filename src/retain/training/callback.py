@@ -20,9 +20,10 @@ from retain.errors import ConfigError, RetainWarning, unknown
 from retain.models.names import unwrap
 from retain.models.view import ModelView
 from retain.retention.filter import Filter
+from retain.retention.filter_checks import NO_STRENGTH
 from retain.retention.force import Force
 from retain.retention.loader import loader_examples
-from retain.retention.recipe import NO_STRENGTH, Recipe
+from retain.retention.recipe import Recipe
 from retain.training.handling import (
     check_alone,
     check_gradients,

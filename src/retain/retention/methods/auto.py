@@ -17,8 +17,9 @@ from retain.data.batches import Example
 from retain.models.lora import grow_lora
 from retain.models.sites import lora_sites
 from retain.retention.filter import Filter
+from retain.retention.loader import reader_of
 from retain.retention.method import Context, Method, Task
-from retain.retention.recipe import Recipe, reader_of
+from retain.retention.recipe import Recipe
 from retain.retention.state import choose
 from retain.types import HeadStart, Update
 

@@ -1,0 +1,148 @@
+"""Whether the recipe's filter can be made: for a model, its curvatures and its rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from retain.curvature.blocks.factor import SketchFactor
+from retain.curvature.blocks.kronecker import KroneckerBlock
+from retain.curvature.curvature import Curvature
+from retain.errors import MismatchError, ModelError, SourceError
+from retain.models.names import unwrap
+from retain.models.sites import lora_sites
+from retain.retention.fresh_rows import fresh_rows
+from retain.retention.loader import RowReader
+
+__all__ = ["NO_STRENGTH", "check_filter", "why_no_filter", "why_no_inputs"]
+
+NO_STRENGTH = "the strength is 0"
+"""Why there is no filter where nothing is to be held, which needs no warning."""
+
+WIDEST = 8192
+"""Values that a layer reads, up to which the recipe has a whole filter for it: 256 MiB each."""
+
+
+def check_filter(
+    model: nn.Module,
+    curvature: Curvature | None,
+    past: Curvature | None,
+    rows: RowReader | None,
+    *,
+    fresh: bool,
+) -> None:
+    """Refuses a filter that is asked for and cannot be made.
+
+    Args:
+        model: with its adapter.
+        curvature: of the source text, if there is one.
+        past: of the tasks before, if there is one.
+        rows: the training data, which the filter is to read.
+        fresh: whether rows of the adapter must be fresh.
+
+    Raises:
+        ModelError: the adapter does not allow it.
+        MismatchError: a curvature does not allow it.
+        SourceError: there are no rows.
+    """
+    sites = lora_sites(model)
+    if not all(site.a.requires_grad for site in sites):
+        raise ModelError(
+            "a filter is for an A that trains",
+            got="A with requires_grad=False",
+            allowed="LoRA whose A trains",
+            fix="leave the filter out, so that the force acts alone",
+        )
+    if fresh and fresh_rows(sites) is None:
+        raise ModelError(
+            "a filter needs fresh rows of the adapter",
+            got="a LoRA whose B is not 0",
+            allowed="B = 0 as PEFT attaches it, in the last rows at least",
+            fix="retain.grow_lora(model), or leave the filter out",
+        )
+    reason = why_no_inputs(curvature, past, limited=False)
+    if reason is not None:
+        raise MismatchError(
+            "no filter can be made from this curvature",
+            got=reason,
+            allowed="one with input sides, such as kfac in weight space",
+            fix="leave the filter out, so that the force acts alone",
+        )
+    if rows is None:
+        raise SourceError(
+            "a filter reads the training data",
+            got="none",
+            allowed="the rows that the model is to learn",
+            fix="give rows, or leave the filter out",
+        )
+
+
+def why_no_filter(
+    model: nn.Module,
+    curvature: Curvature | None,
+    past: Curvature | None = None,
+    rows: RowReader | None = None,
+) -> str | None:
+    """Why the recipe leaves the filter out; None where it does not.
+
+    Args:
+        model: with its adapter, before the first step.
+        curvature: of the source text, if there is one.
+        past: of the tasks before.
+        rows: the training data, which the filter is to read.
+    """
+    try:
+        sites = lora_sites(model)
+    except ModelError as error:
+        return error.what
+    if not all(site.a.requires_grad for site in sites):
+        return "A does not train"
+    if fresh_rows(sites) is None:
+        return _why_not_fresh(model)
+    reason = why_no_inputs(curvature, past)
+    if reason is not None:
+        return reason
+    if rows is None:
+        return "there are no rows to read"
+    if not rows(1, 0):
+        return "the trainer's batches hold no input_ids"
+    return None
+
+
+def _why_not_fresh(model: nn.Module) -> str:
+    configs: dict[str, Any] = getattr(unwrap(model), "peft_config", None) or {}
+    for config in configs.values():
+        given = getattr(config, "init_lora_weights", True)
+        if given is False or str(given).lower() not in ("true", "none", "gaussian", "eva"):
+            return f"init_lora_weights={given!r} begins with a B that is not 0"
+    return "the adapter is not fresh"
+
+
+def why_no_inputs(
+    curvature: Curvature | None, past: Curvature | None = None, *, limited: bool = True
+) -> str | None:
+    """Why no filter can be made from these curvatures; None where one can.
+
+    Args:
+        curvature: of the source text, if there is one.
+        past: of the tasks before, which may be around a tuned model.
+        limited: a layer may read `WIDEST` values at most.
+    """
+    for held in (curvature, past):
+        if held is None:
+            continue
+        if held.info.space != "weight" or (held.anchor and held is not past):
+            return "the curvature is not of the base model's weights"
+        most = 0
+        for block in held.blocks.values():
+            if not isinstance(block, KroneckerBlock):
+                return f"structure {held.info.structure} does not tell what a layer reads"
+            if not isinstance(block.inputs, SketchFactor):
+                most = max(most, block.inputs.size)
+        if limited and most > WIDEST:
+            return (
+                f"a layer reads {most} values, and a filter has as many rows and columns; "
+                "with a curvature of sketched factors (rank=256) it has fewer"
+            )
+    return None
