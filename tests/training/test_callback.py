@@ -190,7 +190,7 @@ def test_a_budget_is_kept_in_a_trainer(source: Any, tmp_path: Path) -> None:
     records = [r for r in backend.records if "loss" in r]
     assert len({r["retention_strength"] for r in records}) > 1
     assert all(0 <= r["predicted_nats"] for r in records)
-    retention = keep.retention
+    retention = keep.force
     assert retention is not None and retention.budget is not None
     if source is None:
         assert retention.probe is None
@@ -230,7 +230,7 @@ def test_a_budget_may_come_when_a_run_goes_on(tmp_path: Path) -> None:
     call = RetentionCallback(fit(other), budget=0.02, source=None)
     run = trainer(other, tmp_path, [call], **options)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert call.retention is not None and call.retention.predicted() <= 0.02
+    assert call.force is not None and call.force.predicted() <= 0.02
 
 
 @pytest.mark.parametrize(
@@ -252,8 +252,8 @@ def test_the_last_checkpoint_is_inside_the_budget(tmp_path: Path) -> None:
     trainer(model, tmp_path, [call], **options).train()
     end = weights(model)
     saved = load_file(tmp_path / "checkpoint-20" / "adapter_model.safetensors")
-    assert call.retention is not None
-    measured = call.retention.measured()
+    assert call.force is not None
+    measured = call.force.measured()
     assert measured is not None and 0.03 < measured <= 0.05
     for name, tensor in end.items():
         assert torch.equal(saved[f"base_model.model.{name}.weight"], tensor)

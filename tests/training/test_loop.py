@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from retain import Curvature, Retention, fit_curvature
+from retain import Curvature, fit_curvature
 from retain.config import TrainConfig
 from retain.data.batches import Example
 from retain.data.sources import encode
 from retain.errors import ConfigError, MismatchError, SourceError, TrainingError
 from retain.models.sites import lora_sites
+from retain.retention.force import Force
 from retain.retention.recipe import Recipe
 from retain.training.loop import TrainResult, train
 from retain.types import SPACES, UPDATES
@@ -96,9 +97,9 @@ def test_the_force_is_applied_once_an_optimiser_step(
     accumulation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    original = Retention.add_force
+    original = Force.add_force
     monkeypatch.setattr(
-        Retention, "add_force", lambda self: calls.append(1) or original(self), raising=True
+        Force, "add_force", lambda self: calls.append(1) or original(self), raising=True
     )
     model = tiny("llama")
     go(model, "llama", fit(model, "llama"), strength=1.0, accumulation=accumulation, max_steps=3)

@@ -155,6 +155,17 @@ class RetentionCallback(TrainerCallback):
         return self.recipe.force
 
     @property
+    def retention(self) -> Force | None:
+        """Before 0.2, what is now `force`."""
+        warnings.warn("retention is now force", DeprecationWarning, stacklevel=2)
+        return self.force
+
+    @property
+    def curvature(self) -> Curvature | None:
+        """Of the source text."""
+        return self.recipe.curvature
+
+    @property
     def why_no_filter(self) -> str | None:
         """Why the filter was left out, once training has begun; None where it acts."""
         return self.recipe.why_no_filter
