@@ -39,7 +39,7 @@ LEFT_OUT = (".png", ".svg", ".md", ".pdf", ".lock")
 """Pictures and locks are no results; nor are logs and checkpoints, whose state holds times."""
 
 MEMORY = 6 << 30
-"""Bytes that a command may take beyond what the parent has."""
+"""Bytes of data that a command may take beyond what the parent has; addresses are free."""
 
 
 class Ended(NamedTuple):
@@ -89,8 +89,8 @@ def start(argv: list[str], folder: Path, said: Path) -> int:
         handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(handle, stream)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+        used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY, used + MEMORY))
         faulthandler.register(signal.SIGUSR1)
         from retain.cli import main
 
