@@ -16,21 +16,15 @@ their place and the eigenvalues. Batches, counters, and what a last step copies 
 multiply-adds a token in all linear layers (the head among them), a pass is ``2 L``: the base is
 frozen, so backward costs what forward does. A structure without a backward pass takes ``L - head``.
 Attention's products and LoRA's own are left out. On top, a token and a label draw, with T tokens a
-sequence:
-
-- a factor: d^2. A sketch: ``6 k d + 36 k^2``; each k tokens ask for the Gram matrix of 2k rows
-  (``4 k^2 d``), its eigenvectors (``4.5 (2k)^3``) and k new rows (``2 k^2 d``);
-- entries: d_out d_in. A link's products: its entries;
-- each layer's true trace, at each backward pass: d_out d_in or, where that is less or the Gram
-  matrices over positions are needed in any case, ``T (d_in + d_out)`` (that of an input once);
-- what a structure adds by itself: see `Structure.extra_work`.
+sequence: d^2 a factor, or ``6 k d + 36 k^2`` a sketch (each k tokens the Gram matrix of 2k rows,
+its eigenvectors and k new rows); entries and links as many; each layer's true trace, d_out d_in
+or, where that is less or the Gram matrices over positions are needed in any case,
+``T (d_in + d_out)`` (that of an input once); and `Structure.extra_work`.
 
 **A training step** of n tokens is ``n (2 L + 3 r (d_in + d_out))``, summed over LoRA layers. The
-force comes once a step, whatever n:
-
-- a factor: ``r d^2``; a sketch: ``2 r k d + r d``; then ``2 r^2 (d_in + d_out)``;
-- entries: ``(3 r + 1) d_out d_in``, for the update is built, and each factor twice;
-- a link: ``2 r (d_out_i d_out_j + d_in_i d_in_j)`` and ``2 r^2`` (the sum of the four sizes).
+force comes once a step, whatever n: ``r d^2`` a factor, ``2 r k d + r d`` a sketch, then
+``2 r^2 (d_in + d_out)``; with entries ``(3 r + 1) d_out d_in``, for the update is built, and each
+factor twice; a link ``2 r (d_out_i d_out_j + d_in_i d_in_j)`` and ``2 r^2`` the sum of its sizes.
 
 These products are thin (r columns), so memory is more likely to bound them: `Cost.step_reads` is
 the bytes of the factors as often as the force reads them. A shared factor is read once for all
