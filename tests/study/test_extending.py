@@ -63,7 +63,13 @@ def walk(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in ("src/retain", "tests"):
         shutil.copytree(ROOT / folder, root / folder, ignore=skip)
     shutil.copy(ROOT / "pyproject.toml", root)
-    diffs = iter(["src/retain/retention/registry.py", "tests/retention/sequences.py"])
+    diffs = iter(
+        [
+            "src/retain/retention/registry.py",
+            "tests/retention/sequences.py",
+            "src/retain/curvature/blocks/registry.py",
+        ]
+    )
     for name, language, text in blocks("extending.md"):
         if language == "diff":
             apply_diff(root / next(diffs), text)
