@@ -1,16 +1,7 @@
 """What a study may say: models, adapters, methods, orders of tasks and seeds; and its reader.
 
-    {name: four-task, models: [smollm2-135m], seeds: [0, 1, 2],
-     orders: {first: [cl15/dbpedia, cl15/sst2], paper: published/order4-14},
-     adapters: {lora: {rank: 16}, prefix: {num_virtual_tokens: 8, training: {learning_rate: 0.01}}},
-     methods: {none: {}, kfac: {strength: [1, 10]}},
-     runs: [{adapter: lora, methods: [none, kfac]}, {adapter: prefix, method: none, seeds: [0]},
-            {adapter: lora, method: none, independent: true}],
-     training: {learning_rate: 5.0e-4, tasks: {cl15/sst2: {epochs: 2}}},
-     data: {train: 160, test: 96}, source: {kind: data, name: text/wikitext2}}
-
 Without ``runs`` every adapter meets every method, order and seed; ``adapter: lora`` is short for
-``adapters: [lora]``. The files in ``benchmarks/studies`` are examples.
+``adapters: [lora]``. docs/studies.md has every key, ``benchmarks/studies`` has examples.
 """
 
 from __future__ import annotations
@@ -51,9 +42,8 @@ class AdapterSpec(Part):
     """One way to tune; keys that it does not name are the kind's `options`.
 
     Attributes:
-        kind: lora, full, bottleneck, prefix or osf; the label by default.
-        dtype: of the model, where it differs from the study's.
-        training: settings that differ from the study's.
+        kind: of `retain.models.adapters`; the label by default.
+        dtype, training: of the model, and settings, where they differ from the study's.
     """
 
     kind: str = ""
@@ -112,19 +102,19 @@ class CellSpec(_Strict):
 
 
 class DataSpec(RunData, extra="forbid"):
-    """See `retain.records.RunData`."""
+    """How many rows of each task are used."""
 
 
 class GeneralSpec(RunGeneral, extra="forbid"):
-    """See `retain.records.RunGeneral`."""
+    """General tasks, measured before and after."""
 
 
 class EvaluationSpec(RunEvaluation, extra="forbid"):
-    """See `retain.records.RunEvaluation`."""
+    """How tasks are scored."""
 
 
 class SourceSpec(RunSource, extra="forbid"):
-    """See `retain.records.RunSource`."""
+    """The text on which the base model is to stay what it was."""
 
     @model_validator(mode="after")
     def _named(self) -> SourceSpec:
@@ -179,9 +169,8 @@ class StudySpec(_Strict):
     @property
     def trainings(self) -> list[dict[str, Any]]:
         """The training settings of all its parts."""
-        parts: list[AdapterSpec | MethodSpec] = [*self.adapters.values(), *self.methods.values()]
-        cells = [cell.training for cell in self.runs]
-        return [self.training, *(part.training for part in parts), *cells]
+        parts: list[AdapterSpec | MethodSpec | CellSpec] = [*self.adapters.values(), *self.runs]
+        return [self.training, *(p.training for p in (*parts, *self.methods.values()))]
 
     @model_validator(mode="after")
     def _sound(self) -> StudySpec:
@@ -281,13 +270,9 @@ def _refuse_unknown(found: Any, kind: Any) -> None:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         for part in inner:
             _refuse_unknown(found, part)
-    elif inner:
-        for value in found.values() if isinstance(found, Mapping) else _list(found):
+    elif inner and isinstance(found, Mapping | list):
+        for value in found.values() if isinstance(found, Mapping) else found:
             _refuse_unknown(value, inner[-1])
-
-
-def _list(found: Any) -> list[Any]:
-    return found if isinstance(found, list) else []
 
 
 def _check_training(training: Mapping[str, Any]) -> None:
