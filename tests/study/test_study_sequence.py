@@ -143,16 +143,6 @@ def test_a_state_of_other_versions_is_not_gone_on_from(tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
 
 
-def test_settings_of_a_task(tiny_folder: Path, tmp_path: Path) -> None:
-    path = tiny_study(
-        tmp_path / "study", tiny_folder,
-        training={"learning_rate": 0.5, "tasks": {"tasks/two.yaml": {"epochs": 3}}},
-    )  # fmt: skip
-    run = opened(path, tmp_path / "out", limit=4)[0].runs[0]
-    assert [run.settings(i).epochs for i in range(3)] == [1.0, 3.0, 1.0]
-    assert (run.data.train, run.data.test) == (4, 4)
-
-
 def test_independent_runs_give_intransigence(tiny_folder: Path, tmp_path: Path) -> None:
     from retain.study.studies import run_study
 
