@@ -25,34 +25,11 @@ from retain.config import TrainConfig, validate
 from retain.types import HeadStart
 
 __all__ = [
-    "RUN_SCHEMA",
-    "STUDY_SCHEMA",
-    "Claim",
-    "General",
-    "Generation",
-    "Hardware",
-    "Interval",
-    "Parameters",
-    "Part",
-    "Retention",
-    "RunAdapter",
-    "RunData",
-    "RunEvaluation",
-    "RunGeneral",
-    "RunMethod",
-    "RunOrder",
-    "RunRecord",
-    "RunSource",
-    "RunSpec",
-    "RunTraining",
-    "Seconds",
-    "Sizes",
-    "Skipped",
-    "Step",
-    "StudyRecord",
-    "digest_of",
-    "finite",
-]
+    "RUN_SCHEMA", "STUDY_SCHEMA", "Claim", "General", "Generation", "Hardware", "Interval",
+    "Parameters", "Part", "Retention", "RunAdapter", "RunData", "RunEvaluation", "RunGeneral",
+    "RunMethod", "RunOrder", "RunRecord", "RunSource", "RunSpec", "RunTraining", "Seconds",
+    "Sizes", "Skipped", "Step", "StudyRecord", "digest_of", "finite",
+]  # fmt: skip
 
 RUN_SCHEMA: Final = "retain.run/1"
 STUDY_SCHEMA: Final = "retain.study/1"

@@ -177,9 +177,8 @@ def _samples(run: RunSpec, base: Base, work: Work, count: int, seed: int) -> lis
     kept = read_shared(path)
     if kept is not None and isinstance(kept.get("rows"), list):
         return list(kept["rows"])
-    rows: list[Row] = [
-        *sample_rows(base.model, base.tokenizer, count=count, max_length=length, seed=seed)
-    ]
+    options: dict[str, Any] = {"count": count, "max_length": length, "progress": work.progress}
+    rows: list[Row] = [*sample_rows(base.model, base.tokenizer, seed=seed, **options)]
     if first_rank():
         write_shared(work, path, sealed({"made_with": wanted, "rows": rows}))
     return rows
