@@ -21,11 +21,11 @@ from typer.main import get_command
 
 from retain.cli.study import app
 from retain.config import TrainConfig
+from retain.evaluation.continual import METRICS
 from retain.models.adapters.registry import ADAPTERS
 from retain.retention.registry import METHODS
 from retain.study.grid import expand
 from retain.study.spec import RUNNERS_OWN, StudySpec, parse_study
-from retain.study.tables import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"(?:`([\w./-]+)`[^`\n]*:\n\n)?^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -16,6 +16,8 @@ from retain.study.grid import Grid, expand
 from retain.study.spec import parse_study, read_study
 from study_parts import PRETENDED, A, B
 
+CLAIM = {"claim": "it forgets less", "metric": "kl", "method": "held 10", "bound": 0.5}
+
 
 def grid(**changes: Any) -> Grid:
     return expand(parse_study(PRETENDED | changes), Path())
@@ -203,6 +205,9 @@ def test_published_orders_and_patterns() -> None:
         ({"methods": {"held": {"strength": 1e308}}}, "from 0 to 1e"),
         ({"methods": {}}, "methods"),
         ({"data": {"train": 0}}, "data.train"),
+        ({"claims": [CLAIM | {"metric": "kll"}]}, "unknown metric; got: 'kll'.*mean 'kl'"),
+        ({"claims": [CLAIM | {"method": "held"}]}, "unknown method of a claim; got: 'held'"),
+        ({"claims": [CLAIM | {"reference": "nome"}]}, "of a claim; got: 'nome'.*mean 'none'"),
         ({"name": "a/b"}, "name"),
         ({"name": None}, "name"),
         ({"general": {}}, r"general.tasks is missing.*write general: \{tasks: \.\.\. \}"),

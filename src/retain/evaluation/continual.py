@@ -36,7 +36,19 @@ from dataclasses import asdict, dataclass
 
 from retain.errors import ConfigError
 
-__all__ = ["Continual", "continual_metrics"]
+__all__ = ["METRICS", "Continual", "continual_metrics"]
+
+METRICS = (
+    "average", "learning", "forgetting", "backward_transfer", "forward_transfer",
+    "intransigence", "share_of_independent", "loss", "kl", "ppl_ratio", "flips", "general",
+    "share",
+)  # fmt: skip
+"""What the tables of a study have of each cell, besides ``score:TASK``.
+
+``share_of_independent`` is the average score over the mean score of one adapter a task, each
+trained alone; ``general`` the mean change of the general tasks; ``share`` the trained parameters
+over those of the base model.
+"""
 
 
 @dataclass(frozen=True)

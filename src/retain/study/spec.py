@@ -17,12 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from retain.config import TrainConfig, validate
 from retain.documents import read_mapping
 from retain.errors import ConfigError, shown, unknown
+from retain.evaluation.continual import METRICS
 from retain.records import Part, RunData, RunEvaluation, RunGeneral, RunSource
 from retain.types import STRONGEST, HeadStart
 
 __all__ = [
-    "RUNNERS_OWN", "AdapterSpec", "CellSpec", "ClaimSpec", "MethodSpec", "SourceSpec", "StudySpec",
-    "parse_study", "read_study",
+    "RUNNERS_OWN", "AdapterSpec", "CellSpec", "ClaimSpec", "MethodSpec", "SourceSpec",
+    "StudySpec", "parse_study", "read_study",
 ]  # fmt: skip
 
 RUNNERS_OWN = {
@@ -71,6 +72,11 @@ class MethodSpec(Part):
     def strengths(self) -> list[float | None]:
         """The strengths that are tried, one or more."""
         return [*self.strength] if isinstance(self.strength, list) else [self.strength]
+
+    def titles(self, label: str) -> list[str]:
+        """For people: the label, with the strength where there are several."""
+        several = self.strength if isinstance(self.strength, list) else []
+        return [f"{label} {s:g}" for s in several] if len(several) > 1 else [label]
 
     @model_validator(mode="after")
     def _sound(self) -> MethodSpec:
@@ -129,7 +135,7 @@ class ClaimSpec(_Strict):
 
     Attributes:
         claim: in words.
-        metric: of `retain.study.tables.METRICS`.
+        metric: of `retain.evaluation.continual.METRICS`, or ``score:TASK``.
         method, reference: labels, with the strength where a method has several.
         relation, bound: what the ratio is to keep.
     """
@@ -229,6 +235,13 @@ def parse_study(
             for name in getattr(cell, kind) or []:
                 if name not in getattr(spec, kind):
                     raise unknown(kind.removesuffix("s"), name, getattr(spec, kind))
+    titles = [title for name, method in spec.methods.items() for title in method.titles(name)]
+    for claim in spec.claims:
+        if claim.metric not in METRICS and not claim.metric.startswith("score:"):
+            raise unknown("metric", claim.metric, METRICS)
+        for title in (claim.method, claim.reference):
+            if title not in titles:
+                raise unknown("method of a claim", title, titles)
     for training in spec.trainings:
         _check_training(training)
     return spec

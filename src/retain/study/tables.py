@@ -6,24 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from retain.evaluation.continual import continual_metrics
+from retain.evaluation.continual import METRICS, continual_metrics
 from retain.intervals import Estimate, estimate, paired
 from retain.records import RunRecord
 from retain.study.spec import ClaimSpec
 
-__all__ = ["METRICS", "judged", "tables", "with_intransigence"]
-
-METRICS = (
-    "average", "learning", "forgetting", "backward_transfer", "forward_transfer",
-    "intransigence", "share_of_independent", "loss", "kl", "ppl_ratio", "flips", "general",
-    "share",
-)  # fmt: skip
-"""Names in a cell's ``metrics``, besides ``score:TASK``; times and memory are left out.
-
-``share_of_independent`` is the average score over the mean score of one adapter a task, each
-trained alone; ``general`` the mean change of the general tasks; ``share`` the trained parameters
-over those of the base model.
-"""
+__all__ = ["judged", "tables", "with_intransigence"]
 
 Numbers = dict[str, float | None]
 Cell = tuple[str, str, str, str]
