@@ -71,6 +71,15 @@ def test_the_base_is_the_model_with_its_adapter_off() -> None:
         pass
 
 
+def test_the_old_place_of_sites_warns() -> None:
+    from retain.models import adapter
+
+    with pytest.warns(DeprecationWarning, match=r"lora_sites is now in retain\.models\.sites"):
+        assert adapter.lora_sites is lora_sites
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = adapter.nothing
+
+
 def test_a_head_that_is_not_known_is_refused_when_it_is_asked_for() -> None:
     view = ModelView(base("llama").model)  # type: ignore[arg-type]
     assert view.pad == 0
