@@ -99,14 +99,17 @@ class Case:
         model = attach_lora(self.base().model, rank=2, seed=seed_of(0, -1))
         recipe = Recipe(None, 10.0, parts=self.parts)
         if self.source and recipe.parts & {"filter", "force"}:
-            set_seed(seed_of(0, -1))
-            rows = choose(self.source, 64, seed_of(0, -1))
-            recipe.curvature = retain.fit_curvature(
-                model, rows, "kfac", rows=len(rows), batch_size=min(16, len(rows)),
-                seed=seed_of(0, -1),
-                max_length=max(len(e.tokens) for e in rows) + 1, progress=False,
-            )  # fmt: skip
+            recipe.curvature = self.curvature(model)
         return model, recipe
+
+    def curvature(self, model: nn.Module) -> retain.Curvature:
+        seed = seed_of(0, -1)
+        rows = choose(self.source, 64, seed)
+        set_seed(seed)
+        return retain.fit_curvature(
+            model, rows, "kfac", rows=len(rows), batch_size=min(16, len(rows)), seed=seed,
+            max_length=max(len(e.tokens) for e in rows) + 1, progress=False,
+        )  # fmt: skip
 
     def config(self, index: int) -> Any:
         return self.spec.settings(index, self.seeds[index])
@@ -207,9 +210,9 @@ def by_study(case: Case, folder: Path) -> Ends:
 def by_runs(case: Case, folder: Path) -> Ends:
     """What ``retain train`` and ``--continue-from`` do, on rows of tokens."""
     model, recipe = case.begun()
-    curvature = None
-    if recipe.curvature is not None:
-        curvature = str(recipe.curvature.save(folder / "source.safetensors"))
+    curvature, keeps = None, bool(recipe.parts & {"filter", "force"})
+    if case.source:  # months are held by one, whichever parts act
+        curvature = str(case.curvature(model).save(folder / "source.safetensors"))
     del model
     known: list[State] = []
     run: Any = None
@@ -232,7 +235,9 @@ def by_runs(case: Case, folder: Path) -> Ends:
         else:
             run = retain.continue_run(run.out, quiet=True, progress=False, **settings)
         state = run.out / "state"
-        if index + 1 < len(case.rows):
+        if index + 1 < len(case.rows) and not keeps:
+            known.append({})
+        elif index + 1 < len(case.rows):
             known.append(
                 {"curvature": _bytes(state / "source.safetensors"),
                  "past": _bytes(state / "past.safetensors")}
