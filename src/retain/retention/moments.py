@@ -63,22 +63,6 @@ class Moments:
         found = {layer: self.factor(layer) for layer in self.readers}
         return {n: s.vectors.shape[1] for n, s in found.items() if isinstance(s, SketchFactor)}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """For a file: S by the names of all layers that read it."""
-        names: dict[str, list[str]] = {}
-        for layer, first in self.readers.items():
-            names.setdefault(first, []).append(layer)
-        return {"|".join(layers): self.of(first) for first, layers in names.items()}
-
-    @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Moments:
-        """What `tensors` has written."""
-        layers = {key.split("|")[0]: key.split("|") for key in tensors}
-        return cls(
-            {key.split("|")[0]: DenseFactor(s) for key, s in tensors.items()},
-            {layer: first for first, names in layers.items() for layer in names},
-        )
-
     def plus(self, other: Moments) -> Moments:
         """``self + other``, in place of self."""
         for name, s in self.factors.items():
