@@ -227,7 +227,7 @@ def test_a_method_with_a_budget_spends_it_on_each_task() -> None:
     attached = begun(method, "lora", "llama")
     for task in tasks_of("llama"):
         method.before_task(task)
-        retention = method.retention
+        retention = method.force
         assert retention is not None and retention.probe is not None
         learn_from = retention.measured()
         assert learn_from == pytest.approx(0.0, abs=1e-12)

@@ -16,6 +16,7 @@ from retain.errors import ConfigError, TrainingError
 from retain.models.forward import forward_logits
 from retain.models.sites import lora_sites
 from retain.retention.method import Method
+from retain.retention.recipe import Recipe
 from retain.retention.state import StoredRow
 from retain.training.loop import train
 from tiny import ROWS, tiny, weights
@@ -151,8 +152,8 @@ def test_rows_of_several_heads_share_a_step() -> None:
 def test_choices_that_exclude_each_other_are_refused() -> None:
     model = tiny("llama")
     curvature = fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
-    with pytest.raises(ConfigError, match="a curvature and a method"):
-        train(model, ROWS_OF_8, TrainConfig(), curvature=curvature, method=Spy())
+    with pytest.raises(ConfigError, match="a recipe and a method"):
+        train(model, ROWS_OF_8, TrainConfig(), recipe=Recipe(curvature), method=Spy())
     with pytest.raises(ConfigError, match="a regression has one output"):
         go(tiny("bert"), CLASSES, columns=slice(0, 2), regression=True)
 

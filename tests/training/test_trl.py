@@ -90,5 +90,5 @@ def test_grpo_is_held_without_a_filter(grpo: Any) -> None:
 
 def test_a_filter_that_was_asked_for_needs_tokens(grpo: Any) -> None:
     held(grpo, parts=("rows", "filter", "force"))
-    with pytest.raises(SourceError, match="rows whose collator gives input_ids"):
+    with pytest.raises(SourceError, match="hold no tokens for a filter to read"):
         grpo.train()

@@ -37,6 +37,7 @@ from torch.optim import Optimizer
 from retain.curvature.curvature import Curvature, reanchored
 from retain.data.batches import Example
 from retain.errors import ConfigError, ModelError, SourceError, unknown
+from retain.models.heads import head_kind
 from retain.models.lora import grow_lora
 from retain.models.off import adapter_off
 from retain.models.sites import LoraSite, lora_sites
@@ -212,6 +213,7 @@ class Recipe:
         progress: Mapping[str, Any] | None,
     ) -> None:  # fmt: skip
         resuming = progress is not None
+        head_kind(model)  # refuses one that is not known
         for held in (self.curvature, self.past):
             if held is not None:
                 held.bind(model)  # it is of this model, and on its device
