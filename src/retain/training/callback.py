@@ -161,6 +161,11 @@ class RetentionCallback(TrainerCallback):
         return self.force
 
     @property
+    def start(self) -> Filter | None:
+        """Before 0.2, what A may read: the filter's options, or None without a filter."""
+        return self.recipe.options if "filter" in self.recipe.parts else None
+
+    @property
     def curvature(self) -> Curvature | None:
         """Of the source text."""
         return self.recipe.curvature
@@ -316,7 +321,7 @@ def _parts_of(start: Any, given: Filter | None) -> tuple[tuple[str, ...], Filter
     if start == "wiener":
         start = Filter()
     if not isinstance(start, Filter):
-        raise unknown("start", str(start), ("wiener",))
+        raise _no_start(start)
     return ("rows", "filter", "force"), given or start
 
 
@@ -328,8 +333,19 @@ def Start(kind: str = "wiener", **options: Any) -> Filter:
     """
     warnings.warn("retain.Start is now retain.Filter", DeprecationWarning, stacklevel=2)
     if kind != "wiener":
-        raise unknown("start", kind, ("wiener",))
+        raise _no_start(kind)
     return Filter(**options)
+
+
+def _no_start(kind: object) -> ConfigError:
+    if kind not in ("discriminant", "principal", "null", "random"):
+        return unknown("start", str(kind), ("wiener",))
+    return ConfigError(
+        "this start of A lost to the filter, and is gone",
+        got=f"start={kind!r}",
+        allowed="the filter, or the force alone",
+        fix="leave start out, or parts=['force']",
+    )
 
 
 def _always() -> bool:
