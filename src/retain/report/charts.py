@@ -26,55 +26,17 @@ from retain.report.axes import (
 )  # fmt: skip
 from retain.report.cells import Cell, Group
 from retain.report.fronts import fronts, has_sweeps
+from retain.report.looks import COLOURS, PLAIN, Look
 from retain.report.metrics import MISSING, Metric, metric
-from retain.report.names import names, series
 from retain.report.training import training
 
-__all__ = ["Look", "has_course", "panels"]
+__all__ = ["has_course", "panels"]
 
 TRADE, ALONG, MATRIX, TASKS = "The trade-off", "Along the sequence", "Accuracy matrices", "tasks"
-_COLOURS = [f"var(--s{i})" for i in range(12)]
-_SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down")
-_PLAIN, _INK, _CARD, _MUTED = "var(--lora)", "var(--ink)", "var(--card)", "var(--muted)"
+_INK, _CARD, _MUTED = "var(--ink)", "var(--card)", "var(--muted)"
 _DASH = alt.condition("datum.stores", alt.value([6, 4]), alt.value([1, 0]))
 _HEAVY = alt.condition("datum.plain", alt.value(3.0), alt.value(1.8))
 _POINTS = metric("average")
-
-
-class Look:
-    """Name, colour and shape of each cell of a group, the same in all its figures."""
-
-    def __init__(self, group: Group) -> None:
-        self.series = dict(zip(map(id, group.cells), series(group), strict=True))
-        self.names = dict(zip(map(id, group.cells), names(group), strict=True))
-        plain = {self.series[id(cell)] for cell in group.cells if cell.plain}
-        others = [s for s in dict.fromkeys(self.series.values()) if s not in plain]
-        self.looks = dict.fromkeys(plain, (_PLAIN, "circle"))
-        self.looks |= {s: (_COLOURS[i % 12], _SHAPES[i % 5]) for i, s in enumerate(others)}
-
-    def row(self, cell: Cell, **more: Any) -> Row:
-        """A row of a figure's data about a cell."""
-        about = {
-            "name": self.names[id(cell)],
-            "series": self.series[id(cell)],
-            "strength": cell.strength,
-            "stores": cell.stores,
-            "plain": cell.plain,
-            "seeds": cell.seeds,
-        }
-        return about | more
-
-    def of(self, rows: Sequence[Row], *, legend: bool = True) -> dict[str, Any]:
-        """Colour and shape of the series in the rows, as encodings."""
-        there = {row["series"] for row in rows}
-        shown = {name: look for name, look in self.looks.items() if name in there}
-        colours, shapes = zip(*shown.values(), strict=True)
-        more: dict[str, Any] = {"title": None} if legend else {"title": None, "legend": None}
-        scales = [alt.Scale(domain=list(shown), range=list(r)) for r in (colours, shapes)]
-        return {
-            "color": alt.Color("series:N", scale=scales[0], **more),
-            "shape": alt.Shape("series:N", scale=scales[1], **more),
-        }
 
 
 def _front_line(points: Sequence[Row], x: Metric, y: Metric) -> list[Row]:
@@ -150,12 +112,12 @@ def _fronts(group: Group) -> Panel | None:
     least = min(cost for f, _ in known for points in f.points for cost, _ in points if cost > 0)
     limit = known[0][0].limit
     steps = [least * (limit / least) ** (i / 200) for i in range(201)]
-    free = itertools.chain(_COLOURS, itertools.repeat(_MUTED))
+    free = itertools.chain(COLOURS, itertools.repeat(_MUTED))
     colours: dict[str, str] = {}
     rows: list[Row] = []
     for f, area in sorted(known, key=lambda entry: -entry[1]):
         name = f"{f.name}{' (stores data)' if f.stores else ''}  {100 * area:.1f}"
-        colours[name] = _PLAIN if f.diff is None else next(free)
+        colours[name] = PLAIN if f.diff is None else next(free)
         about = {"series": name, "stores": f.stores, "plain": f.diff is None}
         rows += [about | {"x": k, "y": 100 * f.score(k)} for k in steps]
     scale = alt.Scale(type="log", domain=[least, limit], nice=False)

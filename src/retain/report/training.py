@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import altair as alt
 
 from retain.intervals import Estimate
 from retain.report.axes import Panel, Row, axis, data, scale_of, tips
 from retain.report.cells import Group
+from retain.report.looks import Look
 from retain.report.metrics import short
-
-if TYPE_CHECKING:
-    from retain.report.charts import Look
 
 __all__ = ["smooth", "training"]
 
