@@ -14,6 +14,9 @@ from retain.files import first_rank
 __all__ = ["Interrupted", "Messages", "interruption"]
 
 
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C; its text says what stays usable."""
 
@@ -75,8 +78,8 @@ class Messages:
             before = warnings.showwarning
 
             def show(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-                where = Path(str(args[0])).parts if args else ()
-                if issubclass(category, RetainWarning) or "retain" in where:
+                ours = bool(args) and Path(str(args[0])).is_relative_to(_PACKAGE)
+                if issubclass(category, RetainWarning) or ours:
                     self.note(str(message))
                 else:
                     before(message, category, *args, **kwargs)
