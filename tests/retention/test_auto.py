@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
-from sequences import begun, learn, tasks_of
+from sequences import begun, learn, source, tasks_of
 
+from retain import Retention, fit_curvature
 from retain.data.batches import batches
-from retain.errors import ConfigError
+from retain.errors import ConfigError, RetainWarning
 from retain.models.sites import lora_sites
 from retain.retention.methods.auto import Auto
 
@@ -89,10 +92,35 @@ def test_an_adapter_that_would_be_too_large_is_cut() -> None:
     method = Auto(5.0, rows=8, max_rank=4)
     attached = begun(method, "lora", "llama", tasks=4)
     ranks = []
-    for task in [*tasks_of("llama"), *tasks_of("llama")]:
-        learn(method, attached, task)
-        ranks.append(lora_sites(attached.model)[0].rank)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for task in [*tasks_of("llama"), *tasks_of("llama")]:
+            learn(method, attached, task)
+            ranks.append(lora_sites(attached.model)[0].rank)
+    cut = [str(w.message) for w in said if issubclass(w.category, RetainWarning)]
+    assert sum("cut from rank 4 to 2, and loses" in text for text in cut) == 2
     assert ranks == [2, 4, 4, 4]
+
+
+@pytest.mark.parametrize("model", ["llama", "bert"])
+def test_a_budget_is_measured_on_the_source_where_a_model_writes(model: str) -> None:
+    method = Auto(budget=0.05, rows=8)
+    begun(method, "lora", model, tasks=1)
+    method.before_task(tasks_of(model)[0])
+    force = method.recipe.force
+    assert force is not None and force.budget is not None
+    assert (force.measured() is not None) is (model == "llama")
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_loop_without_rows_says_that_there_is_no_filter(held: bool) -> None:
+    attached = begun(Auto(0.0), "lora", "llama", tasks=1)
+    curvature = None
+    if held:
+        curvature = fit_curvature(attached.model, source("llama"), batch_size=2, progress=False)
+    said = "the force alone" if held else "nothing"
+    with pytest.warns(RetainWarning, match=f"held by {said}, without a filter: there are no rows"):
+        Retention(attached.model, curvature)
 
 
 def test_bad_options_are_refused() -> None:

@@ -150,7 +150,7 @@ def _each(case: Case, folder: Path, learn: Callable[[Case, Any, Recipe, int, Pat
                 progress=False,
             )  # fmt: skip
         recipe.release()
-        model, _ = recipe.grow(model, 2, seed=seed_of(0, -1) + index)
+        model = recipe.grow(model, 2, seed=seed_of(0, -1) + index)
         learn(case, model, recipe, index, folder)
         if index + 1 < len(case.rows) and recipe.parts & {"filter", "force"}:
             model.zero_grad(set_to_none=True)

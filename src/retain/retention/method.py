@@ -14,6 +14,7 @@ from retain.data.batches import Batch, Example
 from retain.errors import ConfigError, SourceError
 from retain.models.adapters.base import Adapter
 from retain.retention.measure import fit_rows
+from retain.retention.state import choose
 from retain.types import HeadStart, Structure
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ class Task:
     examples: Sequence[Example]
     columns: slice | None = None
     seed: int = 0
+
+
+PROBE_ROWS = 8
+"""Of source text, on which a budget is measured."""
 
 
 @dataclass
@@ -71,6 +76,12 @@ class Context:
             self.adapter.model, rows, structure, batch_size=self.batch_size,
             progress=self.progress, **options,
         )  # fmt: skip
+
+    def probe(self) -> list[Example]:
+        """Rows of the source text to measure a budget on; a classifier's is of predicted nats."""
+        if not self.adapter.view.causal:
+            return []
+        return choose(self.source, PROBE_ROWS, self.seed)
 
     def check_source(self, what: str, fix: str) -> None:
         """Raises `SourceError` where there is no source text."""

@@ -18,7 +18,7 @@ step has been made. Every door drives this one object: `retain.RetentionCallback
 
     recipe.fit_head(model, rows)       a classifier with new outputs, before its curvature
     model = recipe.grow(model, rank)   fresh rows, where the adapter has learned something before
-    recipe.begin(model, rows)
+    recipe.begin(model, rows)          warns of what is held in a lesser way than asked for
     each step: before_step, backward, before_optimizer, the optimiser, after_step
     recipe.end()
     recipe.consolidate(model, rows)    what the task relies on joins `past`
@@ -28,6 +28,7 @@ step has been made. Every door drives this one object: `retain.RetentionCallback
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ from torch.optim import Optimizer
 
 from retain.curvature.curvature import Curvature, reanchored
 from retain.data.batches import Example
-from retain.errors import ConfigError, ModelError, SourceError, unknown
+from retain.errors import ConfigError, ModelError, RetainWarning, SourceError, unknown
 from retain.models.heads import head_kind
 from retain.models.lora import grow_lora
 from retain.models.off import adapter_off
@@ -63,7 +64,7 @@ TASK_ROWS = 128
 """Rows of a task on which its own curvature is measured."""
 
 _MARK = "_retain_held"
-"""The attribute of an A that tells which recipe holds it."""
+"""The attribute of an A for its `_Mark`."""
 
 
 class Recipe:
@@ -140,41 +141,37 @@ class Recipe:
             return None
         return fit_head(model, rows, columns=columns, seed=seed, **options)
 
-    def grow(
-        self, model: Any, rank: int, *, seed: int = 0, max_rank: int | None = None
-    ) -> tuple[Any, str | None]:
+    def grow(self, model: Any, rank: int, *, seed: int = 0, max_rank: int | None = None) -> Any:
         """The model with fresh rows for its next task, where its LoRA has learned something.
 
-        An adapter that would be larger than `max_rank` is cut first, as its curvature feels least.
+        An adapter that would be larger than `max_rank` is cut first, as its curvature feels least;
+        a warning says what that loses.
 
         Args:
             model: a PEFT model with LoRA; it is spent, its base is in the new one.
             rank: fresh rows.
             seed: of PEFT's draw.
             max_rank: of the whole; four times `rank` by default.
-
-        Returns:
-            The model, and what was cut in words, or None.
         """
         if (
             "rows" not in self.parts
             or not self._holds()
             or why_no_inputs(self.curvature, self.past) is not None
         ):
-            return model, None
-        sites, factors, note = lora_sites(model), None, None
+            return model
+        sites, factors = lora_sites(model), None
         if fresh_rows(sites) is not None:
-            return model, None
+            return model
         most = 4 * rank if max_rank is None else max_rank
         felt = [reanchored(c, model) for c in (self.curvature, self.past) if c is not None]
         if sites[0].rank + rank > most and felt:
             whole = felt[0] + felt[1] if len(felt) == 2 else felt[0]
             factors, lost = truncated(sites, whole, most - rank)
-            note = (
+            _warn(
                 f"the adapter is cut from rank {sites[0].rank} to {most - rank}, and loses "
                 f"{lost:.2%} of what the curvature feels of it; max_rank={most}"
             )
-        return grow_lora(model, rank, factors=factors, seed=seed), note
+        return grow_lora(model, rank, factors=factors, seed=seed)
 
     def begin(
         self,
@@ -231,10 +228,13 @@ class Recipe:
             self.frozen = FrozenRows(self.sites, self.active)
         if self.filter is not None or self.frozen is not None:
             for site in self.sites:
-                setattr(site.a, _MARK, self)
+                setattr(site.a, _MARK, _Mark(self))
         held = self.past if self.curvature is None else self.curvature
         if "force" in self.parts and held is not None:
             self._begin_force(model, held, probe, progress)
+        if self.why_no_filter not in (None, NO_STRENGTH):
+            alone = "the force alone" if self.force is not None else "nothing"
+            _warn(f"held by {alone}, without a filter: {self.why_no_filter}")
 
     def _begin_rows(
         self, model: nn.Module, filters: bool, progress: Mapping[str, Any] | None
@@ -380,8 +380,17 @@ class Recipe:
         for hooks in self._hooks():
             hooks.detach()
         for site in self.sites:
-            if getattr(site.a, _MARK, None) is self:
+            mark = getattr(site.a, _MARK, None)
+            if mark is not None and mark.recipe is self:
                 delattr(site.a, _MARK)
+
+    def weight(self) -> float:
+        """What one predicted nat weighs now."""
+        return self.strength if self.force is None else self.force.strength
+
+    def predicted(self) -> float:
+        """Predicted nats per source token at the present weights; 0 without a force."""
+        return 0.0 if self.force is None else self.force.predicted()
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of a training, as plain data for JSON."""
@@ -445,8 +454,18 @@ class Recipe:
         """Bytes that are kept between tasks."""
         return sum(held.memory() for held in (self.curvature, self.past) if held is not None)
 
+
+class _Mark:
+    """On an A: the recipe that holds it. Of a model that is pickled or copied it does not go along.
+
+    Args:
+        recipe: the one.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
     def __reduce__(self) -> tuple[Any, ...]:
-        """Of a model that is pickled or copied whole, nothing goes along."""
         return type(None), ()
 
 
@@ -459,8 +478,14 @@ def release_left(model: nn.Module, *, resuming: bool = False) -> None:
         model: with its adapter.
         resuming: A is from a checkpoint, and is right as it is.
     """
-    for held in {id(h): h for p in model.parameters() if (h := getattr(p, _MARK, None))}.values():
+    marks = [mark for p in model.parameters() if (mark := getattr(p, _MARK, None)) is not None]
+    for held in {id(mark.recipe): mark.recipe for mark in marks}.values():
         held.release()
         idle = not any(bool(site.b[:, held.active].any()) for site in held.sites)
         if held.filter is not None and idle and not resuming:
             held.filter.undo()
+
+
+def _warn(text: str) -> None:
+    """Says in what lesser way the model is held; a run makes a note of it in its record."""
+    warnings.warn(text, RetainWarning, stacklevel=3)

@@ -80,8 +80,7 @@ class Retention:
     @property
     def strength(self) -> float:
         """What one predicted nat weighs now."""
-        force = self.recipe.force
-        return self.recipe.strength if force is None else force.strength
+        return self.recipe.weight()
 
     @property
     def why_no_filter(self) -> str | None:
@@ -90,7 +89,7 @@ class Retention:
 
     def predicted(self) -> float:
         """Predicted nats per source token at the present weights; 0 without a force."""
-        return 0.0 if self.recipe.force is None else self.recipe.force.predicted()
+        return self.recipe.predicted()
 
     def step(self, optimizer: Optimizer) -> float | None:
         """Steps the optimiser with the recipe applied, in place of ``optimizer.step()``.

@@ -24,8 +24,7 @@ class HeldBy(NamedTuple):
 
 
 def adapter_for(
-    base: Any, config: RunConfig, before: Previous | None, source: Any, past: Any,
-    messages: Messages,
+    base: Any, config: RunConfig, before: Previous | None, source: Any, past: Any
 ) -> Any:  # fmt: skip
     """The model with a fresh adapter, or with that of the run to continue from and fresh rows.
 
@@ -35,7 +34,6 @@ def adapter_for(
         before: what the earlier run has left, or None.
         source: the curvature of the source text, of that run.
         past: the curvature of the tasks before, of that run.
-        messages: where to say what is cut.
 
     Raises:
         MismatchError: the state is not that of the adapter, or no filter can be made.
@@ -48,11 +46,9 @@ def adapter_for(
     model: Any = load_adapter(base, before.adapter)
     before.check_adapter(model, past)
     recipe, month = recipe_for(config, source, past), len(before.state.runs)
-    model, note = recipe.grow(
+    model = recipe.grow(
         model, config.adapter.rank, seed=config.adapter.seed + month, max_rank=config.max_rank
     )
-    if note is not None:
-        messages.note(note)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name or ".modules_to_save." in name)
     return model

@@ -64,7 +64,6 @@ class Training:
             self.before = previous_run(config.continue_from)
         self.source: Any = None
         self.past: Any = None
-        self.why_no_filter: str | None = None
         self.recipe: Any = None
         self.labels: Labels | None = None
         self.unheld = False
@@ -100,7 +99,7 @@ class Training:
             self.labels = classify.fit_new_head(
                 base, examples, labels, c, self.messages, learned=self.before is not None
             )
-        self.model = adapter_for(base, c, self.before, self.source, self.past, self.messages)
+        self.model = adapter_for(base, c, self.before, self.source, self.past)
         held = self._held()
         digests = Digests(
             data=rows_digest(examples),
@@ -235,26 +234,21 @@ class Training:
         """The one call of the training loop."""
         from retain.training.loop import train
 
-        recipe = None
         if held is not None or self.unheld:  # without a source, its other parts act
-            recipe = recipe_for(self.config, held and held.curvature, self.past)
+            self.recipe = recipe_for(self.config, held and held.curvature, self.past)
         fix = "free some disk; --resume goes on from the last whole checkpoint, where there is one"
         try:
             with writing("a checkpoint", self.kept, fix=fix):
-                done = train(
+                return train(
                     self.model,
                     examples,
                     self.config.training,
-                    recipe=recipe,
-                    say=self.messages.note,
+                    recipe=self.recipe,
                     out=self.kept,
                     progress=self.messages.progress,
                     resume=self.resume,
                     identity=digests.model_dump(),
                 )
-            self.recipe = recipe
-            self.why_no_filter = recipe and recipe.why_no_filter
-            return done
         finally:
             if first_rank():
                 checkpoints.drop_broken(self.kept)
@@ -279,7 +273,7 @@ class Training:
             "resumed_from": last and last.name,
             "predicted_nats": held and finite(held.curvature.quadratic(self.model)),
             "digests": digests,
-            "why_no_filter": self.why_no_filter,
+            "why_no_filter": self.recipe and self.recipe.why_no_filter,
             "notes": self.messages.notes,
         }  # fmt: skip
 

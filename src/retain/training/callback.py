@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ from retain.errors import ConfigError, RetainWarning, unknown
 from retain.models.names import unwrap
 from retain.models.view import ModelView
 from retain.retention.filter import Filter
-from retain.retention.filter_checks import NO_STRENGTH
 from retain.retention.force import Force
 from retain.retention.loader import loader_examples
 from retain.retention.recipe import Recipe
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["RetentionCallback", "Start"]
 
 Source = str | Path | Iterable[Row]
-Say = Callable[[str], None]
 
 PROBE_ROWS, PROBE_TOKENS, PROBE_SEED = 8, 128, 1
 """Of the text that a budget is measured on; another seed than the curvature's own samples."""
@@ -54,7 +52,10 @@ that was measured before."""
 
 
 class RetentionCallback(TrainerCallback):
-    """Adds the force once an optimiser step, after accumulation and clipping.
+    """Keeps a model near what it knew while a trainer fine-tunes it: two lines in a working script.
+
+    It drives the recipe (`retain.retention.recipe`): a filter on what LoRA's A may read, and a
+    force that pulls the weights back, once an optimiser step, after accumulation and clipping.
 
     To each record of the trainer's log it adds ``task_loss``, ``predicted_nats`` and
     ``retention_strength``, so every ``report_to`` backend gets them; with a budget also
@@ -119,7 +120,7 @@ class RetentionCallback(TrainerCallback):
             )
         if start is None or start != "auto":
             parts, filter = _parts_of(start, filter)
-        self.recipe = Recipe(
+        recipe = Recipe(
             curvature, strength, parts=parts, budget=budget, past=past, update=update, filter=filter
         )
         auto = isinstance(source, str) and source == "auto"
@@ -130,23 +131,20 @@ class RetentionCallback(TrainerCallback):
                 allowed="both, or neither",
                 fix="budget=0.05",
             )
-        self.source, self.tokenizer = source, tokenizer
+        self._drive(recipe, source, tokenizer)
+
+    def _drive(
+        self, recipe: Recipe, source: Source | None, tokenizer: PreTrainedTokenizerBase | None
+    ) -> None:
+        self.recipe, self.source, self.tokenizer = recipe, source, tokenizer
         self._attached: Any = None
-        self._say: Say = _warn
         self._nats: float | None = None
 
     @classmethod
-    def driving(cls, recipe: Recipe, say: Say | None = None) -> RetentionCallback:
-        """A callback that drives a recipe which is there already.
-
-        Args:
-            recipe: of this training.
-            say: told in what lesser way the model is held; by default a warning.
-        """
+    def driving(cls, recipe: Recipe) -> RetentionCallback:
+        """A callback that drives a recipe which is there already."""
         found = cls.__new__(cls)
-        found.recipe, found.source, found.tokenizer = recipe, "auto", None
-        found._say = say or _warn
-        found._attached = found._nats = None
+        found._drive(recipe, "auto", None)
         return found
 
     @property
@@ -178,7 +176,7 @@ class RetentionCallback(TrainerCallback):
     @property
     def strength(self) -> float:
         """What one predicted nat weighs now."""
-        return self.recipe.strength if self.force is None else self.force.strength
+        return self.recipe.weight()
 
     def attach(self, trainer: Trainer) -> RetentionCallback:
         """Puts the callback in front of a trainer's others, in place of ``add_callback``.
@@ -229,8 +227,6 @@ class RetentionCallback(TrainerCallback):
             progress=kept_in(state, needed) if resuming else None,
         )
         recipe.guard(Running() if trainer is None else _always)
-        if recipe.why_no_filter is not None and recipe.why_no_filter != NO_STRENGTH:
-            self._say(f"held by the force alone, without a filter: {recipe.why_no_filter}")
         go_first(self, handler)
 
     def _probe(self, view: ModelView) -> Sequence[Example]:
@@ -240,9 +236,7 @@ class RetentionCallback(TrainerCallback):
         source = self.source
         if isinstance(source, str) and source == "auto":
             if not view.causal:
-                self._say(
-                    "the budget is of predicted nats: a classifier writes no text to measure on"
-                )
+                _warn("the budget is of predicted nats: a classifier writes no text to measure on")
                 return ()
             source = "self"
         return source_examples(view, source, PROBE_ROWS, PROBE_TOKENS, PROBE_SEED)
@@ -278,12 +272,11 @@ class RetentionCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        force = self.recipe.force
-        before = 0.0 if force is None else force.predicted()
+        before = self.recipe.predicted()
         self.recipe.end()
-        left = 0.0 if force is None else force.predicted()
+        left = self.recipe.predicted()
         if left < NOTICED * before:  # it has stopped early, or its best checkpoint was an early one
-            self._say(
+            _warn(
                 f"the model was moved back to its budget, from {before:.2g} to {left:.2g} nats "
                 "as predicted: evaluate and save it anew, for its checkpoints are above the budget"
             )

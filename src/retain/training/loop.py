@@ -90,7 +90,6 @@ def train(
     measure: Measure | None = None,
     measure_every: int = 20,
     progress: bool = True,
-    say: Callable[[str], None] | None = None,
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
 ) -> TrainResult:
@@ -111,7 +110,6 @@ def train(
         measure: gives the true KL in nats; called every `measure_every` steps and at the end.
         measure_every: steps.
         progress: show a bar.
-        say: told in what lesser way a recipe holds the model; by default a warning.
         resume: go on from the last whole checkpoint in `out`, if there is one.
         identity: what tells the run from another, kept in its checkpoints' seals.
 
@@ -180,7 +178,7 @@ def train(
             method=method,
         )
         if recipe is not None:
-            RetentionCallback.driving(recipe, say).attach(trainer)
+            RetentionCallback.driving(recipe).attach(trainer)
         watch.extra = None if method is None else trainer.taken_extra
         trainer.remove_callback(PrinterCallback)
         if progress:

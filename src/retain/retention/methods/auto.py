@@ -85,13 +85,12 @@ class Auto(Method):
     def before_task(self, task: Task) -> Sequence[Example]:
         adapter, recipe = self.context.adapter, self.recipe
         recipe.release()
-        self._attach(
-            recipe.grow(
-                _peft(adapter.model), self.rank, seed=self.context.seed + task.index,
-                max_rank=self.max_rank,
-            )[0]
+        seed = self.context.seed + task.index
+        self._attach(recipe.grow(adapter.model, self.rank, seed=seed, max_rank=self.max_rank))
+        recipe.begin(
+            adapter.model, reader_of(task.examples), seed=task.seed,
+            probe=() if recipe.budget is None else self.context.probe(),
         )  # fmt: skip
-        recipe.begin(adapter.model, reader_of(task.examples), seed=task.seed)
         return task.examples
 
     def before_step(self, model: nn.Module) -> float | None:
@@ -120,7 +119,8 @@ class Auto(Method):
         self.rank = site.rank
         kept = next(t.shape[0] for name, t in state.items() if "lora_A" in name)
         if kept > site.rank:
-            self._attach(grow_lora(_peft(model), kept - site.rank))
+            assert isinstance(model, PeftModel)
+            self._attach(grow_lora(model, kept - site.rank))
 
     def memory(self) -> int:
         return self.recipe.memory()
@@ -130,11 +130,6 @@ class Auto(Method):
         if adapter.model is not model:
             adapter.model = model
             model.retain_adapter = adapter  # type: ignore[assignment]
-
-
-def _peft(model: nn.Module) -> PeftModel:
-    assert isinstance(model, PeftModel)
-    return model
 
 
 class Wiener(Auto):

@@ -32,9 +32,6 @@ __all__ = [
 
 KRONECKER = ("kfac", "shampoo", "ekfac")
 
-PROBE_ROWS = 8
-"""Of source text, on which a budget is measured."""
-
 
 class CurvatureMethod(Method):
     """A method that keeps one curvature between tasks: the bytes of its file, anchor included."""
@@ -107,13 +104,12 @@ class Penalty(CurvatureMethod, ABC):
     def before_task(self, task: Task) -> Sequence[Example]:
         context, self.force = self.context, None
         if self.curvature is not None:
-            causal = context.adapter.view.causal
             self.force = Force(
                 context.adapter.model,
                 self.curvature,
                 self.strength,
                 budget=self.budget,
-                probe=choose(context.source, PROBE_ROWS, context.seed) if causal else (),
+                probe=context.probe(),
                 update=self.update,
                 resuming=True,  # of several tasks only the first starts at the anchor
             )
