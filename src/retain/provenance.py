@@ -64,7 +64,10 @@ def _processor() -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from, with + where it was changed."""
+    """The commit of the checkout that this package runs from, with + where it was changed.
+
+    Where there is none, as in a copy on another machine, what ``RETAIN_COMMIT`` says.
+    """
     here = Path(__file__).resolve().parent
     try:
         run = ["git", "-C", str(here)]
@@ -76,5 +79,5 @@ def _commit() -> str | None:
         )
         state = subprocess.run([*run, "status", "--porcelain"], capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("RETAIN_COMMIT") or None
     return top.stdout.strip()[:12] + ("+" if state.stdout.strip() else "")
