@@ -35,8 +35,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import retain
 from retain.curvature.blocks.registry import names
@@ -193,9 +199,14 @@ def _softened(model: nn.Module, source: list[Example], rows: list[Example]) -> d
 
 
 def _loop(model: nn.Module, rows: list[Example], step: Callable[[Any], Any]) -> None:
-    """Six steps of four rows, in the weights' own precision."""
+    """Six steps of four rows, in the weights' own precision.
+
+    Adam's usual epsilon of 1e-8 would turn rounding of 1e-16 in a gradient that is all but zero
+    into a difference of 1e-8.
+    """
     device = next(model.parameters()).device
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(weights, lr=1e-2, eps=1e-3)
     for i in range(6):
         batch = [rows[(4 * i + j) % len(rows)].tokens for j in range(4)]
         ids = torch.tensor(batch, device=device)
@@ -244,7 +255,8 @@ def _opt(wide: int) -> Any:
     config._attn_implementation = "sdpa"
     model = OPTForCausalLM(config).double()
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.3)
-    return retain.attach_lora(model, rank=4, targets=["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"])  # fmt: skip
+    targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+    return retain.attach_lora(model, rank=4, targets=targets)
 
 
 def _rows(count: int, length: int, *, vocabulary: int, seed: int) -> list[Example]:
@@ -305,7 +317,8 @@ def _cost(
     source = _rows(count, 16 if tiny else 128, vocabulary=vocabulary, seed=1)
     rank = 8 if tiny else "auto"
     found: dict[str, Any] = {
-        "shape": shape, "adapter_rank": 16, "model": made, "fit": {}, "source_tokens": sum(len(e.tokens) for e in source),
+        "shape": shape, "adapter_rank": 16, "model": made, "fit": {},
+        "source_tokens": sum(len(e.tokens) for e in source),
     }  # fmt: skip
     with _timed(device) as passed:
         _read(model, source, device)

@@ -138,7 +138,8 @@ def _noise(layers: Mapping[str, nn.Module], batch: Batch, seed: int, eta: float)
         live = y[mask] if y.dim() == 3 else y  # a pooled layer has no padding
         size = eta * live.double().square().mean().sqrt()
         noise = torch.randn(y.shape, generator=random, dtype=torch.float32)
-        return y + (size * noise.to(y.device)).to(y.dtype)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        return y + (size.to(wide) * noise.to(y.device, wide)).to(y.dtype)
 
     handles = [layer.register_forward_hook(hook) for layer in layers.values()]
     try:
