@@ -51,9 +51,6 @@ from retain.models.sites import lora_sites
 from retain.provenance import provenance
 from retain.retention.recipe import Recipe
 
-TOLERANCE = 1e-9
-"""Of the agreement in float64, relative to the largest entry."""
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -63,6 +60,10 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=32, help="of the large model")
     parser.add_argument("--rounds", type=int, default=3, help="of turns")
     parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-9,
+        help="of the agreement in float64, relative to the largest entry",
+    )  # fmt: skip
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
@@ -72,6 +73,7 @@ def main() -> int:
         found: dict[str, Any] = {"part": part, "tiny": options.tiny, **provenance(0)}
         try:
             found |= PARTS[part](options)
+            failed += "error" in found
         except Exception as error:
             failed += 1
             found |= {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
@@ -148,9 +150,10 @@ def _agreement(options: Any) -> dict[str, Any]:
     found["softening"] = _apart(both[0], both[1])
     resumed = _resumed(options, wide, source, rows)
     worst = max(found.values())
-    if not worst <= TOLERANCE:
-        raise ValueError(f"apart: {found}, resumed: {resumed}")
-    return {"largest": worst, "apart": found, "resumed": resumed}
+    told: dict[str, Any] = {"largest": worst, "apart": found, "resumed": resumed}
+    if not worst <= options.tolerance:
+        told["error"] = f"{worst:.3g} apart, above the tolerance of {options.tolerance:g}"
+    return told
 
 
 def _apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

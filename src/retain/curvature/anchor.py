@@ -4,6 +4,7 @@ weight is from the anchor, and the implicit step back.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from retain.curvature.info import describe, part
 from retain.curvature.operator import BlockOperator
-from retain.errors import MismatchError
-from retain.models.fingerprint import fingerprint
-from retain.models.sites import LinearSite, LoraSite, Site
+from retain.errors import MismatchError, RetainWarning
+from retain.models.fingerprint import alike, fingerprint, signature
+from retain.models.sites import LinearSite, LoraSite, Site, base_layers
 
 __all__ = ["Displacements", "anchor_of", "check_sites", "proximal", "site_tensor", "whole_weights"]
 
@@ -34,7 +35,7 @@ def check_sites(curvature: BlockOperator, model: nn.Module, sites: Sequence[Site
     found, want = describe(sites), info.sites
     whole = isinstance(sites[0], LinearSite)  # whose base weights are those that train
     mine, theirs = fingerprint(model), info.model
-    if mine != theirs and not whole:
+    if mine != theirs and not whole and not _stored_otherwise(curvature, model, sites):
         raise MismatchError(
             "the curvature belongs to another base model",
             got=f"a model with fingerprint {mine}",
@@ -65,6 +66,22 @@ def check_sites(curvature: BlockOperator, model: nn.Module, sites: Sequence[Site
                     allowed=f"r={shape[2]:g}, scaling={shape[3]:g}",
                     fix="use that rank, or fit with space='weight', which fits any rank",
                 )
+
+
+def _stored_otherwise(curvature: BlockOperator, model: nn.Module, sites: Sequence[Site]) -> bool:
+    """Whether the model has the curvature's own weights, quantised or not, which it says."""
+    theirs = curvature.info.weights
+    mine = signature(model, base_layers(sites)) if theirs else ""
+    if not alike(theirs, mine):
+        return False
+    stored, here = (text.partition(":")[0] for text in (theirs, mine))
+    warnings.warn(
+        f"the curvature was measured on these weights stored as {stored}, and here they are "
+        f"{here}: it holds the model, and its nats are of the other",
+        RetainWarning,
+        stacklevel=4,
+    )
+    return True
 
 
 def whole_weights(curvature: BlockOperator, site: Site) -> list[tuple[str, nn.Parameter, Tensor]]:

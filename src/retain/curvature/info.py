@@ -74,6 +74,8 @@ class CurvatureInfo:
         temperature: of a tempered Fisher.
         merged: how many fits are in it.
         merge_loss: relative error, in the Frobenius norm of all blocks, of the last merge.
+        weights: signature of the base model's linear layers, by which it is known when its weights
+            are stored in another way; see `retain.models.fingerprint`.
 
     Raises:
         ValueError: a field of another type, or a number that no fit has.
@@ -99,6 +101,7 @@ class CurvatureInfo:
     temperature: Amount = 1.0
     merged: Count = 1
     merge_loss: Amount = 0.0
+    weights: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON; an error that is not known is null."""

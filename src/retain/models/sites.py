@@ -18,6 +18,7 @@ __all__ = [
     "LinearSite",
     "LoraSite",
     "Site",
+    "base_layers",
     "bypassed",
     "check_held",
     "disabled",
@@ -251,6 +252,11 @@ def row_scales(sites: Sequence[Any]) -> dict[str, Tensor]:
             whole = weight + site.scaling * (site.b @ site.a).detach()
             scales[site.name] = magnitude / whole.norm(dim=1)
     return scales
+
+
+def base_layers(sites: Sequence[Site]) -> dict[str, nn.Module]:
+    """The layers by name, without the adapters around them."""
+    return {s.name: s.layer.get_base_layer() if isinstance(s, LoraSite) else s.layer for s in sites}
 
 
 def is_idle(sites: Sequence[Site]) -> bool:

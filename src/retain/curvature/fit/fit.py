@@ -34,9 +34,10 @@ from retain.curvature.fit.source import glance, source_examples
 from retain.curvature.info import CurvatureInfo, describe
 from retain.data.batches import Batch, Example, batches, collate
 from retain.data.sources import Row
+from retain.models.fingerprint import signature
 from retain.models.forward import no_autocast
 from retain.models.off import check_on, start_of
-from retain.models.sites import bypassed, is_idle, row_scales
+from retain.models.sites import base_layers, bypassed, is_idle, row_scales
 from retain.models.view import ModelView
 from retain.provenance import versions
 from retain.types import FactorRank, Fisher, Products, Space
@@ -187,6 +188,7 @@ def fit_curvature(
         share=1 / every,
         share_error=run.share_error(),
         temperature=temperature if fisher == "tempered" else 1.0,
+        weights=signature(model, base_layers(sites)),
     )
     curvature = Curvature(blocks, {}, info, run.estimator.links)
     curvature.anchor = anchor_of(curvature, sites)
