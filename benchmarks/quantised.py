@@ -90,7 +90,8 @@ def _cosine(plain: Any, packed: Any) -> float:
         text = signature(model, base_layers(lora_sites(model))).partition(":")[2]
         raw = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.int8)
         vectors.append(raw.double())
-    return float(torch.nn.functional.cosine_similarity(*vectors, dim=0))
+    x, y = vectors
+    return float(x @ y / (x.norm() * y.norm()))
 
 
 def _run(
@@ -98,9 +99,11 @@ def _run(
 ) -> dict[str, Any]:
     model = retain.attach_lora(_packed(tokenizer), rank=16, seed=seed)
     view = ModelView.of(model, tokenizer)
-    splits = {}
-    for split, count in (("train", steps * BATCH), ("test", 48)):
-        splits[split] = problem_examples(tokenizer, word_problems(split, count, seed, 30))
+    problems = {
+        "train": word_problems("train", steps * BATCH, seed, 30),
+        "test": word_problems("test", 48, seed, 30),
+    }
+    splits = {split: problem_examples(tokenizer, found) for split, found in problems.items()}
     reference = Reference(model, heldout)
     held = None
     if curvature is not None:

@@ -30,6 +30,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def _months(model: nn.Module, source: list[Example], rows: list[Example]) -> dic
     recipe = Recipe(c, 3.0)
     for task in (rows[:6], rows[6:]):
         model = recipe.grow(model, 4)
-        recipe.begin(model, lambda count, seed, task=task: task)
+        recipe.begin(model, partial(_all_of, task))
 
         def step(optimizer: Any) -> None:
             recipe.before_optimizer()
@@ -190,6 +191,10 @@ def _months(model: nn.Module, source: list[Example], rows: list[Example]) -> dic
         recipe.end()
         recipe.consolidate(model, task)
     return _weights(model)
+
+
+def _all_of(task: list[Example], count: int, seed: int) -> list[Example]:
+    return task
 
 
 def _softened(model: nn.Module, source: list[Example], rows: list[Example]) -> dict[str, Tensor]:
@@ -227,6 +232,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 def _resumed(options: Any, wide: int, source: list[Example], rows: list[Example]) -> dict[str, Any]:
     """A trainer's run of 8 steps, and one that begins again at its checkpoint of step 4."""
     texts = [{"input_ids": list(e.tokens), "labels": list(e.tokens)} for e in rows]
+    probe = [{"input_ids": list(e.tokens)} for e in source]
     ended = []
     with tempfile.TemporaryDirectory() as out:
         for checkpoint in (None, f"{out}/checkpoint-4"):
@@ -240,7 +246,7 @@ def _resumed(options: Any, wide: int, source: list[Example], rows: list[Example]
                     disable_tqdm=True, logging_steps=100,
                 ),
             )  # fmt: skip
-            trainer.add_callback(retain.RetentionCallback(c, budget=1e-4, source=source))
+            trainer.add_callback(retain.RetentionCallback(c, budget=1e-4, source=probe))
             trainer.train(resume_from_checkpoint=checkpoint)
             ended.append(_weights(model))
     equal = all(torch.equal(ended[0][n], ended[1][n]) for n in ended[0])
@@ -318,7 +324,7 @@ def _cost(
             model.enable_input_require_grads()
     vocabulary, count = shape["vocab_size"], 8 if tiny else 128
     source = _rows(count, 16 if tiny else 128, vocabulary=vocabulary, seed=1)
-    rank = 8 if tiny else "auto"
+    rank: Any = 8 if tiny else "auto"
     found: dict[str, Any] = {
         "shape": shape, "adapter_rank": 16, "model": made, "fit": {},
         "source_tokens": sum(len(e.tokens) for e in source),
@@ -366,7 +372,7 @@ def _cost(
                 peaks[arm] = all_of["peak_gib"]
                 if retention:
                     retention.recipe.release()
-                retention = optimizer = None
+                del retention, optimizer
         medians = {arm: statistics.median(times) for arm, times in steps.items()}
         found["steps"].append(
             {
@@ -387,7 +393,7 @@ def _llama(shape: dict[str, Any], device: str) -> Any:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            model = LlamaForCausalLM(config)
+            model: Any = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
     model.config.use_cache = False
