@@ -17,15 +17,15 @@ from retain.evaluation.generation import generate
 from retain.models.generating import plain_generation, sample_rows, write
 from tiny import base, tiny
 
-BOS, END, HEAD = 11, 12, [6, 7]
+BOS, END, HEAD, TAIL = 11, 12, [6, 7], [8]
 
 
 class Tokenizer(SimpleNamespace):
     """A token for each letter, behind a document's first token if it is one that writes it."""
 
     def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
-        if text == "head":
-            return {"input_ids": HEAD}
+        if text in ("head", "tail"):
+            return {"input_ids": HEAD if text == "head" else TAIL}
         start = [BOS] * (self.writes and add_special_tokens)
         return {"input_ids": [*start, *(ord(c) % 13 for c in text)]}
 
@@ -35,8 +35,10 @@ class Tokenizer(SimpleNamespace):
     def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
         return [str([t for t in row if t != self.eos_token_id]) for row in rows]
 
-    def apply_chat_template(self, messages: Any, tokenize: bool) -> str:
-        return "head" + str(messages[0]["content"]) + "tail"
+    def apply_chat_template(
+        self, messages: Any, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        return "head" + str(messages[0]["content"]) + ("tail" if add_generation_prompt else "")
 
 
 def tokenizer(*, writes: bool = False, chat: bool = False) -> Any:
@@ -192,10 +194,30 @@ def test_every_second_document_comes_bare_where_the_tokenizer_writes_no_mark() -
     assert any(row[0] != BOS for row in bare)
 
 
-def test_chats_keep_their_head() -> None:
-    rows = sampled(count=7, chat=True)
-    assert [row[: len(HEAD)] == HEAD for row in rows] == [False] * 4 + [True] * 3
-    assert [row[0] == BOS for row in rows[:4:2]] == [True, True]
+def test_chats_reach_their_answer() -> None:
+    rows = sampled(hostile(base("llama")), count=8, chat=True)
+    assert [row[: len(HEAD)] == HEAD for row in rows] == [False] * 2 + [True] * 6
+    assert rows[0][0] == BOS
+    for row in rows[2:]:  # of 9 tokens, 3 for the head and the tail: 3 for a turn, 3 for an answer
+        assert len(row) <= 9
+        turn = row[len(HEAD) :].index(TAIL[0])
+        assert turn <= 3 or row.count(TAIL[0]) > 1
+        assert END not in row[: len(HEAD) + turn]
+    assert any(len(row) == 9 for row in rows[2:])
+
+
+def test_long_chats_stay_short() -> None:
+    model, words = base("llama"), tokenizer(chat=True)
+    model.generation_config.eos_token_id = words.eos_token_id = None
+    rows = sample_rows(model, words, count=12, max_length=60, seed=1)
+    assert [len(row["input_ids"]) for row in rows[:3:2]] == [60] * 2
+    assert {len(row["input_ids"]) for row in rows[3:]} == {len(HEAD) + 28 + len(TAIL) + 24}
+
+
+def test_a_chat_without_room_for_an_answer_is_cut() -> None:
+    rows = sample_rows(base("llama"), tokenizer(chat=True), count=4, max_length=4, seed=1)
+    assert [len(row["input_ids"]) <= 4 for row in rows] == [True] * 4
+    assert rows[1]["input_ids"][:2] == HEAD
 
 
 def test_a_row_is_no_longer_than_asked_and_the_adapter_is_off() -> None:

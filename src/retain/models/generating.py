@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 
 __all__ = ["plain_generation", "sample_rows", "write"]
 
+CHATS = 0.75
+"""Of the rows that a chat model samples, the share that are chats; the others are documents."""
+
+ASKED, ANSWERED = 28, 24
+"""Tokens of a sampled user's turn, and of the answer to it, at most."""
+
 _MARK = "\x00"
 
 
@@ -125,9 +131,11 @@ def sample_rows(
 ) -> list[dict[str, Any]]:
     """Rows of ``input_ids`` sampled from the base model: the adapter, if any, is off.
 
-    Half of the rows continue from the start of a document, half from the start of a chat (where
-    the tokenizer has a chat template), so that both the plain and the instructed side of the model
-    speak.
+    Where the tokenizer has a chat template, three quarters of the rows are short chats, each of
+    which reaches its answer: the model writes a user's turn of at most 28 tokens, the template puts
+    the assistant's header behind it, and the model writes the first 24 tokens of an answer. That is
+    where people read, and a source without such places leaves them free (docs/log.md). The others
+    are documents: all rows of a model without a chat form.
 
     Where the tokenizer does not write the first token of a document by itself, every second
     document comes without it. Users' texts then begin with any token, and what attention parks on
@@ -155,45 +163,71 @@ def sample_rows(
             allowed="the model's tokenizer",
             fix="pass tokenizer=...",
         )
-    prefixes = _prefixes(tokenizer)
+    document, chat = _document(tokenizer), _chat(tokenizer)
     max_length = cut_length(model, max_length)
-    starts = [Example(tuple(p), tuple(p), (True,) * len(p)) for p in prefixes]
+    starts = [Example(tuple(p), tuple(p), (True,) * len(p)) for p in (document, *chat) if p]
     check_sizes(model, starts, tokenizer)
-    bare = list(tokenizer("a")["input_ids"])[:1] != prefixes[0]
+    bare = list(tokenizer("a")["input_ids"])[:1] != document
     device = next(model.parameters()).device
-    rows: list[dict[str, Any]] = []
+    chats = round(CHATS * count) if chat else 0
+    rows: list[list[int]] = []
     bar = tqdm(total=count, desc="self-samples", unit="row", disable=not progress)
     devices = [device] if device.type == "cuda" else []
+
+    def written(prompts: list[list[int]], new: int) -> list[list[int]]:
+        return _written(model, tokenizer, prompts, new, temperature)
+
     with base_to_sample(model), torch.random.fork_rng(devices), bar:
         torch.manual_seed(seed)
-        for i, prefix in enumerate(prefixes):
-            share = count // len(prefixes) + (i < count % len(prefixes))
-            for start in range(0, share, batch_size):
-                size = min(batch_size, share - start)
-                new = max(2, max_length - len(prefix))
-                try:
-                    out = write(
-                        model, tokenizer, [prefix] * size, new_tokens=new, temperature=temperature
-                    )
-                except RuntimeError as error:
-                    if "probability tensor" not in str(error):
-                        raise
-                    raise ModelError(
-                        "the model's predictions are not finite",
-                        got="NaN or infinity",
-                        allowed="finite numbers",
-                        fix="check the model's weights, or dtype='float32'",
-                    ) from error
-                found = [[*prefix, *new_ids] for new_ids in out]
-                if bare and not i:
-                    found[1::2] = [ids[1:] if len(ids) > 2 else ids for ids in found[1::2]]
-                rows += [{"input_ids": ids} for ids in found]
-                bar.update(size)
-    return rows
+        for size in _sizes(count - chats, batch_size):
+            found = _joined([document] * size, written([document] * size, max_length - 1))
+            if bare:
+                found[1::2] = [ids[1:] if len(ids) > 2 else ids for ids in found[1::2]]
+            rows += found
+            bar.update(size)
+        for size in _sizes(chats, batch_size):
+            head, tail = chat
+            room = max_length - len(head) - len(tail)
+            asked = min(ASKED, max(1, room * ASKED // (ASKED + ANSWERED)))
+            ends = set(_end_tokens(model, tokenizer))
+            turns = [[t for t in turn if t not in ends] for turn in written([head] * size, asked)]
+            found = [[*head, *turn, *tail] for turn in turns]
+            answered = min(ANSWERED, room - asked)
+            if answered > 0:
+                found = _joined(found, written(found, answered))
+            rows += [ids[:max_length] for ids in found]
+            bar.update(size)
+    return [{"input_ids": ids} for ids in rows]
 
 
-def _prefixes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Where a text may begin: a document's first token, and the user's side of a chat."""
+def _sizes(count: int, most: int) -> list[int]:
+    """Of batches."""
+    return [min(most, count - start) for start in range(0, count, most)]
+
+
+def _joined(prompts: list[list[int]], written: list[list[int]]) -> list[list[int]]:
+    return [[*prompt, *more] for prompt, more in zip(prompts, written, strict=True)]
+
+
+def _written(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], new: int,
+    temperature: float,
+) -> list[list[int]]:  # fmt: skip
+    try:
+        return write(model, tokenizer, prompts, new_tokens=max(2, new), temperature=temperature)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise ModelError(
+            "the model's predictions are not finite",
+            got="NaN or infinity",
+            allowed="finite numbers",
+            fix="check the model's weights, or dtype='float32'",
+        ) from error
+
+
+def _document(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The first token of a document."""
     start = tokenizer.bos_token_id
     start = tokenizer.eos_token_id if start is None else start
     if start is None:
@@ -203,9 +237,18 @@ def _prefixes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
             allowed="one of the two",
             fix="set tokenizer.bos_token, or give source text",
         )
-    prefixes = [[int(start)]]
-    if getattr(tokenizer, "chat_template", None):
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
-        head = str(chat).partition(_MARK)[0]
-        prefixes.append(list(tokenizer(head, add_special_tokens=False)["input_ids"]))
-    return prefixes
+    return [int(start)]
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | tuple[()]:
+    """What stands before a user's turn, and between it and the answer; nothing without a chat."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ()
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+    )
+    head, _, tail = str(chat).partition(_MARK)
+    options = {"add_special_tokens": False}
+    return list(tokenizer(head, **options)["input_ids"]), list(
+        tokenizer(tail, **options)["input_ids"]
+    )
