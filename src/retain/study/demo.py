@@ -31,7 +31,7 @@ MARK = "# Written by retain demo"
 
 TASK = "word-problems"
 
-FULL = {"train": 448, "test": 120, "source": 64, "heldout": 24, "length": 128, "answers": 3}
+FULL = {"train": 448, "test": 120, "source": 128, "heldout": 32, "length": 128, "answers": 3}
 QUICK = {"train": 32, "test": 8, "source": 8, "heldout": 8, "length": 48, "answers": 1}
 """Numbers of rows; the quick ones show in a minute or two that all stages work, and no more."""
 

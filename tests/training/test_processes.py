@@ -1,0 +1,104 @@
+"""Two processes hold a model as one does: DistributedDataParallel on CPUs (gloo)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = """
+import json, sys, warnings
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+import retain
+from retain.retention.processes import rank
+
+torch.set_num_threads(1)
+out, told = sys.argv[1], json.loads(sys.argv[2])
+processes = told.pop("processes", 1)
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(
+    vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, pad_token_id=0))
+model = retain.attach_lora(model, rank=4)
+random = torch.Generator().manual_seed(1)
+ids = torch.randint(1, 40, (48, 12), generator=random).tolist()
+rows = [{"input_ids": r, "labels": r} for r in ids[:32]]
+source = [{"input_ids": r} for r in ids[32:]]
+arguments = TrainingArguments(
+    output_dir=out + "/run", max_steps=told.pop("steps", 6), report_to="none", use_cpu=True,
+    per_device_train_batch_size=4 // processes, learning_rate=1e-2, logging_steps=1,
+    save_steps=3, disable_tqdm=True, seed=0, accelerator_config={"split_batches": False})
+off = told.pop("off", None)
+resume = told.pop("resume", None)
+trainer = Trainer(model=model, train_dataset=rows, args=arguments)
+curvature = retain.fit_curvature(model, source, progress=False)
+if off and rank():
+    curvature = off * curvature
+trainer.add_callback(retain.RetentionCallback(curvature, source=source if "budget" in told else None, **told))
+trainer.train(resume_from_checkpoint=resume)
+nats = [entry["predicted_nats"] for entry in trainer.state.log_history if "predicted_nats" in entry]
+weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+from safetensors.torch import save_file
+save_file(weights, f"{out}/weights-{rank()}.safetensors")
+json.dump({"nats": nats, "strength": trainer.callback_handler.callbacks[0].strength},
+          open(f"{out}/told-{rank()}.json", "w"))
+"""
+
+
+def run(out: Path, processes: int, **told: Any) -> subprocess.CompletedProcess[str]:
+    out.mkdir(parents=True, exist_ok=True)
+    script = out / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-W", "default"]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    told["processes"] = processes
+    return subprocess.run(
+        [*command, str(script), str(out), json.dumps(told)], text=True, capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, timeout=300,
+    )  # fmt: skip
+
+
+def weights(out: Path, rank: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(out / f"weights-{rank}.safetensors")
+
+
+def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[n] - b[n]).abs().max() / a[n].abs().max()) for n in a)
+
+
+@pytest.mark.parametrize("told", [{"strength": 10.0}, {"budget": 0.001}], ids=["strength", "budget"])
+def test_two_processes_hold_as_one(told: dict[str, Any], tmp_path: Path) -> None:
+    for name, processes in (("one", 1), ("two", 2)):
+        ended = run(tmp_path / name, processes, **told)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert apart(one, two) < 1e-4
+    other = weights(tmp_path / "two", 1)
+    assert all(torch.equal(two[n], other[n]) for n in two)
+    nats = [json.loads((tmp_path / n / "told-0.json").read_text())["nats"] for n in ("one", "two")]
+    assert nats[0] == pytest.approx(nats[1], rel=1e-3, abs=1e-9)
+    assert nats[0][-1] > 0
+
+
+def test_two_processes_go_on_where_they_were(tmp_path: Path) -> None:
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    told = {"budget": 0.001}
+    assert run(whole, 2, **told).returncode == 0
+    again = run(half, 2, **told, resume=str(whole / "run" / "checkpoint-3"))
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert apart(weights(whole), weights(half)) < 1e-6
+
+
+def test_another_curvature_on_another_process_is_noticed(tmp_path: Path) -> None:
+    ended = run(tmp_path, 2, strength=10.0, off=2.0)
+    assert ended.returncode != 0
+    assert "the processes hold different curvatures" in ended.stderr
