@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fits import SEEDS, fit, known
 from retain import Curvature, load_curvature
-from retain.curvature.blocks import ranks
+from retain.curvature.blocks import estimator, linalg, ranks
 from retain.curvature.blocks.factor import (
     DenseFactor,
     Factor,
@@ -132,6 +132,159 @@ def test_a_long_stream_in_single_precision(spectrum: str) -> None:
     assert not state
     assert {t.dtype for t in got.tensors().values()} == {torch.float32}
     sound(got, (rows.T.double() @ rows.double() / 3000).float(), slack=1e-5)
+
+
+def frequent_directions(rows: Tensor, rank: int) -> Tensor:
+    """What Frequent Directions (arXiv 1206.0594), with its diagonal put back, makes of the rows."""
+    buffer = rows.new_zeros(0, rows.shape[1])
+    for part in rows.split(rank):
+        _, s, v = torch.linalg.svd(torch.cat([buffer, part]), full_matrices=False)
+        if len(s) > rank:
+            s = (s.square() - s[rank].square()).clamp(min=0).sqrt()
+        buffer = s[:rank, None] * v[:rank]
+    lost = rows.square().sum(0) - buffer.square().sum(0)
+    return buffer.T @ buffer + torch.diag(lost)
+
+
+def powers(size: int, count: int, exponent: float, seed: int) -> Tensor:
+    """Rows whose second moments fall by a power, as those of real layers do."""
+    random = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, size, generator=random, dtype=F64)
+    turn = torch.linalg.qr(torch.randn(size, size, generator=random, dtype=F64))[0]
+    return rows / torch.arange(1, size + 1, dtype=F64) ** exponent @ turn
+
+
+@pytest.mark.parametrize(("size", "rank"), [(40, 3), (60, 8), (200, 20), (200, 50)])
+@pytest.mark.parametrize("spectrum", [*SPECTRA, 0.5, 1.0])
+def test_it_errs_as_frequent_directions_at_most(
+    spectrum: str | float, size: int, rank: int
+) -> None:
+    """Less in the Frobenius norm but for flat spectra, which neither can tell; at most twice, and
+    within half their guarantee, tr(S) / (k + 1), in the spectral norm."""
+    for seed in range(3):
+        made = stream if isinstance(spectrum, str) else powers
+        args = (size, rank, 600, spectrum) if made is stream else (size, 600, spectrum)
+        rows = made(*args, seed)  # type: ignore[operator]
+        truth = rows.T @ rows
+        trace = float(truth.trace())
+        got = sketch(rows, rank)
+        off, twin = got.dense() - truth, frequent_directions(rows, rank) - truth
+        assert norm(off) <= 2 * norm(twin) + 1e-13 * trace
+        assert norm(off) <= 0.6 * trace / (rank + 1)
+        flat = 1.4 if spectrum == "flat" else 1.0
+        assert float(off.norm()) <= flat * float(twin.norm()) + 1e-13 * trace
+        sound(got, truth)
+
+
+def test_the_bound_is_no_worse_than_what_it_is_made_of() -> None:
+    """Between the true error and what the trace allows; near the error where it falls fast."""
+    for exponent, most in ((0.0, 120.0), (0.5, 40.0), (1.0, 25.0), (4.0, 3.0)):
+        for seed in range(5):
+            rows = powers(300, 900, exponent, seed)
+            got = sketch(rows, 30)
+            error = norm(got.dense() - rows.T @ rows)
+            assert error <= float(got.bound) <= most * error
+            assert float(got.bound) <= float(got.diagonal.sum())
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_probes_cover_what_the_trace_cannot_tell(spectrum: str) -> None:
+    """A wide side of little structure, where the probes' bound is less than the trace's."""
+    rows = stream(400, 4, 1200, spectrum, 0)
+    got = sketch(rows, 4)
+    assert norm(got.dense() - rows.T @ rows) <= float(got.bound) + 1e-13 * got.trace()
+    if spectrum == "flat":
+        assert float(got.bound) < 0.6 * float(got.diagonal.sum())
+
+
+def test_silence_is_a_sketch_of_nothing() -> None:
+    got = sketch(torch.zeros(5, 40, dtype=F64), 3)
+    assert all(not t.any() for t in got.tensors().values())
+
+
+@pytest.mark.parametrize("rank", [3, 17])
+def test_coordinates_that_are_silent_stay_so(rank: int) -> None:
+    rows = stream(40, rank, 90, "decaying", 0)
+    rows[:, ::2] = 0.0
+    got = sketch(rows, rank)
+    sound(got, rows.T @ rows)
+    assert not got.dense()[::2].any()
+
+
+@pytest.mark.parametrize("low", [1e-12, 1e-3])
+def test_units_of_coordinates_may_differ(low: float) -> None:
+    rows = stream(40, 4, 90, "decaying", 0)
+    units = torch.logspace(0, torch.tensor(low).log10().item(), 40, dtype=F64)
+    got = sketch(rows * units, 4)
+    sound(got, units[:, None] * (rows.T @ rows) * units)
+
+
+def test_massive_activations_in_single_precision() -> None:
+    """One coordinate with a million times the rest, at one row in a hundred, hides none of it."""
+    rows = powers(300, 2000, 1.0, 0)
+    rows[::100, 7] += 1e3
+    truth = rows.T @ rows
+    got, narrow = sketch(rows, 30), sketch(rows.float(), 30)
+    assert float((narrow.dense().diagonal() / truth.diagonal() - 1).abs().max()) < 1e-5
+    assert relative(narrow.dense().double(), got.dense()) < 1e-6
+    rest = torch.arange(300) != 7
+    off, least = (float((s.dense().double() - truth)[rest][:, rest].norm()) for s in (narrow, got))
+    assert off <= 1.05 * least
+
+
+# --- many at once ---
+
+
+def streamed(shapes: dict[str, tuple[int, int]], seed: int = 0) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for i, (key, (size, rank)) in enumerate(shapes.items()):
+        sketch_update(state, key, stream(size, rank, 90, "decaying", seed + i), rank)
+    return state
+
+
+def test_many_are_finished_as_each_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {"a": (40, 3), "b": (40, 3), "c": (30, 3), "d": (40, 5), "e": (40, 3)}
+    ranks = {key: rank for key, (_, rank) in shapes.items()}
+    want = {key: sketches_finish(streamed(shapes), {key: rank})[key] for key, rank in ranks.items()}
+    for most in (linalg.MOST, 1):
+        monkeypatch.setattr(linalg, "MOST", most)
+        state = streamed(shapes)
+        state["other"] = torch.ones(1)
+        assert dict(sketch_sizes(state)) == {key: size for key, (size, _) in shapes.items()}
+        got = sketches_finish(state, ranks)
+        assert list(got) == list(shapes)
+        assert list(state) == ["other"]
+        for key, factor in got.items():
+            for name, tensor in factor.tensors().items():
+                torch.testing.assert_close(tensor, want[key].tensors()[name], rtol=1e-9, atol=1e-12)
+
+
+def test_like_items_come_together_within_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linalg, "MOST", 8 * 20)
+    found = list(linalg.chunks([3, 5, 3, 5, 3, 50, 3], lambda n: n, lambda n: 2 * n))
+    assert found == [[3, 3, 3], [3], [5, 5], [50]]
+
+
+def test_a_sketch_is_summed_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the factors' own products may use bfloat16 or TF32."""
+    monkeypatch.setattr(estimator, "_HAS_BF16", True)
+    matmul: Any = torch.backends.mkldnn.matmul
+    seen: list[str] = []
+    inner = Tensor.addmm_
+
+    def addmm_(self: Tensor, *args: Any, **options: Any) -> Tensor:
+        seen.append(matmul.fp32_precision)
+        return inner(self, *args, **options)
+
+    monkeypatch.setattr(Tensor, "addmm_", addmm_)
+    rows = powers(256, 512, 1.0, 0).float()
+    before = matmul.fp32_precision
+    with estimator.products("auto"):
+        fast = sketch(rows, 16)
+        assert matmul.fp32_precision == "bf16"
+    assert matmul.fp32_precision == before
+    assert seen == ["ieee"]
+    assert torch.equal(fast.vectors, sketch(rows, 16).vectors)
 
 
 @HARD
