@@ -225,7 +225,7 @@ def test_massive_activations_in_single_precision() -> None:
     rows[::100, 7] += 1e3
     truth = rows.T @ rows
     got, narrow = sketch(rows, 30), sketch(rows.float(), 30)
-    assert float((narrow.dense().diagonal() / truth.diagonal() - 1).abs().max()) < 1e-5
+    assert float((narrow.dense().diagonal() / truth.diagonal() - 1).abs().max()) < 1e-6
     assert relative(narrow.dense().double(), got.dense()) < 1e-6
     rest = torch.arange(300) != 7
     off, least = (float((s.dense().double() - truth)[rest][:, rest].norm()) for s in (narrow, got))

@@ -154,6 +154,8 @@ def _finish(
         trace = (d.sum() - size.sum()).clamp(min=0)
         out = size[:-rank].max() if len(size) > rank else 0.0
         bound = torch.minimum(missed, trace) + out
+        # Rounding may have raised a coordinate by nu of itself.
+        u = u * (d * _inverse(u.square().sum(1))).clamp(max=1).sqrt()[:, None]
         left = (state.pop(f"{key}.diagonal") - u.square().sum(1)).clamp(min=0)
         found[key] = SketchFactor(u.to(dtype).contiguous(), left.to(dtype), bound.to(dtype))
     return found
