@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import retain
-from retain.curvature.blocks.sketch import sketch_finish, sketch_update
+from retain.curvature.blocks.sketch import sketch_update, sketches_finish
 from retain.files import write_json
 from retain.models.sites import lora_sites
 from retain.provenance import provenance
@@ -119,7 +119,7 @@ def _width(repeats: int) -> list[dict[str, Any]]:
             state: dict[str, Tensor] = {}
             for part in rows.split(256):
                 sketch_update(state, "x", part, SKETCH)
-            made = sketch_finish(state, "x", SKETCH, 1.0, torch.float32)
+            made = sketches_finish(state, {"x": SKETCH})["x"]
             return sum(t.numel() * t.element_size() for t in made.tensors().values())
 
         def whole(rows: Tensor = rows) -> int:

@@ -15,7 +15,7 @@ from fits import dora, tensors, text
 from retain import Curvature, attach_lora, fit_curvature, load_model
 from retain.curvature.fit.accumulator import Accumulator
 from retain.curvature.fit.checkpoint import forget
-from retain.errors import OutputError
+from retain.errors import OutputError, RetainWarning
 from retain.models.sites import lora_sites
 from tiny import STRUCTURES, base, tiny
 
@@ -154,6 +154,19 @@ def test_another_fits_file_counts_as_none(other: dict, batches: Batches, tmp_pat
     got, run = batches.count(partial=path, **mine | other)
     assert run == whole
     identical(got, want)
+
+
+def test_sums_of_another_kind_of_sketch_count_as_none(
+    batches: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "partial"
+    with monkeypatch.context() as before:
+        before.setattr("retain.curvature.fit.fit.FORM", "frequent directions")
+        batches.until(3, partial=path, rank=2)
+    with pytest.warns(RetainWarning, match="begins anew"):
+        got, run = batches.count(partial=path, rank=2)
+    assert run == BATCHES
+    identical(got, fit(rank=2))
 
 
 def weight(part: str, model: Any) -> torch.Tensor:

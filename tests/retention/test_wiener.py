@@ -10,12 +10,13 @@ from sequences import begun, learn, source, tasks_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from retain.curvature.blocks.factor import DenseFactor, SketchFactor
+from retain.curvature.blocks import linalg
+from retain.curvature.blocks.factor import DenseFactor, Factor, SketchFactor
 from retain.data.batches import Example, batches
 from retain.errors import ConfigError
 from retain.models.off import adapter_off
 from retain.models.sites import lora_sites
-from retain.retention.filter import Filter, InputFilter, Thin, filter_of, wiener
+from retain.retention.filter import Filter, InputFilter, Thin, filter_of, filters_of, wiener
 from retain.retention.loader import reader_of
 from retain.retention.methods.auto import Auto, Wiener
 from retain.retention.moments import Moments, input_moments, moments_of
@@ -74,6 +75,33 @@ def test_of_sketches_it_is_that_of_their_matrices(
     torch.testing.assert_close(thin.dense(), want, rtol=1e-9, atol=1e-11)
     moved = thin.to(torch.device("cpu"))
     torch.testing.assert_close(moved.rows(a), a @ want, rtol=1e-9, atol=1e-11)
+
+
+def test_filters_made_together_are_those_made_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all kinds and shapes, in their order, however many fit into the memory."""
+    dense = [DenseFactor(moment(rows_of(8, 20, seed))) for seed in range(3)]
+    pairs: list[tuple[Factor, Factor | None]] = [
+        (sketch(12, 3, 0), sketch(12, 4, 2)),
+        (dense[0], dense[1]),
+        (sketch(12, 3, 4), sketch(12, 4, 6, sizes=2.0)),
+        (sketch(8, 3, 8), dense[2]),
+        (DenseFactor(torch.zeros(8, 8).double()), dense[2]),
+        (
+            SketchFactor(torch.zeros(12, 3).double(), torch.zeros(12).double(), torch.zeros(())),
+            sketch(12, 4, 6),
+        ),
+        (sketch(12, 3, 4), None),
+        (dense[1], None),
+    ]
+    want = [filter_of(*pair, weight=3.0, epsilon=1e-3) for pair in pairs]
+    for most in (linalg.MOST, 1):
+        monkeypatch.setattr(linalg, "MOST", most)
+        got = filters_of(pairs, weight=3.0, epsilon=1e-3)
+        assert [type(p) for p in got] == [type(p) for p in want]
+        for one, alone in zip(got, want, strict=True):
+            torch.testing.assert_close(one.dense(), alone.dense(), rtol=1e-10, atol=1e-13)
+    for i in (4, 5):
+        assert not want[i].dense().any()
 
 
 def test_in_float32_a_massive_direction_leaves_no_rounding_behind() -> None:

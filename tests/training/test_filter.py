@@ -20,12 +20,14 @@ from retain.errors import ConfigError, MismatchError, ModelError
 from retain.models.lora import grow_lora
 from retain.models.off import adapter_off
 from retain.models.sites import lora_sites
+from retain.retention import recipe
 from retain.retention.filter import InputFilter, Thin, Whole, wiener
 from retain.retention.filter_checks import why_no_filter
 from retain.retention.force import Force
 from retain.retention.fresh_rows import fresh_rows
 from retain.retention.loader import loader_examples
 from retain.retention.moments import input_moments, moments_of
+from retain.retention.recipe import Recipe
 from tiny import ROWS, base, move, tiny, weights
 
 
@@ -178,6 +180,7 @@ def test_a_curvature_without_inputs_has_no_filter(tmp_path: Path) -> None:
         ({"gain": 0.0}, "gain is out of range"),
         ({"epsilon": float("inf")}, "epsilon is out of range"),
         ({"rows": 0}, "too few rows"),
+        ({"tokens": 0}, "too few tokens"),
         ({"answers": -0.1}, "answers' share is out of range"),
         ({"weight": -1.0}, "weight is out of range"),
     ],
@@ -185,6 +188,36 @@ def test_a_curvature_without_inputs_has_no_filter(tmp_path: Path) -> None:
 def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Filter(**options)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths"), [(100, [5, 2, 3, 4]), (10, [5, 2, 3]), (9, [5, 2]), (5, [5]), (3, [3])]
+)
+def test_rows_are_read_while_their_tokens_fit(
+    tokens: int, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first row that is longer alone is cut."""
+    model = tiny("llama")
+    rows = [
+        Example(ids, (*ids[1:], 0), (True,) * len(ids))
+        for ids in (tuple(row["input_ids"]) for row in ROWS["llama"])
+    ]
+    seen: list[Example] = []
+
+    def read(model: Any, sites: Any, examples: Any, **options: Any) -> Any:
+        seen.extend(examples)
+        return input_moments(model, sites, examples, **options)
+
+    monkeypatch.setattr(recipe, "input_moments", read)
+    held = Recipe(fit(model, structure="kfac"), filter=Filter(tokens=tokens))
+    held.begin(model, lambda count, seed: rows[:count])
+    held.release()
+    assert [len(e.tokens) for e in seen] == lengths
+    assert seen == [e.cut(n) for e, n in zip(rows, lengths, strict=False)]
+
+
+def test_a_cut_row_keeps_its_label() -> None:
+    assert Example((3, 4, 5), (2,), (), (0, 0, 1)).cut(2) == Example((3, 4), (2,), (), (0, 0))
 
 
 def test_answers_are_those_that_the_labels_name(tmp_path: Path) -> None:

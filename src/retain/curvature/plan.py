@@ -8,16 +8,17 @@ d_out d_in entries, single numbers. A factor of size d has d^2 numbers or, with 
 and j keep d_out_i d_out_j and, unless they share their input, d_in_i d_in_j. A pooled layer, which
 sees one position, has no such link.
 
-**While fitting** the same sums are held, but a sketch is a buffer of 2k rows, with its diagonal
-and bound in float64: ``2 k d + 2 d + 2``. ekfac holds kfac's sums first, then eigenvectors in
-their place and the eigenvalues. Batches, counters, and what a last step copies come on top.
+**While fitting** the same sums are held, but a sketch is l columns, with its diagonal in float64:
+``l d + 2 d``, where l is 2k or, below k = 16, k + 16 (see `ranks.sketch_columns`). ekfac holds
+kfac's sums first, then eigenvectors in their place and the eigenvalues. Batches, counters, and what
+a last step copies come on top.
 
 **Passes**: work of the fit, in forward and backward passes over the source. With L the
 multiply-adds a token in all linear layers (the head among them), a pass is ``2 L``: the base is
 frozen, so backward costs what forward does. A structure without a backward pass takes ``L - head``.
 Attention's products and LoRA's own are left out. On top, a token and a label draw, with T tokens a
-sequence: d^2 a factor, or ``6 k d + 36 k^2`` a sketch (each k tokens the Gram matrix of 2k rows,
-its eigenvectors and k new rows); entries and links as many; each layer's true trace, d_out d_in
+sequence: d^2 a factor, or ``2 l d`` a sketch (two products with its columns; what it decomposes
+comes once a fit and is left out); entries and links as many; each layer's true trace, d_out d_in
 or, where that is less or the Gram matrices over positions are needed in any case,
 ``T (d_in + d_out)`` (that of an input once); and `Structure.extra_work`.
 
@@ -39,7 +40,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from retain.curvature.blocks.ranks import SEQUENCE, sketch_rank
+from retain.curvature.blocks.ranks import SEQUENCE, sketch_columns, sketch_rank
 from retain.curvature.blocks.registry import names, structure_of
 from retain.errors import ConfigError
 from retain.types import FactorRank
@@ -141,14 +142,17 @@ def kept_bytes(
             factor rank below 1.
     """
     kept = _known(structure, factor_rank)
-    twice = 2 if fitting else 1
-    side = _by_size(kept, factor_rank, lambda d: d * d, lambda d, k: twice * (k * d + d + 1))
+
+    def sketch(d: int, k: int) -> int:
+        return (sketch_columns(d, k) + 2) * d if fitting else k * d + d + 1
+
+    side = _by_size(kept, factor_rank, lambda d: d * d, sketch)
     return _FLOAT * (_sum(kept, layers, shared, pooled, side) + _scalars(kept, layers))
 
 
 def _fit_work(kept: Structure, model: Outline, factor_rank: FactorRank) -> int:
     """Multiply-adds a source token of the whole fit."""
-    side = _by_size(kept, factor_rank, lambda d: d * d, lambda d, k: 6 * k * d + 36 * k * k)
+    side = _by_size(kept, factor_rank, lambda d: d * d, lambda d, k: 2 * sketch_columns(d, k) * d)
     work = _sum(kept, model.layers, model.shared, model.pooled, side)
     work += kept.extra_work(model, lambda d: sketch_rank(d, factor_rank))
     if kept.estimator.backward:

@@ -41,6 +41,12 @@ class Example:
         """How many predictions the example asks for."""
         return sum(self.predict) if self.predict else 1
 
+    def cut(self, tokens: int) -> Example:
+        """Its first tokens; a row of classification keeps its label."""
+        n, causal = tokens, bool(self.predict)
+        targets = self.targets[:n] if causal else self.targets
+        return Example(self.tokens[:n], targets, self.predict[:n], self.segments[:n])
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -29,18 +29,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from retain.curvature.blocks.factor import Factor, SketchFactor
-from retain.errors import check_number
+from retain.curvature.blocks.linalg import chunks
+from retain.errors import ConfigError, check_number
 from retain.models.forward import no_autocast
 from retain.models.sites import LoraSite
 from retain.retention.hooks import GradientHooks
 from retain.retention.moments import Moments, check_reading, inputs_of
 
-__all__ = ["Filter", "InputFilter", "Thin", "Whole", "filter_of", "wiener"]
+__all__ = ["Filter", "InputFilter", "Thin", "Whole", "filter_of", "filters_of", "wiener"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Filter:
         weight: what reading a unit of the old costs, in units of the new that is missed. The old
             second moments are brought to the unit of the rows', so it means the same for any
             curvature.
+        tokens: that are read of them at most: rows count whole, in their order, as long as they
+            fit; of a first one that is longer alone, its beginning.
 
     Raises:
         ConfigError: a value out of range.
@@ -65,9 +69,14 @@ class Filter:
     answers: float = 0.5
     rows: int = 64
     weight: float = 1.0
+    tokens: int = 16384
 
     def __post_init__(self) -> None:
         check_reading(self.answers, self.rows)
+        if self.tokens < 1:
+            raise ConfigError(
+                "too few tokens to read", got=self.tokens, allowed="1 or more", fix="tokens=16384"
+            )
         check_number("weight is out of range", self.weight, "weight=1")
         check_number("epsilon is out of range", self.epsilon, "epsilon=0.001", positive=True)
         check_number("gain is out of range", self.gain, "gain=3", positive=True)
@@ -77,21 +86,20 @@ def wiener(new: Tensor, old: Tensor | None, *, weight: float, epsilon: float) ->
     """P, to be multiplied from the right; see the module.
 
     Args:
-        new: S_new, [size, size], positive semi-definite.
+        new: S_new, [size, size] or a stack of them, positive semi-definite.
         old: S_old likewise; None where there is no old text.
         weight: of the old.
         epsilon: of the identity, relative to the mean of S_new's diagonal.
 
     Returns:
-        [size, size], in float32 at least.
+        As S_new, in float32 at least.
     """
     wide = new.to(torch.promote_types(new.dtype, torch.float32))
-    mean = wide.diagonal().mean()
-    if not float(mean) > 0:  # nothing is read here
-        return torch.zeros_like(wide)
+    mean = wide.diagonal(dim1=-2, dim2=-1).mean(-1)
+    ridge = torch.where(mean > 0, epsilon * mean, 1.0)  # where nothing is read, P is zero
     total = wide if old is None else wide + weight * old.to(wide)
-    total = total + epsilon * mean * torch.eye(len(wide)).to(wide)
-    found: Tensor = torch.linalg.solve(total, wide).T  # both are symmetric
+    total = total + ridge[..., None, None] * torch.eye(wide.shape[-1]).to(wide)
+    found: Tensor = torch.linalg.solve(total, wide).mT  # both are symmetric
     return found
 
 
@@ -140,27 +148,58 @@ class Thin:
         epsilon: see `wiener`.
     """
 
+    basis: Tensor
+    root: Tensor
+    share: Tensor
+    new: Tensor
+    stopped: Tensor
+    dtype: torch.dtype
+
     def __init__(
         self, new: SketchFactor, old: SketchFactor | None, *, weight: float, epsilon: float
     ) -> None:
-        kind = torch.promote_types(new.vectors.dtype, torch.float32)
-        u, v = new.vectors.double(), new.diagonal.double()
-        d = v + epsilon * new.trace() / new.size
-        wide = u
-        if old is not None:
-            d = d + weight * old.diagonal.to(v)
-            wide = torch.cat([u, weight**0.5 * old.vectors.to(u)], 1)
-        silent = not new.trace() > 0
-        d = torch.ones_like(d) if silent else d
-        q, r = torch.linalg.qr(wide / d.sqrt()[:, None])
-        one = torch.eye(len(r)).to(r)
-        inverse = torch.linalg.inv(one + r @ r.T)
-        t_new = r[:, : u.shape[1]] @ r[:, : u.shape[1]].T
-        self.basis, self.root = q.to(kind), d.sqrt().to(kind)
-        self.share = (v / d).to(kind)
-        self.new = (t_new @ inverse).to(kind)  # C
-        self.stopped = (one - inverse).to(kind)  # H
-        self.dtype = kind
+        vars(self).update(vars(Thin.batch([new], [old], weight=weight, epsilon=epsilon)[0]))
+
+    @classmethod
+    def batch(
+        cls,
+        news: Sequence[SketchFactor],
+        olds: Sequence[SketchFactor | None],
+        *,
+        weight: float,
+        epsilon: float,
+    ) -> list[Thin]:
+        """Those of sketches of one shape, with an old one each or none at all."""
+        kind = torch.promote_types(news[0].vectors.dtype, torch.float32)
+        u = torch.stack([s.vectors for s in news]).double()
+        v = torch.stack([s.diagonal for s in news]).double()
+        size, k = u.shape[1:]
+        trace = u.square().sum((1, 2)) + v.sum(1)
+        d, wide = v + (epsilon / size) * trace[:, None], u
+        held = [s for s in olds if s is not None]
+        if held:
+            d = d + weight * torch.stack([s.diagonal for s in held]).to(v)
+            before = torch.stack([s.vectors for s in held]).to(u)
+            wide = torch.cat([u, weight**0.5 * before], 2)
+        d = torch.where(trace[:, None] > 0, d, 1.0)
+        q, r = torch.linalg.qr(wide / d.sqrt()[:, :, None])
+        one = torch.eye(r.shape[1]).to(r)
+        inverse = torch.linalg.inv(one + r @ r.mT)
+        t_new = r[:, :, :k] @ r[:, :, :k].mT
+        parts = {
+            "basis": q,
+            "root": d.sqrt(),
+            "share": v / d,
+            "new": t_new @ inverse,  # C
+            "stopped": one - inverse,  # H
+        }
+        parts = {name: part.to(kind) for name, part in parts.items()}
+        found = []
+        for i in range(len(news)):
+            thin = cls.__new__(cls)
+            vars(thin).update({name: part[i] for name, part in parts.items()} | {"dtype": kind})
+            found.append(thin)
+        return found
 
     def rows(self, a: Tensor) -> Tensor:
         """``a P``, for a [n, size]."""
@@ -193,10 +232,55 @@ class Thin:
 
 def filter_of(new: Factor, old: Factor | None, *, weight: float, epsilon: float) -> Whole | Thin:
     """P of whole matrices, or of sketches; see `wiener`."""
-    if isinstance(new, SketchFactor) and (old is None or isinstance(old, SketchFactor)):
-        return Thin(new, old, weight=weight, epsilon=epsilon)
-    s_old = None if old is None else old.dense()
-    return Whole(wiener(new.dense(), s_old, weight=weight, epsilon=epsilon))
+    return filters_of([(new, old)], weight=weight, epsilon=epsilon)[0]
+
+
+def filters_of(
+    pairs: Sequence[tuple[Factor, Factor | None]], *, weight: float, epsilon: float
+) -> list[Whole | Thin]:
+    """P of each S_new and S_old. Those of one shape are made together."""
+
+    def like(i: int) -> tuple[object, ...]:
+        return tuple(_like(s) for s in pairs[i])
+
+    def numbers(i: int) -> int:
+        new, old = pairs[i]
+        if _thin(new, old):
+            columns = [s.vectors.shape[1] for s in pairs[i] if isinstance(s, SketchFactor)]
+            return 5 * new.size * sum(columns)
+        return 5 * new.size**2
+
+    found: dict[int, Whole | Thin] = {}
+    for some in chunks(range(len(pairs)), like, numbers):
+        news, olds = [pairs[i][0] for i in some], [pairs[i][1] for i in some]
+        if _thin(news[0], olds[0]):
+            made: Sequence[Whole | Thin] = Thin.batch(
+                cast("list[SketchFactor]", news), cast("list[SketchFactor | None]", olds),
+                weight=weight, epsilon=epsilon,
+            )  # fmt: skip
+        else:
+            before = [s.dense() for s in olds if s is not None]
+            p = wiener(
+                torch.stack([s.dense() for s in news]),
+                torch.stack(before) if before else None,
+                weight=weight,
+                epsilon=epsilon,
+            )
+            made = [Whole(each) for each in p]
+        found |= dict(zip(some, made, strict=True))
+    return [found[i] for i in range(len(pairs))]
+
+
+def _thin(new: Factor, old: Factor | None) -> bool:
+    return isinstance(new, SketchFactor) and (old is None or isinstance(old, SketchFactor))
+
+
+def _like(factor: Factor | None) -> tuple[object, ...] | None:
+    """What factors that can be stacked have in common."""
+    if factor is None:
+        return None
+    tensors = factor.tensors().values()
+    return (type(factor), factor.size, *((t.shape, t.dtype, t.device) for t in tensors))
 
 
 class InputFilter:
@@ -224,15 +308,18 @@ class InputFilter:
     ) -> None:
         o = Filter() if options is None else options
         self.sites, self.active = list(sites), active
-        found: dict[tuple[str, str], Whole | Thin] = {}  # layers that read one input share one
-        self.filters: list[Whole | Thin] = []
+        firsts: dict[tuple[str, str], LoraSite] = {}  # layers that read one input share one
         for site in self.sites:
-            both = inputs_of(site.name, new, old)
-            if both not in found:
-                s_old = None if old is None else old.factor(site.name)
-                p = filter_of(new.factor(site.name), s_old, weight=o.weight, epsilon=o.epsilon)
-                found[both] = p.to(site.a.device)
-            self.filters.append(found[both])
+            firsts.setdefault(inputs_of(site.name, new, old), site)
+        pairs = [
+            (new.factor(s.name), None if old is None else old.factor(s.name))
+            for s in firsts.values()
+        ]
+        made = filters_of(pairs, weight=o.weight, epsilon=o.epsilon)
+        found = {
+            both: p.to(site.a.device) for (both, site), p in zip(firsts.items(), made, strict=True)
+        }
+        self.filters = [found[inputs_of(s.name, new, old)] for s in self.sites]
         self._before = [] if resuming else [s.a[active].detach().clone() for s in self.sites]
         if not resuming:
             with torch.no_grad():

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from retain.curvature.blocks.estimator import products
 from retain.curvature.blocks.factor import DenseFactor, Factor, SketchFactor, diagonal_of
 from retain.curvature.blocks.kronecker import KroneckerBlock
-from retain.curvature.blocks.sketch import sketch_finish, sketch_update
+from retain.curvature.blocks.sketch import sketch_update, sketches_finish
 from retain.curvature.curvature import Curvature
 from retain.curvature.fit.capture import shared_inputs
 from retain.curvature.fit.source import glance
@@ -217,7 +217,7 @@ def input_moments(
             view.run(batch)
     kind = torch.promote_types(sites[0].a.dtype, torch.float32)
     factors: dict[str, Factor] = {name: DenseFactor(s) for name, s in found.items()}
-    factors |= {n: sketch_finish(sketches, n, rank, 1.0, kind) for n, rank in wide.items()}
+    factors |= sketches_finish(sketches, wide, kind)
     return Moments(factors, readers)
 
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, nn
@@ -310,6 +311,7 @@ class Recipe:
                 allowed="rows of two tokens or more",
                 fix="check the data, or leave the filter out",
             )
+        examples = _within(examples, self.options.tokens)
         ranks = None if self.curvature is None else moments_of(self.curvature).ranks()
         with adapter_off(model):
             return input_moments(
@@ -484,6 +486,13 @@ def release_left(model: nn.Module, *, resuming: bool = False) -> None:
         idle = not any(bool(site.b[:, held.active].any()) for site in held.sites)
         if held.filter is not None and idle and not resuming:
             held.filter.undo()
+
+
+def _within(examples: Sequence[Example], tokens: int) -> list[Example]:
+    """The first rows that have no more tokens together; of a longer first one, its beginning."""
+    totals = accumulate(len(e.tokens) for e in examples)
+    found = [e for e, total in zip(examples, totals, strict=True) if total <= tokens]
+    return found or [examples[0].cut(tokens)]
 
 
 def _warn(text: str) -> None:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from retain.curvature.blocks.base import Block
-from retain.curvature.blocks.factor import DenseFactor, Factor
+from retain.curvature.blocks.factor import DenseFactor, Factor, SketchFactor
+from retain.curvature.blocks.linalg import float32_products
 from retain.curvature.blocks.observation import Observation
 from retain.curvature.blocks.ranks import sketch_rank
-from retain.curvature.blocks.sketch import sketch_finish, sketch_update
+from retain.curvature.blocks.sketch import sketch_sizes, sketch_update, sketches_finish
 from retain.types import FactorRank, Products
 
 __all__ = ["Estimator", "Layout", "calibration", "flat", "has_bf16", "products"]
@@ -60,6 +61,7 @@ class Estimator(ABC):
         self.state: dict[str, Tensor] = {}
         self.links: dict[tuple[str, str], Any] = {}
         """What ties the blocks of two layers, once `finish` has made them."""
+        self._sketches: dict[str, SketchFactor] = {}
 
     @abstractmethod
     def update(self, seen: Observation) -> None:
@@ -113,8 +115,10 @@ class Estimator(ABC):
         if key in self.state:
             found = self.state.pop(key)
             return DenseFactor(found if scale == 1 else found.mul_(scale))
-        buffer = self.state[f"{key}.buffer"]
-        return sketch_finish(self.state, key, len(buffer) // 2, scale, buffer.dtype)
+        if key not in self._sketches:  # all at once, for their decompositions are batched
+            ranks = {n: sketch_rank(d, self.layout.rank) for n, d in sketch_sizes(self.state)}
+            self._sketches |= sketches_finish(self.state, {n: k for n, k in ranks.items() if k})
+        return self._sketches.pop(key).scaled(scale)
 
     def input_factors(self) -> dict[str, Factor]:
         """Layer -> ``E[x x^T]`` over positions; layers that share an input share the factor."""
@@ -146,16 +150,8 @@ def products(kind: Products) -> Iterator[None]:
     if kind != "auto" or not _HAS_BF16:
         yield
         return
-    torch_backends: Any = torch.backends
-    backends = [(torch_backends.mkldnn.matmul, "bf16"), (torch_backends.cuda.matmul, "tf32")]
-    before = [backend.fp32_precision for backend, _ in backends]
-    try:
-        for backend, precision in backends:
-            backend.fp32_precision = precision
+    with float32_products("bf16", "tf32"):
         yield
-    finally:
-        for (backend, _), precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def has_bf16() -> bool:

@@ -8,18 +8,71 @@ below zero for the size of the others.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
 from retain.errors import CurvatureError
 
-__all__ = ["EXACT", "check_basis", "check_dense", "check_nonnegative", "eigh", "leading", "slack"]
+__all__ = [
+    "EXACT",
+    "check_basis",
+    "check_dense",
+    "check_nonnegative",
+    "chunks",
+    "eigh",
+    "float32_products",
+    "leading",
+    "slack",
+]
 
 EXACT = 512
 """Widest factor whose eigenvalues are computed."""
 
 STEPS = 12
 """Lanczos steps for a wider one."""
+
+MOST = 512 * 2**20
+"""Bytes that batched work may take at a time."""
+
+_T = TypeVar("_T")
+
+
+def chunks(
+    items: Sequence[_T], like: Callable[[_T], object], numbers: Callable[[_T], int]
+) -> Iterator[list[_T]]:
+    """Items that can be stacked, as many at a time as `MOST` allows, one at least.
+
+    Args:
+        items: of all kinds.
+        like: what those have in common that can be stacked.
+        numbers: in float64, that the work on one of them takes.
+    """
+    groups: dict[object, list[_T]] = {}
+    for item in items:
+        groups.setdefault(like(item), []).append(item)
+    for group in groups.values():
+        step = max(1, MOST // (8 * max(1, numbers(group[0]))))
+        for i in range(0, len(group), step):
+            yield group[i : i + step]
+
+
+@contextmanager
+def float32_products(cpu: str, gpu: str) -> Iterator[None]:
+    """Float32 matrix products in a precision of torch's: ``ieee``, ``bf16`` or ``tf32``."""
+    torch_backends: Any = torch.backends
+    backends = [(torch_backends.mkldnn.matmul, cpu), (torch_backends.cuda.matmul, gpu)]
+    before = [backend.fp32_precision for backend, _ in backends]
+    try:
+        for backend, precision in backends:
+            backend.fp32_precision = precision
+        yield
+    finally:
+        for (backend, _), precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -221,8 +221,7 @@ class Accumulator:
         for key, t in kept.items():
             kind, _, name = key.partition("/")
             if kind == "estimator":
-                whole = name.endswith(".fill") or not t.is_floating_point()
-                self.estimator.state[name] = t if whole else t.to(device)
+                self.estimator.state[name] = t.to(device) if t.is_floating_point() else t
             elif kind == "traces":
                 self.traces[name] = t.to(device)
         self.share = kept["share"]

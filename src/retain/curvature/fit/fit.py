@@ -17,6 +17,7 @@ from retain.curvature.blocks.activation import nats_of_noise, noisy_rows
 from retain.curvature.blocks.estimator import Layout
 from retain.curvature.blocks.kronecker import rank_of
 from retain.curvature.blocks.registry import structure_of
+from retain.curvature.blocks.sketch import FORM
 from retain.curvature.curvature import Curvature
 from retain.curvature.fit.accumulator import Accumulator
 from retain.curvature.fit.capture import (
@@ -95,7 +96,7 @@ def fit_curvature(
         rows: rows of the source that are read at most, drawn from all of them.
         max_length: tokens of a row that are read at most.
         batch_size: rows a pass. Memory and speed only: the result does not depend on it, but for
-            rounding, and for what sketches of a low rank lose (0.6 % at rank 4).
+            rounding.
         seed: of the rows, of label draws, of noise (``activation``) and of the self-sampled text.
         rank: keep each side of a factor that is at least twice as wide as a sketch of this rank
             (``kfac``, ``shampoo``, ``activation``); see `retain.curvature.blocks.sketch`. ``auto``
@@ -141,6 +142,7 @@ def fit_curvature(
     layers = hooked(sites, space if estimating.backward else "weight")
     device, pad = site_tensor(sites[0]).device, view.pad
     known = asdict(settings) | {"every": every, "model": view.fingerprint, "sites": describe(sites)}
+    known["sketches"] = FORM
     # Reads all weights that the fingerprint leaves out or rounds.
     key = "" if partial is None else fit_key(known, examples, _own_weights(model))
     unfinished = FitCheckpoint(partial, key, save_every)
