@@ -12,7 +12,7 @@ from retain import attach_lora, fit_curvature
 from retain.curvature.blocks.kronecker import KroneckerBlock
 from retain.curvature.plan import kept_bytes
 from retain.curvature.stack import WIDE as STACKED
-from retain.curvature.stack import stacks
+from retain.curvature.stack import Move, stacks
 from retain.models.sites import lora_sites
 
 WIDE, RANK = 14336, 256
@@ -80,8 +80,11 @@ def test_few_rows_of_a_wide_stack_are_what_they_are_one_by_one() -> None:
     }
     want = {name: blocks[name].thin(*thins[name]) for name in blocks}
     (stack,) = stacks(blocks)
-    value, found = stack.thin(thins)
-    assert float(value) == pytest.approx(sum(float(w.value) for w in want.values()), rel=1e-12)
+    moves = {name: Move(1.0, b, a, torch.float64) for name, (b, a) in thins.items()}
+    values, found = stack.pull(moves)
+    assert sum(map(float, values)) == pytest.approx(
+        sum(float(w.value) for w in want.values()), rel=1e-12
+    )
     for name, (left, right) in found.items():
         torch.testing.assert_close(left, want[name].left, rtol=1e-11, atol=1e-9)
         torch.testing.assert_close(right, want[name].right, rtol=1e-11, atol=1e-9)

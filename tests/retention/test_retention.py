@@ -350,14 +350,14 @@ def test_the_error_of_rounding_is_looked_at_now_and_then(
     model = tiny("llama").float()
     curvature = fit(model, "llama")
     retention, looks = Force(model, curvature, 3.0), []
-    pulls = curvature.pulls
+    felt = curvature.felt
 
     def look(sites: Any, *, rounded: bool = False) -> Any:
         if not rounded:
             looks.append(retention._looks)
-        return pulls(sites, rounded=rounded)
+        return felt(sites, rounded=rounded)
 
-    monkeypatch.setattr(curvature, "pulls", look)
+    monkeypatch.setattr(curvature, "felt", look)
     retention.add_force()  # nothing has moved: nothing to look at
     assert not looks
     move(model, seed=9)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from retain.curvature.info import describe, part
 from retain.curvature.operator import BlockOperator
+from retain.curvature.stack import Move
 from retain.errors import MismatchError, RetainWarning
 from retain.models.fingerprint import alike, fingerprint, signature
 from retain.models.sites import LinearSite, LoraSite, Site, base_layers
@@ -100,22 +101,23 @@ def whole_weights(curvature: BlockOperator, site: Site) -> list[tuple[str, nn.Pa
 
 @dataclass(frozen=True)
 class Displacements:
-    """Displacements by block name: thin ones, ``(left, right)``, and full ones, D itself."""
+    """Displacements by block name: thin ones, and full ones, D itself."""
 
-    thin: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    thin: dict[str, Move] = field(default_factory=dict)
     full: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, curvature: BlockOperator, sites: Sequence[Site]) -> Displacements:
-        """The present displacements, in the blocks' precision."""
+        """The present displacements, full ones in the blocks' precision."""
         found = cls()
         for site in sites:
             for name, weight, start in whole_weights(curvature, site):
                 found.full[name] = weight.detach().to(start.dtype) - start
             if isinstance(site, LoraSite) and curvature.info.space == "weight":
-                a, b, b0, a0 = _thin(curvature, site)
-                left = torch.cat([site.scaling * b, -b0], 1) if b0.shape[1] else site.scaling * b
-                found.thin[site.name] = (left, torch.cat([a, a0], 0) if len(a0) else a)
+                a, b = site.a.detach(), site.b.detach()
+                kept = curvature.anchor.get(site.name, ())
+                pair = (kept[0], kept[1]) if len(kept) == 2 else None
+                found.thin[site.name] = Move(site.scaling, b, a, _dtype_of(curvature, site), pair)
         return found
 
 

@@ -103,37 +103,51 @@ class Curvature(BlockOperator):
                 then errs by about 0.3 %. Ignored around a later anchor, where
                 what is left of two near products would be rounding.
         """
+        value, pulls = self.felt(sites, rounded=rounded)
+        return float(value), pulls
+
+    @no_autocast()
+    def felt(self, sites: Sequence[Site], *, rounded: bool = False) -> tuple[Tensor, list[Pull]]:
+        """`pulls`, whose value stays on its device."""
         with torch.no_grad():
             moved = Displacements.of(self, sites)
-            values, thin = self._thin(moved, rounded and not self.anchor)
+            values, out = self._stacked(moved, rounded and not self.anchor)
+            pairs = {n: m.pair() for n, m in moved.thin.items() if n not in out}
+            thin = {n: self.blocks[n].thin(*pair) for n, pair in pairs.items()}
+            values += [found.value for found in thin.values()]
+            lefts = {n: found.left for n, found in thin.items()}
+            rights = {n: found.right for n, found in thin.items()}
             full = {n: self.blocks[n].matvec(d) for n, d in moved.full.items()}
             for i, j, link in self.off_diagonal():
                 if i in full:
                     full[i] = full[i] + link.matvec(moved.full[j])
                     continue
-                (left, right), (p, q) = moved.thin[i], link.thin(*moved.thin[j])
+                (left, right), (p, q) = pairs[i], link.thin(*pairs[j])
                 lp, rq = left.T @ p, right @ q.T
                 values.append(0.5 * (lp * rq).sum())
-                thin[i] = (thin[i][0] + p @ rq.T, thin[i][1] + lp @ q)
+                lefts[i], rights[i] = lefts[i] + p @ rq.T, rights[i] + lp @ q
             values += [0.5 * (d * full[n]).sum() for n, d in moved.full.items()]
+            for name, left in lefts.items():
+                move = moved.thin[name]
+                rank = len(move.a)
+                out[name] = (move.scaling * left[:, :rank], rights[name][:rank])
             pulls: list[Pull] = []
             for site in sites:
                 whole = whole_weights(self, site)
                 pulls += [Pull(weight, full[name]) for name, weight, _ in whole]
                 if not whole and isinstance(site, LoraSite):
-                    left, right = thin[site.name]
-                    pulls.append(Pull(site.b, site.scaling * left[:, : site.rank]))
-                    pulls.append(Pull(site.a, right[: site.rank]))
-            return float(torch.stack(values).sum()), pulls
+                    of_b, of_a = out[site.name]
+                    pulls += [Pull(site.b, of_b), Pull(site.a, of_a)]
+            return torch.stack(values).sum(), pulls
 
     def drop_rounded(self) -> None:
         """Frees the copies in bfloat16 that `pulls` has made."""
         self._stacks.pop(True, None)
 
-    def _thin(
+    def _stacked(
         self, moved: Displacements, rounded: bool
     ) -> tuple[list[Tensor], dict[str, tuple[Tensor, Tensor]]]:
-        """Values and gradients of the thin moves, like layers together."""
+        """Values of the thin moves and gradients in B and A, of like layers that lie together."""
         values: list[Tensor] = []
         out: dict[str, tuple[Tensor, Tensor]] = {}
         if rounded not in self._stacks:
@@ -142,14 +156,9 @@ class Curvature(BlockOperator):
             self._stacks[rounded] = [] if idle else stacks(self.blocks, rounded=rounded)
         for stack in self._stacks[rounded]:
             if stack.fits(moved.thin):
-                value, found = stack.thin(moved.thin)
-                values.append(value)
-                out |= found
-        for name, (left, right) in moved.thin.items():
-            if name not in out:
-                thin = self.blocks[name].thin(left, right)
-                values.append(thin.value)
-                out[name] = (thin.left, thin.right)
+                found, pulled = stack.pull(moved.thin)
+                values += found
+                out |= pulled
         return values, out
 
     def load_anchor(self, model: nn.Module) -> None:

@@ -10,6 +10,7 @@ which is read in less than half the time.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +19,48 @@ from retain.curvature.blocks.base import Block
 from retain.curvature.blocks.factor import DenseFactor, Factor, ScalarFactor, SketchFactor
 from retain.curvature.blocks.kronecker import KroneckerBlock
 
-__all__ = ["Stack", "stacks"]
+__all__ = ["Move", "Stack", "stacks"]
 
 WIDE, FEW = 1024, 8
 """A wide matrix is read faster from its own side where there are few rows: 23 ms against 27 for 30
 of 1,536 x 1,536 and 8 rows, on 2 cores."""
 
-Thins = Mapping[str, tuple[Tensor, Tensor]]
+WASTE = 2
+"""How much of a stack may be padding, where its layers' ranks differ."""
+
+
+class Move(NamedTuple):
+    """A layer's displacement ``scaling B A - B_0 A_0``.
+
+    Attributes:
+        scaling: of the product.
+        b: B, [d_out, r].
+        a: A, [r, d_in].
+        dtype: the block's precision.
+        start: B_0, [d_out, k], and A_0, [k, d_in], in that precision; None for none.
+    """
+
+    scaling: float
+    b: Tensor
+    a: Tensor
+    dtype: torch.dtype
+    start: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def rank(self) -> int:
+        """That of the pair, r + k."""
+        return len(self.a) + (0 if self.start is None else len(self.start[1]))
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """The displacement as one product, in the block's precision."""
+        left, right = self.scaling * self.b.to(self.dtype), self.a.to(self.dtype)
+        if self.start is None:
+            return left, right
+        b0, a0 = self.start
+        return torch.cat([left, -b0], 1), torch.cat([right, a0], 0)
+
+
+Moves = Mapping[str, Move]
 
 
 class Stack:
@@ -54,28 +90,66 @@ class Stack:
         """All factors."""
         return [t for factors in (self._inputs, *self._outputs) for t in factors.tensors.values()]
 
-    def fits(self, thins: Thins) -> bool:
-        """Whether all displacements have one rank."""
-        return len({len(thins[name][1]) for name in self.names}) == 1
+    def fits(self, moves: Moves) -> bool:
+        """Whether the displacements are of about one rank, so that little of a stack is padding."""
+        ranks = [moves[name].rank for name in self.names]
+        return len(ranks) * max(ranks) <= WASTE * sum(ranks)
 
-    def thin(self, thins: Thins) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        """The summed value, and each layer's gradients in left and right; see `Block.thin`."""
-        count, readers, rank = len(self.units), len(self._outputs), len(thins[self.names[0]][1])
-        rights = torch.stack([thins[name][1] for name in self.names])
+    def pull(self, moves: Moves) -> tuple[list[Tensor], dict[str, tuple[Tensor, Tensor]]]:
+        """Values to be summed, and each layer's gradients in B and A."""
+        mine = [moves[name] for name in self.names]
+        most, count, readers = max(len(m.a) for m in mine), len(self.units), len(self._outputs)
+        rank = most + max(m.rank - len(m.a) for m in mine)
+        shape = len(mine), rank, mine[0].a.shape[1]
+        rights = mine[0].a.new_zeros(shape, dtype=mine[0].dtype)
+        _fill([(x[: len(m.a)], m.a) for x, m in zip(rights, mine, strict=True)])
+        starts = [(x[most:], m.start[1]) for x, m in zip(rights, mine, strict=True) if m.start]
+        _fill([(x[: len(a0)], a0) for x, a0 in starts])
         rights = rights.reshape(count, readers * rank, -1)
         products = self._inputs.matmul(rights)
-        value = rights.new_zeros(())
+        values: list[Tensor] = []
         out: dict[str, tuple[Tensor, Tensor]] = {}
         for reader, outputs in enumerate(self._outputs):
             span = slice(reader * rank, (reader + 1) * rank)
             names = [unit[reader] for unit in self.units]
-            left = torch.stack([thins[name][0].T for name in names])
-            gl, rs = outputs.matmul(left), products[:, span]
-            outer, inner = left @ gl.mT, rs @ rights[:, span].mT
-            value = value + 0.5 * (outer * inner.mT).sum()
-            lefts, pulled = gl.mT @ inner, outer @ rs
-            out |= {name: (lefts[i], pulled[i]) for i, name in enumerate(names)}
-        return value, out
+            own = [moves[name] for name in names]
+            left, scale = _lefts(own, most, rank), _scale(own, rights)
+            gl, rs = outputs.matmul(left.mT), products[:, span]
+            outer, inner = left.mT @ gl.mT, rs @ rights[:, span].mT
+            values.append(0.5 * (outer * inner.mT).sum())
+            lefts, pulled = scale * (gl.mT @ inner), outer @ rs
+            out |= {
+                name: (lefts[i, :, : len(m.a)], pulled[i, : len(m.a)])
+                for i, (name, m) in enumerate(zip(names, own, strict=True))
+            }
+        return values, out
+
+
+def _lefts(moves: Sequence[Move], most: int, rank: int) -> Tensor:
+    """``[scaling B, -B_0]`` of each."""
+    shape = len(moves), len(moves[0].b), rank
+    left = moves[0].b.new_zeros(shape, dtype=moves[0].dtype)
+    _fill([(x[:, : m.b.shape[1]], m.b) for x, m in zip(left, moves, strict=True)])
+    left[:, :, :most] *= _scale(moves, left)
+    if rank > most:
+        starts = [(x[:, most:], m.start[0]) for x, m in zip(left, moves, strict=True) if m.start]
+        _fill([(x[:, : b0.shape[1]], b0) for x, b0 in starts])
+        left[:, :, most:] *= -1
+    return left
+
+
+def _scale(moves: Sequence[Move], like: Tensor) -> Tensor | float:
+    scales = [m.scaling for m in moves]
+    if len(set(scales)) == 1:
+        return scales[0]
+    return torch.tensor(scales, dtype=like.dtype).to(like.device)[:, None, None]
+
+
+def _fill(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Writes each second tensor into the first."""
+    some = [(to, of) for to, of in pairs if of.numel()]
+    if some:
+        torch._foreach_copy_([to for to, _ in some], [of for _, of in some])
 
 
 class _Factors:

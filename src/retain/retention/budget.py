@@ -151,7 +151,11 @@ class Budget:
 
 
 def scale_back(
-    curvature: Curvature, sites: Sequence[Site], nats: float, rows: slice = ALL
+    curvature: Curvature,
+    sites: Sequence[Site],
+    nats: float,
+    rows: slice = ALL,
+    now: float | None = None,
 ) -> float:
     """Moves the weights straight back towards the anchor until so many nats are predicted.
 
@@ -160,6 +164,7 @@ def scale_back(
         sites: the layers, as `Curvature.bind` gives them.
         nats: what may be left; a displacement below it is left alone.
         rows: of LoRA's A, whose columns of B move; the others stay (weight space, no anchor).
+        now: nats that are predicted now, where they are known.
 
     Returns:
         The share of the displacement that is left.
@@ -168,7 +173,7 @@ def scale_back(
     def predicted() -> float:
         return curvature.pulls(sites)[0]
 
-    now = predicted()
+    now = predicted() if now is None else now
     if now <= nats:
         return 1.0
     away = _Away(curvature, sites, rows)
@@ -245,22 +250,33 @@ class _Away:
     """The displacement of all trained weights from the anchor, of which a share is kept."""
 
     def __init__(self, curvature: Curvature, sites: Sequence[Site], rows: slice = ALL) -> None:
-        self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+        weights: list[Tensor] = []
+        starts: list[Tensor] = []
+        self.bare: list[Tensor] = []  # those that are 0 at the anchor
         self.linear = rows == ALL  # then the prediction goes with the square of the share
         for site in sites:
             for parameter, start in _starts(curvature, site):
-                if parameter.requires_grad:
-                    now, start = parameter.detach(), start.detach()
-                    if rows != ALL:
-                        now, start = now[:, rows], start[:, rows]
-                    self.pairs.append((now, start, now - start))
+                if not parameter.requires_grad:
+                    continue
+                now = parameter.detach() if rows == ALL else parameter.detach()[:, rows]
+                if start is None:
+                    self.bare.append(now)
+                    continue
+                weights.append(now)
+                starts.append(start.detach() if rows == ALL else start.detach()[:, rows])
             bent = isinstance(site, LoraSite) and site.name in curvature.anchor
             self.linear = self.linear and not (bent and curvature.info.space == "weight")
+        self.weights, self.starts = weights, starts
+        self.moved = torch._foreach_sub(weights, starts) if weights else ()
+        self.whole = torch._foreach_mul(self.bare, 1.0) if self.bare else ()
 
     def keep(self, share: float) -> None:
-        with torch.no_grad():
-            for parameter, start, moved in self.pairs:
-                parameter.copy_(start + share * moved)
+        if self.bare:
+            torch._foreach_copy_(self.bare, torch._foreach_mul(self.whole, share))
+        if self.weights:
+            found = torch._foreach_mul(self.moved, share)
+            torch._foreach_add_(found, self.starts)
+            torch._foreach_copy_(self.weights, found)
 
     def shorten(
         self, nats: float, now: float, measure: Callable[[], float], slack: float
@@ -276,15 +292,15 @@ class _Away:
         return share, left
 
 
-def _starts(curvature: Curvature, site: Site) -> list[tuple[nn.Parameter, Tensor]]:
-    """Each trained weight of a layer that counts, with its value at the anchor."""
+def _starts(curvature: Curvature, site: Site) -> list[tuple[nn.Parameter, Tensor | None]]:
+    """Each trained weight of a layer that counts, with its value at the anchor; None for 0."""
     kept = curvature.anchor.get(site.name, ())
     if isinstance(site, LinearSite):
         return [(site.weight, kept[0].to(site.weight.dtype))]
     if curvature.info.space == "adapter":
         return [(site.b, kept[0].to(site.b.dtype)), (site.a, kept[1].to(site.a.dtype))]
     if len(kept) != 2:  # B = 0, whatever A is
-        return [(site.b, torch.zeros_like(site.b))]
+        return [(site.b, None)]
     if kept[1].shape != site.a.shape:
         raise MismatchError(
             "the budget of a curvature with an anchor belongs to one rank",
@@ -302,6 +318,7 @@ def _starts(curvature: Curvature, site: Site) -> list[tuple[nn.Parameter, Tensor
 def anchored(curvature: Curvature, sites: Sequence[Site]) -> Iterator[None]:
     """Inside it the model is where the curvature's anchor is."""
     pairs = [pair for site in sites for pair in _starts(curvature, site)]
+    before: list[tuple[nn.Parameter, Tensor | None]]
     before = [(parameter, parameter.detach().clone()) for parameter, _ in pairs]
     _copy(pairs)
     try:
@@ -311,6 +328,9 @@ def anchored(curvature: Curvature, sites: Sequence[Site]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _copy(pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+def _copy(pairs: Sequence[tuple[nn.Parameter, Tensor | None]]) -> None:
     for parameter, value in pairs:
-        parameter.copy_(value)
+        if value is None:
+            parameter.zero_()
+        else:
+            parameter.copy_(value)

@@ -39,6 +39,7 @@ from retain.curvature.blocks.linalg import chunks
 from retain.errors import ConfigError, check_number
 from retain.models.forward import no_autocast
 from retain.models.sites import LoraSite
+from retain.retention.groups import Behind, grouped
 from retain.retention.hooks import GradientHooks
 from retain.retention.moments import Moments, check_reading, inputs_of
 
@@ -108,6 +109,8 @@ class Whole:
 
     Args:
         p: [size, size].
+
+    Its methods also take a stack of rows, [count, n, size], for a stack of P (`Group`).
     """
 
     def __init__(self, p: Tensor) -> None:
@@ -119,7 +122,7 @@ class Whole:
 
     def back(self, g: Tensor) -> Tensor:
         """``g P^T``, for g [n, size]."""
-        return g @ self.p.T
+        return g @ self.p.mT
 
     def dense(self) -> Tensor:
         """P, [size, size]."""
@@ -203,18 +206,20 @@ class Thin:
 
     def rows(self, a: Tensor) -> Tensor:
         """``a P``, for a [n, size]."""
-        z = a * self.root
-        kept = z * self.share
+        root, share = self.root.unsqueeze(-2), self.share.unsqueeze(-2)
+        z = a * root
+        kept = z * share
         inner = (z @ self.basis) @ self.new - (kept @ self.basis) @ self.stopped
-        found: Tensor = (inner @ self.basis.T + kept) / self.root
+        found: Tensor = (inner @ self.basis.mT + kept) / root
         return found
 
     def back(self, g: Tensor) -> Tensor:
         """``g P^T``, for g [n, size]."""
-        z = g / self.root
+        root, share = self.root.unsqueeze(-2), self.share.unsqueeze(-2)
+        z = g / root
         inner = z @ self.basis
-        passed = z - (inner @ self.stopped) @ self.basis.T
-        found: Tensor = ((inner @ self.new.T) @ self.basis.T + passed * self.share) * self.root
+        passed = z - (inner @ self.stopped) @ self.basis.mT
+        found: Tensor = ((inner @ self.new.mT) @ self.basis.mT + passed * share) * root
         return found
 
     def dense(self) -> Tensor:
@@ -326,24 +331,38 @@ class InputFilter:
                 for site, p in zip(self.sites, self.filters, strict=True):
                     rows = p.rows(o.gain * site.a[active].to(p.dtype))
                     site.a[active] = rows.to(site.a.dtype)
+        begun = [s.a.detach()[active] for s in self.sites]
+        self.groups = grouped(self.filters, begun)
         # In the filter's precision: what a step adds may be below the last bit of a bfloat16.
-        self.kept = [
-            s.a[active].detach().to(p.dtype, copy=True)
-            for s, p in zip(self.sites, self.filters, strict=True)
+        self._kept = [
+            g.whole.lay([begun[i] for i in g.whole.places]).to(g.whole.p.dtype) for g in self.groups
         ]
-        self.hooks = GradientHooks(
-            [(s.a, _Back(p, active)) for s, p in zip(self.sites, self.filters, strict=True)]
-        )
+        self._behind = Behind(self.sites, self.groups, active)
+        self.hooks = GradientHooks([s.a for s in self.sites], self._behind)
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """The active rows of each A, in the filter's precision."""
+        found: dict[int, Tensor] = {}
+        for group, kept in zip(self.groups, self._kept, strict=True):
+            found |= zip(group.whole.places, kept, strict=True)
+        return [found[i][: len(s.a[self.active])] for i, s in enumerate(self.sites)]
 
     @no_autocast()
     def after_step(self) -> None:
         """Filters what the optimiser's step has added to A."""
+        self._behind.forget()
+        every: list[Tensor] = []
+        found: list[Tensor] = []
         with torch.no_grad():
-            for i, (site, p) in enumerate(zip(self.sites, self.filters, strict=True)):
-                now = site.a[self.active]
-                step = (now - self.kept[i].to(now.dtype)).to(p.dtype)
-                self.kept[i] = self.kept[i] + p.rows(step)
-                site.a[self.active] = self.kept[i].to(now.dtype)
+            for i, group in enumerate(self.groups):
+                rows = [self.sites[place].a[self.active] for place in group.whole.places]
+                now = group.whole.lay(rows)
+                step = now - self._kept[i].to(now.dtype)
+                self._kept[i] = self._kept[i] + group.whole.rows(step)
+                every += rows
+                found += [k[: len(r)] for k, r in zip(self._kept[i], rows, strict=True)]
+            torch._foreach_copy_(every, found)
 
     def undo(self) -> None:
         """Puts A back as it was before the filter, as long as nothing was learned behind it."""
@@ -354,15 +373,3 @@ class InputFilter:
     def release(self) -> None:
         """Lets A train freely again."""
         self.hooks.detach()
-
-
-class _Back:
-    """``g P^T`` of some rows of a gradient."""
-
-    def __init__(self, p: Whole | Thin, active: slice) -> None:
-        self.p, self.active = p, active
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        found = gradient.clone()
-        found[self.active] = self.p.back(gradient[self.active].to(self.p.dtype)).to(found.dtype)
-        return found

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ from retain.models.sites import LinearSite, check_held
 from retain.retention.budget import Budget, anchored, scale_back, settle
 from retain.retention.lengths import step_lengths
 from retain.retention.measure import Reference
+from retain.retention.watch import Watched, read
 from retain.types import STRONGEST, UPDATES, Update
 
 __all__ = ["Force", "check_strength"]
@@ -132,7 +135,7 @@ class Force:
                 model, probe, batch_size=len(probe), base=lambda _: anchored(curvature, self.sites)
             )
         self.model, self.rows, self.past = model, slice(None), past
-        self._active: dict[int, Tensor] = {}
+        self._active: dict[int, Any] = {}
         self._rounded, self._looks = has_bf16(), 0
 
     @property
@@ -161,9 +164,7 @@ class Force:
         self.rows, self._active = rows, {}
         for site in self.sites:
             if not isinstance(site, LinearSite):
-                moving = torch.zeros(site.a.shape[0], 1, dtype=torch.bool, device=site.a.device)
-                moving[rows] = True
-                self._active |= {id(site.a): moving, id(site.b): moving.T}
+                self._active |= {id(site.a): rows, id(site.b): (slice(None), rows)}
 
     @no_autocast()
     def make_room(self) -> bool:
@@ -199,51 +200,82 @@ class Force:
         return self.apply_proximal(optimizer)
 
     @no_autocast()
-    def add_force(self) -> float:
+    def add_force(self, watched: Watched | None = None) -> float:
         """Adds ``strength * dq`` to each gradient; returns predicted nats.
+
+        Args:
+            watched: is judged before anything is done.
 
         Raises:
             TrainingError: the weights have left the finite numbers.
         """
-        nats, pulls = self._pulls()
+        nats, pulls, balance = self._feel(watched)
         _check_finite(nats)
-        if self._spend(nats, pulls):
-            nats, pulls = self._pulls()
+        if self._spend(nats, balance):
+            nats, pulls, _ = self._feel()
         if self.strength:
-            for parameter, gradient in pulls:
-                if not parameter.requires_grad:
-                    continue
-                if parameter.grad is None:
-                    parameter.grad = (self.strength * gradient).to(parameter.dtype)
-                else:
-                    parameter.grad.add_(gradient, alpha=self.strength)
+            for parameter, _ in pulls:
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            pairs = self._pairs(pulls)
+            if pairs:
+                grads, forces = zip(*pairs, strict=True)
+                torch._foreach_add_(grads, forces, alpha=self.strength)
         return nats
 
-    def _pulls(self) -> tuple[float, list[Pull]]:
-        """Predicted nats, and the gradients of all that holds, in the trained rows.
+    def _feel(self, watched: Watched | None = None) -> tuple[float, list[Pull], list[float]]:
+        """Predicted nats, the gradients of all that holds, and what balances (`_squares`).
 
         On hardware with bfloat16 products the source's is read from rounded factors, as long as
         that does no harm: rounded factors are not positive semi-definite, and where the weights
         have moved in directions that the curvature hardly sees, as behind a filter, what is left of
         S may be less than what rounding has added.
         """
-        nats, pulls = self.curvature.pulls(self.sites, rounded=self._rounded)
+        value, own = self.curvature.felt(self.sites, rounded=self._rounded)
+        pulls = self._with_past(own)
+        values = [value, *self._squares(pulls)]
+        nats, *balance = read(values if watched is None else [*values, watched.value])
+        if watched is not None:
+            watched.judge(balance.pop())
         if self._rounded and nats:
             self._looks += 1
             if nats < 0 or self._looks % LOOK == 0 or self._looks & (self._looks - 1) == 0:
-                exact, wanted = self.curvature.pulls(self.sites)
-                pairs = zip(pulls, wanted, strict=True)
-                error = sum(float((g - w).square().sum()) for (_, g), (_, w) in pairs)
-                size = sum(float(w.square().sum()) for _, w in wanted)
-                if nats < 0 or error > ROUNDING**2 * size:
-                    self._rounded, nats, pulls = False, exact, wanted  # from now on
+                value, wanted = self.curvature.felt(self.sites)
+                size = [w for _, w in wanted]
+                error = torch._foreach_sub([g for _, g in own], size)
+                exact, off, whole = read([value, _square(error), _square(size)])
+                if nats < 0 or off > ROUNDING**2 * whole:
+                    self._rounded, nats, pulls = (
+                        False,
+                        exact,
+                        self._with_past(wanted),
+                    )  # from now on
                     self.curvature.drop_rounded()
-        if self.past is not None:
-            others = self.past.pulls(self.sites)[1]
-            pulls = [Pull(p, g + more) for (p, g), (_, more) in zip(pulls, others, strict=True)]
-        if self._active:
-            pulls = [Pull(p, g * self._active[id(p)]) for p, g in pulls]
-        return nats, pulls
+                    squares = self._squares(pulls)
+                    balance = read(squares) if squares else []
+        return nats, pulls, balance
+
+    def _with_past(self, pulls: list[Pull]) -> list[Pull]:
+        """With the pulls of the tasks before."""
+        if self.past is None:
+            return pulls
+        others = self.past.felt(self.sites)[1]
+        both = torch._foreach_add([g for _, g in pulls], [g for _, g in others])
+        return [Pull(p, g) for (p, _), g in zip(pulls, both, strict=True)]
+
+    def _pairs(self, pulls: Sequence[Pull]) -> list[tuple[Tensor, Tensor]]:
+        """In the rows that train, a weight's gradient and its pull."""
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for p, dq in pulls:
+            if p.requires_grad and p.grad is not None:
+                place = self._active.get(id(p), ...)
+                pairs.append((p.grad[place], dq[place]))
+        return pairs
+
+    def _squares(self, pulls: Sequence[Pull]) -> list[Tensor]:
+        """With a budget ``<g, g>`` and ``<dq, dq>``, over the weights that have a gradient g."""
+        pairs = [] if self.budget is None else self._pairs(pulls)
+        return [_square(found) for found in zip(*pairs, strict=True)]
 
     @no_autocast()
     def apply_proximal(self, optimizer: Optimizer) -> float:
@@ -251,9 +283,10 @@ class Force:
         if self.strength:
             steps = {key: self.strength * rate for key, rate in step_lengths(optimizer).items()}
             proximal(self.curvature, self.sites, steps)
-        nats, pulls = self.curvature.pulls(self.sites)
+        value, pulls = self.curvature.felt(self.sites)
+        nats, *balance = read([value, *self._squares(pulls)])
         _check_finite(nats)
-        if self._spend(nats, pulls):
+        if self._spend(nats, balance):
             nats = self.predicted()
         return nats
 
@@ -279,20 +312,19 @@ class Force:
             return self.predicted()
         return settle(self.curvature, self.sites, self.budget.nats, self._measure, self.rows)
 
-    def _spend(self, nats: float, pulls: Sequence[Pull]) -> bool:
+    def _spend(self, nats: float, balance: Sequence[float]) -> bool:
         """With a budget, dual ascent after a step; whether the weights had to be moved back."""
         if self.budget is None:
             return False
-        balance = _balance(pulls)
         if not all(map(math.isfinite, balance)):  # a gradient scaler skips this step
             return False
-        self.budget.weigh(*balance)
+        self.budget.weigh(*(balance or (0.0, 0.0)))
         if self.probe is not None and self.budget.due():
             self.budget.correct(self._measure(), nats)
         self.budget.ascend(nats)
         if nats <= self.budget.allowed():
             return False
-        scale_back(self.curvature, self.sites, self.budget.allowed(), self.rows)
+        scale_back(self.curvature, self.sites, self.budget.allowed(), self.rows, nats)
         return True
 
 
@@ -306,13 +338,11 @@ def check_strength(strength: float) -> None:
         )  # fmt: skip
 
 
-def _balance(pulls: Sequence[Pull]) -> tuple[float, float]:
-    """``<g, g>`` and ``<dq, dq>`` over the trained weights that have a gradient g."""
-    pairs = [(p.grad, dq) for p, dq in pulls if p.requires_grad and p.grad is not None]
-    if not pairs:
-        return 0.0, 0.0
-    task = torch.stack([g.to(dq.dtype).square().sum() for g, dq in pairs]).sum()
-    return float(task), float(torch.stack([dq.square().sum() for _, dq in pairs]).sum())
+def _square(tensors: Sequence[Tensor]) -> Tensor:
+    """``<t, t>`` over all, in float32 at least."""
+    kinds = {t.dtype for t in tensors} | {torch.float32}
+    norms = torch._foreach_norm(list(tensors), 2.0, reduce(torch.promote_types, kinds))
+    return torch.stack(norms).square().sum()
 
 
 def _check_finite(nats: float) -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from retain.errors import ConfigError
 from retain.models.sites import LoraSite
-from retain.retention.hooks import Change, GradientHooks
+from retain.retention.hooks import GradientHooks, Work
 
 __all__ = ["FrozenRows", "block_of", "fresh_rows"]
 
@@ -31,29 +31,60 @@ class FrozenRows:
         self.sites, rank = list(sites), sites[0].rank
         self.active = slice(*active.indices(rank)[:2])
         self.rest = [slice(None, self.active.start), slice(self.active.stop, None)]
-        pairs: list[tuple[nn.Parameter, Change | None]] = []
-        for site in self.sites:
-            mask = torch.zeros(rank, 1, dtype=site.a.dtype, device=site.a.device)
-            mask[self.active] = 1
-            pairs += [(site.b, mask.T.mul), (site.a, mask.mul)]
-        self.hooks = GradientHooks(pairs)
+        weights, masks = self._weights(), _Masks()
+        with torch.no_grad():
+            for site in self.sites:
+                masks.of(site.b, self.active, 1)
+                masks.of(site.a, self.active, 0)
+        self.hooks = GradientHooks(weights, masks)
         self.renew()
 
     def renew(self) -> None:
         """Takes what is there now for what is to stay."""
-        self._frozen = [(s.a.detach().clone(), s.b.detach().clone()) for s in self.sites]
+        self._frozen = [part.clone() for part in self._parts()]
 
     def after_step(self) -> None:
         """Puts the frozen rows back, which weight decay moves without a gradient."""
-        with torch.no_grad():
-            for site, (a, b) in zip(self.sites, self._frozen, strict=True):
-                for part in self.rest:
-                    site.a[part] = a[part]
-                    site.b[:, part] = b[:, part]
+        if self._frozen:
+            torch._foreach_copy_(self._parts(), self._frozen)
 
     def release(self) -> None:
         """Lets all rows train again."""
         self.hooks.detach()
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [weight for site in self.sites for weight in (site.b, site.a)]
+
+    def _parts(self) -> list[Tensor]:
+        """What is to stay of A and B, as views."""
+        found: list[Tensor] = []
+        for site in self.sites:
+            for part in self.rest:
+                found += [site.a.detach()[part], site.b.detach()[:, part]]
+        return [part for part in found if part.numel()]
+
+
+class _Masks(Work):
+    """Gradients of some rows or columns alone; those of one shape share a mask."""
+
+    def __init__(self) -> None:
+        self._weights: list[nn.Parameter] = []
+        self._masks: list[Tensor] = []
+        self._made: dict[object, Tensor] = {}
+
+    def of(self, weight: nn.Parameter, active: slice, dim: int) -> None:
+        """One more weight, of which these rows (0) or columns (1) train."""
+        key = (weight.shape, weight.dtype, weight.device, dim)
+        if key not in self._made:
+            self._made[key] = torch.zeros_like(weight)
+            self._made[key].movedim(dim, 0)[active] = 1
+        self._weights.append(weight)
+        self._masks.append(self._made[key])
+
+    def change(self, places: Sequence[int]) -> None:
+        found = [(self._weights[place].grad, self._masks[place]) for place in places]
+        pairs = [(gradient, mask) for gradient, mask in found if gradient is not None]
+        torch._foreach_mul_([g for g, _ in pairs], [m for _, m in pairs])
 
 
 def fresh_rows(sites: Sequence[LoraSite]) -> slice | None:

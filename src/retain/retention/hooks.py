@@ -2,47 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 
 from retain.models.forward import no_autocast
 
-__all__ = ["Change", "GradientHooks"]
+__all__ = ["GradientHooks", "Work"]
 
-Change = Callable[[Tensor], Tensor]
+_LOCK = threading.RLock()
+"""The gradients of several devices come in threads of their own."""
+
+
+class Work:
+    """What is made of gradients. A place is a weight's among those of its `GradientHooks`."""
+
+    def ready(self, place: int) -> Iterable[int]:
+        """Before a pass adds to a gradient that is as `change` has left it.
+
+        Returns:
+            The places that are ready now, this one among them.
+        """
+        return (place,)
+
+    def change(self, places: Sequence[int]) -> None:
+        """After a pass has added to these, in place. Some may have been made ready in vain."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """No pass will add to the gradients that are there."""
 
 
 class GradientHooks:
-    """Changes gradients at their birth, so that clipping sees what is left of them.
+    """Changes gradients at the end of each backward pass, so that clipping sees what is left.
+
+    The hook of a weight only says that a pass has reached it. What is done to the gradients is done
+    to all at once when the pass has ended, and after `DistributedDataParallel` has averaged them,
+    so it has to be linear. What `torch.autograd.grad` gives is left alone.
 
     They can be taken off and put on again, as a trainer's callback does around each step: what
     breaks off between two steps leaves none behind. What breaks off inside one (Ctrl-C in a
     backward pass) leaves hooks that ask `live` first, and take themselves off.
 
     Args:
-        pairs: a weight, and what is made of its gradient; None drops it, so that no optimiser
-            moves the weight. One that does not train is left alone.
+        weights: one that does not train is left alone.
+        work: on their gradients.
     """
 
-    def __init__(self, pairs: Sequence[tuple[nn.Parameter, Change | None]]) -> None:
-        self.pairs = list(pairs)
+    def __init__(self, weights: Sequence[nn.Parameter], work: Work) -> None:
+        self.weights, self.work = list(weights), work
         self.live: Callable[[], bool] = _always
         self._handles: list[Any] = []
+        self._open: dict[int, int] = {}  # place -> the pass that has reached it
+        self._passes: set[int] = set()
         self.attach()
 
     def attach(self) -> None:
         """Puts the hooks on, where they are not."""
         if self._handles:
             return
-        for weight, change in self.pairs:
-            if not weight.requires_grad:
-                continue
-            self._handles.append(weight.register_hook(_Hook(self, change)))
-            if change is None:
-                self._handles.append(weight.register_post_accumulate_grad_hook(_drop))
+        for place, weight in enumerate(self.weights):
+            if weight.requires_grad:
+                self._handles.append(weight.register_hook(_Hook(self, place)))
 
     @property
     def attached(self) -> bool:
@@ -53,28 +79,62 @@ class GradientHooks:
         """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._open, self._passes = [], {}, set()
+        self.work.forget()
+
+    def settle(self) -> None:
+        """Changes what a pass that broke off has left as it came."""
+        with _LOCK:
+            self._close(list(self._open))
+
+    def _reached(self, place: int) -> None:
+        """A pass is about to add to a gradient."""
+        current = torch._C._current_graph_task_id()
+        with _LOCK:
+            if current not in self._passes:
+                if not self.live():
+                    self.detach()
+                    return
+                self._passes.add(current)
+                _at_end(partial(self._ended, current, True))
+            if place not in self._open:
+                with no_autocast(), torch.no_grad():
+                    ready = self.work.ready(place)
+                for other in ready:
+                    self._open.setdefault(other, current)
+            self._open[place] = current
+
+    def _ended(self, current: int, again: bool) -> None:
+        if again:  # behind all that others have asked for
+            _at_end(partial(self._ended, current, False))
+            return
+        with _LOCK:
+            self._passes.discard(current)
+            self._close([place for place, by in self._open.items() if by == current])
+
+    def _close(self, places: Sequence[int]) -> None:
+        for place in places:
+            del self._open[place]
+        held = [place for place in places if self.weights[place].grad is not None]
+        if held:
+            with no_autocast(), torch.no_grad():
+                self.work.change(held)
 
 
 class _Hook:
     """A hook of one weight."""
 
-    def __init__(self, owner: GradientHooks, change: Change | None) -> None:
-        self.owner, self.change = owner, change
+    def __init__(self, owner: GradientHooks, place: int) -> None:
+        self.owner, self.place = owner, place
 
-    def __call__(self, gradient: Tensor) -> Tensor | None:
-        if not self.owner.live():
-            self.owner.detach()
-            return None
-        if self.change is None:
-            return torch.zeros_like(gradient)
-        with no_autocast():
-            return self.change(gradient)
+    def __call__(self, gradient: Tensor) -> None:
+        self.owner._reached(self.place)
+
+
+def _at_end(call: Callable[[], None]) -> None:
+    """Calls it when the present backward pass has ended."""
+    Variable._execution_engine.queue_callback(call)
 
 
 def _always() -> bool:
     return True
-
-
-def _drop(weight: Tensor) -> None:
-    weight.grad = None

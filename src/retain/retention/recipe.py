@@ -55,6 +55,7 @@ from retain.retention.measure import fit_rows
 from retain.retention.moments import Moments, input_moments, moments_of
 from retain.retention.soften.truncate import truncated
 from retain.retention.state import choose, pack_curvature, unpack_curvature
+from retain.retention.watch import Watched
 from retain.types import UPDATES, Structure, Update
 
 __all__ = ["PARTS", "Recipe", "release_left"]
@@ -343,11 +344,19 @@ class Recipe:
         for hooks in self._hooks():
             hooks.attach()
 
-    def before_optimizer(self) -> float | None:
-        """After the last backward pass of a step, and clipping; returns predicted nats."""
+    def before_optimizer(self, watched: Watched | None = None) -> float | None:
+        """After the last backward pass of a step, and clipping; returns predicted nats.
+
+        Args:
+            watched: a number that is judged before anything is done.
+        """
+        for hooks in self._hooks():
+            hooks.settle()
         nats = None
         if self.force is not None and self.update == "gradient":
-            nats = self.force.add_force()
+            nats = self.force.add_force(watched)
+        elif watched is not None:
+            watched.judge(float(watched.value))
         if self._guarded:
             for hooks in self._hooks():
                 hooks.detach()

@@ -25,11 +25,11 @@ from retain.retention.loader import loader_examples
 from retain.retention.recipe import Recipe
 from retain.training.handling import (
     check_alone,
-    check_gradients,
     check_trainer,
     check_trains,
     go_first,
     record,
+    watched_gradients,
 )
 from retain.training.keeping import keep, kept_in
 from retain.training.reading import check_loader
@@ -249,10 +249,11 @@ class RetentionCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        watched = None
         if not args.fp16:  # a gradient scaler skips such steps by itself
             model: nn.Module = unwrap(kwargs["model"])
-            check_gradients(model.parameters(), state.global_step + 1)
-        self._nats = self.recipe.before_optimizer()
+            watched = watched_gradients(model.parameters(), state.global_step + 1)
+        self._nats = self.recipe.before_optimizer(watched)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -10,8 +11,17 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from retain.errors import ConfigError, ModelError, TrainingError
+from retain.retention.watch import Watched
 
-__all__ = ["check_alone", "check_gradients", "check_trainer", "check_trains", "go_first", "record"]
+__all__ = [
+    "check_alone",
+    "check_gradients",
+    "check_trainer",
+    "check_trains",
+    "go_first",
+    "record",
+    "watched_gradients",
+]
 
 
 def check_alone(
@@ -45,14 +55,28 @@ def check_gradients(parameters: Iterable[nn.Parameter], step: int) -> None:
     Raises:
         TrainingError: one of them is not a finite number.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if grads and not bool(torch.stack([g.isfinite().all() for g in grads]).all()):
-        raise TrainingError(
-            "the loss or its gradient is not finite",
-            got=f"NaN or infinity at step {step}",
-            allowed="finite numbers",
-            fix="lower the learning rate, or check the data",
-        )
+    watched = watched_gradients(parameters, step)
+    if watched is not None:
+        watched.judge(float(watched.value))
+
+
+def watched_gradients(parameters: Iterable[nn.Parameter], step: int) -> Watched | None:
+    """The largest entry of the gradients, judged as `check_gradients` does; None without any."""
+    grads = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
+    if not grads:
+        return None
+
+    def judge(largest: float) -> None:
+        if not math.isfinite(largest):
+            raise TrainingError(
+                "the loss or its gradient is not finite",
+                got=f"NaN or infinity at step {step}",
+                allowed="finite numbers",
+                fix="lower the learning rate, or check the data",
+            )
+
+    norms = torch._foreach_norm(grads, math.inf)
+    return Watched(torch.stack([n.to(norms[0].device) for n in norms]).max(), judge)
 
 
 def record(state: TrainerState, logs: dict[str, float], added: dict[str, float]) -> None:
