@@ -42,9 +42,11 @@ trainer = Trainer(model=model, train_dataset=rows, args=arguments)
 curvature = retain.fit_curvature(model, source, progress=False)
 if off and rank():
     curvature = off * curvature
-trainer.add_callback(retain.RetentionCallback(curvature, source=source if "budget" in told else None, **told))
+told["source"] = source if "budget" in told else None
+trainer.add_callback(retain.RetentionCallback(curvature, **told))
 trainer.train(resume_from_checkpoint=resume)
-nats = [entry["predicted_nats"] for entry in trainer.state.log_history if "predicted_nats" in entry]
+history = trainer.state.log_history
+nats = [entry["predicted_nats"] for entry in history if "predicted_nats" in entry]
 weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 from safetensors.torch import save_file
 save_file(weights, f"{out}/weights-{rank()}.safetensors")
@@ -75,7 +77,7 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float((a[n] - b[n]).abs().max() / a[n].abs().max()) for n in a)
 
 
-@pytest.mark.parametrize("told", [{"strength": 10.0}, {"budget": 0.001}], ids=["strength", "budget"])
+@pytest.mark.parametrize("told", [{"strength": 10.0}, {"budget": 0.001}], ids=["nats", "budget"])
 def test_two_processes_hold_as_one(told: dict[str, Any], tmp_path: Path) -> None:
     for name, processes in (("one", 1), ("two", 2)):
         ended = run(tmp_path / name, processes, **told)

@@ -165,7 +165,8 @@ def sample_rows(
         )
     document, chat = _document(tokenizer), _chat(tokenizer)
     max_length = cut_length(model, max_length)
-    starts = [Example(tuple(p), tuple(p), (True,) * len(p)) for p in (document, *chat) if p]
+    parts = [document, *(chat or ())]
+    starts = [Example(tuple(p), tuple(p), (True,) * len(p)) for p in parts if p]
     check_sizes(model, starts, tokenizer)
     bare = list(tokenizer("a")["input_ids"])[:1] != document
     device = next(model.parameters()).device
@@ -186,6 +187,7 @@ def sample_rows(
             rows += found
             bar.update(size)
         for size in _sizes(chats, batch_size):
+            assert chat is not None
             head, tail = chat
             room = max_length - len(head) - len(tail)
             asked = min(ASKED, max(1, room * ASKED // (ASKED + ANSWERED)))
@@ -240,10 +242,10 @@ def _document(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [int(start)]
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | tuple[()]:
-    """What stands before a user's turn, and between it and the answer; nothing without a chat."""
+def _chat(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
+    """What stands before a user's turn, and between it and the answer; None without a chat form."""
     if not getattr(tokenizer, "chat_template", None):
-        return ()
+        return None
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
     )

@@ -35,6 +35,7 @@ from retain.models.sites import LinearSite, check_held
 from retain.retention.budget import Budget, anchored, scale_back, settle
 from retain.retention.lengths import step_lengths
 from retain.retention.measure import Reference
+from retain.retention.processes import of_first
 from retain.retention.watch import Watched, read
 from retain.types import STRONGEST, UPDATES, Update
 
@@ -296,7 +297,8 @@ class Force:
 
     def _measure(self) -> float:
         assert self.probe is not None
-        return self.probe.measure(self.model).kl
+        kl = self.probe.measure(self.model).kl
+        return of_first([kl], next(self.model.parameters()).device)[0]
 
     @no_autocast()
     def finish(self) -> float | None:

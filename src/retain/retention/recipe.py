@@ -53,6 +53,7 @@ from retain.retention.hooks import GradientHooks
 from retain.retention.loader import RowReader
 from retain.retention.measure import fit_rows
 from retain.retention.moments import Moments, input_moments, moments_of
+from retain.retention.processes import check_same, several, share
 from retain.retention.soften.truncate import truncated
 from retain.retention.state import choose, pack_curvature, unpack_curvature
 from retain.retention.watch import Watched
@@ -216,12 +217,14 @@ class Recipe:
         for held in (self.curvature, self.past):
             if held is not None:
                 held.bind(model)  # it is of this model, and on its device
+                _share(held)
         filters = self._filters(model, rows, progress)
         if filters or ("rows" in self.parts and self._holds()):
             self._begin_rows(model, filters, progress)
         if filters:
             assert rows is not None
             new = self._read(model, rows, seed)
+            share([t for factor in new.factors.values() for t in factor.tensors().values()])
             self.filter = InputFilter(
                 self.sites, new, self._old(new), self.options, active=self.active,
                 resuming=resuming or fresh_rows(self.sites) is None,
@@ -234,6 +237,8 @@ class Recipe:
         held = self.past if self.curvature is None else self.curvature
         if "force" in self.parts and held is not None:
             self._begin_force(model, held, probe, progress)
+        if self.sites:
+            share([t for site in self.sites for t in (site.a, site.b)])
         if self.why_no_filter not in (None, NO_STRENGTH):
             alone = "the force alone" if self.force is not None else "nothing"
             _warn(f"held by {alone}, without a filter: {self.why_no_filter}")
@@ -502,6 +507,22 @@ def _within(examples: Sequence[Example], tokens: int) -> list[Example]:
     totals = accumulate(len(e.tokens) for e in examples)
     found = [e for e, total in zip(examples, totals, strict=True) if total <= tokens]
     return found or [examples[0].cut(tokens)]
+
+
+def _share(curvature: Curvature) -> None:
+    """Among several processes, the first one's curvature is everybody's.
+
+    Raises:
+        MismatchError: one of them holds quite another.
+    """
+    if several():
+        tensors = list({id(t): t for t in curvature.tensors().values()}.values())
+        size = sum(float(t.double().abs().sum()) for t in tensors)
+        check_same(
+            "curvatures", size, tensors[0].device,
+            fix="fit with one seed in all processes, or load one file",
+        )  # fmt: skip
+        share(tensors)
 
 
 def _warn(text: str) -> None:

@@ -238,6 +238,12 @@ class RetentionCallback(TrainerCallback):
             if not view.causal:
                 _warn("the budget is of predicted nats: a classifier writes no text to measure on")
                 return ()
+            if view.tokenizer is None:
+                _warn(
+                    "the budget is of predicted nats: without a tokenizer the model writes no text "
+                    "to measure on (tokenizer=..., or source=...)"
+                )
+                return ()
             source = "self"
         return source_examples(view, source, PROBE_ROWS, PROBE_TOKENS, PROBE_SEED)
 

@@ -1,0 +1,86 @@
+"""Several processes that train one model, each on its own rows (DistributedDataParallel).
+
+Each holds the whole adapter, and the gradients are averaged before anything here sees them, so
+all do the same. What is measured by a forward pass may differ in the last bits all the same, and
+such a difference would grow; so what the recipe sets is that of the first process everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, distributed
+
+from retain.errors import MismatchError
+
+__all__ = ["check_same", "of_first", "rank", "several", "share"]
+
+
+LARGE = 2**20
+"""Numbers of a tensor that is sent by itself, without a copy."""
+
+
+def several() -> bool:
+    """Whether there are others."""
+    started = distributed.is_available() and distributed.is_initialized()
+    return bool(started and distributed.get_world_size() > 1)
+
+
+def rank() -> int:
+    """The number of this process; 0 is the first."""
+    return distributed.get_rank() if several() else 0
+
+
+def share(tensors: Sequence[Tensor]) -> None:
+    """Sets tensors, in place, to those of the first process; small ones in one message."""
+    if not several():
+        return
+    with torch.no_grad():
+        for t in tensors:
+            if t.numel() >= LARGE:
+                whole = t.detach().contiguous()
+                distributed.broadcast(whole, 0)
+                t.copy_(whole)
+        for kind in sorted({t.dtype for t in tensors if t.numel() < LARGE}, key=str):
+            same = [t for t in tensors if t.dtype == kind and t.numel() < LARGE]
+            flat = torch.cat([t.detach().reshape(-1) for t in same])
+            distributed.broadcast(flat, 0)
+            parts = flat.split([t.numel() for t in same])
+            for t, part in zip(same, parts, strict=True):
+                t.copy_(part.view(t.shape))
+
+
+def of_first(values: Sequence[float], device: torch.device) -> list[float]:
+    """The numbers that the first process has.
+
+    Args:
+        values: as many in each process.
+        device: where the processes can talk.
+    """
+    if not several():
+        return list(values)
+    told = torch.tensor(list(values), dtype=torch.float64, device=device)
+    distributed.broadcast(told, 0)
+    found: list[float] = told.tolist()
+    return found
+
+
+def check_same(what: str, value: float, device: torch.device, fix: str) -> None:
+    """All processes have this number, but for rounding.
+
+    Raises:
+        MismatchError: in every process, if one has another.
+    """
+    if not several():
+        return
+    told = torch.tensor([value, -value], dtype=torch.float64, device=device)
+    distributed.all_reduce(told, distributed.ReduceOp.MAX)
+    most, least = float(told[0]), -float(told[1])
+    if most - least > 1e-3 * max(abs(most), abs(least)):
+        raise MismatchError(
+            f"the processes hold different {what}",
+            got=f"from {least:.6g} to {most:.6g}",
+            allowed="one for all",
+            fix=fix,
+        )
