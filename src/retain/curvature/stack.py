@@ -101,8 +101,11 @@ class Stack:
         most, count, readers = max(len(m.a) for m in mine), len(self.units), len(self._outputs)
         rank = most + max(m.rank - len(m.a) for m in mine)
         shape = len(mine), rank, mine[0].a.shape[1]
-        rights = mine[0].a.new_zeros(shape, dtype=mine[0].dtype)
-        _fill([(x[: len(m.a)], m.a) for x, m in zip(rights, mine, strict=True)])
+        if all(m.a.shape == shape[1:] for m in mine):
+            rights = torch.stack([m.a for m in mine]).to(mine[0].dtype)
+        else:
+            rights = mine[0].a.new_zeros(shape, dtype=mine[0].dtype)
+            _fill([(x[: len(m.a)], m.a) for x, m in zip(rights, mine, strict=True)])
         starts = [(x[most:], m.start[1]) for x, m in zip(rights, mine, strict=True) if m.start]
         _fill([(x[: len(a0)], a0) for x, a0 in starts])
         rights = rights.reshape(count, readers * rank, -1)
@@ -113,7 +116,7 @@ class Stack:
             span = slice(reader * rank, (reader + 1) * rank)
             names = [unit[reader] for unit in self.units]
             own = [moves[name] for name in names]
-            left, scale = _lefts(own, most, rank), _scale(own, rights)
+            left, scale = _lefts(own, most, rank), _scale(own)
             gl, rs = outputs.matmul(left.mT), products[:, span]
             outer, inner = left.mT @ gl.mT, rs @ rights[:, span].mT
             values.append(0.5 * (outer * inner.mT).sum())
@@ -127,10 +130,12 @@ class Stack:
 
 def _lefts(moves: Sequence[Move], most: int, rank: int) -> Tensor:
     """``[scaling B, -B_0]`` of each."""
-    shape = len(moves), len(moves[0].b), rank
+    shape, scale = (len(moves), len(moves[0].b), rank), _scale(moves)
+    if all(m.b.shape == shape[1:] for m in moves):
+        return torch.stack([m.b for m in moves]).to(moves[0].dtype) * scale
     left = moves[0].b.new_zeros(shape, dtype=moves[0].dtype)
     _fill([(x[:, : m.b.shape[1]], m.b) for x, m in zip(left, moves, strict=True)])
-    left[:, :, :most] *= _scale(moves, left)
+    left[:, :, :most] *= scale
     if rank > most:
         starts = [(x[:, most:], m.start[0]) for x, m in zip(left, moves, strict=True) if m.start]
         _fill([(x[:, : b0.shape[1]], b0) for x, b0 in starts])
@@ -138,11 +143,11 @@ def _lefts(moves: Sequence[Move], most: int, rank: int) -> Tensor:
     return left
 
 
-def _scale(moves: Sequence[Move], like: Tensor) -> Tensor | float:
+def _scale(moves: Sequence[Move]) -> Tensor | float:
     scales = [m.scaling for m in moves]
     if len(set(scales)) == 1:
         return scales[0]
-    return torch.tensor(scales, dtype=like.dtype).to(like.device)[:, None, None]
+    return torch.tensor(scales, dtype=moves[0].dtype).to(moves[0].b.device)[:, None, None]
 
 
 def _fill(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

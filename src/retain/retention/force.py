@@ -213,7 +213,7 @@ class Force:
         nats, pulls, balance = self._feel(watched)
         _check_finite(nats)
         if self._spend(nats, balance):
-            nats, pulls, _ = self._feel()
+            nats, pulls, _ = self._feel(balanced=False)
         if self.strength:
             for parameter, _ in pulls:
                 if parameter.requires_grad and parameter.grad is None:
@@ -224,7 +224,9 @@ class Force:
                 torch._foreach_add_(grads, forces, alpha=self.strength)
         return nats
 
-    def _feel(self, watched: Watched | None = None) -> tuple[float, list[Pull], list[float]]:
+    def _feel(
+        self, watched: Watched | None = None, *, balanced: bool = True
+    ) -> tuple[float, list[Pull], list[float]]:
         """Predicted nats, the gradients of all that holds, and what balances (`_squares`).
 
         On hardware with bfloat16 products the source's is read from rounded factors, as long as
@@ -234,7 +236,7 @@ class Force:
         """
         value, own = self.curvature.felt(self.sites, rounded=self._rounded)
         pulls = self._with_past(own)
-        values = [value, *self._squares(pulls)]
+        values = [value, *(self._squares(pulls) if balanced else ())]
         nats, *balance = read(values if watched is None else [*values, watched.value])
         if watched is not None:
             watched.judge(balance.pop())

@@ -141,18 +141,14 @@ def _stacked(filters: Sequence[Product]) -> Product:
     return whole
 
 
-class Kept(NamedTuple):
-    """What is known of a gradient that has been filtered.
+class Laid(NamedTuple):
+    """Rows of some sites behind each other, and whose they are."""
 
-    Attributes:
-        came: its rows before the filter, all that has been added to them so far.
-        left: its rows after it.
-        base: what was in them before anything that is to be filtered; None for nothing.
-    """
+    rows: Tensor
+    places: list[int]
 
-    came: Tensor
-    left: Tensor
-    base: Tensor | None
+
+Store = dict[int, Laid]
 
 
 class Behind(Work):
@@ -172,8 +168,10 @@ class Behind(Work):
     def __init__(self, sites: Sequence[LoraSite], groups: Sequence[Group], active: slice) -> None:
         self.weights, self.groups, self.active = [s.a for s in sites], list(groups), active
         self._group = {place: group for group in groups for place in group.single}
-        self._kept: dict[int, Kept] = {}
-        self._base: dict[int, Tensor] = {}
+        # What came before the filter, what it left, and what was there before anything came.
+        self._came: Store = {}
+        self._left: Store = {}
+        self._base: Store = {}
 
     def _rows(self, place: int) -> Tensor:
         gradient = self.weights[place].grad
@@ -186,24 +184,21 @@ class Behind(Work):
         group.apart = group.apart or 0 < len(silent) < len(group.single)
         part = group.single[place] if group.apart else group.whole
         if self.weights[place].grad is None:
-            for each in part.places:
-                self._kept.pop(each, None)
+            for store in (self._came, self._left, self._base):
+                self._take(store, part)
             return part.places
         rows = [self._rows(p) for p in part.places]
-        now = part.lay(rows)
-        kept = [self._kept.pop(p, None) for p in part.places]
-        known = [k for k in kept if k is not None]
-        if len(known) < len(kept):
-            self._base |= zip(part.places, _each(now, rows), strict=True)
+        now, known = part.lay(rows), all(p in self._left for p in part.places)
+        left, came = self._take(self._left, part), self._take(self._came, part)
+        base = self._take(self._base, part)
+        if left is None or came is None or not known:
+            self._put(self._base, part, now)
             return part.places
         # A row is as it was left, unless somebody has changed it.
-        same = (now == part.lay([k.left for k in known])).all(-1, keepdim=True)
-        base = _together(part, [k.base for k in known])
-        before = now.new_zeros(()) if base is None else base
-        base = before.where(same, now)
-        self._base |= zip(part.places, _each(base, rows), strict=True)
-        came = part.lay([k.came for k in known]).where(same, now)
-        torch._foreach_copy_(rows, _each(came, rows))
+        same = (now == left).all(-1, keepdim=True)
+        before = now.masked_fill(same, 0) if base is None else base.where(same, now)
+        self._put(self._base, part, before)
+        torch._foreach_copy_(rows, _each(came.where(same, now), rows))
         return part.places
 
     def change(self, places: Sequence[int]) -> None:
@@ -212,18 +207,37 @@ class Behind(Work):
             for part in group.parts(chosen):
                 mine = [self._rows(p) for p in part.places]
                 came = part.lay(mine)
-                base = _together(part, [self._base.pop(p, None) for p in part.places])
+                base = self._take(self._base, part)
                 left = part.back(came if base is None else came - base).to(came.dtype)
-                left = left if base is None else left + base
-                for i, (place, r) in enumerate(zip(part.places, mine, strict=True)):
-                    own = None if base is None else base[i, : len(r)]
-                    self._kept[place] = Kept(came[i, : len(r)], left[i, : len(r)], own)
+                if base is not None:
+                    left = left + base
+                    self._put(self._base, part, base)
+                self._put(self._came, part, came)
+                self._put(self._left, part, left)
                 rows += mine
                 found += _each(left, mine)
         torch._foreach_copy_(rows, found)
 
+    def _put(self, store: Store, part: Part, rows: Tensor) -> None:
+        store |= dict.fromkeys(part.places, Laid(rows, part.places))
+
+    def _take(self, store: Store, part: Part) -> Tensor | None:
+        """What a part has in a store; 0 where it has nothing, None where none of it has."""
+        found = {p: store.pop(p) for p in part.places if p in store}
+        kept = list(found.values())
+        if not kept:
+            return None
+        if kept[0].places == part.places and all(k is kept[0] for k in kept):
+            return kept[0].rows
+        rows = []
+        for place in part.places:
+            laid, places = found.get(place, kept[0])
+            own = self._group[place].single[place].most if place in found else 0
+            rows.append(laid[places.index(place) if own else 0][:own])
+        return part.lay(rows)
+
     def forget(self) -> None:
-        self._kept, self._base = {}, {}
+        self._came, self._left, self._base = {}, {}, {}
         for group in self.groups:
             group.apart = False
 
@@ -231,11 +245,3 @@ class Behind(Work):
 def _each(laid: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
     """Of each site its own rows again."""
     return [x[: len(r)] for x, r in zip(laid, rows, strict=True)]
-
-
-def _together(part: Part, bases: Sequence[Tensor | None]) -> Tensor | None:
-    known = [base for base in bases if base is not None]
-    if not known:
-        return None
-    like = known[0]
-    return part.lay([like.new_zeros(like.shape) if base is None else base for base in bases])
