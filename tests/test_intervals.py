@@ -8,7 +8,7 @@ import random
 import pytest
 
 from retain.errors import ConfigError
-from retain.intervals import Estimate, estimate, paired, t_quantile, wilson
+from retain.intervals import Estimate, bootstrap, estimate, paired, t_quantile, wilson
 
 HALF = 4.302652729911275 * math.sqrt(7 / 3) / math.sqrt(3)  # t(2), 97.5 %, from a table
 
@@ -74,3 +74,26 @@ def test_t_interval_covers_as_often_as_it_says() -> None:
         assert found and found.low is not None and found.high is not None
         hits += found.low <= 1.0 <= found.high
     assert 0.935 < hits / 2000 < 0.965
+
+
+def test_bootstrap_of_a_ratio() -> None:
+    random_ = random.Random(0)
+    parts = [random_.gauss(1, 2) for _ in range(400)]
+    low, high = bootstrap(parts, [1] * 400) or (0, 0)
+    found = estimate(parts)
+    assert found is not None and found.low is not None and found.high is not None
+    assert (low, high) == pytest.approx((found.low, found.high), abs=0.03)
+    assert (low, high) == bootstrap(parts, [1] * 400)
+    assert (low, high) != bootstrap(parts, [1] * 400, seed=1)
+    twice = bootstrap([2 * p for p in parts], [2] * 400)
+    assert twice == pytest.approx((low, high))
+    few = bootstrap(parts[:40], [1] * 40)
+    assert few is not None and few[1] - few[0] > 2 * (high - low)
+
+
+def test_bootstrap_where_rows_do_not_count() -> None:
+    assert bootstrap([1, 1, 0], [1, 1, 0]) == (1.0, 1.0)
+    assert bootstrap([0.0, 0.0], [0, 0]) is None
+    assert bootstrap([], []) is None
+    low, high = bootstrap([1, 0, 5, 7], [1, 1, 0, 0], draws=150) or (0, 0)
+    assert 0 <= low <= 0.5 < high  # rows of size 0 have no part

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from retain.curvature.curvature import Curvature, load_curvature, reanchored
     from retain.curvature.fit.fit import fit_curvature
     from retain.errors import RetainError
+    from retain.evaluation.answers import measure_answers
     from retain.evaluation.forgetting import measure_forgetting
     from retain.models.load import load_model
     from retain.models.lora import attach_lora, grow_lora
@@ -44,6 +45,7 @@ __all__ = [
     "grow_lora",
     "load_curvature",
     "load_model",
+    "measure_answers",
     "measure_forgetting",
     "reanchored",
     "soften",
@@ -64,6 +66,7 @@ _HOMES = {
     "grow_lora": "retain.models.lora",
     "load_curvature": "retain.curvature.curvature",
     "load_model": "retain.models.load",
+    "measure_answers": "retain.evaluation.answers",
     "measure_forgetting": "retain.evaluation.forgetting",
     "reanchored": "retain.curvature.curvature",
     "soften": "retain.retention.soften.adapter",

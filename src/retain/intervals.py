@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from retain.errors import ConfigError
 
-__all__ = ["Estimate", "estimate", "paired", "t_quantile", "wilson"]
+__all__ = ["Estimate", "bootstrap", "estimate", "paired", "t_quantile", "wilson"]
 
 
 Seed = TypeVar("Seed", bound=Hashable)
@@ -87,3 +87,35 @@ def paired(
     """The mean difference, ours less plain, over the seeds that both have; see `estimate`."""
     pairs = [(ours[seed], plain[seed]) for seed in ours if seed in plain]
     return estimate([a - b for a, b in pairs if a is not None and b is not None])
+
+
+def bootstrap(
+    parts: Sequence[float], sizes: Sequence[float], *, seed: int = 0, draws: int = 1000
+) -> tuple[float, float] | None:
+    """The 95 % interval of ``sum(parts) / sum(sizes)`` over rows, from rows drawn with repetition.
+
+    The ends are percentiles (Efron 1979). Of a share whose rows are all alike the interval has no
+    width.
+
+    Args:
+        parts: one a row, such as its nats, or 1 for a hit.
+        sizes: one a row, such as its tokens, or 1. A draw whose sizes are 0 in all does not count.
+        seed: of the draws.
+        draws: how many.
+
+    Returns:
+        None where the sizes are 0 in all.
+    """
+    import numpy as np
+
+    above, below = np.asarray(parts, dtype=float), np.asarray(sizes, dtype=float)
+    if not below.sum():
+        return None
+    random, count = np.random.default_rng(seed), len(above)
+    found = []
+    for start in range(0, draws, 100):  # so that memory does not grow with the draws
+        rows = random.integers(0, count, (min(100, draws - start), count))
+        total = below[rows].sum(1)
+        found.append(above[rows].sum(1)[total > 0] / total[total > 0])
+    low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
+    return float(low), float(high)

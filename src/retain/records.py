@@ -25,10 +25,10 @@ from retain.config import TrainConfig, validate
 from retain.types import HeadStart
 
 __all__ = [
-    "RUN_SCHEMA", "STUDY_SCHEMA", "Claim", "General", "Generation", "Hardware", "Interval",
-    "Parameters", "Part", "Retention", "RunAdapter", "RunData", "RunEvaluation", "RunGeneral",
-    "RunMethod", "RunOrder", "RunRecord", "RunSource", "RunSpec", "RunTraining", "Seconds",
-    "Sizes", "Skipped", "Step", "StudyRecord", "digest_of", "finite",
+    "RUN_SCHEMA", "STUDY_SCHEMA", "AnswerGroup", "AnswersRecord", "Claim", "General", "Generation",
+    "Hardware", "Interval", "Measure", "Parameters", "Part", "Retention", "RunAdapter", "RunData",
+    "RunEvaluation", "RunGeneral", "RunMethod", "RunOrder", "RunRecord", "RunSource", "RunSpec",
+    "RunTraining", "Seconds", "Sizes", "Skipped", "Step", "StudyRecord", "digest_of", "finite",
 ]  # fmt: skip
 
 RUN_SCHEMA: Final = "retain.run/1"
@@ -350,6 +350,52 @@ class Generation(Part):
     prompt: str
     text: str | None = None
     before: str | None = None
+
+
+class Measure(Part):
+    """A number with its 95 % interval, and how many rows it is of; null where there were none."""
+
+    value: float | None = None
+    interval: Interval = None
+    n: int = 0
+
+
+class AnswerGroup(Part):
+    """What was measured of the answers to some prompts; see `retain.evaluation.answers`.
+
+    Attributes:
+        log_ratio: nats per token of the tuned model's own answers.
+        repeats, repeats_base, task_form, task_form_base: of the tuned model's, and of the base's.
+        right_before, right_after, kept: of the prompts that a script can score.
+    """
+
+    prompts: int
+    log_ratio: Measure
+    first_word: Measure
+    first_token: Measure
+    unlikely: Measure
+    repeats: Measure
+    repeats_base: Measure
+    task_form: Measure
+    task_form_base: Measure
+    right_before: Measure
+    right_after: Measure
+    kept: Measure
+
+
+class AnswersRecord(Part):
+    """What a tuned model and its base answered to general prompts.
+
+    Attributes:
+        threshold: nats per token; what the base finds less likely is `unlikely`.
+        rows: the answers; their fields are those of `retain.evaluation.answers.Answer`.
+    """
+
+    new_tokens: int
+    threshold: float | None = None
+    overall: AnswerGroup
+    skills: dict[str, AnswerGroup] = {}
+    rows: Listed[dict[str, Any]] = []
 
 
 class RunRecord(Part):

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from cli_parts import Run, adapter, told
+from cli_parts import Run, adapter, told, write_lines
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +18,7 @@ from retain.curvature.curvature import load_curvature
 from retain.data import sources
 from retain.data.draws import HELD_OUT, draw
 from retain.errors import ConfigError
-from retain.records import StudyRecord, finite
+from retain.records import AnswersRecord, StudyRecord, finite
 from retain.runs.bases import problem_count
 
 
@@ -280,6 +280,36 @@ class TestEval:
         outcome = retain("eval", "--adapter", trained / "adapter", "--source", source)
         assert (outcome.code, outcome.err) == (0, "")
         assert "KL to the base" in outcome.out
+
+    def test_answers_to_prompts(
+        self, retain: Run, trained: Path, source: Path, tmp_path: Path
+    ) -> None:
+        prompts, out = tmp_path / "prompts.jsonl", tmp_path / "result.json"
+        rows = [
+            {"prompt": w, "skill": s, "accepted": "no"} for w, s in zip("abcd", "xxyy", strict=True)
+        ]
+        write_lines(prompts, rows)
+        argv = ("eval", "--adapter", trained / "adapter", "--source", source, "--out", out)
+        plain = retain(*argv, "--json").json
+        assert "answers" not in plain
+        argv = (*argv, "--prompts", prompts)
+        found = retain(*argv, "--json").json
+        assert found == told(out)
+        answers = found.pop("answers")
+        assert found.keys() == plain.keys()
+        record = AnswersRecord.model_validate(answers)
+        assert record.plain() == answers
+        assert (record.overall.prompts, record.skills.keys()) == (4, {"x", "y"})
+        assert [row["prompt"] for row in record.rows] == list("abcd")
+        assert record.overall.log_ratio.value is not None
+        shown = retain(*argv)
+        assert "answers to prompts" in shown.out and "log-ratio" in shown.out
+        assert [line.split()[1] for line in shown.out.splitlines()[-8:] if "│" in line][:3]
+        retain("report", out, "--json").done()
+
+    def test_prompts_that_are_missing(self, retain: Run, trained: Path) -> None:
+        argv = ("eval", "--adapter", trained / "adapter", "--prompts", "generl")
+        retain(*argv).refused("the prompts cannot be read", "'general'")
 
 
 class TestDemo:

@@ -15,7 +15,7 @@ from fits import dora, tensors, text
 from retain import Curvature, attach_lora, fit_curvature, load_model
 from retain.curvature.fit.accumulator import Accumulator
 from retain.curvature.fit.checkpoint import forget
-from retain.errors import OutputError, RetainWarning
+from retain.errors import ConfigError, OutputError, RetainWarning, SourceError
 from retain.models.sites import lora_sites
 from tiny import STRUCTURES, base, tiny
 
@@ -270,3 +270,26 @@ def test_sampled_text_is_kept(
     forget(path)
     assert list(tmp_path.iterdir()) == []
     forget(path)  # nothing to delete is no error
+
+
+def test_text_of_prompts_is_kept_apart(tiny_folder: Path, tmp_path: Path) -> None:
+    loaded = load_model(tiny_folder, dtype="float64")
+    loaded.tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    model, path = attach_lora(loaded.model, rank=2), tmp_path / "p"
+    options: dict[str, Any] = {"model": model, "source": "self", "tokenizer": loaded.tokenizer}
+    options |= {"rows": 8, "max_length": 40}
+    file = tmp_path / "prompts"
+    file.write_text("one\ntwo\n")
+    plain = fit(partial=path, **options)
+    want = fit(**options, prompts=["one", "two"])
+    for prompts in (["one", "two"], file, iter(["one", "two"])):
+        identical(fit(partial=path, **options, prompts=prompts), want)
+    kept = json.loads(Path(f"{path}.text").read_text())
+    said = [loaded.tokenizer.decode(row["input_ids"]) for row in kept["rows"]]
+    assert sum(text.startswith(("<one>", "<two>")) for text in said) == 6
+    identical(fit(partial=path, **options), plain)
+    assert fit(**options, prompts="general").info.sequences == 8
+    with pytest.raises(ConfigError, match=r"in the model's own text; got: prompts for source="):
+        fit(**options | {"source": [{"text": "a"}]}, prompts=["one"])
+    with pytest.raises(SourceError, match="there are no prompts"):
+        fit(**options, prompts=[])

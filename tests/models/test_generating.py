@@ -255,3 +255,73 @@ def test_tokenizers_that_begin_no_text_are_refused() -> None:
     model = base("llama")
     model.generation_config.eos_token_id = None
     assert all(len(row) >= 8 for row in sampled(model, 3, bare))
+
+
+# users' turns that are given
+
+
+def spoken(prompts: list[str], count: int = 8, seed: int = 1, length: int = 40, **how: Any) -> Any:
+    model = hostile(base("llama"))
+    words = tokenizer(**{"chat": True, **how})
+    rows = sample_rows(
+        model, words, count=count, max_length=length, seed=seed, prompts=prompts, batch_size=4
+    )
+    return [row["input_ids"] for row in rows]
+
+
+def test_prompts_are_the_users_turns() -> None:
+    said = {text: [ord(c) % 13 for c in text] for text in ("bcd", "cab", "dddc", "abcb")}
+    assert not any(END in turn for turn in said.values())
+
+    def turns(rows: list[list[int]]) -> list[str]:
+        found = []
+        for row in rows:
+            (text,) = [t for t, ids in said.items() if row[: len(ids) + 3] == [*HEAD, *ids, *TAIL]]
+            found.append(text)
+            assert 1 <= len(row) - len(said[text]) - 3 <= 24  # the model's answer
+        return found
+
+    rows = spoken(list(said))
+    assert [row[: len(HEAD)] == HEAD for row in rows] == [False] * 2 + [True] * 6
+    assert rows[:2] == spoken(["bcd"])[:2]  # documents are what they were
+    order = turns(rows[2:])
+    assert sorted(order[:4]) == sorted(said)
+    assert order[4:] == order[:2]
+    assert rows == spoken(list(said))
+    others = [turns(spoken(list(said), seed=seed)[2:]) for seed in range(4)]
+    assert len({tuple(found) for found in others}) > 1
+    moved = sample_rows(
+        hostile(tiny("llama", moved=True)), tokenizer(chat=True), count=8, max_length=40, seed=1,
+        prompts=list(said), batch_size=4,
+    )  # fmt: skip
+    assert [row["input_ids"] for row in moved] == rows
+
+
+def test_answers_to_prompts_are_sampled_from_the_model() -> None:
+    model = hostile(base("llama"))
+    with torch.no_grad():
+        ids = torch.tensor([[*HEAD, *(ord(c) % 13 for c in "bc"), *TAIL]])
+        p = model(ids).logits[0, -1].softmax(-1)
+    rows = sample_rows(
+        model, tokenizer(chat=True), count=4000, max_length=7, seed=2, prompts=["bc"],
+        batch_size=1000,
+    )  # fmt: skip
+    assert {len(row["input_ids"]) for row in rows[1000:]} <= {5, 6, 7}
+    turn = rows[1000]["input_ids"][: len(HEAD) + 1]
+    assert turn == [*HEAD, ord("b") % 13]  # cut, so that there is room for an answer
+    rows = sample_rows(
+        model, tokenizer(chat=True), count=4000, max_length=29, seed=2, prompts=["bc"],
+        batch_size=1000,
+    )  # fmt: skip
+    first = Counter(row["input_ids"][5] for row in rows[1000:])
+    found = stats.chisquare([first[t] for t in range(13)], [3000 * float(q) for q in p])
+    assert found.pvalue > 1e-3
+
+
+def test_prompts_need_a_chat() -> None:
+    with pytest.raises(SourceError, match="asked in a chat; got: a tokenizer without"):
+        spoken(["bc"], chat=False)
+    with pytest.raises(SourceError, match="asked in a chat; got: no prompts"):
+        spoken([])
+    long = spoken(["bcda" * 40], length=20)  # cut to make room for a token of an answer
+    assert all(len(row) <= 20 for row in long)

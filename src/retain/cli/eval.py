@@ -32,6 +32,22 @@ def evaluate(config: EvalConfig, screen: Screen) -> None:
                 [label, *(f"{s['accuracy']:.1%} of {s['items']}" for s in result[key].values())]
             )
     screen.table("base and tuned", ["", "base", "with the adapter"], rows)
+    if "answers" in result:
+        head = ["", "log-ratio, nats a token", "first word as before", "in the task's form"]
+        every = {**result["answers"]["skills"], "all": result["answers"]["overall"]}
+        screen.table(
+            "answers to prompts",
+            [*head, "right before", "right after"],
+            [_line(skill, group) for skill, group in every.items()],
+        )
     if out is not None:
         screen.say(f"{out}\nnext: retain report {quote(str(out))}")
     screen.emit(result)
+
+
+def _line(skill: str, group: dict[str, Any]) -> list[str]:
+    """One line of the answers' table; a dash for what no script can score."""
+    shares = ("first_word", "task_form", "right_before", "right_after")
+    values = (group[name]["value"] for name in shares)
+    cells = ("–" if value is None else f"{value:.0%}" for value in values)
+    return [skill, f"{group['log_ratio']['value']:.3g}", *cells]

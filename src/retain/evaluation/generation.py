@@ -14,7 +14,7 @@ from retain.models.generating import write
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["generate"]
+__all__ = ["generate", "generate_ids"]
 
 
 def generate(
@@ -40,16 +40,32 @@ def generate(
         progress: show a bar.
         label: of the bar.
     """
-    ids = [tokenize(tokenizer, p) for p in prompts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    answers = [""] * len(ids)
-    bar = tqdm(total=len(ids), desc=label, unit="answer", disable=not progress)
+    out = generate_ids(
+        model, tokenizer, [tokenize(tokenizer, p) for p in prompts], new_tokens=max_new_tokens,
+        batch_size=batch_size, progress=progress, label=label,
+    )  # fmt: skip
+    return list(tokenizer.batch_decode(out, skip_special_tokens=True)) if out else []
+
+
+def generate_ids(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    batch_size: int = 64,
+    progress: bool = False,
+    label: str = "generating",
+) -> list[list[int]]:
+    """`generate` of tokens, to tokens: each answer up to and with the token that ends it."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: list[list[int]] = [[] for _ in prompts]
+    bar = tqdm(total=len(prompts), desc=label, unit="answer", disable=not progress)
     with bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            out = write(model, tokenizer, [ids[i] for i in rows], new_tokens=max_new_tokens)
-            texts = tokenizer.batch_decode(out, skip_special_tokens=True)
-            for i, text in zip(rows, texts, strict=True):
-                answers[i] = text
+            out = write(model, tokenizer, [prompts[i] for i in rows], new_tokens=new_tokens)
+            for i, found in zip(rows, out, strict=True):
+                answers[i] = found
             bar.update(len(rows))
     return answers

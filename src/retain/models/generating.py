@@ -9,6 +9,7 @@ tokens end a text, for that is part of what the model says.
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -127,6 +128,7 @@ def sample_rows(
     seed: int = 0,
     batch_size: int = 64,
     temperature: float = 1.0,
+    prompts: Sequence[str] | None = None,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
     """Rows of ``input_ids`` sampled from the base model: the adapter, if any, is off.
@@ -150,10 +152,14 @@ def sample_rows(
         seed: of the draws. The global random state is left as it was.
         batch_size: rows sampled at once.
         temperature: 1 samples the model as it is.
+        prompts: what the users of the chats say, in place of what the model would say for them:
+            all in an order by the seed, then all again, as often as there are chats. The model
+            writes the answers alone.
         progress: show a bar.
 
     Raises:
-        SourceError: there is no tokenizer, or it has no token that begins a text.
+        SourceError: there is no tokenizer, or it has no token that begins a text; prompts without
+            a chat form, or none.
         ModelError: the model predicts NaN.
     """
     if tokenizer is None:
@@ -165,9 +171,15 @@ def sample_rows(
         )
     document, chat = _document(tokenizer), _chat(tokenizer)
     max_length = cut_length(model, max_length)
-    parts = [document, *(chat or ())]
-    starts = [Example(tuple(p), tuple(p), (True,) * len(p)) for p in parts if p]
-    check_sizes(model, starts, tokenizer)
+    head, tail = chat or ([], [])
+    ends = set(_end_tokens(model, tokenizer))
+    turns = None if prompts is None else _turns(tokenizer, prompts, ends, seed, chat=bool(chat))
+    starts = [
+        Example(tuple(p), tuple(p), (True,) * len(p))
+        for p in (document, head, tail, *(turns or ()))
+        if p
+    ]
+    check_sizes(model, starts, tokenizer, lengths=turns is None)
     bare = list(tokenizer("a")["input_ids"])[:1] != document
     device = next(model.parameters()).device
     chats = round(CHATS * count) if chat else 0
@@ -186,20 +198,40 @@ def sample_rows(
                 found[1::2] = [ids[1:] if len(ids) > 2 else ids for ids in found[1::2]]
             rows += found
             bar.update(size)
-        for size in _sizes(chats, batch_size):
-            assert chat is not None
-            head, tail = chat
-            room = max_length - len(head) - len(tail)
-            asked = min(ASKED, max(1, room * ASKED // (ASKED + ANSWERED)))
-            ends = set(_end_tokens(model, tokenizer))
-            turns = [[t for t in turn if t not in ends] for turn in written([head] * size, asked)]
-            found = [[*head, *turn, *tail] for turn in turns]
+        room = max_length - len(head) - len(tail)
+        for start, size in zip(range(0, chats, batch_size), _sizes(chats, batch_size), strict=True):
+            if turns is None:
+                asked = min(ASKED, max(1, room * ASKED // (ASKED + ANSWERED)))
+                said = [
+                    [t for t in turn if t not in ends] for turn in written([head] * size, asked)
+                ]
+            else:
+                asked = max(1, room - ANSWERED)
+                said = [turns[i % len(turns)][:asked] for i in range(start, start + size)]
+            found = [[*head, *turn, *tail] for turn in said]
             answered = min(ANSWERED, room - asked)
             if answered > 0:
                 found = _joined(found, written(found, answered))
             rows += [ids[:max_length] for ids in found]
             bar.update(size)
     return [{"input_ids": ids} for ids in rows]
+
+
+def _turns(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], ends: set[int], seed: int, *,
+    chat: bool,
+) -> list[list[int]]:  # fmt: skip
+    """The tokens of users' turns, in an order by the seed, without those that `ends` a text."""
+    if not chat or not prompts:
+        raise SourceError(
+            "prompts are asked in a chat",
+            got="a tokenizer without a chat template" if not chat else "no prompts",
+            allowed="the model's chat template, and 1 prompt or more",
+            fix="give text as the source" if not chat else "give some, or leave prompts out",
+        )
+    order = random.Random(seed).sample(list(prompts), len(prompts))
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in order]
+    return [[t for t in turn if t not in ends] for turn in ids]
 
 
 def _sizes(count: int, most: int) -> list[int]:

@@ -12,7 +12,7 @@ from pydantic import Field
 from retain.config import Measured
 from retain.errors import ConfigError, MismatchError, ModelError, unknown
 from retain.files import clear_scratch, locked, write_json
-from retain.records import finite
+from retain.records import AnswersRecord, finite
 from retain.runs.bases import base_of, load_base, problem_count
 from retain.runs.folders import check_result
 from retain.runs.messages import Messages, interruption
@@ -36,6 +36,11 @@ class EvalConfig(Measured):
     probe: bool = Field(False, description="Also ask the knowledge questions, before and after")
     task: str | None = Field(
         None, description="Also score a task, before and after: word-problems[:N]"
+    )
+    prompts: str | None = Field(
+        None,
+        description="Also compare the answers to prompts, before and after: general, or a file of "
+        "one prompt a line, or of rows with a prompt",
     )
     out: Path | None = Field(None, description="Write the result to this JSON file")
 
@@ -66,9 +71,11 @@ def eval_run(config: EvalConfig, messages: Messages) -> dict[str, Any]:
     name = base_of(adapter, config.model)
     messages.libraries()
     from retain.data.draws import HELD_OUT
+    from retain.data.general_prompts import read_prompts
     from retain.data.sources import read_rows
     from retain.models.saved import load_adapter
 
+    asked = None if config.prompts is None else read_prompts(config.prompts)
     text = None
     if config.source is not None:
         seed = HELD_OUT + config.seed
@@ -86,8 +93,11 @@ def eval_run(config: EvalConfig, messages: Messages) -> dict[str, Any]:
                 "no train.json beside the adapter: that this is its base model is not checked"
             )
         found = _measure(tuned, tokenizer, text, config, problems, messages)
+        answers = None if asked is None else _answers(tuned, tokenizer, asked, config, messages)
     result = dict(finite(
-        _result(name, config, tuned, record, found) | {"notes": messages.notes}
+        _result(name, config, tuned, record, found)
+        | ({} if answers is None else {"answers": answers})
+        | {"notes": messages.notes}
     ))  # fmt: skip
     if out is not None:
         with locked(out, file=True):
@@ -178,6 +188,19 @@ def _measure(
         else None,
         "task": both(solved) if problems else None,
     }
+
+
+def _answers(
+    model: Any, tokenizer: Any, asked: Any, config: EvalConfig, messages: Messages
+) -> dict[str, Any]:
+    """The answers to prompts, as plain data of an `AnswersRecord`."""
+    from retain.evaluation.answers import measure_answers
+
+    found = measure_answers(
+        model, asked, tokenizer=tokenizer, batch_size=config.batch_size, seed=config.seed,
+        progress=messages.progress,
+    )  # fmt: skip
+    return AnswersRecord.model_validate(found.to_dict()).plain()
 
 
 def _result(

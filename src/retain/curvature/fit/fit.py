@@ -34,6 +34,7 @@ from retain.curvature.fit.settings import FitSettings
 from retain.curvature.fit.source import glance, source_examples
 from retain.curvature.info import CurvatureInfo, describe
 from retain.data.batches import Batch, Example, batches, collate
+from retain.data.general_prompts import Prompts
 from retain.data.sources import Row
 from retain.models.fingerprint import signature
 from retain.models.forward import no_autocast
@@ -63,6 +64,7 @@ def fit_curvature(
     max_length: int = 128,
     batch_size: int = 8,
     seed: int = 0,
+    prompts: Prompts = None,
     rank: FactorRank = "auto",
     share: float = 1.0,
     temperature: float = 2.0,
@@ -98,6 +100,9 @@ def fit_curvature(
         batch_size: rows a pass. Memory and speed only: the result does not depend on it, but for
             rounding.
         seed: of the rows, of label draws, of noise (``activation``) and of the self-sampled text.
+        prompts: of the model's own text (``"self"``), what users ask in its chats, in place of what
+            the model would ask for them; the model answers. ``"general"`` for the source half of
+            `retain.data.general_prompts`, a file, or a list of texts.
         rank: keep each side of a factor that is at least twice as wide as a sketch of this rank
             (``kfac``, ``shampoo``, ``activation``); see `retain.curvature.blocks.sketch`. ``auto``
             keeps sides up to 2048 whole, wider ones as sketches of rank 256; None keeps all whole.
@@ -135,7 +140,7 @@ def fit_curvature(
     start_of(model)  # of an adapter that began in the base's weights, for what is measured later
     examples = source_examples(
         view, source, rows, max_length, seed,
-        batch_size=batch_size, partial=partial, progress=progress,
+        batch_size=batch_size, prompts=prompts, partial=partial, progress=progress,
     )  # fmt: skip
     every = max(1, round(min(1 / share, len(examples))))
     estimating = structure_of(structure).estimator

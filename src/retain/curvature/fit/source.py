@@ -9,8 +9,9 @@ from typing import Any
 
 from retain.curvature.fit.checkpoint import kept_rows
 from retain.data.batches import Batch, Example, collate
+from retain.data.general_prompts import Prompts, prompt_texts
 from retain.data.sources import Row
-from retain.errors import SourceError
+from retain.errors import ConfigError, SourceError, shown
 from retain.models.generating import sample_rows
 from retain.models.view import ModelView
 
@@ -25,6 +26,7 @@ def source_examples(
     seed: int,
     *,
     batch_size: int = 1,
+    prompts: Prompts = None,
     partial: str | Path | None = None,
     progress: bool = False,
     values: bool | None = None,
@@ -34,10 +36,19 @@ def source_examples(
     A classifier's labels are `values`, or by default what its head answers.
 
     Raises:
+        ConfigError: prompts for text that is given.
         SourceError: text that is missing, empty or smaller than one batch; or ``"self"`` for a
             model that cannot write; or rows that its tables have no place for.
     """
-    if isinstance(source, str) and source == "self":
+    own = isinstance(source, str) and source == "self"
+    if prompts is not None and not own:
+        raise ConfigError(
+            "prompts are what users say in the model's own text",
+            got=f"prompts for source={shown(source, 60)}",
+            allowed="source='self'",
+            fix="leave prompts out, or the source",
+        )
+    if own:
         if not view.causal:
             raise SourceError(
                 "only a causal model can sample its own text",
@@ -46,7 +57,10 @@ def source_examples(
                 fix="give source text with the classifier's fields",
             )
         length: dict[str, Any] = {"max_length": max_length, "seed": seed, "progress": progress}
-        what = [view.fingerprint, rows, max_length, seed]
+        what: list[Any] = [view.fingerprint, rows, max_length, seed]
+        if prompts is not None:
+            length["prompts"] = prompt_texts(prompts)
+            what.append(length["prompts"])
         source = kept_rows(
             partial, what, lambda: sample_rows(view.model, view.tokenizer, count=rows, **length)
         )
