@@ -338,6 +338,7 @@ def _cost(
                 model, source, structure=structure, rank=rank, batch_size=8, progress=False
             )
         found["fit"][structure] = fitted | {"curvature_bytes": c.memory()}
+        print(f"fit {structure}: {found['fit'][structure]}", flush=True)
     optimizer_of = torch.optim.AdamW
     fresh = [(s, s.a.detach().clone(), s.b.detach().clone()) for s in lora_sites(model)]
     found["steps"] = []
@@ -370,6 +371,8 @@ def _cost(
                         if number:
                             steps[arm].append(_now(device) - begun)
                 peaks[arm] = all_of["peak_gib"]
+                told = [round(t, 4) for t in steps[arm]]
+                print(f"{batch} x {length} {arm}: start {start}, steps {told}", flush=True)
                 if retention:
                     retention.recipe.release()
                 del retention, optimizer
