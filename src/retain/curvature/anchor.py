@@ -141,7 +141,7 @@ def _dtype_of(curvature: BlockOperator, site: Site) -> torch.dtype:
     """The precision of a site's block."""
     adapter = curvature.info.space == "adapter"
     name = part(site.name, "lora_B") if adapter else site.name
-    return next(iter(curvature.blocks[name].tensors().values())).dtype
+    return curvature.dtype_of(name)
 
 
 def _thin(curvature: BlockOperator, site: LoraSite) -> tuple[Tensor, Tensor, Tensor, Tensor]:

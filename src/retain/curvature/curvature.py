@@ -150,10 +150,12 @@ class Curvature(BlockOperator):
         """Values of the thin moves and gradients in B and A, of like layers that lie together."""
         values: list[Tensor] = []
         out: dict[str, tuple[Tensor, Tensor]] = {}
-        if rounded not in self._stacks:
+        if False not in self._stacks:
             # A link may share a block's factor, which must stay where it is.
             idle = bool(self.links) or not moved.thin
-            self._stacks[rounded] = [] if idle else stacks(self.blocks, rounded=rounded)
+            self._stacks[False] = [] if idle else stacks(self.blocks)
+        if rounded and True not in self._stacks:
+            self._stacks[True] = [stack.rounded() for stack in self._stacks[False]]
         for stack in self._stacks[rounded]:
             if stack.fits(moved.thin):
                 found, pulled = stack.pull(moved.thin)

@@ -46,6 +46,13 @@ class BlockOperator:
         self.blocks, self.anchor, self.info = dict(blocks), dict(anchor), info
         self.links = dict(links or {})
         self._stacks: dict[bool, list[Stack]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+
+    def dtype_of(self, block: str) -> torch.dtype:
+        """The precision of a block, looked up once."""
+        if block not in self._dtypes:
+            self._dtypes[block] = next(iter(self.blocks[block].tensors().values())).dtype
+        return self._dtypes[block]
 
     @no_autocast()
     def matvec(self, d: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,7 +133,7 @@ class BlockOperator:
         Copies in bfloat16 that a force has made, see `Curvature.pulls`, count too.
         """
         tensors = [*self.tensors().values(), *(t for kept in self.anchor.values() for t in kept)]
-        tensors += [t for stack in self._stacks.get(True, []) for t in stack.tensors()]
+        tensors += [t for stack in self._stacks.get(True, []) for t in stack.copies()]
         unique = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
         return sum(unique.values())
 

@@ -3,12 +3,13 @@
 A model's layers repeat, and a force of 210 small products a step is bound by their calls, not by
 their arithmetic. Here the factors of like layers lie behind each other in one tensor, of which each
 block's own factor becomes a view, so nothing is stored twice. A unit is the layers that read one
-input (q, k and v); units of one make are stacked. A rounded stack is a copy in bfloat16 instead,
-which is read in less than half the time.
+input (q, k and v); units of one make are stacked. A rounded stack reads whole float32 factors from
+a copy in bfloat16, which takes less than half the time.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -68,27 +69,31 @@ class Stack:
 
     Args:
         units: names of the layers of each unit; all units have as many.
-        blocks: theirs.
-        rounded: whole float32 factors are copied to bfloat16.
+        blocks: theirs; their factors become views of the stack.
     """
 
     def __init__(
-        self,
-        units: Sequence[Sequence[str]],
-        blocks: Mapping[str, KroneckerBlock],
-        rounded: bool = False,
+        self, units: Sequence[Sequence[str]], blocks: Mapping[str, KroneckerBlock]
     ) -> None:
         self.units = [tuple(unit) for unit in units]
         self.names = [name for unit in self.units for name in unit]
-        self._inputs = _Factors([blocks[unit[0]].inputs for unit in self.units], rounded)
+        self._inputs = _Factors([blocks[unit[0]].inputs for unit in self.units])
         self._outputs = [
-            _Factors([blocks[unit[reader]].outputs for unit in self.units], rounded)
+            _Factors([blocks[unit[reader]].outputs for unit in self.units])
             for reader in range(len(self.units[0]))
         ]
 
-    def tensors(self) -> list[Tensor]:
-        """All factors."""
-        return [t for factors in (self._inputs, *self._outputs) for t in factors.tensors.values()]
+    def rounded(self) -> Stack:
+        """One that reads whole float32 factors from a copy in bfloat16, and shares all others."""
+        found = copy.copy(self)
+        found._inputs = self._inputs.rounded()
+        found._outputs = [outputs.rounded() for outputs in self._outputs]
+        return found
+
+    def copies(self) -> list[Tensor]:
+        """What a rounded stack does not share."""
+        found = [factors.tensors.get("") for factors in (self._inputs, *self._outputs)]
+        return [t for t in found if t is not None and t.dtype == torch.bfloat16]
 
     def fits(self, moves: Moves) -> bool:
         """Whether the displacements are of about one rank, so that little of a stack is padding."""
@@ -160,18 +165,21 @@ def _fill(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 class _Factors:
     """Factors of one kind and size, behind each other."""
 
-    def __init__(self, factors: Sequence[Factor], rounded: bool) -> None:
+    def __init__(self, factors: Sequence[Factor]) -> None:
         self.kind = type(factors[0])
-        if rounded and isinstance(factors[0], DenseFactor):
-            wholes = [f.dense() for f in factors]
-            if wholes[0].dtype == torch.float32:
-                self.tensors = {"": torch.stack([w.to(torch.bfloat16) for w in wholes])}
-                return
         self.tensors = {
             key: torch.stack([f.tensors()[key] for f in factors]) for key in factors[0].tensors()
         }
         for i, factor in enumerate(factors):
             factor.replace({key: t[i] for key, t in self.tensors.items()})
+
+    def rounded(self) -> _Factors:
+        matrix = self.tensors.get("")
+        if self.kind is not DenseFactor or matrix is None or matrix.dtype != torch.float32:
+            return self
+        found = copy.copy(self)
+        found.tensors = {"": matrix.to(torch.bfloat16)}
+        return found
 
     def matmul(self, rows: Tensor) -> Tensor:
         """``rows @ S`` of each, for rows [count, n, size]."""
@@ -187,12 +195,11 @@ class _Factors:
         return torch.baddbmm(rows * self.tensors[".diagonal"][:, None], rows @ vectors, vectors.mT)
 
 
-def stacks(blocks: Mapping[str, Block], *, rounded: bool = False) -> list[Stack]:
+def stacks(blocks: Mapping[str, Block]) -> list[Stack]:
     """Stacks of all Kronecker blocks; others are left alone.
 
     Args:
-        blocks: by layer. Unless `rounded`, their factors become views of the stacks.
-        rounded: see `Stack`.
+        blocks: by layer; their factors become views of the stacks.
     """
     units: dict[int, list[str]] = {}
     kronecker = {n: b for n, b in blocks.items() if isinstance(b, KroneckerBlock)}
@@ -203,7 +210,7 @@ def stacks(blocks: Mapping[str, Block], *, rounded: bool = False) -> list[Stack]
         first = kronecker[unit[0]].inputs
         make = (_make(first), *(_make(kronecker[name].outputs) for name in unit))
         makes.setdefault(make, []).append(unit)
-    return [Stack(found, kronecker, rounded) for found in makes.values()]
+    return [Stack(found, kronecker) for found in makes.values()]
 
 
 def _make(factor: Factor) -> object:

@@ -63,11 +63,11 @@ class LoraSite:
 
     @property
     def a(self) -> nn.Parameter:
-        return self.lora_a.weight  # type: ignore[return-value]
+        return _weight(self.layer, "lora_A", self.adapter)
 
     @property
     def b(self) -> nn.Parameter:
-        return self.lora_b.weight  # type: ignore[return-value]
+        return _weight(self.layer, "lora_B", self.adapter)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,6 +80,16 @@ class LoraSite:
     @property
     def dora(self) -> bool:
         return bool(getattr(self.layer, "use_dora", {}).get(self.adapter))
+
+
+def _weight(layer: Any, side: str, adapter: str) -> nn.Parameter:
+    """A module's weight, past the modules' slow look-ups: a step asks for it some thousand times.
+
+    A weight that is computed (`torch.nn.utils.parametrize`) is in no dictionary.
+    """
+    module: Any = layer._modules[side]._modules[adapter]
+    found = module._parameters.get("weight")
+    return found if found is not None else module.weight  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
