@@ -12,6 +12,7 @@ from retain.config import Options
 from retain.curvature.blocks.ranks import RANKS, USUAL_RANK, WHOLE, factor_rank_of
 from retain.curvature.blocks.registry import names as structures
 from retain.curvature.plan import SEQUENCE, Cost, cost
+from retain.retention.cost import Held, held
 
 if TYPE_CHECKING:
     from retain.models.skeleton import Outline
@@ -60,6 +61,7 @@ def plan(config: PlanConfig, screen: Screen) -> None:
         name: cost(name, found, rank=rank, factor_rank=sketches, tokens=tokens)
         for name in (structures() if config.structure == "all" else (config.structure,))
     }
+    recipe = held(found.layers, found.shared, rank=rank, factor_rank=sketches)
     notes = list(found.notes)
     if missing := [name for name, c in costs.items() if c is None]:
         notes.append(f"no sketches: {', '.join(missing)}")
@@ -77,6 +79,11 @@ def plan(config: PlanConfig, screen: Screen) -> None:
         f"\nWhat a curvature costs, {factors}",
         ["structure", "stored", "fitting", "passes", "step work", "step reads"],
         [_row(name, c) for name, c in costs.items()],
+    )
+    screen.table(
+        "\nWhat the recipe holds beside it, on the device",
+        ["filter", "copies of A", "gradients of A", "in a step", "at the start, most"],
+        [[_size(n) for n in (*_parts(recipe), recipe.step, recipe.start)]],
     )
     screen.say(
         "\n".join(
@@ -106,10 +113,15 @@ def plan(config: PlanConfig, screen: Screen) -> None:
                 name: {"d_out": d_out, "d_in": d_in, "input": found.shared[name]}
                 for name, (d_out, d_in) in found.layers.items()
             },
+            "recipe": asdict(recipe) | {"step": recipe.step},
             "structures": {name: asdict(c) if c else None for name, c in costs.items()},
             "notes": notes,
         }
     )
+
+
+def _parts(recipe: Held) -> tuple[int, int, int]:
+    return recipe.filter, recipe.copies, recipe.gradients
 
 
 def _row(name: str, c: Cost | None) -> list[str]:
