@@ -82,7 +82,7 @@ def plan(config: PlanConfig, screen: Screen) -> None:
     )
     screen.table(
         "\nWhat the recipe holds beside it, on the device",
-        ["filter", "copies of A", "gradients of A", "in a step", "at the start, most"],
+        ["filter", "copies of A", "its gradients", "in a step", "start, most"],
         [[_size(n) for n in (*_parts(recipe), recipe.step, recipe.start)]],
     )
     screen.say(
