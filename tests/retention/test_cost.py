@@ -13,7 +13,7 @@ import retain
 from retain.curvature.blocks.factor import DenseFactor, Factor, SketchFactor
 from retain.curvature.plan import kept_bytes
 from retain.models.sites import lora_sites
-from retain.retention.cost import held
+from retain.retention.cost import held, rows_rank
 from retain.retention.filter import InputFilter
 from retain.retention.moments import Moments
 
@@ -28,9 +28,10 @@ def test_by_hand() -> None:
         "start": 4 * (3 * (36 + 16) + a),
     }  # fmt: skip
     thin = held(layers, shared, rank=3, factor_rank=2)
-    made = (2 * 2 * 6 + 2 * 6 + 2 * 16) + (2 * 2 * 4 + 2 * 4 + 2 * 16)
+    made = (3 * 6 + 2 * 6 + 2 * 9) + (3 * 4 + 2 * 4 + 2 * 9)
     assert thin.filter == 4 * made
-    assert thin.start == 4 * (2 * (2 * 6 + 6) + 2 * (2 * 4 + 4) + made + a)
+    streamed = (14 * 6 + 2 * 6) + (12 * 4 + 2 * 4)  # 6 and 4 columns, and 8 probes
+    assert thin.start == 4 * (max(streamed, (3 * 6 + 2 * 6) + (3 * 4 + 2 * 4) + made) + a)
     assert thin.step == thin.filter + 4 * 4 * a
 
 
@@ -52,11 +53,12 @@ def test_a_layer_as_wide_as_those_of_8b_models() -> None:
     (site,) = lora_sites(model)
     random = torch.Generator().manual_seed(0)
 
-    def sketch() -> Factor:
+    def sketch(k: int) -> Factor:
         vectors = torch.randn(width, k, generator=random)
         return SketchFactor(vectors, torch.rand(width, generator=random), torch.zeros(()))
 
-    moments = [Moments({site.name: sketch()}, {site.name: site.name}) for _ in range(2)]
+    name = site.name
+    moments = [Moments({name: sketch(n)}, {name: name}) for n in (rows_rank(k), k)]
     kept = InputFilter([site], *moments)
     found = held({site.name: (8, width)}, {site.name: site.name}, rank=r)
     filters = [t for p in kept.filters for t in vars(p).values() if isinstance(t, Tensor)]

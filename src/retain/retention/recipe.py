@@ -44,6 +44,7 @@ from retain.models.lora import grow_lora
 from retain.models.off import adapter_off
 from retain.models.sites import LoraSite, lora_sites
 from retain.retention.budget import check_budget
+from retain.retention.cost import rows_rank
 from retain.retention.filter import Filter, InputFilter
 from retain.retention.filter_checks import NO_STRENGTH, check_filter, why_no_filter, why_no_inputs
 from retain.retention.force import Force, check_strength
@@ -318,7 +319,8 @@ class Recipe:
                 fix="check the data, or leave the filter out",
             )
         examples = _within(examples, self.options.tokens)
-        ranks = None if self.curvature is None else moments_of(self.curvature).ranks()
+        kept = {} if self.curvature is None else moments_of(self.curvature).ranks()
+        ranks = {layer: rows_rank(k) for layer, k in kept.items()}
         with adapter_off(model):
             return input_moments(
                 model, self.sites, examples, answers=self.options.answers, first=False, ranks=ranks
