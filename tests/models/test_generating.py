@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 from transformers import GenerationConfig
 
+from retain.data.general_prompts import general_prompts
 from retain.errors import SourceError
 from retain.evaluation.generation import generate
 from retain.models.generating import plain_generation, sample_rows, write
@@ -39,6 +40,9 @@ class Tokenizer(SimpleNamespace):
         self, messages: Any, tokenize: bool, add_generation_prompt: bool
     ) -> str:
         return "head" + str(messages[0]["content"]) + ("tail" if add_generation_prompt else "")
+
+
+SOURCE = general_prompts(half="source")
 
 
 def tokenizer(*, writes: bool = False, chat: bool = False) -> Any:
@@ -211,7 +215,12 @@ def test_long_chats_stay_short() -> None:
     model.generation_config.eos_token_id = words.eos_token_id = None
     rows = sample_rows(model, words, count=12, max_length=60, seed=1)
     assert [len(row["input_ids"]) for row in rows[:3:2]] == [60] * 2
-    assert {len(row["input_ids"]) for row in rows[3:]} == {len(HEAD) + 28 + len(TAIL) + 24}
+    chats = [row["input_ids"] for row in rows[3:]]
+    assert {len(ids) for ids in chats[1::2]} == {len(HEAD) + 28 + len(TAIL) + 24}
+    for ids in chats[::2]:  # a general prompt, a token a letter here, and so much of it as fits
+        said = ids[len(HEAD) : ids.index(TAIL[0], len(HEAD))]
+        assert any(said == words(p.prompt)["input_ids"][: len(said)] for p in SOURCE)
+        assert len(ids) <= 60
 
 
 def test_a_chat_without_room_for_an_answer_is_cut() -> None:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from retain.data.batches import Example
+from retain.data.general_prompts import general_prompts
 from retain.errors import ModelError, SourceError
 from retain.models.forward import compact_head, evaluating
 from retain.models.names import unwrap
@@ -134,10 +135,12 @@ def sample_rows(
     """Rows of ``input_ids`` sampled from the base model: the adapter, if any, is off.
 
     Where the tokenizer has a chat template, three quarters of the rows are short chats, each of
-    which reaches its answer: the model writes a user's turn of at most 28 tokens, the template puts
-    the assistant's header behind it, and the model writes the first 24 tokens of an answer. That is
-    where people read, and a source without such places leaves them free (docs/log.md). The others
-    are documents: all rows of a model without a chat form.
+    which reaches its answer: the template puts the assistant's header behind a user's turn, and the
+    model writes the first 24 tokens of an answer. That is where people read, and a source without
+    such places leaves them free (docs/log.md). Every second user's turn is one of the general
+    prompts of `retain.data.general_prompts` (the half that nothing is measured on), the others the
+    model writes, of at most 28 tokens. The other rows are documents: all rows of a model without a
+    chat form.
 
     Where the tokenizer does not write the first token of a document by itself, every second
     document comes without it. Users' texts then begin with any token, and what attention parks on
@@ -152,9 +155,8 @@ def sample_rows(
         seed: of the draws. The global random state is left as it was.
         batch_size: rows sampled at once.
         temperature: 1 samples the model as it is.
-        prompts: what the users of the chats say, in place of what the model would say for them:
-            all in an order by the seed, then all again, as often as there are chats. The model
-            writes the answers alone.
+        prompts: what the users of all chats say, in place of the above: all in an order by the
+            seed, then all again, as often as there are chats. The model writes the answers alone.
         progress: show a bar.
 
     Raises:
@@ -173,13 +175,15 @@ def sample_rows(
     max_length = cut_length(model, max_length)
     head, tail = chat or ([], [])
     ends = set(_end_tokens(model, tokenizer))
-    turns = None if prompts is None else _turns(tokenizer, prompts, ends, seed, chat=bool(chat))
+    given: list[list[int]] = []
+    if chat or prompts is not None:
+        texts = _general() if prompts is None else prompts
+        given = _turns(tokenizer, texts, ends, seed, chat=bool(chat))
+    every = 2 if prompts is None else 1  # so many chats to one that is given
     starts = [
-        Example(tuple(p), tuple(p), (True,) * len(p))
-        for p in (document, head, tail, *(turns or ()))
-        if p
+        Example(tuple(p), tuple(p), (True,) * len(p)) for p in (document, head, tail, *given) if p
     ]
-    check_sizes(model, starts, tokenizer, lengths=turns is None)
+    check_sizes(model, starts, tokenizer, lengths=not given)
     bare = list(tokenizer("a")["input_ids"])[:1] != document
     device = next(model.parameters()).device
     chats = round(CHATS * count) if chat else 0
@@ -200,21 +204,25 @@ def sample_rows(
             bar.update(size)
         room = max_length - len(head) - len(tail)
         for start, size in zip(range(0, chats, batch_size), _sizes(chats, batch_size), strict=True):
-            if turns is None:
-                asked = min(ASKED, max(1, room * ASKED // (ASKED + ANSWERED)))
-                said = [
-                    [t for t in turn if t not in ends] for turn in written([head] * size, asked)
-                ]
-            else:
-                asked = max(1, room - ANSWERED)
-                said = [turns[i % len(turns)][:asked] for i in range(start, start + size)]
+            numbers = range(start, start + size)
+            own = [i for i in numbers if i % every]
+            asked = min(ASKED, max(1, room * ASKED // (ASKED + ANSWERED)))
+            turns = written([head] * len(own), asked) if own else []
+            by_model = dict(zip(own, ([t for t in u if t not in ends] for u in turns), strict=True))
+            most = max(asked, room - ANSWERED)
+            said = [by_model.get(i) or given[i // every % len(given)][:most] for i in numbers]
             found = [[*head, *turn, *tail] for turn in said]
-            answered = min(ANSWERED, room - asked)
+            answered = min(ANSWERED, room - max(map(len, said)))
             if answered > 0:
                 found = _joined(found, written(found, answered))
             rows += [ids[:max_length] for ids in found]
             bar.update(size)
     return [{"input_ids": ids} for ids in rows]
+
+
+def _general() -> list[str]:
+    """The general prompts of which none is measured on."""
+    return [prompt.prompt for prompt in general_prompts(half="source")]
 
 
 def _turns(
