@@ -259,6 +259,18 @@ def test_a_four_bit_base(structure: str, tiny_folder: Path, tmp_path: Path) -> N
     assert all(torch.equal(m.weight, quantised[n].weight) for n, m in quantised.items())
 
 
+# --- other ways to apply a LoRA ---
+
+
+def test_a_lora_that_is_silent_at_some_tokens_is_refused() -> None:
+    """An activated LoRA acts from its invocation on; its curvature would be of all tokens."""
+    model = peft("llama", alora_invocation_tokens=[3])
+    with pytest.raises(ModelError, match="in a way that no curvature knows; got: ALora at"):
+        lora_sites(model)
+    with pytest.raises(ModelError, match="ALora"):
+        fit_curvature(model, ROWS["llama"], progress=False)
+
+
 # --- heads and layers of other kinds ---
 
 

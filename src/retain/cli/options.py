@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import sys
 import types
@@ -169,10 +170,12 @@ def quieten(progress: bool) -> None:
         ("TOKENIZERS_PARALLELISM", "false"),
     ):
         os.environ.setdefault(name, value)
-    from transformers.utils import logging
+    # bitsandbytes, where it is installed, says at its import which kernels of a hub it lacks.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as theirs
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
 
 
 def check_choices(*choices: tuple[str, str, Iterable[str]]) -> None:

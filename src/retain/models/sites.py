@@ -114,6 +114,11 @@ class LinearSite:
 Site = LoraSite | LinearSite
 
 
+_VARIANTS = ("NoneType", "DoraLinearVariant", "MiCALinearVariant")
+"""Ways of PEFT to apply a LoRA whose update is ``s B A`` at every token (DoRA: times its rows'
+factors). Activated LoRA is silent before its invocation, and others change A, B or the input."""
+
+
 def lora_sites(model: nn.Module) -> list[LoraSite]:
     """The LoRA layers of a model, in the order of its modules.
 
@@ -140,6 +145,14 @@ def lora_sites(model: nn.Module) -> list[LoraSite]:
         site = LoraSite(canonical(name), layer, active[0], float(layer.scaling[active[0]]))
         if layer is head:
             raise _unsupported(name, "the output head")
+        variant = type(getattr(layer, "lora_variant", {}).get(active[0])).__name__
+        if variant not in _VARIANTS:
+            raise ModelError(
+                "a LoRA layer works in a way that no curvature knows",
+                got=f"{variant.removesuffix('LinearVariant')} at {canonical(name)}",
+                allowed="LoRA, rsLoRA, DoRA and MiCA, whose update is the same at every token",
+                fix="peft.LoraConfig without that option",
+            )
         if isinstance(layer, ParamWrapper):
             raise _unsupported(name, f"a bare parameter ({layer.parameter_name})")
         if not isinstance(site.lora_a, nn.Linear):
