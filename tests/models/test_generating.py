@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from transformers import GenerationConfig
 
-from retain.data.general_prompts import general_prompts
+from retain.data.general_prompts import HALVES, general_prompts
 from retain.errors import SourceError
 from retain.evaluation.generation import generate
 from retain.models.generating import plain_generation, sample_rows, write
@@ -221,6 +221,18 @@ def test_long_chats_stay_short() -> None:
         said = ids[len(HEAD) : ids.index(TAIL[0], len(HEAD))]
         assert any(said == words(p.prompt)["input_ids"][: len(said)] for p in SOURCE)
         assert len(ids) <= 60
+
+
+def test_text_to_measure_on_has_other_prompts() -> None:
+    model, words, said = base("llama"), tokenizer(chat=True), {}
+    model.generation_config.eos_token_id = words.eos_token_id = None
+    for half in HALVES:
+        rows = sample_rows(model, words, count=8, max_length=60, seed=1, half=half)
+        chats = [row["input_ids"] for row in rows[2::2]]
+        said[half] = {tuple(ids[len(HEAD) : len(HEAD) + 20]) for ids in chats}
+        known = {tuple(words(p.prompt)["input_ids"][:20]) for p in general_prompts(half=half)}
+        assert said[half] <= known
+    assert not said["source"] & said["held-out"]
 
 
 def test_a_chat_without_room_for_an_answer_is_cut() -> None:

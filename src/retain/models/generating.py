@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from retain.data.batches import Example
-from retain.data.general_prompts import general_prompts
+from retain.data.general_prompts import Half, general_prompts
 from retain.errors import ModelError, SourceError
 from retain.models.forward import compact_head, evaluating
 from retain.models.names import unwrap
@@ -130,6 +130,7 @@ def sample_rows(
     batch_size: int = 64,
     temperature: float = 1.0,
     prompts: Sequence[str] | None = None,
+    half: Half = "source",
     progress: bool = False,
 ) -> list[dict[str, Any]]:
     """Rows of ``input_ids`` sampled from the base model: the adapter, if any, is off.
@@ -138,9 +139,8 @@ def sample_rows(
     which reaches its answer: the template puts the assistant's header behind a user's turn, and the
     model writes the first 24 tokens of an answer. That is where people read, and a source without
     such places leaves them free (docs/log.md). Every second user's turn is one of the general
-    prompts of `retain.data.general_prompts` (the half that nothing is measured on), the others the
-    model writes, of at most 28 tokens. The other rows are documents: all rows of a model without a
-    chat form.
+    prompts of `retain.data.general_prompts`, the others the model writes, of at most 28 tokens. The
+    other rows are documents: all rows of a model without a chat form.
 
     Where the tokenizer does not write the first token of a document by itself, every second
     document comes without it. Users' texts then begin with any token, and what attention parks on
@@ -157,6 +157,7 @@ def sample_rows(
         temperature: 1 samples the model as it is.
         prompts: what the users of all chats say, in place of the above: all in an order by the
             seed, then all again, as often as there are chats. The model writes the answers alone.
+        half: of the general prompts; text that something is measured on has ``held-out``.
         progress: show a bar.
 
     Raises:
@@ -177,7 +178,7 @@ def sample_rows(
     ends = set(_end_tokens(model, tokenizer))
     given: list[list[int]] = []
     if chat or prompts is not None:
-        texts = _general() if prompts is None else prompts
+        texts = _general(half) if prompts is None else prompts
         given = _turns(tokenizer, texts, ends, seed, chat=bool(chat))
     every = 2 if prompts is None else 1  # so many chats to one that is given
     starts = [
@@ -220,9 +221,8 @@ def sample_rows(
     return [{"input_ids": ids} for ids in rows]
 
 
-def _general() -> list[str]:
-    """The general prompts of which none is measured on."""
-    return [prompt.prompt for prompt in general_prompts(half="source")]
+def _general(half: Half) -> list[str]:
+    return [prompt.prompt for prompt in general_prompts(half=half)]
 
 
 def _turns(

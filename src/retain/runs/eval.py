@@ -133,7 +133,7 @@ def own_text(model: Any, tokenizer: Any, config: Measured, messages: Messages) -
     messages.say("the base model writes the text that forgetting is measured on")
     return sample_rows(
         model, tokenizer, count=config.rows, max_length=config.max_length,
-        seed=HELD_OUT + config.seed, progress=messages.progress,
+        seed=HELD_OUT + config.seed, half="held-out", progress=messages.progress,
     )  # fmt: skip
 
 

@@ -178,6 +178,7 @@ def _samples(run: RunSpec, base: Base, work: Work, count: int, seed: int) -> lis
     if kept is not None and isinstance(kept.get("rows"), list):
         return list(kept["rows"])
     options: dict[str, Any] = {"count": count, "max_length": length, "progress": work.progress}
+    options["half"] = "held-out" if seed == HELDOUT_SEED else "source"
     rows: list[Row] = [*sample_rows(base.model, base.tokenizer, seed=seed, **options)]
     if first_rank():
         write_shared(work, path, sealed({"made_with": wanted, "rows": rows}))
