@@ -77,27 +77,31 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float((a[n] - b[n]).abs().max() / a[n].abs().max()) for n in a)
 
 
-@pytest.mark.parametrize("told", [{"strength": 10.0}, {"budget": 0.001}], ids=["nats", "budget"])
-def test_two_processes_hold_as_one(told: dict[str, Any], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same training with a budget in one process and in two."""
+    out = tmp_path_factory.mktemp("processes")
     for name, processes in (("one", 1), ("two", 2)):
-        ended = run(tmp_path / name, processes, **told)
-        assert ended.returncode == 0, ended.stderr[-3000:]
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+        done = run(out / name, processes, budget=0.001)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def test_two_processes_hold_as_one(ended: Path) -> None:
+    one, two, other = weights(ended / "one"), weights(ended / "two"), weights(ended / "two", 1)
     assert apart(one, two) < 1e-4
-    other = weights(tmp_path / "two", 1)
     assert all(torch.equal(two[n], other[n]) for n in two)
-    nats = [json.loads((tmp_path / n / "told-0.json").read_text())["nats"] for n in ("one", "two")]
-    assert nats[0] == pytest.approx(nats[1], rel=1e-3, abs=1e-9)
-    assert nats[0][-1] > 0
+    told = [json.loads((ended / n / "told-0.json").read_text()) for n in ("one", "two")]
+    assert told[0]["nats"] == pytest.approx(told[1]["nats"], rel=1e-3, abs=1e-9)
+    assert told[0]["strength"] == pytest.approx(told[1]["strength"], rel=1e-3)
+    assert told[0]["nats"][-1] > 0
 
 
-def test_two_processes_go_on_where_they_were(tmp_path: Path) -> None:
-    whole, half = tmp_path / "whole", tmp_path / "half"
-    told = {"budget": 0.001}
-    assert run(whole, 2, **told).returncode == 0
-    again = run(half, 2, **told, resume=str(whole / "run" / "checkpoint-3"))
+def test_two_processes_go_on_where_they_were(ended: Path, tmp_path: Path) -> None:
+    checkpoint = ended / "two" / "run" / "checkpoint-3"
+    again = run(tmp_path, 2, budget=0.001, resume=str(checkpoint))
     assert again.returncode == 0, again.stderr[-3000:]
-    assert apart(weights(whole), weights(half)) < 1e-6
+    assert apart(weights(ended / "two"), weights(tmp_path)) < 1e-6
 
 
 def test_another_curvature_on_another_process_is_noticed(tmp_path: Path) -> None:
