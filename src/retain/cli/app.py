@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -109,6 +110,8 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: the arguments, those of the process by default.
     """
+    # bitsandbytes, where it is installed, says at its import which kernels of a hub it lacks.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

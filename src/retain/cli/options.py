@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import os
 import sys
 import types
@@ -170,12 +169,10 @@ def quieten(progress: bool) -> None:
         ("TOKENIZERS_PARALLELISM", "false"),
     ):
         os.environ.setdefault(name, value)
-    # bitsandbytes, where it is installed, says at its import which kernels of a hub it lacks.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from transformers.utils import logging as theirs
+    from transformers.utils import logging
 
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def check_choices(*choices: tuple[str, str, Iterable[str]]) -> None:
