@@ -277,16 +277,19 @@ def _rows(count: int, length: int, *, vocabulary: int, seed: int) -> list[Exampl
 # Cost.
 
 
+TINY: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+"""The shape of both models where the script is tried."""
+
+
 def _large(options: Any) -> dict[str, Any]:
     shape: dict[str, Any] = {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
         "num_hidden_layers": options.layers, "num_attention_heads": 32, "num_key_value_heads": 8,
     }  # fmt: skip
-    if options.tiny:
-        shape |= {
-            "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2,
-        }  # fmt: skip
+    shape |= TINY if options.tiny else {}
     batch, length = (2, 16) if options.tiny else (4, 2048)
     return _cost(options, shape, [(batch, length)], checkpointing=True)
 
@@ -296,11 +299,7 @@ def _small(options: Any) -> dict[str, Any]:
         "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
     }  # fmt: skip
-    if options.tiny:
-        shape |= {
-            "vocab_size": 128, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
-            "num_attention_heads": 3, "num_key_value_heads": 1,
-        }  # fmt: skip
+    shape |= TINY if options.tiny else {}
     return _cost(options, shape, [(2, 16)] if options.tiny else [(4, 128), (16, 512)])
 
 

@@ -48,6 +48,19 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 """Rows of different lengths, so that any batch of them holds padding."""
 
 
+def deep(layers: int) -> LlamaForCausalLM:
+    """A Llama in float32 of so many layers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=layers,
+                num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
+                pad_token_id=0,
+            )
+        )  # fmt: skip
+
+
 def base(
     kind: str,
     *,

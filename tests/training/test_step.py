@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_callback import fit, trainer
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
+from counting import Calls
 from retain import RetentionCallback, grow_lora
 from retain.models.sites import lora_sites
-from tiny import move
+from tiny import deep, move
 
 VIEWS = {
     "view", "t", "transpose", "slice", "select", "detach", "expand", "unsqueeze", "squeeze",
@@ -25,24 +24,17 @@ VIEWS = {
 READS = {"_local_scalar_dense", "item", "is_nonzero", "equal"}
 
 
-class Count(TorchDispatchMode):
+def kind(name: str) -> str | None:
     """Operations that are not views, and what the host waits for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: collections.Counter[str] = collections.Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name not in VIEWS:
-            self.found["reads" if name in READS else "operations"] += 1
-        return func(*args, **(kwargs or {}))
+    if name in VIEWS:
+        return None
+    return "reads" if name in READS else "operations"
 
 
 class Steps(TrainerCallback):
     """The middle one of some steps, none of which is a power of two."""
 
-    def __init__(self, count: Count) -> None:
+    def __init__(self, count: Calls) -> None:
         self.count, self.steps = count, []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -57,15 +49,9 @@ class Steps(TrainerCallback):
 
 
 def made(layers: int, how: str) -> Any:
+    base = deep(layers)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        base = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=13, hidden_size=16, intermediate_size=24, num_hidden_layers=layers,
-                num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
-                pad_token_id=0,
-            )
-        )  # fmt: skip
         model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
     if how == "grown":
         move(model, 3)
@@ -74,7 +60,7 @@ def made(layers: int, how: str) -> Any:
 
 
 def counted(layers: int, how: str, held: bool, folder: Path, options: dict[str, Any]) -> Steps:
-    model, count, added = made(layers, how), Count(), []
+    model, count, added = made(layers, how), Calls(kind), []
     if held:
         source = fit(made(layers, "fresh"), rank=3)
         past = fit(model, rank=3) if how == "grown" else None
@@ -110,7 +96,7 @@ def test_the_number_of_operations_does_not_grow_with_the_layers(
     how: str, options: dict[str, Any], most: int, reads: int, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    counts: list[Count] = []
+    counts: list[Calls] = []
     listed = torch.Tensor.tolist
 
     def looked(self: torch.Tensor) -> Any:  # no operation of its own, but the host waits
@@ -118,9 +104,9 @@ def test_the_number_of_operations_does_not_grow_with_the_layers(
             count.found["reads"] += 1
         return listed(self)
 
-    begin = Count.__enter__
+    begin = Calls.__enter__
     monkeypatch.setattr(torch.Tensor, "tolist", looked)
-    monkeypatch.setattr(Count, "__enter__", lambda self: counts.append(self) or begin(self))
+    monkeypatch.setattr(Calls, "__enter__", lambda self: counts.append(self) or begin(self))
     found = []
     for layers in (2, 6):
         held, plain = (counted(layers, how, held, tmp_path, options) for held in (True, False))

@@ -78,7 +78,7 @@ def _stored_otherwise(curvature: BlockOperator, model: nn.Module, sites: Sequenc
     stored, here = (text.partition(":")[0] for text in (theirs, mine))
     warnings.warn(
         f"the curvature was measured on these weights stored as {stored}, and here they are "
-        f"{here}: it holds the model, and its nats are of the other",
+        f"{here}: predicted nats are those of the {stored} weights, so measure the divergence too",
         RetainWarning,
         stacklevel=4,
     )

@@ -60,7 +60,7 @@ def signature(model: nn.Module, layers: dict[str, nn.Module]) -> str:
     """What the linear layers' weights stand for, in a way that bears rounding.
 
     Args:
-        model: told to be quantised or not.
+        model: it tells how its weights are stored.
         layers: by name, those that count, without their adapters.
 
     Returns:
@@ -110,9 +110,14 @@ def storage(model: nn.Module) -> str:
         if packed or type(weight).__name__ in ("Params4bit", "Int8Params"):
             state = getattr(weight, "quant_state", None)
             return getattr(state, "quant_type", None) or type(weight).__name__
-        if any(isinstance(getattr(module, key, None), Tensor) for key in ("qweight", "W_q")):
+        if _has_packed(module):
             return type(module).__name__
     return "float"
+
+
+def _has_packed(module: nn.Module) -> bool:
+    """Whether a layer is one of GPTQ's, AWQ's or HQQ's, which have no ``weight``."""
+    return any(isinstance(getattr(module, key, None), Tensor) for key in ("qweight", "W_q"))
 
 
 def _samples(values: Tensor) -> Tensor:
@@ -143,17 +148,14 @@ def _codes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if inner is not None:
             yield "state2.absmax", inner.absmax
         return
-    own = "SCB" if type(weight).__name__ == "Int8Params" else None
-    if own:
+    if type(weight).__name__ == "Int8Params":
         scales = getattr(weight, "SCB", None)
         if scales is None:  # moved by the first forward pass
             scales = getattr(getattr(module, "state", None), "SCB", None)
         if isinstance(scales, Tensor):
-            yield own, scales
+            yield "SCB", scales
         return
-    if isinstance(getattr(module, "qweight", None), Tensor) or isinstance(
-        getattr(module, "W_q", None), Tensor
-    ):
+    if _has_packed(module):
         held = dict(module.named_parameters(recurse=False))
         for key in _CODES:
             found = getattr(module, key, None)

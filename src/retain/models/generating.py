@@ -204,13 +204,13 @@ def sample_rows(
             rows += found
             bar.update(size)
         room = max_length - len(head) - len(tail)
+        asked = min(ASKED, max(1, room * ASKED // (ASKED + ANSWERED)))
+        most = max(asked, room - ANSWERED)
         for start, size in zip(range(0, chats, batch_size), _sizes(chats, batch_size), strict=True):
             numbers = range(start, start + size)
             own = [i for i in numbers if i % every]
-            asked = min(ASKED, max(1, room * ASKED // (ASKED + ANSWERED)))
             turns = written([head] * len(own), asked) if own else []
             by_model = dict(zip(own, ([t for t in u if t not in ends] for u in turns), strict=True))
-            most = max(asked, room - ANSWERED)
             said = [by_model.get(i) or given[i // every % len(given)][:most] for i in numbers]
             found = [[*head, *turn, *tail] for turn in said]
             answered = min(ANSWERED, room - max(map(len, said)))

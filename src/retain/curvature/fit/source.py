@@ -79,11 +79,5 @@ def source_examples(
 
 def glance(example: Example, pad: int) -> Batch:
     """A few tokens, enough to see which layers read what."""
-    some = replace(
-        example,
-        tokens=example.tokens[:8],
-        targets=example.targets[:8] if example.predict else example.targets,
-        predict=example.predict and (True,) * len(example.predict[:8]),
-        segments=example.segments[:8],
-    )
-    return collate([some], pad, [0])
+    some = example.cut(8)
+    return collate([replace(some, predict=(True,) * len(some.predict))], pad, [0])
