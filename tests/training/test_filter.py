@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from retain import Filter, RetentionCallback
 from retain.data.batches import Example
-from retain.errors import ConfigError, MismatchError, ModelError
+from retain.errors import ConfigError, MismatchError, ModelError, RetainWarning
 from retain.models.lora import grow_lora
 from retain.models.off import adapter_off
 from retain.models.sites import lora_sites
@@ -210,8 +210,14 @@ def test_rows_are_read_while_their_tokens_fit(
 
     monkeypatch.setattr(recipe, "input_moments", read)
     held = Recipe(fit(model, structure="kfac"), filter=Filter(tokens=tokens))
-    held.begin(model, lambda count, seed: rows[:count])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        held.begin(model, lambda count, seed: rows[:count])
     held.release()
+    told = [str(w.message) for w in said if issubclass(w.category, RetainWarning)]
+    whole = sum(lengths) == sum(len(row.tokens) for row in rows)
+    text = f"the filter reads {len(lengths)} of the 4 training rows that it was to read"
+    assert [text in line for line in told] == ([] if whole else [True])
     assert [len(e.tokens) for e in seen] == lengths
     assert seen == [e.cut(n) for e, n in zip(rows, lengths, strict=False)]
 

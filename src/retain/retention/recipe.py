@@ -318,7 +318,13 @@ class Recipe:
                 allowed="rows of two tokens or more",
                 fix="check the data, or leave the filter out",
             )
-        examples = _within(examples, self.options.tokens)
+        asked, most = examples, self.options.tokens
+        examples = _within(asked, most)
+        if sum(len(e.tokens) for e in examples) < sum(len(e.tokens) for e in asked):
+            _warn(
+                f"the filter reads {len(examples)} of the {len(asked)} training rows that it was "
+                f"to read, for it reads {most:,} tokens at most: Filter(tokens=...) for more"
+            )
         kept = {} if self.curvature is None else moments_of(self.curvature).ranks()
         ranks = {layer: rows_rank(k) for layer, k in kept.items()}
         with adapter_off(model):
