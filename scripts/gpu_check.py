@@ -259,7 +259,7 @@ def _opt(wide: int) -> Any:
     config = OPTConfig(
         vocab_size=50, hidden_size=wide, ffn_dim=2 * wide, num_hidden_layers=2, dropout=0.0,
         num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=wide,
-        attention_dropout=0.0, pad_token_id=0,
+        attention_dropout=0.0, pad_token_id=0, init_std=0.1,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     model = OPTForCausalLM(config).double()
