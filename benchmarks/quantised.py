@@ -1,6 +1,6 @@
 """A curvature that was measured in bfloat16, used on the same base in 4 bits: what that costs.
 
-    python benchmarks/quantised.py [--steps 24] [--seeds 0]
+    python benchmarks/quantised.py [--steps 60] [--strength 100] [--seeds 0]
 
 SmolLM2-135M learns word problems in nf4 (bitsandbytes), held by the curvature of the nf4 model
 itself, and by that of the model in bfloat16, at one strength. Writes
@@ -32,12 +32,13 @@ from retain.provenance import provenance
 from retain.retention.measure import Reference
 
 RESULT = Path(__file__).resolve().parent / "results" / "quantised.json"
-ROWS, HELDOUT, LENGTH, BATCH = 32, 16, 96, 8
+ROWS, HELDOUT, LENGTH, BATCH = 64, 16, 96, 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--strength", type=float, default=100.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -55,7 +56,7 @@ def main() -> None:
     runs = []
     for seed in options.seeds:
         for name, curvature in (("none", None), ("nf4", own), ("bfloat16", ofplain)):
-            runs.append(_run(name, curvature, tokenizer, heldout, seed, options.steps))
+            runs.append(_run(name, curvature, tokenizer, heldout, seed, options))
             print(runs[-1], flush=True)
     means = {
         name: {
@@ -65,7 +66,7 @@ def main() -> None:
         for name in ("none", "nf4", "bfloat16")
     }
     result = {
-        **provenance(0), "steps": options.steps, "strength": 10.0, "cosine": cosine,
+        **provenance(0), "steps": options.steps, "strength": options.strength, "cosine": cosine,
         "runs": runs, "means": means,
     }  # fmt: skip
     write_json(RESULT, result)
@@ -95,8 +96,9 @@ def _cosine(plain: Any, packed: Any) -> float:
 
 
 def _run(
-    name: str, curvature: Any, tokenizer: Any, heldout: Any, seed: int, steps: int
+    name: str, curvature: Any, tokenizer: Any, heldout: Any, seed: int, options: Any
 ) -> dict[str, Any]:
+    steps = options.steps
     model = retain.attach_lora(_packed(tokenizer), rank=16, seed=seed)
     view = ModelView.of(model, tokenizer)
     problems = {
@@ -107,7 +109,9 @@ def _run(
     reference = Reference(model, heldout)
     held = None
     if curvature is not None:
-        held = retain.Retention(model, curvature, 10.0, rows=splits["train"], seed=seed)
+        held = retain.Retention(
+            model, curvature, options.strength, rows=splits["train"], seed=seed
+        )
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=2e-3)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)

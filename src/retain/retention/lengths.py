@@ -34,6 +34,7 @@ def step_lengths(optimizer: Optimizer) -> dict[int, float]:
                 continue
             beta, eps = group["betas"][1], group["eps"]
             correction = 1.0 - beta ** float(count)
-            root = (second.detach().to(torch.float32) / correction).sqrt_()
+            exact = torch.promote_types(second.dtype, torch.float32)
+            root = (second.detach().to(exact) / correction).sqrt_()
             rates[id(parameter)] = lr / (float(root.mean()) + eps)
     return rates

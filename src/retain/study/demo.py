@@ -31,7 +31,7 @@ MARK = "# Written by retain demo"
 
 TASK = "word-problems"
 
-FULL = {"train": 320, "test": 80, "source": 128, "heldout": 24, "length": 128, "answers": 3}
+FULL = {"train": 256, "test": 64, "source": 64, "heldout": 24, "length": 128, "answers": 3}
 QUICK = {"train": 32, "test": 8, "source": 8, "heldout": 8, "length": 48, "answers": 1}
 """Numbers of rows; the quick ones show in a minute or two that all stages work, and no more."""
 
@@ -85,8 +85,8 @@ def demo_study(
         "training": {"learning_rate": 2e-3, "batch_size": 8},
         "source": {"kind": "self", "rows": size["source"], "heldout": size["heldout"],
                    "max_length": size["length"]},
-        "general": {"tasks": ["knowledge"]},
-        "evaluation": {"batch_size": 64, "measure_every": 2 if quick else 20,
+        "general": {"tasks": ["knowledge"], "limit": 40 if quick else 200},
+        "evaluation": {"batch_size": 64, "measure_every": 2 if quick else 16,
                        "answers": size["answers"]},
         "claims": [kl, loss, lost],
     }  # fmt: skip
