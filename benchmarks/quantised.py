@@ -109,9 +109,7 @@ def _run(
     reference = Reference(model, heldout)
     held = None
     if curvature is not None:
-        held = retain.Retention(
-            model, curvature, options.strength, rows=splits["train"], seed=seed
-        )
+        held = retain.Retention(model, curvature, options.strength, rows=splits["train"], seed=seed)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=2e-3)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
