@@ -1,0 +1,105 @@
+"""A callback for trainers that take callbacks before there is a model to fit a curvature on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from retain.curvature.curvature import Curvature, load_curvature
+from retain.curvature.fit.fit import fit_curvature
+from retain.data.sources import Row
+from retain.errors import ConfigError
+from retain.models.names import unwrap
+from retain.retention.filter import Filter
+from retain.retention.recipe import Recipe
+from retain.training.callback import RetentionCallback
+from retain.types import Update
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["FILE", "FittingCallback"]
+
+FILE = "retention.safetensors"
+"""The curvature's file in the trainer's output folder, which a training that is resumed reads."""
+
+
+class FittingCallback(RetentionCallback):
+    """A `retain.RetentionCallback` that fits its curvature itself when training begins.
+
+    For trainers that are given their callbacks before they load a model, such as LLaMA-Factory. The
+    curvature is of the model that the trainer has, with its fresh adapter. Where checkpoints are
+    written it is kept beside them (`FILE`), and a training that is resumed reads it from there.
+
+    Args:
+        source: text of what is to be kept; see `retain.fit_curvature`. With a budget, the true
+            divergence is measured on it too.
+        curvature: in place of `source`, a curvature of this base model, or its file.
+        fit: options of `retain.fit_curvature`, such as ``{"structure": "kfac", "rows": 64}``.
+        strength: see `retain.RetentionCallback`; so are `update`, `budget`, `parts` and `filter`.
+        update: how the force acts.
+        budget: nats per source token that may be spent.
+        parts: of the recipe.
+        filter: options of the filter.
+        tokenizer: for text; by default the trainer's own.
+
+    Raises:
+        ConfigError: an option that there is not; or, when a training is resumed, a curvature that
+            is not where its first part has left it. What `retain.RetentionCallback` and
+            `retain.fit_curvature` raise, when training begins.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | Iterable[Row] = "self",
+        *,
+        curvature: Curvature | str | Path | None = None,
+        fit: Mapping[str, Any] | None = None,
+        strength: float = 10.0,
+        update: Update = "gradient",
+        budget: float | None = None,
+        parts: Sequence[str] | None = None,
+        filter: Filter | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        recipe = Recipe(None, strength, budget=budget, parts=parts, update=update, filter=filter)
+        self._drive(recipe, source, tokenizer)
+        self.given, self.fit = curvature, dict(fit or {})
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.recipe.curvature is None:
+            tokenizer = self.tokenizer or kwargs.get("processing_class")
+            self.recipe.curvature = self._curvature(args, state, unwrap(kwargs["model"]), tokenizer)
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def _curvature(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> Curvature:
+        if isinstance(self.given, Curvature):
+            return self.given
+        if self.given is not None:
+            return load_curvature(self.given)
+        kept = Path(args.output_dir or ".") / FILE
+        if state.global_step:
+            if not kept.is_file():
+                raise ConfigError(
+                    "the curvature of the training that goes on is missing",
+                    got=f"no file {kept}",
+                    allowed="the one that its first part wrote, for a tuned model has another",
+                    fix=f"curvature=PATH of a copy, or put it back as {kept}",
+                )
+            return load_curvature(kept)
+        found = fit_curvature(model, self.source or "self", tokenizer=tokenizer, **self.fit)
+        if args.should_save and args.save_strategy != "no":
+            found.save(kept)
+        return found

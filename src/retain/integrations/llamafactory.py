@@ -1,0 +1,38 @@
+"""LLaMA-Factory: its command, with retention. In place of ``llamafactory-cli train may.yaml``::
+
+    python -m retain.integrations.llamafactory may.yaml --source self --budget 0.05
+
+From Python, ``run_exp(settings, callbacks=[FittingCallback("self", budget=0.05)])``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from retain.integrations.fitting import FittingCallback
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs LLaMA-Factory's ``run_exp``. What is no option of ours is handed on to it."""
+    parser = argparse.ArgumentParser(prog="python -m retain.integrations.llamafactory")
+    parser.add_argument("--source", default="self", help="text that is to be kept")
+    parser.add_argument("--curvature", help="in place of a source, a curvature's file")
+    parser.add_argument("--strength", type=float, default=10.0)
+    parser.add_argument("--budget", type=float, help="nats per token that may be spent")
+    options, rest = parser.parse_known_args(arguments)
+    from llamafactory.train.tuner import run_exp
+
+    callback = FittingCallback(
+        options.source, curvature=options.curvature, strength=options.strength,
+        budget=options.budget,
+    )  # fmt: skip
+    sys.argv = [sys.argv[0], *rest]  # where it reads its own
+    run_exp(callbacks=[callback])
+
+
+if __name__ == "__main__":
+    main()

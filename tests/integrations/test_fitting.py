@@ -1,0 +1,157 @@
+"""The callback that fits its curvature itself, in a plain trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from retain import RetentionCallback, fit_curvature
+from retain.errors import ConfigError
+from retain.integrations import FittingCallback
+from retain.integrations.fitting import FILE
+from tiny import ROWS, tiny, weights
+
+DATA = [
+    {"input_ids": [1 + i, 2 + i % 3, 12 - i, 5], "labels": [1 + i, 2 + i % 3, 12 - i, 5]}
+    for i in range(8)
+]
+FIT: dict[str, Any] = {"progress": False, "batch_size": 4}
+
+
+def trained(
+    folder: Path, callback: RetentionCallback, model: Any = None, resume: Any = None, **options: Any
+) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=4, learning_rate=0.01, logging_steps=1,
+        report_to="none", use_cpu=True, disable_tqdm=True,
+        **{"max_steps": 4, "save_strategy": "no"} | options,
+    )  # fmt: skip
+    model = tiny("llama") if model is None else model
+    trainer = Trainer(model=model, args=arguments, train_dataset=DATA, callbacks=[callback])
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_it_trains_as_one_whose_curvature_was_fitted_before(tmp_path: Path) -> None:
+    model = tiny("llama")
+    before = RetentionCallback(fit_curvature(model, ROWS["llama"], **FIT), strength=3.0)
+    expected = trained(tmp_path, before, model)
+    found = trained(tmp_path, FittingCallback(ROWS["llama"], fit=FIT, strength=3.0))
+    assert found.state.log_history[-2]["predicted_nats"] > 0
+    for a, b in zip(weights(found.model).values(), weights(expected.model).values(), strict=True):
+        assert torch.equal(a, b)
+    assert not (tmp_path / FILE).exists()  # nothing is saved, so nothing goes on
+
+
+@pytest.mark.parametrize("options", [{"strength": 3.0}, {"budget": 1e-4}])
+def test_a_resumed_training_ends_as_one_that_was_not(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    def made() -> FittingCallback:
+        return FittingCallback(ROWS["llama"], fit=FIT, **options)
+
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = trained(tmp_path, made(), **saving)
+    assert (tmp_path / FILE).is_file()
+    again = trained(tmp_path, made(), resume=str(tmp_path / "checkpoint-2"), **saving)
+    for a, b in zip(weights(again.model).values(), weights(whole.model).values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_resumed_training_without_its_curvature_is_refused(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    trained(tmp_path, FittingCallback(ROWS["llama"], fit=FIT), **saving)
+    kept = (tmp_path / FILE).rename(tmp_path / "elsewhere.safetensors")
+    checkpoint = str(tmp_path / "checkpoint-2")
+    with pytest.raises(ConfigError, match="curvature of the training that goes on is missing"):
+        trained(tmp_path, FittingCallback(ROWS["llama"], fit=FIT), resume=checkpoint, **saving)
+    whole = trained(tmp_path, FittingCallback(curvature=kept), resume=checkpoint, **saving)
+    assert whole.state.global_step == 4
+
+
+def test_llamafactory_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against its entry point's signature alone: run_exp(args=None, callbacks=None)."""
+    import sys
+    from types import ModuleType
+
+    from retain.integrations import llamafactory
+
+    heard: list[Any] = []
+    tuner = ModuleType("llamafactory.train.tuner")
+
+    def run_exp(args: Any = None, callbacks: Any = None) -> None:
+        heard.append((args, callbacks, sys.argv[1:]))
+
+    tuner.run_exp = run_exp  # type: ignore[attr-defined]
+    for name in ("llamafactory", "llamafactory.train"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "llamafactory.train.tuner", tuner)
+    monkeypatch.setattr(sys, "argv", ["python"])
+    llamafactory.main(["may.yaml", "--budget", "0.05", "learning_rate=1e-4"])
+    ((args, (callback,), rest),) = heard
+    assert args is None
+    assert rest == ["may.yaml", "learning_rate=1e-4"]
+    assert callback.recipe.budget == 0.05
+    assert callback.source == "self"
+
+
+def test_swift_finds_it_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the form of ms-swift's table: callbacks_map[name](args, trainer)."""
+    import sys
+    from types import ModuleType
+
+    callbacks = ModuleType("swift.callbacks")
+    callbacks.callbacks_map = {}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "swift", ModuleType("swift"))
+    monkeypatch.setitem(sys.modules, "swift.callbacks", callbacks)
+    monkeypatch.delitem(sys.modules, "retain.integrations.swift", raising=False)
+    from retain.integrations.swift import register
+
+    register(source="self", budget=0.05)
+    callback = callbacks.callbacks_map["retention"](None, None)
+    assert isinstance(callback, FittingCallback)
+    assert callback is not callbacks.callbacks_map["retention"](None, None)
+    with pytest.raises(ConfigError, match="budget"):
+        register("other", budget=-1.0)
+    assert "other" not in callbacks.callbacks_map
+
+
+def axolotl(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The plug-in on a stand-in for axolotl's base class, which is empty methods there."""
+    import importlib
+    import sys
+    from types import ModuleType
+
+    base = ModuleType("axolotl.integrations.base")
+    base.BasePlugin = type("BasePlugin", (), {})  # type: ignore[attr-defined]
+    for name in ("axolotl", "axolotl.integrations"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "axolotl.integrations.base", base)
+    monkeypatch.delitem(sys.modules, "retain.integrations.axolotl", raising=False)
+    return importlib.import_module("retain.integrations.axolotl")
+
+
+def test_axolotl_s_plugin_reads_its_part_of_the_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = axolotl(monkeypatch)
+    plugin = module.RetentionPlugin()
+    assert plugin.get_input_args() == "retain.integrations.axolotl.RetentionArgs"
+    args = module.RetentionArgs.model_validate({"retention": {"budget": 0.05, "fit": {"rows": 8}}})
+    for asked in (args.retention, args.retention.model_dump()):
+        (callback,) = plugin.add_callbacks_post_trainer({"retention": asked}, None)
+        assert (callback.recipe.budget, callback.fit) == (0.05, {"rows": 8})
+    (plain,) = plugin.add_callbacks_post_trainer({}, None)
+    assert (plain.source, plain.recipe.strength) == ("self", 10.0)
+    with pytest.raises(ValueError, match="bugdet"):
+        module.RetentionArgs.model_validate({"retention": {"bugdet": 0.05}})
+
+
+def test_axolotl_s_fused_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = axolotl(monkeypatch)
+    cfg = {"lora_mlp_kernel": True, "lora_qkv_kernel": False, "lora_o_kernel": True}
+    with pytest.raises(ConfigError) as refused:
+        module.RetentionPlugin().add_callbacks_post_trainer(cfg, None)
+    assert "set lora_mlp_kernel: false, lora_o_kernel: false" in str(refused.value)
