@@ -16,10 +16,10 @@ items that it had right by luck, a share g is wrong afterwards. Of those right b
 with equality at g = 0, as where nothing changed. That is claimed whatever g is: g depends on how
 much luck is drawn again, which nothing observed tells. The estimate is ``L / (R - c n)``.
 
-**Bound.** Given R, L is binomial (R, q); R is binomial (n, p). Without chance the bound is the exact
-one of Clopper and Pearson on L of R. With it, q is bounded from above at nine tenths of the error,
-p from below at one tenth, and ``q / (1 - c / p)`` falls in p: by the union bound all of it fails
-with at most the error. Where p is not shown to be above c, the bound is 1.
+**Bound.** Given R, L is binomial (R, q); R is binomial (n, p). Without chance the bound is the
+exact one of Clopper and Pearson on L of R. With it, q is bounded from above at nine tenths of the
+error, p from below at one tenth, and ``q / (1 - c / p)`` falls in p: by the union bound all of it
+fails with at most the error. Where p is not shown to be above c, the bound is 1.
 
 **Several skills** share the error equally (Bonferroni), so that all bounds hold together.
 
@@ -149,7 +149,7 @@ def certify(
     batch_size: int = 32,
     progress: bool = False,
 ) -> Certificate:
-    """Whether a tuned model lost no more of its base's skills than is allowed, with 95 % confidence.
+    """Whether a tuned model lost no more of its base's skills than is allowed, at 95 % confidence.
 
     The module's docstring says what the bound is of and what it assumes. A prompt is asked in the
     model's chat form, where the tokenizer has a template; answers are greedy.

@@ -15,8 +15,8 @@ from retain.evaluation.metrics import normalize
 
 __all__ = ["SkillItem", "Skills", "read_skills"]
 
-Skills = str | Path | Iterable[Mapping[str, Any]]
-"""``general``, a file of rows, or rows."""
+Skills = str | Path | Iterable["Mapping[str, Any] | SkillItem"]
+"""``general``, a file of rows, rows, or items that were read."""
 
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 _MARK = "####"
@@ -84,7 +84,11 @@ def read_skills(given: Skills) -> list[SkillItem]:
     if isinstance(given, str) and given == GENERAL:
         return [SkillItem(p.id, p.skill, p.prompt, scripted=p) for p in general_prompts()
                 if p.scored]  # fmt: skip
-    items = [_item(row, number) for number, row in enumerate(read_rows(given), start=1)]  # type: ignore[arg-type]
+    if isinstance(given, list) and given and all(isinstance(i, SkillItem) for i in given):
+        items: list[SkillItem] = given
+    else:
+        rows = read_rows(given)  # type: ignore[arg-type]
+        items = [_item(row, number) for number, row in enumerate(rows, start=1)]
     seen: dict[tuple[str, str], str] = {}
     for item in items:
         first = seen.setdefault((item.skill, item.prompt), item.id)
