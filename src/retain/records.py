@@ -454,9 +454,9 @@ class CertificateRecord(Part):
 
     def sentence(self) -> str:
         """What was found, in one line."""
-        broken = [s.skill for s in self.skills if s.verdict == "broken"]
-        what = f"not shown to be kept: {', '.join(broken)}" if broken else "kept"
-        return f"{'Broken' if broken else 'Held'} at {self.level:.0%} confidence: {what}"
+        found = [s.skill for s in self.skills if s.verdict == ("held" if self.held else "broken")]
+        verdict = "Held: kept" if self.held else "Broken: not shown to be kept"
+        return f"{verdict} at {self.level:.0%} confidence: {', '.join(found)}"
 
 
 class RunRecord(Part):

@@ -91,12 +91,12 @@ def test_an_adapter_that_does_nothing_is_held(
     assert len(record["rows"]) == len(asked.read_text().splitlines())
     assert all(r["right_before"] and r["right_after"] for r in record["rows"])
     card = (adapter / "README.md").read_text()
-    assert "Held at 95% confidence: kept" in card and "| pick | 60 |" in card
+    assert "Held: kept at 95% confidence: pick, say" in card and "| pick | 60 |" in card
     html = page.read_text()
     assert "<title>retain report: " in html and "v-held" in html and "v-broken" not in html.split(
         "<body>")[1]  # fmt: skip
     out = run(adapter, *argv).done().out
-    assert "pick" in out and "Held at 95% confidence: kept" in out and str(page) in out
+    assert "pick" in out and "Held: kept at 95% confidence: pick, say" in out and str(page) in out
 
 
 def test_a_broken_adapter_is_found(run: Any, adapter: Path, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_broken_adapter_is_found(run: Any, adapter: Path, tmp_path: Path) -> N
     page = tmp_path / "page.html"
     outcome = run(adapter, "--out", page)
     assert (outcome.code, outcome.err) == (1, "")
-    assert "Broken at 95% confidence: not shown to be kept: pick" in outcome.out
+    assert "Broken: not shown to be kept at 95% confidence: pick" in outcome.out
     record = told(adapter / "certify.json")
     pick, say = record["skills"]
     assert (record["held"], pick["verdict"], say["verdict"]) == (False, "broken", "")

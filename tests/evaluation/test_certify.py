@@ -208,21 +208,22 @@ def test_allowances() -> None:
 # --- models
 
 
-def rows_of(model: Any, chat: bool = False) -> list[dict[str, Any]]:
+def rows_of(model: Any) -> list[dict[str, Any]]:
     """Items of both kinds that a model gets right."""
-    words = tokenizer(chat=chat)
+    words = tokenizer()
     found = certify(
         model,
         [{"skill": "t", "prompt": p, "answer": "x"} for p in WORDS]
         + [{"skill": "c", "prompt": p, "choices": ["ab", "cd", "fg"], "answer": 0} for p in WORDS],
         allow={"t": 0.5, "c": 0.5}, tokenizer=words, new_tokens=9,
     )  # fmt: skip
-    for row in found.rows:
-        more = {"choices": ["ab", "cd", "fg"]} if row["skill"] == "c" else {}
-        kinds.append(
-            {"skill": row["skill"], "prompt": row["prompt"], "answer": row["base"], **more}
-        )
-    return kinds
+    return [
+        {
+            "skill": row["skill"], "prompt": row["prompt"], "answer": row["base"],
+            **({"choices": ["ab", "cd", "fg"]} if row["skill"] == "c" else {}),
+        }
+        for row in found.rows
+    ]  # fmt: skip
 
 
 def test_an_untouched_adapter_loses_nothing_and_a_moved_one_is_counted() -> None:

@@ -23,7 +23,8 @@ def certify(config: CertifyConfig, screen: Screen) -> None:
         check_page(page)
     record = certify_run(config, screen)
     found = CertificateRecord.model_validate(record)
-    screen.table("lost of each skill", list(SkillRecord.HEAD), (s.cells() for s in found.skills))
+    head = ["skill", "right", "lost", "won", "share", "at most", "verdict"]
+    screen.table("lost of each skill", head, map(_line, found.skills))
     for skill in found.skills:
         if skill.reason:
             screen.say(f"{skill.skill}: {skill.reason}")
@@ -39,3 +40,13 @@ def certify(config: CertifyConfig, screen: Screen) -> None:
     screen.emit(record)
     if not found.held:
         raise typer.Exit(1)
+
+
+def _line(skill: SkillRecord) -> list[str]:
+    """A skill as a line of 80 characters has room for it."""
+    cells = dict(zip(SkillRecord.HEAD, skill.cells(), strict=True))
+    right, bound = f"{skill.before}→{skill.after} of {skill.items}", cells["at most"]
+    if skill.verdict:
+        bound += f" {'≤' if skill.verdict == 'held' else '>'} {cells['allowed']}"
+    told = (cells[key] for key in ("lost", "won", "share lost"))
+    return [skill.skill, right, *told, bound, cells["verdict"]]

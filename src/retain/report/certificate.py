@@ -54,7 +54,7 @@ def _claim(skill: SkillRecord) -> dict[str, Any]:
     return {
         "verdict": skill.verdict, "bound": None,
         "claim": f"{text}; {skill.reason}" if skill.reason else text,
-        "told": f"at most {cells['at most']}, allowed {cells['allowed']}",
+        "told": f"at most {cells['at most']}", "allowed": f"allowed {cells['allowed']}",
     }  # fmt: skip
 
 
