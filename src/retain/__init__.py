@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from retain.curvature.fit.fit import fit_curvature
     from retain.errors import RetainError
     from retain.evaluation.answers import measure_answers
+    from retain.evaluation.certify import certify
     from retain.evaluation.forgetting import measure_forgetting
     from retain.models.load import load_model
     from retain.models.lora import attach_lora, grow_lora
@@ -39,6 +40,7 @@ __all__ = [
     "Start",
     "__version__",
     "attach_lora",
+    "certify",
     "continue_run",
     "fit_curvature",
     "fit_head",
@@ -60,6 +62,7 @@ _HOMES = {
     "RetentionCallback": "retain.training.callback",
     "Start": "retain.training.callback",
     "attach_lora": "retain.models.lora",
+    "certify": "retain.evaluation.certify",
     "continue_run": "retain.runs.train",
     "fit_curvature": "retain.curvature.fit.fit",
     "fit_head": "retain.retention.head",

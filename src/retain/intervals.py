@@ -10,7 +10,10 @@ from typing import TypeVar
 
 from retain.errors import ConfigError
 
-__all__ = ["Estimate", "bootstrap", "estimate", "paired", "t_quantile", "wilson"]
+__all__ = [
+    "Estimate", "binomial_lower", "binomial_upper", "bootstrap", "estimate", "paired",
+    "t_quantile", "wilson",
+]  # fmt: skip
 
 
 Seed = TypeVar("Seed", bound=Hashable)
@@ -41,6 +44,21 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def binomial_upper(hits: int, n: int, level: float = 0.95) -> float:
+    """The exact one-sided upper bound of a probability (Clopper and Pearson 1934).
+
+    It is the p with ``P(X <= hits) = 1 - level`` for X of n trials; 1 where every trial hit.
+    """
+    from scipy.stats import beta
+
+    return 1.0 if hits >= n else float(beta.ppf(level, hits + 1, n - hits))
+
+
+def binomial_lower(hits: int, n: int, level: float = 0.95) -> float:
+    """The exact one-sided lower bound, see `binomial_upper`; 0 where no trial hit."""
+    return 1 - binomial_upper(n - hits, n, level)
 
 
 @cache

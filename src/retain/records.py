@@ -17,7 +17,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -25,14 +25,16 @@ from retain.config import TrainConfig, validate
 from retain.types import HeadStart
 
 __all__ = [
-    "RUN_SCHEMA", "STUDY_SCHEMA", "AnswerGroup", "AnswersRecord", "Claim", "General", "Generation",
-    "Hardware", "Interval", "Measure", "Parameters", "Part", "Retention", "RunAdapter", "RunData",
-    "RunEvaluation", "RunGeneral", "RunMethod", "RunOrder", "RunRecord", "RunSource", "RunSpec",
-    "RunTraining", "Seconds", "Sizes", "Skipped", "Step", "StudyRecord", "digest_of", "finite",
+    "CERTIFICATE_SCHEMA", "RUN_SCHEMA", "STUDY_SCHEMA", "AnswerGroup", "AnswersRecord",
+    "CertificateRecord", "Claim", "General", "Generation", "Hardware", "Interval", "Measure",
+    "Parameters", "Part", "Retention", "RunAdapter", "RunData", "RunEvaluation", "RunGeneral",
+    "RunMethod", "RunOrder", "RunRecord", "RunSource", "RunSpec", "RunTraining", "Seconds", "Sizes",
+    "SkillRecord", "Skipped", "Step", "StudyRecord", "digest_of", "finite",
 ]  # fmt: skip
 
 RUN_SCHEMA: Final = "retain.run/1"
 STUDY_SCHEMA: Final = "retain.study/1"
+CERTIFICATE_SCHEMA: Final = "retain.certificate/1"
 
 T = TypeVar("T")
 
@@ -396,6 +398,65 @@ class AnswersRecord(Part):
     overall: AnswerGroup
     skills: dict[str, AnswerGroup] = {}
     rows: Listed[dict[str, Any]] = []
+
+
+class SkillRecord(Part):
+    """What is left of a skill; the fields are those of `retain.evaluation.certify.SkillLoss`."""
+
+    HEAD: ClassVar = (
+        "skill", "items", "right before", "right after", "lost", "won", "chance", "share lost",
+        "at most", "allowed", "verdict",
+    )  # fmt: skip
+
+    skill: str
+    items: int
+    before: int
+    after: int
+    lost: int
+    won: int
+    chance: float
+    share: float | None
+    bound: float
+    allowed: float | None
+    verdict: str
+    reason: str = ""
+
+    def cells(self) -> list[str]:
+        """One line of a table, under `HEAD`; bounds are rounded up, and an en dash is nothing."""
+        shares = [None if v is None else f"{v:.1%}" for v in (self.chance or None, self.share)]
+        allowed = None if self.allowed is None else f"{100 * self.allowed:.4g}%"
+        upper = f"{math.ceil(1e4 * self.bound - 1e-6) / 100:.2f}%"
+        counts = (self.items, self.before, self.after, self.lost, self.won)
+        told = [self.skill, *map(str, counts), *shares, upper, allowed, self.verdict or None]
+        return ["–" if text is None else text for text in told]
+
+
+class CertificateRecord(Part):
+    """What ``retain certify`` writes: ``certify.json``.
+
+    Attributes:
+        level: at which the bounds of all skills with an allowance hold together.
+        rows: one an item, with both answers and whether they are right.
+    """
+
+    schema_name: Literal["retain.certificate/1"] = Field(CERTIFICATE_SCHEMA, alias="schema")
+    created: str
+    versions: dict[str, str | None] = {}
+    commit: str | None = None
+    adapter: str
+    model: dict[str, Any]
+    source: str
+    digests: dict[str, str | None] = {}
+    held: bool
+    level: float
+    skills: list[SkillRecord]
+    rows: list[dict[str, Any]]
+
+    def sentence(self) -> str:
+        """What was found, in one line."""
+        found = [s.skill for s in self.skills if s.verdict == ("held" if self.held else "broken")]
+        verdict = "Held: kept" if self.held else "Broken: not shown to be kept"
+        return f"{verdict} at {self.level:.0%} confidence: {', '.join(found)}"
 
 
 class RunRecord(Part):

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from retain import __version__
-from retain.cli import demo, fit, plan, report, soften, study, tasks, train
+from retain.cli import certify, demo, fit, plan, report, soften, study, tasks, train
 from retain.cli import eval as evaluation
 from retain.errors import (
     ConfigError,
@@ -93,6 +93,7 @@ def _root(
 app.command("fit", epilog=fit.EXAMPLE)(fit.fit)
 app.command("train", epilog=train.EXAMPLE)(train.train)
 app.command("eval", epilog=evaluation.EXAMPLE)(evaluation.evaluate)
+app.command("certify", epilog=certify.EXAMPLE)(certify.certify)
 app.command("soften", epilog=soften.EXAMPLE)(soften.soften)
 app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
 app.command("tasks", epilog=tasks.EXAMPLE)(tasks.tasks)
@@ -105,7 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code.
 
     0: done. 2: one line on stderr says what was wrong. 130: stopped by Ctrl-C, and the line says
-    what stays usable. 1: nobody reads the output any more; or a bug, which keeps its traceback.
+    what stays usable. 1: ``retain certify`` found too much lost; or nobody reads the output any
+    more; or a bug, which keeps its traceback.
 
     Args:
         argv: the arguments, those of the process by default.

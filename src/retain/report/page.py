@@ -29,7 +29,10 @@ from retain.report.read import check, load, read_studies, schema_of
 from retain.report.soften import SOFTEN, Softening, soften_panel
 from retain.report.tables import failures, study_tables
 
-__all__ = ["group_ids", "latex", "made", "markdown", "refused", "render", "section", "write_report"]
+__all__ = [
+    "group_ids", "latex", "made", "markdown", "page_of", "refused", "render", "section",
+    "write_report",
+]  # fmt: skip
 
 
 def write_report(
@@ -229,13 +232,8 @@ def render(studies: Sequence[StudyRecord], curves: Sequence[Softening] = ()) -> 
     runs = [run for study in studies for run in study.runs]
     kinds = [f"{len(studies)} studies" if len(studies) > 1 else "study"] if studies else []
     vega: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]
-    scripts = [vega, asset("page.js")]
-    environment = Environment(
-        loader=DictLoader({"page": asset("page.html.j2")}), autoescape=True,
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["short"] = short
-    return environment.get_template("page").render(
+    return page_of(
+        [vega, asset("page.js")],
         title=", ".join(study.name for study in studies) or parts[0]["title"],
         kicker=" · ".join(["retain report", *kinds, *(f"{len(runs)} runs" for _ in kinds),
                            *_once([_days(runs)])]),
@@ -245,9 +243,26 @@ def render(studies: Sequence[StudyRecord], curves: Sequence[Softening] = ()) -> 
         parts=parts,
         made=made(studies) if runs else [],
         refused=refused(studies),
+    )  # fmt: skip
+
+
+def page_of(scripts: Sequence[str], **told: Any) -> str:
+    """The page's template, filled.
+
+    Args:
+        scripts: that run in it, and no others.
+        **told: what the template names.
+    """
+    environment = Environment(
+        loader=DictLoader({"page": asset("page.html.j2")}), autoescape=True,
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["short"] = short
+    return environment.get_template("page").render(
         style=Markup(asset("style.css")),
         scripts=[(Markup(code), b64encode(hashlib.sha256(code.encode()).digest()).decode())
                  for code in scripts],
+        **told,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from retain.runs.folders import check_result
 from retain.runs.messages import Messages, interruption
 from retain.runs.records import TRAIN, TrainRecord, read_record
 
-__all__ = ["EvalConfig", "check_finite", "eval_run", "own_text"]
+__all__ = ["EvalConfig", "check_finite", "eval_run", "own_text", "record_beside"]
 
 
 class EvalConfig(Measured):
@@ -87,7 +87,7 @@ def eval_run(config: EvalConfig, messages: Messages) -> dict[str, Any]:
             trust_remote_code=config.trust_remote_code,
         )  # fmt: skip
         tuned = load_adapter(base, adapter)
-        record = _record_beside(adapter, tuned)
+        record = record_beside(adapter, tuned)
         if record is None:
             messages.note(
                 "no train.json beside the adapter: that this is its base model is not checked"
@@ -106,7 +106,7 @@ def eval_run(config: EvalConfig, messages: Messages) -> dict[str, Any]:
     return result
 
 
-def _record_beside(adapter: Path, model: Any) -> TrainRecord | None:
+def record_beside(adapter: Path, model: Any) -> TrainRecord | None:
     """What ``train.json`` beside the adapter says, if it is there; the base must be its base."""
     from retain.models.fingerprint import fingerprint
 

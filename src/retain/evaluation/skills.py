@@ -1,0 +1,156 @@
+"""Items of skills that a model has or has not: how they are read, and when an answer is right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retain.data.general_prompts import GENERAL, GeneralPrompt, general_prompts
+from retain.data.sources import read_rows
+from retain.errors import SourceError, shown
+from retain.evaluation.metrics import normalize
+
+__all__ = ["SkillItem", "Skills", "read_skills"]
+
+Skills = str | Path | Iterable["Mapping[str, Any] | SkillItem"]
+"""``general``, a file of rows, rows, or items that were read."""
+
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+_MARK = "####"
+
+
+@dataclass(frozen=True)
+class SkillItem:
+    """A prompt of a skill, and what is right: a choice, or one of several answers.
+
+    Attributes:
+        id: the number of its row, or of a general prompt its name.
+        skill, prompt: texts.
+        choices: that are ranked by likelihood; none where the model writes its answer.
+        choice: the index of the right one.
+        answers: any of them is right.
+        scripted: tells whether an answer is right, in place of `answers`.
+    """
+
+    id: str
+    skill: str
+    prompt: str
+    choices: tuple[str, ...] = ()
+    choice: int = -1
+    answers: tuple[str | float, ...] = ()
+    scripted: GeneralPrompt | None = None
+
+    @property
+    def chance(self) -> float:
+        """How often a guess is right: one in the number of choices, never where there are none."""
+        return 1 / len(self.choices) if self.choices else 0.0
+
+    def right(self, said: str) -> bool:
+        """Whether a text that a model wrote is right.
+
+        Of an answer that is a number, the number behind ``####`` counts, or else the last in the
+        first line. Any other is to be the whole first line, both after
+        `retain.evaluation.metrics.normalize`.
+        """
+        if self.scripted is not None:
+            return bool(self.scripted.right(said))
+        line = next((part for part in said.splitlines() if part.strip()), "")
+        behind = _NUMBER.findall(said.partition(_MARK)[2])[:1] or _NUMBER.findall(line)[-1:]
+        number = float(behind[0].replace(",", "")) if behind else None
+        return any(
+            normalize(line) == normalize(answer) if isinstance(answer, str) else number == answer
+            for answer in self.answers
+        )
+
+
+def read_skills(given: Skills) -> list[SkillItem]:
+    """Items that are named, in a file, or given as rows.
+
+    A row has ``skill`` and ``prompt``, and one of: ``answer``, a text, a number or a list of them;
+    ``choices`` with ``answer``, one of them or its index from 0; or ``accepted``, a text or a list
+    of which one has to stand among the answer's first 24 words.
+
+    Args:
+        given: ``general`` for the held-out half of `retain.data.general_prompts` that a script can
+            score; a file of rows; or rows.
+
+    Raises:
+        SourceError: a file that is missing or damaged, a row that cannot be used, or one that is
+            there twice: the bounds count items as independent.
+    """
+    if isinstance(given, str) and given == GENERAL:
+        return [SkillItem(p.id, p.skill, p.prompt, scripted=p) for p in general_prompts()
+                if p.scored]  # fmt: skip
+    if isinstance(given, list) and given and all(isinstance(i, SkillItem) for i in given):
+        items: list[SkillItem] = given
+    else:
+        rows = read_rows(given)  # type: ignore[arg-type]
+        items = [_item(row, number) for number, row in enumerate(rows, start=1)]
+    seen: dict[tuple[str, str], str] = {}
+    for item in items:
+        first = seen.setdefault((item.skill, item.prompt), item.id)
+        if first != item.id:
+            raise SourceError(
+                "an item is there twice, and would count twice",
+                got=f"{shown(item.prompt)} of {item.skill} as rows {first} and {item.id}",
+                allowed="each prompt once in a skill", fix="leave one out",
+            )  # fmt: skip
+    return items
+
+
+def _item(row: Any, number: int) -> SkillItem:
+    """A row that was checked."""
+    found = row if isinstance(row, Mapping) else {}
+    skill, prompt, answer = (found.get(key) for key in ("skill", "prompt", "answer"))
+    choices, accepted = found.get("choices"), found.get("accepted")
+    if not (_text(skill) and _text(prompt)):
+        raise _bad("an item has no skill or no prompt", row, number, "texts as skill and prompt")
+    known = (str(number), str(skill).strip(), str(prompt).strip())
+    if (answer is None) == (accepted is None) or (choices is not None and answer is None):
+        raise _bad(
+            "nothing clear says when an answer is right", row, number,
+            "answer; choices with answer; or accepted",
+        )  # fmt: skip
+    if choices is not None:
+        return SkillItem(*known, *_choices(choices, answer, number))
+    every = answer if accepted is None else accepted
+    answers = tuple(every) if isinstance(every, list | tuple) else (every,)
+    numbers = () if accepted is not None else (int, float)
+    for one in answers:
+        plain = isinstance(one, numbers) and not isinstance(one, bool)
+        if not plain and not (_text(one) and normalize(one)):
+            raise _bad("an answer cannot be compared", one, number, "text with a word, or a number")
+    if not answers:
+        raise _bad("an item has no answer", every, number, "one at least")
+    if accepted is None:
+        return SkillItem(*known, answers=answers)
+    asked = GeneralPrompt(known[0], known[1], "held-out", known[2], accepted=answers)
+    return SkillItem(*known, scripted=asked)
+
+
+def _choices(choices: Any, answer: Any, number: int) -> tuple[tuple[str, ...], int]:
+    """The choices of an item, and the index of the right one."""
+    texts = [str(c).strip() for c in choices] if isinstance(choices, list | tuple) else []
+    if len(texts) < 2 or not all(texts) or len(set(texts)) < len(texts):
+        raise _bad("choices cannot be told apart", choices, number, "a list of 2 or more texts")
+    if isinstance(answer, str) and answer.strip() in texts:
+        return tuple(texts), texts.index(answer.strip())
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
+        return tuple(texts), answer
+    raise _bad(
+        "the answer is none of the choices", answer, number,
+        f"one of them, or its index from 0 to {len(texts) - 1}",
+    )  # fmt: skip
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _bad(what: str, got: Any, number: int, allowed: str) -> SourceError:
+    return SourceError(
+        what, got=f"{shown(got)} in row {number}", allowed=allowed, fix="change or drop the row"
+    )

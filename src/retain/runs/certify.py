@@ -1,0 +1,168 @@
+"""``retain certify``: an adapter's certificate, its record and its section of the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from retain.config import Options, Precision
+from retain.documents import LARGE, Unreadable, read_text
+from retain.errors import ConfigError, OutputError
+from retain.files import (
+    check_folder,
+    check_ours,
+    clear_scratch,
+    file_digest,
+    has_schema,
+    locked,
+    whole_file,
+    write_json,
+)
+from retain.records import CERTIFICATE_SCHEMA, CertificateRecord, SkillRecord, finite
+from retain.runs.bases import base_of, load_base
+from retain.runs.eval import record_beside
+from retain.runs.messages import Messages, interruption
+
+__all__ = ["CARD", "RECORD", "CertifyConfig", "certify_run", "with_section"]
+
+RECORD, CARD = "certify.json", "README.md"
+"""What is written into the adapter's folder."""
+
+_BEGIN, _END = "<!-- retain certify: written by it anew -->", "<!-- end of retain certify -->"
+
+
+class CertifyConfig(Options):
+    """Settings of ``retain certify``."""
+
+    adapter: Path = Field(description="Folder of the finished PEFT adapter")
+    skills: str = Field(
+        description="Items of skills, a file of rows with skill, prompt, and answer, or choices "
+        "and answer; or general, those of retain"
+    )
+    allow: list[str] = Field(
+        [], description="What a skill may lose, such as facts=2%; again for each skill"
+    )
+    out: Path | None = Field(None, description="Also write a page to this HTML file")
+    model: str | None = Field(
+        None, description="The base model; the one that the adapter names by default"
+    )
+    new_tokens: int = Field(32, ge=1, description="Cut written answers at so many tokens")
+    batch_size: int = Field(32, ge=1, description="Prompts, or choices, at once")
+    dtype: Precision = Field("float32", description="Precision: float32, bfloat16, float64")
+    trust_remote_code: bool = Field(
+        False, description="Run code that comes with the model. For models you trust"
+    )
+
+
+def certify_run(config: CertifyConfig, messages: Messages) -> dict[str, Any]:
+    """Certifies the adapter of a folder, and says so in the folder.
+
+    Returns:
+        The record, a `retain.certificate/1`, which is in the folder's ``certify.json``.
+
+    Raises:
+        RetainError: what is missing, damaged, or of another model, or cannot be written.
+        Interrupted: Ctrl-C.
+    """
+    allow = _allowances(config.allow)
+    name = base_of(config.adapter, config.model)
+    folder = check_folder(config.adapter)
+    file, card = folder / RECORD, folder / CARD
+    check_ours(file, lambda path: has_schema(path, CERTIFICATE_SCHEMA), "a certificate", file)
+    written = _card_text(card)
+    messages.libraries()
+    from retain.evaluation.certify import certify, check_allowed
+    from retain.evaluation.skills import read_skills
+    from retain.models.fingerprint import fingerprint
+    from retain.models.saved import adapter_digest, load_adapter
+    from retain.provenance import provenance
+
+    items = read_skills(config.skills)
+    check_allowed(allow, items)
+    with interruption("nothing was written"):
+        messages.say(f"loading {name}")
+        base, tokenizer, _ = load_base(
+            name, None if config.model else "the adapter", dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+        )  # fmt: skip
+        tuned = load_adapter(base, config.adapter)
+        if record_beside(config.adapter, tuned) is None:
+            messages.note(
+                "no train.json beside the adapter: that this is its base model is not checked"
+            )
+        found = certify(
+            tuned, items, allow=allow, tokenizer=tokenizer, new_tokens=config.new_tokens,
+            batch_size=config.batch_size, progress=messages.progress,
+        ).to_dict()  # fmt: skip
+        given = Path(config.skills).expanduser()
+        record = dict(finite({
+            "schema": CERTIFICATE_SCHEMA, **provenance(0), "adapter": str(config.adapter),
+            "model": {"name": name, "dtype": config.dtype, "fingerprint": fingerprint(tuned)},
+            "source": config.skills, "new_tokens": config.new_tokens,
+            "digests": {
+                "adapter": adapter_digest(folder),
+                "source": file_digest(given) if given.is_file() else None,
+            },
+            "notes": messages.notes, **found,
+        }))  # fmt: skip
+    with locked(file, file=True):
+        clear_scratch(file)
+        write_json(file, record)
+        with whole_file(card, "the model card") as scratch:
+            text = with_section(written, _section(CertificateRecord.model_validate(record)))
+            scratch.write_text(text, encoding="utf-8", newline="")
+    return record
+
+
+def _allowances(given: Sequence[str]) -> dict[str, str]:
+    """``facts=2%`` by skill."""
+    found: dict[str, str] = {}
+    for text in given:
+        skill, mark, value = (part.strip() for part in text.rpartition("="))
+        if not (skill and mark and value) or skill in found:
+            raise ConfigError(
+                "an allowance is not understood", got=text,
+                allowed="SKILL=SHARE, each skill once", fix="--allow facts=2%",
+            )  # fmt: skip
+        found[skill] = value
+    return found
+
+
+def _card_text(card: Path) -> str:
+    """What the model card says so far."""
+    try:
+        return read_text(card, LARGE) if card.exists() else ""
+    except (OSError, Unreadable) as error:
+        raise OutputError(
+            "the model card cannot be added to", got=f"{card}: {error}",
+            allowed="text in UTF-8, or no such file", fix="repair it, or move it away",
+        ) from error  # fmt: skip
+
+
+def with_section(card: str, section: str) -> str:
+    """A model card with a section: in the place of an earlier one, or at the end."""
+    start = card.rfind(_BEGIN)
+    end = card.find(_END, start)
+    whole = f"{_BEGIN}\n{section}\n{_END}"
+    if start >= 0 and end >= 0:
+        return card[:start] + whole + card[end + len(_END) :]
+    return f"{card.rstrip()}\n\n{whole}\n" if card.strip() else f"{whole}\n"
+
+
+def _section(record: CertificateRecord) -> str:
+    """The certificate as Markdown."""
+    lines = [SkillRecord.HEAD, [":--", *["--:"] * (len(SkillRecord.HEAD) - 1)]]
+    lines += [skill.cells() for skill in record.skills]
+    table = [f"| {' | '.join(c.replace('|', '/') for c in line)} |" for line in lines]
+    notes = [f"- {s.skill}: {s.reason}" for s in record.skills if s.reason]
+    digest = (record.digests["adapter"] or "")[:12]
+    return "\n".join([
+        "## What was kept", "",
+        f"{record.sentence()}. Of what the base model could do, this share is lost, adjusted for "
+        "chance, and so much at most:", "", *table, "", *notes, *[""] * bool(notes),
+        f"By `retain certify` {record.versions.get('retain', '?')}, of the weights with digest "
+        f"`{digest}`; every item is in `{RECORD}`.",
+    ])  # fmt: skip
