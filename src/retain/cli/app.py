@@ -25,6 +25,7 @@ from retain.errors import (
     memory_full,
     unknown,
 )
+from retain.extras import command_of, missing
 from retain.files import why_unwritable
 from retain.runs.messages import Interrupted
 
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         _say(stop.args[0] if isinstance(stop, _Stopped) else Interrupted(_NOTHING))
         return 130
     except Exception as error:
-        known = _explain(error)
+        known = _explain(error, argv)
         if known is None:
             raise
         _say(known)
@@ -150,10 +151,12 @@ def _say(error: BaseException) -> None:
     print(f"{start}retain: {' '.join(str(error).split())}", file=sys.stderr)
 
 
-def _explain(error: Exception) -> RetainError | None:
+def _explain(error: Exception, argv: list[str] | None) -> RetainError | None:
     """The error as one of ours, or None for a bug."""
     if isinstance(error, RetainError):
         return error
+    if isinstance(error, ImportError):
+        return missing(error, command_of(argv))
     if isinstance(error, typer.TyperException):
         return _usage(error)
     text = str(error)
