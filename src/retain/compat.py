@@ -1,4 +1,4 @@
-"""What has another name, or is not there, in older versions of transformers and PEFT.
+"""What has another name, or is not there, in older versions of transformers, PEFT and typer.
 
 All that asks for a version asks here, and by the name itself rather than by a number.
 docs/versions.md says which versions were tried.
@@ -6,6 +6,7 @@ docs/versions.md says which versions were tried.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -13,7 +14,7 @@ from typing import Any
 
 from retain.errors import ModelError
 
-__all__ = ["checkpointing", "config_class", "marked_off", "osf_config", "recomputes", "warmup"]
+__all__ = ["checkpointing", "config_class", "marked_off", "osf_config", "recomputes", "usage_error", "warmup"]
 
 
 def config_class() -> Any:
@@ -90,3 +91,14 @@ def osf_config() -> Any:
             fix="pip install -U peft, or another adapter",
         )
     return found
+
+
+def usage_error() -> type[Exception]:
+    """What typer raises for a mistake in the arguments; older ones leave that to click."""
+    import typer
+
+    found: Any = getattr(typer, "TyperException", None)
+    if found is None:
+        found = importlib.import_module("click").ClickException
+    kind: type[Exception] = found
+    return kind

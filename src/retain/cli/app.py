@@ -15,6 +15,7 @@ from typer.main import get_command
 from retain import __version__
 from retain.cli import demo, fit, plan, report, soften, study, tasks, train
 from retain.cli import eval as evaluation
+from retain.compat import usage_error
 from retain.errors import (
     ConfigError,
     OutputError,
@@ -157,7 +158,7 @@ def _explain(error: Exception, argv: list[str] | None) -> RetainError | None:
         return error
     if isinstance(error, ImportError):
         return missing(error, command_of(argv))
-    if isinstance(error, typer.TyperException):
+    if isinstance(error, usage_error()):
         return _usage(error)
     text = str(error)
     if memory_full(error):
@@ -179,7 +180,7 @@ def _explain(error: Exception, argv: list[str] | None) -> RetainError | None:
     return None
 
 
-def _usage(error: typer.TyperException) -> RetainError:
+def _usage(error: Any) -> RetainError:
     """A mistake in the arguments, in our words."""
     context: Any = getattr(error, "ctx", None)
     path = context.command_path if context else "retain"
