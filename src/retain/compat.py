@@ -14,7 +14,15 @@ from typing import Any
 
 from retain.errors import ModelError
 
-__all__ = ["checkpointing", "config_class", "marked_off", "osf_config", "recomputes", "usage_error", "warmup"]
+__all__ = [
+    "checkpointing",
+    "config_class",
+    "marked_off",
+    "osf_config",
+    "recomputes",
+    "usage_error",
+    "warmup",
+]
 
 
 def config_class() -> Any:
@@ -24,7 +32,7 @@ def config_class() -> Any:
     return getattr(tf, "PreTrainedConfig", None) or tf.PretrainedConfig
 
 
-def checkpointing(on: bool) -> dict[str, bool]:
+def checkpointing(on: bool) -> dict[str, Any]:
     """The trainer's argument that activations are computed again in the backward pass.
 
     It is ``gradient_checkpointing`` before transformers 5.20 or so.
@@ -36,7 +44,7 @@ def checkpointing(on: bool) -> dict[str, bool]:
     return {new if new in known else "gradient_checkpointing": on}
 
 
-def warmup(steps: float) -> dict[str, float]:
+def warmup(steps: float) -> dict[str, Any]:
     """The trainer's argument for a warmup of so many steps, or of a share of all when below 1.
 
     Before transformers 5 a share has an argument of its own.

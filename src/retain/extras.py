@@ -96,8 +96,8 @@ def load(module: str, user: str) -> Any:
         raise known from error
 
 
-def classes_of(module: str, name: str) -> tuple[type[Any], ...]:
-    """A class, for ``except`` and ``isinstance``, without importing the package that has it.
+def classes_of(module: str, name: str) -> Any:
+    """A class in a tuple, for ``except`` and ``isinstance``, without importing its package.
 
     None of a package that is not imported yet: it has raised nothing, and nothing is of it.
     """
