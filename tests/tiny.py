@@ -194,8 +194,9 @@ def save_tiny(folder: Path, seed: int = 0, kind: str = "llama", **changes: Any) 
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(folder)
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>",
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder)  # fmt: skip
     torch.manual_seed(seed)
     size = {
         "hidden_size": 16,

@@ -80,7 +80,15 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'retain' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        from retain.extras import missing
+
+        known = missing(error, f"retain.{name}")
+        if known is None:
+            raise
+        raise known from error
 
 
 def __dir__() -> list[str]:

@@ -24,11 +24,13 @@ import stat
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
-
-import yaml
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from retain.errors import ConfigError, shown
+from retain.extras import load
+
+if TYPE_CHECKING:
+    import yaml
 
 __all__ = [
     "LARGE", "SMALL", "Unreadable", "parse_json", "parse_yaml", "read_json", "read_mapping",
@@ -224,7 +226,9 @@ def parse_yaml(text: str) -> Any:
 
     Raises:
         Unreadable: no YAML, or outside the bounds above.
+        MissingExtra: PyYAML is not installed.
     """
+    yaml = load("yaml", "reading YAML")
     if len(text) > YAML_BYTES:
         raise Unreadable(f"larger than {YAML_BYTES} bytes")
     _check_unicode(text)
@@ -245,18 +249,19 @@ class _Yaml:
     """Builds plain data from the events of PyYAML's parser, counting as it goes."""
 
     def __init__(self, text: str) -> None:
-        self.events = yaml.parse(text, yaml.SafeLoader)
+        self.yaml = load("yaml", "reading YAML")
+        self.events = self.yaml.parse(text, self.yaml.SafeLoader)
         self.count = 0
         self.anchors: dict[str, tuple[Any, int]] = {}  # a value, and how many values are in it
 
     def document(self) -> Any:
         next(self.events)
         first = next(self.events)
-        if isinstance(first, yaml.StreamEndEvent):
+        if isinstance(first, self.yaml.StreamEndEvent):
             return None
         found = self.value(next(self.events), 1)
         next(self.events)
-        if not isinstance(more := next(self.events), yaml.StreamEndEvent):
+        if not isinstance(more := next(self.events), self.yaml.StreamEndEvent):
             self.refuse("a second document", more)
         return found
 
@@ -266,7 +271,7 @@ class _Yaml:
         self.add(1, event)
         if depth > DEPTH:
             self.refuse(f"values more than {DEPTH} deep", event)
-        if isinstance(event, yaml.AliasEvent):
+        if isinstance(event, self.yaml.AliasEvent):
             if event.anchor not in self.anchors:
                 why = f"the alias *{event.anchor} is not known, or stands inside itself"
                 self.refuse(why, event)
@@ -275,11 +280,11 @@ class _Yaml:
             return found
         if event.tag not in (None, "!"):
             self.refuse("tags such as !!float or !name are not read", event)
-        if isinstance(event, yaml.ScalarEvent):
+        if isinstance(event, self.yaml.ScalarEvent):
             found = self.scalar(event)
-        elif isinstance(event, yaml.SequenceStartEvent):
+        elif isinstance(event, self.yaml.SequenceStartEvent):
             found = []
-            while not isinstance(inner := next(self.events), yaml.SequenceEndEvent):
+            while not isinstance(inner := next(self.events), self.yaml.SequenceEndEvent):
                 found.append(self.value(inner, depth + 1))
         else:
             found = self.mapping(depth)
@@ -291,8 +296,8 @@ class _Yaml:
         """Keys are texts, whatever they look like: ``1: x`` is ``"1": x``."""
         found: dict[str, Any] = {}
         merged: dict[str, Any] = {}
-        while not isinstance(key := next(self.events), yaml.MappingEndEvent):
-            if not isinstance(key, yaml.ScalarEvent):
+        while not isinstance(key := next(self.events), self.yaml.MappingEndEvent):
+            if not isinstance(key, self.yaml.ScalarEvent):
                 self.refuse("a key that is no text or number", key)
             self.value(key, depth + 1)
             value = self.value(event := next(self.events), depth + 1)
@@ -323,9 +328,8 @@ class _Yaml:
         if self.count > YAML_VALUES:
             self.refuse(f"more than {YAML_VALUES} values, aliases counted as often as used", event)
 
-    @staticmethod
-    def refuse(why: str, event: Any) -> NoReturn:
-        raise yaml.MarkedYAMLError(None, None, why, event.start_mark)
+    def refuse(self, why: str, event: Any) -> NoReturn:
+        raise self.yaml.MarkedYAMLError(None, None, why, event.start_mark)
 
 
 _CORE: tuple[tuple[re.Pattern[str], Any], ...] = (

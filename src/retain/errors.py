@@ -7,6 +7,7 @@
     ├── CurvatureError         a curvature that cannot be computed
     │   ├── ArtifactError      a file that is damaged or not ours
     │   └── MismatchError      a sound file that belongs to another model or adapter
+    ├── MissingExtra           a package that only a part of retain needs (`retain.extras`)
     ├── TrainingError          training that cannot go on (a loss that is not finite)
     └── OutputError            a place that cannot be written
 

@@ -29,3 +29,10 @@ def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(test_callback, "PRECISION", request.param)
     if request.module.__name__ == "test_trl":
         monkeypatch.setattr(request.module, "PRECISION", request.param)
+
+
+@pytest.fixture(autouse=True)
+def own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers before transformers 5 leave what they say of precision to the next, in this name."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # so that it is put back at the end
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")

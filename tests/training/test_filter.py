@@ -44,6 +44,23 @@ def sized(s: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 NAMED = ("rows", "filter", "force")
 
 
+@pytest.fixture
+def goes_on(tmp_path: Path) -> None:
+    """Skips where the trainer by itself, without the callback, does not go on as it began.
+
+    Trainers before transformers 5 read other rows when they resume inside an epoch.
+    """
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    model, other = tiny("llama"), tiny("llama")
+    folder = tmp_path / "plain"
+    trainer(model, folder, [], **options).train()
+    run = trainer(other, folder, [], **options)
+    run.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    want = weights(model)
+    if not all(torch.allclose(w, want[n]) for n, w in weights(other).items()):
+        pytest.skip("this trainer does not resume exactly inside an epoch, whoever watches it")
+
+
 def test_the_order_of_the_data_is_as_without_it(tmp_path: Path) -> None:
     orders = []
     for parts in (("force",), NAMED):
@@ -62,6 +79,7 @@ def test_the_order_of_the_data_is_as_without_it(tmp_path: Path) -> None:
     assert all(order == orders[0] for order in orders)
 
 
+@pytest.mark.usefixtures("goes_on")
 @pytest.mark.parametrize("parts", [None, NAMED])
 def test_a_run_that_goes_on_keeps_its_a(parts: Any, tmp_path: Path) -> None:
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
@@ -306,6 +324,7 @@ def test_the_recipe_holds_alone_where_a_filter_would_be_too_large(
     assert "a filter has as many rows" in str(call.why_no_filter)
 
 
+@pytest.mark.usefixtures("goes_on")
 def test_a_run_of_the_recipe_goes_on_as_it_began(tmp_path: Path) -> None:
     """Its B is not 0 any more, so the checkpoint says that there was a filter."""
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
@@ -320,6 +339,7 @@ def test_a_run_of_the_recipe_goes_on_as_it_began(tmp_path: Path) -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.usefixtures("goes_on")
 def test_a_grown_adapter_trains_its_fresh_rows_alone(tmp_path: Path) -> None:
     """Behind a filter that knows the source and the tasks before; also when it goes on."""
     model, other = (grow_lora(tiny("llama", moved=True), 2, seed=3) for _ in range(2))

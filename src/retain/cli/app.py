@@ -15,6 +15,7 @@ from typer.main import get_command
 from retain import __version__
 from retain.cli import certify, demo, fit, plan, report, soften, study, tasks, train
 from retain.cli import eval as evaluation
+from retain.compat import usage_error
 from retain.errors import (
     ConfigError,
     OutputError,
@@ -25,6 +26,7 @@ from retain.errors import (
     memory_full,
     unknown,
 )
+from retain.extras import command_of, missing
 from retain.files import why_unwritable
 from retain.runs.messages import Interrupted
 
@@ -130,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         _say(stop.args[0] if isinstance(stop, _Stopped) else Interrupted(_NOTHING))
         return 130
     except Exception as error:
-        known = _explain(error)
+        known = _explain(error, argv)
         if known is None:
             raise
         _say(known)
@@ -152,11 +154,13 @@ def _say(error: BaseException) -> None:
     print(f"{start}retain: {' '.join(str(error).split())}", file=sys.stderr)
 
 
-def _explain(error: Exception) -> RetainError | None:
+def _explain(error: Exception, argv: list[str] | None) -> RetainError | None:
     """The error as one of ours, or None for a bug."""
     if isinstance(error, RetainError):
         return error
-    if isinstance(error, typer.TyperException):
+    if isinstance(error, ImportError):
+        return missing(error, command_of(argv))
+    if isinstance(error, usage_error()):
         return _usage(error)
     text = str(error)
     if memory_full(error):
@@ -178,7 +182,7 @@ def _explain(error: Exception) -> RetainError | None:
     return None
 
 
-def _usage(error: typer.TyperException) -> RetainError:
+def _usage(error: Any) -> RetainError:
     """A mistake in the arguments, in our words."""
     context: Any = getattr(error, "ctx", None)
     path = context.command_path if context else "retain"

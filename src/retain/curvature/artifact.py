@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -186,12 +185,7 @@ def _read(described: Any, tensors: dict[str, Tensor]) -> BlockOperator:
 
 
 def _info(found: dict[str, Any]) -> CurvatureInfo:
-    try:
-        info = CurvatureInfo.from_dict(found)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{where}: {shown(first['input'], 60)}: {first['msg']}") from None
+    info = CurvatureInfo.from_dict(found)
     if info.structure not in names():
         raise ValueError(f"structure: {shown(info.structure)}: not one of {', '.join(names())}")
     return info

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, field
-from typing import Annotated, Any
-
-from pydantic import AfterValidator, ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from retain.errors import shown
 from retain.models.sites import Site
-from retain.types import Fisher, Space
+from retain.types import FISHERS, SPACES, Fisher, Space
 
 __all__ = ["CurvatureInfo", "describe", "part"]
 
@@ -27,27 +24,72 @@ def describe(sites: Sequence[Site]) -> dict[str, list[float]]:
     return {s.name: [*s.shape, s.rank, s.scaling] for s in sites}
 
 
-def _check_sites(sites: dict[str, list[int | float]]) -> dict[str, list[int | float]]:
-    if not sites:
-        raise ValueError("no layers")
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return _whole(value) or isinstance(value, float)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _count(value: Any) -> bool:
+    return _whole(value) and 0 <= value < 1 << 63
+
+
+def _amount(value: Any) -> bool:
+    return _number(value) and value >= 0 and math.isfinite(value)
+
+
+def _error(value: Any) -> bool:
+    return _number(value) and not value < 0 and not math.isinf(value)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(_text(k) and _text(v) for k, v in value.items())
+
+
+_COUNT, _AMOUNT = (_count, "a whole number from 0 to 2^63"), (_amount, "a finite number from 0 on")
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "structure": (_text, "a text"),
+    "space": (lambda v: _text(v) and v in SPACES, f"one of {', '.join(SPACES)}"),
+    "fisher": (lambda v: _text(v) and v in FISHERS, f"one of {', '.join(FISHERS)}"),
+    "tokens": _COUNT,
+    "predictions": _COUNT,
+    "sequences": _COUNT,
+    "samples": _COUNT,
+    "max_length": _COUNT,
+    "seed": (_whole, "a whole number"),
+    "error": (_error, "a finite number from 0 on"),
+    "model": (_text, "a text"),
+    "versions": (_texts, "texts by their names"),
+    "note": (_text, "a text"),
+    "rank": (lambda v: v is None or _whole(v), "a whole number, or null"),
+    "share": _AMOUNT,
+    "share_error": _AMOUNT,
+    "temperature": _AMOUNT,
+    "merged": _COUNT,
+    "merge_loss": _AMOUNT,
+    "weights": (_text, "a text"),
+}
+"""Field -> whether a value will do, and what will, in words; the layers are looked at apart."""
+
+
+def _check_sites(sites: Any) -> None:
+    if not isinstance(sites, dict) or not sites:
+        raise ValueError(f"sites: {shown(sites, 60)}: no layers")
     for name, site in sites.items():
-        whole = len(site) == 4 and all(math.isfinite(n) and n == int(n) for n in site[:3])
+        found = isinstance(site, list) and len(site) == 4 and all(map(_number, site))
+        whole = found and all(math.isfinite(n) and n == int(n) for n in site[:3])
         if not whole or min(site[:2]) < 1 or site[2] < 0 or not math.isfinite(site[3]):
-            raise ValueError(f"layer {shown(name)}: {shown(site)}")
-    return sites
+            raise ValueError(f"sites: layer {shown(name)}: {shown(site)}")
 
 
-def _check_error(error: float) -> float:
-    if error < 0 or math.isinf(error):
-        raise ValueError("not a finite number from 0 on")
-    return error
-
-
-Count = Annotated[int, Field(ge=0, lt=1 << 63)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
+@dataclass(frozen=True)
 class CurvatureInfo:
     """Where a curvature came from.
 
@@ -84,24 +126,31 @@ class CurvatureInfo:
     structure: str
     space: Space
     fisher: Fisher
-    tokens: Count
-    predictions: Count
-    sequences: Count
-    samples: Count
-    max_length: Count
+    tokens: int
+    predictions: int
+    sequences: int
+    samples: int
+    max_length: int
     seed: int
-    error: Annotated[float, AfterValidator(_check_error)]
+    error: float
     model: str
-    sites: Annotated[dict[str, list[int | float]], AfterValidator(_check_sites)]
+    sites: dict[str, list[int | float]]
     versions: dict[str, str] = field(default_factory=dict)
     note: str = ""
     rank: int | None = None
-    share: Amount = 1.0
-    share_error: Amount = 0.0
-    temperature: Amount = 1.0
-    merged: Count = 1
-    merge_loss: Amount = 0.0
+    share: float = 1.0
+    share_error: float = 0.0
+    temperature: float = 1.0
+    merged: int = 1
+    merge_loss: float = 0.0
     weights: str = ""
+
+    def __post_init__(self) -> None:
+        for name, (fits, allowed) in _FIELDS.items():
+            value = getattr(self, name)
+            if not fits(value):
+                raise ValueError(f"{name}: {shown(value, 60)}: not {allowed}")
+        _check_sites(self.sites)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON; an error that is not known is null."""
@@ -112,10 +161,16 @@ class CurvatureInfo:
         """What `to_dict` gave.
 
         Raises:
-            ValueError: see the class.
+            ValueError: see the class; or a field that is not known, or one that is missing.
         """
+        own = {f.name for f in fields(cls)}
+        if strange := sorted(found.keys() - own, key=str):
+            raise ValueError(f"{shown(strange[0])}: {shown(found[strange[0]], 60)}: not known")
         known = {**found} if found.get("error", 0) is not None else {**found, "error": math.nan}
-        return cls(**known)
+        try:
+            return cls(**known)
+        except TypeError as error:  # a field is missing
+            raise ValueError(str(error)) from None
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Block -> (d_out, d_in), for all layers."""

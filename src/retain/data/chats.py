@@ -12,13 +12,12 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from retain.data.counts import RowCounts
 from retain.data.rows import Chat, Message
 from retain.data.tokens import plain, room_for
 from retain.data.turns import assistant_spans, shared, untold
 from retain.errors import SourceError
+from retain.extras import classes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +88,7 @@ class Chats:
             from trl.chat_template_utils import get_training_chat_template
 
             found: str | None = get_training_chat_template(self.tokenizer)
-        except (ImportError, ValueError, TypeError, TemplateError):
+        except (ImportError, ValueError, TypeError, *classes_of("jinja2", "TemplateError")):
             return None
         return found
 
@@ -190,7 +189,9 @@ class Chats:
             return self.tokenizer.apply_chat_template(
                 messages, tools=chat.tools, chat_template=self._template, **chat.options, **more
             )
-        except (TemplateError, TypeError, KeyError, IndexError, AttributeError) as error:
+        except (
+            TypeError, KeyError, IndexError, AttributeError, *classes_of("jinja2", "TemplateError")
+        ) as error:  # fmt: skip
             raise SourceError(
                 "the chat template cannot write a chat",
                 got=f"{str(error)[:120]}; roles {', '.join(m['role'] for m in messages)[:80]}",

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args
 
-from jinja2 import TemplateError
-
 from retain.data.batches import Example
 from retain.data.chats import Chats
 from retain.data.classifier import ClassifierRows
@@ -34,6 +32,7 @@ from retain.data.tokenised import tokenised_causal
 from retain.data.tokens import Ends, beginning, ends_of, need
 from retain.data.turns import shared
 from retain.errors import RetainWarning, SourceError, unknown
+from retain.extras import classes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,9 +41,8 @@ __all__ = ["Loss", "encode"]
 
 Loss = Literal["assistant", "source", "all"]
 
-_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
-            TemplateError)  # fmt: skip
-"""What a row of wrong values may raise wherever it is read."""
+_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What a row of wrong values may raise wherever it is read; and what a template raises."""
 
 
 def encode(
@@ -97,7 +95,7 @@ def encode(
         except SourceError as error:
             got = f"{error.got} ({place_of(row, number)})"
             raise SourceError(error.what, got=got, allowed=error.allowed, fix=error.fix) from error
-        except _DAMAGED as error:
+        except (*_DAMAGED, *classes_of("jinja2", "TemplateError")) as error:
             raise SourceError(
                 f"{place_of(row, number)} cannot be used",
                 got=f"{type(error).__name__}: {str(error)[:160]}",

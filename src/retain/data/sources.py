@@ -24,6 +24,7 @@ from retain.data.readers.tables import Table
 from retain.data.readers.text import Text, block_length
 from retain.data.rows import PlacedRow, Row
 from retain.errors import SourceError
+from retain.extras import load
 
 __all__ = ["Row", "encode", "load_hub", "read_rows"]
 
@@ -203,8 +204,7 @@ def load_hub(repository: str, config: str | None, split: str | None) -> Any:
     Raises:
         SourceError: it cannot be reached, does not exist, or has several splits or configurations.
     """
-    import datasets
-
+    datasets = load("datasets", "a data set of the hub")
     try:
         found = datasets.load_dataset(repository, config, split=split)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
@@ -240,8 +240,7 @@ def _several(what: str, splits: Sequence[str], where: str) -> SourceError:
 
 def _saved(folder: Path) -> Any:
     """A folder that `datasets.Dataset.save_to_disk` has written; it is mapped, not copied."""
-    import datasets
-
+    datasets = load("datasets", "a saved data set")
     try:
         return datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
+from retain.compat import config_class
 from retain.errors import ModelError, unknown
 from retain.models.builtin import BUILTIN, locate, offline, quiet, unknown_model
 
@@ -152,12 +153,10 @@ def _is_gguf(name: str) -> bool:
 
 def _settings_of(name: str) -> dict[str, Any]:
     """A model's configuration as it is written; {} where none can be had."""
-    import transformers as tf
-
     for here in () if _is_gguf(name) else (True, False):
         try:
             where, _ = locate(name)
-            config, _ = tf.PreTrainedConfig.get_config_dict(where, local_files_only=here)
+            config, _ = config_class().get_config_dict(where, local_files_only=here)
         except (ModelError, OSError, ValueError):
             continue
         return dict(config)

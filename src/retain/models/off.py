@@ -19,7 +19,7 @@ Off is not the model that was there before where
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from retain.compat import marked_off
 from retain.errors import ModelError
 from retain.models.names import canonical, of_head, unwrap
 from retain.models.sites import disabled
@@ -153,20 +154,15 @@ def switched_off(model: nn.Module, *, all_of_it: bool = True) -> Iterator[None]:
     prompted = whole and inner.active_peft_config.is_prompt_learning
     names = [n for n in ("forward", "generate") if prompted and hasattr(inner.base_model, n)]
     own = {n: vars(inner)[n] for n in names if n in vars(inner)}
-    was = whole and inner._adapters_disabled
     try:
         for name in names:
             setattr(inner, name, getattr(inner.base_model, name))
-        if whole:
-            inner._adapters_disabled = True
-        with disabled(layers):
+        with marked_off(inner) if whole else nullcontext(), disabled(layers):
             yield
     finally:
         for name in names:
             vars(inner).pop(name, None)
         vars(inner).update(own)
-        if whole:
-            inner._adapters_disabled = was
 
 
 def check_on(model: nn.Module) -> None:

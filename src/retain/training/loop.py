@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from retain.compat import checkpointing, warmup
 from retain.config import TrainConfig
 from retain.data.batches import Example, collate
 from retain.errors import ConfigError, SourceError
@@ -222,7 +223,7 @@ def _arguments(config: TrainConfig, folder: str, keep: bool, progress: bool) -> 
         max_steps=config.max_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup,
+        **warmup(config.warmup),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         logging_steps=1,
@@ -234,7 +235,7 @@ def _arguments(config: TrainConfig, folder: str, keep: bool, progress: bool) -> 
         report_to=config.report_to,
         remove_unused_columns=False,
         disable_tqdm=not progress,
-        activation_checkpointing=config.gradient_checkpointing,
+        **checkpointing(config.gradient_checkpointing),
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
     )

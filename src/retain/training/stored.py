@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from retain.errors import SourceError
+from retain.extras import classes_of
 from retain.models.heads import head_kind
 from retain.models.names import inner_model
 from retain.models.sizes import check_ids, rows_of_embedding
@@ -80,9 +81,7 @@ def _is_plain(collate: Any) -> bool:
 
 def _column(data: Any, names: Sequence[str]) -> Iterator[pa.ChunkedArray] | list[Any]:
     """A column of a data set, in pieces; or of rows in a list, as it is; else nothing."""
-    from datasets import Dataset
-
-    if isinstance(data, Dataset):
+    if isinstance(data, classes_of("datasets", "Dataset")):
         found = [n for n in names if n in data.column_names]
         pieces = data.select_columns(found[:1]).with_format("arrow").iter(AT_ONCE) if found else []
         return (piece.column(0) for piece in pieces)

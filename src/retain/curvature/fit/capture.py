@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retain.compat import recomputes
 from retain.curvature.info import part
 from retain.data.batches import Batch
 from retain.errors import CurvatureError, ModelError
@@ -123,7 +124,7 @@ def capture(model: nn.Module, layers: Mapping[str, nn.Module], receive: Receive)
 
     frozen = [p for p in model.parameters() if p.requires_grad]
     with _hooks(layers, hook) as handles:
-        if getattr(unwrap(model), "is_activation_checkpointing", False):
+        if recomputes(unwrap(model)):
             # A reentrant checkpoint passes gradients on only where its inputs ask for them.
             embedding = unwrap(model).get_input_embeddings()  # type: ignore[operator]
             handles.append(

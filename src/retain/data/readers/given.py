@@ -12,6 +12,7 @@ from retain.data.draws import draw, draw_from
 from retain.data.readers.tables import check_names
 from retain.data.rows import PlacedRow, as_row
 from retain.errors import RetainWarning, SourceError
+from retain.extras import load
 
 __all__ = ["STREAMED", "given_rows"]
 
@@ -65,8 +66,7 @@ def given_rows(source: Any, limit: int | None, seed: int) -> list[PlacedRow]:
 
 def _table(source: Any, limit: int | None, seed: int) -> list[PlacedRow]:
     """The rows of a table of pandas, Polars, Arrow or whatever else gives itself to Arrow."""
-    import pyarrow
-
+    pyarrow = load("pyarrow", f"reading a {type(source).__name__}")
     try:
         if _is(source, "pandas", "DataFrame"):
             check_names([str(n) for n in source.columns], "the data frame", "frame.columns = [...]")

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
-import pyarrow
-
 from retain.errors import SourceError
+from retain.extras import classes_of, load
 
 __all__ = ["COMPRESSIONS", "check_head", "decoded", "open_bytes", "open_text", "reading", "size_of"]
 
 
 def _open_zstd(path: Path, mode: str) -> IO[bytes]:
+    pyarrow = load("pyarrow", f"reading {path}")
     stream = pyarrow.input_stream(str(path), compression="zstd")
     return io.BufferedReader(cast(io.RawIOBase, stream), _CHUNK)
 
@@ -113,7 +113,7 @@ def reading(path: Path) -> Iterator[None]:
             allowed="rows of a few levels",
             fix="take that row out",
         ) from error
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, *classes_of("pyarrow", "ArrowException")) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SourceError(
             f"{path} cannot be read",

@@ -7,11 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-from pyarrow import ipc, parquet
-
 from retain.data.rows import PlacedRow, as_row
 from retain.errors import SourceError
+from retain.extras import load
 
 __all__ = ["Table", "check_names"]
 
@@ -25,6 +23,7 @@ class Table:
 
     Raises:
         SourceError: two columns have one name.
+        MissingExtra: pyarrow is not installed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,9 +77,11 @@ class Table:
 
     def _parquet(self) -> Any:
         # without a buffer a whole column of a row group is read at once
+        parquet = load("pyarrow.parquet", f"reading {self.path}")
         return parquet.ParquetFile(self.path, buffer_size=_BUFFER, pre_buffer=False)
 
     def _arrow(self) -> tuple[list[str], list[Any]]:
+        pyarrow, ipc = (load(name, f"reading {self.path}") for name in ("pyarrow", "pyarrow.ipc"))
         mapped = pyarrow.memory_map(str(self.path))
         try:
             reader = ipc.open_file(mapped)

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from retain.compat import osf_config
 from retain.errors import ConfigError
 from retain.models.adapters.base import Adapter, Options, check_state
 from retain.models.lora import drawn, task_of
@@ -54,12 +55,10 @@ class OSF(Adapter):
     @classmethod
     def put_on(cls, base: nn.Module, options: OSFOptions, seed: int) -> nn.Module:
         """See `Adapter.put_on`; ConfigError for weights too small to split."""
-        from peft import OSFConfig
-
         targets, training = options.targets, base.training
         if isinstance(targets, str) and targets.isidentifier():
             targets = [targets]  # a name; PEFT would read it as a pattern of whole paths
-        config = OSFConfig(
+        config = osf_config()(
             effective_rank=options.preserve,
             target_modules=targets,
             task_type=task_of(base) or "CAUSAL_LM",
