@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from retain.curvature.anchor import proximal
 from retain.curvature.blocks.estimator import has_bf16
 from retain.curvature.curvature import Curvature, Pull
+from retain.curvature.stack import total
 from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, TrainingError, check_number, unknown
 from retain.models.forward import no_autocast
@@ -346,6 +347,8 @@ def _square(tensors: Sequence[Tensor]) -> Tensor:
     """``<t, t>`` over all, in float32 at least."""
     kinds = {t.dtype for t in tensors} | {torch.float32}
     norms = torch._foreach_norm(list(tensors), 2.0, reduce(torch.promote_types, kinds))
+    if len({norm.device for norm in norms}) > 1:
+        return total([norm.square() for norm in norms])
     return torch.stack(norms).square().sum()
 
 

@@ -42,8 +42,9 @@ def share(tensors: Sequence[Tensor]) -> None:
                 whole = t.detach().contiguous()
                 distributed.broadcast(whole, 0)
                 t.copy_(whole)
-        for kind in sorted({t.dtype for t in tensors if t.numel() < LARGE}, key=str):
-            same = [t for t in tensors if t.dtype == kind and t.numel() < LARGE]
+        small = [t for t in tensors if t.numel() < LARGE]
+        for kind in sorted({(t.dtype, t.device) for t in small}, key=str):
+            same = [t for t in small if (t.dtype, t.device) == kind]
             flat = torch.cat([t.detach().reshape(-1) for t in same])
             distributed.broadcast(flat, 0)
             parts = flat.split([t.numel() for t in same])

@@ -135,7 +135,7 @@ def _noise(layers: Mapping[str, nn.Module], batch: Batch, seed: int, eta: float)
     mask = batch.mask
 
     def hook(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-        live = y[mask] if y.dim() == 3 else y  # a pooled layer has no padding
+        live = y[mask.to(y.device)] if y.dim() == 3 else y  # a pooled layer has no padding
         size = eta * live.double().square().mean().sqrt()
         noise = torch.randn(y.shape, generator=random, dtype=torch.float32)
         wide = torch.promote_types(y.dtype, torch.float32)

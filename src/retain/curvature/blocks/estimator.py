@@ -83,6 +83,7 @@ class Estimator(ABC):
     def add(self, key: str, value: Tensor) -> None:
         """Adds to a sum."""
         if key in self.state:
+            self._meet(key, value)
             self.state[key] += value
         else:
             self.state[key] = value.clone()
@@ -90,10 +91,16 @@ class Estimator(ABC):
     def product(self, key: str, left: Tensor, right: Tensor, weight: float = 1.0) -> None:
         """Adds ``weight * left^T right`` for rows [n, a] and [n, b]."""
         if key in self.state:
+            self._meet(key, left)
             self.state[key].addmm_(left.T, right, alpha=weight)
         else:
             found = left.T @ right
             self.state[key] = found if weight == 1 else found.mul_(weight)
+
+    def _meet(self, key: str, value: Tensor) -> None:
+        """Moves a sum to where its layer is: one that comes from a file lies elsewhere."""
+        if self.state[key].device != value.device:
+            self.state[key] = self.state[key].to(value.device)
 
     def moment(self, key: str, rows: Tensor, weight: float = 1.0) -> None:
         """Adds ``weight * rows^T rows``, to a sketch where the side is wide."""
