@@ -32,11 +32,11 @@ from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, TrainingError, check_number, unknown
 from retain.models.forward import no_autocast
 from retain.models.heads import head_kind
+from retain.models.processes import of_first
 from retain.models.sites import LinearSite, check_held
 from retain.retention.budget import Budget, anchored, scale_back, settle
 from retain.retention.lengths import step_lengths
 from retain.retention.measure import Reference
-from retain.retention.processes import of_first
 from retain.retention.watch import Watched, read
 from retain.types import STRONGEST, UPDATES, Update
 

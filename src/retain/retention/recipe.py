@@ -42,6 +42,7 @@ from retain.errors import ConfigError, ModelError, RetainWarning, SourceError, u
 from retain.models.heads import head_kind
 from retain.models.lora import grow_lora
 from retain.models.off import adapter_off
+from retain.models.processes import check_same, several, share
 from retain.models.sites import LoraSite, lora_sites
 from retain.retention.budget import check_budget
 from retain.retention.cost import rows_rank
@@ -54,7 +55,6 @@ from retain.retention.hooks import GradientHooks
 from retain.retention.loader import RowReader
 from retain.retention.measure import fit_rows
 from retain.retention.moments import Moments, input_moments, moments_of
-from retain.retention.processes import check_same, several, share
 from retain.retention.soften.truncate import truncated
 from retain.retention.state import choose, pack_curvature, unpack_curvature
 from retain.retention.watch import Watched

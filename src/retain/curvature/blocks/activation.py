@@ -57,6 +57,7 @@ class ActivationEstimator(Estimator):
     """Streams S once for each input, and the energy of each output."""
 
     backward: ClassVar[bool] = False
+    same: ClassVar[tuple[str, ...]] = ("width/",)
 
     def update(self, seen: Observation) -> None:
         name, y = seen.name, seen.gradients

@@ -56,6 +56,9 @@ class Estimator(ABC):
     together: ClassVar[bool] = False
     """Whether all layers must see the same sequences when only a share is read."""
 
+    same: ClassVar[tuple[str, ...]] = ()
+    """What keys in the state begin with that is no sum: each process has the same."""
+
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.state: dict[str, Tensor] = {}
