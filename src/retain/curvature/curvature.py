@@ -34,6 +34,7 @@ from retain.curvature.stack import stacks, total
 from retain.errors import MismatchError
 from retain.models.fingerprint import fingerprint
 from retain.models.forward import no_autocast
+from retain.models.shards import scatter
 from retain.models.sites import LoraSite, Site, find_sites
 
 __all__ = ["Anchor", "Curvature", "Pull", "load_curvature", "reanchored"]
@@ -86,7 +87,7 @@ class Curvature(BlockOperator):
         Raises:
             MismatchError: another base model, other layers, or (adapter space) another rank.
         """
-        sites: list[Site] = list(find_sites(model))
+        sites: list[Site] = list(find_sites(model, sharded=True))
         check_sites(self, model, sites)
         devices: dict[str, torch.device] = {}
         for site in sites:
@@ -187,6 +188,7 @@ class Curvature(BlockOperator):
         with torch.no_grad():
             for _, weight, start in parts:
                 weight.copy_(start)
+            scatter(weight for _, weight, _ in parts)
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, whole or not at all; see `retain.curvature.artifact`."""

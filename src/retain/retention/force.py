@@ -33,6 +33,7 @@ from retain.errors import ConfigError, MismatchError, TrainingError, check_numbe
 from retain.models.forward import no_autocast
 from retain.models.heads import head_kind
 from retain.models.processes import of_first
+from retain.models.shards import own, reshard, scatter
 from retain.models.sites import LinearSite, check_held
 from retain.retention.budget import Budget, anchored, scale_back, settle
 from retain.retention.lengths import step_lengths
@@ -122,7 +123,7 @@ class Force:
             )
         self.probe: Reference | None = None
         if self.budget is not None and probe:
-            held = {id(p) for p in self.parameters()}
+            held = self._own()
             other = [
                 n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held
             ]
@@ -156,6 +157,10 @@ class Force:
         for site in self.sites:
             found += [site.weight] if isinstance(site, LinearSite) else [site.a, site.b]
         return found
+
+    def _own(self) -> set[int]:
+        """``id`` of the model's parameters that are held."""
+        return {id(own(p)) for p in self.parameters()}
 
     def only(self, rows: slice) -> None:
         """Only these rows of A and columns of B train; the others feel no force.
@@ -285,7 +290,9 @@ class Force:
     def apply_proximal(self, optimizer: Optimizer) -> float:
         """Pulls the adapter back after a step of `optimizer`; returns predicted nats."""
         if self.strength:
-            steps = {key: self.strength * rate for key, rate in step_lengths(optimizer).items()}
+            rates = step_lengths(optimizer)
+            held = [p for p in self.parameters() if id(own(p)) in rates]
+            steps = {id(p): self.strength * rates[id(own(p))] for p in held}
             proximal(self.curvature, self.sites, steps)
         value, pulls = self.curvature.felt(self.sites)
         nats, *balance = read([value, *self._squares(pulls)])
@@ -300,7 +307,9 @@ class Force:
 
     def _measure(self) -> float:
         assert self.probe is not None
+        scatter(self.parameters())
         kl = self.probe.measure(self.model).kl
+        reshard(self.model)
         return of_first([kl], next(self.model.parameters()).device)[0]
 
     @no_autocast()

@@ -6,6 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from retain.errors import ConfigError
+from retain.models.shards import whole
 
 __all__ = ["step_lengths"]
 
@@ -34,6 +35,6 @@ def step_lengths(optimizer: Optimizer) -> dict[int, float]:
                 continue
             beta, eps = group["betas"][1], group["eps"]
             correction = 1.0 - beta ** float(count)
-            root = (second.detach().to(torch.float32) / correction).sqrt_()
+            root = (whole(second.detach()).to(torch.float32) / correction).sqrt_()
             rates[id(parameter)] = lr / (float(root.mean()) + eps)
     return rates

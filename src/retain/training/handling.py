@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from retain.errors import ConfigError, ModelError, TrainingError
+from retain.models.shards import whole
 from retain.retention.watch import Watched
 
 __all__ = [
@@ -62,7 +63,7 @@ def check_gradients(parameters: Iterable[nn.Parameter], step: int) -> None:
 
 def watched_gradients(parameters: Iterable[nn.Parameter], step: int) -> Watched | None:
     """The largest entry of the gradients, judged as `check_gradients` does; None without any."""
-    grads = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
+    grads = [whole(p.grad) for p in parameters if p.grad is not None and p.grad.numel()]
     if not grads:
         return None
 
