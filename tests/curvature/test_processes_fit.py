@@ -24,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "draws": {"structure": "kfac", "samples": 3, "batch_size": 3},
     "sketched": {"structure": "kfac", "rank": 4},
     "share": {"structure": "kfac", "share": 0.5},
+    "identity": {"structure": "identity"},
     "diagonal": {"structure": "diagonal"},
     "activation": {"structure": "activation"},
     "shampoo": {"structure": "shampoo"},
@@ -63,6 +64,7 @@ def fit_all(out: Path) -> None:
     if processes.rank() == 0:  # the other one takes no part
         alone = fitted("kfac", divide=False)
         torch.save(alone.tensors(), out / "alone.pt")
+    break_off(out)
 
 
 def break_off(out: Path) -> None:
@@ -100,9 +102,8 @@ def test_a_fit_in_one_of_them_alone_waits_for_nobody(two: Path) -> None:
     assert all(torch.equal(t, kept[key]) for key, t in one.items())
 
 
-def test_what_breaks_off_in_one_breaks_off_in_all(tmp_path: Path) -> None:
-    gloo.run(break_off, tmp_path)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+def test_what_breaks_off_in_one_breaks_off_in_all(two: Path) -> None:
+    first, second = (json.loads((two / f"{rank}.json").read_text()) for rank in (0, 1))
     assert "broke off in another process" in first
     assert "in process 1" in first
     assert "not finite" in second

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 import gloo
 import retain
 from retain.data.batches import Example
+from retain.errors import ModelError
 from retain.models import processes
 from retain.models.lora import attach_lora
 from retain.models.shards import whole
@@ -33,7 +34,7 @@ ROWS = [Example(tuple(row), (*row[1:], 0), (*(True,) * 7, False)) for row in ids
 CASES: dict[str, dict[str, Any]] = {
     "left whole": {"rows": ROWS, "strength": 300.0},
     "clipped micro-batches": {"rows": ROWS, "strength": 300.0, "micro": 2, "clip": 0.05},
-    "budget": {"rows": ROWS, "budget": 1e-6, "probe": ROWS[:2]},
+    "budget": {"rows": ROWS, "budget": 1e-3, "probe": ROWS[:2], "rate": 0.03, "anew": 4},
     "proximal": {"update": "proximal", "parts": ["force"], "strength": 100.0},
     "fresh rows": {"rows": ROWS, "strength": 300.0, "grown": True},
 }
@@ -42,23 +43,32 @@ CASES: dict[str, dict[str, Any]] = {
 
 def trained(case: str, *, sharded: bool = False) -> dict[str, Any]:
     told = dict(CASES[case])
+    rate, anew = told.pop("rate", 3e-3), told.pop("anew", None)
     micro, clip, grown = told.pop("micro", 1), told.pop("clip", None), told.pop("grown", False)
     model: Any = attach_lora(deep(2), rank=3)
+    left = case == "left whole"
+    if sharded and left:  # of a base that is sharded, as the adapter is not
+        shard(model, lora=False)
     curvature = retain.fit_curvature(model, SOURCE, batch_size=4, progress=False)
     if grown:  # an earlier task has learned in the first row
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if "lora_B" in name:
                     p[:, 0] = 0.1
-    left = case == "left whole"
-    if sharded:
-        shard(model, lora=not left)
+    if sharded and not left:
+        shard(model, lora=True)
+        with pytest.raises(ModelError, match="the trained weights are sharded"):
+            retain.fit_curvature(model, SOURCE, batch_size=4, progress=False)
     trains = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trains, lr=3e-3)
+    optimizer = torch.optim.AdamW(trains, lr=rate)
     retention = retain.Retention(model, curvature, **told)
     assert (retention.recipe.filter is not None) == ("rows" in told)
     nats = []
     for i in range(STEPS):
+        if i == anew:  # as from a checkpoint
+            known = retention.progress()
+            retention.recipe.release()
+            retention = retain.Retention(model, curvature, progress=known, **told)
         rows = ROWS[i * BATCH : (i + 1) * BATCH][processes.rank() :: processes.count()]
         size = len(rows) // micro
         for m in range(micro):
@@ -109,4 +119,4 @@ def test_two_processes_hold_as_one(two: Path, case: str) -> None:
         assert apart <= 1e-4 * value.abs().max(), name
         assert torch.equal(first["weights"][name], other["weights"][name]), name
     if case == "budget":  # it was reached
-        assert one["strength"] != pytest.approx(0.2 / 1e-6)
+        assert one["strength"] != pytest.approx(0.2 / 1e-3)

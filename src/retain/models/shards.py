@@ -8,14 +8,15 @@ between its forward and its backward pass a module may hold another one in its p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 __all__ = [
-    "Shard", "gather", "is_sharded", "own", "reshard", "scatter", "shard_made", "shard_of", "whole",
+    "Shard", "gather", "gather_gradients", "is_sharded", "own", "reshard", "scatter", "shard_made",
+    "shard_of", "whole",
 ]  # fmt: skip
 
 _SHARD = "_retain_shard"
@@ -44,18 +45,17 @@ class Shard:
 
     def part(self, t: Tensor) -> Tensor:
         """This process's part of a whole tensor."""
-        return self._laid(t).to_local()  # type: ignore[no-any-return]
+        if not _by_rows(self.sharded):
+            return self._laid(t).to_local()  # type: ignore[no-any-return]
+        mesh = self.sharded.device_mesh
+        first = mesh.get_local_rank() * -(-len(t) // mesh.size())
+        return t[first : first + len(self.sharded.to_local())]
 
     def _laid(self, t: Tensor) -> Any:
         from torch.distributed.tensor import distribute_tensor
 
         mesh, placements = self.sharded.device_mesh, self.sharded.placements
         return distribute_tensor(t.detach(), mesh, placements, src_data_rank=None)
-
-    def gather_gradient(self) -> None:
-        """Makes the copy's gradient what the shard's is."""
-        found = self.sharded.grad
-        self.whole.grad = None if found is None else whole(found)
 
     def scatter_gradient(self) -> None:
         """Makes the shard's gradient what the copy's is."""
@@ -122,14 +122,69 @@ def reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
+def gather_gradients(shards: Sequence[Shard]) -> None:
+    """Makes the copies' gradients what those of the shards are."""
+    held = [shard for shard in shards if shard.sharded.grad is not None]
+    for shard in shards:
+        shard.whole.grad = None
+    for shard, found in zip(held, _wholes([s.sharded.grad for s in held]), strict=True):
+        shard.whole.grad = found
+
+
+def _by_rows(t: Any) -> bool:
+    """Whether each process has some of its rows, as FSDP2 divides."""
+    return t.device_mesh.ndim == 1 and all(p.is_shard(0) for p in t.placements)
+
+
+def _wholes(tensors: Sequence[Any]) -> list[Tensor]:
+    """`whole` of each; those that are divided alike are sent in one message."""
+    kinds: dict[object, list[int]] = {}
+    for i, t in enumerate(tensors):
+        alike = (t.dtype, t.device_mesh) if _by_rows(t) else i
+        kinds.setdefault(alike, []).append(i)
+    found: dict[int, Tensor] = {}
+    for places in kinds.values():
+        some = [tensors[i] for i in places]
+        found |= zip(
+            places, _together(some) if _by_rows(some[0]) else map(whole, some), strict=True
+        )
+    return [found[i] for i in range(len(tensors))]
+
+
+def _together(tensors: Sequence[Any]) -> list[Tensor]:
+    """Those that are divided by rows among one group of processes: all but the last ones alike."""
+    mesh = tensors[0].device_mesh
+    rows = [-(-len(t) // mesh.size()) for t in tensors]
+    flat = torch.cat(
+        [_padded(t.to_local(), n).reshape(-1) for t, n in zip(tensors, rows, strict=True)]
+    )
+    parts = [torch.empty_like(flat) for _ in range(mesh.size())]
+    distributed.all_gather(parts, flat, mesh.get_group())
+    sizes = [n * t.shape[1:].numel() for t, n in zip(tensors, rows, strict=True)]
+    each = torch.stack(parts).split(sizes, 1)
+    return [
+        e.reshape(-1, *t.shape[1:])[: len(t)].contiguous()
+        for e, t in zip(each, tensors, strict=True)
+    ]
+
+
+def _padded(local: Tensor, rows: int) -> Tensor:
+    return (
+        local
+        if len(local) == rows
+        else torch.cat([local, local.new_zeros(rows - len(local), *local.shape[1:])])
+    )
+
+
 @torch.no_grad()
 def gather(weights: Iterable[Tensor], *, gradients: bool = False) -> None:
     """Makes those of the weights that are whole copies what their shards are."""
-    for shard in filter(None, map(shard_of, weights)):
+    shards = [shard for shard in map(shard_of, weights) if shard is not None]
+    for shard, found in zip(shards, _wholes([s.sharded for s in shards]), strict=True):
         shard.whole.requires_grad_(shard.sharded.requires_grad)
-        shard.whole.copy_(whole(shard.sharded))
-        if gradients:
-            shard.gather_gradient()
+        shard.whole.copy_(found)
+    if gradients:
+        gather_gradients(shards)
 
 
 @torch.no_grad()

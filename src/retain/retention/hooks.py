@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from retain.models.forward import no_autocast
-from retain.models.shards import shard_of
+from retain.models.shards import gather_gradients, shard_of
 
 __all__ = ["GradientHooks", "Work"]
 
@@ -133,8 +133,7 @@ class GradientHooks:
     def _whole(self, places: Sequence[int]) -> Iterator[None]:
         """Inside it the gradients of those weights that are sharded are whole."""
         shards = [self._sharded[p] for p in places if p in self._sharded]
-        for shard in shards:
-            shard.gather_gradient()
+        gather_gradients(shards)
         yield
         for shard in shards:
             shard.scatter_gradient()
