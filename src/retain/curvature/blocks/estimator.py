@@ -57,7 +57,7 @@ class Estimator(ABC):
     """Whether all layers must see the same sequences when only a share is read."""
 
     same: ClassVar[tuple[str, ...]] = ()
-    """What keys in the state begin with that is no sum: each process has the same."""
+    """Beginnings of keys of the state that hold no sum over rows: each process has the same."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
