@@ -18,7 +18,7 @@ import json, sys, warnings
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 import retain
-from retain.retention.processes import rank
+from retain.models.processes import rank
 
 torch.set_num_threads(1)
 out, told = sys.argv[1], json.loads(sys.argv[2])

@@ -27,12 +27,14 @@ from retain.curvature.anchor import (
     whole_weights,
 )
 from retain.curvature.artifact import read_curvature, save_curvature
+from retain.curvature.info import part
 from retain.curvature.merge import merge
 from retain.curvature.operator import Anchor, BlockOperator
-from retain.curvature.stack import stacks
+from retain.curvature.stack import stacks, total
 from retain.errors import MismatchError
 from retain.models.fingerprint import fingerprint
 from retain.models.forward import no_autocast
+from retain.models.shards import scatter
 from retain.models.sites import LoraSite, Site, find_sites
 
 __all__ = ["Anchor", "Curvature", "Pull", "load_curvature", "reanchored"]
@@ -80,14 +82,18 @@ class Curvature(BlockOperator):
     def bind(self, model: nn.Module) -> list[Site]:
         """The model's layers, checked to be those of this curvature.
 
-        The curvature moves to the device of the layers.
+        Each block moves to the device of its layer.
 
         Raises:
             MismatchError: another base model, other layers, or (adapter space) another rank.
         """
-        sites: list[Site] = list(find_sites(model))
+        sites: list[Site] = list(find_sites(model, sharded=True))
         check_sites(self, model, sites)
-        self.to(site_tensor(sites[0]).device)
+        devices: dict[str, torch.device] = {}
+        for site in sites:
+            names = (site.name, part(site.name, "lora_A"), part(site.name, "lora_B"))
+            devices |= dict.fromkeys(names, site_tensor(site).device)
+        self.place(devices)
         return sites
 
     @no_autocast()
@@ -120,9 +126,10 @@ class Curvature(BlockOperator):
             full = {n: self.blocks[n].matvec(d) for n, d in moved.full.items()}
             for i, j, link in self.off_diagonal():
                 if i in full:
-                    full[i] = full[i] + link.matvec(moved.full[j])
+                    full[i] = full[i] + link.matvec(moved.full[j]).to(full[i].device)
                     continue
-                (left, right), (p, q) = pairs[i], link.thin(*pairs[j])
+                left, right = pairs[i]
+                p, q = (t.to(left.device) for t in link.thin(*pairs[j]))
                 lp, rq = left.T @ p, right @ q.T
                 values.append(0.5 * (lp * rq).sum())
                 lefts[i], rights[i] = lefts[i] + p @ rq.T, rights[i] + lp @ q
@@ -138,7 +145,7 @@ class Curvature(BlockOperator):
                 if not whole and isinstance(site, LoraSite):
                     of_b, of_a = out[site.name]
                     pulls += [Pull(site.b, of_b), Pull(site.a, of_a)]
-            return torch.stack(values).sum(), pulls
+            return total(values), pulls
 
     def drop_rounded(self) -> None:
         """Frees the copies in bfloat16 that `pulls` has made."""
@@ -181,6 +188,7 @@ class Curvature(BlockOperator):
         with torch.no_grad():
             for _, weight, start in parts:
                 weight.copy_(start)
+            scatter(weight for _, weight, _ in parts)
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, whole or not at all; see `retain.curvature.artifact`."""

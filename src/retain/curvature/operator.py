@@ -60,7 +60,7 @@ class BlockOperator:
         self._check_names(d)
         out = {name: block.matvec(d[name]) for name, block in self.blocks.items()}
         for i, j, link in self.off_diagonal():
-            out[i] = out[i] + link.matvec(d[j])
+            out[i] = out[i] + link.matvec(d[j]).to(out[i].device)
         return out
 
     def off_diagonal(self) -> Iterator[tuple[str, str, OffDiagonal]]:
@@ -113,19 +113,39 @@ class BlockOperator:
 
     def to(self, device: torch.device) -> Self:
         """Moves the tensors to a device, in place; what was shared stays shared."""
-        named = self.tensors()
-        if next(iter(named.values())).device == device:
+        return self.place(dict.fromkeys([*self.blocks, *self.anchor], device))
+
+    def place(self, devices: Mapping[str, torch.device]) -> Self:
+        """Moves each block, and its anchor, to its device, in place.
+
+        What blocks on one device share stays shared; on several, each has a copy. A link lies
+        with the first of its two blocks.
+
+        Args:
+            devices: by the names of the blocks and of the layers in the anchor.
+        """
+        named, wanted = self.tensors(), self._wanted(devices)
+        if all(t.device == wanted[n] for n, t in named.items()):
             return self
-        moved: dict[int, Tensor] = {}
-        for t in named.values():
-            if id(t) not in moved:
-                moved[id(t)] = t.to(device)
+        moved: dict[tuple[int, torch.device], Tensor] = {}
+        for n, t in named.items():
+            key = (id(t), wanted[n])
+            if key not in moved:
+                moved[key] = t.to(wanted[n])
         kinds = {name: (type(block), block.shape) for name, block in self.blocks.items()}
         ties = [(pair, link.weight) for pair, link in self.links.items()]
-        self.blocks, self.links = unpack(kinds, ties, {n: moved[id(t)] for n, t in named.items()})
-        self.anchor = {n: tuple(t.to(device) for t in kept) for n, kept in self.anchor.items()}
+        placed = {n: moved[id(t), wanted[n]] for n, t in named.items()}
+        self.blocks, self.links = unpack(kinds, ties, placed)
+        self.anchor = {n: tuple(t.to(devices[n]) for t in k) for n, k in self.anchor.items()}
         self._stacks = {}
         return self
+
+    def _wanted(self, devices: Mapping[str, torch.device]) -> dict[str, torch.device]:
+        """The device of each of `tensors`."""
+        found = {f"blocks/{n}/{k}": devices[n] for n, b in self.blocks.items() for k in b.tensors()}
+        for number, (first, _) in enumerate(self.links):
+            found |= {f"links/{number}/{k}": devices[first] for k in ("inputs", "outputs")}
+        return found
 
     def memory(self) -> int:
         """Bytes that the blocks, links and the anchor take; shared tensors count once.

@@ -118,6 +118,11 @@ def collate(
     )
 
 
+def by_length(examples: Sequence[Example]) -> list[int]:
+    """Their numbers, those of short ones first."""
+    return sorted(range(len(examples)), key=lambda i: (len(examples[i].tokens), i))
+
+
 def batches(
     examples: Sequence[Example], size: int, pad: int, *, multiple: int = 1
 ) -> Iterator[Batch]:
@@ -133,7 +138,7 @@ def batches(
             allowed=f"at least {max(size, 1)} examples and a batch size of at least 1",
             fix="give more text, or a smaller batch size",
         )
-    order = sorted(range(len(examples)), key=lambda i: (len(examples[i].tokens), i))
+    order = by_length(examples)
     for start in range(0, len(order), size):
         rows = order[start : start + size]
         yield collate([examples[i] for i in rows], pad, rows, multiple)

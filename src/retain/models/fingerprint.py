@@ -19,6 +19,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from retain.models.names import canonical, unwrap
+from retain.models.shards import whole
 
 __all__ = ["ALIKE", "alike", "fingerprint", "signature"]
 
@@ -72,14 +73,14 @@ def signature(model: nn.Module, layers: dict[str, nn.Module]) -> str:
     stored = storage(model)
     for _, layer in sorted(layers.items()):
         try:
-            weight: Tensor = dequantize_module_weight(layer).detach()
+            weight: Tensor = whole(dequantize_module_weight(layer).detach())
         except (AttributeError, TypeError, ValueError, RuntimeError, ImportError):
             return ""  # packed in a way that PEFT cannot read back
         values = _samples(weight).double().cpu()
         size = values.square().mean().sqrt().clamp(min=1e-30)
         sums.append(signs[:, : len(values)] @ values / (size * len(values) ** 0.5))
-    whole = torch.cat(sums).clamp(-4, 4) * 31 if sums else torch.zeros(0)
-    packed = whole.round().to(torch.int8).numpy().tobytes()
+    total = torch.cat(sums).clamp(-4, 4) * 31 if sums else torch.zeros(0)
+    packed = total.round().to(torch.int8).numpy().tobytes()
     return f"{stored}:{base64.b64encode(packed).decode()}"
 
 
@@ -128,6 +129,7 @@ def _samples(values: Tensor) -> Tensor:
 
 def _bytes(values: Tensor) -> bytes:
     """Of 64 of the values: as bfloat16, or, where they are whole numbers, as they are."""
+    values = whole(values)
     if type(values).__module__.startswith("torchao."):
         values = values.dequantize()
     found = _samples(values)

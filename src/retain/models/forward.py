@@ -157,7 +157,7 @@ def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
     if predict is None:
         logits: Tensor = model(**batch.inputs).logits
         return logits
-    with head_reads(model, lambda hidden: hidden[predict][None]):
+    with head_reads(model, lambda hidden: hidden[predict.to(hidden.device)][None]):
         logits = model(**batch.inputs, use_cache=False).logits
     return logits[0]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from retain.errors import ModelError
 from retain.models.names import canonical, of_head, unwrap
+from retain.models.shards import gather, is_sharded, reshard, shard_made, whole
 
 __all__ = [
     "LinearSite",
@@ -82,6 +83,22 @@ class LoraSite:
         return bool(getattr(self.layer, "use_dora", {}).get(self.adapter))
 
 
+@dataclass(frozen=True)
+class ShardedSite(LoraSite):
+    """One whose A and B are divided among processes: here they are whole copies.
+
+    See `retain.models.shards`: who changes them, or wants what training made of them, says so.
+    """
+
+    @property
+    def a(self) -> nn.Parameter:
+        return self.lora_a._retain_shard.whole  # type: ignore[return-value, union-attr]
+
+    @property
+    def b(self) -> nn.Parameter:
+        return self.lora_b._retain_shard.whole  # type: ignore[return-value, union-attr]
+
+
 def _weight(layer: Any, side: str, adapter: str) -> nn.Parameter:
     """A module's weight, past the modules' slow look-ups: a step asks for it some thousand times.
 
@@ -119,13 +136,19 @@ _VARIANTS = ("NoneType", "DoraLinearVariant", "MiCALinearVariant")
 factors). Activated LoRA is silent before its invocation, and others change A, B or the input."""
 
 
-def lora_sites(model: nn.Module) -> list[LoraSite]:
+def lora_sites(model: nn.Module, *, sharded: bool = False) -> list[LoraSite]:
     """The LoRA layers of a model, in the order of its modules.
+
+    Args:
+        model: with its adapter.
+        sharded: weights that FSDP2 has divided among processes are allowed, and gathered; all
+            processes must ask.
 
     Raises:
         ModelError: no LoRA layer, a kind that is not linear, or sharded weights.
     """
     inner, sites = unwrap(model), []
+    reshard(inner)
     head = output_head(inner)
     for name, layer in inner.named_modules():
         if not isinstance(layer, LoraLayer):
@@ -160,30 +183,39 @@ def lora_sites(model: nn.Module) -> list[LoraSite]:
                 raise _no_lora(inner)
             raise _unsupported(name, type(site.lora_a).__name__)
         if any(_sharded(weight) for weight in (site.a, site.b)):
-            raise ModelError(
-                "the adapter's weights are sharded (ZeRO-3 or FSDP)",
-                got=site.name,
-                allowed="whole LoRA weights on each process",
-                fix="use DDP, or exclude the LoRA weights from sharding",
-            )
+            if not (sharded and is_sharded(site.a) and is_sharded(site.b)):
+                raise _no_shards(site.name)
+            site = ShardedSite(site.name, layer, site.adapter, site.scaling)
+            for module in (site.lora_a, site.lora_b):
+                shard_made(inner, module)
         sites.append(site)
     if not sites:
         raise _no_lora(inner)
+    gather(weight for site in sites for weight in (site.a, site.b))
     return sites
 
 
-def find_sites(model: nn.Module) -> list[LoraSite] | list[LinearSite]:
+def _no_shards(name: str) -> ModelError:
+    return ModelError(
+        "the trained weights are sharded (ZeRO-3 or FSDP)",
+        got=name,
+        allowed="whole weights on each process; or FSDP2 around a LoRA that the recipe holds",
+        fix="fit and measure before fully_shard, use DDP, or exclude the LoRA weights",
+    )
+
+
+def find_sites(model: nn.Module, *, sharded: bool = False) -> list[LoraSite] | list[LinearSite]:
     """The LoRA layers of a PEFT model, or the trainable linear layers of a plain one.
 
     A plain model's output head and classification head are left out, as PEFT's ``all-linear``
-    does; embeddings, norms and biases have no curvature here.
+    does; embeddings, norms and biases have no curvature here. `sharded` is for `lora_sites`.
 
     Raises:
         ModelError: neither; or what `lora_sites` refuses.
     """
     inner: Any = unwrap(model)
     if any(isinstance(m, LoraLayer) for m in inner.modules()) or hasattr(inner, "peft_config"):
-        return lora_sites(inner)
+        return lora_sites(inner, sharded=sharded)
     head = output_head(inner)
     sites = [
         LinearSite(canonical(name), layer)
@@ -193,6 +225,9 @@ def find_sites(model: nn.Module) -> list[LoraSite] | list[LinearSite]:
         and not of_head(name)
         and layer.weight.requires_grad
     ]
+    for site in sites:
+        if _sharded(site.weight):
+            raise _no_shards(site.name)
     return sites or lora_sites(inner)  # which says what is missing
 
 
@@ -230,8 +265,7 @@ def _unsupported(name: str, kind: str) -> ModelError:
 
 
 def _sharded(weight: nn.Parameter) -> bool:
-    distributed = hasattr(weight, "ds_id") or type(weight.data).__name__ == "DTensor"
-    return distributed or weight.numel() == 0
+    return hasattr(weight, "ds_id") or is_sharded(weight) or weight.numel() == 0
 
 
 def check_held(model: nn.Module) -> None:
@@ -269,11 +303,11 @@ def row_scales(sites: Sequence[Any]) -> dict[str, Tensor]:
     scales = {}
     for site in sites:
         if getattr(site, "dora", False):
-            magnitude = site.layer.lora_magnitude_vector[site.adapter].weight.detach()
-            weight = dequantize_module_weight(site.layer.get_base_layer()).detach()
+            magnitude = whole(site.layer.lora_magnitude_vector[site.adapter].weight.detach())
+            weight = whole(dequantize_module_weight(site.layer.get_base_layer()).detach())
             weight = weight.T if site.layer.fan_in_fan_out else weight  # GPT-2 keeps W transposed
-            whole = weight + site.scaling * (site.b @ site.a).detach()
-            scales[site.name] = magnitude / whole.norm(dim=1)
+            moved = weight + site.scaling * (site.b @ site.a).detach()
+            scales[site.name] = magnitude / moved.norm(dim=1)
     return scales
 
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from retain.curvature.curvature import Curvature
 from retain.errors import MismatchError, check_number
+from retain.models.shards import scatter
 from retain.models.sites import LinearSite, LoraSite, Site
 
 __all__ = ["Budget", "anchored", "check_budget", "largest_share", "scale_back", "settle"]
@@ -334,3 +335,4 @@ def _copy(pairs: Sequence[tuple[nn.Parameter, Tensor | None]]) -> None:
             parameter.zero_()
         else:
             parameter.copy_(value)
+    scatter(parameter for parameter, _ in pairs)  # for what runs the model

@@ -313,9 +313,10 @@ class InputFilter:
     ) -> None:
         o = Filter() if options is None else options
         self.sites, self.active = list(sites), active
-        firsts: dict[tuple[str, str], LoraSite] = {}  # layers that read one input share one
+        # Layers that read one input share one, on each device.
+        firsts: dict[tuple[object, torch.device], LoraSite] = {}
         for site in self.sites:
-            firsts.setdefault(inputs_of(site.name, new, old), site)
+            firsts.setdefault((inputs_of(site.name, new, old), site.a.device), site)
         pairs = [
             (new.factor(s.name), None if old is None else old.factor(s.name))
             for s in firsts.values()
@@ -324,7 +325,7 @@ class InputFilter:
         found = {
             both: p.to(site.a.device) for (both, site), p in zip(firsts.items(), made, strict=True)
         }
-        self.filters = [found[inputs_of(s.name, new, old)] for s in self.sites]
+        self.filters = [found[inputs_of(s.name, new, old), s.a.device] for s in self.sites]
         self._before = [] if resuming else [s.a[active].detach().clone() for s in self.sites]
         if not resuming:
             with torch.no_grad():

@@ -46,7 +46,7 @@ def check_filter(
         MismatchError: a curvature does not allow it.
         SourceError: there are no rows.
     """
-    sites = lora_sites(model)
+    sites = lora_sites(model, sharded=True)
     if not all(site.a.requires_grad for site in sites):
         raise ModelError(
             "a filter is for an A that trains",
@@ -93,7 +93,7 @@ def why_no_filter(
         rows: the training data, which the filter is to read.
     """
     try:
-        sites = lora_sites(model)
+        sites = lora_sites(model, sharded=True)
     except ModelError as error:
         return error.what
     if not all(site.a.requires_grad for site in sites):

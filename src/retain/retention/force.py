@@ -27,15 +27,17 @@ from torch.optim import Optimizer
 from retain.curvature.anchor import proximal
 from retain.curvature.blocks.estimator import has_bf16
 from retain.curvature.curvature import Curvature, Pull
+from retain.curvature.stack import total
 from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, TrainingError, check_number, unknown
 from retain.models.forward import no_autocast
 from retain.models.heads import head_kind
+from retain.models.processes import of_first
+from retain.models.shards import own, reshard, scatter
 from retain.models.sites import LinearSite, check_held
 from retain.retention.budget import Budget, anchored, scale_back, settle
 from retain.retention.lengths import step_lengths
 from retain.retention.measure import Reference
-from retain.retention.processes import of_first
 from retain.retention.watch import Watched, read
 from retain.types import STRONGEST, UPDATES, Update
 
@@ -121,7 +123,7 @@ class Force:
             )
         self.probe: Reference | None = None
         if self.budget is not None and probe:
-            held = {id(p) for p in self.parameters()}
+            held = self._own()
             other = [
                 n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held
             ]
@@ -155,6 +157,10 @@ class Force:
         for site in self.sites:
             found += [site.weight] if isinstance(site, LinearSite) else [site.a, site.b]
         return found
+
+    def _own(self) -> set[int]:
+        """``id`` of the model's parameters that are held."""
+        return {id(own(p)) for p in self.parameters()}
 
     def only(self, rows: slice) -> None:
         """Only these rows of A and columns of B train; the others feel no force.
@@ -284,7 +290,9 @@ class Force:
     def apply_proximal(self, optimizer: Optimizer) -> float:
         """Pulls the adapter back after a step of `optimizer`; returns predicted nats."""
         if self.strength:
-            steps = {key: self.strength * rate for key, rate in step_lengths(optimizer).items()}
+            rates = step_lengths(optimizer)
+            held = [p for p in self.parameters() if id(own(p)) in rates]
+            steps = {id(p): self.strength * rates[id(own(p))] for p in held}
             proximal(self.curvature, self.sites, steps)
         value, pulls = self.curvature.felt(self.sites)
         nats, *balance = read([value, *self._squares(pulls)])
@@ -299,7 +307,9 @@ class Force:
 
     def _measure(self) -> float:
         assert self.probe is not None
+        scatter(self.parameters())
         kl = self.probe.measure(self.model).kl
+        reshard(self.model)
         return of_first([kl], next(self.model.parameters()).device)[0]
 
     @no_autocast()
@@ -346,6 +356,8 @@ def _square(tensors: Sequence[Tensor]) -> Tensor:
     """``<t, t>`` over all, in float32 at least."""
     kinds = {t.dtype for t in tensors} | {torch.float32}
     norms = torch._foreach_norm(list(tensors), 2.0, reduce(torch.promote_types, kinds))
+    if len({norm.device for norm in norms}) > 1:
+        return total([norm.square() for norm in norms])
     return torch.stack(norms).square().sum()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from retain.models.forward import no_autocast
+from retain.models.shards import gather_gradients, shard_of
 
 __all__ = ["GradientHooks", "Work"]
 
@@ -43,7 +45,8 @@ class GradientHooks:
 
     The hook of a weight only says that a pass has reached it. What is done to the gradients is done
     to all at once when the pass has ended, and after `DistributedDataParallel` has averaged them,
-    so it has to be linear. What `torch.autograd.grad` gives is left alone.
+    so it has to be linear. What `torch.autograd.grad` gives is left alone. Of a sharded weight the
+    gradient is gathered for it.
 
     They can be taken off and put on again, as a trainer's callback does around each step: what
     breaks off between two steps leaves none behind. What breaks off inside one (Ctrl-C in a
@@ -56,6 +59,8 @@ class GradientHooks:
 
     def __init__(self, weights: Sequence[nn.Parameter], work: Work) -> None:
         self.weights, self.work = list(weights), work
+        shards = {place: shard_of(weight) for place, weight in enumerate(self.weights)}
+        self._sharded = {place: s for place, s in shards.items() if s is not None}
         self.live: Callable[[], bool] = _always
         self._handles: list[Any] = []
         self._open: dict[int, int] = {}  # place -> the pass that has reached it
@@ -67,8 +72,11 @@ class GradientHooks:
         if self._handles:
             return
         for place, weight in enumerate(self.weights):
-            if weight.requires_grad:
-                self._handles.append(weight.register_hook(_Hook(self, place)))
+            shard, hook = self._sharded.get(place), _Hook(self, place)
+            if shard is not None and shard.sharded.requires_grad:
+                self._handles.append(shard.on_backward(hook))
+            elif weight.requires_grad:
+                self._handles.append(weight.register_hook(hook))
 
     @property
     def attached(self) -> bool:
@@ -98,7 +106,8 @@ class GradientHooks:
                 self._passes.add(current)
                 _at_end(partial(self._ended, current, True))
             if place not in self._open:
-                with no_autocast(), torch.no_grad():
+                still = [p for p in self._sharded if p not in self._open]
+                with no_autocast(), torch.no_grad(), self._whole(still):
                     ready = self.work.ready(place)
                 for other in ready:
                     self._open.setdefault(other, current)
@@ -115,10 +124,19 @@ class GradientHooks:
     def _close(self, places: Sequence[int]) -> None:
         for place in places:
             del self._open[place]
-        held = [place for place in places if self.weights[place].grad is not None]
-        if held:
-            with no_autocast(), torch.no_grad():
+        with no_autocast(), torch.no_grad(), self._whole(places):
+            held = [place for place in places if self.weights[place].grad is not None]
+            if held:
                 self.work.change(held)
+
+    @contextmanager
+    def _whole(self, places: Sequence[int]) -> Iterator[None]:
+        """Inside it the gradients of those weights that are sharded are whole."""
+        shards = [self._sharded[p] for p in places if p in self._sharded]
+        gather_gradients(shards)
+        yield
+        for shard in shards:
+            shard.scatter_gradient()
 
 
 class _Hook:

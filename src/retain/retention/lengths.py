@@ -6,6 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from retain.errors import ConfigError
+from retain.models.shards import whole
 
 __all__ = ["step_lengths"]
 
@@ -35,6 +36,6 @@ def step_lengths(optimizer: Optimizer) -> dict[int, float]:
             beta, eps = group["betas"][1], group["eps"]
             correction = 1.0 - beta ** float(count)
             exact = torch.promote_types(second.dtype, torch.float32)
-            root = (second.detach().to(exact) / correction).sqrt_()
+            root = (whole(second.detach()).to(exact) / correction).sqrt_()
             rates[id(parameter)] = lr / (float(root.mean()) + eps)
     return rates

@@ -95,8 +95,9 @@ class Reference:
             kl += [float(part.double().sum()) for part in apart.split(batch.lengths)]
             if regression:
                 continue
-            rows = torch.nonzero(batch.targets >= 0)[:, 0]
-            where = rows, batch.targets[rows]
+            targets = batch.targets.to(base.device)
+            rows = torch.nonzero(targets >= 0)[:, 0]
+            where = rows, targets[rows]
             labelled += len(rows)
             loss_base -= float(base[where].double().sum())
             loss -= float(tuned[where].double().sum())

@@ -197,7 +197,7 @@ def input_moments(
                 x = args[0].detach()
                 rows = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
                 if len(rows) == len(weights[0]):
-                    rows = rows * weights[0].sqrt()[:, None].to(rows.dtype)
+                    rows = rows * weights[0].sqrt()[:, None].to(rows)
                 else:  # behind a classifier's pooling there is one place a row
                     rows = rows / len(examples) ** 0.5
                 if name in wide:

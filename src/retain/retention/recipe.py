@@ -29,7 +29,8 @@ step has been made. Every door drives this one object: `retain.RetentionCallback
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -42,7 +43,9 @@ from retain.errors import ConfigError, ModelError, RetainWarning, SourceError, u
 from retain.models.heads import head_kind
 from retain.models.lora import grow_lora
 from retain.models.off import adapter_off
-from retain.models.sites import LoraSite, lora_sites
+from retain.models.processes import check_same, several, share
+from retain.models.shards import gather, scatter, shard_of
+from retain.models.sites import LoraSite, Site, lora_sites
 from retain.retention.budget import check_budget
 from retain.retention.cost import rows_rank
 from retain.retention.filter import Filter, InputFilter
@@ -54,7 +57,6 @@ from retain.retention.hooks import GradientHooks
 from retain.retention.loader import RowReader
 from retain.retention.measure import fit_rows
 from retain.retention.moments import Moments, input_moments, moments_of
-from retain.retention.processes import check_same, several, share
 from retain.retention.soften.truncate import truncated
 from retain.retention.state import choose, pack_curvature, unpack_curvature
 from retain.retention.watch import Watched
@@ -128,6 +130,7 @@ class Recipe:
         self.frozen: FrozenRows | None = None
         self.active = slice(None)
         self.sites: list[LoraSite] = []
+        self._shards: list[Tensor] = []  # whole copies of weights that are divided
         self._guarded = False
 
     # Before training.
@@ -235,11 +238,15 @@ class Recipe:
         if self.filter is not None or self.frozen is not None:
             for site in self.sites:
                 setattr(site.a, _MARK, _Mark(self))
+        scatter(_weights(self.sites))  # before anyone gathers them again
         held = self.past if self.curvature is None else self.curvature
         if "force" in self.parts and held is not None:
             self._begin_force(model, held, probe, progress)
         if self.sites:
             share([t for site in self.sites for t in (site.a, site.b)])
+        held_sites = self.sites if self.force is None else self.force.sites
+        self._shards = [w for w in _weights(held_sites) if shard_of(w) is not None]
+        scatter(self._shards)
         if self.why_no_filter not in (None, NO_STRENGTH):
             alone = "the force alone" if self.force is not None else "nothing"
             _warn(f"held by {alone}, without a filter: {self.why_no_filter}")
@@ -249,7 +256,7 @@ class Recipe:
     ) -> None:
         """Which rows train, of an adapter that is LoRA."""
         try:
-            self.sites = lora_sites(model)
+            self.sites = lora_sites(model, sharded=True)
         except ModelError:
             if filters:
                 raise
@@ -365,15 +372,27 @@ class Recipe:
         """
         for hooks in self._hooks():
             hooks.settle()
+        with self._whole(gradients=True):
+            nats = self._add_force(watched)
+        if self._guarded:
+            for hooks in self._hooks():
+                hooks.detach()
+        return nats
+
+    def _add_force(self, watched: Watched | None) -> float | None:
         nats = None
         if self.force is not None and self.update == "gradient":
             nats = self.force.add_force(watched)
         elif watched is not None:
             watched.judge(float(watched.value))
-        if self._guarded:
-            for hooks in self._hooks():
-                hooks.detach()
         return nats
+
+    @contextmanager
+    def _whole(self, *, gradients: bool = False) -> Iterator[None]:
+        """Inside it the copies of divided weights are what the weights are, and after it too."""
+        gather(self._shards, gradients=gradients)
+        yield
+        scatter(self._shards, gradients=gradients)
 
     def after_step(self, optimizer: Optimizer, *, skipped: bool = False) -> float | None:
         """After a step of the optimiser; returns predicted nats of a proximal one.
@@ -382,17 +401,19 @@ class Recipe:
             optimizer: whose step it was.
             skipped: whether a gradient scaler left the step out.
         """
-        for held in (self.filter, self.frozen):
-            if held is not None:
-                held.after_step()
-        if self.force is None or self.update != "proximal" or skipped:
-            return None
-        return self.force.apply_proximal(optimizer)
+        with self._whole():
+            for held in (self.filter, self.frozen):
+                if held is not None:
+                    held.after_step()
+            if self.force is None or self.update != "proximal" or skipped:
+                return None
+            return self.force.apply_proximal(optimizer)
 
     def finish(self) -> None:
         """After the last step: takes back what is above the budget."""
         if self.force is not None:
-            self.force.finish()
+            with self._whole():
+                self.force.finish()
 
     def end(self) -> None:
         """When training has ended: `finish`, and the model trains freely again."""
@@ -414,6 +435,7 @@ class Recipe:
 
     def predicted(self) -> float:
         """Predicted nats per source token at the present weights; 0 without a force."""
+        gather(self._shards)
         return 0.0 if self.force is None else self.force.predicted()
 
     def progress(self) -> dict[str, Any]:
@@ -502,12 +524,21 @@ def release_left(model: nn.Module, *, resuming: bool = False) -> None:
         model: with its adapter.
         resuming: A is from a checkpoint, and is right as it is.
     """
-    marks = [mark for p in model.parameters() if (mark := getattr(p, _MARK, None)) is not None]
+    copies = [s.whole for s in map(shard_of, model.modules()) if s is not None]
+    weights = [*model.parameters(), *copies]
+    marks = [mark for p in weights if (mark := getattr(p, _MARK, None)) is not None]
     for held in {id(mark.recipe): mark.recipe for mark in marks}.values():
         held.release()
+        gather(held._shards)
         idle = not any(bool(site.b[:, held.active].any()) for site in held.sites)
         if held.filter is not None and idle and not resuming:
             held.filter.undo()
+            scatter(held._shards)
+
+
+def _weights(sites: Sequence[Site]) -> list[nn.Parameter]:
+    """What trains of LoRA layers."""
+    return [w for site in sites if isinstance(site, LoraSite) for w in (site.a, site.b)]
 
 
 def _within(examples: Sequence[Example], tokens: int) -> list[Example]:

@@ -27,6 +27,7 @@ from retain.training.handling import (
     check_alone,
     check_trainer,
     check_trains,
+    check_whole,
     go_first,
     record,
     watched_gradients,
@@ -214,6 +215,7 @@ class RetentionCallback(TrainerCallback):
         loader = kwargs["train_dataloader"]
         check_loader(model, loader, args.seed)
         check_trains(model)
+        check_whole(model)
         self._nats = None
         recipe = self.recipe
         needed = recipe.budget is not None or "filter" in recipe.parts

@@ -11,6 +11,8 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from retain.errors import ConfigError, ModelError, TrainingError
+from retain.models.names import canonical
+from retain.models.shards import is_sharded
 from retain.retention.watch import Watched
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "check_gradients",
     "check_trainer",
     "check_trains",
+    "check_whole",
     "go_first",
     "record",
     "watched_gradients",
@@ -122,6 +125,22 @@ def check_trains(model: nn.Module) -> None:
             got="requires_grad=False everywhere, as an adapter loaded for inference has it",
             allowed="an adapter that trains",
             fix="PeftModel.from_pretrained(model, folder, is_trainable=True)",
+        )
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuses a trainer's model whose trained weights are divided among processes.
+
+    Raises:
+        ModelError: they are.
+    """
+    odd = [n for n, p in model.named_parameters() if p.requires_grad and is_sharded(p)]
+    if odd:
+        raise ModelError(
+            "the trained weights are sharded, which was not tried with a trainer",
+            got=f"{len(odd)} of them, such as {canonical(odd[0])}",
+            allowed="whole ones on each process, or a plain loop with retain.Retention",
+            fix="use DDP, or exclude the LoRA weights from sharding",
         )
 
 

@@ -57,6 +57,7 @@ class ActivationEstimator(Estimator):
     """Streams S once for each input, and the energy of each output."""
 
     backward: ClassVar[bool] = False
+    same: ClassVar[tuple[str, ...]] = ("width/",)
 
     def update(self, seen: Observation) -> None:
         name, y = seen.name, seen.gradients
@@ -135,7 +136,7 @@ def _noise(layers: Mapping[str, nn.Module], batch: Batch, seed: int, eta: float)
     mask = batch.mask
 
     def hook(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-        live = y[mask] if y.dim() == 3 else y  # a pooled layer has no padding
+        live = y[mask.to(y.device)] if y.dim() == 3 else y  # a pooled layer has no padding
         size = eta * live.double().square().mean().sqrt()
         noise = torch.randn(y.shape, generator=random, dtype=torch.float32)
         wide = torch.promote_types(y.dtype, torch.float32)

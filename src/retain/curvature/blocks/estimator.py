@@ -56,6 +56,9 @@ class Estimator(ABC):
     together: ClassVar[bool] = False
     """Whether all layers must see the same sequences when only a share is read."""
 
+    same: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of keys of the state that hold no sum over rows: each process has the same."""
+
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.state: dict[str, Tensor] = {}
@@ -83,6 +86,7 @@ class Estimator(ABC):
     def add(self, key: str, value: Tensor) -> None:
         """Adds to a sum."""
         if key in self.state:
+            self._meet(key, value)
             self.state[key] += value
         else:
             self.state[key] = value.clone()
@@ -90,10 +94,16 @@ class Estimator(ABC):
     def product(self, key: str, left: Tensor, right: Tensor, weight: float = 1.0) -> None:
         """Adds ``weight * left^T right`` for rows [n, a] and [n, b]."""
         if key in self.state:
+            self._meet(key, left)
             self.state[key].addmm_(left.T, right, alpha=weight)
         else:
             found = left.T @ right
             self.state[key] = found if weight == 1 else found.mul_(weight)
+
+    def _meet(self, key: str, value: Tensor) -> None:
+        """Moves a sum to where its layer is: one that comes from a file lies elsewhere."""
+        if self.state[key].device != value.device:
+            self.state[key] = self.state[key].to(value.device)
 
     def moment(self, key: str, rows: Tensor, weight: float = 1.0) -> None:
         """Adds ``weight * rows^T rows``, to a sketch where the side is wide."""

@@ -7,6 +7,7 @@ number of nats here as in the other structures, for a displacement of no particu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -85,6 +86,8 @@ class IdentityBlock(Block):
 
 class IdentityEstimator(Estimator):
     """Needs the traces alone, which are gathered in any case."""
+
+    same: ClassVar[tuple[str, ...]] = ("",)
 
     def update(self, seen: Observation) -> None:
         if seen.name not in self.state:

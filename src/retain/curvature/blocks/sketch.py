@@ -64,6 +64,9 @@ def sketch_update(state: dict[str, Tensor], key: str, rows: Tensor, rank: int) -
     if f"{key}.range" not in state:
         state[f"{key}.range"] = rows.new_zeros(d, sketch_columns(d, rank))
         state[f"{key}.diagonal"] = rows.new_zeros(d, dtype=torch.float64)
+    elif state[f"{key}.range"].device != rows.device:  # it came from a file
+        for part in ("range", "diagonal"):
+            state[f"{key}.{part}"] = state[f"{key}.{part}"].to(rows.device)
     omega = _omega(d, state[f"{key}.range"].shape[1], rows.dtype, rows.device)
     state[f"{key}.diagonal"] += rows.double().square().sum(0)
     with float32_products("ieee", "ieee"):

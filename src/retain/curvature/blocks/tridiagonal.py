@@ -71,11 +71,12 @@ class OffDiagonal:
 
     def thin(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """``F_ij (left @ right)`` as thin factors, for left [d_out_j, k] and right [k, d_in_j]."""
-        return self.weight * (self.outputs @ left), right @ self.inputs.T
+        here = self.inputs.device  # the neighbour may lie on another one
+        return self.weight * (self.outputs @ left.to(here)), right.to(here) @ self.inputs.T
 
     def matvec(self, d: Tensor) -> Tensor:
         """``F_ij d`` for d [d_out_j, d_in_j]."""
-        return self.weight * (self.outputs @ d @ self.inputs.T)
+        return self.weight * (self.outputs @ d.to(self.outputs.device) @ self.inputs.T)
 
     def to_dense(self) -> Tensor:
         """``w G_ij (x) S_ij`` on row-major vectors."""
@@ -136,10 +137,10 @@ class TridiagonalEstimator(KroneckerEstimator):
             # A pooled layer beside one that sees all positions, if not in each batch.
             self.state[f"apart/{a.name}"] = torch.ones(())
             return
-        i, j = a.name, b.name
-        self.product(f"link/outputs/{i}", flat(a.gradients), flat(b.gradients), a.weight)
+        i, j, here = a.name, b.name, a.gradients.device
+        self.product(f"link/outputs/{i}", flat(a.gradients), flat(b.gradients).to(here), a.weight)
         if a.first and self.layout.shared[i] != self.layout.shared[j]:
-            self.product(f"link/inputs/{i}", flat(a.inputs), flat(b.inputs))
+            self.product(f"link/inputs/{i}", flat(a.inputs), flat(b.inputs).to(here))
 
     def finish(self, predictions: int, traces: Mapping[str, float]) -> dict[str, Block]:
         shared = self.layout.shared

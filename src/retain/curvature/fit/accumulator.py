@@ -150,8 +150,12 @@ class Accumulator:
 
     def _trace(self, seen: Observation) -> None:
         traces, name = seen.traces.double(), seen.name
+        known = self.traces.get(name)
+        now = traces.sum() * seen.weight
+        self.traces[name] = 0.0 + now if known is None else known.to(now.device) + now
+        if self._total is not None:
+            traces = traces.to(self._total.device)
         self._total = traces if self._total is None else self._total + traces
-        self.traces[name] = self.traces.get(name, 0.0) + traces.sum() * seen.weight
         if self.every > 1:
             if self._turns is None:
                 self._turns = traces.new_zeros(self.every, len(traces))
@@ -247,4 +251,4 @@ def _rows(name: str, t: Tensor, mask: Tensor) -> Tensor:
             fix='leave it out of the targets, such as target_modules=["value_proj", "dense"]',
         )
     t = t.reshape(*mask.shape, -1).to(wide)
-    return t if bool(mask.all()) else t * mask[..., None]
+    return t if bool(mask.all()) else t * mask[..., None].to(t.device)

@@ -30,12 +30,14 @@ from retain.curvature.fit.capture import (
     watch,
 )
 from retain.curvature.fit.checkpoint import FitCheckpoint, fit_key
+from retain.curvature.fit.divided import adding_up, own_batches, rows_of_first
 from retain.curvature.fit.settings import FitSettings
 from retain.curvature.fit.source import glance, source_examples
 from retain.curvature.info import CurvatureInfo, describe
 from retain.data.batches import Batch, Example, batches, collate
 from retain.data.general_prompts import Prompts
 from retain.data.sources import Row
+from retain.models import processes
 from retain.models.fingerprint import signature
 from retain.models.forward import no_autocast
 from retain.models.off import check_on, start_of
@@ -72,6 +74,7 @@ def fit_curvature(
     products: Products = "auto",
     partial: str | Path | None = None,
     save_every: float = 60.0,
+    divide: bool = True,
     progress: bool = True,
 ) -> Curvature:
     """Measures how much a model's predictions on source text rely on each weight direction.
@@ -116,6 +119,9 @@ def fit_curvature(
         partial: a file to keep unfinished sums in. A fit with the same settings goes on from it,
             to the same result; delete it when the curvature is saved.
         save_every: least seconds between two savings of it.
+        divide: where several processes run (`torch.distributed`), each reads its own rows, and all
+            get one curvature. All must call it then, with one source; unfinished sums are not kept.
+            False for a fit in one of them alone.
         progress: show a bar.
 
     Raises:
@@ -143,15 +149,20 @@ def fit_curvature(
         view, source, rows, max_length, seed,
         batch_size=batch_size, prompts=prompts, partial=partial, progress=progress,
     )  # fmt: skip
+    device, pad = site_tensor(sites[0]).device, view.pad
+    together = divide and processes.several()
+    if together:
+        examples = rows_of_first(examples, device)
     every = max(1, round(min(1 / share, len(examples))))
     estimating = structure_of(structure).estimator
     layers = hooked(sites, space if estimating.backward else "weight")
-    device, pad = site_tensor(sites[0]).device, view.pad
     known = asdict(settings) | {"every": every, "model": view.fingerprint, "sites": describe(sites)}
     known["sketches"] = FORM
     # Reads all weights that the fingerprint leaves out or rounds.
-    key = "" if partial is None else fit_key(known, examples, _own_weights(model))
-    unfinished = FitCheckpoint(partial, key, save_every)
+    kept = None if together else partial
+    key = "" if kept is None else fit_key(known, examples, _own_weights(model))
+    unfinished = FitCheckpoint(kept, key, save_every)
+    apart = together and len(examples) >= processes.count()  # each has rows of its own
     with view.evaluating(checkpoint=estimating.backward):
         scales = row_scales(sites) if space == "weight" else {}
         layout = Layout(
@@ -165,7 +176,9 @@ def fit_curvature(
         hooks = (capture if estimating.backward else watch)(model, layers, run.receive)
         with bypassed(sites) if idle else nullcontext():
             with hooks:
-                _read(run, list(batches(examples, batch_size, pad)), unfinished, device, progress)
+                cut = own_batches if apart else batches
+                pass_over = list(cut(examples, batch_size, pad))
+                _read(run, pass_over, unfinished, device, progress, apart)
             if estimating.backward:
                 check_gradients(run.without_gradient(), sites, space)
                 # In the layers' order: a resumed fit has them in another, and sums would differ.
@@ -175,7 +188,10 @@ def fit_curvature(
             else:
                 some = noisy_rows(examples, seed)
                 noisy = collate([examples[i] for i in some], pad, some).to(device)
-                traces = dict.fromkeys(layers, nats_of_noise(model, layers, noisy, seed))
+                nats = nats_of_noise(model, layers, noisy, seed)
+                traces = dict.fromkeys(
+                    layers, processes.of_first([nats], device)[0] if together else nats
+                )
     blocks = run.estimator.finish(run.predictions, traces)
     info = CurvatureInfo(
         structure=structure,
@@ -200,6 +216,8 @@ def fit_curvature(
     )
     curvature = Curvature(blocks, {}, info, run.estimator.links)
     curvature.anchor = anchor_of(curvature, sites)
+    if together:
+        processes.share(list({id(t): t for t in curvature.tensors().values()}.values()))
     return curvature
 
 
@@ -218,23 +236,32 @@ def _read(
     unfinished: FitCheckpoint,
     device: torch.device,
     progress: bool,
+    apart: bool,
 ) -> None:
-    """Reads the source as often as the estimator asks, from where an earlier run stopped."""
-    done = unfinished.load(run, device)
+    """Reads the source as often as the estimator asks, from where an earlier run stopped.
+
+    Where each process reads rows `apart`, their sums are added up after each pass.
+    """
+    done, known = unfinished.load(run, device), set[str]()
     bar = tqdm(
         total=len(pass_over) * run.estimator.passes,
         initial=run.passes * len(pass_over) + done,
         desc="curvature",
         unit="batch",
-        disable=not progress,
+        disable=not progress or (apart and processes.rank() > 0),
     )
     with bar:
         while run.passes < run.estimator.passes:
-            for number in range(done, len(pass_over)):
-                run.batch(pass_over[number].to(device))
-                bar.update()
-                if number + 1 < len(pass_over):
-                    unfinished.save(run, number + 1)
-            done = 0
+            with adding_up(run, known, device) if apart else nullcontext():
+                for number in range(done, len(pass_over)):
+                    run.batch(pass_over[number].to(device))
+                    bar.update()
+                    if number + 1 < len(pass_over):
+                        unfinished.save(run, number + 1)
+            done, summed = 0, set(run.estimator.state)
             run.end_pass()
+            if apart:  # what was made of the sums is the first one's
+                state = run.estimator.state
+                processes.share([state[key] for key in sorted(state.keys() - summed)])
+                known |= state.keys()
             unfinished.save(run, 0, force=run.estimator.passes > 1)

@@ -7,14 +7,16 @@ such a difference would grow; so what the recipe sets is that of the first proce
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from retain.errors import MismatchError
 
-__all__ = ["check_same", "of_first", "rank", "several", "share"]
+__all__ = ["check_same", "count", "of_first", "rank", "several", "share", "told"]
 
 
 LARGE = 2**20
@@ -25,6 +27,11 @@ def several() -> bool:
     """Whether there are others."""
     started = distributed.is_available() and distributed.is_initialized()
     return bool(started and distributed.get_world_size() > 1)
+
+
+def count() -> int:
+    """How many there are."""
+    return distributed.get_world_size() if several() else 1
 
 
 def rank() -> int:
@@ -42,13 +49,35 @@ def share(tensors: Sequence[Tensor]) -> None:
                 whole = t.detach().contiguous()
                 distributed.broadcast(whole, 0)
                 t.copy_(whole)
-        for kind in sorted({t.dtype for t in tensors if t.numel() < LARGE}, key=str):
-            same = [t for t in tensors if t.dtype == kind and t.numel() < LARGE]
+        small = [t for t in tensors if t.numel() < LARGE]
+        for kind in sorted({(t.dtype, t.device) for t in small}, key=str):
+            same = [t for t in small if (t.dtype, t.device) == kind]
             flat = torch.cat([t.detach().reshape(-1) for t in same])
             distributed.broadcast(flat, 0)
             parts = flat.split([t.numel() for t in same])
             for t, part in zip(same, parts, strict=True):
                 t.copy_(part.view(t.shape))
+
+
+def told(document: Any, device: torch.device) -> list[Any]:
+    """What each process has to say, in their order.
+
+    Args:
+        document: for JSON.
+        device: where the processes can talk.
+    """
+    if not several():
+        return [document]
+    text = torch.frombuffer(bytearray(json.dumps(document).encode()), dtype=torch.uint8).to(device)
+    sizes = torch.zeros(count(), dtype=torch.int64, device=device)
+    sizes[rank()] = len(text)
+    distributed.all_reduce(sizes)
+    found = [text.new_zeros(int(sizes.max())) for _ in sizes]
+    padded = text.new_zeros(int(sizes.max()))
+    padded[: len(text)] = text
+    distributed.all_gather(found, padded)
+    each = zip(found, sizes.tolist(), strict=True)
+    return [json.loads(bytes(f[:n].cpu().numpy().tobytes())) for f, n in each]
 
 
 def of_first(values: Sequence[float], device: torch.device) -> list[float]:
