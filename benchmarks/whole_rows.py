@@ -161,7 +161,7 @@ class Work:
             of = [torch.einsum("bto,btr->bor", written[s.name], _lowered(s, read)).flatten(1)
                   for s in self.sites]  # fmt: skip
             found.append(torch.cat(of, 1))
-        return torch.cat(found) / tokens**0.5
+        return torch.cat(found).div_(tokens**0.5)
 
     def _passes(
         self, rows: Sequence[Example]
