@@ -474,6 +474,7 @@ class Recipe:
                 "space": info.space, "fisher": info.fisher, "rank": info.rank,
                 "samples": info.samples, "temperature": info.temperature,
             }  # fmt: skip
+        options["divide"] = False  # a process that keeps the state may be alone with it
         found = fit_rows(
             model, chosen, structure, columns=columns, seed=seed, progress=progress, **options
         )
