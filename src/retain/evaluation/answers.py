@@ -21,12 +21,12 @@ from tqdm.auto import tqdm
 from retain.data.batches import Example, batches
 from retain.data.general_prompts import GENERAL, Prompts, read_prompts
 from retain.data.patterns import PatternError, compile_pattern, first_match
-from retain.data.problems import ask
-from retain.data.tokens import need, tokenize
-from retain.errors import ConfigError, ModelError, check_number
+from retain.data.tokens import tokenize
+from retain.errors import ConfigError, ModelError
 from retain.evaluation.generation import generate_ids
+from retain.evaluation.prompts import check_counts, put, writer
 from retain.intervals import bootstrap
-from retain.models.off import adapter_off, check_on
+from retain.models.off import adapter_off
 from retain.models.view import ModelView
 from retain.retention.measure import log_probabilities
 
@@ -169,20 +169,11 @@ def measure_answers(
             the base is what it was.
         ConfigError: a number out of range, or a pattern that does not compile.
     """
-    for name, value in (("new_tokens", new_tokens), ("batch_size", batch_size)):
-        check_number(f"{name} is no count", value, f"{name}=32", least=1)
+    check_counts(new_tokens=new_tokens, batch_size=batch_size)
     looks = _form_of(task_form)
     asked = read_prompts(GENERAL if prompts is None else prompts)
-    check_on(model)
-    view = ModelView.of(model, tokenizer)
-    if not view.causal:
-        raise ModelError(
-            "only a causal model answers prompts", got=type(view.inner).__name__,
-            allowed="a model that writes text", fix="measure a classifier by its task's rows",
-        )  # fmt: skip
-    words = need(view.tokenizer)
-    chat = bool(getattr(words, "chat_template", None))
-    ids = [tokenize(words, ask(words, p.prompt) if chat else p.prompt) for p in asked]
+    view, words = writer(model, tokenizer)
+    ids = [tokenize(words, put(words, p.prompt)) for p in asked]
     with adapter_off(model):  # a model without an adapter is refused before anything is written
         view.check([Example(tuple(p), tuple(p), (True,) * len(p)) for p in ids])
 

@@ -38,14 +38,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from retain.data.problems import ask
-from retain.data.tokens import need
-from retain.errors import ConfigError, ModelError, check_number, shown, unknown
+from retain.errors import ConfigError, ModelError, shown, unknown
 from retain.evaluation.generation import generate
+from retain.evaluation.prompts import check_counts, put, writer
 from retain.evaluation.ranking import score_options
 from retain.evaluation.skills import SkillItem, Skills, read_skills
 from retain.intervals import binomial_lower, binomial_upper
-from retain.models.off import adapter_off, check_on
+from retain.models.off import adapter_off
 from retain.models.view import ModelView
 
 if TYPE_CHECKING:
@@ -169,18 +168,11 @@ def certify(
             that can be switched off so that the base is what it was.
         ConfigError: an allowance of no such skill or that is no share, or a number out of range.
     """
-    for name, value in (("new_tokens", new_tokens), ("batch_size", batch_size)):
-        check_number(f"{name} is no count", value, f"{name}=32", least=1)
+    check_counts(new_tokens=new_tokens, batch_size=batch_size)
     asked = read_skills(items)
     allowed = check_allowed(allow, asked)
-    check_on(model)
-    view = ModelView.of(model, tokenizer)
-    if not view.causal:
-        raise ModelError(
-            "only a causal model answers prompts", got=type(view.inner).__name__,
-            allowed="a model that writes text", fix="measure a classifier by its task's rows",
-        )  # fmt: skip
-    words, sizes = need(view.tokenizer), (new_tokens, batch_size)
+    view, words = writer(model, tokenizer)
+    sizes = (new_tokens, batch_size)
     with adapter_off(model):  # a model without an adapter is refused before anything is written
         before = _answers(view, words, asked, *sizes, progress, "base")
     after = _answers(view, words, asked, *sizes, progress, "tuned")
@@ -309,8 +301,7 @@ def _answers(
     label: str,
 ) -> list[tuple[str, bool]]:
     """What the model as it is says to each item, and whether that is right."""
-    chat = bool(getattr(words, "chat_template", None))
-    prompts = [ask(words, item.prompt) if chat else item.prompt for item in items]
+    prompts = [put(words, item.prompt) for item in items]
     said = [""] * len(items)
     ranked = [i for i, item in enumerate(items) if item.choices]
     options = [

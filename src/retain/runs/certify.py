@@ -22,8 +22,8 @@ from retain.files import (
     write_json,
 )
 from retain.records import CERTIFICATE_SCHEMA, CertificateRecord, SkillRecord, finite
-from retain.runs.bases import base_of, load_base
-from retain.runs.eval import record_beside
+from retain.runs.bases import base_of
+from retain.runs.eval import load_tuned
 from retain.runs.messages import Messages, interruption
 
 __all__ = ["CARD", "RECORD", "CertifyConfig", "certify_run", "with_section"]
@@ -77,22 +77,14 @@ def certify_run(config: CertifyConfig, messages: Messages) -> dict[str, Any]:
     from retain.evaluation.certify import certify, check_allowed
     from retain.evaluation.skills import read_skills
     from retain.models.fingerprint import fingerprint
-    from retain.models.saved import adapter_digest, load_adapter
+    from retain.models.saved import adapter_digest
     from retain.provenance import provenance
 
     items = read_skills(config.skills)
     check_allowed(allow, items)
     with interruption("nothing was written"):
         messages.say(f"loading {name}")
-        base, tokenizer, _ = load_base(
-            name, None if config.model else "the adapter", dtype=config.dtype,
-            trust_remote_code=config.trust_remote_code,
-        )  # fmt: skip
-        tuned = load_adapter(base, config.adapter)
-        if record_beside(config.adapter, tuned) is None:
-            messages.note(
-                "no train.json beside the adapter: that this is its base model is not checked"
-            )
+        tuned, tokenizer, _ = load_tuned(name, config.adapter, config, messages)
         found = certify(
             tuned, items, allow=allow, tokenizer=tokenizer, new_tokens=config.new_tokens,
             batch_size=config.batch_size, progress=messages.progress,

@@ -18,7 +18,7 @@ from retain.runs.folders import check_result
 from retain.runs.messages import Messages, interruption
 from retain.runs.records import TRAIN, TrainRecord, read_record
 
-__all__ = ["EvalConfig", "check_finite", "eval_run", "own_text", "record_beside"]
+__all__ = ["EvalConfig", "check_finite", "eval_run", "load_tuned", "own_text"]
 
 
 class EvalConfig(Measured):
@@ -73,7 +73,6 @@ def eval_run(config: EvalConfig, messages: Messages) -> dict[str, Any]:
     from retain.data.draws import HELD_OUT
     from retain.data.general_prompts import read_prompts
     from retain.data.sources import read_rows
-    from retain.models.saved import load_adapter
 
     asked = None if config.prompts is None else read_prompts(config.prompts)
     text = None
@@ -82,16 +81,7 @@ def eval_run(config: EvalConfig, messages: Messages) -> dict[str, Any]:
         text = read_rows(config.source, config.rows, seed=seed, max_length=config.max_length)
     with interruption("nothing was written"):
         messages.say(f"loading {name}")
-        base, tokenizer, _ = load_base(
-            name, None if config.model else "the adapter", dtype=config.dtype,
-            trust_remote_code=config.trust_remote_code,
-        )  # fmt: skip
-        tuned = load_adapter(base, adapter)
-        record = record_beside(adapter, tuned)
-        if record is None:
-            messages.note(
-                "no train.json beside the adapter: that this is its base model is not checked"
-            )
+        tuned, tokenizer, record = load_tuned(name, adapter, config, messages)
         found = _measure(tuned, tokenizer, text, config, problems, messages)
         answers = None if asked is None else _answers(tuned, tokenizer, asked, config, messages)
     result = dict(finite(
@@ -106,7 +96,33 @@ def eval_run(config: EvalConfig, messages: Messages) -> dict[str, Any]:
     return result
 
 
-def record_beside(adapter: Path, model: Any) -> TrainRecord | None:
+def load_tuned(
+    name: str, adapter: Path, config: Any, messages: Messages
+) -> tuple[Any, Any, TrainRecord | None]:
+    """An adapter on its base, the tokenizer, and what `_record_beside` says of them.
+
+    Args:
+        name: of the base.
+        adapter: its folder.
+        config: with ``model``, ``dtype`` and ``trust_remote_code``.
+        messages: told where nothing says that this is its base.
+    """
+    from retain.models.saved import load_adapter
+
+    base, tokenizer, _ = load_base(
+        name, None if config.model else "the adapter", dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
+    tuned = load_adapter(base, adapter)
+    record = _record_beside(adapter, tuned)
+    if record is None:
+        messages.note(
+            "no train.json beside the adapter: that this is its base model is not checked"
+        )
+    return tuned, tokenizer, record
+
+
+def _record_beside(adapter: Path, model: Any) -> TrainRecord | None:
     """What ``train.json`` beside the adapter says, if it is there; the base must be its base."""
     from retain.models.fingerprint import fingerprint
 
