@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import gloo
+import forked
 import retain
 from retain.curvature.fit.divided import own_batches
 from retain.data.batches import Example
@@ -81,7 +81,7 @@ def break_off(out: Path) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two")
-    gloo.run(fit_all, out)
+    forked.gloo(fit_all, out)
     return out
 
 

@@ -4,73 +4,65 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-SCRIPT = """
-import json, sys, warnings
-import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import forked
 import retain
 from retain.models.processes import rank
 
-torch.set_num_threads(1)
-out, told = sys.argv[1], json.loads(sys.argv[2])
-processes = told.pop("processes", 1)
-torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(
-    vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, pad_token_id=0))
-model = retain.attach_lora(model, rank=4)
-random = torch.Generator().manual_seed(1)
-ids = torch.randint(1, 40, (48, 12), generator=random).tolist()
-rows = [{"input_ids": r, "labels": r} for r in ids[:32]]
-source = [{"input_ids": r} for r in ids[32:]]
-arguments = TrainingArguments(
-    output_dir=out + "/run", max_steps=told.pop("steps", 6), report_to="none", use_cpu=True,
-    per_device_train_batch_size=4 // processes, learning_rate=1e-2, logging_steps=1,
-    save_steps=3, disable_tqdm=True, seed=0, accelerator_config={"split_batches": False})
-off = told.pop("off", None)
-resume = told.pop("resume", None)
-trainer = Trainer(model=model, train_dataset=rows, args=arguments)
-curvature = retain.fit_curvature(model, source, progress=False)
-if off and rank():
-    curvature = off * curvature
-told["source"] = source if "budget" in told else None
-trainer.add_callback(retain.RetentionCallback(curvature, **told))
-trainer.train(resume_from_checkpoint=resume)
-history = trainer.state.log_history
-nats = [entry["predicted_nats"] for entry in history if "predicted_nats" in entry]
-weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-from safetensors.torch import save_file
-save_file(weights, f"{out}/weights-{rank()}.safetensors")
-json.dump({"nats": nats, "strength": trainer.callback_handler.callbacks[0].strength},
-          open(f"{out}/told-{rank()}.json", "w"))
-"""
 
-
-def run(out: Path, processes: int, **told: Any) -> subprocess.CompletedProcess[str]:
-    out.mkdir(parents=True, exist_ok=True)
-    script = out / "script.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, "-W", "default"]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    told["processes"] = processes
-    return subprocess.run(
-        [*command, str(script), str(out), json.dumps(told)], text=True, capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, timeout=300,
+def training(out: Path, told: dict[str, Any]) -> None:
+    """A trainer of a user's own, in each of the processes."""
+    torch.manual_seed(0)
+    model = retain.attach_lora(
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
+            )
+        ),
+        rank=4,
     )  # fmt: skip
+    random = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 40, (48, 12), generator=random).tolist()
+    rows = [{"input_ids": r, "labels": r} for r in ids[:32]]
+    source = [{"input_ids": r} for r in ids[32:]]
+    arguments = TrainingArguments(
+        output_dir=f"{out}/run", max_steps=6, report_to="none", use_cpu=True,
+        per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1)), learning_rate=1e-2,
+        logging_steps=1, save_steps=3, disable_tqdm=True, seed=0,
+        accelerator_config={"split_batches": False},
+    )  # fmt: skip
+    off, resume = told.pop("off", None), told.pop("resume", None)
+    trainer = Trainer(model=model, train_dataset=rows, args=arguments)
+    curvature = retain.fit_curvature(model, source, progress=False)
+    if off and rank():
+        curvature = off * curvature
+    told["source"] = source if "budget" in told else None
+    trainer.add_callback(retain.RetentionCallback(curvature, **told))
+    trainer.train(resume_from_checkpoint=resume)
+    history = trainer.state.log_history
+    nats = [entry["predicted_nats"] for entry in history if "predicted_nats" in entry]
+    kept = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    save_file(kept, f"{out}/weights-{rank()}.safetensors")
+    strength = trainer.callback_handler.callbacks[0].strength
+    (out / f"told-{rank()}.json").write_text(json.dumps({"nats": nats, "strength": strength}))
 
 
-def weights(out: Path, rank: int = 0) -> dict[str, torch.Tensor]:
-    return load_file(out / f"weights-{rank}.safetensors")
+def run(out: Path, processes: int, **told: Any) -> CompletedProcess[str]:
+    out.mkdir(parents=True, exist_ok=True)
+    return forked.run(training, out, told, processes=processes, CUDA_VISIBLE_DEVICES="")
+
+
+def weights(out: Path, process: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(out / f"weights-{process}.safetensors")
 
 
 def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

@@ -11,7 +11,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import gloo
+import forked
 import retain
 from retain.data.batches import Example
 from retain.errors import ModelError
@@ -104,7 +104,7 @@ def train_all(out: Path) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two")
-    gloo.run(train_all, out)
+    forked.gloo(train_all, out)
     return out
 
 
