@@ -6,8 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -86,7 +84,7 @@ def pretend(run: RunSpec, *, state: Any, work: Work, say: Any) -> dict[str, Any]
     if trouble == "wait":
         time.sleep(60)
     if trouble in ("die", "die late"):
-        time.sleep(len(trouble) > 3)
+        time.sleep(0.5 * (len(trouble) > 3))
         os._exit(3)
     tasks = run.order.tasks
 
@@ -167,13 +165,3 @@ def tiny_study(folder: Path, model: Path, **changes: Any) -> Path:
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(study | changes), encoding="utf-8")
     return path
-
-
-def torchrun(*argv: str) -> subprocess.CompletedProcess[str]:
-    """The command line in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, "-m", "retain", *argv], env=environment, text=True, capture_output=True,
-        timeout=300, check=False,
-    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""``retain train`` under ``torchrun``: the numbers of one process, and one of two that writes."""
+"""``retain train`` in two processes: the numbers of one, and one of them that writes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cli_parts import SHORT
 
-from study_parts import torchrun
+import forked
 
 
 def test_two_processes_train_as_one(retain: Any, model: Path, data: Path, tmp_path: Path) -> None:
@@ -17,7 +17,7 @@ def test_two_processes_train_as_one(retain: Any, model: Path, data: Path, tmp_pa
     argv += ["--epochs", "2", "--save-steps", "3", "--keep-state", "--dtype", "float32"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert retain(*argv, "--out", one, "-q").code == 0
-    done = torchrun(*argv, "--out", str(two), "--json")
+    done = forked.command(*argv, "--out", two, "--json", processes=2)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)  # one object: the other process says nothing
     assert told["steps"] == 12

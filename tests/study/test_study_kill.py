@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -16,19 +15,12 @@ from typing import Any
 
 import pytest
 
+import forked
+from retain.cli import main
 from study_parts import tiny_study
 
 KILLS = int(os.environ.get("RETAIN_KILLS", "3"))
 TIMES = {"created", "seconds", "peak_memory_gib", "commit"}
-
-
-def start(argv: list[str]) -> None:
-    """The command line, in a process of its own."""
-    import sys
-
-    from retain.cli import main
-
-    sys.exit(main(argv))
 
 
 def files(out: Path) -> set[tuple[str, int]]:
@@ -46,20 +38,13 @@ def tables(out: Path) -> bytes:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")
-def test_killed_at_random_moments(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_killed_at_random_moments(tiny_folder: Path, tmp_path: Path) -> None:
     path = tiny_study(tmp_path / "study", tiny_folder)
-    context = multiprocessing.get_context("forkserver")  # the libraries are loaded once
-    context.set_forkserver_preload(["retain.study.sequence", "scipy.stats", "transformers.trainer"])
 
     def process(out: Path) -> Any:
         argv = ["study", str(path), "--out", str(out), "--quiet"]
         argv += ["--data-dir", str(path.parent / "data"), "--threads", "1"]
-        made = context.Process(target=start, args=(argv,))
-        made.start()
-        return made
+        return forked.begin(main, argv, told=tmp_path / "told")
 
     alone = process(tmp_path / "whole")
     alone.join()

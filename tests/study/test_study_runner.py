@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
 
+import forked
 from retain.errors import ConfigError, OutputError, SourceError
 from retain.study.engines import in_processes
 from retain.study.faults import lacks_disk, lacks_something
@@ -184,15 +185,16 @@ def test_other_engines_give_the_same_tables(
 
 @pytest.mark.parametrize(("trouble", "jobs"), [("die", 1), ("die late", 2)])
 def test_a_worker_that_dies_costs_its_own_run_alone(
-    trouble: str, jobs: int, tmp_path: Path
+    trouble: str, jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: forked.SERVER)  # quicker
     changes: dict[str, Any] = {"adapters": {"lora": {}, trouble: {"kind": "lora"}}}
     _, grid, work = pretended(tmp_path, **(ONE | changes))
     found = {}
     for outcome in in_processes(grid.runs, work, jobs):
         found[outcome.key] = outcome
         if jobs > 1:
-            time.sleep(2.0)  # the other worker dies meanwhile, while the parent is busy
+            time.sleep(1.5)  # the other worker dies meanwhile, while the parent is busy
     for run in grid.runs:
         outcome, bad = found[run.key], run.adapter.name == trouble
         assert outcome.status == ("unfinished" if bad else "done")
@@ -203,19 +205,8 @@ def test_a_worker_that_dies_costs_its_own_run_alone(
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     """A killed parent leaves no worker behind that would hold a lock or wait for ever."""
     changes: dict[str, Any] = {"adapters": {"wait": {"kind": "lora"}}, "seeds": [0, 1]}
-    pretended(tmp_path, **(ONE | changes))
-    script = (
-        "import sys; from pathlib import Path; from study_parts import pretended\n"
-        "from retain.study.studies import run_study\n"
-        f"spec, grid, work = pretended(Path({str(tmp_path)!r}), **{ONE | changes!r})\n"
-        "if __name__ == '__main__': run_study(spec, grid, work, jobs=2)\n"
-    )
-    (tmp_path / "study.py").write_text(script, encoding="utf-8")
-    path = [str(Path(__file__).parents[1]), *sys.path]
-    parent = subprocess.Popen(
-        [sys.executable, str(tmp_path / "study.py")],
-        env=os.environ | {"PYTHONPATH": ":".join(path)},
-    )
+    asked = pretended(tmp_path, **(ONE | changes))
+    parent = forked.begin(partial(run_study, jobs=2), *asked, told=tmp_path / "told")
     notes = tmp_path / "out" / "calls"
     for _ in range(600):
         if notes.is_dir() and len(list(notes.iterdir())) == 2:
@@ -224,7 +215,7 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     workers = [int(note.stem) for note in notes.iterdir()]
     assert len(workers) == 2
     parent.kill()
-    parent.wait()
+    parent.join()
     for _ in range(100):
         if not any(_alive(worker) for worker in workers):
             break

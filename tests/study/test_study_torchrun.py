@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.run import main as torchrun
 
+import forked
 from retain.cli import main
-from study_parts import tiny_study, torchrun
+from study_parts import tiny_study
 
 METHODS: dict[str, Any] = {
     "none": {},
@@ -28,11 +30,12 @@ def runs(out: Path) -> dict[str, dict[str, Any]]:
 def test_two_processes_give_the_numbers_of_one(tiny_folder: Path, tmp_path: Path) -> None:
     path = tiny_study(
         tmp_path / "study", tiny_folder, methods=METHODS, seeds=[0],
+        orders={"two": ["tasks/one.yaml", "tasks/two.yaml"]},
         training={"learning_rate": 0.02, "batch_size": 4, "accumulation": 2, "pad_multiple": 1},
     )  # fmt: skip
     common = ["--data-dir", str(path.parent / "data"), "--quiet", "--threads", "1"]
     assert main(["study", str(path), "--out", str(tmp_path / "one"), *common]) == 0
-    done = torchrun("study", str(path), "--out", str(tmp_path / "two"), *common)
+    done = forked.command("study", path, "--out", tmp_path / "two", *common, processes=2)
     assert done.returncode == 0, done.stderr
     one, two = runs(tmp_path / "one"), runs(tmp_path / "two")
     for name in METHODS:
@@ -46,12 +49,14 @@ def test_two_processes_give_the_numbers_of_one(tiny_folder: Path, tmp_path: Path
 
 
 def test_rows_that_do_not_divide_among_the_processes(tiny_folder: Path, tmp_path: Path) -> None:
+    """Under ``torchrun`` itself."""
     path = tiny_study(
         tmp_path / "study", tiny_folder, methods={"none": {}}, seeds=[0],
         training={"learning_rate": 0.02, "batch_size": 3, "pad_multiple": 1},
     )  # fmt: skip
     out, data = tmp_path / "out", str(path.parent / "data")
-    torchrun("study", str(path), "--out", str(out), "--data-dir", data, "--quiet")
+    argv = ["--standalone", "--nproc-per-node=2", "-m", "retain", "study", str(path)]
+    forked.run(torchrun, [*argv, "--out", str(out), "--data-dir", data, "--quiet"])
     (record,) = (json.loads(path.read_text()) for path in out.glob("runs/*.json"))
     assert record["status"] == "failed"
     assert "3 rows, 2 processes" in record["error"]
