@@ -25,8 +25,10 @@ from tiny import ROWS
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {"bf16": False},
     "bf16": {"bf16": True},
-    "nothing said": {},  # TRL's default is bf16
+    "nothing said": {},
 }
+DEFAULTS = {"sft": "bf16", "dpo": "bf16", "causal": "float32", "classifier": "float32"}
+"""What is meant where nothing is said: TRL's default is bf16, that of transformers is not."""
 
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "filter": ({}, {}),
@@ -173,26 +175,32 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "nothing said"])
 @pytest.mark.parametrize(("kind", "way", "data"), CASES)
 def test_bf16_agrees_with_float32(
-    kind: str, way: str, data: str, precision: str, tiny_folder: Path, tmp_path_factory: Any
+    kind: str, way: str, data: str, tiny_folder: Path, tmp_path_factory: Any
 ) -> None:
     out = tmp_path_factory.getbasetemp()
     want = trained(kind, way, "float32", tiny_folder, out, data)
-    got = trained(kind, way, precision, tiny_folder, out, data)
+    got = trained(kind, way, "bf16", tiny_folder, out, data)
     # 8 bits of mantissa through two layers; and Adam's first steps are signs, so that a gradient
     # whose rounding is as large as itself moves a weight the whole way
     assert got[0] == pytest.approx(want[0], rel=0.02)
     assert got[1][-1] > 1e-4
     assert got[1] == pytest.approx(want[1], rel=0.15)
     assert got[2:] == pytest.approx(want[2:], rel=0.1)
-    if precision == "nothing said" and kind in ("causal", "classifier"):
-        assert got == want  # transformers' own default is float32
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("kind", ["sft", "dpo", "causal", "classifier"])
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_where_nothing_is_said_the_default_is_meant(
+    kind: str, tiny_folder: Path, tmp_path_factory: Any
+) -> None:
+    told = (tiny_folder, tmp_path_factory.getbasetemp())
+    want, got = (trained(kind, "filter", p, *told) for p in (DEFAULTS[kind], "nothing said"))
+    assert got == want
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("kind", DEFAULTS)
 @pytest.mark.parametrize("way", ["filter", "filter and budget"])
 def test_a_model_in_bfloat16_trains_too(
     kind: str, way: str, precision: str, tiny_folder: Path, tmp_path_factory: Any
@@ -206,10 +214,10 @@ def test_a_model_in_bfloat16_trains_too(
 
 def test_precisions_are_what_they_say(tiny_folder: Path, tmp_path: Path) -> None:
     """Else the tests above would compare float32 with itself."""
-    for kind, default in (("sft", True), ("dpo", True), ("causal", False), ("classifier", False)):
+    for kind, default in DEFAULTS.items():
         for name, said in PRECISIONS.items():
             run = made(kind, "text", False, tiny_folder, tmp_path, said)
-            assert run.args.bf16 is (name == "bf16" or (name != "float32" and default))
+            assert run.args.bf16 is ((default if name == "nothing said" else name) == "bf16")
     if torch.cuda.is_available():
         return
     lost = trained("sft", "filter", "bf16", tiny_folder, tmp_path)[0]

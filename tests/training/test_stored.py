@@ -48,14 +48,16 @@ def rows(count: int, **last: Any) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("holder", HOLDERS)
+ABOVE = ({"input_ids": [3, 17, 1, 2]}, "token 17 in tokenised row 19; allowed: 0 to 16")
+NO_LABEL = ({"labels": 3}, "label of row 19 has no output; got: label 3; allowed: .* 0 to 2")
+
+
 @pytest.mark.parametrize(
-    ("odd", "said"),
+    ("holder", "odd", "said"),
     [
-        ({"input_ids": [3, 17, 1, 2]}, "token 17 in tokenised row 19; allowed: 0 to 16"),
-        ({"input_ids": [3, -1, 1, 2]}, "token -1 in tokenised row 19"),
-        ({"labels": 3}, "label of row 19 has no output; got: label 3; allowed: .* 0 to 2"),
-        ({"labels": -1}, "label of row 19 has no output; got: label -1"),
+        *((holder, *wrong) for holder in HOLDERS for wrong in (ABOVE, NO_LABEL)),
+        ("list", {"input_ids": [3, -1, 1, 2]}, "token -1 in tokenised row 19"),
+        ("data set", {"labels": -1}, "label of row 19 has no output; got: label -1"),
     ],
 )
 def test_each_row_is_looked_at_before_the_first_step(
