@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
+
+import forked
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "gpu_check.py"
 
 
-def check(out: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        str(SCRIPT),
-        "--device",
-        "cpu",
-        "--tiny",
-        "--out",
-        str(out),
-    ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([*command, *argv], env=env, capture_output=True, text=True, timeout=300)
+def check(out: Path, *argv: str) -> CompletedProcess[str]:
+    asked = ("--device", "cpu", "--tiny", "--out", out, *argv)
+    return forked.script(SCRIPT, *asked, CUDA_VISIBLE_DEVICES="")
 
 
 def test_all_parts_on_a_cpu(tmp_path: Path) -> None:

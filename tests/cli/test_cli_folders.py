@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 from cli_parts import SHORT, Run, told, write_lines
 from filelock import FileLock
 
+import forked
 from retain.cli import main
 from retain.errors import OutputError
 from retain.files import LOCK
@@ -170,16 +169,15 @@ class TestLock:
         out = tmp_path / "out"
         argv = ["train", "--model", model, "--data", data, *SHORT, "--method", "none"]
         argv += ["--epochs", 40, "-o", out, "-q"]
-        command = [sys.executable, "-m", "retain", *map(str, argv)]
-        first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        first = forked.begin(main, [str(arg) for arg in argv], told=tmp_path / "told")
         limit = time.monotonic() + 60
         while not (out / LOCK).exists():
-            assert first.poll() is None and time.monotonic() < limit
+            assert first.is_alive() and time.monotonic() < limit
             time.sleep(0.01)
         time.sleep(0.1)
         assert main([str(arg) for arg in argv]) == 2
-        first.communicate(timeout=120)
-        assert first.returncode == 0
+        first.join(120)
+        assert first.exitcode == 0
         assert sorted(p.name for p in out.iterdir()) == ["adapter", "run.json", "train.json"]
 
     def test_fits_of_one_file(self, retain: Run, model: Path, tmp_path: Path) -> None:

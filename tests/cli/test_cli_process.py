@@ -14,6 +14,9 @@ import pytest
 from cli_parts import SHORT
 from safetensors.torch import load_file
 
+import forked
+from retain.cli import main
+
 COMMAND = [sys.executable, "-c", "import sys; from retain.cli import main; sys.exit(main())"]
 QUIET = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -53,31 +56,23 @@ def test_an_error_is_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def _hears() -> None:
-    """In a child: Ctrl-C is heard, also where the tests run in the background of a shell."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_ctrl_c_keeps_a_checkpoint_and_resume_finishes(
     retain: Any, model: Path, data: Path, curvature: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     argv = ["--model", model, "--data", data, "--curvature", curvature, *SHORT, "--out", out]
     argv += ["--max-steps", 150, "--save-steps", 10]
-    process = subprocess.Popen(
-        [*COMMAND, "train", *map(str, argv)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=QUIET,
-        preexec_fn=_hears,
-    )  # fmt: skip
+    process = forked.begin(main, ["train", *map(str, argv)], told=tmp_path / "told")
     last = out / "checkpoints" / "checkpoint-10" / "digests.json"  # its last file
     limit = time.monotonic() + 60
     while not last.exists():
-        assert process.poll() is None, process.stderr
+        assert process.is_alive()
         assert time.monotonic() < limit
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 130, err
+    os.kill(process.pid, signal.SIGINT)
+    process.join(30)
+    err = (tmp_path / "told" / "err").read_text()
+    assert process.exitcode == 130, err
     assert err.startswith("retain: stopped; ")
     assert err.count("\n") == 1
     assert f"retain train --resume --out {out}" in err
