@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+import forked
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 KILLS, MUTATIONS, SEED = os.environ.get("RETAIN_FAULTS", "10,60,0").split(",")
@@ -20,16 +22,11 @@ KILLS, MUTATIONS, SEED = os.environ.get("RETAIN_FAULTS", "10,60,0").split(",")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that can fork")
 
 
-def script(*argv: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, SCRIPTS / "faults.py", *map(str, argv)],
-        capture_output=True, text=True, timeout=3600, check=False,
-    )  # fmt: skip
-
-
 def test_kills_and_damaged_files(tmp_path: Path) -> None:
+    script = partial(forked.script, SCRIPTS / "faults.py")
     asked = ("--out", tmp_path / "faults", "--kills", KILLS, "--mutations", MUTATIONS)
-    done = script(*asked, "--seed", SEED)
+    asked += ("--seed", SEED)
+    done = script(*asked)
     print(f"seed {SEED}\n{done.stdout}{done.stderr}")
     assert done.returncode == 0
     trials = [
@@ -39,10 +36,14 @@ def test_kills_and_damaged_files(tmp_path: Path) -> None:
     assert sum(t.get("kills", 0) for t in trials) >= int(KILLS)
     counted = {t["verdict"] for t in trials}
     assert counted >= {"same bytes", "refused in one line"}
-    again = script(*asked, "--seed", SEED)  # all trials are there: only the table is made
+    again = forked.script(
+        SCRIPTS / "faults.py", *asked, "--seed", SEED
+    )  # all trials are there: only the table is made
     assert (again.returncode, again.stdout) == (0, done.stdout)
     last = max(t["number"] for t in trials if t["kind"] == "mutation")
-    one = script(*asked, "--seed", SEED, "--trial", f"mutation-{last}")
+    one = forked.script(
+        SCRIPTS / "faults.py", *asked, "--seed", SEED, "--trial", f"mutation-{last}"
+    )
     known = next(t for t in trials if t["kind"] == "mutation" and t["number"] == last)
     found = json.loads(one.stdout)
     same = ("job", "file", "damage", "verdict")
