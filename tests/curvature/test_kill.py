@@ -1,36 +1,33 @@
 """A fit that is killed goes on: SIGKILL at random moments, 20 times, and the same bytes at the end.
 
-A process of its own imports the library once and forks the command line from then on. It never
-runs a model itself, so its children start clean.
+A process of its own forks the command line and never runs a model itself, so that its children
+start clean.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import random
+import signal
+import time
 from pathlib import Path
 
 import pytest
-
-DRIVER = '''
-import json, os, random, signal, sys, time
-from pathlib import Path
-
-import torch
 from safetensors import safe_open
 
-import retain.curvature.fit.fit, retain.models.load, retain.models.generating
+import forked
 from retain.cli import main
 
-def start(argv, output):
+
+def start(argv: list[str], output: Path) -> int:
     child = os.fork()
     if child == 0:
         os._exit(main(["fit", *argv, "-o", str(output), "--quiet", "--save-every", "0"]))
     return child
 
-def ended(child, options=0):
+
+def ended(child: int, options: int = 0) -> bool:
     """Whether a child has come to its end by itself."""
     found, status = os.waitpid(child, options)
     if not found or os.WIFSIGNALED(status):
@@ -38,20 +35,25 @@ def ended(child, options=0):
     assert status == 0, os.waitstatus_to_exitcode(status)
     return True
 
-def written(partial):
+
+def written(partial: Path) -> int:
     try:
         return partial.stat().st_mtime_ns
     except FileNotFoundError:
         return 0
 
-def progress(partial):
+
+def progress(partial: Path) -> list[int]:
     """(passes, batches of the next one) that the file says are done; it is always whole."""
     if not partial.exists():
         return [0, 0]
     with safe_open(partial, framework="pt") as file:
         return [int(file.get_tensor(key)) for key in ("passes", "done")]
 
-def fit(argv, output, draw, span, quota):
+
+def fit(
+    argv: list[str], output: Path, draw: random.Random, span: tuple[float, float], quota: int
+) -> list[list[int]]:
     """Kills a fit up to `quota` times, and restarts it until it is done."""
     partial, steps = output.with_name(output.name + ".partial"), [[0, 0]]
     while len(steps) <= quota:
@@ -72,25 +74,27 @@ def fit(argv, output, draw, span, quota):
     assert ended(start(argv, output))
     return steps
 
-folder, model, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-draw, report = random.Random(seed), []
-for number, (argv, quota) in enumerate(json.loads(sys.argv[4])):
-    argv, alone = [model, *argv], folder / f"{number}-alone"
-    begin, child = time.monotonic(), start(argv, alone)
-    first = alone.with_name(alone.name + ".partial")
-    while not written(first):
-        time.sleep(0.0005)
-    load = time.monotonic() - begin
-    assert ended(child)
-    span, tries = (load, 2 * (time.monotonic() - begin - load) / quota), []
-    while sum(len(steps) - 1 for steps in tries) < quota:
-        output = folder / f"{number}-killed-{len(tries)}"
-        left = quota - sum(len(steps) - 1 for steps in tries)
-        tries.append(fit(argv, output, draw, span, left))
-        assert output.read_bytes() == alone.read_bytes(), (argv, tries)
-    report.append({"tries": tries, "seconds": [load, time.monotonic() - begin]})
-print(json.dumps(report))
-'''
+
+def fits(folder: Path, model: str, jobs: list[tuple[list[str], int]]) -> None:
+    draw, report = random.Random(0), []
+    for number, (options, quota) in enumerate(jobs):
+        argv, alone = [model, *options], folder / f"{number}-alone"
+        begin, child = time.monotonic(), start(argv, alone)
+        first = alone.with_name(alone.name + ".partial")
+        while not written(first):
+            time.sleep(0.0005)
+        load = time.monotonic() - begin
+        assert ended(child)
+        span = (load, 2 * (time.monotonic() - begin - load) / quota)
+        tries: list[list[list[int]]] = []
+        while sum(len(steps) - 1 for steps in tries) < quota:
+            output = folder / f"{number}-killed-{len(tries)}"
+            left = quota - sum(len(steps) - 1 for steps in tries)
+            tries.append(fit(argv, output, draw, span, left))
+            assert output.read_bytes() == alone.read_bytes(), (argv, tries)
+        report.append(tries)
+    print(json.dumps(report))
+
 
 JOBS = [
     (["--structure", "ekfac"], 7),
@@ -110,15 +114,9 @@ def test_killed_fits_end_in_the_same_bytes(tiny_folder: Path, tmp_path: Path) ->
     common = [str(source), "--rows", "100", "--batch-size", "2", "--max-length", "24"]
     jobs = [([*common, *options], kills) for options, kills in JOBS]
     jobs.append((["self", "--rows", "24", "--batch-size", "1", "--max-length", "12"], 2))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(out), str(tiny_folder), "0", json.dumps(jobs)],
-        capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
+    done = forked.run(fits, out, str(tiny_folder), jobs, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    tries = [steps for job in report for steps in job["tries"]]
+    tries = [steps for job in json.loads(done.stdout) for steps in job]
     assert sum(len(steps) - 1 for steps in tries) >= 20
     for steps in tries:  # no kill has cost what was kept before it
         assert steps == sorted(steps)
