@@ -98,8 +98,11 @@ def train(retain: Run, encoder: Path, tmp_path: Path) -> Run:
     return lambda rows, *argv: retain(*given, "--data", rows, *argv)
 
 
-@pytest.mark.parametrize("kind", ["encoder", "decoder"])
-@pytest.mark.parametrize("name", LABELS)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("encoder", name) for name in LABELS]
+    + [("decoder", name) for name in ("whole", "names", "more classes", "values")],
+)
 def test_labels_are_learned(
     train: Run, encoder: Path, model: Path, tmp_path: Path, name: str, kind: str
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import pytest
@@ -73,14 +74,18 @@ def trained(
     return reference.measure(model).kl
 
 
+@cache
+def freely(kind: str, rate: float) -> float:
+    return trained(model_of(kind), kind, None, rate)
+
+
 @pytest.mark.parametrize("rate", [1e-3, 1e-2, 1e-1])
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_budget_is_spent_and_kept_at_any_learning_rate(
     kind: str, update: str, rate: float
 ) -> None:
-    plain = trained(model_of(kind), kind, None, rate)
-    model = model_of(kind)
+    plain, model = freely(kind, rate), model_of(kind)
     retention = Force(model, fit(model, kind), budget=NATS, probe=probe(kind), update=update)
     spent = trained(model, kind, retention, rate)
     assert spent <= NATS
@@ -111,7 +116,7 @@ def test_more_is_learned_along_the_force_than_by_scaling_back_alone() -> None:
             assert retention.budget is not None
             retention.budget.ascend = lambda predicted: None  # type: ignore[method-assign]
             retention.budget.strength = 1e-9
-        trained(model, "llama", retention, 1e-2, steps=150)
+        trained(model, "llama", retention, 1e-2)
         losses.append(float(loss_of(model, "llama").detach()))
     assert losses[0] < losses[1]
 

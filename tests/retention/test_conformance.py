@@ -59,12 +59,10 @@ def test_strength_zero_is_plain_training_bit_for_bit(name: str, adapter: str, mo
 
 @EACH
 def test_accumulation_gives_one_trajectory(name: str, adapter: str, model: str) -> None:
-    counts = (1, 2, 4) if (adapter, model) == ("lora", "llama") else (1, 4)
-    ends = [run(method_of(name), adapter, model, accumulation=n).state() for n in counts]
-    for other in ends[1:]:
-        for key, tensor in ends[0].items():
-            slack = 1e-9 if name != "osf" else 1e-5  # PEFT decomposes in float32
-            assert float((tensor - other[key]).abs().max()) < slack, key
+    one, four = (run(method_of(name), adapter, model, accumulation=n).state() for n in (1, 4))
+    for key, tensor in one.items():
+        slack = 1e-9 if name != "osf" else 1e-5  # PEFT decomposes in float32
+        assert float((tensor - four[key]).abs().max()) < slack, key
 
 
 @pytest.mark.parametrize(("name", "adapter", "model"), cases(models=["llama"]))
