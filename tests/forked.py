@@ -55,12 +55,13 @@ def _work(
 
 
 def run(
-    work: Callable[..., Any], *arguments: Any, processes: int = 1, **environment: object
-) -> CompletedProcess[str]:
+    work: Callable[..., Any], *arguments: Any, processes: int = 1, seconds: float = 300,
+    **environment: object,
+) -> CompletedProcess[str]:  # fmt: skip
     """The same, to its end; several processes find each other as under ``torchrun``.
 
     Of several it has ended as the first that failed, with which the others end; what they have
-    printed is joined.
+    printed is joined. Where none ends in so many seconds, they are killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         places = [Path(folder, str(rank)) for rank in range(processes)]
@@ -75,7 +76,7 @@ def run(
             ranks = {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
             left.append(begin(work, *arguments, told=told, **environment, **ranks))
         while left:
-            late = not connection.wait([process.sentinel for process in left], timeout=300)
+            late = not connection.wait([process.sentinel for process in left], timeout=seconds)
             ended = [process.exitcode for process in left if process.exitcode is not None]
             code = next((found for found in (code, *ended) if found), -signal.SIGKILL * late)
             left = [process for process in left if process.exitcode is None]

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system 
 
 
 def test_kills_and_damaged_files(tmp_path: Path) -> None:
-    script = partial(forked.script, SCRIPTS / "faults.py")
+    script = partial(forked.script, SCRIPTS / "faults.py", seconds=3600)
     asked = ("--out", tmp_path / "faults", "--kills", KILLS, "--mutations", MUTATIONS)
     asked += ("--seed", SEED)
     done = script(*asked)
