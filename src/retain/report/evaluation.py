@@ -101,7 +101,7 @@ def eval_facts(found: EvalRecord) -> list[tuple[str, str]]:
         facts.append(("General tasks", "; ".join(tasks)))
     text = "its own text, written anew" if own else str(source.get("name"))
     facts.append(("Text", f"{text}, {source.get('tokens')} tokens"))
-    return facts + [("Note", note) for note in found.notes]
+    return [*facts, ("Notes", "; ".join(found.notes))]
 
 
 # --- numbers
@@ -116,6 +116,10 @@ def _entry(score: EvalScore, measure: Measure | None, *, signed: bool = False) -
     if measure is None or measure.value is None:
         return Entry()
     m, ends, value = _metric(score), measure.interval, measure.value
+    if ends and ends[0] == ends[1]:  # a bootstrap of rows that are all alike
+        ends = None
+    if not value and not ends:
+        return Entry("0", value=0.0)
     widest = max(abs(v) for v in (value, *(ends or ())))
     text, *limits = (m.number(v, widest, signed=signed) for v in (value, *(ends or ())))
     verdict = ""
@@ -195,35 +199,39 @@ def _said(score: EvalScore, measure: Measure | None, *, signed: bool = False) ->
 
 
 def eval_finding(found: EvalRecord) -> str:
-    """What was learned and forgotten in a few sentences, from the numbers and no kinder."""
-    out = []
-    for i, adapter in enumerate(found.adapters):
-        name = adapter.name if len(found.adapters) > 1 else "The adapter"
-        told = []
-        for key, what in (("data.loss", "its loss on the rows"), ("data.right", "exact match"),
-                          ("task.word-problems", "its score on word problems")):  # fmt: skip
-            if (score := found.scores.get(key)) is not None:
-                told.append(f"{what} is {_pair(score, i)} ({_doubt(score, i)})")
-        if told:
-            out.append(f"{name}: {'; '.join(told)}.")
-        moved = found.scores["source.kl"]
-        text = f"{name} has moved {_said(moved, moved.tuned[i])} nats per token from the base"
-        general = [s for key, s in found.scores.items() if key.startswith("general.")]
-        lost = [s.label for s in general if _sided(s, i) * s.better < 0]
-        won = [s.label for s in general if _sided(s, i) * s.better > 0]
-        if general:
-            text += f"; of {len(general)} general task{'s'[: len(general) > 1]} "
-            sure = [f"{', '.join(names)} {how}" for names, how in ((lost, "lost"), (won, "won"))
-                    if names]  # fmt: skip
-            text += f"{' and '.join(sure)} beyond chance" if sure else "none changed beyond chance"
-        out.append(f"{text}.")
-    return " ".join(out)
+    """What was learned and forgotten, a sentence an adapter, from the numbers and no kinder."""
+    several = len(found.adapters) > 1
+    return " ".join(
+        f"{adapter.name if several else 'With the adapter on'}: {'; '.join(_told(found, i))}."
+        for i, adapter in enumerate(found.adapters)
+    )
+
+
+def _told(found: EvalRecord, i: int) -> list[str]:
+    """What there is to tell of an adapter."""
+    told = []
+    for key in ("data.loss", "data.right", "task.word-problems"):
+        if (score := found.scores.get(key)) is not None:
+            told.append(f"{score.label} {_pair(score, i)} ({_doubt(score, i)})")
+    if (moved := found.scores.get("source.kl")) is not None:
+        told.append(f"moved {_said(moved, moved.tuned[i])} nats per token from the base")
+    general = [s for key, s in found.scores.items() if key.startswith("general.") and s.changes]
+    for names, how in (
+        ([s.label for s in general if _sided(s, i) * s.better < 0], "lower"),
+        ([s.label for s in general if _sided(s, i) * s.better > 0], "higher"),
+        ([s.label for s in general if not _sided(s, i)], "not shown to have changed"),
+    ):
+        if names:
+            told.append(f"{', '.join(names)} {how}")
+    if (score := found.scores.get("answers.right")) is not None:
+        told.append(f"{score.label} {_pair(score, i)}")
+    return told
 
 
 def _pair(score: EvalScore, i: int) -> str:
-    unit = f" {score.unit}" if score.unit not in ("", "%") else "%" * (score.unit == "%")
     values = [_entry(score, m).text for m in (score.tuned[i], score.base)]
-    return f"{values[0]}{unit} against the base's {values[1]}{unit}"
+    unit = " %" if score.unit == "%" else f" {score.unit}"
+    return f"{values[0]}{unit.rstrip()} against {values[1]}"
 
 
 def _sided(score: EvalScore, i: int) -> int:
@@ -233,6 +241,7 @@ def _sided(score: EvalScore, i: int) -> int:
 
 
 def _doubt(score: EvalScore, i: int) -> str:
+    """The change with its interval, and whether that is more than chance."""
     change = score.changes[i] if i < len(score.changes) else None
     if change is None or change.interval is None:
         return "no interval"
@@ -258,8 +267,13 @@ def eval_panel(found: EvalRecord) -> Panel | None:
     colours = ["var(--base)", PLAIN, *COLOURS][: len(names)]
     labels = [score.label for score in shares]
     color = alt.Color("name:N", title=None, scale=alt.Scale(domain=names, range=colours))
-    y = alt.Y("score:N", title=None, sort=labels,
-              axis=alt.Axis(domain=False, ticks=False, labelLimit=150))  # fmt: skip
+    band, gap = 16 * len(names), 26  # of the marks, and above them of the name
+    place = alt.Scale(paddingInner=gap / (band + gap), paddingOuter=gap / (band + gap) / 2)
+    inside = alt.Axis(
+        domain=False, ticks=False, minExtent=0, labelAlign="left", labelLimit=300, labelPadding=-2,
+        labelOffset=-band / 2 - 6,
+    )  # fmt: skip
+    y = alt.Y("score:N", title=None, sort=labels, axis=inside, scale=place)
     offset = alt.YOffset("name:N", sort=names)
     x = alt.X("x:Q", title="%", scale=alt.Scale(domain=[0, 100]), axis=alt.Axis(tickCount=5))
     marks = data(rows).encode(y=y, yOffset=offset, color=color)
@@ -267,7 +281,7 @@ def eval_panel(found: EvalRecord) -> Panel | None:
     dots = marks.mark_point(filled=True, size=70, opacity=1).encode(
         x=x, tooltip=tips(score="measure", name="model", said="value", n="items")
     )
-    chart = alt.layer(rule, dots).properties(height=max(90, (16 * len(names) + 12) * len(labels)))
+    chart = alt.layer(rule, dots).properties(height=(band + gap) * len(labels))
     caption = "Dots: the share of items that are right; lines: its 95 % interval (Wilson)."
     return Panel("scores", "", "Before and after", caption, chart, rows, wide=True)
 
