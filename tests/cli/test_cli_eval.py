@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import re
 import shutil
 from pathlib import Path
@@ -85,7 +84,7 @@ def brute_force(model: Path, folder: Path | None) -> list[tuple[float, int, str]
             logp = net(input_ids=ids).logits.log_softmax(-1)[0]
             written = net.generate(
                 input_ids=torch.tensor([head]), attention_mask=torch.ones(1, len(head)).long(),
-                max_new_tokens=math.ceil(1.5 * 5), do_sample=False,
+                max_new_tokens=16, do_sample=False,
             )  # fmt: skip
         nats = -sum(float(logp[len(head) + i - 1, t]) for i, t in enumerate(answer))
         text = tokenizer.decode(written[0, len(head) :], skip_special_tokens=True)

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 __all__ = ["HeldOut", "RowValues", "held_out", "measure_rows", "same_answer"]
 
 
+LEAST = 16
+"""Tokens that an answer may have however short the right ones are."""
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """Rows that a model is asked.
@@ -94,7 +98,7 @@ def held_out(
         max_length: tokens of a row at most; no more than the model has positions.
         limit: examples at most, drawn by `seed`: one text may give many.
         new_tokens: where an answer is cut; by default at one and a half times the longest of the
-            rows. Never beyond the model's positions.
+            rows, `LEAST` at least. Never beyond the model's positions.
         seed: of the draw.
 
     Raises:
@@ -121,7 +125,7 @@ def held_out(
     prompts = [None if lost and len(e.tokens) + 1 >= size else prompt
                for e, (prompt, _) in zip(examples, parts, strict=True)]  # fmt: skip
     whole = [len(a) for p, (_, a) in zip(prompts, parts, strict=True) if p is not None]
-    room = new_tokens or math.ceil(1.5 * max(whole, default=1))
+    room = new_tokens or max(LEAST, math.ceil(1.5 * max(whole, default=1)))
     if most is not None:
         room = max(1, min(room, most - max((len(p) for p in prompts if p is not None), default=0)))
     return HeldOut(

@@ -43,7 +43,7 @@ class EvalConfig(Measured):
     new_tokens: int | None = Field(
         None, ge=1,
         description="Cut written answers to --data at so many tokens; by default at one and a half "
-        "times the longest right one",
+        "times the longest right one, 16 at least",
     )  # fmt: skip
     general: str | None = Field(
         None,
@@ -153,6 +153,8 @@ def _run(config: EvalConfig, messages: Messages) -> dict[str, Any]:
         for folder, short in zip(config.adapter, _names(config.adapter), strict=True):
             messages.say(f"loading {name} with {folder}" if adapters else f"loading {name}")
             tuned, tokenizer, record = load_tuned(name, folder, config, messages)
+            if found.text is None:
+                found.text = own_text(tuned, tokenizer, config, messages)
             check_finite(found.measure(tuned, tokenizer, short).kl)
             about, trained = _sizes(tuned), record and record.model_dump(mode="json")
             model = {"name": name, "parameters": about[0], "dtype": config.dtype}

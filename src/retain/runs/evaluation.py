@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from retain.data.draws import HELD_OUT
 from retain.data.problems import word_problems
@@ -17,9 +17,6 @@ from retain.models.off import adapter_off
 from retain.models.view import ModelView
 from retain.records import AnswersRecord
 from retain.runs.messages import Messages
-
-if TYPE_CHECKING:
-    from retain.runs.eval import EvalConfig
 
 __all__ = ["Evaluation", "Given"]
 
@@ -47,7 +44,7 @@ class Given:
     """What was read before any model was loaded.
 
     Attributes:
-        text: to measure forgetting on; None lets the base write it.
+        text: to measure forgetting on; None until the base has written it.
         rows: held-out ones of a task.
         prompts: that are answered.
         problems: how many word problems.
@@ -74,12 +71,12 @@ class Evaluation:
     """Measures adapters one after the other; the base once, with the first of them.
 
     Args:
-        config: the settings.
-        given: what was read.
+        config: a `retain.runs.eval.EvalConfig`.
+        given: what was read; its text has to be there when an adapter is measured.
         messages: where to say what is done.
     """
 
-    def __init__(self, config: EvalConfig, given: Given, messages: Messages) -> None:
+    def __init__(self, config: Any, given: Given, messages: Messages) -> None:
         self.config, self.given, self.messages = config, given, messages
         self.text: Any = given.text
         self.rows: HeldOut | None = None
@@ -96,14 +93,10 @@ class Evaluation:
         Raises:
             RetainError: rows or prompts that the model cannot be asked.
         """
-        from retain.runs.eval import own_text
-
         c, view = self.config, ModelView(model, tokenizer)
         if not self.tuned:
             if self.given.rows is not None:
                 self._read_rows(view)
-            if self.text is None:
-                self.text = own_text(model, tokenizer, c, self.messages)
             with adapter_off(model):
                 self.base = self._seen(view, "the base")
         found = measure_forgetting(
