@@ -11,6 +11,7 @@ import gzip
 import importlib.util
 import io
 import logging
+import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -309,14 +310,22 @@ def _manager(folder: str | None = None) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps lm-eval's bars, and its warnings about what is done here on purpose, to itself."""
+    """Keeps lm-eval's bars, and its warnings about what is done here on purpose, to itself.
+
+    It also asks git for a commit, which complains on the process's own stderr outside a checkout.
+    """
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    stderr, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
+        os.dup2(nothing, 2)
         with redirect_stderr(io.StringIO()):
             yield
     finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nothing)
         logger.setLevel(level)
 
 
