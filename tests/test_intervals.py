@@ -8,7 +8,15 @@ import random
 import pytest
 
 from retain.errors import ConfigError
-from retain.intervals import Estimate, bootstrap, estimate, paired, t_quantile, wilson
+from retain.intervals import (
+    Estimate,
+    bootstrap,
+    estimate,
+    paired,
+    paired_shares,
+    t_quantile,
+    wilson,
+)
 
 HALF = 4.302652729911275 * math.sqrt(7 / 3) / math.sqrt(3)  # t(2), 97.5 %, from a table
 
@@ -97,3 +105,18 @@ def test_bootstrap_where_rows_do_not_count() -> None:
     assert bootstrap([], []) is None
     low, high = bootstrap([1, 0, 5, 7], [1, 1, 0, 0], draws=150) or (0, 0)
     assert 0 <= low <= 0.5 < high  # rows of size 0 have no part
+
+
+@pytest.mark.parametrize(
+    ("cells", "low", "high"),
+    [((36, 12, 2, 0), 0.0569, 0.3404), ((0, 0, 0, 40), -0.0876, 0.0876)],
+)
+def test_paired_shares_are_newcombes(
+    cells: tuple[int, int, int, int], low: float, high: float
+) -> None:
+    """The first of Newcombe's own examples (1998, method 10); and pairs of which none differs."""
+    both, ours, theirs, neither = cells
+    a = [True] * (both + ours) + [False] * (theirs + neither)
+    b = [True] * both + [False] * ours + [True] * theirs + [False] * neither
+    assert paired_shares(a, b) == pytest.approx((low, high), abs=1e-4)
+    assert paired_shares(b, a) == pytest.approx((-high, -low), abs=1e-4)

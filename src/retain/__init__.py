@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from retain.retention.head import fit_head
     from retain.retention.retention import Retention
     from retain.retention.soften.adapter import soften
+    from retain.runs.eval import eval_run
     from retain.runs.train import continue_run, train_run
     from retain.training.callback import RetentionCallback, Start
 
@@ -42,6 +43,7 @@ __all__ = [
     "attach_lora",
     "certify",
     "continue_run",
+    "eval_run",
     "fit_curvature",
     "fit_head",
     "grow_lora",
@@ -64,6 +66,7 @@ _HOMES = {
     "attach_lora": "retain.models.lora",
     "certify": "retain.evaluation.certify",
     "continue_run": "retain.runs.train",
+    "eval_run": "retain.runs.eval",
     "fit_curvature": "retain.curvature.fit.fit",
     "fit_head": "retain.retention.head",
     "grow_lora": "retain.models.lora",

@@ -3,6 +3,7 @@
     StudyRecord  ``study.json``, schema ``retain.study/1``: a study with its runs
     RunRecord    ``runs/KEY.json``, schema ``retain.run/1``: one run, what was done and came of it
     RunSpec      ``config`` of a run: all that its result depends on, data files and versions aside
+    EvalRecord   ``result.json`` of ``retain eval``, schema ``retain.result/2``
 
 Fields that a class does not know are kept, so that a record survives being read and written, and a
 file of a newer version opens; what was not measured is null. `Part.plain` gives the fields that
@@ -25,8 +26,10 @@ from retain.config import TrainConfig, validate
 from retain.types import HeadStart
 
 __all__ = [
-    "CERTIFICATE_SCHEMA", "RUN_SCHEMA", "STUDY_SCHEMA", "AnswerGroup", "AnswersRecord",
-    "CertificateRecord", "Claim", "General", "Generation", "Hardware", "Interval", "Measure",
+    "CERTIFICATE_SCHEMA", "RESULT_SCHEMA", "RUN_SCHEMA", "STUDY_SCHEMA", "AnswerGroup",
+    "AnswersRecord", "Between", "CertificateRecord", "Claim", "EvalAdapter", "EvalAnswer",
+    "EvalData", "EvalItem", "EvalRecord", "EvalScore", "General", "Generation", "Hardware",
+    "Interval", "Measure",
     "Parameters", "Part", "Retention", "RunAdapter", "RunData", "RunEvaluation", "RunGeneral",
     "RunMethod", "RunOrder", "RunRecord", "RunSource", "RunSpec", "RunTraining", "Seconds", "Sizes",
     "SkillRecord", "Skipped", "Step", "StudyRecord", "digest_of", "finite",
@@ -35,6 +38,7 @@ __all__ = [
 RUN_SCHEMA: Final = "retain.run/1"
 STUDY_SCHEMA: Final = "retain.study/1"
 CERTIFICATE_SCHEMA: Final = "retain.certificate/1"
+RESULT_SCHEMA: Final = "retain.result/2"
 
 T = TypeVar("T")
 
@@ -459,6 +463,110 @@ class CertificateRecord(Part):
         return f"{verdict} at {self.level:.0%} confidence: {', '.join(found)}"
 
 
+class Between(Measure):
+    """A difference of two adapters: of the first of the pair less the second, by their places."""
+
+    pair: tuple[int, int]
+
+
+class EvalScore(Part):
+    """One number of a base model and of adapters on it, on the same items.
+
+    Attributes:
+        label: what was measured.
+        unit: of the values; those in % are shares from 0 to 1.
+        better: 1 where more is better, -1 where less is, 0 where neither.
+        tuned: an adapter each.
+        changes: of each adapter less the base, item by item; empty where the base is 0 anyway.
+        between: of each later adapter less each earlier one.
+    """
+
+    label: str
+    unit: str = ""
+    better: int = 0
+    base: Measure
+    tuned: list[Measure]
+    changes: Listed[Measure] = []
+    between: Listed[Between] = []
+
+
+class EvalAdapter(Part):
+    """An adapter that was measured.
+
+    Attributes:
+        name: its folder's, and another than that of every other adapter here.
+        label: how it was trained, as far as its ``train.json`` says.
+        digest: of its weights and settings.
+        history: of its training, where that is known.
+    """
+
+    name: str
+    path: str
+    label: str = "LoRA"
+    digest: str | None = None
+    trainable: int | None = None
+    history: Listed[Step] = []
+    answers: AnswersRecord | None = None
+
+
+class EvalAnswer(Part):
+    """A model's loss on a held-out row in nats, what it wrote, and whether that is right."""
+
+    nats: float
+    said: str | None = None
+    right: bool | None = None
+
+
+class EvalItem(Part):
+    """A held-out row; not asked where its prompt is null."""
+
+    prompt: str | None = None
+    answer: str
+    tokens: int
+    base: EvalAnswer
+    tuned: list[EvalAnswer]
+
+
+class EvalData(Part):
+    """Held-out rows of a task.
+
+    Attributes:
+        asked: rows whose answers the models wrote.
+        new_tokens: where those were cut.
+        counts: of `retain.data.counts.RowCounts`: what was left out, cut or not read.
+    """
+
+    name: str
+    digest: str | None = None
+    rows: int
+    asked: int
+    new_tokens: int
+    counts: dict[str, int] = {}
+    items: Listed[EvalItem] = []
+
+
+class EvalRecord(Part):
+    """What ``retain eval`` writes: ``result.json``. ``retain.result/1`` is that of 0.1.
+
+    Attributes:
+        scores: by their names, such as ``data.loss``, ``general.hellaswag`` and ``source.kl``.
+    """
+
+    schema_name: Literal["retain.result/2"] = Field(RESULT_SCHEMA, alias="schema")
+    created: str | None = None
+    seed: int | None = None
+    versions: dict[str, str | None] = {}
+    commit: str | None = None
+    hardware: Hardware | None = None
+    model: dict[str, Any]
+    source: dict[str, Any] = {}
+    adapters: list[EvalAdapter] = Field(min_length=1)
+    data: EvalData | None = None
+    general: dict[str, Any] | None = None
+    scores: dict[str, EvalScore]
+    notes: Listed[str] = []
+
+
 class RunRecord(Part):
     """The record of one run; docs/studies.md tells its fields.
 
@@ -543,6 +651,7 @@ class StudyRecord(Part):
     Attributes:
         planned: how many runs there are to be.
         chosen: the title of the method that the claims are about.
+        evaluated: the whole of a ``retain eval``, which is read as a study; never in a file.
     """
 
     schema_name: Literal["retain.study/1"] = Field(STUDY_SCHEMA, alias="schema")
@@ -555,3 +664,4 @@ class StudyRecord(Part):
     runs: list[RunRecord]
     tables: dict[str, Any] = {}
     claims: Listed[Claim] = []
+    evaluated: EvalRecord | None = None

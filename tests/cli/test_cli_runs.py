@@ -266,15 +266,16 @@ class TestEval:
         argv = (*argv, "--out", out, "--json")
         found = retain("eval", "--adapter", trained / "adapter", *argv).json
         assert found == told(out)
-        assert found["forgetting"]["kl"] > 0
-        assert found["forgetting"]["kl_interval"][0] <= found["forgetting"]["kl"]
-        assert found["knowledge"].keys() == found["exact_match"].keys() == {"base", "tuned"}
-        assert 0 <= found["knowledge"]["base"]["accuracy"] <= 1
-        assert found["exact_match"]["tuned"]["items"] == 2
-        assert [row["method"] for row in found["rows"]] == [None, "laplace"]
+        scores = found["scores"]
+        kl, knowledge = scores["source.kl"]["tuned"][0], scores["general.knowledge"]
+        assert kl["interval"][0] <= kl["value"] > 0
+        assert 0 <= knowledge["base"]["value"] <= 1 and knowledge["tuned"][0]["n"] == 300
+        assert scores["task.word-problems"]["tuned"][0]["n"] == 2
+        assert [a["label"] for a in found["adapters"]] == ["LoRA + retention"]
         made = retain("report", out, "--json").json
         assert [Path(p).name for p in made["written"]] == ["report.html"]
-        assert "nats per token from the base" in (tmp_path / "report.html").read_text()
+        html = (tmp_path / "report.html").read_text()
+        assert "nats per token from the base" in html and "<h3>Loss</h3>" in html
 
     def test_on_a_file(self, retain: Run, trained: Path, source: Path) -> None:
         outcome = retain("eval", "--adapter", trained / "adapter", "--source", source)
@@ -291,12 +292,11 @@ class TestEval:
         write_lines(prompts, rows)
         argv = ("eval", "--adapter", trained / "adapter", "--source", source, "--out", out)
         plain = retain(*argv, "--json").json
-        assert "answers" not in plain
+        assert "answers" not in plain["adapters"][0]
         argv = (*argv, "--prompts", prompts)
         found = retain(*argv, "--json").json
         assert found == told(out)
-        answers = found.pop("answers")
-        assert found.keys() == plain.keys()
+        answers = found["adapters"][0]["answers"]
         record = AnswersRecord.model_validate(answers)
         assert record.plain() == answers
         assert (record.overall.prompts, record.skills.keys()) == (4, {"x", "y"})

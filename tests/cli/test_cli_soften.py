@@ -139,8 +139,8 @@ def test_a_target_and_a_measurement(
     written = tmp_path / "out" / "adapter"
     measured = retain(
         "eval", "--model", model, "--adapter", written, "--source", source, "--rows", 16, "--json"
-    ).json["forgetting"]  # fmt: skip
-    assert chosen["measured"]["kl"] == pytest.approx(measured["kl"], rel=1e-4)
+    ).json["scores"]["source.kl"]["tuned"][0]  # fmt: skip
+    assert chosen["measured"]["kl"] == pytest.approx(measured["value"], rel=1e-4)
     drawn = (tmp_path / "out" / "soften.svg").read_text()
     marks = [text for text in re.findall(r'aria-label="([^"]*)"', drawn) if "% kept" in text]
     assert sum("softened, measured" in text for text in marks) == 6

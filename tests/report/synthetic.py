@@ -351,6 +351,49 @@ def make_softening() -> dict[str, Any]:
     return {"schema": "retain.soften/1", "model": model, "chosen": chosen, "curve": curve}
 
 
+def make_eval(adapters: int = 2) -> dict[str, Any]:
+    """A ``retain eval`` of adapters with long names and answers; made up."""
+
+    def measure(value: float, half: float = 0.1) -> dict[str, Any]:
+        return {"value": value, "interval": [value - half, value + half], "n": 40}
+
+    several = range(adapters)
+
+    def score(label: str, unit: str, better: int = 1) -> dict[str, Any]:
+        return {
+            "label": label, "unit": unit, "better": better, "base": measure(0.2),
+            "tuned": [measure(0.4 + i / 10) for i in several],
+            "changes": [measure(0.2 + i / 10) for i in several],
+            "between": [{"pair": [1, 0], **measure(0.1, 0.2)}][: adapters - 1],
+        }  # fmt: skip
+
+    measures = (
+        "log_ratio", "first_word", "first_token", "unlikely", "repeats", "repeats_base",
+        "task_form", "task_form_base", "right_before", "right_after", "kept",
+    )  # fmt: skip
+    group = {"prompts": 7, **{name: measure(0.5) for name in measures}}
+    said = {"base": "word " * 30, "tuned": "x" * 200, "right_before": True, "right_after": False,
+            "task_form": True, "repeats": True}  # fmt: skip
+    rows = [{"prompt": f"<i>Prompt</i> {i}", "skill": "ab"[i % 2], **said} for i in range(14)]
+    answers = {"new_tokens": 32, "overall": group, "skills": {"a": group, "b": group}, "rows": rows}
+    item = {"prompt": "y" * 300, "answer": "#### 1", "tokens": 4, "base": {"nats": 2.0},
+            "tuned": [{"nats": 1.0, "said": "#### 1", "right": True}] * adapters}  # fmt: skip
+    scores = {"data.loss": score("loss of the rows", "nats per token", -1),
+              "data.right": score("exact match of the rows", "%"),
+              "general.hellaswag": score("hellaswag", "%"),
+              "source.kl": score("forgotten: KL to the base", "nats per token", -1),
+              "answers.right": score("right answers to prompts", "%")}  # fmt: skip
+    return {
+        "schema": "retain.result/2", "created": "2030-01-02T03:04:05Z", "seed": 0,
+        "versions": {"torch": "2.13.0"}, "model": {"name": "fixture-135m", "dtype": "float32"},
+        "source": {"name": "self", "tokens": 300}, "scores": scores, "notes": ["a note"],
+        "adapters": [{"name": f"a-long-name-{i}", "path": f"runs/{i}", "answers": answers}
+                     for i in several],
+        "data": {"name": "rows.jsonl", "rows": 12, "asked": 12, "new_tokens": 16,
+                 "counts": {"left_out_no_room": 2}, "items": [item] * 12},
+    }  # fmt: skip
+
+
 def nulled(value: Any, keep: frozenset[str]) -> Any:
     """The same structure with every leaf null but those under the names to keep."""
     if isinstance(value, dict):

@@ -13,6 +13,7 @@ from browser import Browser, find_chromium
 from synthetic import (
     fail,
     make_adapters,
+    make_eval,
     make_long,
     make_result,
     make_softening,
@@ -42,7 +43,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     data = {"study": make_study(), "adapters": make_adapters(), "long": make_long()}
     data |= {"wide": make_wide(), "scoreless": scoreless(), "result": make_result()}
-    data |= {"soften": make_softening(), "failed": make_study("failed")}
+    data |= {"eval": make_eval(), "soften": make_softening(), "failed": make_study("failed")}
     data["failed"]["runs"] = [fail(run, "no memory") for run in make_study()["runs"]]
     data["holes"] = make_study("holes")
     for run in data["holes"]["runs"]:
@@ -82,7 +83,19 @@ def _sound(browser: Browser) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize(
     "name",
-    ["study", "adapters", "long", "wide", "all", "holes", "scoreless", "result", "soften", "demo"],
+    [
+        "study",
+        "adapters",
+        "long",
+        "wide",
+        "all",
+        "holes",
+        "scoreless",
+        "result",
+        "eval",
+        "soften",
+        "demo",
+    ],
 )
 def test_opens_without_complaint_or_sideways_scroll(
     browser: Browser, pages: dict[str, Path], name: str, width: int

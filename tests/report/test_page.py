@@ -14,7 +14,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from synthetic import fail, make_adapters, make_long, make_softening, make_study, nulled
+from synthetic import (
+    fail,
+    make_adapters,
+    make_eval,
+    make_long,
+    make_softening,
+    make_study,
+    nulled,
+)
 
 from retain.cli import main
 from retain.errors import OutputError, SourceError
@@ -39,9 +47,10 @@ def _page(*paths: Path) -> str:
     return page
 
 
-@pytest.mark.parametrize("of", ["study", "result", "softening"])
+@pytest.mark.parametrize("of", ["study", "result", "softening", "eval"])
 def test_is_self_contained(put: Put, result: dict[str, Any], of: str) -> None:
-    html = _page(put({"study": make_study(), "result": result, "softening": make_softening()}[of]))
+    made = {"study": make_study(), "result": result, "softening": make_softening()}
+    html = _page(put((made | {"eval": make_eval()})[of]))
     parser = _Tags()
     parser.feed(html)
     for tag, attrs in parser.found:
@@ -91,6 +100,21 @@ def test_says_what_a_result_holds(put: Put, result: dict[str, Any]) -> None:
         assert said in html, said
     assert "<b>&" not in html
     assert html.count('class="card"') == 3 * 4
+
+
+def test_says_what_an_eval_found(put: Put) -> None:
+    one = make_eval(1)
+    one["scores"]["data.loss"]["changes"][0] = {"value": -0.1, "interval": [-0.3, 0.1], "n": 40}
+    html = _page(put(one), put(make_study(), "b"))
+    for said in (
+        "With the adapter on: loss of the rows 0.400 nats per token against 0.200 "
+        "(−0.100 [−0.300, +0.100], which may be chance)",
+        "hellaswag higher", "rows.jsonl: 12 rows, 12 asked, 2 left out", "a note",
+        "&lt;i&gt;Prompt&lt;/i&gt; 3", "4 more prompts", "base wrong, adapter right",
+        "2 more rows", "made-up: fixture", "27 done, 1 failed", 
+    ):  # fmt: skip
+        assert said in html, said
+    assert "<i>Prompt" not in html and html.count('<span class="mark right">right</span>') > 20
 
 
 def test_a_result_is_told_honestly(put: Put, result: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""``retain eval``: what an adapter learned, and what the model forgot."""
+"""``retain eval``: what adapters learned, and what the model forgot."""
 
 from __future__ import annotations
 
@@ -6,43 +6,75 @@ from shlex import quote
 from typing import Any
 
 from retain.cli.options import Screen, check_file, command
+from retain.records import EvalRecord, EvalScore, Measure
 from retain.runs.eval import EvalConfig, eval_run
+from retain.runs.folders import check_page
 
 __all__ = ["EXAMPLE", "evaluate"]
 
-EXAMPLE = "Example: retain eval --adapter runs/held/adapter --probe --task word-problems:100"
+EXAMPLE = (
+    "Example: retain eval --adapter runs/held/adapter --data heldout.jsonl --general knowledge "
+    "--out report.html"
+)
 
 
 @command(EvalConfig)
 def evaluate(config: EvalConfig, screen: Screen) -> None:
     """Measure what the model forgot, and what it learned, with an adapter on."""
     out = config.out and check_file(config.out)
+    page = out if out is not None and out.suffix == ".html" else None
+    if page is not None:
+        from retain.report import write_report
+
+        check_page(page)
+        check_file(page.with_suffix(".json"))
     result = eval_run(config.model_copy(update={"out": out}), screen)
-    kept: dict[str, Any] = result["forgetting"]
-    low, high = kept["kl_interval"]
-    spread = f"{kept['kl']:.3g} [{low:.3g}, {high:.3g}]"
-    rows = [
-        ["forgotten: KL to the base, nats per token", "0", spread],
-        ["perplexity of the text", f"{kept['ppl_base']:.2f}", f"{kept['ppl']:.2f}"],
-        ["predictions that changed", "0", f"{kept['flips']:.1%}"],
-    ]
-    for key, label in (("knowledge", "knowledge"), ("exact_match", "word problems, exact match")):
-        if result[key]:
-            rows.append(
-                [label, *(f"{s['accuracy']:.1%} of {s['items']}" for s in result[key].values())]
-            )
-    screen.table("base and tuned", ["", "base", "with the adapter"], rows)
-    if "answers" in result:
+    found = EvalRecord.model_validate(result)
+    one = len(found.adapters) == 1
+    names = ["with the adapter"] if one else [adapter.name for adapter in found.adapters]
+    last = ["change"] if one else [f"{names[-1]} less {names[0]}"]
+    screen.table(
+        "base and tuned", ["", "base", *names, *last],
+        [_scores(score) for score in found.scores.values()],
+    )  # fmt: skip
+    for adapter in found.adapters:
+        if adapter.answers is None:
+            continue
         head = ["", "log-ratio, nats a token", "first word as before", "in the task's form"]
-        every = {**result["answers"]["skills"], "all": result["answers"]["overall"]}
+        every = {**adapter.answers.skills, "all": adapter.answers.overall}
         screen.table(
-            "answers to prompts",
+            "answers to prompts" if one else f"answers to prompts, {adapter.name}",
             [*head, "right before", "right after"],
-            [_line(skill, group) for skill, group in every.items()],
+            [_line(skill, group.plain()) for skill, group in every.items()],
         )
-    if out is not None:
+    if page is not None:
+        json = page.with_suffix(".json")
+        screen.say("\n".join(map(str, [json, *write_report([json], page)])))
+    elif out is not None:
         screen.say(f"{out}\nnext: retain report {quote(str(out))}")
     screen.emit(result)
+
+
+def _scores(score: EvalScore) -> list[str]:
+    """One line of the table: the base, the adapters, and the last difference."""
+    label = f"{score.label}, {score.unit}" if score.unit not in ("", "%") else score.label
+    apart = [m for m in score.between if m.pair == (len(score.tuned) - 1, 0)]
+    last = apart if len(score.tuned) > 1 else score.changes
+    cells = [_cell(measure, score.unit) for measure in (score.base, *score.tuned)]
+    return [label, *cells, _cell(last[0], score.unit, signed=True) if last else "–"]
+
+
+def _cell(measure: Measure, unit: str, *, signed: bool = False) -> str:
+    """A value with its interval, such as ``38.0% [24, 54]``."""
+    if measure.value is None:
+        return "–"
+    share, sign = unit == "%", "+" if signed else ""
+    factor, style = (100, ".1f") if share else (1, ".3g")
+    text = f"{factor * measure.value:{sign}{style}}{'%' if share else ''}"
+    if measure.interval is None:
+        return text if measure.value else "0"
+    low, high = (f"{factor * end:{sign}{style}}" for end in measure.interval)
+    return f"{text} [{low}, {high}]"
 
 
 def _line(skill: str, group: dict[str, Any]) -> list[str]:

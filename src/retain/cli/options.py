@@ -112,7 +112,7 @@ def _type(annotation: Any) -> Any:
     if get_origin(annotation) in (Union, types.UnionType):
         kinds = {_type(part) for part in get_args(annotation)} - {type(None)}
         return kinds.pop() if len(kinds) == 1 else str
-    plain = (int, float, bool, Path, list[str], type(None))
+    plain = (int, float, bool, Path, list[str], list[Path], type(None))
     return annotation if annotation in plain else str
 
 

@@ -33,7 +33,10 @@ from retain.retention.measure import log_probabilities
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Answer", "Answers", "TaskForm", "measure_answers", "repeats", "task_form"]
+__all__ = [
+    "MARK", "Answer", "Answers", "TaskForm", "measure_answers", "repeats", "row_log_probabilities",
+    "task_form",
+]  # fmt: skip
 
 TaskForm = str | Callable[[str], bool] | None
 """A regular expression, or a function of an answer; None for `task_form`."""
@@ -185,7 +188,7 @@ def measure_answers(
 
     def likely(answers: list[list[int]], label: str) -> list[float]:
         rows = [_example(p, a) for p, a in zip(ids, answers, strict=True)]
-        return _log_probabilities(view, rows, min(batch_size, _PASS), progress, label)
+        return row_log_probabilities(view, rows, batch_size, progress, label)
 
     ours = written("tuned answers")
     tuned = likely(ours, "tuned answers, by themselves")
@@ -271,12 +274,12 @@ def _example(prompt: Sequence[int], answer: Sequence[int]) -> Example:
     return Example(ids[:-1], ids[1:], predict)
 
 
-def _log_probabilities(
+def row_log_probabilities(
     view: ModelView, rows: Sequence[Example], size: int, progress: bool, label: str
 ) -> list[float]:
     """The log-probability of each row's targets in nats, summed over the row."""
     found = [0.0] * len(rows)
-    passes = list(batches(rows, min(size, len(rows)), view.pad))
+    passes = list(batches(rows, min(size, _PASS, len(rows)), view.pad))
     with view.evaluating(), torch.no_grad():
         for batch in tqdm(passes, desc=label, unit="batch", disable=not progress):
             here = batch.to(view.device)

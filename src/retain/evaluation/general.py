@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from retain.data.draws import sample
 from retain.data.knowledge import knowledge_items
 from retain.data.problems import Problem, ask, final_number, recall
 from retain.evaluation.generation import generate
@@ -16,23 +17,30 @@ from retain.evaluation.ranking import score_options
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_general", "general_scores", "knowledge_score", "problem_score"]
+__all__ = [
+    "KNOWLEDGE", "check_general", "general_scores", "knowledge_right", "problems_right",
+]  # fmt: skip
 
 KNOWLEDGE = "knowledge"
 """The name of the items of common knowledge; any other is a task of lm-eval."""
 
 
-def check_general(tasks: Sequence[str]) -> None:
+def check_general(tasks: Sequence[str], data_dir: Path | None = None) -> None:
     """Refuses unknown tasks before any work is done.
+
+    Args:
+        tasks: names.
+        data_dir: the folder in which the rows of those that can be read from there have to be.
 
     Raises:
         ConfigError: lm-eval is needed and not installed, or a task is not known to it.
+        SourceError: rows that are not in the folder.
     """
     others = [task for task in tasks if task != KNOWLEDGE]
     if others:
         from retain.evaluation.lm_eval import check_tasks
 
-        check_tasks(others)
+        check_tasks(others, data_dir)
 
 
 def general_scores(
@@ -48,8 +56,8 @@ def general_scores(
     """One number for each task; see `retain.evaluation.lm_eval.evaluate_general`."""
     found: dict[str, float] = {}
     if KNOWLEDGE in tasks:
-        right, items = knowledge_score(model, tokenizer, progress=progress)
-        found[KNOWLEDGE] = right / items
+        right = knowledge_right(model, tokenizer, progress=progress)
+        found[KNOWLEDGE] = sum(right) / len(right)
     others = [task for task in tasks if task != KNOWLEDGE]
     if others:
         from retain.evaluation.lm_eval import evaluate_general, headline
@@ -62,20 +70,24 @@ def general_scores(
     return found
 
 
-def knowledge_score(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, progress: bool = False
-) -> tuple[int, int]:
-    """(items of common knowledge that the model gets right, items)."""
-    items = knowledge_items()
+def knowledge_right(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None = None,
+    *,
+    progress: bool = False,
+) -> list[bool]:
+    """Whether the model gets each item of common knowledge right; at most `limit`, drawn once."""
+    items = sample(knowledge_items(), limit, 0)
     prompts = [recall(tokenizer, item.prompt) for item in items]
     options = [item.options for item in items]
     picked = score_options(
         model, tokenizer, prompts, options, progress=progress, label="knowledge"
     ).best()
-    return sum(p == i.answer for p, i in zip(picked, items, strict=True)), len(items)
+    return [p == i.answer for p, i in zip(picked, items, strict=True)]
 
 
-def problem_score(
+def problems_right(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
@@ -83,8 +95,8 @@ def problem_score(
     max_new_tokens: int = 40,
     batch_size: int = 200,
     progress: bool = False,
-) -> tuple[int, list[str]]:
-    """(problems whose final number is right, the model's answers)."""
+) -> list[bool]:
+    """Whether the final number of the model's answer to each problem is right."""
     answers = generate(
         model,
         tokenizer,
@@ -94,5 +106,4 @@ def problem_score(
         progress=progress,
         label="word problems",
     )
-    right = sum(final_number(a) == p.result for a, p in zip(answers, problems, strict=True))
-    return right, answers
+    return [final_number(a) == p.result for a, p in zip(answers, problems, strict=True)]

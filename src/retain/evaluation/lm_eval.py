@@ -11,13 +11,14 @@ import gzip
 import importlib.util
 import io
 import logging
+import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 from torch import random as torch_random
@@ -32,7 +33,10 @@ from retain.models.names import unwrap
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["LOCAL", "check_tasks", "evaluate_general", "headline", "local_rows"]
+__all__ = [
+    "LOCAL", "GeneralItems", "check_tasks", "evaluate_general", "general_items", "headline",
+    "local_rows",
+]  # fmt: skip
 
 LOCAL: dict[str, tuple[str, str]] = {
     "arc_easy": ("arc", "test"),
@@ -44,6 +48,20 @@ LOCAL: dict[str, tuple[str, str]] = {
 
 _SPLITS = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
 _TAIL = re.compile(r"(?P<a>.*[.!?]['\")\]]*)\s+(?P<b>[a-z][^.!?]*)", re.DOTALL)
+
+
+class GeneralItems(NamedTuple):
+    """A task's score, None where it has none.
+
+    Attributes:
+        score: a number of lm-eval.
+        rows: the rows' own, whose mean it is; none of a group of tasks, or where it is no mean.
+        better: 1 where more is better, -1 where less is, 0 where lm-eval does not say.
+    """
+
+    score: float | None
+    rows: list[float]
+    better: int
 
 
 def evaluate_general(
@@ -78,6 +96,46 @@ def evaluate_general(
             causal.
         SourceError: the data of a task cannot be read.
     """
+    found = _evaluated(model, tokenizer, tasks, data_dir, limit, batch_size)
+    results: dict[str, dict[str, Any]] = found["results"]
+    return results
+
+
+def general_items(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    *,
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> GeneralItems:
+    """`headline` of one task, and what each of its rows counts in it; see `evaluate_general`."""
+    found = _evaluated(model, tokenizer, [task], data_dir, limit, batch_size, rows=True)
+    result = found["results"].get(task, {})
+    best = _best(result)
+    if best is None:
+        return GeneralItems(None, [], 0)
+    metric, _, kind = best.partition(",")
+    score, more = float(result[best]), (found.get("higher_is_better") or {}).get(task, {})
+    better = {True: 1, False: -1}.get(more.get(metric), 0)
+    samples = [s for s in (found.get("samples") or {}).get(task, []) if s.get("filter") == kind]
+    rows = [s.get(metric) for s in samples]
+    known = [float(value) for value in rows if isinstance(value, int | float)]
+    whole = len(known) == len(rows) > 0 and abs(sum(known) / len(known) - score) < 1e-9
+    return GeneralItems(score, known if whole else [], better)
+
+
+def _evaluated(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    data_dir: str | Path | None,
+    limit: int | None,
+    batch_size: int,
+    rows: bool = False,
+) -> dict[str, Any]:
+    """What lm-eval says; with `rows` the single ones too."""
     _need()
     if not is_causal(model):
         raise ConfigError(
@@ -96,38 +154,49 @@ def evaluate_general(
             num_fewshot=0,
             limit=limit,
             bootstrap_iters=0,
-            log_samples=False,
+            log_samples=rows,
             task_manager=_manager(""),  # the tasks are loaded; without one it indexes them all
         )
-    results: dict[str, dict[str, Any]] = (found or {})["results"]
-    return results
+    return dict(found or {})
 
 
-def check_tasks(names: Sequence[str]) -> None:
+def check_tasks(names: Sequence[str], data_dir: Path | None = None) -> None:
     """Refuses tasks that lm-eval does not know, before any work is done.
+
+    Args:
+        names: of lm-eval's tasks or groups.
+        data_dir: in which the rows of those of `LOCAL` have to be.
 
     Raises:
         ConfigError: lm-eval is not installed, or a task is not known to it.
+        SourceError: rows that are not in the folder.
     """
     _need()
     for name in names:
         if name not in LOCAL:
             _check_known(name)
+        elif data_dir is not None and not _local_path(name, LOCAL[name][1], data_dir).is_file():
+            raise _not_here(name, data_dir)
 
 
 def headline(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """One number a task: ``acc_norm`` where it has one, else ``acc``, else its first metric."""
     found = {}
     for name, result in results.items():
-        metrics = {
-            key.removesuffix(",none"): float(value)
-            for key, value in result.items()  # the alias and sizes have no filter in their names
-            if "," in key and "_stderr" not in key and isinstance(value, int | float)
-        }
-        best = next((m for m in ("acc_norm", "acc", *metrics) if m in metrics), None)
+        best = _best(result)
         if best is not None:
-            found[name] = metrics[best]
+            found[name] = float(result[best])
     return found
+
+
+def _best(result: Mapping[str, Any]) -> str | None:
+    """The metric that `headline` takes, by its name and filter."""
+    metrics = [
+        key
+        for key, value in result.items()  # the alias and sizes have no filter in their names
+        if "," in key and "_stderr" not in key and isinstance(value, int | float)
+    ]
+    return next((m for m in ("acc_norm,none", "acc,none", *metrics) if m in metrics), None)
 
 
 def local_rows(task: str, split: str, data_dir: str | Path) -> list[dict[str, Any]]:
@@ -139,7 +208,7 @@ def local_rows(task: str, split: str, data_dir: str | Path) -> list[dict[str, An
     Raises:
         SourceError: the file is damaged.
     """
-    path = Path(data_dir) / "reasoning" / task / f"{split}.jsonl.gz"
+    path = _local_path(task, split, data_dir)
     if not path.is_file():
         return []
     try:
@@ -153,6 +222,19 @@ def local_rows(task: str, split: str, data_dir: str | Path) -> list[dict[str, An
             fix="replace the file",
         ) from error
     return [_begun(row) for row in rows] if task == "hellaswag" else rows
+
+
+def _local_path(task: str, split: str, data_dir: str | Path) -> Path:
+    return Path(data_dir).expanduser() / "reasoning" / task / f"{split}.jsonl.gz"
+
+
+def _not_here(name: str, data_dir: Path) -> SourceError:
+    return SourceError(
+        f"the rows of {name} are not here",
+        got=f"no rows in {data_dir / 'reasoning' / name / LOCAL[name][1]}.jsonl.gz",
+        allowed="a file with one row a line and the hub's field names",
+        fix="put the file there, or leave the data directory out to read from the hub",
+    )
 
 
 def _begun(row: dict[str, Any]) -> dict[str, Any]:
@@ -208,12 +290,7 @@ def _local(name: str, data_dir: Path) -> Any:
     folder, scored = LOCAL[name]
     rows = local_rows(name, scored, data_dir)
     if not rows:
-        raise SourceError(
-            f"the rows of {name} are not here",
-            got=f"no rows in {data_dir / 'reasoning' / name / scored}.jsonl.gz",
-            allowed="a file with one row a line and the hub's field names",
-            fix="put the file there, or leave the data directory out to read from the hub",
-        )
+        raise _not_here(name, data_dir)
     found = datasets.DatasetDict({scored: datasets.Dataset.from_list(rows)})
     absent = {key: None for split, key in _SPLITS.items() if split != scored}
     own = {"task": name, "custom_dataset": lambda **_: found, **absent}
@@ -233,14 +310,22 @@ def _manager(folder: str | None = None) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps lm-eval's bars, and its warnings about what is done here on purpose, to itself."""
+    """Keeps lm-eval's bars, and its warnings about what is done here on purpose, to itself.
+
+    It also asks git for a commit, which complains on the process's own stderr outside a checkout.
+    """
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    stderr, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
+        os.dup2(nothing, 2)
         with redirect_stderr(io.StringIO()):
             yield
     finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nothing)
         logger.setLevel(level)
 
 

@@ -83,6 +83,11 @@ class Metric:
             text = f"+{text}"
         return text, "" if half is None else self._write(half, places)
 
+    def number(self, value: float, widest: float, *, signed: bool = False) -> str:
+        """A value with the decimals that one of the size of `widest` has."""
+        text = self._write(value, self._places(widest, None))
+        return f"+{text}" if signed and value > 0 and text.strip("0.") else text
+
     def _places(self, value: float, half: float | None) -> int | None:
         """Decimals; None for a number that needs an exponent."""
         size = max(abs(value), half or 0.0)

@@ -17,11 +17,19 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from retain.files import check_ours, whole_file
-from retain.records import RunRecord, StudyRecord
+from retain.records import EvalRecord, RunRecord, StudyRecord
 from retain.report.axes import Panel, Row
 from retain.report.cells import Group, groups, short_name
 from retain.report.charts import panels
 from retain.report.draw import MARK, asset, compiled, picture, png, svg
+from retain.report.evaluation import (
+    answers_of,
+    blocks,
+    eval_facts,
+    eval_finding,
+    eval_panel,
+    eval_tables,
+)
 from retain.report.finding import claims_line, finding
 from retain.report.metrics import short
 from retain.report.names import names, slug
@@ -33,6 +41,10 @@ __all__ = [
     "group_ids", "latex", "made", "markdown", "page_of", "refused", "render", "section",
     "write_report",
 ]  # fmt: skip
+
+
+SHOWN = 10
+"""Prompts whose answers are shown; the others are folded away."""
 
 
 def write_report(
@@ -69,8 +81,10 @@ def write_report(
     if latex_file is not None:
         files[latex_file] = latex(studies).encode()
     if pictures is not None:
-        found = groups(studies)
+        found = groups(_grids(studies))
         drawn = [*zip(group_ids(found), map(panels, found), strict=True)]
+        shown = [eval_panel(one) for one in _evals(studies)]
+        drawn += [(f"eval-{i}", [panel]) for i, panel in enumerate(shown, 1) if panel is not None]
         drawn += [(f"soften-{i}", [soften_panel(curve)]) for i, curve in enumerate(curves, 1)]
         for name, figures in drawn:
             if (vega := picture(figures)) is not None:
@@ -83,6 +97,16 @@ def write_report(
         with whole_file(path, "the report") as scratch:
             scratch.write_bytes(content)
     return list(files)
+
+
+def _evals(studies: Sequence[StudyRecord]) -> list[EvalRecord]:
+    """What was measured by ``retain eval``."""
+    return [study.evaluated for study in studies if study.evaluated is not None]
+
+
+def _grids(studies: Sequence[StudyRecord]) -> list[StudyRecord]:
+    """All others."""
+    return [study for study in studies if study.evaluated is None]
 
 
 def _is_picture(path: Path) -> bool:
@@ -110,15 +134,17 @@ def _days(runs: Iterable[RunRecord]) -> str:
 def made(studies: Sequence[StudyRecord]) -> list[tuple[str, str]]:
     """How the runs were made, as name and value; what is not known is left out."""
     runs = [run for study in studies for run in study.runs]
-    done = sum(run.done for run in runs)
+    grids = [run for study in _grids(studies) for run in study.runs]
+    done = sum(run.done for run in grids)
     left = sum(max(0, (study.planned or 0) - len(study.runs)) for study in studies)
     seeds = sorted({run.config.seed for run in runs if run.config.seed is not None})
     versions = _once(", ".join(f"{k} {v}" for k, v in r.versions.items() if v) for r in runs)
     models = [", ".join(_once([r.config.model, r.config.dtype])) for r in runs]
     more = f", {left} not yet run" if left else ""
-    facts = [
+    facts = [fact for found in _evals(studies) for fact in eval_facts(found)]
+    facts += [
         ("Models", "; ".join(_once(models))),
-        ("Runs", f"{done} done, {len(runs) - done} failed{more}"),
+        ("Runs", f"{done} done, {len(grids) - done} failed{more}" if grids else ""),
         ("Seeds", ", ".join(map(str, seeds))),
         ("Hardware", "; ".join(_once(map(_hardware, runs)))),
         ("Versions", "; ".join(versions)),
@@ -214,14 +240,36 @@ def _part(group: Group, name: str, title: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _eval_part(study: StudyRecord, found: EvalRecord, name: str) -> dict[str, Any]:
+    """The part of a page about a ``retain eval``."""
+    asked = [
+        {"what": what, "first": blocks(every[:SHOWN]), "rest": blocks(every[SHOWN:]),
+         "count": max(0, len(every) - SHOWN)}
+        for what, every in answers_of(found)
+    ]  # fmt: skip
+    shown = [panel for panel in (eval_panel(found),) if panel is not None]
+    if any(run.history for run in study.runs):
+        shown += [p for group in groups([study]) for p in panels(group) if p.part == "Training"]
+    tables = eval_tables(found)
+    return {
+        "id": name, "title": study.name, "finding": eval_finding(found), "failures": [],
+        "figures": _figures(shown, name), "answers": [], "asked": asked,
+        "tables": [(table, _download(table.csv()), f"{table.key}-{i}-{name}.csv")
+                   for i, table in enumerate(tables)],
+    }  # fmt: skip
+
+
 def render(studies: Sequence[StudyRecord], curves: Sequence[Softening] = ()) -> str:
     """The page as text."""
-    found = groups(studies)
-    several = len({group.study for group in found}) > 1
+    found = groups(_grids(studies))
+    several = len(studies) > 1
     parts = [
         _part(group, name, f"{group.study}: {group.title}" if several else group.title)
         for name, group in zip(group_ids(found), found, strict=True)
     ]
+    for i, study in enumerate([s for s in studies if s.evaluated is not None], 1):
+        assert study.evaluated is not None
+        parts.append(_eval_part(study, study.evaluated, f"eval-{i}"))
     for i, curve in enumerate(curves, 1):
         of = short_name(str(curve.model.get("name", "?")))
         parts.append({
@@ -230,13 +278,15 @@ def render(studies: Sequence[StudyRecord], curves: Sequence[Softening] = ()) -> 
             "tables": [], "failures": [], "answers": [],
         })  # fmt: skip
     runs = [run for study in studies for run in study.runs]
-    kinds = [f"{len(studies)} studies" if len(studies) > 1 else "study"] if studies else []
+    grids = _grids(studies)
+    kinds = [f"{len(grids)} studies" if len(grids) > 1 else "study"] if grids else []
+    count = f"{sum(len(study.runs) for study in grids)} runs"
+    kinds = [*kinds, count] if grids else ["eval"] * bool(studies)
     vega: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]
     return page_of(
         [vega, asset("page.js")],
         title=", ".join(study.name for study in studies) or parts[0]["title"],
-        kicker=" · ".join(["retain report", *kinds, *(f"{len(runs)} runs" for _ in kinds),
-                           *_once([_days(runs)])]),
+        kicker=" · ".join(["retain report", *kinds, *_once([_days(runs)])]),
         descriptions=_once(study.description for study in studies),
         claims=[claim for study in studies for claim in study.claims],
         claims_line=claims_line([claim for study in studies for claim in study.claims]),
@@ -285,8 +335,13 @@ def section(group: Group, head: str, title: str) -> list[str]:
 def markdown(studies: Sequence[StudyRecord]) -> str:
     """All tables in Markdown, a heading each."""
     out = []
-    for group in groups(studies):
+    for group in groups(_grids(studies)):
         out += section(group, f"## {group.study}: {group.title}", "### {}")
+    for study in studies:
+        if (found := study.evaluated) is not None:
+            out += [f"## {study.name}", eval_finding(found)]
+            for table in eval_tables(found):
+                out += [f"### {table.title}", table.markdown().rstrip(), f"{table.about}."]
     if skipped := refused(studies):
         out += ["## Not run", "\n".join(f"- {line}" for line in skipped)]
     return "\n\n".join(out) + "\n"
@@ -294,8 +349,10 @@ def markdown(studies: Sequence[StudyRecord]) -> str:
 
 def latex(studies: Sequence[StudyRecord]) -> str:
     """All tables in LaTeX; they need the package booktabs."""
-    found = groups(studies)
+    found = groups(_grids(studies))
     out = ["% Needs \\usepackage{booktabs}.\n"]
     for name, group in zip(group_ids(found), found, strict=True):
         out += [table.latex(f"{table.key}-{name}") for table in study_tables(group)]
+    for i, one in enumerate(_evals(studies), 1):
+        out += [table.latex(f"{table.key}-eval-{i}") for table in eval_tables(one)]
     return "\n".join(out)

@@ -10,13 +10,22 @@ from pydantic import ValidationError
 
 from retain.documents import read_json
 from retain.errors import SourceError, shown
-from retain.records import RUN_SCHEMA, STUDY_SCHEMA, Part, RunRecord, StudyRecord
+from retain.records import (
+    RESULT_SCHEMA,
+    RUN_SCHEMA,
+    STUDY_SCHEMA,
+    EvalRecord,
+    Part,
+    RunRecord,
+    StudyRecord,
+)
+from retain.report.evaluation import study_of_eval
 from retain.report.results import RESULT, Result, study_of
 
 __all__ = ["check", "load", "read_studies", "schema_of"]
 
 P = TypeVar("P", bound=Part)
-_SCHEMAS = (STUDY_SCHEMA, RUN_SCHEMA, RESULT)
+_SCHEMAS = (STUDY_SCHEMA, RUN_SCHEMA, RESULT_SCHEMA, RESULT)
 _AGAIN = "make it again; a study keeps the runs that are done"
 
 
@@ -96,6 +105,8 @@ def _read(path: Path) -> StudyRecord:
     if name == RUN_SCHEMA:
         run = check(path, RunRecord, data)
         return StudyRecord(name=run.study or path.parent.name, runs=[run])
+    if name == RESULT_SCHEMA:
+        return study_of_eval(check(path, EvalRecord, data))
     if name == RESULT:
         return study_of(check(path, Result, data))
     raise SourceError(
@@ -131,7 +142,7 @@ def read_studies(paths: Iterable[Path]) -> list[StudyRecord]:
     found: dict[str, StudyRecord] = {}
     for path in (file for given in paths for file in _files(given)):
         study = _read(path)
-        if study.name in found and schema_of(path) == RESULT:
+        if study.name in found and schema_of(path) in (RESULT, RESULT_SCHEMA):
             study = study.model_copy(update={"name": f"{study.name} ({path})"})
         old = found.get(study.name)
         found[study.name] = study if old is None else _joined(old, study)

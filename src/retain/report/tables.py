@@ -52,6 +52,7 @@ class Entry:
         value: what the column is sorted by; None sorts last.
         low, high: the ends of the interval.
         verdict: "better" or "worse" where the interval of a difference leaves 0 out.
+        ends: in place of `half`, both ends for people.
     """
 
     text: str = MISSING
@@ -60,9 +61,12 @@ class Entry:
     low: float | None = None
     high: float | None = None
     verdict: str = ""
+    ends: str = ""
 
     def line(self) -> str:
         """Value and interval on one line."""
+        if self.ends:
+            return f"{self.text} {self.ends}"
         return f"{self.text} ± {self.half}" if self.half else self.text
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Forgetting:
         ppl: perplexity of the tuned model.
         flips: share of predictions whose most likely label changed; NaN of a regression.
         tokens: predictions.
+        sequences: the nats and the predictions of each sequence, the same order for one text.
     """
 
     kl: float
@@ -47,10 +48,11 @@ class Forgetting:
     ppl: float
     flips: float
     tokens: int
+    sequences: tuple[tuple[float, int], ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data for JSON."""
-        return asdict(self)
+        """As plain data for JSON, without the single sequences."""
+        return {name: value for name, value in asdict(self).items() if name != "sequences"}
 
 
 class Reference:
@@ -114,6 +116,7 @@ class Reference:
             ppl=_perplexity(loss, labelled),
             flips=math.nan if regression else flips / tokens,
             tokens=tokens,
+            sequences=tuple(zip(kl, sizes, strict=True)),
         )
 
     def _pairs(self, model: nn.Module) -> Iterator[tuple[Batch, Tensor]]:

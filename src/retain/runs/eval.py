@@ -1,39 +1,59 @@
-"""``retain eval``: what an adapter learned and what the model forgot, as a `retain.result/1`."""
+"""``retain eval``: what adapters learned and what the model forgot, as a `retain.result/2`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from retain.config import Measured
+from retain.config import Measured, validate
 from retain.errors import ConfigError, MismatchError, ModelError, unknown
-from retain.files import clear_scratch, locked, write_json
-from retain.records import AnswersRecord, finite
+from retain.files import clear_scratch, file_digest, locked, write_json
+from retain.records import RESULT_SCHEMA, EvalRecord, finite
 from retain.runs.bases import base_of, load_base, problem_count
 from retain.runs.folders import check_result
 from retain.runs.messages import Messages, interruption
 from retain.runs.records import TRAIN, TrainRecord, read_record
 
-__all__ = ["EvalConfig", "check_finite", "eval_run", "load_tuned", "own_text"]
+__all__ = [
+    "EvalConfig", "check_finite", "eval_run", "general_tasks", "load_tuned", "own_text",
+]  # fmt: skip
 
 
 class EvalConfig(Measured):
     """Settings of ``retain eval``."""
 
-    adapter: Path | None = Field(
-        None, description="Folder of the PEFT adapter, such as runs/held/adapter"
+    adapter: list[Path] = Field(
+        [],
+        description="Folder of the PEFT adapter, such as runs/held/adapter; again for each that it "
+        "is compared with",
     )
     model: str | None = Field(
         None, description="The base model; the one that the adapter names by default"
     )
-    source: str | None = Field(
-        None, description="Text to measure forgetting on; by default the base writes it anew"
+    data: str | None = Field(
+        None,
+        description="Ask held-out rows of the task, before and after: a file, as for retain train",
     )
-    probe: bool = Field(False, description="Also ask the knowledge questions, before and after")
+    limit: int | None = Field(None, ge=1, description="Of --data at most so many rows, drawn")
+    data_length: int = Field(512, ge=2, description="Cut rows of --data to so many tokens")
+    new_tokens: int | None = Field(
+        None, ge=1,
+        description="Cut written answers to --data at so many tokens; by default at one and a half "
+        "times the longest right one, 16 at least",
+    )  # fmt: skip
+    general: str | None = Field(
+        None,
+        description="Also ask general tasks, before and after: knowledge, hellaswag, arc_easy:200, "
+        "any of lm-evaluation-harness; commas between, each with :N for its first N rows",
+    )
+    data_dir: Path | None = Field(
+        None, description="Folder with the rows of general tasks; without it they come from the hub"
+    )
+    probe: bool = Field(False, description="The same as --general knowledge")
     task: str | None = Field(
         None, description="Also score a task, before and after: word-problems[:N]"
     )
@@ -42,58 +62,181 @@ class EvalConfig(Measured):
         description="Also compare the answers to prompts, before and after: general, or a file of "
         "one prompt a line, or of rows with a prompt",
     )
-    out: Path | None = Field(None, description="Write the result to this JSON file")
+    source: str | None = Field(
+        None, description="Text to measure forgetting on; by default the base writes it anew"
+    )
+    out: Path | None = Field(
+        None, description="Write the result to this JSON file; or a page, with the JSON beside it"
+    )
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Path) else value
 
 
-def eval_run(config: EvalConfig, messages: Messages) -> dict[str, Any]:
-    """Measures a model with the adapter of a folder against its base.
+def eval_run(
+    config: EvalConfig | Mapping[str, Any] | None = None,
+    messages: Messages | None = None,
+    *,
+    progress: bool = True,
+    quiet: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measures a model with an adapter, or with several, against its base: ``retain eval``.
+
+    Args:
+        config: an `EvalConfig`, a mapping of its fields, or nothing.
+        messages: where to say what is done; by default on stdout.
+        progress: show bars.
+        quiet: print nothing.
+        **settings: fields of `EvalConfig`; they come before those of `config`.
 
     Returns:
-        The result, a `retain.result/1`, which is in ``config.out`` too, if there is one.
+        The result, a `retain.result/2`, whose fields are those of `retain.records.EvalRecord`. It
+        is in ``out`` too, if that is given; beside it, as ``.json``, if that is the name of a page,
+        which ``retain report`` makes.
 
     Raises:
         RetainError: what is missing, damaged, or of another model.
         Interrupted: Ctrl-C.
     """
-    adapter, task, out = config.adapter, config.task, config.out
-    problems = problem_count(task, "test") if task is not None else 0
+    if isinstance(config, EvalConfig):
+        config = config.model_dump()
+    c = validate({**(config or {}), **settings}, EvalConfig)
+    if messages is not None:
+        return _run(c, messages)
+    own = Messages(quiet=quiet, progress=progress)
+    with own.listening():
+        return _run(c, own)
+
+
+def _run(config: EvalConfig, messages: Messages) -> dict[str, Any]:
+    problems = problem_count(config.task, "test") if config.task is not None else 0
     if problems is None:
-        raise unknown("task", str(task), ["word-problems"])
-    if adapter is None:
+        raise unknown("task", str(config.task), ["word-problems"])
+    general = general_tasks(config.general) if config.general else {}
+    if config.probe:
+        general = {"knowledge": None, **general}
+    if not config.adapter:
         raise ConfigError(
             "nothing says which adapter to measure",
             got="no --adapter",
             allowed="the folder of a PEFT adapter",
             fix="--adapter runs/held/adapter",
         )
+    out = config.out
     if out is not None:
+        out = out.with_suffix(".json") if out.suffix == ".html" else out
         check_result(out)
-    name = base_of(adapter, config.model)
+    name = _one_base(config)
     messages.libraries()
     from retain.data.draws import HELD_OUT
     from retain.data.general_prompts import read_prompts
     from retain.data.sources import read_rows
+    from retain.evaluation.general import check_general
+    from retain.models.saved import adapter_digest
+    from retain.provenance import provenance
+    from retain.runs.evaluation import Evaluation, Given
 
-    asked = None if config.prompts is None else read_prompts(config.prompts)
-    text = None
+    check_general(list(general), config.data_dir)
+    seed, text, rows = HELD_OUT + config.seed, None, None
+    if config.data is not None:
+        rows = read_rows(config.data, config.limit, seed=seed, max_length=config.data_length)
     if config.source is not None:
-        seed = HELD_OUT + config.seed
         text = read_rows(config.source, config.rows, seed=seed, max_length=config.max_length)
+    asked = None if config.prompts is None else read_prompts(config.prompts)
+    found = Evaluation(config, Given(text, rows, asked, problems, general), messages)
+    adapters: list[dict[str, Any]] = []
+    model: dict[str, Any] = {}
     with interruption("nothing was written"):
-        messages.say(f"loading {name}")
-        tuned, tokenizer, record = load_tuned(name, adapter, config, messages)
-        found = _measure(tuned, tokenizer, text, config, problems, messages)
-        answers = None if asked is None else _answers(tuned, tokenizer, asked, config, messages)
-    result = dict(finite(
-        _result(name, config, tuned, record, found)
-        | ({} if answers is None else {"answers": answers})
-        | {"notes": messages.notes}
-    ))  # fmt: skip
+        for folder, short in zip(config.adapter, _names(config.adapter), strict=True):
+            messages.say(f"loading {name} with {folder}" if adapters else f"loading {name}")
+            tuned, tokenizer, record = load_tuned(name, folder, config, messages)
+            if found.text is None:
+                found.text = own_text(tuned, tokenizer, config, messages)
+            check_finite(found.measure(tuned, tokenizer, short).kl)
+            about, trained = _sizes(tuned), record and record.model_dump(mode="json")
+            model = {"name": name, "parameters": about[0], "dtype": config.dtype}
+            adapters.append({
+                "name": short, "path": str(folder), "trainable": about[1],
+                "digest": adapter_digest(folder.expanduser()),
+                "label": "LoRA + retention" if record is not None and record.held else "LoRA",
+                "history": trained["history"] if trained else [],
+            })  # fmt: skip
+            del tuned
+    for one, answers in zip(adapters, found.answers, strict=False):
+        one["answers"] = answers.plain()
+    data = found.data()
+    if data is not None:
+        given = Path(str(config.data)).expanduser()
+        digest = file_digest(given) if given.is_file() else None
+        data = {"name": str(config.data), "digest": digest, **data}
+    result = EvalRecord.model_validate(finite({
+        "schema": RESULT_SCHEMA, "kind": "eval", **provenance(config.seed), "model": model,
+        "source": {"name": config.source or "self", "tokens": found.forgetting[0].tokens},
+        "adapters": adapters, "data": data,
+        "general": {"tasks": general, "data_dir": config.data_dir} if general else None,
+        "scores": found.scores(), "notes": messages.notes,
+    })).plain()  # fmt: skip
     if out is not None:
         with locked(out, file=True):
             clear_scratch(out)
             write_json(out, result)
     return result
+
+
+def general_tasks(given: str) -> dict[str, int | None]:
+    """``hellaswag,arc_easy:200`` as tasks, each with how many rows of it at most.
+
+    Raises:
+        ConfigError: a task that is named twice or not at all, or an N that is no number above 0.
+    """
+    found: dict[str, int | None] = {}
+    for part in given.split(","):
+        name, mark, count = (piece.strip() for piece in part.partition(":"))
+        if not name or name in found or (mark and not (count.isdecimal() and int(count))):
+            raise ConfigError(
+                "a general task is not understood", got=repr(part),
+                allowed="tasks with commas between, each once, maybe with :N", 
+                fix="--general knowledge,hellaswag,arc_easy:200",
+            )  # fmt: skip
+        found[name] = int(count) if mark else None
+    return found
+
+
+def _one_base(config: EvalConfig) -> str:
+    """The base model of all adapters, whose folders are checked.
+
+    Raises:
+        RetainError: a folder without an adapter, or several bases.
+    """
+    names = list(dict.fromkeys(base_of(folder, config.model) for folder in config.adapter))
+    if len(names) > 1:
+        raise MismatchError(
+            "the adapters name several base models", got=", ".join(names), allowed="one",
+            fix="say with --model which it is, where they are the same",
+        )  # fmt: skip
+    return names[0]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """What to call adapters: their folder, or the folder above where that is ``adapter``."""
+    found: list[str] = []
+    for folder in folders:
+        place = folder.expanduser().resolve()
+        name = (place.parent.name if place.name == "adapter" else "") or place.name or "adapter"
+        more = sum(other == name or other.startswith(f"{name} (") for other in found)
+        found.append(f"{name} ({more + 1})" if more else name)
+    return found
+
+
+def _sizes(model: Any) -> tuple[int, int]:
+    """The base's parameters, and the adapter's."""
+    from retain.models.sites import lora_sites
+
+    frozen = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
+    return frozen, sum(s.a.numel() + s.b.numel() for s in lora_sites(model))
 
 
 def load_tuned(
@@ -162,104 +305,3 @@ def check_finite(kl: float) -> None:
             allowed="finite numbers",
             fix="check the adapter and the base, or use --dtype float32",
         )
-
-
-def _measure(
-    model: Any, tokenizer: Any, source: Any, config: EvalConfig, problems: int, messages: Messages
-) -> dict[str, Any]:
-    """Forgetting on source text, and the probe and the task where they are asked for."""
-    from retain.data.draws import HELD_OUT
-    from retain.data.problems import word_problems
-    from retain.evaluation.forgetting import measure_forgetting
-    from retain.evaluation.general import knowledge_score, problem_score
-    from retain.intervals import wilson
-    from retain.models.off import adapter_off
-
-    if source is None:
-        source = own_text(model, tokenizer, config, messages)
-    progress = messages.progress
-    forgetting = measure_forgetting(
-        model, source, tokenizer=tokenizer, rows=config.rows, max_length=config.max_length,
-        batch_size=config.batch_size, seed=HELD_OUT + config.seed, progress=progress,
-    )  # fmt: skip
-    check_finite(forgetting.kl)
-
-    def both(score: Callable[[], tuple[int, int]]) -> dict[str, dict[str, Any]]:
-        """A score with the adapter off and on."""
-        with adapter_off(model):
-            base = score()
-        return {
-            name: {"accuracy": hits / n, "interval": wilson(hits, n), "items": n}
-            for name, (hits, n) in (("base", base), ("tuned", score()))
-        }
-
-    def solved() -> tuple[int, int]:
-        given = word_problems("test", problems, config.seed)
-        return problem_score(model, tokenizer, given, progress=progress)[0], problems
-
-    return {
-        "forgetting": forgetting.to_dict(),
-        "probe": both(lambda: knowledge_score(model, tokenizer, progress=progress))
-        if config.probe
-        else None,
-        "task": both(solved) if problems else None,
-    }
-
-
-def _answers(
-    model: Any, tokenizer: Any, asked: Any, config: EvalConfig, messages: Messages
-) -> dict[str, Any]:
-    """The answers to prompts, as plain data of an `AnswersRecord`."""
-    from retain.evaluation.answers import measure_answers
-
-    found = measure_answers(
-        model, asked, tokenizer=tokenizer, batch_size=config.batch_size, seed=config.seed,
-        progress=messages.progress,
-    )  # fmt: skip
-    return AnswersRecord.model_validate(found.to_dict()).plain()
-
-
-def _result(
-    name: str, config: EvalConfig, model: Any, record: TrainRecord | None, found: dict[str, Any]
-) -> dict[str, Any]:
-    """A `retain.result/1`: what was measured by name, and as the rows that the report reads."""
-    from retain.models.sites import lora_sites
-    from retain.provenance import provenance
-
-    frozen = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
-    trained = sum(s.a.numel() + s.b.numel() for s in lora_sites(model))
-    forgetting, probe, task = found["forgetting"], found["probe"], found["task"]
-    held = record is not None and record.held
-    before = {"kl": 0.0, "ppl_base": forgetting["ppl_base"], "ppl": forgetting["ppl_base"],
-              "flips": 0.0, "tokens": forgetting["tokens"]}  # fmt: skip
-    told = {} if record is None else record.model_dump(mode="json")
-    rows: list[dict[str, Any]] = [
-        {"name": "base", "label": "base model", "method": None, "forgetting": before},
-        {
-            "name": "adapter", "label": "LoRA + retention" if held else "LoRA",
-            "method": record.config.method if held and record else "none",
-            "forgetting": forgetting,
-            "strength": record.strength if held and record else None,
-            "train": {key: told.get(key) for key in ("seconds", "steps", "examples")},
-            "history": told.get("history", []),
-        },
-    ]  # fmt: skip
-    for row, which in zip(rows, ("base", "tuned"), strict=True):
-        if probe:
-            lost = probe["base"]["accuracy"] - probe[which]["accuracy"]
-            row["probe"] = probe[which] | {"lost": lost}
-        if task:
-            score = dict(task[which])
-            row["target"] = {"exact_match": score.pop("accuracy"), **score}
-    learned = record.config.data if record else "unknown"
-    return {
-        "schema": "retain.result/1", "kind": "eval", **provenance(config.seed),
-        "adapter": str(config.adapter),
-        "model": {"name": name, "parameters": frozen, "trainable": trained, "dtype": config.dtype},
-        "task": {
-            "name": "word-problems" if task else learned,
-            "test": task and task["tuned"]["items"], "metric": "exact_match",
-        },
-        "source": {"name": config.source or "self", "heldout_tokens": forgetting["tokens"]},
-        "forgetting": forgetting, "knowledge": probe, "exact_match": task, "rows": rows,
-    }  # fmt: skip

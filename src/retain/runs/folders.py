@@ -8,6 +8,7 @@ from typing import Any
 
 from retain.documents import read_json
 from retain.files import check_ours, clear_scratch, has_schema, recover, remove_ours, writing
+from retain.records import RESULT_SCHEMA
 from retain.runs.records import RUN, STATE_SCHEMA, TRAIN, TRAIN_SCHEMA
 
 __all__ = [
@@ -136,7 +137,9 @@ def check_result(path: Path) -> None:
     Raises:
         OutputError: there is one.
     """
-    check_ours(path, _of("retain.result/1"), "the result of an eval", path)
+    schemas = (RESULT_SCHEMA, "retain.result/1")
+    check_ours(path, lambda file: any(has_schema(file, schema) for schema in schemas),
+               "the result of an eval", path)  # fmt: skip
 
 
 def check_curvature(path: Path) -> None:
