@@ -3,7 +3,10 @@
 import importlib
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +75,47 @@ def _line(name: str, folder: str, metric: str) -> str:
     values = [f"{scale * value.mean:.{digits}f}" for value in means if value is not None]
     spread = f"{scale * gap.mean:+.{digits}f} ± {scale * (gap.high - gap.mean):.{digits}f}"
     return f"| {name}: {what} | {' | '.join(values)} | {spread.replace('-', '−')} |"
+
+
+def test_the_site_is_built(tmp_path: Path) -> None:
+    """Strictly: no link or name that leads nowhere; and it asks no other host for a file."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = [*tmp_path.rglob("*.html")]
+    assert {"index.html", "faq.html", "options.html", "five-minutes.html"} <= {
+        p.name for p in pages
+    }
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert not re.findall(r"<(?:script|img|iframe)[^>]+src=\"?(?:https?:)?//", text), page
+        assert not re.findall(r"<link[^>]+rel=\"?stylesheet[^>]+href=\"?(?:https?:)?//", text), page
+    assert "retain.fit_curvature" in (tmp_path / "api.html").read_text(encoding="utf-8")
+    assert "--factor-rank" in (tmp_path / "options.html").read_text(encoding="utf-8")
+
+
+def test_the_notebook_runs(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nbclient
+    import nbformat
+
+    notebook = nbformat.read(ROOT / "docs" / "five-minutes.ipynb", as_version=4)
+    for name, value in {
+        "RETAIN_MODEL": tiny_folder, "RETAIN_STEPS": 2, "PYTHONPATH": ROOT / "src",
+        "JUPYTER_PLATFORM_DIRS": 1,
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    for cell in notebook.cells:  # what the model writes takes the time
+        cell.source = cell.source.replace("rows=32", "rows=8, max_length=24")
+    client = nbclient.NotebookClient(
+        notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute()
+    printed = [o.text for cell in notebook.cells for o in cell.get("outputs", []) if "text" in o]
+    assert "adapter_model.safetensors" in printed[-1]
+    values = [float(text.split()[-1]) for text in printed if "KL to the base" in text]
+    assert len(values) == 2 and all(value >= 0 for value in values)
