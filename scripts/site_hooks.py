@@ -22,6 +22,9 @@ NOTEBOOK = "five-minutes.ipynb"
 
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((\.\.?/[^)#\s]+|[^):#\s]+\.ipynb)(#[^)\s]*)?\)")
 
+_DIAGRAM = re.compile(r"^```mermaid\n.*?^```\n", re.MULTILINE | re.DOTALL)
+"""GitHub draws it; a site would need a script of 3 MB, so it shows a picture made of it once."""
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the notebook and the table of options as pages."""
@@ -51,7 +54,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path}{anchor})"
         return f"`{path}`" if path.endswith(text.strip("`")) else f"{text} (`{path}`)"
 
-    return _LINK.sub(shown, markdown)
+    stem = posixpath.basename(page.file.src_uri).removesuffix(".md")
+    return _LINK.sub(shown, _DIAGRAM.sub(f"![What leads to what](images/{stem}.svg)\n", markdown))
 
 
 def notebook_page(path: Path) -> str:
@@ -87,15 +91,16 @@ def options_page() -> str:
     ]
     for name, command in _commands(get_command(app), "retain"):
         lines += [f"## {name}", (command.help or "").split("\n\n")[0].replace("\n", " ")]
-        rows = ["| | | default |", "|---|---|---|"]
+        rows = ["| | |", "|---|---|"]
         for option in command.params:
             if option.name == "help":
                 continue
             names = option.opts if option.opts[0].startswith("-") else [str(option.metavar)]
-            default = "" if option.default in (None, False, [], -1) else f"`{option.default}`"
-            default = "required" if option.required else default
+            silent = option.default in (None, [], -1) or option.default is False
+            default = "" if silent else f" By default `{option.default}`."
+            default = " **Required.**" if option.required else default
             flags = ", ".join(f"`{flag}`" for flag in names)
-            rows.append(f"| {flags} | {(option.help or '').replace('|', '/')} | {default} |")
+            rows.append(f"| {flags} | {(option.help or '').replace('|', '/')}{default} |")
         lines.append("\n".join(rows))
     return "\n\n".join(lines) + "\n"
 
