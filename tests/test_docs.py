@@ -166,7 +166,8 @@ def test_the_notebook_runs(
         notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute()
-    printed = [o.text for cell in notebook.cells for o in cell.get("outputs", []) if "text" in o]
-    assert "adapter_model.safetensors" in printed[-1]
-    values = [float(text.split()[-1]) for text in printed if "KL to the base" in text]
-    assert len(values) == 2 and all(value >= 0 for value in values)
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+    printed = "".join(o["text"] for o in outputs if o.get("name") == "stdout")
+    assert "adapter_model.safetensors" in printed
+    values = re.findall(r"KL to the base (\S+)", printed)
+    assert len(values) == 2 and all(float(value) >= 0 for value in values)
