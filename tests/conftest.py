@@ -12,7 +12,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-LONG = ("smollm2", "two_lines", "demo", "kill", "torchrun", "memory", "process", "trl", "lm_eval")
+LONG = (
+    "smollm2", "two_lines", "demo", "kill", "torchrun", "memory", "process", "trl", "lm_eval",
+    "snippets",
+)  # fmt: skip
 """Parts of the names of files with few tests that each take long."""
 
 
