@@ -43,7 +43,7 @@ def kept_in(state: TrainerState, needed: bool) -> dict[str, Any]:
         why = f"nothing of it in {where}"
     elif found.get("step") != state.global_step:  # what it holds is of a checkpoint before
         why = f"steps {found.get('step')} to {state.global_step} were trained without the callback"
-    elif not all(_is_number(found.get(name, 0)) for name in _NUMBERS):
+    elif not all(_is_number(part.get(name, 0)) for part in _parts(found) for name in _NUMBERS):
         why = f"damaged values in {where}"
     else:
         named = found.get("start")  # before 0.2
@@ -56,6 +56,11 @@ def kept_in(state: TrainerState, needed: bool) -> dict[str, Any]:
             fix="resume from another one; parts=('force',) goes on with the force alone",
         )
     return {}
+
+
+def _parts(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is kept, and of each named budget."""
+    return [found, *found.get("budgets", {}).values()]
 
 
 def _is_number(value: object) -> bool:
