@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from retain.errors import RetainError
     from retain.evaluation.answers import measure_answers
     from retain.evaluation.certify import certify
+    from retain.evaluation.explain import explain
     from retain.evaluation.forgetting import measure_forgetting
     from retain.models.load import load_model
     from retain.models.lora import attach_lora, grow_lora
@@ -42,6 +43,7 @@ __all__ = [
     "attach_lora",
     "certify",
     "continue_run",
+    "explain",
     "fit_curvature",
     "fit_head",
     "grow_lora",
@@ -64,6 +66,7 @@ _HOMES = {
     "attach_lora": "retain.models.lora",
     "certify": "retain.evaluation.certify",
     "continue_run": "retain.runs.train",
+    "explain": "retain.evaluation.explain",
     "fit_curvature": "retain.curvature.fit.fit",
     "fit_head": "retain.retention.head",
     "grow_lora": "retain.models.lora",
