@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from retain.errors import RetainError
     from retain.evaluation.answers import measure_answers
     from retain.evaluation.certify import certify
+    from retain.evaluation.explain import explain
     from retain.evaluation.forgetting import measure_forgetting
     from retain.models.load import load_model
     from retain.models.lora import attach_lora, grow_lora
@@ -44,6 +45,7 @@ __all__ = [
     "certify",
     "continue_run",
     "eval_run",
+    "explain",
     "fit_curvature",
     "fit_head",
     "grow_lora",
@@ -67,6 +69,7 @@ _HOMES = {
     "certify": "retain.evaluation.certify",
     "continue_run": "retain.runs.train",
     "eval_run": "retain.runs.eval",
+    "explain": "retain.evaluation.explain",
     "fit_curvature": "retain.curvature.fit.fit",
     "fit_head": "retain.retention.head",
     "grow_lora": "retain.models.lora",

@@ -354,7 +354,7 @@ def test_the_error_of_rounding_is_looked_at_now_and_then(
 
     def look(sites: Any, *, rounded: bool = False) -> Any:
         if not rounded:
-            looks.append(retention._looks)
+            looks.append(retention.holds[0].looks)
         return felt(sites, rounded=rounded)
 
     monkeypatch.setattr(curvature, "felt", look)

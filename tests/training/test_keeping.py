@@ -114,12 +114,18 @@ def test_steps_without_it_in_between_are_noticed(whole: Any, tmp_path: Path) -> 
         )
 
 
-@pytest.mark.parametrize("value", [None, "ten", [1], float("nan")])
-def test_damaged_values_are_refused(value: Any, whole: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("first", None), ("first", "ten"), ("first", [1]), ("first", float("nan")),
+        ("budgets", []), ("budgets", {"facts": 1}), ("budgets", {"facts": {"strength": "ten"}}),
+    ],
+)  # fmt: skip
+def test_damaged_values_are_refused(key: str, value: Any, whole: Any, tmp_path: Path) -> None:
     options, folder, _ = whole
     place = Path(shutil.copytree(folder / f"checkpoint-{HALF}", tmp_path / "damaged"))
     state = json.loads((place / "trainer_state.json").read_text())
-    state["stateful_callbacks"]["retain"]["first"] = value
+    state["stateful_callbacks"]["retain"][key] = value
     (place / "trainer_state.json").write_text(json.dumps(state))
     model, call = held(**options)
     with pytest.raises(TrainingError, match="damaged values"):

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from retain import __version__
-from retain.cli import certify, demo, fit, plan, report, soften, study, tasks, train
+from retain.cli import certify, demo, explain, fit, plan, report, soften, study, tasks, train
 from retain.cli import eval as evaluation
 from retain.compat import usage_error
 from retain.errors import (
@@ -96,6 +96,7 @@ app.command("fit", epilog=fit.EXAMPLE)(fit.fit)
 app.command("train", epilog=train.EXAMPLE)(train.train)
 app.command("eval", epilog=evaluation.EXAMPLE)(evaluation.evaluate)
 app.command("certify", epilog=certify.EXAMPLE)(certify.certify)
+app.command("explain", epilog=explain.EXAMPLE)(explain.explain)
 app.command("soften", epilog=soften.EXAMPLE)(soften.soften)
 app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
 app.command("tasks", epilog=tasks.EXAMPLE)(tasks.tasks)

@@ -19,7 +19,7 @@ from retain.curvature.operator import BlockOperator
 from retain.errors import MismatchError
 from retain.models.forward import no_autocast
 
-__all__ = ["merge"]
+__all__ = ["merge", "same_anchor"]
 
 _Operator = TypeVar("_Operator", bound=BlockOperator)
 
@@ -92,7 +92,7 @@ def _check(a: BlockOperator, b: BlockOperator) -> None:
                 allowed=f"the same {what}",
                 fix="fit both with the same settings",
             )
-    if not _same_anchor(a, b):
+    if not same_anchor(a, b):
         raise MismatchError(
             "curvatures around different anchors do not add",
             got="two anchors",
@@ -101,7 +101,7 @@ def _check(a: BlockOperator, b: BlockOperator) -> None:
         )
 
 
-def _same_anchor(a: BlockOperator, b: BlockOperator) -> bool:
+def same_anchor(a: BlockOperator, b: BlockOperator) -> bool:
     """Whether two anchors are the same point (in weight space, however it is split)."""
     for name in {*a.anchor, *b.anchor}:
         x, y = a.anchor.get(name), b.anchor.get(name)

@@ -99,7 +99,8 @@ class FittingCallback(RetentionCallback):
                     fix=f"curvature=PATH of a copy, or put it back as {kept}",
                 )
             return load_curvature(kept)
-        found = fit_curvature(model, self.source or "self", tokenizer=tokenizer, **self.fit)
+        source: Any = self.source or "self"
+        found = fit_curvature(model, source, tokenizer=tokenizer, **self.fit)
         if args.should_save and args.save_strategy != "no":
             found.save(kept)
         return found

@@ -14,6 +14,7 @@ from retain.models.names import unwrap
 from retain.models.sites import lora_sites
 from retain.retention.fresh_rows import fresh_rows
 from retain.retention.loader import RowReader
+from retain.retention.named import Curvatures, by_name
 
 __all__ = ["NO_STRENGTH", "check_filter", "why_no_filter", "why_no_inputs"]
 
@@ -26,7 +27,7 @@ WIDEST = 8192
 
 def check_filter(
     model: nn.Module,
-    curvature: Curvature | None,
+    curvature: Curvatures | None,
     past: Curvature | None,
     rows: RowReader | None,
     *,
@@ -80,7 +81,7 @@ def check_filter(
 
 def why_no_filter(
     model: nn.Module,
-    curvature: Curvature | None,
+    curvature: Curvatures | None,
     past: Curvature | None = None,
     rows: RowReader | None = None,
 ) -> str | None:
@@ -120,16 +121,16 @@ def _why_not_fresh(model: nn.Module) -> str:
 
 
 def why_no_inputs(
-    curvature: Curvature | None, past: Curvature | None = None, *, limited: bool = True
+    curvature: Curvatures | None, past: Curvature | None = None, *, limited: bool = True
 ) -> str | None:
     """Why no filter can be made from these curvatures; None where one can.
 
     Args:
-        curvature: of the source text, if there is one.
+        curvature: of the source text, if there is one; or several by name.
         past: of the tasks before, which may be around a tuned model.
         limited: a layer may read `WIDEST` values at most.
     """
-    for held in (curvature, past):
+    for held in (*by_name(curvature).values(), past):
         if held is None:
             continue
         if held.info.space != "weight" or (held.anchor and held is not past):

@@ -16,9 +16,10 @@ In place of the strength a budget may be given; see `retain.retention.budget`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import reduce
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +39,17 @@ from retain.models.sites import LinearSite, check_held
 from retain.retention.budget import Budget, anchored, scale_back, settle
 from retain.retention.lengths import step_lengths
 from retain.retention.measure import Reference
+from retain.retention.named import (
+    Budgets,
+    Curvatures,
+    by_name,
+    check_names,
+    check_together,
+)
 from retain.retention.watch import Watched, read
 from retain.types import STRONGEST, UPDATES, Update
 
-__all__ = ["Force", "check_strength"]
+__all__ = ["Force", "Hold", "check_strength"]
 
 ROOM = 0.8
 """Of a budget, the share that earlier tasks may have used when training begins."""
@@ -53,23 +61,60 @@ LOOK = 64
 """Steps between two looks at that error; before, at steps 1, 2, 4 and so on."""
 
 
+@dataclass(eq=False)
+class Hold:
+    """What holds the model to one source.
+
+    Attributes:
+        name: of a named budget; empty for the one without a name.
+        curvature: fitted on it.
+        budget: of it; None where there is a strength.
+        probe: its text, with the base's predictions; None where the prediction is believed.
+        rounded: whether its factors are read in bfloat16 (`Force._feel`).
+        looks: how often they may have been looked at.
+        nats: predicted at the last step.
+    """
+
+    name: str
+    curvature: Curvature
+    budget: Budget | None = None
+    probe: Reference | None = None
+    rounded: bool = False
+    looks: int = 0
+    nats: float = 0.0
+
+
+class Felt(NamedTuple):
+    """Of one source: predicted nats, the pulls, and what balances (`Force._squares`)."""
+
+    nats: float
+    pulls: list[Pull]
+    balance: list[float]
+
+
 class Force:
     """Holds a model near its anchor while it trains; `retain.Retention` is the whole recipe.
 
     Args:
         model: a PEFT model with LoRA, or a plain one whose curvature was fitted on it.
-        curvature: fitted on this model.
+        curvature: fitted on this model; or several by name, fitted at one point.
         strength: how many nats of task loss one nat of predicted forgetting weighs. 0 is plain
             training, bit for bit.
         budget: nats of KL divergence per source token that may be spent; the strength is then
-            found by itself, and `finish` is to be called when training ends.
+            found by itself, and `finish` is to be called when training ends. Of several curvatures
+            each has its own, by the same names: the force is then
+            ``sum over k of strength_k dq_k``.
         past: a second curvature, held with the same strength: that of the tasks before, around the
             model's present weights (`retain.reanchored`). The budget is that of the first alone,
-            which stays where the base model is.
+            which stays where the base model is. Beside several it has the largest strength.
         probe: tokenised source text, a few rows: with a budget, the true divergence on it corrects
             the predicted one now and then, and at the end. Without it the prediction is believed.
+            Of several budgets by name; those that are missing believe the prediction.
         update: ``gradient`` or ``proximal``.
         resuming: the adapter is expected to be away from the anchor already.
+
+    Attributes:
+        holds: of each source, what holds the model to it.
 
     Raises:
         MismatchError: the curvature is of another model; or, in adapter space and in full
@@ -77,19 +122,19 @@ class Force:
         ModelError: pre-trained weights train beside the LoRA that nothing would hold; or a head
             that is not known.
         ConfigError: a strength that is negative or not finite, a budget that is not above 0, a
-            probe beside other trained weights, or an unknown update.
+            probe beside other trained weights, an unknown update, or names that differ.
     """
 
     @no_autocast()
     def __init__(
         self,
         model: nn.Module,
-        curvature: Curvature,
+        curvature: Curvatures,
         strength: float = 10.0,
         *,
-        budget: float | None = None,
+        budget: Budgets | None = None,
         past: Curvature | None = None,
-        probe: Sequence[Example] = (),
+        probe: Sequence[Example] | Mapping[str, Sequence[Example]] = (),
         update: Update = "gradient",
         resuming: bool = False,
     ) -> None:
@@ -97,32 +142,40 @@ class Force:
             raise unknown("update", update, UPDATES)
         check_strength(strength)
         head_kind(model)
-        self.curvature, self.update = curvature, update
-        self.budget = None if budget is None else Budget(budget)
-        self._strength = strength
-        self.sites = curvature.bind(model)
+        probes = by_name(probe or None)
+        check_names(curvature, budget, **({"probes": probe} if probe else {}))
+        nats = by_name(budget)
+        rounded, self.update, self._strength = has_bf16(), update, strength
+        known = by_name(curvature)
+        self.holds = [
+            Hold(name, known[name], Budget(nats[name]) if nats else None, rounded=rounded)
+            for name in nats or known
+        ]
+        for hold in self.holds:
+            self.sites = hold.curvature.bind(model)
+        check_together(known)
         if past is not None:
             past.bind(model)
-            if update != "gradient":
-                raise ConfigError(
-                    "a proximal step knows one curvature",
-                    got="a curvature of the past beside it",
-                    allowed="update='gradient'",
-                    fix="leave update out",
-                )
+        if (past is not None or len(self.holds) > 1) and update != "gradient":
+            raise ConfigError(
+                "a proximal step knows one curvature",
+                got="another beside it",
+                allowed="update='gradient'",
+                fix="leave update out",
+            )
         whole = isinstance(self.sites[0], LinearSite)
         if not whole:
             check_held(model)
-        exact = whole or curvature.info.space == "adapter"
-        if exact and not resuming and past is None and not curvature.at_anchor(self.sites):
+        first = self.holds[0].curvature
+        exact = whole or first.info.space == "adapter"
+        if exact and not resuming and past is None and not first.at_anchor(self.sites):
             raise MismatchError(
                 "the model does not start where the curvature was fitted",
                 got="other values of " + ("its weights" if whole else "A or B"),
                 allowed="the anchor's",
                 fix="curvature.load_anchor(model)" + ("" if whole else ", or space='weight'"),
             )
-        self.probe: Reference | None = None
-        if self.budget is not None and probe:
+        if nats and probes:
             held = self._own()
             other = [
                 n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held
@@ -134,22 +187,50 @@ class Force:
                     allowed="weights that the curvature holds; a new head has nothing to keep",
                     fix="leave the probe out (source=None), so that the prediction is believed",
                 )
-            self.probe = Reference(
-                model, probe, batch_size=len(probe), base=lambda _: anchored(curvature, self.sites)
-            )
+            for hold in self.holds:
+                rows = probes.get(hold.name)
+                if rows:
+                    hold.probe = Reference(
+                        model, rows, batch_size=len(rows),
+                        base=lambda _: anchored(first, self.sites),
+                    )  # fmt: skip
         self.model, self.rows, self.past = model, slice(None), past
         self._active: dict[int, Any] = {}
-        self._rounded, self._looks = has_bf16(), 0
+
+    @property
+    def curvature(self) -> Curvature:
+        """Of the source; the first of several, which are around one point."""
+        return self.holds[0].curvature
+
+    @property
+    def budget(self) -> Budget | None:
+        """Of the source; the first of several, which are in `holds`."""
+        return self.holds[0].budget
+
+    @property
+    def probe(self) -> Reference | None:
+        """Of the source; the first of several."""
+        return self.holds[0].probe
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """By name: nats of task loss that one nat of predicted forgetting weighs now."""
+        return {
+            h.name: self._strength if h.budget is None else h.budget.strength for h in self.holds
+        }
 
     @property
     def strength(self) -> float:
-        """Nats of task loss that one nat of predicted forgetting weighs now."""
-        return self._strength if self.budget is None else self.budget.strength
+        """Nats of task loss that one nat on the source weighs now, or one nat on all of several."""
+        return sum(self.strengths.values())
 
     @no_autocast()
     def predicted(self) -> float:
-        """Predicted nats per source token at the present adapter."""
-        return self.curvature.pulls(self.sites)[0]
+        """Predicted nats per source token at the present adapter; of several sources the mean."""
+        return _mean([self._predicted(hold) for hold in self.holds])
+
+    def _predicted(self, hold: Hold) -> float:
+        return hold.curvature.pulls(self.sites)[0]
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained weights that are held."""
@@ -175,7 +256,7 @@ class Force:
 
     @no_autocast()
     def make_room(self) -> bool:
-        """Before training: what is there may have spent four fifths of the budget.
+        """Before training: what is there may have spent four fifths of each budget.
 
         What counts is the measured divergence where there is a probe, else the predicted one.
 
@@ -184,14 +265,40 @@ class Force:
         """
         if self.budget is None:
             return False
-        before, most = self.predicted(), ROOM * self.budget.nats
-        if self.probe is None:
-            scale_back(self.curvature, self.sites, most)
-            left = self.predicted()
-        else:
-            left = settle(self.curvature, self.sites, most, self._measure)
-        self.budget.spent = (left, self.predicted())
+        before = self.predicted()
+        left = self._take_back(ROOM)
+        for hold, nats in zip(self.holds, left, strict=True):
+            assert hold.budget is not None
+            hold.budget.spent = (nats, self._predicted(hold))
         return self.predicted() < before
+
+    def _take_back(self, share: float = 1.0, rows: slice = slice(None)) -> list[float]:
+        """Moves the weights straight back until all budgets are kept.
+
+        On the way back no quadratic that is within its budget leaves it, for it is within it at
+        both ends.
+
+        Args:
+            share: of the budgets.
+            rows: see `scale_back`.
+
+        Returns:
+            Of each source the nats that are left: measured, or without a probe predicted.
+        """
+        for hold in self.holds:
+            assert hold.budget is not None
+            if hold.probe is None:
+                most = hold.budget.allowed() if share == 1.0 else share * hold.budget.nats
+                scale_back(hold.curvature, self.sites, most, rows)
+                left = self._predicted(hold)
+            else:
+                most = share * hold.budget.nats
+                measure = partial(self._measure, hold)
+                left = settle(hold.curvature, self.sites, most, measure, rows)
+        return [left] if len(self.holds) == 1 else [self._left(hold) for hold in self.holds]
+
+    def _left(self, hold: Hold) -> float:
+        return self._predicted(hold) if hold.probe is None else self._measure(hold)
 
     def step(self, optimizer: Optimizer) -> float:
         """Steps the optimiser with the force applied, in place of ``optimizer.step()``.
@@ -216,57 +323,81 @@ class Force:
         Raises:
             TrainingError: the weights have left the finite numbers.
         """
-        nats, pulls, balance = self._feel(watched)
+        felt = self._feel(watched)
+        nats = _mean([each.nats for each in felt])
         _check_finite(nats)
-        if self._spend(nats, balance):
-            nats, pulls, _ = self._feel(balanced=False)
-        if self.strength:
+        if self._spend(felt):
+            felt = self._feel(balanced=False)
+            nats = _mean([each.nats for each in felt])
+        for hold, each in zip(self.holds, felt, strict=True):
+            hold.nats = each.nats
+        for strength, pulls in self._terms(felt):
+            if not strength:
+                continue
             for parameter, _ in pulls:
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             pairs = self._pairs(pulls)
             if pairs:
                 grads, forces = zip(*pairs, strict=True)
-                torch._foreach_add_(grads, forces, alpha=self.strength)
+                torch._foreach_add_(grads, forces, alpha=strength)
         return nats
 
-    def _feel(
-        self, watched: Watched | None = None, *, balanced: bool = True
-    ) -> tuple[float, list[Pull], list[float]]:
-        """Predicted nats, the gradients of all that holds, and what balances (`_squares`).
+    def _terms(self, felt: Sequence[Felt]) -> Iterator[tuple[float, list[Pull]]]:
+        """What pulls, and how strongly."""
+        strengths = self.strengths
+        for hold, each in zip(self.holds, felt, strict=True):
+            yield strengths[hold.name], each.pulls
+        if len(felt) > 1 and self.past is not None:
+            yield max(strengths.values()), self.past.felt(self.sites)[1]
+
+    def _feel(self, watched: Watched | None = None, *, balanced: bool = True) -> list[Felt]:
+        """Of each source predicted nats, the gradients, and what balances (`_squares`).
 
         On hardware with bfloat16 products the source's is read from rounded factors, as long as
         that does no harm: rounded factors are not positive semi-definite, and where the weights
         have moved in directions that the curvature hardly sees, as behind a filter, what is left of
         S may be less than what rounding has added.
         """
-        value, own = self.curvature.felt(self.sites, rounded=self._rounded)
-        pulls = self._with_past(own)
-        values = [value, *(self._squares(pulls) if balanced else ())]
-        nats, *balance = read(values if watched is None else [*values, watched.value])
+        owns, every, values = [], [], []
+        for hold in self.holds:
+            value, own = hold.curvature.felt(self.sites, rounded=hold.rounded)
+            pulls = self._with_past(own)
+            values += [value, *(self._squares(pulls) if balanced else ())]
+            owns.append(own)
+            every.append(pulls)
+        numbers = read(values if watched is None else [*values, watched.value])
         if watched is not None:
-            watched.judge(balance.pop())
-        if self._rounded and nats:
-            self._looks += 1
-            if nats < 0 or self._looks % LOOK == 0 or self._looks & (self._looks - 1) == 0:
-                value, wanted = self.curvature.felt(self.sites)
-                size = [w for _, w in wanted]
-                error = torch._foreach_sub([g for _, g in own], size)
-                exact, off, whole = read([value, _square(error), _square(size)])
-                if nats < 0 or off > ROUNDING**2 * whole:
-                    self._rounded, nats, pulls = (
-                        False,
-                        exact,
-                        self._with_past(wanted),
-                    )  # from now on
-                    self.curvature.drop_rounded()
-                    squares = self._squares(pulls)
-                    balance = read(squares) if squares else []
-        return nats, pulls, balance
+            watched.judge(numbers.pop())
+        width, found = len(numbers) // len(self.holds), []
+        for i, (hold, own, pulls) in enumerate(zip(self.holds, owns, every, strict=True)):
+            nats, *balance = numbers[i * width : (i + 1) * width]
+            found.append(self._looked(hold, own, Felt(nats, pulls, balance)))
+        return found
+
+    def _looked(self, hold: Hold, own: list[Pull], felt: Felt) -> Felt:
+        """What was felt; anew from exact factors where a look shows that rounding does harm."""
+        nats = felt.nats
+        if not hold.rounded or not nats:
+            return felt
+        hold.looks += 1
+        if nats >= 0 and hold.looks % LOOK and hold.looks & (hold.looks - 1):
+            return felt
+        value, wanted = hold.curvature.felt(self.sites)
+        size = [w for _, w in wanted]
+        error = torch._foreach_sub([g for _, g in own], size)
+        exact, off, whole = read([value, _square(error), _square(size)])
+        if nats >= 0 and off <= ROUNDING**2 * whole:
+            return felt
+        hold.rounded = False  # from now on
+        hold.curvature.drop_rounded()
+        pulls = self._with_past(wanted)
+        squares = self._squares(pulls)
+        return Felt(exact, pulls, read(squares) if squares else [])
 
     def _with_past(self, pulls: list[Pull]) -> list[Pull]:
-        """With the pulls of the tasks before."""
-        if self.past is None:
+        """With the pulls of the tasks before, which stand alone beside several (`_terms`)."""
+        if self.past is None or len(self.holds) > 1:
             return pulls
         others = self.past.felt(self.sites)[1]
         both = torch._foreach_add([g for _, g in pulls], [g for _, g in others])
@@ -297,49 +428,50 @@ class Force:
         value, pulls = self.curvature.felt(self.sites)
         nats, *balance = read([value, *self._squares(pulls)])
         _check_finite(nats)
-        if self._spend(nats, balance):
+        if self._spend([Felt(nats, pulls, balance)]):
             nats = self.predicted()
         return nats
 
     def measured(self) -> float | None:
         """The true KL divergence from the anchor on the probe; None without one."""
-        return None if self.probe is None else self._measure()
+        return None if self.probe is None else self._measure(self.holds[0])
 
-    def _measure(self) -> float:
-        assert self.probe is not None
+    def _measure(self, hold: Hold) -> float:
+        assert hold.probe is not None
         scatter(self.parameters())
-        kl = self.probe.measure(self.model).kl
+        kl = hold.probe.measure(self.model).kl
         reshard(self.model)
         return of_first([kl], next(self.model.parameters()).device)[0]
 
     @no_autocast()
     def finish(self) -> float | None:
-        """When training has ended: takes back what is above the budget.
+        """When training has ended: takes back what is above a budget.
 
         Returns:
-            The measured nats (without a probe, the predicted ones); None without a budget.
+            The measured nats (without a probe, the predicted ones), of several budgets their mean;
+            None without a budget.
         """
-        if self.budget is None:
-            return None
-        if self.probe is None:
-            scale_back(self.curvature, self.sites, self.budget.allowed(), self.rows)
-            return self.predicted()
-        return settle(self.curvature, self.sites, self.budget.nats, self._measure, self.rows)
+        return None if self.budget is None else _mean(self._take_back(rows=self.rows))
 
-    def _spend(self, nats: float, balance: Sequence[float]) -> bool:
-        """With a budget, dual ascent after a step; whether the weights had to be moved back."""
-        if self.budget is None:
-            return False
-        if not all(map(math.isfinite, balance)):  # a gradient scaler skips this step
-            return False
-        self.budget.weigh(*(balance or (0.0, 0.0)))
-        if self.probe is not None and self.budget.due():
-            self.budget.correct(self._measure(), nats)
-        self.budget.ascend(nats)
-        if nats <= self.budget.allowed():
-            return False
-        scale_back(self.curvature, self.sites, self.budget.allowed(), self.rows, nats)
-        return True
+    def _spend(self, felt: Sequence[Felt]) -> bool:
+        """With budgets, dual ascent after a step; whether the weights had to be moved back."""
+        budgets = [hold.budget for hold in self.holds if hold.budget is not None]
+        if not all(math.isfinite(b) for each in felt for b in each.balance):
+            return False  # a gradient scaler skips this step
+        for hold, budget, each in zip(self.holds, budgets, felt, strict=False):
+            budget.weigh(*(each.balance or (0.0, 0.0)))
+            if hold.probe is not None and budget.due():
+                budget.correct(self._measure(hold), each.nats)
+            budget.ascend(each.nats)
+        reached = any(budget.reached for budget in budgets)
+        moved = False
+        for hold, budget, each in zip(self.holds, budgets, felt, strict=False):
+            budget.reached = reached  # where one binds, those that do not let go
+            if each.nats > budget.allowed():  # of those that are left, the nats were before a move
+                now = None if moved else each.nats
+                scale_back(hold.curvature, self.sites, budget.allowed(), self.rows, now)
+                moved = True
+        return moved
 
 
 def check_strength(strength: float) -> None:
@@ -369,3 +501,7 @@ def _check_finite(nats: float) -> None:
             allowed="finite numbers",
             fix="lower the learning rate; the last checkpoint is untouched",
         )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return values[0] if len(values) == 1 else sum(values) / len(values)

@@ -28,9 +28,11 @@ step has been made. Every door drives this one object: `retain.RetentionCallback
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from itertools import accumulate
 from typing import Any
 
@@ -57,6 +59,7 @@ from retain.retention.hooks import GradientHooks
 from retain.retention.loader import RowReader
 from retain.retention.measure import fit_rows
 from retain.retention.moments import Moments, input_moments, moments_of
+from retain.retention.named import ALONE, Budgets, Curvatures, by_name, check_names, named
 from retain.retention.soften.truncate import truncated
 from retain.retention.state import choose, pack_curvature, unpack_curvature
 from retain.retention.watch import Watched
@@ -73,15 +76,20 @@ _MARK = "_retain_held"
 """The attribute of an A for its `_Mark`."""
 
 
+Probe = Sequence[Example] | Mapping[str, Sequence[Example]]
+
+
 class Recipe:
     """See the module.
 
     Args:
-        curvature: of the source text, around the base model; None where there is none.
+        curvature: of the source text, around the base model; None where there is none. Several by
+            name, of a source each, want a budget each.
         strength: how many nats of task loss one nat of predicted forgetting weighs.
         parts: those that act; by default all, the filter wherever it is possible (`why_no_filter`
             tells why it is not). One that is named and impossible is refused.
-        budget: in place of the strength, nats of KL divergence per source token that may be spent.
+        budget: in place of the strength, nats of KL divergence per source token that may be spent;
+            of several curvatures by the same names.
         past: the curvature of the tasks before, around the model's present weights.
         update: ``gradient`` or ``proximal``; see `retain.retention.force`.
         filter: options of the filter.
@@ -94,16 +102,16 @@ class Recipe:
         active: after `begin`, the rows of A and columns of B that train.
 
     Raises:
-        ConfigError: an unknown part, or a value out of range.
+        ConfigError: an unknown part, a value out of range, or names that differ.
     """
 
     def __init__(
         self,
-        curvature: Curvature | None = None,
+        curvature: Curvatures | None = None,
         strength: float = 10.0,
         *,
         parts: Sequence[str] | None = None,
-        budget: float | None = None,
+        budget: Budgets | None = None,
         past: Curvature | None = None,
         update: Update = "gradient",
         filter: Filter | None = None,
@@ -112,8 +120,10 @@ class Recipe:
             if part not in PARTS:
                 raise unknown("part", part, PARTS)
         check_strength(strength)
-        if budget is not None:
-            check_budget(budget)
+        if curvature is not None:
+            check_names(curvature, budget)
+        for nats in by_name(budget).values():
+            check_budget(nats)
         if update not in UPDATES:
             raise unknown("update", update, UPDATES)
         self.curvature, self.past = curvature, past
@@ -170,9 +180,9 @@ class Recipe:
         if fresh_rows(sites) is not None:
             return model
         most = 4 * rank if max_rank is None else max_rank
-        felt = [reanchored(c, model) for c in (self.curvature, self.past) if c is not None]
+        felt = [reanchored(c, model) for c in self._curvatures()]
         if sites[0].rank + rank > most and felt:
-            whole = felt[0] + felt[1] if len(felt) == 2 else felt[0]
+            whole = reduce(operator.add, felt)
             factors, lost = truncated(sites, whole, most - rank)
             _warn(
                 f"the adapter is cut from rank {sites[0].rank} to {most - rank}, and loses "
@@ -186,7 +196,7 @@ class Recipe:
         rows: RowReader | None,
         *,
         seed: int = 0,
-        probe: Sequence[Example] = (),
+        probe: Probe = (),
         progress: Mapping[str, Any] | None = None,
     ) -> None:
         """Sets and holds the model for a training.
@@ -195,7 +205,8 @@ class Recipe:
             model: with its adapter; or, for the force alone, one whose weights train.
             rows: reads the training data, for the filter; None where they cannot be read.
             seed: of the choice of rows.
-            probe: tokenised source text, on which a budget is measured; see `Force`.
+            probe: tokenised source text, on which a budget is measured, of several by name; see
+                `Force`.
             progress: of a training that goes on, what `progress` gave for its checkpoint.
 
         Raises:
@@ -213,15 +224,14 @@ class Recipe:
             raise
 
     def _begin(
-        self, model: nn.Module, rows: RowReader | None, seed: int, probe: Sequence[Example],
+        self, model: nn.Module, rows: RowReader | None, seed: int, probe: Probe,
         progress: Mapping[str, Any] | None,
     ) -> None:  # fmt: skip
         resuming = progress is not None
         head_kind(model)  # refuses one that is not known
-        for held in (self.curvature, self.past):
-            if held is not None:
-                held.bind(model)  # it is of this model, and on its device
-                _share(held)
+        for each in self._curvatures():
+            each.bind(model)  # it is of this model, and on its device
+            _share(each)
         filters = self._filters(model, rows, progress)
         if filters or ("rows" in self.parts and self._holds()):
             self._begin_rows(model, filters, progress)
@@ -267,7 +277,7 @@ class Recipe:
             self.active = fresh_rows(self.sites) or slice(None)
 
     def _begin_force(
-        self, model: nn.Module, held: Curvature, probe: Sequence[Example],
+        self, model: nn.Module, held: Curvatures, probe: Probe,
         progress: Mapping[str, Any] | None,
     ) -> None:  # fmt: skip
         if self.frozen is not None and self.update == "proximal":
@@ -286,8 +296,11 @@ class Recipe:
             self.force.only(self.active)
             if progress is None and self.force.make_room():
                 self.frozen.renew()
-        if self.force.budget is not None and progress and "strength" in progress:
-            self.force.budget.restore(dict(progress))
+        kept = {ALONE: progress or {}, **(progress or {}).get("budgets", {})}
+        for hold in self.force.holds:
+            state = kept.get(hold.name, {})
+            if hold.budget is not None and "strength" in state:
+                hold.budget.restore(dict(state))
 
     def _filters(
         self, model: nn.Module, rows: RowReader | None, progress: Mapping[str, Any] | None
@@ -332,20 +345,26 @@ class Recipe:
                 f"the filter reads {len(examples)} of the {len(asked)} training rows that it was "
                 f"to read, for it reads {most:,} tokens at most: Filter(tokens=...) for more"
             )
-        kept = {} if self.curvature is None else moments_of(self.curvature).ranks()
-        ranks = {layer: rows_rank(k) for layer, k in kept.items()}
+        ranks = {
+            layer: rows_rank(k)
+            for source in by_name(self.curvature).values()
+            for layer, k in moments_of(source).ranks().items()
+        }
         with adapter_off(model):
             return input_moments(
                 model, self.sites, examples, answers=self.options.answers, first=False, ranks=ranks
             )
 
     def _old(self, new: Moments) -> Moments | None:
-        """S_old: the source weighs as much as the rows, and so does each task before."""
-        found = None if self.curvature is None else moments_of(self.curvature).sized_as(new)
+        """S_old: each source weighs as much as the rows, and so does each task before."""
+        every = [moments_of(each).sized_as(new) for each in by_name(self.curvature).values()]
         if self.past is not None:
-            tasks = moments_of(self.past).sized_as(new).times(self.past.info.merged)
-            found = tasks if found is None else found.plus(tasks)
-        return found
+            every.append(moments_of(self.past).sized_as(new).times(self.past.info.merged))
+        return reduce(Moments.plus, every) if every else None
+
+    def _curvatures(self) -> list[Curvature]:
+        """Of the sources and of the tasks before."""
+        return [*by_name(self.curvature).values(), *by_name(self.past).values()]
 
     # While it trains.
 
@@ -434,15 +453,18 @@ class Recipe:
         return self.strength if self.force is None else self.force.strength
 
     def predicted(self) -> float:
-        """Predicted nats per source token at the present weights; 0 without a force."""
+        """Predicted nats per source token at the present weights, of several sources their mean;
+        0 without a force.
+        """
         gather(self._shards)
         return 0.0 if self.force is None else self.force.predicted()
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of a training, as plain data for JSON."""
-        budget = None if self.force is None else self.force.budget
         found: dict[str, Any] = {"filter": self.filter is not None, "first": self.active.start or 0}
-        return found if budget is None else found | budget.state()
+        holds = [] if self.force is None else self.force.holds
+        states = {h.name: h.budget.state() for h in holds if h.budget is not None}
+        return found | states.get(ALONE, {"budgets": states} if states else {})
 
     # After a task.
 
@@ -468,7 +490,7 @@ class Recipe:
         structure: Structure = "kfac"
         options: dict[str, Any] = {}
         if self.curvature is not None:
-            info = self.curvature.info
+            info = next(iter(by_name(self.curvature).values())).info
             structure = info.structure
             options = {
                 "space": info.space, "fisher": info.fisher, "rank": info.rank,
@@ -483,8 +505,10 @@ class Recipe:
 
     def state(self) -> dict[str, Tensor]:
         """What is known between tasks, as tensors that `safetensors` can write."""
-        known = {"curvature": self.curvature, "past": self.past}
-        return {name: pack_curvature(held) for name, held in known.items() if held is not None}
+        known = {named("curvature", n): c for n, c in by_name(self.curvature).items()}
+        if self.past is not None:
+            known["past"] = self.past
+        return {name: pack_curvature(held) for name, held in known.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Puts a `state` back.
@@ -494,12 +518,15 @@ class Recipe:
         """
         self.release()
         self._clear()
-        self.curvature = unpack_curvature(state["curvature"]) if "curvature" in state else None
+        kept = {n: unpack_curvature(t) for n, t in state.items() if n.startswith("curvature")}
+        self.curvature = kept.get("curvature")
+        if isinstance(self.budget, Mapping) and kept:  # in their order, whatever the file's is
+            self.curvature = {name: kept[named("curvature", name)] for name in self.budget}
         self.past = unpack_curvature(state["past"]) if "past" in state else None
 
     def memory(self) -> int:
         """Bytes that are kept between tasks."""
-        return sum(held.memory() for held in (self.curvature, self.past) if held is not None)
+        return sum(held.memory() for held in self._curvatures())
 
 
 class _Mark:

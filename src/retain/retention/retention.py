@@ -9,11 +9,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from retain.curvature.curvature import Curvature
-from retain.data.batches import Example
 from retain.models.heads import is_causal
 from retain.retention.filter import Filter
 from retain.retention.loader import RowReader, loader_examples, reader_of
-from retain.retention.recipe import Recipe
+from retain.retention.named import Budgets, Curvatures
+from retain.retention.recipe import Probe, Recipe
 from retain.types import Update
 
 __all__ = ["Retention"]
@@ -34,15 +34,16 @@ class Retention:
 
     Args:
         model: a PEFT model with LoRA; or, for the force alone, one whose weights train.
-        curvature: of the source text, fitted on this model.
+        curvature: of the source text, fitted on this model; or several by name.
         strength: how many nats of task loss one nat of predicted forgetting weighs.
         rows: what is learned, which the filter reads: a `torch.utils.data.DataLoader` whose batches
             have ``input_ids``, or tokenised rows. Without it there is no filter.
         parts: of the recipe; all by default.
-        budget: in place of the strength, nats per source token that may be spent.
+        budget: in place of the strength, nats per source token that may be spent; of several
+            curvatures by the same names.
         past: the curvature of the tasks before, around the model's present weights.
-        probe: tokenised source text, on which a budget is measured; without it the prediction is
-            believed.
+        probe: tokenised source text, on which a budget is measured, by name where budgets have
+            names; without it the prediction is believed.
         update: ``gradient`` or ``proximal``.
         filter: options of the filter.
         seed: of the choice of rows.
@@ -59,14 +60,14 @@ class Retention:
     def __init__(
         self,
         model: nn.Module,
-        curvature: Curvature | None = None,
+        curvature: Curvatures | None = None,
         strength: float = 10.0,
         *,
         rows: Any = None,
         parts: Sequence[str] | None = None,
-        budget: float | None = None,
+        budget: Budgets | None = None,
         past: Curvature | None = None,
-        probe: Sequence[Example] = (),
+        probe: Probe = (),
         update: Update = "gradient",
         filter: Filter | None = None,
         seed: int = 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ from retain.models.view import ModelView
 from retain.retention.filter import Filter
 from retain.retention.force import Force
 from retain.retention.loader import loader_examples
-from retain.retention.recipe import Recipe
+from retain.retention.named import Budgets, Curvatures, by_name, check_names, named
+from retain.retention.recipe import Probe, Recipe
 from retain.training.handling import (
     check_alone,
     check_trainer,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["RetentionCallback", "Start"]
 
 Source = str | Path | Iterable[Row]
+Sources = Source | Mapping[str, Source | None] | None
 
 PROBE_ROWS, PROBE_TOKENS, PROBE_SEED = 8, 128, 1
 """Of the text that a budget is measured on; another seed than the curvature's own samples."""
@@ -60,20 +62,23 @@ class RetentionCallback(TrainerCallback):
 
     To each record of the trainer's log it adds ``task_loss``, ``predicted_nats`` and
     ``retention_strength``, so every ``report_to`` backend gets them; with a budget also
-    ``retention_correction``. What a budget has learned, and whether there is a filter, is kept in
-    ``trainer_state.json`` of each checkpoint, and read from the one that is resumed, wherever it
-    lies. A budget is settled by measuring before the last
-    checkpoint and when training ends; earlier checkpoints may be above it.
+    ``retention_correction``, and with named ones ``predicted_nats``, ``strength`` and
+    ``correction`` of each, such as ``strength/facts``. What a budget has learned, and whether there
+    is a filter, is kept in ``trainer_state.json`` of each checkpoint, and read from the one that is
+    resumed, wherever it lies. A budget is settled by measuring before the last checkpoint and when
+    training ends; earlier checkpoints may be above it.
 
     A training that breaks off (Ctrl-C, an exception) leaves nothing on the model: what holds A acts
     while the training runs alone, and a plain trainer afterwards is plain.
 
     Args:
-        curvature: fitted on the trainer's model.
+        curvature: fitted on the trainer's model; or several by name, each on its own source, with
+            a budget each.
         strength: how many nats of task loss one nat of predicted forgetting weighs.
         update: ``gradient`` or ``proximal``; see `retain.retention.force`.
         budget: in place of a strength: nats of KL divergence per source token that may be spent.
-            The strength is found in training, see `retain.retention.budget`.
+            The strength is found in training, see `retain.retention.budget`. With
+            ``{"facts": 0.02, "code": 0.01}`` each source has its own bound and strength.
         past: the curvature of the tasks before; see `retain.retention.recipe.Recipe`.
         parts: of the recipe (`retain.retention.recipe`), those that act: ``rows``, ``filter``,
             ``force``. By default all, the filter wherever a fresh LoRA and the curvature allow it
@@ -83,12 +88,14 @@ class RetentionCallback(TrainerCallback):
         start: before 0.2, in place of `parts`: ``"wiener"`` or None.
         source: with a budget, text on which the true divergence is measured now and then: rows, a
             data set or a file as for `retain.fit_curvature`, ``"self"`` (the model samples it), or
-            None to believe the prediction. By default ``"self"`` for a causal model.
+            None to believe the prediction. By default ``"self"`` for a causal model. Of named
+            budgets by name; by default ``"self"`` for those whose curvature was fitted on it.
         tokenizer: for text; by default the trainer's or the model's own.
 
     Raises:
-        ConfigError: a value out of range, a source without a budget, or, when training begins, what
-            does not go together with the trainer's settings, such as a second of these callbacks.
+        ConfigError: a value out of range, a source without a budget, names that differ, or, when
+            training begins, what does not go together with the trainer's settings, such as a second
+            of these callbacks.
         ModelError: when training begins, of what nothing would hold: DeepSpeed, sharded weights,
             `modules_to_save`, labels that do not exclude each other; or a start for an adapter that
             is not fresh.
@@ -100,25 +107,26 @@ class RetentionCallback(TrainerCallback):
 
     def __init__(
         self,
-        curvature: Curvature,
+        curvature: Curvatures,
         strength: float = 10.0,
         update: Update = "gradient",
         *,
-        budget: float | None = None,
+        budget: Budgets | None = None,
         past: Curvature | None = None,
         parts: Sequence[str] | None = None,
         filter: Filter | None = None,
         start: Any = "auto",
-        source: Source | None = "auto",
+        source: Sources = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        if not isinstance(curvature, Curvature):
-            raise ConfigError(
-                "the curvature is none",
-                got=f"{type(curvature).__name__} {str(curvature)[:60]!r}",
-                allowed="what retain.fit_curvature or retain.load_curvature gives",
-                fix="RetentionCallback(retain.load_curvature(path))",
-            )
+        for given in by_name(curvature).values() or (curvature,):
+            if not isinstance(given, Curvature | Mapping):
+                raise ConfigError(
+                    "the curvature is none",
+                    got=f"{type(given).__name__} {str(given)[:60]!r}",
+                    allowed="what retain.fit_curvature or retain.load_curvature gives",
+                    fix="RetentionCallback(retain.load_curvature(path))",
+                )
         if start is None or start != "auto":
             parts, filter = _parts_of(start, filter)
         recipe = Recipe(
@@ -132,10 +140,12 @@ class RetentionCallback(TrainerCallback):
                 allowed="both, or neither",
                 fix="budget=0.05",
             )
+        if isinstance(budget, Mapping) and source is not None and not auto:
+            check_names(curvature, budget, sources=source)
         self._drive(recipe, source, tokenizer)
 
     def _drive(
-        self, recipe: Recipe, source: Source | None, tokenizer: PreTrainedTokenizerBase | None
+        self, recipe: Recipe, source: Sources, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
         self.recipe, self.source, self.tokenizer = recipe, source, tokenizer
         self._attached: Any = None
@@ -165,8 +175,8 @@ class RetentionCallback(TrainerCallback):
         return self.recipe.options if "filter" in self.recipe.parts else None
 
     @property
-    def curvature(self) -> Curvature | None:
-        """Of the source text."""
+    def curvature(self) -> Curvatures | None:
+        """Of the source text, or several by name."""
         return self.recipe.curvature
 
     @property
@@ -176,7 +186,7 @@ class RetentionCallback(TrainerCallback):
 
     @property
     def strength(self) -> float:
-        """What one predicted nat weighs now."""
+        """What one predicted nat weighs now, or one on all of several sources."""
         return self.recipe.weight()
 
     def attach(self, trainer: Trainer) -> RetentionCallback:
@@ -231,11 +241,26 @@ class RetentionCallback(TrainerCallback):
         recipe.guard(Running() if trainer is None else _always)
         go_first(self, handler)
 
-    def _probe(self, view: ModelView) -> Sequence[Example]:
-        """A few rows to measure the true divergence on."""
-        if self.recipe.budget is None or self.source is None:
+    def _probe(self, view: ModelView) -> Probe:
+        """A few rows to measure the true divergence on; of named budgets by name."""
+        curvature, source = self.recipe.curvature, self.source
+        if not isinstance(self.recipe.budget, Mapping) or not isinstance(curvature, Mapping):
+            return self._rows(view, source)
+        given: dict[str, Any] = dict(source) if isinstance(source, Mapping) else {}
+        if isinstance(source, str):  # auto
+            given = {n: "auto" for n, each in curvature.items() if each.info.note == "self"}
+        missing = [name for name in curvature if name not in given]
+        if missing and source is not None:
+            _warn(
+                f"the budget of {', '.join(missing)} is of predicted nats: no text is given to "
+                f"measure it on (source={{{missing[0]!r}: rows}})"
+            )
+        return {name: self._rows(view, each) for name, each in given.items() if each is not None}
+
+    def _rows(self, view: ModelView, source: Any) -> Sequence[Example]:
+        """A few rows of a source."""
+        if self.recipe.budget is None or source is None:
             return ()
-        source = self.source
         if isinstance(source, str) and source == "auto":
             if not view.causal:
                 _warn("the budget is of predicted nats: a classifier writes no text to measure on")
@@ -305,8 +330,13 @@ class RetentionCallback(TrainerCallback):
             "predicted_nats": self._nats,
             "retention_strength": self.strength,
         }
-        if self.force is not None and self.force.budget is not None:
-            added["retention_correction"] = self.force.budget.correction
+        for hold in () if self.force is None else self.force.holds:
+            if hold.budget is not None and not hold.name:
+                added["retention_correction"] = hold.budget.correction
+            elif hold.budget is not None:
+                added[named("predicted_nats", hold.name)] = hold.nats
+                added[named("strength", hold.name)] = hold.budget.strength
+                added[named("correction", hold.name)] = hold.budget.correction
         record(state, logs, added)
 
 

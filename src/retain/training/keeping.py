@@ -43,7 +43,7 @@ def kept_in(state: TrainerState, needed: bool) -> dict[str, Any]:
         why = f"nothing of it in {where}"
     elif found.get("step") != state.global_step:  # what it holds is of a checkpoint before
         why = f"steps {found.get('step')} to {state.global_step} were trained without the callback"
-    elif not all(_is_number(found.get(name, 0)) for name in _NUMBERS):
+    elif not all(map(_sound, _parts(found))):
         why = f"damaged values in {where}"
     else:
         named = found.get("start")  # before 0.2
@@ -56,6 +56,16 @@ def kept_in(state: TrainerState, needed: bool) -> dict[str, Any]:
             fix="resume from another one; parts=('force',) goes on with the force alone",
         )
     return {}
+
+
+def _parts(found: dict[str, Any]) -> list[object]:
+    """What is kept, and of each named budget."""
+    named = found.get("budgets", {})
+    return [found, *(named.values() if isinstance(named, dict) else [named])]
+
+
+def _sound(part: object) -> bool:
+    return isinstance(part, dict) and all(_is_number(part.get(name, 0)) for name in _NUMBERS)
 
 
 def _is_number(value: object) -> bool:
