@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from sequences import context, shaken, tasks_of
+from sequences import shaken, tasks_of
 
 from retain.evaluation.size import update_size
 from retain.models.adapters.registry import attach_adapter
@@ -20,7 +20,6 @@ def test_it_is_the_mean_logarithm(model: str) -> None:
     rows = tasks_of(model)[0].examples[:5]
     assert update_size(adapter.model, rows) is None  # B = 0
     shaken(adapter.model)
-    context(adapter, model)
     read: dict[str, list[torch.Tensor]] = {}
     sites = lora_sites(adapter.model)
     hooks = [
@@ -31,11 +30,12 @@ def test_it_is_the_mean_logarithm(model: str) -> None:
     ]
     adapter.model.eval()
     for row in rows:  # one by one, so that nothing is padded
-        adapter.model(input_ids=torch.tensor([row.tokens]))
+        kinds = {"token_type_ids": torch.tensor([row.segments])} if row.segments else {}
+        adapter.model(input_ids=torch.tensor([row.tokens]), **kinds)
     for hook in hooks:
         hook.remove()
     logs = [
-        math.log(float((site.scaling * site.b @ site.a @ x).norm()))
+        math.log((site.scaling * site.b @ site.a @ x).norm().item())
         for site in sites for part in read[site.name] for x in part.reshape(-1, part.shape[-1])
     ]  # fmt: skip
     for size in (2, 5):
