@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from retain.records import RunRecord, RunSpec, StudyRecord
+from retain.records import RunRecord, RunSpec, StudyRecord, bits_of, flags_of
 
 RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*/study.json"))
 
@@ -70,6 +70,16 @@ def test_what_a_newer_version_adds_survives_and_what_is_null_is_nothing() -> Non
 def test_what_is_no_record_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         RunRecord.model_validate({"config": SPEC} | change)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 7, 400])
+def test_flags_as_text(count: int) -> None:
+    flags = [i * i % 7 < 3 for i in range(count)]
+    text = bits_of(flags)
+    assert flags_of(text) == flags and len(text) <= count / 4 + 5
+    assert bits_of([True, False, False, False, True]) == "5:88"
+    with pytest.raises(ValueError, match="flags"):
+        flags_of(f"{count + 4}:{text.split(':')[1]}")
 
 
 def test_they_need_no_torch() -> None:

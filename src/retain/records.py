@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
@@ -32,7 +32,7 @@ __all__ = [
     "Interval", "Measure",
     "Parameters", "Part", "Retention", "RunAdapter", "RunData", "RunEvaluation", "RunGeneral",
     "RunMethod", "RunOrder", "RunRecord", "RunSource", "RunSpec", "RunTraining", "Seconds", "Sizes",
-    "SkillRecord", "Skipped", "Step", "StudyRecord", "digest_of", "finite",
+    "SkillRecord", "Skipped", "Step", "StudyRecord", "bits_of", "digest_of", "finite", "flags_of",
 ]  # fmt: skip
 
 RUN_SCHEMA: Final = "retain.run/1"
@@ -51,6 +51,25 @@ def digest_of(value: Any) -> str:
     """16 hexadecimal digits of the SHA-256 of plain data as canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def bits_of(flags: Sequence[bool]) -> str:
+    """Flags as text, ``count:hexadecimal digits``: the first flag is the highest bit."""
+    padded = [*flags, *[False] * (-len(flags) % 4)]
+    fours = (padded[i : i + 4] for i in range(0, len(padded), 4))
+    return f"{len(flags)}:" + "".join(f"{8 * a + 4 * b + 2 * c + d:x}" for a, b, c, d in fours)
+
+
+def flags_of(text: str) -> list[bool]:
+    """The flags of `bits_of`.
+
+    Raises:
+        ValueError: text of another form.
+    """
+    count, digits = text.split(":")
+    if len(digits) != -(-int(count) // 4):
+        raise ValueError(f"{count} flags in {len(digits)} hexadecimal digits")
+    return [digit == "1" for one in digits for digit in f"{int(one, 16):04b}"][: int(count)]
 
 
 def finite(value: Any) -> Any:
@@ -213,6 +232,8 @@ class RunEvaluation(Part):
         measure_every: optimiser steps between two measurements of the KL during training, which
             are kept in the record; 0 keeps nothing of the training.
         answers: general questions that the model answers, before and after, to be read.
+        split: the rows that tasks are scored on: ``test``, or ``validation``, which are held out
+            of the training rows, so that settings are chosen without a look at the test rows.
     """
 
     batch_size: int = Field(16, ge=1)
@@ -221,10 +242,11 @@ class RunEvaluation(Part):
     earlier: Literal["each", "last"] = "each"
     measure_every: int = Field(0, ge=0)
     answers: int = Field(0, ge=0)
+    split: Literal["test", "validation"] = "test"
 
     def for_key(self) -> dict[str, Any]:
         """As plain data, without later keys that have their defaults: older records have none."""
-        later = {"earlier": "each", "measure_every": 0, "answers": 0}
+        later = {"earlier": "each", "measure_every": 0, "answers": 0, "split": "test"}
         return self.model_dump(
             mode="json", exclude={name for name, old in later.items() if getattr(self, name) == old}
         )
@@ -574,6 +596,8 @@ class RunRecord(Part):
         status: ``unfinished`` is never written: the machine lacked something.
         inputs: digests of the files that were read; null in files of earlier versions.
         matrix: the score of each task after each; null where it was not measured.
+        right: as `matrix`, which rows were answered rightly (`bits_of`); null where it was not
+            measured and for a regression; empty in files of earlier versions.
         intervals: 95 % intervals within the run, by the name of what they are of.
         history: of the training, and `generations`, where they were asked for.
     """
@@ -594,6 +618,7 @@ class RunRecord(Part):
     metrics: Listed[str] = []
     before: Listed[Score] = []
     matrix: Listed[list[Score]] = []
+    right: Listed[list[str | None]] = []
     sizes: Sizes | None = None
     retention: Listed[Retention] = []
     general: General | None = None

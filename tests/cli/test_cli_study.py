@@ -41,6 +41,11 @@ def test_run_status_and_run_again(retain: Any, model: Path, tmp_path: Path) -> N
     assert [c["adapter"] for c in study["tables"]["cells"]] == ["lora", "lora", "prefix"]
     told = retain("study", "status", *where)
     assert "3 of 3" in told.out
+    asked = ["study", "compare", out, "--method", "l2", "--draws", 100]
+    retain(*asked, "--reference", "none").refused("several cells of the study have this name")
+    made = retain(*asked, "--reference", "lora none", "--json").json
+    assert [c["rows"] for c in made["methods"]["l2"]["comparisons"]] == [16] * 3
+    assert json.loads((out / "compare.json").read_text()) == made
 
 
 def test_a_failure_is_told(retain: Any, model: Path, tmp_path: Path) -> None:

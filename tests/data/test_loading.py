@@ -124,6 +124,36 @@ class TestRows:
             assert len(items) == want
             assert set(Counter(i.group for i in items).values()) == {4}
 
+    def test_validation_rows_are_no_training_rows(self, tmp_path: Path) -> None:
+        rows = sentences([i % 2 for i in range(40)])
+        rows += [rows[i] | {"label": 1} for i in range(0, 40, 3)]  # texts that come twice
+        put(tmp_path, SST2, rows, "train.jsonl")
+
+        def read(split: Any, **asked: Any) -> list[Item]:
+            return load_items(SST2, split, data_dir=tmp_path, **asked)
+
+        held = read("validation", limit=8, seed=1)
+        assert held == read("validation", limit=8, seed=2) and len(held) == 8
+        texts = {item.prompt for item in held}
+        for seed in range(5):
+            taken = read("train", limit=30, seed=seed, held=8)
+            assert len(taken) == 30 and not texts & {item.prompt for item in taken}
+        said = {rows[item.row]["sentence"] for item in held}
+        left = [item.row for item in read("train", held=8)]
+        assert left == [i for i, row in enumerate(rows) if row["sentence"] not in said]
+        assert len(read("validation")) == 54 // 4  # a quarter at most
+        assert len(read("train")) == 54
+
+    def test_validation_keeps_groups_whole(self, tmp_path: Path) -> None:
+        spec, base = load_task("super_glue/multirc"), HUB["super_glue/multirc"][0]
+        rows = [
+            {**base, "idx": {"paragraph": i // 8, "question": i // 4, "answer": i}, "label": i % 2}
+            for i in range(40)
+        ]
+        put(tmp_path, spec, rows, "train.jsonl")
+        held = load_items(spec, "validation", data_dir=tmp_path, limit=9)
+        assert len(held) == 8 and set(Counter(i.group for i in held).values()) == {4}
+
     def test_refusals(self, tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=r"no .*glue/sst2/train.jsonl.gz.*--data-dir"):
             load_items(SST2, "train", data_dir=tmp_path)

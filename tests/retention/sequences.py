@@ -48,6 +48,11 @@ HOLDING: dict[str, dict[str, Any]] = {
     "auto": {"strength": 5.0, "rows": 8},
     "wiener": {"rows": 8},
     "osf": {},
+    "lora_null": {"rows": 8},
+    "sc_lora": {"rows": 8},
+    "corda": {"rows": 8},
+    "finch": {"strength": 4.0},
+    "joint": {},
 }
 """A setting of each method that does something."""
 

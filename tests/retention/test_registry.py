@@ -15,13 +15,13 @@ def test_each_method_is_there_under_its_own_name() -> None:
     assert list(METHODS) == [
         "none", "l2", "diagonal", "kfac", "tridiagonal", "activation", "kl", "masked_kl",
         "replay", "self_replay", "auto", "wiener", "soften", "olora",
-        "osf",
+        "osf", "lora_null", "sc_lora", "corda", "finch", "joint",
     ]  # fmt: skip
     for name, method in METHODS.items():
         options = method_options(name)
         made = make_method(name, **options)
         assert type(make_method(name)) is type(made) is method
-        assert (method.name, made.stores_data) == (name, name == "replay")
+        assert (method.name, made.stores_data) == (name, name in ("replay", "joint"))
         assert (method.__doc__ or "").strip() and "strength" not in options
 
 
@@ -72,6 +72,9 @@ def test_options_are_those_of_the_whole_family() -> None:
         ("self_replay", {"rows": 0}, "rows is too small"),
         ("soften", {"budget": 0.0}, "budget is no budget"),
         ("soften", {"probe": 0}, "probe is too small"),
+        ("sc_lora", {"beta": 1.5}, "beta is out of range"),
+        ("corda", {"rows": 0}, "too few rows"),
+        ("finch", {"strength": -1.0}, "strength is no strength"),
         ("osf", {"preserve": 1.0}, "preserve is no share"),
     ],
 )

@@ -183,9 +183,23 @@ def test_published_orders_and_patterns() -> None:
         found.matching("nome")
 
 
+def test_a_seed_draws_an_order() -> None:
+    tasks = [f"cl15/{name}" for name in ("yahoo", "amazon", "agnews", "dbpedia", "imdb", "yelp")]
+    runs = grid(orders={"six": {"drawn": tasks}}, training={}, seeds=[0, 1]).matching("none six")
+    drawn = {run.seed: run.order.tasks for run in runs}
+    assert sorted(drawn[0]) == sorted(drawn[1]) == sorted(tasks) and drawn[0] != drawn[1]
+    assert all(run.order.tasks == drawn[run.seed] for run in runs)
+
+
+def test_the_split_that_is_scored_is_in_the_key() -> None:
+    keys = [grid(evaluation={"split": s}).runs[0].key for s in ("test", "validation")]
+    assert keys[0] == grid().runs[0].key != keys[1]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"orders": {"x": {"drawn": [A, A]}}}, "order x must have tasks, each once"),
         ({"adaptors": {}}, "unknown key; got: 'adaptors'.*did you mean 'adapters'"),
         ({"runs": [{"adapter": "lroa"}]}, "unknown adapter; got: 'lroa'.*did you mean 'lora'"),
         ({"runs": [{"sead": [1]}]}, "unknown key; got: 'sead'.*did you mean 'seeds'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -10,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from retain.records import RunSpec
+from retain.records import RunSpec, flags_of
 from retain.retention.methods.auto import Wiener
 from retain.study.grid import Grid, expand
 from retain.study.runner import execute
@@ -68,6 +69,9 @@ def test_the_record_of_a_run(tiny_folder: Path, tmp_path: Path) -> None:
     assert record.tasks == ["one", "two", "three"]
     assert record.metrics == ["accuracy"] * 3
     assert [len(row) for row in record.matrix] == [3, 3, 3]
+    shares = [[sum(flags_of(bits)) / 8 for bits in row] for row in record.right]
+    assert shares == record.matrix  # of accuracy, the score is the share of right rows
+    assert math.isfinite(record.metrics_summary["update_size"])
     assert len(record.before) == len(record.losses) == len(record.predicted) == 3
     assert record.sizes.plain() == {"train": [12] * 3, "test": [8] * 3}
     assert [r.after for r in record.retention] == [0, 1, 2]

@@ -18,9 +18,14 @@ from retain.errors import ConfigError, SourceError, unknown
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Split", "encode_items", "inside", "load_items", "local_file"]
+__all__ = ["ALL", "Split", "encode_items", "inside", "load_items", "local_file"]
 
-Split = Literal["train", "eval"]
+Split = Literal["train", "eval", "validation"]
+
+Answer = int | str | float
+
+ALL = 1 << 62
+"""As a limit, or as held: as many as there are."""
 
 _SUFFIXES = (".jsonl.gz", ".jsonl")
 
@@ -32,6 +37,7 @@ def load_items(
     data_dir: str | Path | None = None,
     limit: int | None = None,
     seed: int = 0,
+    held: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
 ) -> list[Item]:
@@ -44,15 +50,18 @@ def load_items(
       small for goes to the others.
     - eval, a task with groups: whole groups, at most `limit` rows in all.
     - else: any rows alike.
+    - validation: rows of the training file, chosen as for eval whatever the seed, but a quarter of
+      the file at most; those that `held` leaves out of the training rows, with all of their text.
 
     Args:
         spec: the task.
-        split: "train" or "eval".
+        split: "train", "eval" or "validation".
         data_dir: folder that holds ``<spec.local>/<file>.jsonl.gz`` (or ``.jsonl``); without it
             the data set is read from the hub. A path that leads out of it, by ``..``, as an
             absolute one or through a link, is refused.
         limit: at most so many rows; None for all.
         seed: of the subset.
+        held: of "train": the validation rows of this limit are not among them.
         tokenizer: with one, prompts too long are cut here (`retain.data.tokens.fit_prompt`), so
             that training and scoring read the same text.
         max_length: tokens of prompt and answer together, for that; the task's own by default.
@@ -65,7 +74,8 @@ def load_items(
         raise unknown("split", str(split), get_args(Split))
     if limit is not None and limit < 1:
         raise ConfigError("the limit is too small", got=limit, allowed="1 or more", fix="100")
-    rows = _hub(spec, split) if data_dir is None else _local(spec, split, Path(data_dir))
+    file: Split = "train" if split == "validation" else split
+    rows = _hub(spec, file) if data_dir is None else _local(spec, file, Path(data_dir))
     answers = {i: a for i, row in enumerate(rows) if (a := spec.solution(row, i)) is not None}
     if not answers:
         raise SourceError(
@@ -74,8 +84,12 @@ def load_items(
             allowed="at least one labelled row",
             fix="name a split with labels in the task's file",
         )
+    if split == "train" and held:
+        answers = _without(spec, rows, answers, _validation(spec, rows, answers, held))
     chosen = sorted(answers)
-    if limit is not None and limit < len(chosen):
+    if split == "validation":
+        chosen = _validation(spec, rows, answers, limit or ALL)
+    elif limit is not None and limit < len(chosen):
         chosen = _subset(spec, split, rows, answers, limit, seed)
     items = [item for i in chosen if (item := spec.render(rows[i], i)) is not None]
     if tokenizer is None:
@@ -84,11 +98,31 @@ def load_items(
     return [_fitted(item, tokenizer, length, spec, split)[0] for item in items]
 
 
+def _validation(
+    spec: TaskSpec, rows: Sequence[Row], answers: Mapping[int, Answer], limit: int
+) -> list[int]:
+    """The numbers of the training rows that are held out: a quarter at most."""
+    return _subset(spec, "eval", rows, answers, min(limit, max(1, len(answers) // 4)), 0)
+
+
+def _without(
+    spec: TaskSpec, rows: Sequence[Row], answers: Mapping[int, Answer], held: Sequence[int]
+) -> dict[int, Answer]:
+    """The answers of the other rows, but for those with the text of one that is held out."""
+
+    def text(number: int) -> str:
+        item = spec.render(rows[number], number)
+        return "" if item is None else item.prompt
+
+    taken, out = {text(i) for i in held}, {*held}
+    return {i: a for i, a in answers.items() if i not in out and text(i) not in taken}
+
+
 def _subset(
     spec: TaskSpec,
     split: Split,
     rows: Sequence[Row],
-    answers: Mapping[int, int | str | float],
+    answers: Mapping[int, Answer],
     limit: int,
     seed: int,
 ) -> list[int]:
@@ -97,7 +131,7 @@ def _subset(
     random.Random(f"{spec.name}:{split}:{seed}").shuffle(shuffled)
     if split == "train" and spec.labels:
         turns: dict[int, tuple[int, int]] = {}
-        seen: dict[int | str | float, int] = {}
+        seen: dict[Answer, int] = {}
         for place, i in enumerate(shuffled):  # the k-th row of each class comes in round k
             turns[i] = (seen.get(answers[i], 0), place)
             seen[answers[i]] = turns[i][0] + 1

@@ -41,13 +41,13 @@ __all__ = ["METRICS", "Continual", "continual_metrics"]
 METRICS = (
     "average", "learning", "forgetting", "backward_transfer", "forward_transfer",
     "intransigence", "share_of_independent", "loss", "kl", "ppl_ratio", "flips", "general",
-    "share",
+    "share", "update_size",
 )  # fmt: skip
 """What the tables of a study have of each cell, besides ``score:TASK``.
 
 ``share_of_independent`` is the average score over the mean score of one adapter a task, each
 trained alone; ``general`` the mean change of the general tasks; ``share`` the trained parameters
-over those of the base model.
+over those of the base model; ``update_size`` the mean ``log ||dW x||`` of LoRA's layers at the end.
 """
 
 

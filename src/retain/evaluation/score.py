@@ -41,6 +41,8 @@ class Score:
         loss: mean loss of the right answer, in nats per row: minus the log-probability of its
             text after the prompt, summed over its tokens (without an end of text), or the
             cross-entropy of an encoder's own columns. None for an encoder's regression.
+        right: of each row whether its answer is right, whatever the metric: the class, or one of
+            the texts as `exact_match` compares them. None of a regression.
         extras: further metrics by name; ``unparsed`` is the share of generated texts without an
             answer in them.
     """
@@ -49,6 +51,7 @@ class Score:
     value: float
     count: int
     loss: float | None
+    right: tuple[bool, ...] | None = None
     extras: dict[str, float] = field(default_factory=dict)
 
 
@@ -138,7 +141,15 @@ def score_task(
         return shown, [_truths(i, "") for i in items], groups
 
     extras |= {name: compute(name, *both(name)) for name in spec.metrics}
-    return Score(spec.metric, compute(spec.metric, *both(spec.metric)), len(items), loss, extras)
+    value = compute(spec.metric, *both(spec.metric))
+    hits: tuple[bool, ...] | None = None
+    if kind == "choice":
+        hits = tuple(p == int(i.answer) for p, i in zip(predictions, items, strict=True))
+    elif kind == "generate":
+        texts, truths, _ = both("exact_match")
+        pairs = zip(texts, truths, strict=True)
+        hits = tuple(bool(compute("exact_match", [p], [t])) for p, t in pairs)
+    return Score(spec.metric, value, len(items), loss, hits, extras)
 
 
 def _fitting(items: Sequence[Item], kind: str, causal: bool) -> None:

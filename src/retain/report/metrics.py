@@ -166,6 +166,7 @@ METRICS = (
     ),
     Metric("loss", "Test loss", "nats", -1, _loss),
     Metric("share", "Trained", "%", 0, lambda r: r.parameters.share if r.parameters else None),
+    Metric("update_size", "Size of the update", "log", 0, _summary("update_size")),
     Metric("seconds", "Time", "s", 0, lambda r: r.seconds.total if r.seconds else None),
     Metric("memory", "Peak memory", "GiB", 0, lambda r: r.peak_memory_gib),
 )

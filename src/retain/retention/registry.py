@@ -8,13 +8,18 @@ from typing import Any
 from retain.errors import ConfigError, unknown
 from retain.retention.method import Method
 from retain.retention.methods.auto import Auto, Wiener
+from retain.retention.methods.corda import CorDA
+from retain.retention.methods.finch import Finch
+from retain.retention.methods.joint import Joint
 from retain.retention.methods.kl import KL, MaskedKL
 from retain.retention.methods.l2 import L2
+from retain.retention.methods.lora_null import LoRANull
 from retain.retention.methods.olora import OLoRA
 from retain.retention.methods.osf import OSF
 from retain.retention.methods.penalty import KFAC, Activation, Diagonal, Tridiagonal
 from retain.retention.methods.plain import Plain
 from retain.retention.methods.replay import Replay, SelfReplay
+from retain.retention.methods.sc_lora import SCLoRA
 from retain.retention.methods.soften import Soften
 
 __all__ = ["METHODS", "make_method", "method_options", "register"]
@@ -35,6 +40,11 @@ METHODS: dict[str, type[Method]] = {
     "soften": Soften,
     "olora": OLoRA,
     "osf": OSF,
+    "lora_null": LoRANull,
+    "sc_lora": SCLoRA,
+    "corda": CorDA,
+    "finch": Finch,
+    "joint": Joint,
 }
 
 

@@ -19,7 +19,7 @@ from retain.models.load import is_decoder
 from retain.records import RunSpec
 from retain.retention.method import Method
 from retain.retention.registry import make_method, method_options
-from retain.study.spec import RUNNERS_OWN, AdapterSpec, CellSpec, MethodSpec, StudySpec
+from retain.study.spec import RUNNERS_OWN, AdapterSpec, CellSpec, DrawnOrder, MethodSpec, StudySpec
 
 __all__ = ["Grid", "expand", "refusal", "task_at"]
 
@@ -99,10 +99,7 @@ def refusal(method: Method, adapter: str, decoder: bool | None) -> str | None:
 class _Expansion:
     def __init__(self, spec: StudySpec, base: Path) -> None:
         self.spec, self.base = spec, base
-        self.orders = {
-            name: tasks if isinstance(tasks, list) else _published(tasks)
-            for name, tasks in spec.orders.items()
-        }
+        self.orders = {name: _tasks(order) for name, order in spec.orders.items()}
         every = {task: None for tasks in self.orders.values() for task in tasks}
         self.definitions = {task: _definition(task, base) for task in every}
         for training in spec.trainings:
@@ -157,6 +154,9 @@ class _Expansion:
             cell.adapters or spec.adapters, cell.methods or spec.methods,
         ):  # fmt: skip
             adapter, method = spec.adapters[name], spec.methods[label]
+            asked = spec.orders.get(order)
+            if isinstance(asked, DrawnOrder):
+                tasks = asked.of(seed)
             for strength in method.strengths:
                 made = self.methods[label, strength]
                 reason = refusal(made, adapter.kind, self.decoders[model])
@@ -227,6 +227,12 @@ def _method(label: str, spec: MethodSpec, method: Method) -> dict[str, Any]:
         **method_options(spec.kind),
         **spec.options,
     }
+
+
+def _tasks(order: list[str] | str | DrawnOrder) -> list[str]:
+    if isinstance(order, DrawnOrder):
+        return order.drawn
+    return order if isinstance(order, list) else _published(order)
 
 
 def _published(reference: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from retain.data.batches import Example
-from retain.data.loading import encode_items, inside, load_items
+from retain.data.loading import ALL, Split, encode_items, inside, load_items
 from retain.data.readers.paths import kind_of
 from retain.data.sources import Row, encode, read_rows
 from retain.data.specs import Item, TaskSpec
@@ -123,6 +123,8 @@ def load_base(run: RunSpec, specs: Sequence[TaskSpec]) -> Base:
 def load_tasks(run: RunSpec, base: Base, work: Work) -> list[TaskData]:
     """The rows of all tasks: training rows by the seed of the run, test rows the same for all.
 
+    Of a run that is scored on validation rows, the test rows are not read: see `load_items`.
+
     Raises:
         SourceError: rows are missing or do not fit their task.
     """
@@ -133,8 +135,10 @@ def load_tasks(run: RunSpec, base: Base, work: Work) -> list[TaskData]:
         cut: dict[str, Any] = {"tokenizer": base.tokenizer, "max_length": length}
         where: dict[str, Any] = {"data_dir": work.data_dir} | (cut if base.causal else {})
         seed = seed_of(run.seed or 0, index)
-        rows = load_items(spec, "train", limit=run.data.train, seed=seed, **where)
-        test = load_items(spec, "eval", limit=run.data.test, **where)
+        part: Split = "validation" if run.evaluation.split == "validation" else "eval"
+        held = run.data.test or ALL if part == "validation" else 0
+        rows = load_items(spec, "train", limit=run.data.train, seed=seed, held=held, **where)
+        test = load_items(spec, part, limit=run.data.test, **where)
         train = encode_items(rows, base.tokenizer, max_length=length, causal=base.causal, spec=spec)
         out.append(TaskData(spec, train, test, length))
     return out

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from retain.evaluation.continual import continual_metrics
+from retain.evaluation.size import update_size
 from retain.models.adapters.registry import attach_adapter
-from retain.records import RunSpec, finite
+from retain.records import RunSpec, bits_of, finite
 from retain.retention.head import fit_head
 from retain.retention.method import Context, Task
 from retain.retention.registry import make_method
@@ -23,6 +24,9 @@ from retain.study.work import Work
 from retain.training.loop import train
 
 __all__ = ["run_sequence"]
+
+SIZED = 8
+"""Training rows of each task on which the size of the update is measured."""
 
 
 def run_sequence(
@@ -68,7 +72,9 @@ class _Sequence:
         self.tasks = load_tasks(config, self.base, work)
         self.source, self.held = load_source(config, self.base, work)
         self._attach()
-        self.data: dict[str, Any] = {"matrix": [], "retention": [], "predicted": [], "history": []}
+        self.data: dict[str, Any] = {
+            "matrix": [], "right": [], "retention": [], "predicted": [], "history": [],
+        }  # fmt: skip
 
     def _attach(self) -> None:
         method, adapter = self.config.method, self.config.adapter
@@ -164,6 +170,10 @@ class _Sequence:
         with self.clock.on("evaluate"):
             scores = self.measures.scores(index)
             self.data["matrix"].append([score and score.value for score in scores])
+            self.data["right"].append(
+                [None if score is None or score.right is None else bits_of(score.right)
+                 for score in scores]
+            )  # fmt: skip
             self.data["losses"] = [score and score.loss for score in scores]
             self.data["extras"] = [score and score.extras for score in scores]
             self.data["retention"] += self.measures.retention(index)
@@ -179,7 +189,10 @@ class _Sequence:
             return [float("nan") if value is None else value for value in row]
 
         rows = [known(row) for row in self.data["matrix"]]
-        return continual_metrics(rows, known(self.data["before"])).to_dict()
+        found = continual_metrics(rows, known(self.data["before"])).to_dict()
+        read = [example for task in self.tasks for example in task.train[:SIZED]]
+        size = update_size(self.adapter.model, read, batch_size=self.context.batch_size)
+        return found | {"update_size": size}
 
     def _result(self, trainable: int, size: int) -> dict[str, Any]:
         with self.clock.on("evaluate"):
@@ -194,6 +207,7 @@ class _Sequence:
             "metrics": [t.spec.metric for t in self.tasks],
             "before": self.data["before"],
             "matrix": self.data["matrix"],
+            "right": self.data["right"],
             "sizes": {
                 "train": [len(t.train) for t in self.tasks],
                 "test": [len(t.test) for t in self.tasks],

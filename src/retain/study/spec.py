@@ -6,6 +6,7 @@ Without ``runs`` every adapter meets every method, order and seed; ``adapter: lo
 
 from __future__ import annotations
 
+import random
 import types
 import typing
 from collections.abc import Mapping
@@ -22,8 +23,8 @@ from retain.records import Part, RunData, RunEvaluation, RunGeneral, RunSource
 from retain.types import STRONGEST, HeadStart
 
 __all__ = [
-    "RUNNERS_OWN", "AdapterSpec", "CellSpec", "ClaimSpec", "MethodSpec", "SourceSpec",
-    "StudySpec", "parse_study", "read_study",
+    "RUNNERS_OWN", "AdapterSpec", "CellSpec", "ClaimSpec", "DrawnOrder", "MethodSpec",
+    "SourceSpec", "StudySpec", "parse_study", "read_study",
 ]  # fmt: skip
 
 RUNNERS_OWN = {
@@ -107,6 +108,20 @@ class CellSpec(_Strict):
     independent: bool = False
 
 
+class DrawnOrder(_Strict):
+    """Tasks in an order that the seed of a run draws.
+
+    Attributes:
+        drawn: the tasks.
+    """
+
+    drawn: list[str]
+
+    def of(self, seed: int) -> list[str]:
+        """The tasks in the order of a seed."""
+        return random.Random(f"order:{seed}").sample(self.drawn, len(self.drawn))
+
+
 class DataSpec(RunData, extra="forbid"):
     """How many rows of each task are used."""
 
@@ -161,7 +176,7 @@ class StudySpec(_Strict):
     dtype: DType = "float32"
     attention: str | None = None
     seeds: list[int] = Field([0], min_length=1)
-    orders: dict[str, list[str] | str] = Field(min_length=1)
+    orders: dict[str, list[str] | str | DrawnOrder] = Field(min_length=1)
     adapters: dict[str, AdapterSpec] = Field(min_length=1)
     methods: dict[str, MethodSpec] = Field(min_length=1)
     runs: list[CellSpec] = [CellSpec()]
@@ -183,7 +198,8 @@ class StudySpec(_Strict):
         for seeds in (self.seeds, *(c.seeds for c in self.runs if c.seeds is not None)):
             if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
                 raise ValueError("seeds must be different whole numbers of 0 or more")
-        for name, tasks in self.orders.items():
+        for name, order in self.orders.items():
+            tasks = order.drawn if isinstance(order, DrawnOrder) else order
             if isinstance(tasks, list) and (not tasks or len(set(tasks)) < len(tasks)):
                 raise ValueError(f"order {name} must have tasks, each once")
         return self

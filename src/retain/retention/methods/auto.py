@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retain.data.batches import Example
-from retain.models.lora import grow_lora
-from retain.models.sites import lora_sites
 from retain.retention.filter import Filter
+from retain.retention.growing import Growing
 from retain.retention.loader import reader_of
-from retain.retention.method import Context, Method, Task
+from retain.retention.method import Context, Task
 from retain.retention.recipe import Recipe
 from retain.retention.state import choose
 from retain.types import HeadStart, Update
@@ -26,7 +24,7 @@ from retain.types import HeadStart, Update
 __all__ = ["Auto", "Wiener"]
 
 
-class Auto(Method):
+class Auto(Growing):
     """The recipe; see the module. Its options are those of `Recipe` and of `Filter`.
 
     Args:
@@ -72,7 +70,7 @@ class Auto(Method):
             None, strength, parts=parts, budget=budget, update=update, filter=options
         )
         self.fits_head = "head" in self.recipe.parts
-        self.max_rank, self.rank = max_rank, 0
+        self.max_rank = max_rank
 
     def begin(self, context: Context) -> None:
         super().begin(context)
@@ -80,13 +78,12 @@ class Auto(Method):
         if context.source and self.recipe.parts & {"filter", "force"}:
             rows = choose(context.source, self.recipe.options.rows, context.seed)
             self.recipe.curvature = context.fit(rows, seed=context.seed)
-        self.rank = lora_sites(context.adapter.model)[0].rank
 
     def before_task(self, task: Task) -> Sequence[Example]:
         adapter, recipe = self.context.adapter, self.recipe
         recipe.release()
         seed = self.context.seed + task.index
-        self._attach(recipe.grow(adapter.model, self.rank, seed=seed, max_rank=self.max_rank))
+        self.attach(recipe.grow(adapter.model, self.rank, seed=seed, max_rank=self.max_rank))
         recipe.begin(
             adapter.model, reader_of(task.examples), seed=task.seed,
             probe=() if recipe.budget is None else self.context.probe(),
@@ -112,24 +109,8 @@ class Auto(Method):
     def restore(self, state: dict[str, Tensor]) -> None:
         self.recipe.restore(state)
 
-    def fit_adapter(self, state: dict[str, Tensor]) -> None:
-        """Grows the adapter to the rank of one that was kept."""
-        model = self.context.adapter.model
-        site = lora_sites(model)[0]
-        self.rank = site.rank
-        kept = next(t.shape[0] for name, t in state.items() if "lora_A" in name)
-        if kept > site.rank:
-            assert isinstance(model, PeftModel)
-            self._attach(grow_lora(model, kept - site.rank))
-
     def memory(self) -> int:
         return self.recipe.memory()
-
-    def _attach(self, model: nn.Module) -> None:
-        adapter = self.context.adapter
-        if adapter.model is not model:
-            adapter.model = model
-            model.retain_adapter = adapter  # type: ignore[assignment]
 
 
 class Wiener(Auto):
