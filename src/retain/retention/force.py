@@ -326,6 +326,18 @@ class Force:
             return self.predicted()
         return settle(self.curvature, self.sites, self.budget.nats, self._measure, self.rows)
 
+    def state(self) -> dict[str, Any]:
+        """What it has learned while training, as plain data for JSON."""
+        found = {"rounded": self._rounded, "looks": self._looks}
+        return found if self.budget is None else found | self.budget.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Puts a `state` back, as far as it goes: one of before 0.2, or of one without a budget."""
+        self._rounded = self._rounded and bool(state.get("rounded", True))
+        self._looks = int(state.get("looks", 0))
+        if self.budget is not None and "strength" in state:
+            self.budget.restore(state)
+
     def _spend(self, nats: float, balance: Sequence[float]) -> bool:
         """With a budget, dual ascent after a step; whether the weights had to be moved back."""
         if self.budget is None:

@@ -188,6 +188,7 @@ class Recipe:
         seed: int = 0,
         probe: Sequence[Example] = (),
         progress: Mapping[str, Any] | None = None,
+        kept: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Sets and holds the model for a training.
 
@@ -197,6 +198,7 @@ class Recipe:
             seed: of the choice of rows.
             probe: tokenised source text, on which a budget is measured; see `Force`.
             progress: of a training that goes on, what `progress` gave for its checkpoint.
+            kept: of one, what `kept` gave; without it A begins as rounded as the checkpoint has it.
 
         Raises:
             ModelError: no LoRA, or none whose rows are fresh, for a filter that is named; or a
@@ -208,6 +210,8 @@ class Recipe:
         self._clear()
         try:
             self._begin(model, rows, seed, probe, progress)
+            if self.filter is not None and progress is not None and self.filter.narrow:
+                self.filter.restore(kept or {})
         except BaseException:  # nothing is left half held
             release_left(model, resuming=progress is not None)
             raise
@@ -286,8 +290,8 @@ class Recipe:
             self.force.only(self.active)
             if progress is None and self.force.make_room():
                 self.frozen.renew()
-        if self.force.budget is not None and progress and "strength" in progress:
-            self.force.budget.restore(dict(progress))
+        if progress:
+            self.force.restore(dict(progress))
 
     def _filters(
         self, model: nn.Module, rows: RowReader | None, progress: Mapping[str, Any] | None
@@ -440,9 +444,17 @@ class Recipe:
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of a training, as plain data for JSON."""
-        budget = None if self.force is None else self.force.budget
         found: dict[str, Any] = {"filter": self.filter is not None, "first": self.active.start or 0}
-        return found if budget is None else found | budget.state()
+        return found if self.force is None else found | self.force.state()
+
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps as tensors: A behind its filter, where A itself is rounded."""
+        if self.filter is None or not self.filter.narrow:
+            return {}
+        return {
+            site.name: rows.contiguous()
+            for site, rows in zip(self.sites, self.filter.kept, strict=True)
+        }
 
     # After a task.
 
