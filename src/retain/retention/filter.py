@@ -27,7 +27,7 @@ Related: gradient projection (GPM, arXiv 2103.09762), InfLoRA (arXiv 2404.00228)
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -38,6 +38,7 @@ from retain.curvature.blocks.factor import Factor, SketchFactor
 from retain.curvature.blocks.linalg import chunks
 from retain.errors import ConfigError, check_number
 from retain.models.forward import no_autocast
+from retain.models.processes import share
 from retain.models.sites import LoraSite
 from retain.retention.groups import Behind, grouped
 from retain.retention.hooks import GradientHooks
@@ -348,6 +349,31 @@ class InputFilter:
         for group, kept in zip(self.groups, self._kept, strict=True):
             found |= zip(group.whole.places, kept, strict=True)
         return [found[i][: len(s.a[self.active])] for i, s in enumerate(self.sites)]
+
+    @property
+    def narrow(self) -> bool:
+        """Whether A, and so its checkpoint, holds fewer bits than what is kept beside it."""
+        sizes = [(s.a.dtype.itemsize, p.dtype.itemsize) for s, p in self._pairs()]
+        return any(mine < kept for mine, kept in sizes)
+
+    def _pairs(self) -> list[tuple[LoraSite, Whole | Thin]]:
+        return list(zip(self.sites, self.filters, strict=True))
+
+    def restore(self, kept: Mapping[str, Tensor]) -> None:
+        """Takes up the bits that A has no place for.
+
+        Args:
+            kept: `kept` of a checkpoint, by layer. A number that does not round to that in A is of
+                another time, and A's is taken.
+        """
+        for group, mine in zip(self.groups, self._kept, strict=True):
+            for place, rows in zip(group.whole.places, mine, strict=True):
+                a = self.sites[place].a.detach()[self.active]
+                found, rows = kept.get(self.sites[place].name), rows[: len(a)]
+                if found is not None and found.shape == rows.shape:
+                    found = found.to(rows)
+                    rows.copy_(found.where(found.to(a.dtype) == a, rows))
+        share(self._kept)
 
     @no_autocast()
     def after_step(self) -> None:

@@ -40,6 +40,7 @@ from retain.retention.budget import Budget, anchored, scale_back, settle
 from retain.retention.lengths import step_lengths
 from retain.retention.measure import Reference
 from retain.retention.named import (
+    ALONE,
     Budgets,
     Curvatures,
     by_name,
@@ -452,6 +453,25 @@ class Force:
             None without a budget.
         """
         return None if self.budget is None else _mean(self._take_back(rows=self.rows))
+
+    def state(self) -> dict[str, Any]:
+        """What it has learned while training, as plain data for JSON."""
+        states = {
+            hold.name: {"rounded": hold.rounded, "looks": hold.looks}
+            | ({} if hold.budget is None else hold.budget.state())
+            for hold in self.holds
+        }
+        return states.get(ALONE) or {"budgets": states}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Puts a `state` back, as far as it goes: one of before 0.2, or of one without a budget."""
+        kept = {ALONE: state, **state.get("budgets", {})}
+        for hold in self.holds:
+            found = kept.get(hold.name, {})
+            hold.rounded = hold.rounded and bool(found.get("rounded", True))
+            hold.looks = int(found.get("looks", 0))
+            if hold.budget is not None and "strength" in found:
+                hold.budget.restore(dict(found))
 
     def _spend(self, felt: Sequence[Felt]) -> bool:
         """With budgets, dual ascent after a step; whether the weights had to be moved back."""

@@ -59,7 +59,7 @@ from retain.retention.hooks import GradientHooks
 from retain.retention.loader import RowReader
 from retain.retention.measure import fit_rows
 from retain.retention.moments import Moments, input_moments, moments_of
-from retain.retention.named import ALONE, Budgets, Curvatures, by_name, check_names, named
+from retain.retention.named import Budgets, Curvatures, by_name, check_names, named
 from retain.retention.soften.truncate import truncated
 from retain.retention.state import choose, pack_curvature, unpack_curvature
 from retain.retention.watch import Watched
@@ -198,6 +198,7 @@ class Recipe:
         seed: int = 0,
         probe: Probe = (),
         progress: Mapping[str, Any] | None = None,
+        kept: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Sets and holds the model for a training.
 
@@ -208,6 +209,7 @@ class Recipe:
             probe: tokenised source text, on which a budget is measured, of several by name; see
                 `Force`.
             progress: of a training that goes on, what `progress` gave for its checkpoint.
+            kept: of one, what `kept` gave; without it A begins as rounded as the checkpoint has it.
 
         Raises:
             ModelError: no LoRA, or none whose rows are fresh, for a filter that is named; or a
@@ -219,6 +221,8 @@ class Recipe:
         self._clear()
         try:
             self._begin(model, rows, seed, probe, progress)
+            if self.filter is not None and progress is not None and self.filter.narrow:
+                self.filter.restore(kept or {})
         except BaseException:  # nothing is left half held
             release_left(model, resuming=progress is not None)
             raise
@@ -296,11 +300,8 @@ class Recipe:
             self.force.only(self.active)
             if progress is None and self.force.make_room():
                 self.frozen.renew()
-        kept = {ALONE: progress or {}, **(progress or {}).get("budgets", {})}
-        for hold in self.force.holds:
-            state = kept.get(hold.name, {})
-            if hold.budget is not None and "strength" in state:
-                hold.budget.restore(dict(state))
+        if progress:
+            self.force.restore(progress)
 
     def _filters(
         self, model: nn.Module, rows: RowReader | None, progress: Mapping[str, Any] | None
@@ -462,9 +463,16 @@ class Recipe:
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of a training, as plain data for JSON."""
         found: dict[str, Any] = {"filter": self.filter is not None, "first": self.active.start or 0}
-        holds = [] if self.force is None else self.force.holds
-        states = {h.name: h.budget.state() for h in holds if h.budget is not None}
-        return found | states.get(ALONE, {"budgets": states} if states else {})
+        return found if self.force is None else found | self.force.state()
+
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps as tensors: A behind its filter, where A itself is rounded."""
+        if self.filter is None or not self.filter.narrow:
+            return {}
+        return {
+            site.name: rows.contiguous()
+            for site, rows in zip(self.sites, self.filter.kept, strict=True)
+        }
 
     # After a task.
 

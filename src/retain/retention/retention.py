@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retain.curvature.curvature import Curvature
@@ -48,6 +48,7 @@ class Retention:
         filter: options of the filter.
         seed: of the choice of rows.
         progress: of a loop that goes on, what `progress` gave.
+        kept: of one, what `kept` gave.
 
     Attributes:
         recipe: what is driven; after training, ``recipe.consolidate(model, rows)`` gives the `past`
@@ -72,11 +73,14 @@ class Retention:
         filter: Filter | None = None,
         seed: int = 0,
         progress: dict[str, Any] | None = None,
+        kept: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.recipe = Recipe(
             curvature, strength, parts=parts, budget=budget, past=past, update=update, filter=filter
         )
-        self.recipe.begin(model, _reader(model, rows), seed=seed, probe=probe, progress=progress)
+        self.recipe.begin(
+            model, _reader(model, rows), seed=seed, probe=probe, progress=progress, kept=kept
+        )
 
     @property
     def strength(self) -> float:
@@ -110,6 +114,10 @@ class Retention:
     def progress(self) -> dict[str, Any]:
         """What a checkpoint of the loop is to keep, as plain data for JSON."""
         return self.recipe.progress()
+
+    def kept(self) -> dict[str, Tensor]:
+        """What it is to keep as tensors, for safetensors; empty but for a filtered, rounded A."""
+        return self.recipe.kept()
 
     def finish(self) -> None:
         """When training has ended: takes back what is above a budget, and lets the model go."""

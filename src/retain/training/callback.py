@@ -33,9 +33,9 @@ from retain.training.handling import (
     record,
     watched_gradients,
 )
-from retain.training.keeping import keep, kept_in
+from retain.training.keeping import keep, keep_tensors, kept_in, kept_tensors
 from retain.training.reading import check_loader
-from retain.training.running import Running, calling_handler
+from retain.training.running import Running, calling_handler, resumed_from
 from retain.types import Update
 
 if TYPE_CHECKING:
@@ -65,8 +65,9 @@ class RetentionCallback(TrainerCallback):
     ``retention_correction``, and with named ones ``predicted_nats``, ``strength`` and
     ``correction`` of each, such as ``strength/facts``. What a budget has learned, and whether there
     is a filter, is kept in ``trainer_state.json`` of each checkpoint, and read from the one that is
-    resumed, wherever it lies. A budget is settled by measuring before the last checkpoint and when
-    training ends; earlier checkpoints may be above it.
+    resumed, wherever it lies; of a filtered A in bfloat16, ``retention.safetensors`` beside it has
+    the bits below. A budget is settled by measuring before the last checkpoint and when training
+    ends; earlier checkpoints may be above it.
 
     A training that breaks off (Ctrl-C, an exception) leaves nothing on the model: what holds A acts
     while the training runs alone, and a plain trainer afterwards is plain.
@@ -237,6 +238,7 @@ class RetentionCallback(TrainerCallback):
             seed=args.seed,
             probe=self._probe(view),
             progress=kept_in(state, needed) if resuming else None,
+            kept=kept_tensors(resumed_from()) if resuming else None,
         )
         recipe.guard(Running() if trainer is None else _always)
         go_first(self, handler)
@@ -302,6 +304,12 @@ class RetentionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         keep(state, self.recipe.progress())
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.should_save and (kept := self.recipe.kept()):
+            keep_tensors(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", kept)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from retain.documents import read_json
 from retain.files import clear_scratch, file_digest, remove_ours, settle, sync, write_json
+from retain.training.keeping import TENSORS
 
 __all__ = [
     "SEAL",
@@ -37,7 +38,7 @@ KEPT = 2
 FILES = (
     "adapter_config.json", "adapter_model.safetensors", "README.md", "optimizer.pt",
     "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin",
-    "retention.json", SEAL, ".tmp??????",
+    "retention.json", TENSORS, SEAL, ".tmp??????",
 )  # fmt: skip
 """What they put into one that has no seal; safetensors writes under a name of the last kind."""
 

@@ -9,22 +9,61 @@ so this is an entry of our own.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import TrainerState
 
 from retain.errors import TrainingError
+from retain.files import whole_file
 
-__all__ = ["keep", "kept_in"]
+__all__ = ["TENSORS", "keep", "keep_tensors", "kept_in", "kept_tensors"]
+
+TENSORS = "retention.safetensors"
+"""In a checkpoint whose A is rounded (bfloat16): what is kept beside it, by layer."""
 
 _ENTRY = "retain"
-_NUMBERS = ("first", "steps", "strength", "correction")
+_NUMBERS = ("first", "steps", "strength", "correction", "looks")
 
 
 def keep(state: TrainerState, kept: dict[str, Any]) -> None:
     """Puts plain data into the trainer's state, with the step that they are of."""
     entries: Any = state.stateful_callbacks
     entries[_ENTRY] = {"step": state.global_step, **kept}
+
+
+def keep_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes what a checkpoint keeps as tensors; nothing where there is none.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written.
+    """
+    if tensors and folder.is_dir():
+        with whole_file(folder / TENSORS, "a checkpoint") as scratch:
+            save_file({name: t.detach().cpu() for name, t in tensors.items()}, scratch)
+
+
+def kept_tensors(folder: Path | None) -> dict[str, Tensor]:
+    """What `keep_tensors` wrote; nothing where there is none.
+
+    Raises:
+        TrainingError: the file is damaged.
+    """
+    if folder is None or not (folder / TENSORS).is_file():
+        return {}
+    try:
+        return load_file(folder / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            "the checkpoint is damaged",
+            got=f"{folder / TENSORS} ({error})",
+            allowed="as it was written",
+            fix="resume from another one; or remove that file, to go on from the rounded adapter",
+        ) from error
 
 
 def kept_in(state: TrainerState, needed: bool) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import weakref
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
 from transformers.trainer_callback import CallbackHandler
 
-__all__ = ["Running", "calling_handler"]
+__all__ = ["Running", "calling_handler", "resumed_from"]
 
 
 _LOOPS = ("_inner_training_loop", "train")
@@ -63,6 +65,17 @@ def calling_handler() -> CallbackHandler | None:
     """The handler of a trainer's callbacks that is calling one of them now."""
     frame = _handler_frame()
     return None if frame is None else frame.f_locals["self"]
+
+
+def resumed_from() -> Path | None:
+    """The checkpoint that the trainer which is calling a callback now goes on from."""
+    frame = _handler_frame()
+    while frame is not None:
+        found = frame.f_locals.get("resume_from_checkpoint")
+        if frame.f_code.co_name in _LOOPS and isinstance(found, str | os.PathLike):
+            return Path(found)
+        frame = frame.f_back
+    return None
 
 
 def _handler_frame() -> FrameType | None:
