@@ -58,6 +58,7 @@ def test_strength_zero_is_plain_training_bit_for_bit(name: str, adapter: str, mo
 
 
 @EACH
+@pytest.mark.shows("studies", "gradient accumulation", only="auto-lora-llama")
 def test_accumulation_gives_one_trajectory(name: str, adapter: str, model: str) -> None:
     counts = (1, 2, 4) if (adapter, model) == ("lora", "llama") else (1, 4)
     ends = [run(method_of(name), adapter, model, accumulation=n).state() for n in counts]
@@ -68,6 +69,7 @@ def test_accumulation_gives_one_trajectory(name: str, adapter: str, model: str) 
 
 
 @pytest.mark.parametrize(("name", "adapter", "model"), cases(models=["llama"]))
+@pytest.mark.shows("studies", "full fine-tuning", only="kfac-full-llama")
 def test_types_stay_and_what_is_frozen_stays(name: str, adapter: str, model: str) -> None:
     method = method_of(name)
     attached = begun(method, adapter, model, dtype=torch.bfloat16)
