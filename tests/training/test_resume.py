@@ -132,7 +132,7 @@ def test_from_each_checkpoint_of_a_run(tmp_path: Path, monkeypatch: pytest.Monke
             found = retain.train_run(resume=True, out=out, quiet=True)
             assert found.record.resumed_from == f"checkpoint-{step}"
             assert found.record.why_no_filter is None
-            assert (out / "checkpoints" / "checkpoint-6" / "retention.safetensors").is_file()
+            assert (out / "checkpoints" / "checkpoint-6" / "filtered.safetensors").is_file()
             for name in ("adapter/adapter_model.safetensors", "state/past.safetensors"):
                 assert (out / name).read_bytes() == (done.out / name).read_bytes(), (step, name)
 

@@ -62,7 +62,7 @@ class RetentionCallback(TrainerCallback):
     ``retention_strength``, so every ``report_to`` backend gets them; with a budget also
     ``retention_correction``. What a budget has learned, and whether there is a filter, is kept in
     ``trainer_state.json`` of each checkpoint, and read from the one that is resumed, wherever it
-    lies; of a filtered A in bfloat16, ``retention.safetensors`` beside it has the bits below. A
+    lies; of a filtered A in bfloat16, ``filtered.safetensors`` beside it has the bits below. A
     budget is settled by measuring before the last checkpoint and when training ends; earlier
     checkpoints may be above it.
 
