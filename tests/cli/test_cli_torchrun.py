@@ -12,6 +12,7 @@ from cli_parts import SHORT
 import forked
 
 
+@pytest.mark.shows("retain train", "DDP")
 def test_two_processes_train_as_one(retain: Any, model: Path, data: Path, tmp_path: Path) -> None:
     argv = ["train", "--model", str(model), "--data", str(data), *SHORT, "--budget", "0.05"]
     argv += ["--epochs", "2", "--save-steps", "3", "--keep-state", "--dtype", "float32"]

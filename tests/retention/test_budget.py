@@ -227,6 +227,7 @@ def test_the_strength_climbs_above_the_budget_and_falls_below_it() -> None:
     assert math.isfinite(budget.strength)
 
 
+@pytest.mark.shows("studies", "budget")
 def test_a_method_with_a_budget_spends_it_on_each_task() -> None:
     method = KFAC(budget=0.02, rows=8)
     attached = begun(method, "lora", "llama")

@@ -59,6 +59,7 @@ def test_strength_zero_is_plain_training_bit_for_bit(name: str, adapter: str, mo
 
 
 @EACH
+@pytest.mark.shows("studies", "gradient accumulation", only="auto-lora-llama")
 def test_accumulation_gives_one_trajectory(name: str, adapter: str, model: str) -> None:
     one, four = (run(method_of(name), adapter, model, accumulation=n).state() for n in (1, 4))
     for key, tensor in one.items():
@@ -67,6 +68,7 @@ def test_accumulation_gives_one_trajectory(name: str, adapter: str, model: str) 
 
 
 @pytest.mark.parametrize(("name", "adapter", "model"), cases(models=["llama"]))
+@pytest.mark.shows("studies", "full fine-tuning", only="kfac-full-llama")
 def test_types_stay_and_what_is_frozen_stays(name: str, adapter: str, model: str) -> None:
     method = method_of(name)
     attached = begun(method, adapter, model, dtype=torch.bfloat16)

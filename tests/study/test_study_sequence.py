@@ -87,6 +87,7 @@ def test_the_record_of_a_run(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.shows("studies", "resume")
 def test_a_stopped_run_goes_on_to_the_same_record(
     tiny_folder: Path, tmp_path: Path, method: str
 ) -> None:

@@ -27,6 +27,7 @@ def runs(out: Path) -> dict[str, dict[str, Any]]:
     return {run["config"]["method"]["label"]: run for run in found}
 
 
+@pytest.mark.shows("studies", "DDP")
 def test_two_processes_give_the_numbers_of_one(tiny_folder: Path, tmp_path: Path) -> None:
     path = tiny_study(
         tmp_path / "study", tiny_folder, methods=METHODS, seeds=[0],

@@ -232,6 +232,7 @@ def test_the_measured_kl_is_that_of_the_model_at_that_step(held: bool) -> None:
     assert [entry["measured"] for entry in result.history[:-1]] == [None] * 3
 
 
+@pytest.mark.shows("retain train", "gradient checkpointing")
 def test_gradient_checkpointing_gives_the_same_adapter() -> None:
     ends = []
     for checkpointing in (False, True):

@@ -295,6 +295,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("tasks", [1, 3])
 @pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.shows("studies", "force", "filter", "fresh rows", only="llama-3")
+@pytest.mark.shows("plain loop", "head", only="bert-1")
+@pytest.mark.shows("studies", "head", only="bert-1")
+@pytest.mark.shows("retain train", "head", only="bert-1")
 def test_every_door_ends_at_the_same_place(
     kind: str, tasks: int, folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -79,6 +79,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.shows("transformers.Trainer", "DDP")
 def test_two_processes_hold_as_one(ended: Path) -> None:
     one, two, other = weights(ended / "one"), weights(ended / "two"), weights(ended / "two", 1)
     assert apart(one, two) < 1e-4

@@ -68,6 +68,8 @@ def by_trl(model: nn.Module, call: RetentionCallback, common: dict[str, Any]) ->
     ("made", "way"),
     [*((by_transformers, way) for way in WAYS), (by_trl, "budget"), (by_trl, "all")],
 )
+@pytest.mark.shows("transformers.Trainer", "resume", only="by_transformers-all")
+@pytest.mark.shows("SFTTrainer", "resume", only="by_trl-all")
 def test_from_each_checkpoint_of_a_trainer(made: Any, way: str, tmp_path: Path) -> None:
     def trained(name: str, start: Path | None = None) -> dict[str, torch.Tensor]:
         model, call = held(way)
@@ -95,6 +97,9 @@ def test_from_each_checkpoint_of_a_trainer(made: Any, way: str, tmp_path: Path) 
             assert torch.equal(got[name], tensor), (step, name)
 
 
+@pytest.mark.shows(
+    "retain train", "force", "filter", "fresh rows", "budget", "resume", "gradient accumulation"
+)
 def test_from_each_checkpoint_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``retain train --resume`` of a first month and of a second, each within a budget.
 
@@ -127,11 +132,12 @@ def test_from_each_checkpoint_of_a_run(tmp_path: Path, monkeypatch: pytest.Monke
             found = retain.train_run(resume=True, out=out, quiet=True)
             assert found.record.resumed_from == f"checkpoint-{step}"
             assert found.record.why_no_filter is None
-            assert (out / "checkpoints" / "checkpoint-6" / "retention.safetensors").is_file()
+            assert (out / "checkpoints" / "checkpoint-6" / "filtered.safetensors").is_file()
             for name in ("adapter/adapter_model.safetensors", "state/past.safetensors"):
                 assert (out / name).read_bytes() == (done.out / name).read_bytes(), (step, name)
 
 
+@pytest.mark.shows("plain loop", "resume")
 def test_from_each_step_of_a_plain_loop() -> None:
     """With an adapter in bfloat16, and with what `progress` and `kept` give."""
 

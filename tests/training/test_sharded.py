@@ -109,6 +109,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.shows("plain loop", "FSDP2", only="budget")
 def test_two_processes_hold_as_one(two: Path, case: str) -> None:
     one = trained(case)
     first, other = (torch.load(two / f"{case}-{rank}.pt") for rank in (0, 1))

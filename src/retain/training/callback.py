@@ -65,7 +65,7 @@ class RetentionCallback(TrainerCallback):
     ``retention_correction``, and with named ones ``predicted_nats``, ``strength`` and
     ``correction`` of each, such as ``strength/facts``. What a budget has learned, and whether there
     is a filter, is kept in ``trainer_state.json`` of each checkpoint, and read from the one that is
-    resumed, wherever it lies; of a filtered A in bfloat16, ``retention.safetensors`` beside it has
+    resumed, wherever it lies; of a filtered A in bfloat16, ``filtered.safetensors`` beside it has
     the bits below. A budget is settled by measuring before the last checkpoint and when training
     ends; earlier checkpoints may be above it.
 

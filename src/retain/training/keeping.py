@@ -23,7 +23,7 @@ from retain.files import whole_file
 
 __all__ = ["TENSORS", "keep", "keep_tensors", "kept_in", "kept_tensors"]
 
-TENSORS = "retention.safetensors"
+TENSORS = "filtered.safetensors"
 """In a checkpoint whose A is rounded (bfloat16): what is kept beside it, by layer."""
 
 _ENTRY = "retain"

@@ -1,0 +1,210 @@
+"""Writes docs/support.md: what was tried in which trainer, from the outcomes of the tests.
+
+    PYTHONPATH=src python scripts/support_table.py
+
+A test says with ``@pytest.mark.shows(trainer, *features)`` which cells it shows; ``refused=True``
+says that the feature is refused there, and the error that the test met is what the cell says. What
+no test shows is declared below with a reason.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "support.md"
+
+TRAINERS = (
+    "transformers.Trainer", "SFTTrainer", "DPOTrainer", "GRPOTrainer", "plain loop",
+    "retain train", "studies", "axolotl", "LLaMA-Factory", "ms-swift", "sentence-transformers",
+    "Unsloth",
+)  # fmt: skip
+FEATURES = (
+    "force", "filter", "fresh rows", "head", "budget", "resume", "gradient accumulation",
+    "bf16 autocast", "fp16 autocast", "gradient checkpointing", "packing", "assistant-only loss",
+    "DDP", "FSDP2", "DeepSpeed", "4-bit base", "DoRA", "full fine-tuning",
+)  # fmt: skip
+
+NO_CELL = "not applicable"
+NOT_TRIED = "not tried"
+BY_HAND = "by hand"
+
+OWN_ROWS = "it takes rows and labels as its user made them"
+CAUSAL = "it trains language models, which have no new head"
+ITS_OWN = "its trainer is a `transformers.Trainer` and runs the same callback; no test runs it"
+NO_SETTING = "it has no such setting"
+NO_FP16 = "it takes a gradient scaler and a GPU; without clipping it is refused in a trainer"
+DECLARED: dict[tuple[str, str], tuple[str, str]] = {
+    **{(t, "fp16 autocast"): (NOT_TRIED, NO_FP16) for t in TRAINERS[:5]},
+    ("transformers.Trainer", "packing"): (NO_CELL, OWN_ROWS),
+    ("transformers.Trainer", "assistant-only loss"): (NO_CELL, OWN_ROWS),
+    ("plain loop", "packing"): (NO_CELL, OWN_ROWS),
+    ("plain loop", "assistant-only loss"): (NO_CELL, OWN_ROWS),
+    **{(t, "head"): (NO_CELL, CAUSAL) for t in ("SFTTrainer", "DPOTrainer", "GRPOTrainer")},
+    **{(t, f): (NO_CELL, NO_SETTING) for t in ("DPOTrainer", "GRPOTrainer")
+       for f in ("packing", "assistant-only loss")},
+    **{(t, "DDP"): (NOT_TRIED, "it is a `transformers.Trainer`, which two processes run")
+       for t in ("SFTTrainer", "DPOTrainer", "GRPOTrainer")},
+    ("plain loop", "DDP"): (NOT_TRIED, "no test; FSDP2 is tested there, DDP in a trainer"),
+    ("plain loop", "DeepSpeed"): (
+        NOT_TRIED, "its engine steps the optimiser itself, so `Retention.step` has no place"),
+    **{("retain train", f): (NO_CELL, "its model is loaded in `--dtype`, without autocast")
+       for f in ("bf16 autocast", "fp16 autocast")},
+    **{("studies", f): (NO_CELL, "a study's model is loaded in its dtype, without autocast")
+       for f in ("bf16 autocast", "fp16 autocast")},
+    **{(t, f): (NO_CELL, NO_SETTING) for t in ("retain train", "studies")
+       for f in ("packing", "FSDP2", "DeepSpeed", "DoRA")},
+    ("retain train", "full fine-tuning"): (NO_CELL, NO_SETTING),
+    ("retain train", "assistant-only loss"): (
+        NOT_TRIED, "`loss: assistant` is its default; the rows' labels are tested, no run is"),
+    ("retain train", "4-bit base"): (NOT_TRIED, "a saved 4-bit model may load; no test does it"),
+    ("studies", "4-bit base"): (NOT_TRIED, "a saved 4-bit model may load; no test does it"),
+    ("studies", "gradient checkpointing"): (
+        NOT_TRIED, "the setting is that of `retain train`, whose loop is the same"),
+    ("studies", "assistant-only loss"): (NO_CELL, "its rows are those of tasks, not chats"),
+    **{(t, f): (BY_HAND, "4 steps of LoRA on a CPU, with `predicted_nats` logged: trainers.md")
+       for t in ("axolotl", "LLaMA-Factory", "ms-swift") for f in ("force", "filter")},
+    **dict.fromkeys((("axolotl", "head"), ("LLaMA-Factory", "head")), (NO_CELL, CAUSAL)),
+    **{("sentence-transformers", f): (
+        NO_CELL, "an embedding has no probabilities that a curvature could be of")
+       for f in FEATURES},
+    **{("Unsloth", f): (NO_CELL, "its fused kernels do not call the layers that a filter reads")
+       for f in ("filter", "fresh rows")},
+}  # fmt: skip
+for _trainer in ("axolotl", "LLaMA-Factory", "ms-swift"):
+    for _feature in FEATURES:
+        DECLARED.setdefault((_trainer, _feature), (NOT_TRIED, ITS_OWN))
+for _feature in FEATURES:
+    DECLARED.setdefault(("Unsloth", _feature), (NOT_TRIED, "it needs a GPU"))
+
+
+class Shown(NamedTuple):
+    """A cell that a test shows."""
+
+    trainer: str
+    feature: str
+    test: str
+    refused: bool
+
+
+class Collector:
+    """A plug-in of pytest: the marked tests, their outcomes, and what each was refused with."""
+
+    def __init__(self) -> None:
+        self.shown: list[Shown] = []
+        self.passed: set[str] = set()
+        self.said: dict[str, str] = {}
+        self._last = ""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
+        kept: list[Any] = []
+        left: list[Any] = []
+        for item in items:
+            found = list(_cells(item))
+            self.shown += found
+            (kept if found else left).append(item)
+        items[:] = kept
+        config.hook.pytest_deselected(items=left)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: Any) -> Any:
+        from retain.errors import RetainError
+
+        plain, texts = RetainError.__init__, list[str]()
+
+        def heard(error: RetainError, what: str, **more: Any) -> None:
+            texts.append(what)
+            plain(error, what, **more)
+
+        RetainError.__init__ = heard  # type: ignore[method-assign, assignment]
+        try:
+            result = yield
+        finally:
+            RetainError.__init__ = plain  # type: ignore[method-assign]
+        self.passed.add(item.nodeid)
+        self.said[item.nodeid] = texts[-1] if texts else ""
+        return result
+
+
+def _cells(item: Any) -> Any:
+    inside = item.nodeid.partition("[")[2].removesuffix("]")
+    for mark in item.iter_markers("shows"):
+        if mark.kwargs.get("only") in (None, inside):
+            trainer, *features = mark.args
+            for feature in features:
+                yield Shown(trainer, feature, item.nodeid, mark.kwargs.get("refused", False))
+
+
+def collected(*argv: str) -> Collector:
+    """What pytest finds with these arguments, run from the project's folder."""
+    collector = Collector()
+    pytest.main(["-q", "-p", "no:cacheprovider", *argv], plugins=[collector])
+    return collector
+
+
+def page(found: Collector) -> str:
+    """The page; raises `SystemExit` where a cell would be blank, or is said in two ways."""
+    cells: dict[tuple[str, str], tuple[str, str, str]] = {}
+    for shown in found.shown:
+        key = shown.trainer, shown.feature
+        if shown.test in found.passed:
+            test, said = f"`{shown.test}`", found.said[shown.test]
+            how = ("refused", f"{said}: {test}") if shown.refused else ("✓", test)
+            cells.setdefault(key, ("–" if shown.refused else "✓", *how))
+    signs = {NO_CELL: "n/a", NOT_TRIED: "?", BY_HAND: "(✓)"}
+    for key, (what, why) in DECLARED.items():
+        if key not in cells:
+            cells[key] = (signs[what], what, why)
+    every = [(t, f) for t in TRAINERS for f in FEATURES]
+    blank = [key for key in every if key not in cells]
+    unknown = [key for key in cells if key not in every]
+    if blank or unknown:
+        raise SystemExit(f"cells that nothing fills: {blank}; of no trainer or feature: {unknown}")
+    lines = [
+        "# What works in which trainer", "",
+        "Written by `scripts/support_table.py` from the outcomes of the tests that carry its mark; "
+        "not to be edited by hand.", "", _versions(), "",
+        "✓ a test shows it; – it is refused, with one clear error; (✓) it was run by hand; "
+        "? it was not tried; n/a there is nothing to try.", "",
+        "4-bit bases, DoRA and full fine-tuning are shown with the force alone. FSDP2 and "
+        "DeepSpeed are refused as stand-ins for them are: neither runs in these tests but FSDP2 in "
+        "the plain loop.", "",
+        "| | " + " | ".join(TRAINERS) + " |", "|---|" + ":-:|" * len(TRAINERS),
+        *(f"| {f} | " + " | ".join(cells[t, f][0] for t in TRAINERS) + " |" for f in FEATURES),
+    ]  # fmt: skip
+    for trainer in TRAINERS:
+        lines += ["", f"## {trainer}", "", "| | | |", "|---|---|---|"]
+        rows = {feature: " | ".join(cells[trainer, feature][1:]) for feature in FEATURES}
+        for told, same in groupby(FEATURES, rows.__getitem__):
+            lines.append(f"| {', '.join(same)} | {told} |")
+    return "\n".join(lines) + "\n"
+
+
+def _versions() -> str:
+    names = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+    told = ", ".join(f"{name} {version(name)}" for name in names)
+    return f"Python {sys.version_info.major}.{sys.version_info.minor}, {told}, on a CPU."
+
+
+def main() -> None:
+    """Runs the marked tests, and writes the page."""
+    files = [
+        p for p in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.shows(" in p.read_text()
+    ]
+    found = collected(*map(str, files), *sys.argv[1:])
+    failed = sorted({s.test for s in found.shown} - found.passed)
+    for test in failed:
+        print("not passed:", test)
+    PAGE.write_text(page(found), encoding="utf-8")
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()

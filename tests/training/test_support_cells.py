@@ -1,0 +1,210 @@
+"""Each feature in each trainer of transformers and TRL, and in a plain loop (docs/support.md)."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from test_head import classifier, labelled
+from test_precisions import CHATML, padded
+from test_trl import of_trl, rewards
+from transformers import Trainer, TrainingArguments
+
+from retain import Retention, RetentionCallback, fit_curvature, fit_head, grow_lora, load_model
+from retain.errors import ModelError, SourceError
+from retain.models.sites import lora_sites
+from retain.models.view import ModelView
+from tiny import move
+
+SOURCE = [{"text": f"the cat sat on mat {i}"} for i in range(8)]
+TRAINERS = ("transformers.Trainer", "SFTTrainer", "DPOTrainer", "GRPOTrainer", "plain loop")
+SAID: dict[str, dict[str, Any]] = {
+    "gradient accumulation": {"gradient_accumulation_steps": 2},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "bf16 autocast": {"bf16": True},
+    "packing": {"packing": True, "max_length": 32},
+    "assistant-only loss": {"assistant_only_loss": True},
+    "resume": {"save_strategy": "steps", "save_steps": 1},
+}
+"""By feature: what the trainer's arguments say of it."""
+
+CALLED: dict[str, dict[str, Any]] = {
+    "force": {"parts": ("force",)},
+    "filter": {"parts": ("rows", "filter", "force")},
+    "budget": {"budget": 0.01, "source": SOURCE},
+    "full fine-tuning": {"parts": ("force",)},
+    "4-bit base": {"parts": ("force",)},
+    "DoRA": {"parts": ("force",)},
+}
+"""And what the callback is told."""
+
+REFUSED = {
+    **{(t, f): ModelError for t in TRAINERS[:4] for f in ("DeepSpeed", "FSDP2")},
+    ("GRPOTrainer", "filter"): SourceError,
+}
+EVERY = ("force", "fresh rows", "budget", "gradient accumulation", "bf16 autocast",
+         "gradient checkpointing", "4-bit base", "DoRA", "full fine-tuning")  # fmt: skip
+CELLS = [
+    *((t, f) for t in TRAINERS for f in EVERY),
+    *((t, "filter") for t in TRAINERS if t != "GRPOTrainer"),
+    *(("SFTTrainer", f) for f in ("packing", "assistant-only loss")),
+    ("DPOTrainer", "resume"), ("GRPOTrainer", "resume"), ("transformers.Trainer", "head"),
+    *REFUSED,
+]  # fmt: skip
+
+
+def model_for(feature: str, folder: Path) -> tuple[Any, Any, Any, Any]:
+    """A model, with its adapter where it has one; its tokenizer; the source's curvature and
+    that of the past."""
+    if feature == "4-bit base":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        _, tokenizer, _ = load_model(folder)
+        four = BitsAndBytesConfig(load_in_4bit=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=four, device_map="cpu"
+        )
+    else:
+        model, tokenizer, _ = load_model(folder, dtype="float32")
+    tokenizer.chat_template = CHATML
+    options: dict[str, Any] = {"tokenizer": tokenizer, "rows": 4, "batch_size": 4}
+    if feature != "full fine-tuning":
+        lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM",
+                          use_dora=feature == "DoRA")  # fmt: skip
+        model = get_peft_model(model, lora)
+    curvature = fit_curvature(model, SOURCE, progress=False, **options)
+    past = None
+    if feature == "fresh rows":
+        move(model, 1, 0.05)
+        past = fit_curvature(model, SOURCE, progress=False, **options)
+        model = grow_lora(model, 2)
+    return model, tokenizer, curvature, past
+
+
+def trainer_of(
+    name: str, feature: str, model: Any, tokenizer: Any, calls: list[Any], out: Path
+) -> Trainer:
+    common: dict[str, Any] = {
+        "output_dir": str(out), "max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True,
+        "learning_rate": 1e-2, "logging_steps": 1, "report_to": "none", "disable_tqdm": True,
+        **{"bf16": False, "save_strategy": "no"}, **SAID.get(feature, {}),
+    }  # fmt: skip
+    texts = [f"say {i} and then no more" for i in range(8)]
+    if name == "transformers.Trainer":
+        ids = [tokenizer(t).input_ids[:16] for t in texts]
+        data: Any = [{"input_ids": i, "labels": i} for i in ids]
+        return Trainer(model, TrainingArguments(**common), train_dataset=data, callbacks=calls)
+    kind = name.removesuffix("Trainer")
+    made, config = of_trl(name, f"{kind}Config")
+    rows: list[dict[str, Any]] = [{"text": t} for t in texts]
+    if feature == "assistant-only loss":
+        turns = ("user", "assistant")
+        rows = [{"messages": [{"role": r, "content": t} for r in turns]} for t in texts]
+    if kind == "DPO":
+        rows = [{"prompt": t, "chosen": " yes", "rejected": " no"} for t in texts]
+    if kind == "GRPO":
+        rows, made = [{"prompt": t} for t in texts], functools.partial(made, reward_funcs=rewards)
+        common |= {"num_generations": 2, "max_completion_length": 3}
+    return made(
+        model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(rows),
+        args=config(**common), callbacks=calls,
+    )  # fmt: skip
+
+
+def state_of(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def with_head(out: Path) -> None:
+    """A classifier's new head, fitted first."""
+    model = classifier("Bert")
+    assert fit_head(model, labelled(), progress=False).placed
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    rows = [{"input_ids": r["input_ids"], "labels": r["label"]} for r in labelled()]
+    curvature = fit_curvature(model, labelled(), progress=False)
+    arguments = TrainingArguments(
+        str(out), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    call = RetentionCallback(curvature)
+    Trainer(model, arguments, padded, rows, callbacks=[call]).train()
+    assert call.recipe.predicted() > 0
+
+
+def in_a_loop(feature: str, model: Any, tokenizer: Any, curvature: Any, options: Any) -> float:
+    def batch(texts: list[str]) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([tokenizer(text).input_ids for text in texts])
+        return {"input_ids": ids, "labels": ids}
+
+    texts: Any = [f"say {i}" for i in range(8)]
+    loader = torch.utils.data.DataLoader(texts, 2, collate_fn=batch)
+    if feature == "gradient checkpointing":
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    source = options.pop("source", None)
+    probe = ModelView(model, tokenizer).read(source, 4, max_length=16) if source else ()
+    held = Retention(model, curvature, rows=loader, probe=probe, **options)
+    assert (held.recipe.filter is None) is ("force" in options.get("parts", ())[:1])
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for step, each in enumerate(loader):
+        with torch.autocast("cpu", torch.bfloat16, enabled=feature == "bf16 autocast"):
+            model(**each).loss.backward()
+        if step % 2 or feature != "gradient accumulation":
+            held.step(optimizer)
+            optimizer.zero_grad()
+    held.finish()
+    return held.predicted()
+
+
+@pytest.mark.parametrize(
+    ("name", "feature"),
+    [pytest.param(t, f, marks=pytest.mark.shows(t, f, refused=(t, f) in REFUSED))
+     for t, f in CELLS],
+)  # fmt: skip
+def test_it_trains_and_is_held(
+    name: str, feature: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if feature == "head":
+        return with_head(tmp_path)
+
+    def begun() -> tuple[Any, Any, Any, dict[str, Any]]:
+        model, tokenizer, curvature, past = model_for(feature, tiny_folder)
+        return model, tokenizer, curvature, {"past": past, **CALLED.get(feature, {})}
+
+    model, tokenizer, curvature, options = begun()
+    before = state_of(model)
+    if name == "plain loop":
+        assert in_a_loop(feature, model, tokenizer, curvature, options) > 0
+    else:
+        call = RetentionCallback(curvature, **options)
+        trainer = trainer_of(name, feature, model, tokenizer, [call], tmp_path / "one")
+        if (name, feature) in REFUSED:
+            if feature == "DeepSpeed":
+                trainer.args.deepspeed = "config.json"
+            if feature == "FSDP2":  # what a DTensor has
+                monkeypatch.setattr("retain.training.handling.is_sharded", lambda _: True)
+            with pytest.raises(REFUSED[name, feature]):
+                trainer.train()
+            return None
+        trainer.train()
+        assert any(e.get("predicted_nats", 0) > 0 for e in trainer.state.log_history)
+        assert trainer.args.bf16 is (feature == "bf16 autocast")
+    if feature == "fresh rows":
+        for site in lora_sites(model):
+            old = before[f"base_model.model.{site.name}.lora_A.default.weight"]
+            assert torch.equal(site.a[:2], old[:2]) and not torch.equal(site.a, old)
+    after = state_of(model)
+    assert any(not torch.equal(after[n], t) for n, t in before.items())
+    if feature == "resume":
+        again, _, curvature, options = begun()
+        call = RetentionCallback(curvature, **options)
+        other = trainer_of(name, feature, again, tokenizer, [call], tmp_path / "two")
+        other.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-1"))
+        assert all(torch.equal(state_of(again)[n], t) for n, t in after.items())
+    return None
