@@ -107,7 +107,7 @@ def test_a_heading_with_nothing_below_it(train: Run, tmp_path: Path) -> None:
 
 class TestNames:
     def test_of_commands_and_tasks(self, retain: Run, trained: Path) -> None:
-        every = "demo, eval, fit, plan, report, soften, study, tasks, train"
+        every = "demo, eval, explain, fit, plan, report, soften, study, tasks, train"
         retain("trian").refused("'trian'", "did you mean 'train'?", every)
         argv = ("eval", "--adapter", trained / "adapter", "--task", "word-problem")
         retain(*argv).refused("did you mean 'word-problems'?")
