@@ -39,6 +39,7 @@ __all__ = [
     "TrainingError",
     "check_number",
     "memory_full",
+    "not_finite",
     "shown",
     "unknown",
 ]
@@ -112,6 +113,14 @@ def unknown(kind: str, got: str, allowed: Iterable[str]) -> ConfigError:
     near = [name for name in short if _initials(name) == got.strip("-").lower()] or near  # lr
     fix = f"did you mean {near[0]!r}?" if near else f"use one of the allowed {kind} names"
     return ConfigError(f"unknown {kind}", got=shown(got), allowed=", ".join(names), fix=fix)
+
+
+def not_finite() -> ModelError:
+    """A `ModelError` for a model that predicts NaN or infinity."""
+    return ModelError(
+        "the model's predictions are not finite", got="NaN or infinity",
+        allowed="finite numbers", fix="check the model's weights, or dtype='float32'",
+    )  # fmt: skip
 
 
 def _initials(name: str) -> str:

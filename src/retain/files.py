@@ -23,7 +23,7 @@ from retain.errors import OutputError
 __all__ = [
     "LOCK", "check_folder", "check_ours", "clear_scratch", "file_digest", "first_rank", "foreign",
     "has_schema", "locked", "recover", "remove_ours", "settle", "sync", "whole_file",
-    "whole_folder", "why_unwritable", "write_json", "writing",
+    "whole_folder", "why_unwritable", "write_json", "write_record", "writing",
 ]  # fmt: skip
 
 LOCK = ".retain.lock"
@@ -242,6 +242,17 @@ def write_json(path: Path, value: Any) -> None:
     with whole_file(path, "the result") as scratch:
         text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
         scratch.write_text(text + "\n", encoding="utf-8")
+
+
+def write_record(path: Path, value: Any) -> None:
+    """Writes JSON, whole, while no other process does, and clears what a killed one has left.
+
+    Raises:
+        OutputError: the place cannot be written, or is in use.
+    """
+    with locked(path, file=True):
+        clear_scratch(path)
+        write_json(path, value)
 
 
 def check_folder(folder: Path) -> Path:

@@ -12,11 +12,11 @@ import typer
 from pydantic import Field
 from typer.core import TyperGroup
 
-from retain.cli.options import Screen, command, quieten
+from retain.cli.options import Screen, check_file, command, quieten
 from retain.config import Options
 from retain.errors import ConfigError, unknown
-from retain.files import check_folder, write_json
-from retain.runs.folders import check_study
+from retain.files import check_folder, write_record
+from retain.runs.folders import check_record, check_study
 from retain.runs.messages import interruption
 
 __all__ = ["EXAMPLE", "app"]
@@ -36,6 +36,8 @@ class _Group(TyperGroup):
             args = ["run", *args]
         return super().parse_args(ctx, args or ["--help"])
 
+
+COMPARISON = "retain.compare/1"
 
 app = typer.Typer(
     cls=_Group,
@@ -159,6 +161,8 @@ def compared(config: CompareConfig, screen: Screen) -> None:
             "no study there", got=place,
             allowed="the folder of retain study run, or its study.json", fix="check the path",
         ) from error  # fmt: skip
+    target = check_file(config.out or place.parent / "compare.json")
+    check_record(target, "a comparison", COMPARISON)
     reference = cell_of(records, config.reference)
     options = {"margin": config.margin, "draws": config.draws}
     names = [name.strip() for name in config.method.split(",")]
@@ -166,7 +170,9 @@ def compared(config: CompareConfig, screen: Screen) -> None:
     tests = [c for several, _ in found.values() for c in several]
     adjusted = iter(holm([c.p for c in tests]))
     inferior = iter(holm([1.0 if t["p"] is None else t["p"] for _, t in found.values()]))
-    made: dict[str, Any] = {"reference": config.reference, **options, "methods": {}}
+    made: dict[str, Any] = {
+        "schema": COMPARISON, "reference": config.reference, **options, "methods": {},
+    }  # fmt: skip
     lines = []
     for name, (several, learning) in found.items():
         parts = [c.to_dict() | {"holm": next(adjusted)} for c in several]
@@ -185,8 +191,7 @@ def compared(config: CompareConfig, screen: Screen) -> None:
         shown = "learns as much" if learning["holds"] else "is not shown to learn as much"
         least = "" if learning["bound"] is None else f", {learning['bound']:.3f} at least"
         screen.say(f"{name} {shown} as {config.reference}{least} (margin {config.margin:g})")
-    target = config.out or place.parent / "compare.json"
-    write_json(target, made)
+    write_record(target, made)
     screen.say(f"results: {target}")
     screen.emit(made)
 

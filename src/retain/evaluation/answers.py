@@ -22,7 +22,7 @@ from retain.data.batches import Example, batches
 from retain.data.general_prompts import GENERAL, Prompts, read_prompts
 from retain.data.patterns import PatternError, compile_pattern, first_match
 from retain.data.tokens import tokenize
-from retain.errors import ConfigError, ModelError
+from retain.errors import ConfigError, not_finite
 from retain.evaluation.generation import generate_ids
 from retain.evaluation.prompts import check_counts, put, writer
 from retain.intervals import bootstrap
@@ -196,10 +196,7 @@ def measure_answers(
         theirs = written("base answers")
         base, own = likely(ours, "tuned answers, by the base"), likely(theirs, "base answers")
     if not all(map(math.isfinite, (*tuned, *base, *own))):
-        raise ModelError(
-            "the model's predictions are not finite", got="NaN or infinity",
-            allowed="finite numbers", fix="check the model's weights, or dtype='float32'",
-        )  # fmt: skip
+        raise not_finite()
     own = [total / len(a) for total, a in zip(own, theirs, strict=True)]
     threshold = float(np.percentile(own, PERCENTILE))
     texts = [words.batch_decode(rows, skip_special_tokens=True) for rows in (theirs, ours)]

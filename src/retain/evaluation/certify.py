@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from retain.errors import ConfigError, ModelError, shown, unknown
+from retain.errors import ConfigError, not_finite, shown, unknown
 from retain.evaluation.generation import generate
 from retain.evaluation.prompts import check_counts, put, writer
 from retain.evaluation.ranking import score_options
@@ -313,10 +313,7 @@ def _answers(
         progress=progress, label=f"{label}, choices",
     )  # fmt: skip
     if not all(map(math.isfinite, (value for row in scores.logp for value in row))):
-        raise ModelError(
-            "the model's predictions are not finite", got="NaN or infinity",
-            allowed="finite numbers", fix="check the model's weights, or dtype='float32'",
-        )  # fmt: skip
+        raise not_finite()
     for i, best in zip(ranked, scores.best(), strict=True):
         said[i] = items[i].choices[best]
     free = [i for i, item in enumerate(items) if not item.choices]

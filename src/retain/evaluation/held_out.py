@@ -18,7 +18,7 @@ from retain.data.draws import sample
 from retain.data.encoding import encode
 from retain.data.rows import Row
 from retain.data.tokens import need
-from retain.errors import ModelError, SourceError
+from retain.errors import SourceError, not_finite
 from retain.evaluation.answers import MARK, row_log_probabilities
 from retain.evaluation.generation import generate_ids
 from retain.evaluation.metrics import normalize
@@ -166,10 +166,7 @@ def measure_rows(
     words: PreTrainedTokenizerBase | None = view.tokenizer
     found = row_log_probabilities(view, rows.examples, batch_size, progress, label)
     if not all(map(math.isfinite, found)):
-        raise ModelError(
-            "the model's predictions are not finite", got="NaN or infinity",
-            allowed="finite numbers", fix="check the model's weights, or dtype='float32'",
-        )  # fmt: skip
+        raise not_finite()
     said: list[str | None] = [None] * len(found)
     right: list[bool | None] = [None] * len(found)
     cut, asked = 0, rows.asked

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 
 from retain.data.batches import Example
 from retain.data.general_prompts import Half, general_prompts
-from retain.errors import ModelError, SourceError
+from retain.errors import SourceError, not_finite
 from retain.models.forward import compact_head, evaluating
 from retain.models.names import unwrap
 from retain.models.off import base_to_sample
@@ -260,12 +260,7 @@ def _written(
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
-        raise ModelError(
-            "the model's predictions are not finite",
-            got="NaN or infinity",
-            allowed="finite numbers",
-            fix="check the model's weights, or dtype='float32'",
-        ) from error
+        raise not_finite() from error
 
 
 def _document(tokenizer: PreTrainedTokenizerBase) -> list[int]:

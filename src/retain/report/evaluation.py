@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -350,20 +351,13 @@ def _rows(found: EvalRecord) -> list[Asked]:
             title = f"all {_word(flags[0])}"
         out.append((flags, Asked((title, ""), item.prompt, item.answer, said)))
     out.sort(key=lambda pair: (len(set(pair[0])) == 1, pair[0]))
-    counts = _counted(asked.group[0] for _, asked in out)
+    counts = Counter(asked.group[0] for _, asked in out)
     return [Asked((a.group[0], f"{counts[a.group[0]]} of {len(out)} rows"), a.prompt, a.wanted,
                   a.said) for _, a in out]  # fmt: skip
 
 
 def _word(right: bool | None) -> str:
     return "right" if right else "wrong"
-
-
-def _counted(names: Iterable[str]) -> dict[str, int]:
-    out: dict[str, int] = {}
-    for name in names:
-        out[name] = out.get(name, 0) + 1
-    return out
 
 
 def blocks(asked: Sequence[Asked]) -> list[tuple[tuple[str, str], list[Asked]]]:

@@ -13,10 +13,8 @@ from retain.documents import LARGE, Unreadable, read_text
 from retain.errors import ConfigError, OutputError
 from retain.files import (
     check_folder,
-    check_ours,
     clear_scratch,
     file_digest,
-    has_schema,
     locked,
     whole_file,
     write_json,
@@ -24,6 +22,7 @@ from retain.files import (
 from retain.records import CERTIFICATE_SCHEMA, CertificateRecord, SkillRecord, finite
 from retain.runs.bases import base_of
 from retain.runs.eval import load_tuned
+from retain.runs.folders import check_record
 from retain.runs.messages import Messages, interruption
 
 __all__ = ["CARD", "RECORD", "CertifyConfig", "certify_run", "with_section"]
@@ -71,7 +70,7 @@ def certify_run(config: CertifyConfig, messages: Messages) -> dict[str, Any]:
     name = base_of(config.adapter, config.model)
     folder = check_folder(config.adapter)
     file, card = folder / RECORD, folder / CARD
-    check_ours(file, lambda path: has_schema(path, CERTIFICATE_SCHEMA), "a certificate", file)
+    check_record(file, "a certificate", CERTIFICATE_SCHEMA)
     written = _card_text(card)
     messages.libraries()
     from retain.evaluation.certify import certify, check_allowed

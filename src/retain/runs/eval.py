@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from retain.config import Measured, validate
 from retain.errors import ConfigError, MismatchError, ModelError, unknown
-from retain.files import clear_scratch, file_digest, locked, write_json
+from retain.files import file_digest, write_record
 from retain.records import RESULT_SCHEMA, EvalRecord, finite
 from retain.runs.bases import base_of, load_base, problem_count
 from retain.runs.folders import check_result
@@ -180,9 +180,7 @@ def _run(config: EvalConfig, messages: Messages) -> dict[str, Any]:
         "scores": found.scores(), "notes": messages.notes,
     })).plain()  # fmt: skip
     if out is not None:
-        with locked(out, file=True):
-            clear_scratch(out)
-            write_json(out, result)
+        write_record(out, result)
     return result
 
 

@@ -9,13 +9,14 @@ from pydantic import Field
 
 from retain.config import Options
 from retain.errors import ConfigError, MismatchError
-from retain.files import check_ours, clear_scratch, file_digest, has_schema, locked, write_json
+from retain.files import file_digest, write_record
 from retain.records import finite
 from retain.runs.bases import problem_count
 from retain.runs.eval import load_tuned
+from retain.runs.folders import check_record
 from retain.runs.messages import Messages, interruption
 from retain.runs.records import TRAIN, TrainRecord, read_record
-from retain.runs.training import rows_digest
+from retain.runs.training import rows_digest, run_examples, run_rows
 
 __all__ = ["SCHEMA", "ExplainConfig", "explain_run"]
 
@@ -49,7 +50,7 @@ def explain_run(config: ExplainConfig, messages: Messages) -> dict[str, Any]:
     record = _record(folder)
     curvature_file = _curvature(folder, record)
     if config.out is not None:
-        check_ours(config.out, lambda p: has_schema(p, SCHEMA), "an explanation", config.out)
+        check_record(config.out, "an explanation", SCHEMA)
     messages.libraries()
     from retain.curvature.curvature import load_curvature
     from retain.data.draws import sample
@@ -76,9 +77,7 @@ def explain_run(config: ExplainConfig, messages: Messages) -> dict[str, Any]:
         "examples": len(examples), "notes": messages.notes, **found,
     }))  # fmt: skip
     if config.out is not None:
-        with locked(config.out, file=True):
-            clear_scratch(config.out)
-            write_json(config.out, result)
+        write_record(config.out, result)
     return result
 
 
@@ -133,19 +132,9 @@ def _examples(record: TrainRecord, tokenizer: Any) -> list[Any]:
     Raises:
         MismatchError: they are others now.
     """
-    from retain.data.draws import sample
-    from retain.data.problems import problem_rows, word_problems
-    from retain.data.sources import encode, read_rows
-
     c, problems = record.config, problem_count(record.config.data, "train")
-    t = c.training
-    if problems is None:
-        rows: Any = read_rows(c.data, c.limit, seed=t.seed, max_length=t.max_length)
-    else:
-        count = min(problems, c.limit or problems)
-        rows = problem_rows(tokenizer, word_problems("train", count, t.seed))
-    every = encode(rows, tokenizer, max_length=t.max_length, causal=True, loss=c.loss)
-    found = sample(every, c.limit, t.seed)
+    rows = run_rows(c) if problems is None else None
+    found = run_examples(c, rows, problems, tokenizer, causal=True)
     wanted = record.digests and record.digests.data
     if wanted is not None and rows_digest(found) != wanted:
         raise MismatchError(

@@ -12,7 +12,8 @@ from retain.records import RESULT_SCHEMA
 from retain.runs.records import RUN, STATE_SCHEMA, TRAIN, TRAIN_SCHEMA
 
 __all__ = [
-    "SOFTEN_PICTURES", "STATE", "check_curvature", "check_demo", "check_page", "check_result",
+    "SOFTEN_PICTURES", "STATE", "check_curvature", "check_demo", "check_page", "check_record",
+    "check_result",
     "check_run", "check_soften", "check_study", "drop_state", "is_curvature", "is_settings",
 ]  # fmt: skip
 
@@ -137,9 +138,21 @@ def check_result(path: Path) -> None:
     Raises:
         OutputError: there is one.
     """
-    schemas = (RESULT_SCHEMA, "retain.result/1")
-    check_ours(path, lambda file: any(has_schema(file, schema) for schema in schemas),
-               "the result of an eval", path)  # fmt: skip
+    check_record(path, "the result of an eval", RESULT_SCHEMA, "retain.result/1")
+
+
+def check_record(path: Path, what: str, *schemas: str) -> None:
+    """Refuses to write a record over a file that is none of its kind.
+
+    Args:
+        path: of the record.
+        what: it is called.
+        *schemas: that such records have.
+
+    Raises:
+        OutputError: there is one.
+    """
+    check_ours(path, lambda file: any(has_schema(file, schema) for schema in schemas), what, path)
 
 
 def check_curvature(path: Path) -> None:

@@ -72,8 +72,6 @@ class Training:
         self._read()
         from retain.data.batches import batches
         from retain.data.counts import RowCounts
-        from retain.data.draws import sample
-        from retain.data.sources import encode
         from retain.models.fingerprint import fingerprint
         from retain.models.heads import is_causal
 
@@ -85,13 +83,11 @@ class Training:
             self.source, self.past = self.before.curvatures()
             self.before.restore_head(base)
             self.before.check_base(base, self.source.info.model, c.model)
-        rows = self.rows if self.problems is None else self._problem_rows()
         counts = RowCounts()
-        every = encode(
-            rows, self.tokenizer, max_length=training.max_length, causal=is_causal(base),
-            loss=c.loss, counts=counts, regression=None if labels is None else labels.regression,
+        examples = run_examples(
+            c, self.rows, self.problems, self.tokenizer, causal=is_causal(base), counts=counts,
+            regression=None if labels is None else labels.regression,
         )  # fmt: skip
-        examples = sample(every, c.limit, training.seed)  # a text that is one row gives many
         for line in counts.lines():
             self.messages.note(line)
         next(iter(batches(examples, training.batch_size, 0)))  # refuses what fills no batch
@@ -145,10 +141,7 @@ class Training:
         self.given: Any = None
         self.digest: str | None = None
         if self.problems is None:
-            from retain.data.sources import read_rows
-
-            size = {"seed": c.training.seed, "max_length": c.training.max_length}
-            self.rows = read_rows(c.data, c.limit, **size)
+            self.rows = run_rows(c)
         if c.method != "none" and c.curvature is not None:
             from retain.curvature.curvature import load_curvature
 
@@ -184,14 +177,6 @@ class Training:
             c.model, of, dtype=c.dtype, trust_remote_code=c.trust_remote_code
         )
         return base
-
-    def _problem_rows(self) -> list[dict[str, str]]:
-        from retain.data.problems import problem_rows, word_problems
-
-        count = min(self.problems or 1, self.config.limit or 10**9)
-        return problem_rows(
-            self.tokenizer, word_problems("train", count, self.config.training.seed)
-        )
 
     def _held(self) -> HeldBy | None:
         if self.before is not None:
@@ -297,6 +282,38 @@ class Training:
         else:
             drop_state(self.out)
         checkpoints.drop_unfinished(self.kept)
+
+
+def run_rows(config: RunConfig) -> Any:
+    """The rows of a run's file, as they are read before any model is loaded."""
+    from retain.data.sources import read_rows
+
+    t = config.training
+    return read_rows(config.data, config.limit, seed=t.seed, max_length=t.max_length)
+
+
+def run_examples(
+    config: RunConfig, rows: Any, problems: int | None, tokenizer: Any, **options: Any
+) -> list[Any]:
+    """What a run learns, tokenised.
+
+    Args:
+        config: of the run.
+        rows: its `run_rows`; None where it learns word problems.
+        problems: so many word problems; None where it learns rows.
+        tokenizer: of its base.
+        **options: of `retain.data.sources.encode`.
+    """
+    from retain.data.draws import sample
+    from retain.data.problems import problem_rows, word_problems
+    from retain.data.sources import encode
+
+    t = config.training
+    if problems is not None:
+        count = min(problems or 1, config.limit or 10**9)
+        rows = problem_rows(tokenizer, word_problems("train", count, t.seed))
+    every = encode(rows, tokenizer, max_length=t.max_length, loss=config.loss, **options)
+    return list(sample(every, config.limit, t.seed))  # a text that is one row gives many
 
 
 def rows_digest(examples: Sequence[Any]) -> str:

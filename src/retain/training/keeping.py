@@ -9,6 +9,7 @@ so this is an entry of our own.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerState
 
-from retain.errors import TrainingError
+from retain.errors import RetainWarning, TrainingError
 from retain.files import whole_file
 
 __all__ = ["TENSORS", "keep", "keep_tensors", "kept_in", "kept_tensors"]
@@ -42,7 +43,14 @@ def keep_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OutputError: the disk is full, or the folder cannot be written.
     """
-    if tensors and folder.is_dir():
+    if tensors and not folder.is_dir():  # such as in a hyper-parameter search, which has its own
+        warnings.warn(
+            f"the checkpoint is not in {folder.parent}: the bits of A that bfloat16 cannot hold are"
+            " not kept, so a training that is resumed from it goes on from the rounded A",
+            RetainWarning,
+            stacklevel=2,
+        )
+    elif tensors:
         with whole_file(folder / TENSORS, "a checkpoint") as scratch:
             save_file({name: t.detach().cpu() for name, t in tensors.items()}, scratch)
 
