@@ -355,3 +355,20 @@ def test_values_that_are_silent_in_the_new_rows_do_not_size_the_old() -> None:
     )
     sized = old.sized_as(new).factor("a").dense()
     torch.testing.assert_close(sized, 0.5 * old.factor("a").dense())
+
+
+def test_a_batch_of_systems_is_solved_on_several_threads() -> None:
+    """A batch of LU of this size has pivots of 0 there (torch 2.13 with MKL, AVX-512)."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 256, 512, generator=random, dtype=torch.float64)
+    a, b, threads = x @ x.mT, x[:, :, :256], torch.get_num_threads()
+    a[1] -= 50.0 * torch.eye(256, dtype=torch.float64)  # indefinite: by itself
+    try:
+        torch.set_num_threads(2)
+        found = linalg.solve_positive(a, b)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.linalg.cholesky_ex(a).info.tolist()[::2] == [0, 0]
+    assert int(torch.linalg.cholesky_ex(a).info[1]) > 0
+    torch.testing.assert_close(a @ found, b, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(linalg.solve_positive(a[0], b[0]), found[0])

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from retain.curvature.blocks.factor import Factor, SketchFactor
-from retain.curvature.blocks.linalg import chunks
+from retain.curvature.blocks.linalg import chunks, solve_positive
 from retain.errors import ConfigError, check_number
 from retain.models.forward import no_autocast
 from retain.models.processes import share
@@ -101,8 +101,7 @@ def wiener(new: Tensor, old: Tensor | None, *, weight: float, epsilon: float) ->
     ridge = torch.where(mean > 0, epsilon * mean, 1.0)  # where nothing is read, P is zero
     total = wide if old is None else wide + weight * old.to(wide)
     total = total + ridge[..., None, None] * torch.eye(wide.shape[-1]).to(wide)
-    found: Tensor = torch.linalg.solve(total, wide).mT  # both are symmetric
-    return found
+    return solve_positive(total, wide).mT  # both are symmetric
 
 
 class Whole:
@@ -188,8 +187,8 @@ class Thin:
         d = torch.where(trace[:, None] > 0, d, 1.0)
         q, r = torch.linalg.qr(wide / d.sqrt()[:, :, None])
         one = torch.eye(r.shape[1]).to(r)
-        inverse = torch.linalg.inv(one + r @ r.mT)
         t_new = r[:, :, :k] @ r[:, :, :k].mT
+        inverse = solve_positive(one + r @ r.mT, one.expand_as(t_new))
         parts = {
             "basis": q,
             "root": d.sqrt(),

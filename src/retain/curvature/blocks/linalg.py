@@ -1,4 +1,4 @@
-"""Eigenvectors that always come out, and cheap checks of a matrix that somebody gives.
+"""Eigenvectors that always come out, linear systems, and cheap checks of a matrix that somebody gives.
 
 Whether a matrix is symmetric and positive semi-definite is found in a few passes over it. Up to
 `EXACT` wide its smallest eigenvalue is computed; a wider one is tried: its diagonal, its 2 x 2
@@ -27,6 +27,7 @@ __all__ = [
     "float32_products",
     "leading",
     "slack",
+    "solve_positive",
 ]
 
 EXACT = 512
@@ -189,3 +190,24 @@ def leading(m: Tensor) -> tuple[Tensor, Tensor]:
         v = m.T @ (u / u.norm().clamp(min=torch.finfo(m.dtype).tiny))
     tiny = torch.finfo(m.dtype).tiny
     return u / u.norm().clamp(min=tiny), v / v.norm().clamp(min=tiny)
+
+
+def solve_positive(a: Tensor, b: Tensor) -> Tensor:
+    """x of ``a x = b``.
+
+    By Cholesky's factors. A matrix that rounding has made indefinite is solved by LU, by itself: on
+    several CPU threads torch 2.13 with MKL takes pivots of 0 in a batch of LU from 192 rows on.
+
+    Args:
+        a: [size, size] or [count, size, size], symmetric, positive definite up to rounding.
+        b: [size, columns] or [count, size, columns].
+
+    Returns:
+        As `b`.
+    """
+    root, info = torch.linalg.cholesky_ex(a)
+    found = torch.cholesky_solve(b, root)
+    for i in info.reshape(-1).nonzero()[:, 0].tolist():
+        part = i if a.ndim > 2 else ...
+        found[part] = torch.linalg.solve(a[part], b[part])
+    return found
