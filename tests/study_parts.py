@@ -1,4 +1,6 @@
-"""Studies for the tests: one whose runs are pretended, and one of a tiny model on local files."""
+"""Studies for the tests: one whose runs are pretended, one of a tiny model on local files, and
+records of several settings made by hand.
+"""
 
 from __future__ import annotations
 
@@ -165,3 +167,40 @@ def tiny_study(folder: Path, model: Path, **changes: Any) -> Path:
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(study | changes), encoding="utf-8")
     return path
+
+
+def setting_run(
+    method: str, rate: str, seed: int, values: str, *, kind: str = "auto", **more: Any
+) -> dict[str, Any]:
+    """A record; `values` are average, learning, forgetting, update_size and, if measured, KL."""
+    average, learning, forgetting, size, *kl = map(float, values.split())
+    adapter = {"name": f"lora-{rate}", "kind": "lora", "rank": 8} | more.pop("adapter", {})
+    return {
+        "schema": "retain.run/1",
+        "config": {
+            "model": "m", "adapter": adapter, "seed": seed,
+            "method": {"name": method, "kind": kind, "strength": more.pop("strength", 30)},
+            "order": {"name": "o", "tasks": ["a", "b"]}, "training": {"learning_rate": float(rate)},
+            "evaluation": {"split": more.pop("split", "validation")},
+        },
+        "tasks": ["a", "b"],
+        "retention": [{"after": 1, "kl": kl[0]}] if kl else [],
+        "metrics_summary": {"average": average, "learning": learning, "forgetting": forgetting,
+                            "update_size": size},
+    } | more  # fmt: skip
+
+
+SETTINGS = [
+    setting_run("none", "3e-4", 0, ".50 .60 .10 -2", kind="none"),
+    setting_run("none", "1e-3", 0, ".55 .70 .20 -1", kind="none"),
+    setting_run("none", "3e-4", 1, ".50 .64 .12 -2", kind="none"),
+    setting_run("none", "1e-3", 1, ".55 .90 .30 -1", kind="none"),
+    # seed 0: .02 at .60 and .06 at .80, so .04 at .70; seed 1: .03 at .60 and .07 at .80
+    setting_run("auto", "3e-4", 0, ".57 .60 .02 -1.5 .1"),
+    setting_run("auto", "1e-3", 0, ".60 .80 .06 -0.5 .3"),
+    setting_run("auto", "3e-4", 1, ".59 .60 .03 -1.5 .1"),
+    setting_run("auto", "1e-3", 1, ".62 .80 .07 -0.5 .3"),
+    setting_run("auto-100", "1e-3", 0, ".61 .65 .01 -5", strength=100),
+    setting_run("auto-100", "1e-3", 1, ".63 .77 .01 -5", strength=100),
+]
+"""Finished runs of LoRA and of the recipe at two rates and seeds, and of one more strength."""

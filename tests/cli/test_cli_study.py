@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from retain.documents import read_json
-from study_parts import tiny_study
+from study_parts import SETTINGS, setting_run, tiny_study
 
 SMALL: dict[str, Any] = {
     "methods": {"none": {}}, "source": {"kind": "none"}, "seeds": [0],
@@ -46,6 +46,36 @@ def test_run_status_and_run_again(retain: Any, model: Path, tmp_path: Path) -> N
     made = retain(*asked, "--reference", "lora none", "--json").json
     assert [c["rows"] for c in made["methods"]["l2"]["comparisons"]] == [16] * 3
     assert json.loads((out / "compare.json").read_text()) == made
+    assert made["means"]["l2"]["seeds"] == [0] and made["means"]["l2"]["update_size"] < 0
+
+
+def test_matched_readings_and_the_best_settings(
+    retain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def write(runs: list[dict[str, Any]]) -> None:
+        text = json.dumps({"schema": "retain.study/1", "name": "s", "runs": runs})
+        (tmp_path / "study.json").write_text(text)
+
+    write(SETTINGS)
+    made = retain("study", "compare", tmp_path, "--matched", "--choose", "--json").json
+    assert json.loads((tmp_path / "compare.json").read_text()) == made
+    assert [c["setting"] for c in made["chosen"]] == ["lora-1e-3 none", "lora-1e-3 auto-100"]
+    readings = made["matched"]["readings"]
+    assert [r["method"] for r in readings] == ["lora auto"] * 3 + ["lora-1e-3 auto-100"] * 2
+    assert readings[0]["difference"] == pytest.approx(-0.101)
+    assert made["matched"]["settings"]["lora-3e-4 none"]["update_size"] == -2
+    told = retain("study", "compare", tmp_path, "--matched", "--choose", "--method", "auto").out
+    assert "-10.1" in told and "3 of 4" in told and "strength highest" in told
+    told = retain("study", "compare", tmp_path, "--matched", "--method", "auto-100").out
+    said = "not comparable at the same size: -5.00 to -5.00 against -2.00 to -1.00 of lora none"
+    assert said in told
+    retain("study", "compare", tmp_path).refused("no method is named")
+    before = (tmp_path / "compare.json").read_bytes()
+    write([*SETTINGS, setting_run("decay", "1e-3", 0, ".5 .6 .1 -2", split="test")])
+    retain("study", "compare", tmp_path, "--choose").refused("validation rows alone")
+    assert (tmp_path / "compare.json").read_bytes() == before
 
 
 def test_a_failure_is_told(retain: Any, model: Path, tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ import typer
 from pydantic import Field
 from typer.core import TyperGroup
 
-from retain.cli.options import Screen, check_file, command, quieten
+from retain.cli.compare import EXAMPLE as COMPARE
+from retain.cli.compare import compared
+from retain.cli.options import Screen, command, quieten
 from retain.config import Options
 from retain.errors import ConfigError, unknown
-from retain.files import check_folder, write_record
-from retain.runs.folders import check_record, check_study
+from retain.files import check_folder
+from retain.runs.folders import check_study
 from retain.runs.messages import interruption
 
 __all__ = ["EXAMPLE", "app"]
@@ -36,8 +38,6 @@ class _Group(TyperGroup):
             args = ["run", *args]
         return super().parse_args(ctx, args or ["--help"])
 
-
-COMPARISON = "retain.compare/1"
 
 app = typer.Typer(
     cls=_Group,
@@ -67,17 +67,6 @@ class RunsConfig(StatusConfig):
     threads: int | None = Field(None, ge=1, description="Processor threads of a run")
     only: str | None = Field(None, description="Runs whose title holds this; * is anything")
     retry_failed: bool = Field(False, description="Do failed runs again")
-
-
-class CompareConfig(Options):
-    """Settings of ``retain study compare``."""
-
-    study: Path = Field(description="The study's folder")
-    method: str = Field(description="Method, or ADAPTER METHOD; several with commas")
-    reference: str = Field("none", description="What they are compared with")
-    margin: float = Field(0.03, gt=0, lt=1, description="Share of learning that may be lost")
-    draws: int = Field(4000, ge=100, description="Draws of the bootstrap")
-    out: Path | None = Field(None, description="Where it is written; compare.json of the study")
 
 
 @app.command("run", epilog=EXAMPLE)
@@ -143,57 +132,7 @@ def status(config: StatusConfig, screen: Screen) -> None:
     screen.emit(found)
 
 
-@app.command(
-    "compare", epilog="Example: retain study compare runs/four --method auto --reference none"
-)
-@command(CompareConfig, "study")
-def compared(config: CompareConfig, screen: Screen) -> None:
-    """Compare methods of a finished study with a reference: intervals, Holm, non-inferiority."""
-    from retain.documents import read_json
-    from retain.evaluation.protocol import cell_of, compare, holm
-    from retain.records import StudyRecord
-
-    place = config.study / "study.json" if config.study.is_dir() else config.study
-    try:
-        records = StudyRecord.model_validate(read_json(place)).runs
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "no study there", got=place,
-            allowed="the folder of retain study run, or its study.json", fix="check the path",
-        ) from error  # fmt: skip
-    target = check_file(config.out or place.parent / "compare.json")
-    check_record(target, "a comparison", COMPARISON)
-    reference = cell_of(records, config.reference)
-    options = {"margin": config.margin, "draws": config.draws}
-    names = [name.strip() for name in config.method.split(",")]
-    found = {name: compare(cell_of(records, name), reference, **options) for name in names}  # type: ignore[arg-type]
-    tests = [c for several, _ in found.values() for c in several]
-    adjusted = iter(holm([c.p for c in tests]))
-    inferior = iter(holm([1.0 if t["p"] is None else t["p"] for _, t in found.values()]))
-    made: dict[str, Any] = {
-        "schema": COMPARISON, "reference": config.reference, **options, "methods": {},
-    }  # fmt: skip
-    lines = []
-    for name, (several, learning) in found.items():
-        parts = [c.to_dict() | {"holm": next(adjusted)} for c in several]
-        learning |= {"holm": next(inferior)}
-        made["methods"][name] = {"comparisons": parts, "non_inferiority": learning}
-        for c, part in zip(several, parts, strict=True):
-            ends = " to ".join(f"{100 * end:+.1f}" for end in c.interval)
-            ratio = "" if c.ratio is None else f"{c.ratio:.2f}"
-            lines.append(
-                [name, c.metric, f"{100 * c.ours:.1f}", f"{100 * c.theirs:.1f}",
-                 f"{100 * c.difference:+.1f} ({ends})", ratio, f"{part['holm']:.3f}"]
-            )  # fmt: skip
-    heads = ["method", "metric", "its", config.reference, "difference, points", "ratio", "p (Holm)"]
-    screen.table(f"{tests[0].seeds} seeds, {tests[0].tasks} tasks", heads, lines)
-    for name, (_, learning) in found.items():
-        shown = "learns as much" if learning["holds"] else "is not shown to learn as much"
-        least = "" if learning["bound"] is None else f", {learning['bound']:.3f} at least"
-        screen.say(f"{name} {shown} as {config.reference}{least} (margin {config.margin:g})")
-    write_record(target, made)
-    screen.say(f"results: {target}")
-    screen.emit(made)
+app.command("compare", epilog=COMPARE)(compared)
 
 
 def _say_skipped(found: Any, screen: Screen) -> None:
