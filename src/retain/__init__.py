@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from retain.models.lora import attach_lora, grow_lora
     from retain.retention.filter import Filter
     from retain.retention.head import fit_head
+    from retain.retention.output_kl import OutputKL
     from retain.retention.retention import Retention
     from retain.retention.soften.adapter import soften
     from retain.runs.eval import eval_run
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Curvature",
     "Filter",
+    "OutputKL",
     "RetainError",
     "Retention",
     "RetentionCallback",
@@ -62,6 +64,7 @@ _HOMES = {
     "Curvature": "retain.curvature.curvature",
     "RetainError": "retain.errors",
     "Filter": "retain.retention.filter",
+    "OutputKL": "retain.retention.output_kl",
     "Retention": "retain.retention.retention",
     "RetentionCallback": "retain.training.callback",
     "Start": "retain.training.callback",

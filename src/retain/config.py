@@ -158,6 +158,11 @@ class RunConfig(_Strict):
         None,
         description="Of the recipe, those that act: head, rows, filter and force, all by default",
     )
+    kl: float = Field(
+        0.0, ge=0,
+        description="What one nat of the true divergence on source rows weighs, beside the "
+        "strength: such as 1",
+    )  # fmt: skip
     gain: float = Field(3.0, gt=0, description="Of A's size, behind the filter")
     weight: float = Field(1.0, ge=0, description="Of the source text in the filter")
     continue_from: str | None = Field(

@@ -65,9 +65,12 @@ class Kept(SequenceState):
 class Case:
     """A study of one run, and the rows that all doors learn."""
 
-    def __init__(self, folder: Path, model: Path, tasks: int, parts: Sequence[str] | None) -> None:
+    def __init__(
+        self, folder: Path, model: Path, tasks: int, parts: Sequence[str] | None, kl: float = 0.0
+    ) -> None:
         names = ("one", "two", "three")[:tasks]
         options: dict[str, Any] = {} if parts is None else {"parts": list(parts)}
+        options |= {"kl": kl} if kl else {}
         path = tiny_study(
             folder, model, seeds=[0], methods={"auto": options}, training=TRAINING,
             orders={"some": [f"tasks/{n}.yaml" for n in names]}, dtype="float32",
@@ -82,7 +85,7 @@ class Case:
             (folder / "data" / task.stem / "train.jsonl").write_text(lines)
         self.spec: RunSpec = expand(read_study(path), folder).runs[0]
         self.work = Work("tiny", folder / "out", folder, data_dir=folder / "data")
-        self.folder, self.model, self.parts = folder, model, parts
+        self.folder, self.model, self.parts, self.kl = folder, model, parts, kl
         base = self.base()
         self.causal, self.columns = base.causal, base.columns or [None] * tasks
         self.rows = [task.train for task in load_tasks(self.spec, base, self.work)]
@@ -97,7 +100,7 @@ class Case:
     def begun(self) -> tuple[Any, Recipe]:
         """The model with a fresh adapter, and the recipe with the curvature of the source."""
         model = attach_lora(self.base().model, rank=2, seed=seed_of(0, -1))
-        recipe = Recipe(None, 10.0, parts=self.parts)
+        recipe = Recipe(None, 10.0, parts=self.parts, kl=self.kl)
         if self.source and recipe.parts & {"filter", "force"}:
             recipe.curvature = self.curvature(model)
         return model, recipe
@@ -168,10 +171,11 @@ def _trained(model: nn.Module) -> State:
 def by_callback(case: Case, folder: Path) -> Ends:
     def learn(case: Case, model: Any, recipe: Recipe, index: int, folder: Path) -> None:
         run = case.trainer(model, index, folder / "callback")
+        call = retain.RetentionCallback.driving(recipe, case.source or "auto")
         if index % 2:
-            retain.RetentionCallback.driving(recipe).attach(run)
+            call.attach(run)
         else:
-            run.add_callback(retain.RetentionCallback.driving(recipe))
+            run.add_callback(call)
         run.train()
 
     return _each(case, folder, learn)
@@ -184,7 +188,7 @@ def by_loop(case: Case, folder: Path) -> Ends:
         loader = run.get_train_dataloader()
         retention = retain.Retention(
             model, recipe.curvature, past=recipe.past, parts=case.parts, rows=case.rows[index],
-            seed=case.seeds[index],
+            seed=case.seeds[index], kl=case.kl, source=case.source,
         )  # fmt: skip
         optimizer = run.create_optimizer()
         model.train()
@@ -325,6 +329,16 @@ def test_every_part_may_be_left_out_in_every_door(
     want = by_callback(case, tmp_path)
     for door in (by_loop, by_study, by_runs):
         same(want, door(case, tmp_path))
+
+
+def test_the_divergence_in_every_door(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of ``retain train`` the source is a file: see `tests/training/test_resume.py`."""
+    case = Case(tmp_path / "study", folders["llama"], 2, None, kl=2.0)
+    want = by_callback(case, tmp_path)
+    for door in (by_loop, by_study):
+        same(want, door(case, tmp_path))
+    plain, _ = by_callback(Case(tmp_path / "plain", folders["llama"], 2, None), tmp_path)
+    assert any(not torch.equal(plain[name], want[0][name]) for name in plain)
 
 
 @pytest.mark.parametrize("parts", [("head",), ("rows", "filter"), ()], ids=str)

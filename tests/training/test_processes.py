@@ -45,7 +45,7 @@ def training(out: Path, told: dict[str, Any]) -> None:
     curvature = retain.fit_curvature(model, source, progress=False)
     if off and rank():
         curvature = off * curvature
-    told["source"] = source if "budget" in told else None
+    told["source"] = source if {"budget", "kl"} & set(told) else None
     trainer.add_callback(retain.RetentionCallback(curvature, **told))
     trainer.train(resume_from_checkpoint=resume)
     history = trainer.state.log_history
@@ -88,6 +88,15 @@ def test_two_processes_hold_as_one(ended: Path) -> None:
     assert told[0]["nats"] == pytest.approx(told[1]["nats"], rel=1e-3, abs=1e-9)
     assert told[0]["strength"] == pytest.approx(told[1]["strength"], rel=1e-3)
     assert told[0]["nats"][-1] > 0
+
+
+def test_two_processes_read_the_same_rows_for_the_divergence(tmp_path: Path) -> None:
+    for name, processes in (("one", 1), ("two", 2)):
+        done = run(tmp_path / name, processes, kl=2.0)
+        assert done.returncode == 0, done.stderr[-3000:]
+    two = weights(tmp_path / "two")
+    assert apart(weights(tmp_path / "one"), two) < 1e-4
+    assert all(torch.equal(two[n], t) for n, t in weights(tmp_path / "two", 1).items())
 
 
 def test_two_processes_go_on_where_they_were(ended: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "force": {"parts": ("force",)},
     "budget": {"parts": ("force",), "budget": 0.005, "source": ROWS["llama"]},
     "filter": {"strength": 3.0},
+    "kl": {"kl": retain.OutputKL(2.0, every=2, batch=1), "source": ROWS["llama"]},
     "months": {"parts": ("rows", "force")},
     "all": {"budget": 0.005, "source": ROWS["llama"]},
 }
@@ -81,7 +82,7 @@ def test_from_each_checkpoint_of_a_trainer(made: Any, way: str, tmp_path: Path) 
         })  # fmt: skip
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
         assert trainer.state.global_step == STEPS
-        assert (call.recipe.filter is not None) is (way in ("filter", "all"))
+        assert (call.recipe.filter is not None) is (way in ("filter", "kl", "all"))
         assert (call.recipe.frozen is not None) is (way in ("months", "all"))
         if "budget" in WAYS[way]:  # and it has something to remember
             assert call.force.budget.reached and call.force.budget.correction != 1.0

@@ -172,7 +172,7 @@ def sample_rows(
             allowed="the model's tokenizer",
             fix="pass tokenizer=...",
         )
-    document, chat = _document(tokenizer), _chat(tokenizer)
+    document, chat = _document(tokenizer), chat_form(tokenizer)
     max_length = cut_length(model, max_length)
     head, tail = chat or ([], [])
     ends = set(_end_tokens(model, tokenizer))
@@ -277,8 +277,8 @@ def _document(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [int(start)]
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
-    """What stands before a user's turn, and between it and the answer; None without a chat form."""
+def chat_form(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
+    """Tokens before a user's turn, and between it and the answer; None without a chat form."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     chat = tokenizer.apply_chat_template(

@@ -106,6 +106,8 @@ class Method:
         fits_head: whether a study's ``head: fitted`` is for it.
         head: how the outputs of a classifier's task begin: ``drawn`` at random, or ``fitted`` to
             the model as it is (`retain.retention.head`). What runs the method sees to it.
+        later: options that came after runs had been kept, with what those had: runs with it are
+            the same runs.
     """
 
     name: ClassVar[str]
@@ -114,6 +116,7 @@ class Method:
     why_not: ClassVar[dict[str, str]] = {}
     weighted: ClassVar[bool] = True
     head: ClassVar[HeadStart] = "drawn"
+    later: ClassVar[dict[str, Any]] = {}
     fits_head: bool = True
 
     def __init__(self, strength: float = 0.0) -> None:

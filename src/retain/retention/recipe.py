@@ -11,6 +11,9 @@ It is a chain of parts, each of which can be left out by name:
 - ``force``: the curvature of the source text, and that of the earlier tasks, pull the weights back
   (`retain.retention.force`), with a strength, or with a budget that finds it.
 
+Beside them, where it is asked for, the true divergence on rows of the source (`kl`,
+`retain.retention.output_kl`).
+
 Each does what the others cannot: the filter knows nothing of outputs, and a force acts only after a
 step has been made. Every door drives this one object: `retain.RetentionCallback` in a trainer,
 `retain.Retention` in a plain loop, ``retain train`` and ``--continue-from``, and the study's method
@@ -34,7 +37,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -48,6 +51,7 @@ from retain.models.off import adapter_off
 from retain.models.processes import check_same, several, share
 from retain.models.shards import gather, scatter, shard_of
 from retain.models.sites import LoraSite, Site, lora_sites
+from retain.models.view import ModelView
 from retain.retention.budget import check_budget
 from retain.retention.cost import rows_rank
 from retain.retention.filter import Filter, InputFilter
@@ -60,10 +64,14 @@ from retain.retention.loader import RowReader
 from retain.retention.measure import fit_rows
 from retain.retention.moments import Moments, input_moments, moments_of
 from retain.retention.named import Budgets, Curvatures, by_name, check_names, named
+from retain.retention.output_kl import OutputKL, Outputs
 from retain.retention.soften.truncate import truncated
 from retain.retention.state import choose, pack_curvature, unpack_curvature
 from retain.retention.watch import Watched
 from retain.types import UPDATES, Structure, Update
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["PARTS", "Recipe", "release_left"]
 
@@ -93,6 +101,8 @@ class Recipe:
         past: the curvature of the tasks before, around the model's present weights.
         update: ``gradient`` or ``proximal``; see `retain.retention.force`.
         filter: options of the filter.
+        kl: nats of task loss that one nat of divergence on source rows weighs, or its options; 0
+            for none.
 
     Attributes:
         why_no_filter: after `begin`, why the filter was left out; None where it acts, or where it
@@ -100,6 +110,7 @@ class Recipe:
         force: after `begin`, what pulls; None without that part or any curvature.
         filter: after `begin`, what filters; None without it.
         active: after `begin`, the rows of A and columns of B that train.
+        outputs: after `begin`, what adds the divergence; None without it.
 
     Raises:
         ConfigError: an unknown part, a value out of range, or names that differ.
@@ -115,6 +126,7 @@ class Recipe:
         past: Curvature | None = None,
         update: Update = "gradient",
         filter: Filter | None = None,
+        kl: float | OutputKL = 0.0,
     ) -> None:
         for part in () if parts is None else parts:
             if part not in PARTS:
@@ -131,12 +143,14 @@ class Recipe:
         self.named = parts is not None
         self.parts = frozenset(PARTS if parts is None else parts)
         self.options = Filter() if filter is None else filter
+        self.kl = kl if isinstance(kl, OutputKL) else OutputKL(kl)
         self._clear()
 
     def _clear(self) -> None:
         self.why_no_filter: str | None = None
         self.force: Force | None = None
         self.filter: InputFilter | None = None
+        self.outputs: Outputs | None = None
         self.frozen: FrozenRows | None = None
         self.active = slice(None)
         self.sites: list[LoraSite] = []
@@ -197,6 +211,8 @@ class Recipe:
         *,
         seed: int = 0,
         probe: Probe = (),
+        source: Sequence[Example] = (),
+        tokenizer: PreTrainedTokenizerBase | None = None,
         progress: Mapping[str, Any] | None = None,
         kept: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -208,6 +224,8 @@ class Recipe:
             seed: of the choice of rows.
             probe: tokenised source text, on which a budget is measured, of several by name; see
                 `Force`.
+            source: tokenised source text, for `kl`.
+            tokenizer: tells where its answers begin; the model's own by default.
             progress: of a training that goes on, what `progress` gave for its checkpoint.
             kept: of one, what `kept` gave; without it A begins as rounded as the checkpoint has it.
 
@@ -221,6 +239,18 @@ class Recipe:
         self._clear()
         try:
             self._begin(model, rows, seed, probe, progress)
+            if self.kl.weight:
+                steps = int((progress or {}).get("steps", 0))
+                self.outputs = Outputs(
+                    ModelView(model, tokenizer), source, self.kl, seed=seed, steps=steps
+                )
+                if self._shards:
+                    raise ConfigError(
+                        "the KL runs the model between steps, where its weights are divided",
+                        got=f"kl={self.kl.weight:g} and sharded weights",
+                        allowed="weights that are whole in each process, or kl=0",
+                        fix="leave kl out",
+                    )
             if self.filter is not None and progress is not None and self.filter.narrow:
                 self.filter.restore(kept or {})
         except BaseException:  # nothing is left half held
@@ -390,6 +420,8 @@ class Recipe:
         Args:
             watched: a number that is judged before anything is done.
         """
+        if self.outputs is not None:
+            self.outputs.add()
         for hooks in self._hooks():
             hooks.settle()
         with self._whole(gradients=True):
@@ -463,6 +495,8 @@ class Recipe:
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of a training, as plain data for JSON."""
         found: dict[str, Any] = {"filter": self.filter is not None, "first": self.active.start or 0}
+        if self.outputs is not None:
+            found["steps"] = self.outputs.steps
         return found if self.force is None else found | self.force.state()
 
     def kept(self) -> dict[str, Tensor]:

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retain.curvature.curvature import Curvature
+from retain.data.batches import Example
 from retain.models.heads import is_causal
 from retain.retention.filter import Filter
 from retain.retention.loader import RowReader, loader_examples, reader_of
 from retain.retention.named import Budgets, Curvatures
+from retain.retention.output_kl import OutputKL
 from retain.retention.recipe import Probe, Recipe
 from retain.types import Update
 
@@ -46,6 +48,9 @@ class Retention:
             names; without it the prediction is believed.
         update: ``gradient`` or ``proximal``.
         filter: options of the filter.
+        kl: nats of task loss that one nat of the true divergence on `source` weighs, every fourth
+            step; or its options (`retain.OutputKL`). 0 for none.
+        source: tokenised source text, for `kl`.
         seed: of the choice of rows.
         progress: of a loop that goes on, what `progress` gave.
         kept: of one, what `kept` gave.
@@ -71,16 +76,20 @@ class Retention:
         probe: Probe = (),
         update: Update = "gradient",
         filter: Filter | None = None,
+        kl: float | OutputKL = 0.0,
+        source: Sequence[Example] = (),
         seed: int = 0,
         progress: dict[str, Any] | None = None,
         kept: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.recipe = Recipe(
-            curvature, strength, parts=parts, budget=budget, past=past, update=update, filter=filter
-        )
+            curvature, strength, parts=parts, budget=budget, past=past, update=update,
+            filter=filter, kl=kl,
+        )  # fmt: skip
         self.recipe.begin(
-            model, _reader(model, rows), seed=seed, probe=probe, progress=progress, kept=kept
-        )
+            model, _reader(model, rows), seed=seed, probe=probe, source=source, progress=progress,
+            kept=kept,
+        )  # fmt: skip
 
     @property
     def strength(self) -> float:

@@ -128,4 +128,5 @@ def recipe_for(config: RunConfig, curvature: Any, past: Any) -> Any:
     return Recipe(
         curvature, config.strength, parts=parts, budget=config.budget, past=past,
         update=config.training.update, filter=Filter(gain=config.gain, weight=config.weight),
+        kl=config.kl,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from retain.runs.records import RUN, Labels, Month, StateRecord, read_record, wr
 
 __all__ = ["HELD", "Previous", "keep_state", "previous_run", "settings_of"]
 
-HELD = ("method", "strength", "budget", "parts", "gain", "weight", "max_rank")
+HELD = ("method", "strength", "budget", "parts", "kl", "gain", "weight", "max_rank")
 """What a run that continues another has from it."""
 
 _KEPT = "the --out of a run with --keep-state that has ended"

@@ -139,6 +139,8 @@ def _continued(given: dict[str, Any], folder: str) -> RunConfig:
     held = {name: getattr(before, name) for name in HELD if before.method != "none"}
     if given.get("strength") is not None:
         del held["budget"]
+    if before.kl:
+        held["source"] = before.source
     held |= {"model": before.model, "num_labels": before.num_labels}
     said = {name: value for name, value in given.items() if value is not None}
     return read_config("", held | said | mine | {"keep_state": True}, RunConfig)
@@ -164,7 +166,7 @@ def placed(config: RunConfig) -> RunConfig:
 def unused(config: RunConfig) -> list[str]:
     """A line for settings that a run of this kind does not read."""
     if config.method == "none":
-        given = [n for n in ("curvature", "source", "budget", "parts") if getattr(config, n)]
+        given = [n for n in ("curvature", "source", "budget", "parts", "kl") if getattr(config, n)]
         return [f"method none holds nothing: not used: {', '.join(given)}"] if given else []
     if config.budget is not None and config.strength != RunConfig.model_fields["strength"].default:
         return [f"the budget finds the strength: strength {config.strength:g} is not used"]

@@ -229,6 +229,7 @@ class Training:
                     examples,
                     self.config.training,
                     recipe=self.recipe,
+                    source=self.config.source or "auto",
                     out=self.kept,
                     progress=self.messages.progress,
                     resume=self.resume,

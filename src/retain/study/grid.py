@@ -217,15 +217,15 @@ class _Expansion:
 
 
 def _method(label: str, spec: MethodSpec, method: Method) -> dict[str, Any]:
-    strength = float(method.strength)
+    strength, later = float(method.strength), type(method).later
+    options = {**method_options(spec.kind), **spec.options}
     return {
         "name": label,
         "label": f"{label} {strength:g}" if len(spec.strengths) > 1 else label,
         "kind": spec.kind,
         "strength": strength,
         "stores_data": method.stores_data,
-        **method_options(spec.kind),
-        **spec.options,
+        **{k: v for k, v in options.items() if k not in later or v != later[k]},
     }
 
 

@@ -23,6 +23,7 @@ from retain.retention.filter import Filter
 from retain.retention.force import Force
 from retain.retention.loader import loader_examples
 from retain.retention.named import Budgets, Curvatures, by_name, check_names, named
+from retain.retention.output_kl import OutputKL
 from retain.retention.recipe import Probe, Recipe
 from retain.training.handling import (
     check_alone,
@@ -41,13 +42,16 @@ from retain.types import Update
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["RetentionCallback", "Start"]
+__all__ = ["RetentionCallback", "Sources", "Start"]
 
 Source = str | Path | Iterable[Row]
 Sources = Source | Mapping[str, Source | None] | None
 
 PROBE_ROWS, PROBE_TOKENS, PROBE_SEED = 8, 128, 1
 """Of the text that a budget is measured on; another seed than the curvature's own samples."""
+
+KL_ROWS, KL_SEED = 64, 0
+"""Of the text that a KL is measured on: that of the curvature, where the model samples both."""
 
 NOTICED = 0.9
 """The share of the predicted nats below which a model that is moved back at the end is not the one
@@ -63,11 +67,12 @@ class RetentionCallback(TrainerCallback):
     To each record of the trainer's log it adds ``task_loss``, ``predicted_nats`` and
     ``retention_strength``, so every ``report_to`` backend gets them; with a budget also
     ``retention_correction``, and with named ones ``predicted_nats``, ``strength`` and
-    ``correction`` of each, such as ``strength/facts``. What a budget has learned, and whether there
-    is a filter, is kept in ``trainer_state.json`` of each checkpoint, and read from the one that is
-    resumed, wherever it lies; of a filtered A in bfloat16, ``filtered.safetensors`` beside it has
-    the bits below. A budget is settled by measuring before the last checkpoint and when training
-    ends; earlier checkpoints may be above it.
+    ``correction`` of each, such as ``strength/facts``; with `kl` also ``source_kl``. What a budget
+    has learned, and whether there is a filter, is kept in ``trainer_state.json`` of each
+    checkpoint, and read from the one that is resumed, wherever it lies; of a filtered A in
+    bfloat16, ``filtered.safetensors`` beside it has the bits below. A budget is settled by
+    measuring before the last checkpoint and when training ends; earlier checkpoints may be above
+    it.
 
     A training that breaks off (Ctrl-C, an exception) leaves nothing on the model: what holds A acts
     while the training runs alone, and a plain trainer afterwards is plain.
@@ -86,9 +91,12 @@ class RetentionCallback(TrainerCallback):
             and the strength is not 0; else the force alone, with a warning, and `why_no_filter`
             says why. (A new head is fitted by `retain.fit_head`, before the curvature.)
         filter: options of the filter.
+        kl: nats of task loss that one nat of the true divergence on rows of the source weighs,
+            every fourth step, or its options (`retain.OutputKL`); of chats the beginnings of
+            answers. 0 for none.
         start: before 0.2, in place of `parts`: ``"wiener"`` or None.
-        source: with a budget, text on which the true divergence is measured now and then: rows, a
-            data set or a file as for `retain.fit_curvature`, ``"self"`` (the model samples it), or
+        source: with a budget or `kl`, text on which the true divergence is measured: rows, a data
+            set or a file as for `retain.fit_curvature`, ``"self"`` (the model samples it), or
             None to believe the prediction. By default ``"self"`` for a causal model. Of named
             budgets by name; by default ``"self"`` for those whose curvature was fitted on it.
         tokenizer: for text; by default the trainer's or the model's own.
@@ -116,6 +124,7 @@ class RetentionCallback(TrainerCallback):
         past: Curvature | None = None,
         parts: Sequence[str] | None = None,
         filter: Filter | None = None,
+        kl: float | OutputKL = 0.0,
         start: Any = "auto",
         source: Sources = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -131,15 +140,16 @@ class RetentionCallback(TrainerCallback):
         if start is None or start != "auto":
             parts, filter = _parts_of(start, filter)
         recipe = Recipe(
-            curvature, strength, parts=parts, budget=budget, past=past, update=update, filter=filter
-        )
+            curvature, strength, parts=parts, budget=budget, past=past, update=update,
+            filter=filter, kl=kl,
+        )  # fmt: skip
         auto = isinstance(source, str) and source == "auto"
-        if budget is None and source is not None and not auto:
+        if budget is None and not recipe.kl.weight and source is not None and not auto:
             raise ConfigError(
-                "a source is there to measure what a budget spends",
+                "a source is there to measure what a budget spends, or a KL",
                 got="a source without a budget",
                 allowed="both, or neither",
-                fix="budget=0.05",
+                fix="budget=0.05, or kl=1",
             )
         if isinstance(budget, Mapping) and source is not None and not auto:
             check_names(curvature, budget, sources=source)
@@ -153,10 +163,10 @@ class RetentionCallback(TrainerCallback):
         self._nats: float | None = None
 
     @classmethod
-    def driving(cls, recipe: Recipe) -> RetentionCallback:
+    def driving(cls, recipe: Recipe, source: Sources = "auto") -> RetentionCallback:
         """A callback that drives a recipe which is there already."""
         found = cls.__new__(cls)
-        found._drive(recipe, "auto", None)
+        found._drive(recipe, source, None)
         return found
 
     @property
@@ -237,6 +247,8 @@ class RetentionCallback(TrainerCallback):
             lambda count, seed: loader_examples(loader, count, seed, view.causal),
             seed=args.seed,
             probe=self._probe(view),
+            source=self._kl_rows(view),
+            tokenizer=view.tokenizer,
             progress=kept_in(state, needed) if resuming else None,
             kept=kept_tensors(resumed_from()) if resuming else None,
         )
@@ -258,6 +270,19 @@ class RetentionCallback(TrainerCallback):
                 f"measure it on (source={{{missing[0]!r}: rows}})"
             )
         return {name: self._rows(view, each) for name, each in given.items() if each is not None}
+
+    def _kl_rows(self, view: ModelView) -> Sequence[Example]:
+        """Rows of the source, of named ones of all, for `kl`."""
+        if not self.recipe.kl.weight or not view.causal:
+            return ()
+        given = self.source.values() if isinstance(self.source, Mapping) else [self.source]
+        found: list[Example] = []
+        for each in given:
+            own = each is None or (isinstance(each, str) and each == "auto")
+            if not own or view.tokenizer is not None:
+                text: Any = "self" if own else each
+                found += source_examples(view, text, KL_ROWS, PROBE_TOKENS, KL_SEED)
+        return found
 
     def _rows(self, view: ModelView, source: Any) -> Sequence[Example]:
         """A few rows of a source."""
@@ -338,6 +363,8 @@ class RetentionCallback(TrainerCallback):
             "predicted_nats": self._nats,
             "retention_strength": self.strength,
         }
+        if self.recipe.outputs is not None:
+            added["source_kl"] = float(self.recipe.outputs.last)
         for hold in () if self.force is None else self.force.holds:
             if hold.budget is not None and not hold.name:
                 added["retention_correction"] = hold.budget.correction

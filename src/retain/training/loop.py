@@ -23,7 +23,7 @@ from retain.models.sizes import pad_multiple
 from retain.models.view import ModelView
 from retain.retention.method import Method
 from retain.retention.recipe import Recipe
-from retain.training.callback import RetentionCallback
+from retain.training.callback import RetentionCallback, Sources
 from retain.training.checkpoints import Seal, last_whole
 from retain.training.loss import head_of
 from retain.training.method import MethodCallback
@@ -84,6 +84,7 @@ def train(
     config: TrainConfig,
     *,
     recipe: Recipe | None = None,
+    source: Sources = "auto",
     method: Method | None = None,
     columns: slice | None = None,
     regression: bool = False,
@@ -101,6 +102,7 @@ def train(
         examples: tokenised rows.
         config: batch size, epochs, learning rate and so on.
         recipe: turns retention on.
+        source: of the recipe's KL or budget; see `RetentionCallback`.
         method: in place of a recipe, a method whose `before_task` gave the examples; its hooks
             are called as `retain.retention.method` says.
         columns: the outputs of a classifier that are trained on, with targets local to them; None
@@ -179,7 +181,7 @@ def train(
             method=method,
         )
         if recipe is not None:
-            RetentionCallback.driving(recipe).attach(trainer)
+            RetentionCallback.driving(recipe, source).attach(trainer)
         watch.extra = None if method is None else trainer.taken_extra
         trainer.remove_callback(PrinterCallback)
         if progress:

@@ -1,4 +1,4 @@
-"""Eigenvectors that always come out, linear systems, and cheap checks of a matrix that somebody gives.
+"""Eigenvectors that always come out, systems of equations, checks of a matrix that somebody gives.
 
 Whether a matrix is symmetric and positive semi-definite is found in a few passes over it. Up to
 `EXACT` wide its smallest eigenvalue is computed; a wider one is tried: its diagonal, its 2 x 2
@@ -193,7 +193,7 @@ def leading(m: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def solve_positive(a: Tensor, b: Tensor) -> Tensor:
-    """x of ``a x = b``.
+    """The x of ``a x = b``.
 
     By Cholesky's factors. A matrix that rounding has made indefinite is solved by LU, by itself: on
     several CPU threads torch 2.13 with MKL takes pivots of 0 in a batch of LU from 192 rows on.

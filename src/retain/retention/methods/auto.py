@@ -7,7 +7,7 @@ any. Each further task learns in fresh rows; after each, what it relies on joins
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -38,6 +38,8 @@ class Auto(Growing):
         answers: the share of predicting positions in the rows' second moments.
         rows: rows of the source text, and of each task, that are read at most.
         max_rank: of the whole adapter, which is cut beyond it; four times a task's by default.
+        kl: nats of task loss that one nat of the true divergence on source rows weighs, on average
+            over steps (`retain.retention.output_kl`); 0 for none.
 
     Raises:
         ConfigError: a value out of range.
@@ -49,6 +51,7 @@ class Auto(Growing):
         ("full", "bottleneck", "prefix"), "what it filters is what LoRA's A reads"
     )
     head: ClassVar[HeadStart] = "fitted"
+    later: ClassVar[dict[str, Any]] = {"kl": 0.0}
 
     def __init__(
         self,
@@ -63,17 +66,20 @@ class Auto(Growing):
         answers: float = 0.5,
         rows: int = 64,
         max_rank: int | None = None,
+        kl: float = 0.0,
     ) -> None:
         super().__init__(strength)
         options = Filter(gain, epsilon, answers, rows, weight)
         self.recipe = Recipe(
-            None, strength, parts=parts, budget=budget, update=update, filter=options
+            None, strength, parts=parts, budget=budget, update=update, filter=options, kl=kl
         )
         self.fits_head = "head" in self.recipe.parts
         self.max_rank = max_rank
 
     def begin(self, context: Context) -> None:
         super().begin(context)
+        if self.recipe.kl.weight:
+            context.check_source("the KL needs source text", "give a source, or kl: 0")
         self.recipe.curvature = self.recipe.past = None
         if context.source and self.recipe.parts & {"filter", "force"}:
             rows = choose(context.source, self.recipe.options.rows, context.seed)
@@ -87,6 +93,7 @@ class Auto(Growing):
         recipe.begin(
             adapter.model, reader_of(task.examples), seed=task.seed,
             probe=() if recipe.budget is None else self.context.probe(),
+            source=self.context.source,
         )  # fmt: skip
         return task.examples
 

@@ -1,0 +1,153 @@
+"""The true divergence on rows of the source, now and then, beside the force.
+
+The force is quadratic and factored, and where many layers and positions move one way it predicts
+too little (docs/log.md, "Where the quadratic's missing factor is"). So every `every`-th step also
+has the gradient of
+
+    every * weight * KL(base || tuned),   the mean over the predictions of `batch` rows,
+
+whose base is the model with its adapter off (Li and Hoiem, arXiv 1606.09282, on text that is not
+the task's). On average a step weighs one nat of it as `weight` nats of task loss. Like the force it
+is added after accumulation and clipping. Of chats, the beginnings of their answers are read: there
+a model that learns a task first answers in the task's form (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from retain.data.batches import Example, collate
+from retain.errors import ConfigError, SourceError, check_number
+from retain.models.forward import divergence
+from retain.models.generating import chat_form
+from retain.models.view import ModelView
+from retain.retention.measure import log_probabilities
+
+__all__ = ["OutputKL", "Outputs", "beginnings"]
+
+
+@dataclass(frozen=True)
+class OutputKL:
+    """Options of the divergence that is trained against; see the module.
+
+    Args:
+        weight: nats of task loss that one nat of divergence weighs; 0 for none.
+        every: steps from one to the next.
+        batch: rows that are read in one.
+        answers: tokens that are read of each answer, of rows that are chats; 0 for whole rows.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    weight: float = 1.0
+    every: int = 4
+    batch: int = 4
+    answers: int = 8
+
+    def __post_init__(self) -> None:
+        check_number("the weight of the KL is out of range", self.weight, "kl=1")
+        for name, value, least in (
+            ("every", self.every, 1), ("batch", self.batch, 1), ("answers", self.answers, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise ConfigError(
+                    f"{name} is out of range", got=value, allowed=f"{least} or more",
+                    fix=f"leave {name} out",
+                )  # fmt: skip
+
+
+class Outputs:
+    """Adds the gradient of `OutputKL` to the weights' gradients.
+
+    Args:
+        view: of a causal model with an adapter that can be switched off. Without a tokenizer, rows
+            are read whole.
+        rows: tokenised source text.
+        options: see `OutputKL`.
+        seed: of the order of the rows.
+        steps: that have been made before, of a training that goes on.
+
+    Attributes:
+        steps: that have been made.
+        last: the divergence where it was last measured, in nats a prediction; NaN before.
+
+    Raises:
+        ConfigError: a classifier, for whose new head the base has no answer.
+        SourceError: no rows.
+    """
+
+    def __init__(
+        self, view: ModelView, rows: Sequence[Example], options: OutputKL, *, seed: int = 0,
+        steps: int = 0,
+    ) -> None:  # fmt: skip
+        if not view.causal:
+            raise ConfigError(
+                "a classifier's base has no answer that a new head could stay near",
+                got=f"kl={options.weight:g}",
+                allowed="a causal model, or kl=0",
+                fix="leave kl out",
+            )
+        if not rows:
+            raise SourceError(
+                "the KL has no text to be measured on",
+                got="no rows",
+                allowed="1 row or more",
+                fix="source='self' with the model's tokenizer, or rows of text",
+            )
+        self.view, self.options, self.seed, self.steps = view, options, seed, steps
+        self.rows = beginnings(view, rows, options.answers) if options.answers else list(rows)
+        self.last = torch.tensor(float("nan"))
+
+    def add(self) -> None:
+        """After a step's last backward pass: adds to the gradients, where the step is its turn."""
+        step, self.steps = self.steps, self.steps + 1
+        if step % self.options.every:
+            return
+        batch = collate(self._chosen(step // self.options.every), self.view.pad)
+        batch = batch.to(self.view.device)
+        with self.view.evaluating(), torch.enable_grad():
+            with torch.no_grad(), self.view.off():
+                base = log_probabilities(self.view.logits(batch))
+            tuned = log_probabilities(self.view.logits(batch))
+            kl = divergence(base, tuned, False).mean()
+            (self.options.every * self.options.weight * kl).backward()
+        self.last = kl.detach()
+
+    def _chosen(self, time: int) -> list[Example]:
+        """Of the `time`-th time: all rows in an order by the seed, then all again in another."""
+        size, count = self.options.batch, len(self.rows)
+        places = (divmod(i, count) for i in range(time * size, (time + 1) * size))
+        return [self.rows[self._order(epoch)[i]] for epoch, i in places]
+
+    def _order(self, epoch: int) -> list[int]:
+        random = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.rows), generator=random).tolist()
+
+
+def beginnings(view: ModelView, rows: Sequence[Example], tokens: int) -> list[Example]:
+    """Of rows that are chats, as far as the beginning of the first answer, which alone predicts.
+
+    Args:
+        view: with the tokenizer, whose chat form tells where answers begin.
+        rows: tokenised text.
+        tokens: of an answer at most.
+
+    Returns:
+        The chats among them; all rows as they are where none is one.
+    """
+    form = None if view.tokenizer is None else chat_form(view.tokenizer)
+    tail = [] if form is None else form[1]
+    found = []
+    for row in rows if tail else ():
+        text = [*row.tokens, row.targets[-1]]
+        ends = (i + len(tail) for i in range(len(text)) if text[i : i + len(tail)] == tail)
+        first = next(ends, len(text))  # the place of the answer's first token
+        if first < len(text):
+            cut = row.cut(first + tokens - 1)
+            told = tuple(i >= first - 1 and p for i, p in enumerate(cut.predict))
+            found.append(replace(cut, predict=told))
+    return [row for row in found if any(row.predict)] or list(rows)
