@@ -33,9 +33,14 @@ def test_every_second_step_has_the_gradient_of_the_divergence() -> None:
     trained = [w for site in lora_sites(model) for w in (site.a, site.b)]
     outputs = Outputs(ModelView(model), rows, OutputKL(3.0, every=2, batch=4))
     for w in trained:
-        w.grad = torch.ones_like(w)
+        w.grad = torch.full_like(w, 100.0)
     outputs.add()
-    got = [w.grad.clone() - 1.0 for w in trained if w.grad is not None]
+    got = [w.grad.clone() - 100.0 for w in trained if w.grad is not None]
+    for w in trained:
+        w.grad = torch.full_like(w, 1e-3)
+    bounded = Outputs(ModelView(model), rows, OutputKL(3.0, every=2, batch=4))
+    bounded.add()
+    short = [w.grad.clone() - 1e-3 for w in trained if w.grad is not None]
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64), 0
     for row in rows:  # one by one, and without what the package has for it
@@ -47,6 +52,11 @@ def test_every_second_step_has_the_gradient_of_the_divergence() -> None:
         count += len(row.tokens)
     want = torch.autograd.grad(2 * 3.0 * total / count, trained)
     assert all(relative(g, w) < 1e-9 for g, w in zip(got, want, strict=True))
+    length = sum(float(w.square().sum()) for w in want) ** 0.5
+    most = 1e-3 * sum(w.numel() for w in trained) ** 0.5
+    assert length > 2 * most  # so that it is made as long as what it is added to
+    share = most / length
+    assert all(relative(g, share * w) < 1e-6 for g, w in zip(short, want, strict=True))
     assert float(outputs.last) == pytest.approx(float(total) / count)
     before = [None if w.grad is None else w.grad.clone() for w in trained]
     outputs.add()  # the step between

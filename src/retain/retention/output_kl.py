@@ -8,25 +8,32 @@ has the gradient of
 
 whose base is the model with its adapter off (Li and Hoiem, arXiv 1606.09282, on text that is not
 the task's). On average a step weighs one nat of it as `weight` nats of task loss. Like the force it
-is added after accumulation and clipping. Of chats, the beginnings of their answers are read: there
-a model that learns a task first answers in the task's form (docs/log.md).
+is added after accumulation and clipping, and made no longer than the gradient that it is added to:
+unbounded it took the model further from its base than the plain force did (docs/log.md). Of chats,
+the beginnings of their answers are read: there a model that learns a task first answers in the
+task's form (docs/log.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from retain.data.batches import Example, collate
 from retain.errors import ConfigError, SourceError, check_number
-from retain.models.forward import divergence
+from retain.models.forward import divergence, no_autocast
 from retain.models.generating import chat_form
 from retain.models.view import ModelView
 from retain.retention.measure import log_probabilities
 
 __all__ = ["OutputKL", "Outputs", "beginnings"]
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -102,20 +109,34 @@ class Outputs:
         self.rows = beginnings(view, rows, options.answers) if options.answers else list(rows)
         self.last = torch.tensor(float("nan"))
 
-    def add(self) -> None:
-        """After a step's last backward pass: adds to the gradients, where the step is its turn."""
+    def add(self, settle: Callable[[], None] = _nothing) -> None:
+        """After a step's last backward pass: adds to the gradients, where the step is its turn.
+
+        Args:
+            settle: called behind the backward pass; what else is to be done to gradients.
+        """
         step, self.steps = self.steps, self.steps + 1
         if step % self.options.every:
             return
         batch = collate(self._chosen(step // self.options.every), self.view.pad)
         batch = batch.to(self.view.device)
+        weights = [w for w in self.view.model.parameters() if w.requires_grad]
+        task = [torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in weights]
         with self.view.evaluating(), torch.enable_grad():
             with torch.no_grad(), self.view.off():
                 base = log_probabilities(self.view.logits(batch))
             tuned = log_probabilities(self.view.logits(batch))
             kl = divergence(base, tuned, False).mean()
             (self.options.every * self.options.weight * kl).backward()
+        settle()
         self.last = kl.detach()
+        pairs = [(w.grad, old) for w, old in zip(weights, task, strict=True) if w.grad is not None]
+        with no_autocast(), torch.no_grad():
+            gradients, old = [g for g, _ in pairs], [o for _, o in pairs]
+            torch._foreach_sub_(gradients, old)
+            share = (_length(old) / _length(gradients)).nan_to_num(0.0).clamp(max=1.0)
+            for gradient, before in pairs:
+                gradient.mul_(share.to(gradient)).add_(before)
 
     def _chosen(self, time: int) -> list[Example]:
         """Of the `time`-th time: all rows in an order by the seed, then all again in another."""
@@ -126,6 +147,13 @@ class Outputs:
     def _order(self, epoch: int) -> list[int]:
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(len(self.rows), generator=random).tolist()
+
+
+def _length(gradients: list[Tensor]) -> Tensor:
+    """Of all together, on the first one's device."""
+    norms = [norm.to(gradients[0].device).float() for norm in torch._foreach_norm(gradients)]
+    length: Tensor = torch.stack(norms).norm()
+    return length
 
 
 def beginnings(view: ModelView, rows: Sequence[Example], tokens: int) -> list[Example]:

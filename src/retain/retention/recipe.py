@@ -420,16 +420,19 @@ class Recipe:
         Args:
             watched: a number that is judged before anything is done.
         """
+        self._settle()
         if self.outputs is not None:
-            self.outputs.add()
-        for hooks in self._hooks():
-            hooks.settle()
+            self.outputs.add(self._settle)
         with self._whole(gradients=True):
             nats = self._add_force(watched)
         if self._guarded:
             for hooks in self._hooks():
                 hooks.detach()
         return nats
+
+    def _settle(self) -> None:
+        for hooks in self._hooks():
+            hooks.settle()
 
     def _add_force(self, watched: Watched | None) -> float | None:
         nats = None
