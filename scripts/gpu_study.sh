@@ -1,5 +1,5 @@
 #!/bin/sh
-# The four-task sequence on one GPU, 8 processes side by side: some 5.3 GiB each.
+# The four-task sequence on one GPU, 8 processes side by side: 5 to 8 GiB each.
 #   sh scripts/gpu_study.sh OUT DATA [JOBS] [more options of retain study]
 # One JSON a run, written as it comes; what is not done when it is stopped goes on from there.
 set -eu

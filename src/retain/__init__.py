@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from retain.runs.train import continue_run, train_run
     from retain.training.callback import RetentionCallback, Start
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Curvature",
