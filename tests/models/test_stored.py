@@ -171,6 +171,19 @@ def test_damaged_weights_are_refused(change: Any, said: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [{"lora_alpha": 0}, {"lora_alpha": "7"}, {"alpha_pattern": {"(": 1}}, {"alpha_pattern": [1]}],
+)
+def test_settings_that_peft_would_not_take_are_refused(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    file = saved(tmp_path / "wide") / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(ModelError, match="with an alpha of"):
+        retain.compact(tmp_path / "wide", tmp_path / "out", 2, quiet=True)
+
+
+@pytest.mark.parametrize(
     ("rank", "said"),
     [(16, None), (24, "--max-lora-rank 32, or"), (64, "--max-lora-rank 64,"), (600, "no further")],
 )

@@ -143,11 +143,9 @@ def _layers(
                 "the adapter's weights are not finite", got=shown(name, plain=True),
                 allowed="finite numbers", fix="train it again with a smaller learning rate",
             )  # fmt: skip
-        rank = a.shape[0]
-        alphas = config.get("alpha_pattern") or {}
-        alpha = alphas.get(get_pattern_key(list(alphas), name), config.get("lora_alpha"))
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0:
-            raise misfit(f"{folder} with lora_alpha {shown(alpha)}")
+        rank, alpha = a.shape[0], _alpha(config, name)
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e30:
+            raise misfit(f"{folder} with an alpha of {shown(alpha)} at {shown(name, plain=True)}")
         scalings[name] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     if not scalings:
         raise misfit(f"{folder} without A and B of any layer")
@@ -158,3 +156,12 @@ def _layers(
         wide = b if own == common else b.double() * (own / common)
         found.append(StoredLayer(name, a, wide, common, (b.dtype, a.dtype)))
     return found
+
+
+def _alpha(config: Mapping[str, Any], name: str) -> Any:
+    """What PEFT takes for a layer's alpha; None where it would fail."""
+    alphas = config.get("alpha_pattern") or {}
+    try:
+        return alphas.get(get_pattern_key(list(alphas), name), config.get("lora_alpha"))
+    except (re.error, AttributeError, TypeError):
+        return None
