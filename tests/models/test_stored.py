@@ -15,9 +15,9 @@ from torch import Tensor
 
 import retain
 from retain.errors import ModelError
-from retain.models.saved import too_wide
+from retain.models.saved import save_adapter, too_wide
 from retain.models.sites import lora_sites
-from tiny import base, move
+from tiny import base, move, tiny
 
 PATTERNS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -45,9 +45,9 @@ def saved(
     return folder
 
 
-def updates(folder: Path) -> dict[str, Tensor]:
+def updates(folder: Path, kind: str = "llama") -> dict[str, Tensor]:
     """The update of each layer, as PEFT makes it."""
-    model: Any = PeftModel.from_pretrained(base("llama"), str(folder), autocast_adapter_dtype=False)
+    model: Any = PeftModel.from_pretrained(base(kind), str(folder), autocast_adapter_dtype=False)
     return {s.name: s.scaling * (s.b.double() @ s.a.double()).detach() for s in lora_sites(model)}
 
 
@@ -124,15 +124,17 @@ def test_its_precision_stays_and_what_fits_is_not_touched(
 
 
 def test_a_head_goes_along(tmp_path: Path) -> None:
-    saved(tmp_path / "wide", modules_to_save=["lm_head"])
-    record = retain.compact(tmp_path / "wide", tmp_path / "out", 2, quiet=True)
-    assert record["notes"] == ["written as they are, and refused by vLLM: lm_head"]
-    old, new = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("wide", "out/adapter")
-    )
-    (key,) = (key for key in old if "lora" not in key)
-    assert torch.equal(old[key], new[key])
-    assert updates(tmp_path / "out" / "adapter").keys() == updates(tmp_path / "wide").keys()
+    wide, out = tmp_path / "wide", tmp_path / "out" / "adapter"
+    save_adapter(tiny("bert", moved=True, rank=4), wide, "b")
+    record = retain.compact(wide, tmp_path / "out", 2, quiet=True)
+    assert record["notes"] == ["written as they are, and refused by vLLM: classifier"]
+    old, new = (load_file(folder / "adapter_model.safetensors") for folder in (wide, out))
+    heads = [key for key in old if "lora" not in key]
+    assert heads and all(torch.equal(old[key], new[key]) for key in heads)
+    assert (wide / "config.json").read_bytes() == (out / "config.json").read_bytes()
+    before, after = updates(wide, "bert"), updates(out, "bert")
+    for layer, dense in before.items():
+        torch.testing.assert_close(after[layer], cut(dense, 2), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(
