@@ -52,6 +52,7 @@ SHORT = {
     "train": "--limit 8 --batch-size 2 --max-steps 2 --max-length 64",
     "eval": "--rows 8 --max-length 32",
     "soften": "--rows 8 --max-length 32 --points 2",
+    "compact": "--rank 1",
     "certify": "--new-tokens 4",
     "study": "--limit 2 --seeds 0",
 }

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from retain.retention.output_kl import OutputKL
     from retain.retention.retention import Retention
     from retain.retention.soften.adapter import soften
+    from retain.runs.compact import compact
     from retain.runs.eval import eval_run
     from retain.runs.train import continue_run, train_run
     from retain.training.callback import RetentionCallback, Start
@@ -45,6 +46,7 @@ __all__ = [
     "__version__",
     "attach_lora",
     "certify",
+    "compact",
     "continue_run",
     "eval_run",
     "explain",
@@ -70,6 +72,7 @@ _HOMES = {
     "Start": "retain.training.callback",
     "attach_lora": "retain.models.lora",
     "certify": "retain.evaluation.certify",
+    "compact": "retain.runs.compact",
     "continue_run": "retain.runs.train",
     "eval_run": "retain.runs.eval",
     "explain": "retain.evaluation.explain",

@@ -33,6 +33,7 @@ TRAIN = {
 }
 OTHERS = {
     "soften": ("adapter/a.txt", "adapter/adapter_config.json", "soften.json", "soften.png"),
+    "compact": ("adapter/a.txt", "compact.json"),
     "demo": ("adapters/lora/mine", "data/a.csv", "source/main.c", "study.yaml", "report.html"),
     "study": ("study.json", "runs", "state", "locks"),
 }
@@ -71,6 +72,7 @@ class TestNotOurs:
         put(tmp_path, name, "{}")
         study = Path(__file__).parents[2] / "benchmarks" / "studies" / "four-task.yaml"
         argv = {"soften": [trained / "adapter", "--curvature", "c", "--budget", 1],
+                "compact": [trained / "adapter"],
                 "demo": [], "study": [study]}[command]  # fmt: skip
         retain(command, *argv, "--out", tmp_path).refused("did not write", name.split("/")[0])
         assert contents(tmp_path) == {name: b"{}"}

@@ -107,7 +107,9 @@ def test_a_heading_with_nothing_below_it(train: Run, tmp_path: Path) -> None:
 
 class TestNames:
     def test_of_commands_and_tasks(self, retain: Run, trained: Path) -> None:
-        every = "demo, eval, explain, fit, plan, report, soften, study, tasks, train"
+        every = (
+            "certify, compact, demo, eval, explain, fit, plan, report, soften, study, tasks, train"
+        )
         retain("trian").refused("'trian'", "did you mean 'train'?", every)
         argv = ("eval", "--adapter", trained / "adapter", "--task", "word-problem")
         retain(*argv).refused("did you mean 'word-problems'?")
@@ -170,7 +172,7 @@ class TestPlaces:
         (tmp_path / "link").symlink_to(tmp_path / "gone")
         train(tmp_path / "link").refused("a link to a place that is not there")
 
-    @pytest.mark.parametrize("command", ["eval", "soften"])
+    @pytest.mark.parametrize("command", ["eval", "soften", "compact"])
     def test_the_base_of_an_adapter_has_moved(
         self, command: str, retain: Run, trained: Path, curvature: Path, tmp_path: Path
     ) -> None:
@@ -180,6 +182,8 @@ class TestPlaces:
         argv: list[Any] = ["--adapter", tmp_path / "adapter"]
         if command == "soften":
             argv = [argv[1], "--curvature", curvature, "--budget", 0.1, "-o", tmp_path / "soft"]
+        if command == "compact":
+            argv = [argv[1], "--measure", "-o", tmp_path / "cut"]
         retain(command, *argv).refused(
             "the base model of the adapter cannot be loaded", "say with --model where it lies now"
         )

@@ -13,7 +13,19 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from retain import __version__
-from retain.cli import certify, demo, explain, fit, plan, report, soften, study, tasks, train
+from retain.cli import (
+    certify,
+    compact,
+    demo,
+    explain,
+    fit,
+    plan,
+    report,
+    soften,
+    study,
+    tasks,
+    train,
+)
 from retain.cli import eval as evaluation
 from retain.compat import usage_error
 from retain.errors import (
@@ -98,6 +110,7 @@ app.command("eval", epilog=evaluation.EXAMPLE)(evaluation.evaluate)
 app.command("certify", epilog=certify.EXAMPLE)(certify.certify)
 app.command("explain", epilog=explain.EXAMPLE)(explain.explain)
 app.command("soften", epilog=soften.EXAMPLE)(soften.soften)
+app.command("compact", epilog=compact.EXAMPLE)(compact.compact)
 app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
 app.command("tasks", epilog=tasks.EXAMPLE)(tasks.tasks)
 app.add_typer(study.app, name="study", epilog=study.EXAMPLE)

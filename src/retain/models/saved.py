@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from retain.documents import read_json
@@ -26,6 +28,7 @@ __all__ = [
     "read_tensors",
     "refused",
     "save_adapter",
+    "too_wide",
     "write_tensors",
 ]
 
@@ -34,6 +37,9 @@ _PREFIX = "base_model.model."
 
 FILES = (_CONFIG, _WEIGHTS)
 """What an adapter's folder holds; anything else in it is somebody else's."""
+
+_SERVED = (16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's ``--max-lora-rank`` may be from its default on."""
 
 HEAD = "config.json"
 """Beside a classifier's adapter: the model's configuration, which names the classes of its head."""
@@ -183,13 +189,16 @@ def save_adapter(model: PeftModel, folder: Path, base: str) -> Path:
     return folder
 
 
-def write_tensors(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Writes an adapter that PEFT does not know, under the names that PEFT gives its own.
+def write_tensors(
+    folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], beside: Sequence[Path] = ()
+) -> Path:
+    """Writes an adapter from its tensors, under the names that PEFT gives its own.
 
     Args:
         folder: where it is to be; an older one stays until the new one is whole.
         config: with ``peft_type`` and ``base_model_name_or_path``.
         tensors: by their names in the base model.
+        beside: files to copy along.
 
     Raises:
         OutputError: the place cannot be written.
@@ -197,7 +206,9 @@ def write_tensors(folder: Path, config: dict[str, Any], tensors: Mapping[str, Te
     from safetensors.torch import save_file
 
     named = {_PREFIX + n: t.detach().contiguous() for n, t in tensors.items()}
-    with whole_folder(folder, "the adapter", FILES) as new:
+    with whole_folder(folder, "the adapter", (*FILES, *(path.name for path in beside))) as new:
+        for path in beside:
+            shutil.copyfile(path, new / path.name)
         save_file(named, new / _WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
         (new / _CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -233,6 +244,18 @@ def adapter_digest(folder: Path) -> str:
     settings = {k: v for k, v in config.items() if k != "base_model_name_or_path"}
     text = json.dumps(settings, sort_keys=True) + file_digest(folder / _WEIGHTS)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def too_wide(rank: int, folder: Path) -> str | None:
+    """What to say of an adapter that vLLM does not serve as it comes; None of one that it does."""
+    if rank <= _SERVED[0]:
+        return None
+    most = next((n for n in _SERVED if n >= rank), None)
+    there = f"give it --max-lora-rank {most}, or" if most else "which goes no further than 512:"
+    return (
+        f"rank {rank}: vLLM serves up to {_SERVED[0]} by default; {there} "
+        f"retain compact {quote(str(folder))} --rank {_SERVED[0]}"
+    )
 
 
 def refused(what: str, got: object, kind: str = "LORA", fix: str | None = None) -> ModelError:

@@ -19,7 +19,8 @@ from retain.runs.messages import Messages, interruption
 from retain.runs.records import TRAIN, TrainRecord, read_record
 
 __all__ = [
-    "EvalConfig", "check_finite", "eval_run", "general_tasks", "load_tuned", "own_text",
+    "EvalConfig", "check_finite", "eval_run", "general_tasks", "held_out", "load_tuned",
+    "own_text",
 ]  # fmt: skip
 
 
@@ -292,6 +293,20 @@ def own_text(model: Any, tokenizer: Any, config: Measured, messages: Messages) -
         model, tokenizer, count=config.rows, max_length=config.max_length,
         seed=HELD_OUT + config.seed, half="held-out", progress=messages.progress,
     )  # fmt: skip
+
+
+def held_out(
+    model: Any, tokenizer: Any, rows: Any, config: Measured, messages: Messages
+) -> list[Any]:
+    """Tokenised rows to measure on, as `retain.measure_forgetting` draws them; or `own_text`."""
+    from retain.data.draws import HELD_OUT
+    from retain.models.view import ModelView
+
+    if rows is None:
+        rows = own_text(model, tokenizer, config, messages)
+    view, draw = ModelView(model, tokenizer), HELD_OUT + config.seed
+    labels = not view.regression
+    return view.read(rows, config.rows, max_length=config.max_length, seed=draw, labels=labels)
 
 
 def check_finite(kl: float) -> None:

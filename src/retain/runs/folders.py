@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from retain.documents import read_json
-from retain.files import check_ours, clear_scratch, has_schema, recover, remove_ours, writing
+from retain.files import (
+    check_ours,
+    clear_scratch,
+    has_schema,
+    recover,
+    remove_ours,
+    write_json,
+    writing,
+)
 from retain.records import RESULT_SCHEMA
 from retain.runs.records import RUN, STATE_SCHEMA, TRAIN, TRAIN_SCHEMA
 
 __all__ = [
-    "SOFTEN_PICTURES", "STATE", "check_curvature", "check_demo", "check_page", "check_record",
-    "check_result",
-    "check_run", "check_soften", "check_study", "drop_state", "is_curvature", "is_settings",
+    "SOFTEN_PICTURES", "STATE", "check_compact", "check_curvature", "check_demo", "check_page",
+    "check_record", "check_result", "check_run", "check_soften", "check_study", "drop_state",
+    "is_curvature", "is_settings", "recorded",
 ]  # fmt: skip
 
 STATE = ("source.safetensors", "past.safetensors", "head.safetensors", "state.json")
@@ -83,17 +92,54 @@ def check_soften(out: Path) -> None:
     Raises:
         OutputError: something in it is not of an earlier softening.
     """
-    _put_back(out, "adapter", "soften.json", *SOFTEN_PICTURES)
-    record = out / "soften.json"
+    _check_made(out, "soften", "a softening", SOFTEN_PICTURES)
+
+
+def check_compact(out: Path) -> None:
+    """The same for ``retain compact``.
+
+    Raises:
+        OutputError: something in it is not of an earlier cut.
+    """
+    _check_made(out, "compact", "a cut")
+
+
+def _check_made(out: Path, command: str, of: str, pictures: Sequence[str] = ()) -> None:
+    """`check_run` for a command that makes another adapter, and a record with its own name."""
+    name = f"{command}.json"
+    _put_back(out, "adapter", name, *pictures)
+    record = out / name
 
     def mine(path: Path) -> bool:
-        return _of("retain.soften/1")(record)
+        return _of(f"retain.{command}/1")(record)
 
     _check(out, {
-        "soften.json": (mine, "the record of a softening"),
-        "adapter": (lambda path: mine(path) and _is_adapter(path), "the adapter of a softening"),
-        **dict.fromkeys(SOFTEN_PICTURES, (mine, "a picture of a softening")),
+        name: (mine, f"the record of {of}"),
+        "adapter": (lambda path: mine(path) and _is_adapter(path), f"the adapter of {of}"),
+        **dict.fromkeys(pictures, (mine, f"a picture of {of}")),
     })  # fmt: skip
+
+
+@contextmanager
+def recorded(path: Path, record: Any) -> Iterator[None]:
+    """Writes a record before the block where there is none, since it tells that the folder is ours.
+
+    That one is gone if the block fails; an earlier one stays until the block has ended well.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    first = not path.exists()
+    if first:
+        write_json(path, record)
+    try:
+        yield
+    except BaseException:
+        if first:
+            path.unlink(missing_ok=True)
+        raise
+    if not first:
+        write_json(path, record)
 
 
 def check_demo(out: Path) -> None:

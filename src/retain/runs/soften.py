@@ -11,11 +11,11 @@ from pydantic import Field
 
 from retain.config import Measured
 from retain.errors import ConfigError
-from retain.files import check_folder, file_digest, locked, whole_file, write_json
+from retain.files import check_folder, file_digest, locked, whole_file
 from retain.records import finite
 from retain.runs.bases import base_of, load_base
-from retain.runs.eval import check_finite, own_text
-from retain.runs.folders import check_soften
+from retain.runs.eval import check_finite, held_out
+from retain.runs.folders import check_soften, recorded
 from retain.runs.messages import Messages, interruption
 
 __all__ = ["SoftenConfig", "soften_run"]
@@ -101,7 +101,8 @@ def soften_run(config: SoftenConfig, pictures: Pictures, messages: Messages) -> 
     from retain.data.draws import HELD_OUT
     from retain.data.sources import read_rows
     from retain.models.fingerprint import fingerprint
-    from retain.models.saved import adapter_digest, load_adapter, save_adapter
+    from retain.models.saved import adapter_digest, load_adapter, save_adapter, too_wide
+    from retain.models.sites import lora_sites
     from retain.provenance import provenance
     from retain.retention.budget import check_budget
     from retain.retention.soften.adapter import soften
@@ -125,6 +126,9 @@ def soften_run(config: SoftenConfig, pictures: Pictures, messages: Messages) -> 
             soft = soften(tuned, far, target=near, depth=c.depth, epsilon=c.epsilon)
             kl = _held_out_kl(tuned, tokenizer, text, c, messages) if measure else None
             chosen, curve = _curve(soft, budget, c.points, kl)
+            wide = too_wide(max(site.rank for site in lora_sites(tuned)), out / "adapter")
+            if wide is not None:
+                messages.note(wide)
             record: dict[str, Any] = finite({
                 "schema": SCHEMA, **provenance(seed),
                 "start": str(adapter), "curvature": str(c.curvature),
@@ -147,18 +151,8 @@ def soften_run(config: SoftenConfig, pictures: Pictures, messages: Messages) -> 
                 "notes": messages.notes,
             })  # fmt: skip
             drawn = pictures(record)
-            file = out / "soften.json"
-            first = not file.exists()
-            if first:
-                write_json(file, record)  # before all else: it tells that the folder is ours
-            try:
+            with recorded(out / "soften.json", record):
                 save_adapter(tuned, out / "adapter", name)
-            except BaseException:
-                if first:
-                    file.unlink(missing_ok=True)
-                raise
-        if not first:
-            write_json(file, record)
         for picture, content in drawn.items():
             with whole_file(out / picture, "the picture") as scratch:
                 scratch.write_bytes(content)
@@ -170,15 +164,9 @@ def _held_out_kl(
     model: Any, tokenizer: Any, rows: Any, config: Measured, messages: Messages
 ) -> Callable[[], dict[str, Any]]:
     """Measures the model as it then is against the base; without rows on text of the base."""
-    from retain.data.draws import HELD_OUT
     from retain.evaluation.forgetting import Reference
-    from retain.models.view import ModelView
 
-    if rows is None:
-        rows = own_text(model, tokenizer, config, messages)
-    view, draw = ModelView(model, tokenizer), HELD_OUT + config.seed
-    labels = not view.regression
-    examples = view.read(rows, config.rows, max_length=config.max_length, seed=draw, labels=labels)
+    examples = held_out(model, tokenizer, rows, config, messages)
     base = Reference(model, examples, batch_size=config.batch_size, progress=messages.progress)
 
     def measured() -> dict[str, Any]:

@@ -27,6 +27,7 @@ from retain.models.sites import LoraSite
 from retain.models.view import ModelView
 from retain.retention.soften.curve import Softening
 from retain.retention.soften.subspace import AdapterSubspace, KroneckerSubspace, Subspace, sides
+from retain.retention.soften.truncate import square
 
 __all__ = ["soften"]
 
@@ -138,8 +139,8 @@ def _check_around(target: Curvature, site: LoraSite) -> None:
     """Refuses a target that stands around another adapter than this one."""
     b, a = _product(site)
     b0, a0 = (t.double() for t in target.anchor[site.name])
-    apart = _square(torch.cat([b, -b0], 1), torch.cat([a, a0], 0))  # |B A - B_0 A_0|^2
-    if apart > 1e-4 * max(_square(b, a), _square(b0, a0)):
+    apart = square(torch.cat([b, -b0], 1), torch.cat([a, a0], 0))  # |B A - B_0 A_0|^2
+    if apart > 1e-4 * max(square(b, a), square(b0, a0)):
         raise MismatchError(
             "the target's curvature stands around another adapter",
             got=f"another update of {site.name}",
@@ -176,8 +177,3 @@ def _check_adapter(view: ModelView) -> None:
             "the adapter's weights are not finite", got=odd[0], allowed="finite numbers",
             fix="train it again with a smaller learning rate",
         )  # fmt: skip
-
-
-def _square(left: Tensor, right: Tensor) -> float:
-    """``|L R|^2``, Frobenius."""
-    return float(((left.T @ left) * (right @ right.T)).sum())
