@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from retain.evaluation.forgetting import measure_forgetting
     from retain.models.load import load_model
     from retain.models.lora import attach_lora, grow_lora
+    from retain.models.saved import save_adapter
     from retain.retention.filter import Filter
     from retain.retention.head import fit_head
     from retain.retention.retention import Retention
@@ -54,6 +55,7 @@ __all__ = [
     "measure_answers",
     "measure_forgetting",
     "reanchored",
+    "save_adapter",
     "soften",
     "train_run",
 ]
@@ -78,6 +80,7 @@ _HOMES = {
     "measure_answers": "retain.evaluation.answers",
     "measure_forgetting": "retain.evaluation.forgetting",
     "reanchored": "retain.curvature.curvature",
+    "save_adapter": "retain.models.saved",
     "soften": "retain.retention.soften.adapter",
     "train_run": "retain.runs.train",
 }

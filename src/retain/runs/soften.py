@@ -152,7 +152,7 @@ def soften_run(config: SoftenConfig, pictures: Pictures, messages: Messages) -> 
             if first:
                 write_json(file, record)  # before all else: it tells that the folder is ours
             try:
-                save_adapter(tuned, out / "adapter", name)
+                save_adapter(tuned, out / "adapter", name, _facts(record))
             except BaseException:
                 if first:
                     file.unlink(missing_ok=True)
@@ -164,6 +164,24 @@ def soften_run(config: SoftenConfig, pictures: Pictures, messages: Messages) -> 
                 scratch.write_bytes(content)
             messages.say(str(out / picture))
     return record
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, str]:
+    """What the adapter's card says."""
+    from retain.curvature.info import CurvatureInfo
+    from retain.models.cards import plain_name
+    from retain.retention.facts import source_of
+
+    chosen, start = record["chosen"], plain_name(record["start"])
+    found = {
+        "Softened from": f"{start}, digest {record['digests']['start'][:12]}",
+        "Source text": source_of(CurvatureInfo.from_dict(record["info"])),
+        "Budget": f"{record['budget']:g} {record['budget_of']} nats per token",
+        "Predicted forgetting": f"{chosen['nats']:.3g} nats per token",
+    }
+    if chosen["measured"]:
+        found["Measured KL divergence"] = f"{chosen['measured']['kl']:.3g} nats per token"
+    return found
 
 
 def _held_out_kl(
