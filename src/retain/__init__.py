@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from retain.retention.retention import Retention
     from retain.retention.soften.adapter import soften
     from retain.runs.eval import eval_run
+    from retain.runs.push import push_to_hub
     from retain.runs.train import continue_run, train_run
     from retain.training.callback import RetentionCallback, Start
 
@@ -54,6 +55,7 @@ __all__ = [
     "load_model",
     "measure_answers",
     "measure_forgetting",
+    "push_to_hub",
     "reanchored",
     "save_adapter",
     "soften",
@@ -79,6 +81,7 @@ _HOMES = {
     "load_model": "retain.models.load",
     "measure_answers": "retain.evaluation.answers",
     "measure_forgetting": "retain.evaluation.forgetting",
+    "push_to_hub": "retain.runs.push",
     "reanchored": "retain.curvature.curvature",
     "save_adapter": "retain.models.saved",
     "soften": "retain.retention.soften.adapter",

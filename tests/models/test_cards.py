@@ -42,11 +42,15 @@ def test_peft_s_front_matter_and_our_section(tmp_path: Path) -> None:
 def test_what_a_user_wrote_stays(tmp_path: Path) -> None:
     model, file = tiny("llama"), tmp_path / "README.md"
     retain.save_adapter(model, tmp_path, "my/first")
-    mine = file.read_text().replace(BEGIN, f"Above.\r\n\n{BEGIN}").replace("---\n", "---\na: b\n", 1)
+    mine = (
+        file.read_text().replace(BEGIN, f"Above.\r\n\n{BEGIN}").replace("---\n", "---\na: b\n", 1)
+    )
     file.write_bytes((mine + "\nÜber alles.\n").encode())
     retain.save_adapter(model, tmp_path, "my/first", {"Data": "june"})
     text = file.read_bytes().decode()
-    assert text == (mine + "\nÜber alles.\n").replace("my/first\n- V", "my/first\n- Data: june\n- V")
+    assert text == (mine + "\nÜber alles.\n").replace(
+        "my/first\n- V", "my/first\n- Data: june\n- V"
+    )
     retain.save_adapter(model, tmp_path, "my/second")
     text = file.read_bytes().decode()
     assert "Above.\r\n" in text and text.endswith("\nÜber alles.\n") and "a: b" in text
@@ -65,8 +69,10 @@ def test_a_card_that_cannot_be_read_stays_and_is_told(bad: bytes, tmp_path: Path
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my" / "base").mkdir(parents=True)
-    names = {"my/base": "base", str(tmp_path / "x.gguf"): "x.gguf", "C:\\a\\b.jsonl": "b.jsonl",
-             "~/models/m": "m", "/": "a folder", "word-problems:100": "word-problems:100"}  # fmt: skip
+    names = {
+        "my/base": "base", str(tmp_path / "x.gguf"): "x.gguf", "C:\\a\\b.jsonl": "b.jsonl",
+        "~/models/m": "m", "/": "a folder", "word-problems:100": "word-problems:100",
+    }  # fmt: skip
     for name, plain in names.items():
         assert (hub_name(name), plain_name(name)) == (None, plain), name
     assert plain_name("org/model") == hub_name("org/model") == "org/model"
@@ -98,7 +104,10 @@ def test_a_trainer_s_checkpoints_and_folder_say_what_held(tmp_path: Path) -> Non
     for card in map(card_of, found):
         assert card.data.library_name == "peft"
         assert "- Parts that acted: filter, force" in card.text
-        assert "- Budget: 0.001 nats per token" in card.text and "- Source text: list: 4 rows" in card.text
+        assert (
+            "- Budget: 0.001 nats per token" in card.text
+            and "- Source text: list: 4 rows" in card.text
+        )
         assert "- Predicted forgetting: " in card.text
     measured = callback.force.holds[0].measured
     assert measured and f"- Measured KL divergence: {measured:.3g} nats" in card_of(tmp_path).text

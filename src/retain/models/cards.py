@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from retain.documents import LARGE, Unreadable, read_text
 from retain.errors import OutputError
@@ -16,8 +17,8 @@ from retain.files import whole_file
 from retain.models.builtin import BUILTIN
 
 __all__ = [
-    "CARD", "extend_card", "fresh_card", "hub_name", "plain_name", "read_card", "section",
-    "with_base", "with_section",
+    "CARD", "extend_card", "fresh_card", "hub_name", "is_repo", "plain_name", "read_card",
+    "section", "with_base", "with_section",
 ]  # fmt: skip
 
 CARD = "README.md"
@@ -99,7 +100,7 @@ def fresh_card(base: str, library: str = "peft", front: str = "") -> str:
     """
     from huggingface_hub import ModelCard
 
-    card = ModelCard(front or "---\n---\n")
+    card: Any = ModelCard(front or "---\n---\n")
     card.data.library_name = library
     card.data.tags = sorted({*(card.data.tags or ()), "retain"})
     card.text = "\n# Trained with retain\n"
@@ -120,6 +121,7 @@ def with_base(card: str, base: str) -> str:
 
     if not card.lstrip().startswith("---"):
         return card
+    found: Any
     try:
         found = ModelCard(card)
     except (YAMLError, TypeError) as error:
@@ -140,17 +142,21 @@ def with_base(card: str, base: str) -> str:
 
 def hub_name(name: str) -> str | None:
     """What the hub calls a model or data set; None for a file or folder of this machine."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     if name in BUILTIN:
         return BUILTIN[name].hub
+    return name if is_repo(name) and not Path(name).exists() else None
+
+
+def is_repo(name: str) -> bool:
+    """Whether a repository of the hub may be called so."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
     try:
         validate_repo_id(name)
-        here = Path(name).exists()
-    except (HFValidationError, OSError, ValueError):
-        return None
-    return None if here else name
+    except HFValidationError:
+        return False
+    return True
 
 
 def plain_name(name: str) -> str:

@@ -283,7 +283,6 @@ class Training:
             drop_state(self.out)
         checkpoints.drop_unfinished(self.kept)
 
-
     def _facts(self, record: TrainRecord, month: Month) -> dict[str, str]:
         """What the adapter's card says of the run, and of those that it continues."""
         from retain.models.cards import plain_name
