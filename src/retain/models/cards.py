@@ -100,7 +100,7 @@ def fresh_card(base: str, library: str = "peft", front: str = "") -> str:
     """
     from huggingface_hub import ModelCard
 
-    card: Any = ModelCard(front or "---\n---\n")
+    card: Any = ModelCard(front or "---\n{}\n---\n")
     card.data.library_name = library
     card.data.tags = sorted({*(card.data.tags or ()), "retain"})
     card.text = "\n# Trained with retain\n"
