@@ -42,15 +42,12 @@ def test_peft_s_front_matter_and_our_section(tmp_path: Path) -> None:
 def test_what_a_user_wrote_stays(tmp_path: Path) -> None:
     model, file = tiny("llama"), tmp_path / "README.md"
     retain.save_adapter(model, tmp_path, "my/first")
-    mine = (
-        file.read_text().replace(BEGIN, f"Above.\r\n\n{BEGIN}").replace("---\n", "---\na: b\n", 1)
-    )
-    file.write_bytes((mine + "\nÜber alles.\n").encode())
+    mine = file.read_text().replace(BEGIN, f"Above.\r\n\n{BEGIN}") + "\nÜber alles.\n"
+    mine = mine.replace("---\n", "---\na: b\n", 1)
+    file.write_bytes(mine.encode())
     retain.save_adapter(model, tmp_path, "my/first", {"Data": "june"})
     text = file.read_bytes().decode()
-    assert text == (mine + "\nÜber alles.\n").replace(
-        "my/first\n- V", "my/first\n- Data: june\n- V"
-    )
+    assert text == mine.replace("my/first\n- V", "my/first\n- Data: june\n- V")
     retain.save_adapter(model, tmp_path, "my/second")
     text = file.read_bytes().decode()
     assert "Above.\r\n" in text and text.endswith("\nÜber alles.\n") and "a: b" in text

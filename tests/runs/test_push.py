@@ -134,7 +134,7 @@ def test_refusals(adapter: Path, hub: type[Client], monkeypatch: pytest.MonkeyPa
     hub.breaks = OSError("no route to host")
     refused(OutputError, "no route to host.*hf auth login", adapter, base_model=BASE)
     (adapter / "README.md").write_text("---\n[1]\n---\n")
-    refused(ModelError, "the model card is damaged", adapter, base_model=BASE)
+    refused(OutputError, "the model card cannot be added to", adapter, base_model=BASE)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     refused(ModelError, "pickle", adapter, base_model=BASE)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import sqlite3
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from test_callback import fit, trainer
@@ -72,23 +71,25 @@ def of_trackio(folder: Path) -> Curves:
     return {name: [row[f"train/{name}"] for row in rows] for name in NAMES}
 
 
-@pytest.mark.parametrize(
-    ("tracker", "read", "setting"),
-    [
-        ("tensorboard", of_tensorboard, {"TENSORBOARD_LOGGING_DIR": "{}"}),
-        ("mlflow", of_mlflow, {"MLFLOW_TRACKING_URI": "file://{}/mlruns", "MLFLOW_ALLOW_FILE_STORE": "1"}),
-        ("wandb", of_wandb, {"WANDB_DIR": "{}", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}),
-        ("trackio", of_trackio, {"TRACKIO_DIR": "{}"}),
-    ],
-)
+READERS = {
+    "tensorboard": of_tensorboard, "mlflow": of_mlflow, "wandb": of_wandb, "trackio": of_trackio
+}  # fmt: skip
+
+SETTINGS = {
+    "TENSORBOARD_LOGGING_DIR": "{}", "TRACKIO_DIR": "{}", "MLFLOW_TRACKING_URI": "file://{}/mlruns",
+    "MLFLOW_ALLOW_FILE_STORE": "true", "WANDB_DIR": "{}", "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tracker", READERS)
 def test_a_tracker_has_what_the_log_has(
-    tracker: str, read: Callable[[Path], Curves], setting: dict[str, Any], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "tracked"
     folder.mkdir()
     monkeypatch.chdir(tmp_path)
-    for name, value in setting.items():  # before the import, at which trackio reads its own
+    for name, value in SETTINGS.items():  # before the import, at which trackio reads its own
         monkeypatch.setenv(name, value.format(folder))
     pytest.importorskip(tracker, reason=f"{tracker} is not installed")
     model = tiny("llama")
@@ -96,7 +97,7 @@ def test_a_tracker_has_what_the_log_has(
     run = trainer(model, tmp_path / "out", [callback], report_to=tracker)
     run.train()
     log = [entry for entry in run.state.log_history if "loss" in entry]
-    found = read(folder)
+    found = READERS[tracker](folder)
     assert found["retention_strength"] == [7.0] * 3 and found["predicted_nats"][-1] > 0
     for name, values in found.items():
         assert values == pytest.approx([entry[name] for entry in log], rel=1e-6), name

@@ -64,10 +64,7 @@ def read_card(card: Path) -> str:
     try:
         return read_text(card, LARGE) if card.exists() else ""
     except (OSError, Unreadable) as error:
-        raise OutputError(
-            "the model card cannot be added to", got=f"{card}: {error}",
-            allowed="text in UTF-8, or no such file", fix="repair it, or move it away",
-        ) from error  # fmt: skip
+        raise _refused(f"{card}: {error}") from error
 
 
 def extend_card(folder: Path, base: str, text: str, library: str = "peft") -> None:
@@ -80,8 +77,7 @@ def extend_card(folder: Path, base: str, text: str, library: str = "peft") -> No
         library: that loads what is in the folder.
 
     Raises:
-        OutputError: the card is no text, or cannot be written.
-        ValueError: its front matter is none.
+        OutputError: the card is damaged, or cannot be written.
     """
     card = folder / CARD
     old = read_card(card)
@@ -114,7 +110,7 @@ def with_base(card: str, base: str) -> str:
     knows. A card without front matter gets none.
 
     Raises:
-        ValueError: the front matter is none.
+        OutputError: the front matter is damaged.
     """
     from huggingface_hub import ModelCard
     from yaml import YAMLError
@@ -124,8 +120,8 @@ def with_base(card: str, base: str) -> str:
     found: Any
     try:
         found = ModelCard(card)
-    except (YAMLError, TypeError) as error:
-        raise ValueError(f"front matter that cannot be read ({error})") from error
+    except (YAMLError, TypeError, ValueError) as error:
+        raise _refused(f"front matter that is none: {error}") from error
     known, named, tags = hub_name(base), found.data.base_model, found.data.tags or []
     of_base = [t for t in tags if str(t).startswith(_TAG)]
     if known is None:
@@ -133,11 +129,19 @@ def with_base(card: str, base: str) -> str:
         marks = [t for t in of_base if hub_name(t.rpartition(":")[2])]
     else:
         wanted, marks = known, [f"{_TAG}adapter:{known}"]
-    if named == wanted and of_base == marks:
+    if named == wanted and set(of_base) <= set(marks):
         return card
     found.data.base_model = wanted
     found.data.tags = [t for t in tags if t not in of_base] + marks
     return str(found)
+
+
+def _refused(got: str) -> OutputError:
+    return OutputError(
+        "the model card cannot be added to", got=got,
+        allowed="text in UTF-8, its front matter in YAML; or no such file",
+        fix="repair it, or move it away",
+    )  # fmt: skip
 
 
 def hub_name(name: str) -> str | None:

@@ -177,7 +177,7 @@ def save_adapter(
     Raises:
         OutputError: the place cannot be written, or the disk is full.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     for config in model.peft_config.values():
         config.base_model_name_or_path = base
     head = any(config.task_type == "SEQ_CLS" for config in model.peft_config.values())
@@ -207,7 +207,7 @@ def _write_card(card: Path, old: Path, base: str, facts: Mapping[str, str]) -> N
         card.unlink(missing_ok=True)
         text = with_base(read_card(old), base) or fresh_card(base, front=form)
         text = with_section(text, section({"Base model": plain_name(base), **facts}))
-    except (RetainError, ValueError) as error:
+    except RetainError as error:
         warnings.warn(f"the model card is not written: {error}", RetainWarning, stacklevel=3)
     else:
         card.write_text(text, encoding="utf-8", newline="")

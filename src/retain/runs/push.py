@@ -86,7 +86,7 @@ def push_to_hub(
         ConfigError: the hub is switched off, no such name, other files in the folder, or a base
             model that nobody else has.
         ModelError, ArtifactError: no sound adapter or curvature.
-        OutputError: the hub does not take it.
+        OutputError: the hub does not take it, or the model card is damaged.
     """
     if offline():
         raise ConfigError(
@@ -131,13 +131,7 @@ def _adapter(folder: Path, base_model: str | None, leave_others: bool) -> dict[s
         found[path.name] = path
         if path.name.endswith("config.json"):
             found[path.name] = _placeless(path, base)
-    try:
-        card = with_base(read_card(folder / CARD), base) or fresh_card(base)
-    except ValueError as error:
-        raise ModelError(
-            "the model card is damaged", got=f"{folder / CARD}: {error}",
-            allowed="front matter that is a mapping", fix="repair it, or move it away",
-        ) from error  # fmt: skip
+    card = with_base(read_card(folder / CARD), base) or fresh_card(base)
     return found | {CARD: card.encode()}
 
 

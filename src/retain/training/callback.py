@@ -233,8 +233,7 @@ class RetentionCallback(TrainerCallback):
 
         Raises:
             ConfigError: training has not begun.
-            OutputError: the card is no text, or the folder cannot be written.
-            ValueError: the card's front matter is damaged.
+            OutputError: the card is damaged, or the folder cannot be written.
         """
         if self._base is None:
             raise ConfigError(
@@ -243,7 +242,7 @@ class RetentionCallback(TrainerCallback):
             )  # fmt: skip
         name, library = self._base
         text = section({"Base model": plain_name(name), **facts(self.recipe)})
-        extend_card(Path(folder), name, text, library)
+        extend_card(Path(folder).expanduser(), name, text, library)
 
     def _card(self, folder: Path) -> None:
         """`write_card` where a trainer writes, which is no reason for a training to fail."""
