@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def test_a_curvature_and_its_card(hub: type[Client], tmp_path: Path) -> None:
     curvature = retain.fit_curvature(tiny("llama"), rows, batch_size=4, progress=False)
     file = curvature.save(tmp_path / "c.safetensors")
     assert str(rows).encode() in file.read_bytes()
-    found = retain.push_to_hub(file, "me/source", base_model=BASE)
+    found = retain.push_to_hub(file, "me/source", base_model="smollm2-135m")
     assert found.files == tuple(hub.sent) == ("README.md", "curvature.safetensors")
     assert not [name for name, data in hub.sent.items() if str(tmp_path).encode() in data]
     card = hub.sent["README.md"].decode()
@@ -135,6 +136,8 @@ def test_refusals(adapter: Path, hub: type[Client], monkeypatch: pytest.MonkeyPa
     refused(OutputError, "no route to host.*hf auth login", adapter, base_model=BASE)
     (adapter / "README.md").write_text("---\n[1]\n---\n")
     refused(OutputError, "the model card cannot be added to", adapter, base_model=BASE)
+    (adapter / "adapter_model.safetensors").write_bytes(pickle.dumps({"a": 1}))
+    refused(ModelError, "the adapter is damaged", adapter, base_model=BASE)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     refused(ModelError, "pickle", adapter, base_model=BASE)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError, safe_open
+
 from retain.curvature.curvature import Curvature, load_curvature
 from retain.documents import read_json
 from retain.errors import ConfigError, ModelError, OutputError, shown
@@ -24,7 +26,7 @@ from retain.models.cards import (
     with_base,
     with_section,
 )
-from retain.models.saved import FILES, HEAD, check_adapter
+from retain.models.saved import FILES, HEAD, check_adapter, refused
 from retain.retention.facts import source_of
 
 __all__ = ["CURVATURE", "LEAVES", "Pushed", "push_to_hub"]
@@ -99,6 +101,8 @@ def push_to_hub(
                 "no name of a repository", got=shown(name), allowed="user/name",
                 fix="push_to_hub(path, 'user/name', base_model='org/base')",
             )  # fmt: skip
+    if base_model in BUILTIN:
+        base_model = BUILTIN[base_model].hub
     path = Path(path).expanduser()
     with tempfile.TemporaryDirectory() as scratch:
         if path.is_dir():
@@ -111,6 +115,11 @@ def push_to_hub(
 def _adapter(folder: Path, base_model: str | None, leave_others: bool) -> dict[str, Any]:
     """What of an adapter leaves: name -> file, or bytes in its place."""
     config = check_adapter(folder)
+    try:
+        with safe_open(folder / FILES[1], framework="pt"):
+            pass  # it is what its name says
+    except (OSError, SafetensorError) as error:
+        raise refused("the adapter is damaged", f"{folder} ({error})") from error
     others = sorted(
         p.name for p in folder.iterdir() if p.name not in LEAVES and not p.name.startswith(".")
     )
@@ -120,7 +129,7 @@ def _adapter(folder: Path, base_model: str | None, leave_others: bool) -> dict[s
             allowed=", ".join(LEAVES), fix="leave_others=True pushes what is allowed alone",
         )  # fmt: skip
     given = str(config.get(_BASE) or "")
-    base = BUILTIN[base_model].hub if base_model in BUILTIN else base_model or hub_name(given)
+    base = base_model or hub_name(given)
     if base is None:
         raise ConfigError(
             "nobody else has the adapter's base model", got=f"a folder called {plain_name(given)}",
@@ -138,10 +147,10 @@ def _adapter(folder: Path, base_model: str | None, leave_others: bool) -> dict[s
 def _placeless(path: Path, base: str) -> Path | bytes:
     """A configuration without paths of this machine; that of an adapter names the base."""
     try:
-        config = read_json(path)
-    except (OSError, ValueError) as error:
+        config = dict(read_json(path))
+    except (TypeError, OSError, ValueError) as error:
         raise ModelError(
-            "a configuration is damaged", got=f"{path}: {error}", allowed="JSON",
+            "a configuration is damaged", got=f"{path}: {error}", allowed="an object of JSON",
             fix="save the adapter again",
         ) from error  # fmt: skip
     kept = {
