@@ -42,7 +42,7 @@ REAL = {"curvature.md", "soften.md"}
 
 NOT_RUN = Counter({
     "index.md": 2, "certify.md": 1, "command-line.md": 1, "trainers.md": 5, "how-to/gpus.md": 1,
-    "how-to/trackers.md": 1, "how-to/serve.md": 2, "how-to/gpu-recipes.md": 2,
+    "how-to/trackers.md": 1, "how-to/serve.md": 2, "how-to/gpu-recipes.md": 2, "how-to/share.md": 2,
     "studies.md": 4, "eval.md": 3, "explain.md": 2, "recipe.md": 1,
 })  # fmt: skip
 """Blocks that are marked so, by page: one more is to be noticed."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from retain.evaluation.forgetting import measure_forgetting
     from retain.models.load import load_model
     from retain.models.lora import attach_lora, grow_lora
+    from retain.models.saved import save_adapter
     from retain.retention.filter import Filter
     from retain.retention.head import fit_head
     from retain.retention.output_kl import OutputKL
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from retain.retention.soften.adapter import soften
     from retain.runs.compact import compact
     from retain.runs.eval import eval_run
+    from retain.runs.push import push_to_hub
     from retain.runs.train import continue_run, train_run
     from retain.training.callback import RetentionCallback, Start
 
@@ -57,7 +59,9 @@ __all__ = [
     "load_model",
     "measure_answers",
     "measure_forgetting",
+    "push_to_hub",
     "reanchored",
+    "save_adapter",
     "soften",
     "train_run",
 ]
@@ -83,7 +87,9 @@ _HOMES = {
     "load_model": "retain.models.load",
     "measure_answers": "retain.evaluation.answers",
     "measure_forgetting": "retain.evaluation.forgetting",
+    "push_to_hub": "retain.runs.push",
     "reanchored": "retain.curvature.curvature",
+    "save_adapter": "retain.models.saved",
     "soften": "retain.retention.soften.adapter",
     "train_run": "retain.runs.train",
 }

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import retain
 from retain.evaluation.certify import certify
+from retain.models.cards import with_section
 from retain.models.load import load_model
 from retain.models.lora import attach_lora
 from retain.models.saved import adapter_digest, save_adapter
-from retain.runs.certify import with_section
 
 CHOICES = ["cat", "sat", "mat", "dog"]  # as long as one another: the shortest would win always
 WRITTEN = ["README.md", "adapter_config.json", "adapter_model.safetensors", "certify.json"]
@@ -133,12 +133,12 @@ def test_the_card_is_added_to_and_never_twice(run: Any, adapter: Path) -> None:
 
 
 def test_a_section_whose_end_is_gone_takes_nothing_along() -> None:
-    card = with_section("# Mine\n", "one")
-    torn = card.replace("<!-- end of retain certify -->", "") + "keep\n"
-    again = with_section(torn, "two")
+    card = with_section("# Mine\n", "one", "certify")
+    torn = card.replace("<!-- end of certify -->", "") + "keep\n"
+    again = with_section(torn, "two", "certify")
     assert "keep" in again and "one" in again and again.count("two") == 1
-    assert with_section(again, "three").count("keep") == 1
-    assert with_section(again, "two") == again
+    assert with_section(again, "three", "certify").count("keep") == 1
+    assert with_section(again, "two", "certify") == again
     assert with_section("", "x") == with_section(with_section("", "x"), "x")
 
 
@@ -170,7 +170,8 @@ def test_the_built_in_prompts_have_too_few_items(run: Any, adapter: Path) -> Non
 @pytest.mark.usefixtures("unloaded")
 def test_bad_input_is_refused(run: Any, adapter: Path, argv: list[object], said: str) -> None:
     run(adapter, *argv).refused(said)
-    assert sorted(p.name for p in adapter.iterdir()) == [w for w in WRITTEN if "_" in w]
+    assert sorted(p.name for p in adapter.iterdir()) == WRITTEN[:-1]
+    assert "What was kept" not in (adapter / "README.md").read_text()
 
 
 @pytest.mark.usefixtures("unloaded")

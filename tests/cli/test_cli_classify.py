@@ -148,7 +148,7 @@ def test_the_reloaded_adapter_answers_as_the_trained_one(
             want.append(kept[0].eval()(**batch).logits[0])
     assert torch.allclose(answers(out, encoder, rows), torch.stack(want), atol=1e-6)
     files = {p.name for p in (out / "adapter").iterdir()}
-    assert files == {"adapter_config.json", "adapter_model.safetensors", "config.json"}
+    assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.json"}
 
 
 @pytest.mark.parametrize("method", ["auto", "laplace"])

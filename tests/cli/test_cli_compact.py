@@ -42,7 +42,10 @@ def test_without_a_curvature_no_base_is_loaded(retain: Run, trained: Path, tmp_p
     assert {"seed", "versions", "commit", "hardware", "created"} <= found.keys()
     assert 0 < found["lost"]["share"] < found["lost"]["worst"]["share"] < 1
     assert (found["nats"], found["kl"], found["notes"]) == (None, None, [])
-    names = ["adapter_config.json", "adapter_model.safetensors"]
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    card = (out / "adapter" / "README.md").read_text()
+    assert "How it was narrowed" in card
+    assert "How it was made" in card
     assert sorted(p.name for p in (out / "adapter").iterdir()) == names
     said = retain("compact", trained, "--rank", 2, "--out", out).done().out  # again, and of a run
     for part in (f"{found['lost']['share']:.2%}", "most is lost at", "next: retain eval"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -64,6 +65,20 @@ def test_each_run_starts_at_the_one_before_and_moves_on(months: list[Path]) -> N
         assert torch.equal(b0, 2.0 * new[f"{head}.lora_B.weight"].float())
     state = told(months[-1] / "state" / "state.json")
     assert [Path(run["data"]).stem for run in state["runs"]] == ["0", "1", "2", "3"]
+
+
+def test_the_card_tells_of_all_months(months: list[Path], model: Path) -> None:
+    card = (months[2] / "adapter" / "README.md").read_text()
+    record = told(months[2] / "train.json")
+    assert "- Data: 0.jsonl (16 rows), then 1.jsonl (16 rows), then 2.jsonl (16 rows)\n" in card
+    assert f"- Base model: {model.name}\n" in card and f"- Budget: {BUDGET} nats" in card
+    assert f"- Predicted forgetting: {record['predicted_nats']:.3g} nats per token\n" in card
+    measured = float(re.search(r"- Measured KL divergence: (\S+) nats", card)[1])  # type: ignore[index]
+    assert 0 < measured <= BUDGET
+    assert (
+        "- Tasks before: 2, held too\n" in card and "- Source text: source.jsonl: 16 rows" in card
+    )
+    assert str(model.parent) not in card and str(months[0].parent) not in card
 
 
 def test_what_was_learned_stays_beside_fresh_rows(months: list[Path]) -> None:

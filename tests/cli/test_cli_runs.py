@@ -125,7 +125,7 @@ class TestTrain:
     def test_the_adapter_is_plain_peft(self, trained: Path, model: Path) -> None:
         folder = trained / "adapter"
         files = {p.name for p in folder.iterdir()}
-        assert files == {"adapter_config.json", "adapter_model.safetensors"}
+        assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
         assert told(folder / "adapter_config.json")["base_model_name_or_path"] == str(model)
         base = AutoModelForCausalLM.from_pretrained(model)
         tuned, weights = PeftModel.from_pretrained(base, str(folder)), adapter(trained)

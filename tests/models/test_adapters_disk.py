@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from retain.errors import ModelError, OutputError
 from retain.models.adapters.registry import ADAPTERS
+from retain.models.cards import CARD
 from retain.models.saved import HEAD
 
 kinds = pytest.mark.parametrize("how", OPTIONS)
@@ -37,9 +38,10 @@ def same(got: torch.Tensor, want: torch.Tensor, how: str) -> bool:
 @kinds
 def test_what_is_saved_is_loaded_exactly(tmp_path: Path, name: str, how: str) -> None:
     adapter, want = saved(tmp_path / "a", name, how)
-    # PEFT's own kinds come with the configuration that names a classifier's classes.
-    head = [HEAD] if name == "bert" and how in ("lora", "prefix", "projected") else []
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [CONFIG, WEIGHTS, *head]
+    # PEFT's own kinds have a card, and the configuration that names a classifier's classes.
+    peft = how in ("lora", "prefix", "projected")
+    more = [CARD, *([HEAD] if name == "bert" else [])] if peft else []
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {CONFIG, WEIGHTS, *more}
     assert json.loads((tmp_path / "a" / CONFIG).read_text())["base_model_name_or_path"] == "tiny"
     base = plain(name)
     before = torch.get_rng_state()

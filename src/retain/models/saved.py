@@ -5,14 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from retain.documents import read_json
-from retain.errors import ModelError
+from retain.errors import ModelError, RetainError, RetainWarning
 from retain.files import file_digest, whole_folder
+from retain.models.cards import (
+    CARD,
+    fresh_card,
+    plain_name,
+    read_card,
+    section,
+    with_base,
+    with_section,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -155,21 +165,25 @@ def _check_vocabulary(model: Any, rows: Mapping[str, list[int]], folder: Path) -
             )
 
 
-def save_adapter(model: PeftModel, folder: Path, base: str) -> Path:
+def save_adapter(
+    model: PeftModel, folder: str | Path, base: str, facts: Mapping[str, str] | None = None
+) -> Path:
     """Writes a plain PEFT adapter; an older one stays until the new one is whole.
 
-    A classifier's comes with its head, and with the configuration that names its classes.
-
-    Other files in the folder stay.
+    A classifier's comes with its head, and with the configuration that names its classes. Beside it
+    is a model card with PEFT's front matter and a section of ours, which alone is written anew in a
+    card that is there. Other files in the folder stay.
 
     Args:
         model: the model with its adapter.
         folder: where it is to be.
         base: the name of the base model that the adapter records.
+        facts: what the card says of how it was trained, line by line: ``{"Data": "96 rows"}``.
 
     Raises:
         OutputError: the place cannot be written, or the disk is full.
     """
+    folder = Path(folder).expanduser()
     for config in model.peft_config.values():
         config.base_model_name_or_path = base
     head = any(config.task_type == "SEQ_CLS" for config in model.peft_config.values())
@@ -179,7 +193,7 @@ def save_adapter(model: PeftModel, folder: Path, base: str) -> Path:
             inner: Any = model.get_base_model()
             inner.config.architectures = [type(inner).__name__]
             inner.config.to_json_file(new / HEAD)
-        (new / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with paths of this machine
+        _write_card(new / CARD, folder / CARD, base, facts or {})
         written = read_json(new / _CONFIG)
         for key in ("target_modules", "exclude_modules"):  # sets, which PEFT writes in any order
             if isinstance(written.get(key), list):
@@ -187,6 +201,22 @@ def save_adapter(model: PeftModel, folder: Path, base: str) -> Path:
         text = json.dumps(written, indent=2, sort_keys=True)
         (new / _CONFIG).write_text(text, encoding="utf-8")
     return folder
+
+
+def _write_card(card: Path, old: Path, base: str, facts: Mapping[str, str]) -> None:
+    """Makes of PEFT's card, an empty form with paths of this machine, one that says something.
+
+    One that cannot be extended stays as it is: it is no reason to lose an adapter.
+    """
+    try:
+        form = read_card(card)
+        card.unlink(missing_ok=True)
+        text = with_base(read_card(old), base) or fresh_card(base, front=form)
+        text = with_section(text, section({"Base model": plain_name(base), **facts}))
+    except RetainError as error:
+        warnings.warn(f"the model card is not written: {error}", RetainWarning, stacklevel=3)
+    else:
+        card.write_text(text, encoding="utf-8", newline="")
 
 
 def write_tensors(

@@ -19,6 +19,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from retain.errors import ModelError, shown
+from retain.models.cards import CARD
 from retain.models.off import BESIDE
 from retain.models.saved import HEAD, check_adapter, misfit, read_tensors, write_tensors
 
@@ -124,8 +125,8 @@ class StoredLora:
             room = rank - a.shape[0]
             tensors[f"{name}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, room))
             tensors[f"{name}.lora_B.weight"] = torch.nn.functional.pad(b, (0, room))
-        head = self.folder.expanduser() / HEAD
-        beside = [head] if config.get("task_type") == "SEQ_CLS" and head.is_file() else []
+        kept = [CARD, *([HEAD] if config.get("task_type") == "SEQ_CLS" else [])]
+        beside = [p for n in kept if (p := self.folder.expanduser() / n).is_file()]
         return write_tensors(folder, config, tensors, beside)
 
 

@@ -74,6 +74,7 @@ class Hold:
         rounded: whether its factors are read in bfloat16 (`Force._feel`).
         looks: how often they may have been looked at.
         nats: predicted at the last step.
+        measured: nats that were left at the end, on the probe.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Hold:
     rounded: bool = False
     looks: int = 0
     nats: float = 0.0
+    measured: float | None = None
 
 
 class Felt(NamedTuple):
@@ -452,7 +454,12 @@ class Force:
             The measured nats (without a probe, the predicted ones), of several budgets their mean;
             None without a budget.
         """
-        return None if self.budget is None else _mean(self._take_back(rows=self.rows))
+        if self.budget is None:
+            return None
+        left = self._take_back(rows=self.rows)
+        for hold, nats in zip(self.holds, left, strict=True):
+            hold.measured = None if hold.probe is None else nats
+        return _mean(left)
 
     def state(self) -> dict[str, Any]:
         """What it has learned while training, as plain data for JSON."""

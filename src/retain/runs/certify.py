@@ -9,8 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from retain.config import Options, Precision
-from retain.documents import LARGE, Unreadable, read_text
-from retain.errors import ConfigError, OutputError
+from retain.errors import ConfigError
 from retain.files import (
     check_folder,
     clear_scratch,
@@ -19,18 +18,17 @@ from retain.files import (
     whole_file,
     write_json,
 )
+from retain.models.cards import CARD, read_card, with_section
 from retain.records import CERTIFICATE_SCHEMA, CertificateRecord, SkillRecord, finite
 from retain.runs.bases import base_of
 from retain.runs.eval import load_tuned
 from retain.runs.folders import check_record
 from retain.runs.messages import Messages, interruption
 
-__all__ = ["CARD", "RECORD", "CertifyConfig", "certify_run", "with_section"]
+__all__ = ["RECORD", "CertifyConfig", "certify_run"]
 
-RECORD, CARD = "certify.json", "README.md"
-"""What is written into the adapter's folder."""
-
-_BEGIN, _END = "<!-- retain certify: written by it anew -->", "<!-- end of retain certify -->"
+RECORD = "certify.json"
+"""What is written into the adapter's folder, beside the card."""
 
 
 class CertifyConfig(Options):
@@ -71,7 +69,7 @@ def certify_run(config: CertifyConfig, messages: Messages) -> dict[str, Any]:
     folder = check_folder(config.adapter)
     file, card = folder / RECORD, folder / CARD
     check_record(file, "a certificate", CERTIFICATE_SCHEMA)
-    written = _card_text(card)
+    written = read_card(card)
     messages.libraries()
     from retain.evaluation.certify import certify, check_allowed
     from retain.evaluation.skills import read_skills
@@ -103,7 +101,8 @@ def certify_run(config: CertifyConfig, messages: Messages) -> dict[str, Any]:
         clear_scratch(file)
         write_json(file, record)
         with whole_file(card, "the model card") as scratch:
-            text = with_section(written, _section(CertificateRecord.model_validate(record)))
+            told = _section(CertificateRecord.model_validate(record))
+            text = with_section(written, told, "retain certify")
             scratch.write_text(text, encoding="utf-8", newline="")
     return record
 
@@ -120,27 +119,6 @@ def _allowances(given: Sequence[str]) -> dict[str, str]:
             )  # fmt: skip
         found[skill] = value
     return found
-
-
-def _card_text(card: Path) -> str:
-    """What the model card says so far."""
-    try:
-        return read_text(card, LARGE) if card.exists() else ""
-    except (OSError, Unreadable) as error:
-        raise OutputError(
-            "the model card cannot be added to", got=f"{card}: {error}",
-            allowed="text in UTF-8, or no such file", fix="repair it, or move it away",
-        ) from error  # fmt: skip
-
-
-def with_section(card: str, section: str) -> str:
-    """A model card with a section: in the place of an earlier one, or at the end."""
-    start = card.rfind(_BEGIN)
-    end = card.find(_END, start)
-    whole = f"{_BEGIN}\n{section}\n{_END}"
-    if start >= 0 and end >= 0:
-        return card[:start] + whole + card[end + len(_END) :]
-    return f"{card.rstrip()}\n\n{whole}\n" if card.strip() else f"{whole}\n"
 
 
 def _section(record: CertificateRecord) -> str:

@@ -110,6 +110,7 @@ def compact_run(config: CompactConfig, messages: Messages) -> dict[str, Any]:
     messages.libraries()
     from retain.data.draws import HELD_OUT
     from retain.data.sources import read_rows
+    from retain.models.cards import extend_card, section
     from retain.models.saved import adapter_digest, too_wide
     from retain.models.stored import StoredLora
     from retain.provenance import provenance
@@ -162,6 +163,11 @@ def compact_run(config: CompactConfig, messages: Messages) -> dict[str, Any]:
         })  # fmt: skip
         with recorded(out / "compact.json", record):
             stored.write(out / "adapter", factors)
+            cut_to = {"Rank": f"{ranks['after']}, of {ranks['before']} before",
+                      "Lost": f"{record['lost']['share']:.2%} of the update's square"}  # fmt: skip
+            told_of = section(cut_to, "How it was narrowed")
+            base_name = str(stored.config.get("base_model_name_or_path") or "")
+            extend_card(out / "adapter", base_name, told_of, name="retain compact")
     return record
 
 

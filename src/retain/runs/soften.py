@@ -152,12 +152,30 @@ def soften_run(config: SoftenConfig, pictures: Pictures, messages: Messages) -> 
             })  # fmt: skip
             drawn = pictures(record)
             with recorded(out / "soften.json", record):
-                save_adapter(tuned, out / "adapter", name)
+                save_adapter(tuned, out / "adapter", name, _facts(record))
         for picture, content in drawn.items():
             with whole_file(out / picture, "the picture") as scratch:
                 scratch.write_bytes(content)
             messages.say(str(out / picture))
     return record
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, str]:
+    """What the adapter's card says."""
+    from retain.curvature.info import CurvatureInfo
+    from retain.models.cards import plain_name
+    from retain.retention.facts import source_of
+
+    chosen, start = record["chosen"], plain_name(record["start"])
+    found = {
+        "Softened from": f"{start}, digest {record['digests']['start'][:12]}",
+        "Source text": source_of(CurvatureInfo.from_dict(record["info"])),
+        "Budget": f"{record['budget']:g} {record['budget_of']} nats per token",
+        "Predicted forgetting": f"{chosen['nats']:.3g} nats per token",
+    }
+    if chosen["measured"]:
+        found["Measured KL divergence"] = f"{chosen['measured']['kl']:.3g} nats per token"
+    return found
 
 
 def _held_out_kl(

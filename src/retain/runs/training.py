@@ -280,14 +280,14 @@ class Training:
         from retain.models.saved import save_adapter
 
         c, record = self.config, done.record
-        save_adapter(self.model, done.adapter, c.model)
+        month = Month(
+            data=c.data, examples=len(examples), seed=c.training.seed, budget=c.budget,
+            data_digest=record.digests and record.digests.data,
+            predicted_nats=record.predicted_nats,
+        )  # fmt: skip
+        save_adapter(self.model, done.adapter, c.model, self._facts(record, month))
         write_record(self.out / TRAIN, record)
         if held is not None and c.keep_state:
-            month = Month(
-                data=c.data, examples=len(examples), seed=c.training.seed, budget=c.budget,
-                data_digest=record.digests and record.digests.data,
-                predicted_nats=record.predicted_nats,
-            )  # fmt: skip
             keep_state(
                 self.model, examples, self.recipe, self.out, month, self.before,
                 self.labels, self.messages,
@@ -295,6 +295,19 @@ class Training:
         else:
             drop_state(self.out)
         checkpoints.drop_unfinished(self.kept)
+
+    def _facts(self, record: TrainRecord, month: Month) -> dict[str, str]:
+        """What the adapter's card says of the run, and of those that it continues."""
+        from retain.models.cards import plain_name
+        from retain.retention.facts import facts
+
+        runs = [*(self.before.state.runs if self.before else ()), month]
+        rate = self.config.training.learning_rate
+        return {
+            "Data": ", then ".join(f"{plain_name(m.data)} ({m.examples} rows)" for m in runs),
+            "Trained": f"{record.steps} steps at a learning rate of {rate:g}, seed {month.seed}",
+            **({"Held by": "nothing"} if self.recipe is None else facts(self.recipe)),
+        }
 
 
 def run_rows(config: RunConfig) -> Any:

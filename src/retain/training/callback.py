@@ -17,8 +17,10 @@ from retain.curvature.fit.source import source_examples
 from retain.data.batches import Example
 from retain.data.sources import Row
 from retain.errors import ConfigError, RetainWarning, unknown
+from retain.models.cards import extend_card, plain_name, section
 from retain.models.names import unwrap
 from retain.models.view import ModelView
+from retain.retention.facts import facts
 from retain.retention.filter import Filter
 from retain.retention.force import Force
 from retain.retention.loader import loader_examples
@@ -73,6 +75,9 @@ class RetentionCallback(TrainerCallback):
     bfloat16, ``filtered.safetensors`` beside it has the bits below. A budget is settled by
     measuring before the last checkpoint and when training ends; earlier checkpoints may be above
     it.
+
+    Checkpoints and the output folder have a section in their ``README.md``, the model card, which
+    says what held the model; see `write_card` for other folders.
 
     A training that breaks off (Ctrl-C, an exception) leaves nothing on the model: what holds A acts
     while the training runs alone, and a plain trainer afterwards is plain.
@@ -161,12 +166,15 @@ class RetentionCallback(TrainerCallback):
         self.recipe, self.source, self.tokenizer = recipe, source, tokenizer
         self._attached: Any = None
         self._nats: float | None = None
+        self._base: tuple[str, str] | None = None
+        self._writes = True
 
     @classmethod
     def driving(cls, recipe: Recipe, source: Sources = "auto") -> RetentionCallback:
         """A callback that drives a recipe which is there already."""
         found = cls.__new__(cls)
         found._drive(recipe, source, None)
+        found._writes = False
         return found
 
     @property
@@ -224,6 +232,38 @@ class RetentionCallback(TrainerCallback):
         trainer.train = released  # type: ignore[method-assign]
         return self
 
+    def write_card(self, folder: str | Path) -> None:
+        """Says in a folder's model card what held the model, once training has begun.
+
+        It is for folders that are written later than the training ends; what a trainer's
+        ``create_model_card`` or ``push_to_hub`` writes takes the place of an earlier card.
+
+        Args:
+            folder: of a model or adapter; what its ``README.md`` says already stays.
+
+        Raises:
+            ConfigError: training has not begun.
+            OutputError: the card is damaged, or the folder cannot be written.
+        """
+        if self._base is None:
+            raise ConfigError(
+                "nothing has held a model yet", got="a callback that has not trained",
+                allowed="one whose training has begun", fix="trainer.train() first",
+            )  # fmt: skip
+        name, library = self._base
+        text = section({"Base model": plain_name(name), **facts(self.recipe)})
+        extend_card(Path(folder).expanduser(), name, text, library)
+
+    def _card(self, folder: Path) -> None:
+        """`write_card` where a trainer writes, which is no reason for a training to fail."""
+        if not (self._writes and folder.is_dir()):
+            return
+        try:
+            self.write_card(folder)
+        except Exception as error:
+            self._writes = False
+            _warn(f"the model card is not written: {error}")
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -238,6 +278,7 @@ class RetentionCallback(TrainerCallback):
         check_trains(model)
         check_whole(model)
         self._nats = None
+        self._base = _base_of(model)
         recipe = self.recipe
         needed = recipe.budget is not None or "filter" in recipe.parts
         view = ModelView(model, self.tokenizer)
@@ -333,8 +374,12 @@ class RetentionCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.should_save and (kept := self.recipe.kept()):
-            keep_tensors(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", kept)
+        if not args.should_save:
+            return
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if kept := self.recipe.kept():
+            keep_tensors(folder, kept)
+        self._card(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -347,6 +392,8 @@ class RetentionCallback(TrainerCallback):
                 f"the model was moved back to its budget, from {before:.2g} to {left:.2g} nats "
                 "as predicted: evaluate and save it anew, for its checkpoints are above the budget"
             )
+        if args.should_save:
+            self._card(Path(str(args.output_dir)))
 
     def on_log(
         self,
@@ -413,6 +460,15 @@ def _no_start(kind: object) -> ConfigError:
         allowed="the filter, or the force alone",
         fix="leave start out, or parts=['force']",
     )
+
+
+def _base_of(model: Any) -> tuple[str, str]:
+    """What a model calls its base, and the library that loads what is trained on it."""
+    configs = getattr(model, "peft_config", None) or {}
+    names = [config.base_model_name_or_path for config in configs.values()]
+    own = getattr(getattr(model, "config", None), "_name_or_path", None)
+    name = next((str(name) for name in (*names, own) if name), "")
+    return name, "peft" if configs else "transformers"
 
 
 def _always() -> bool:

@@ -1,0 +1,58 @@
+"""What held a model while it trained, for its model card: no rows, and no paths."""
+
+from __future__ import annotations
+
+from retain.curvature.info import CurvatureInfo
+from retain.models.cards import plain_name
+from retain.retention.named import by_name
+from retain.retention.recipe import Recipe
+
+__all__ = ["facts", "source_of"]
+
+
+def facts(recipe: Recipe) -> dict[str, str]:
+    """What a recipe held a model by, on what, and how far it moved, once training has begun."""
+    budgets, force = by_name(recipe.budget), recipe.force
+    holds, sites = ([], []) if force is None else (force.holds, force.sites)
+    found = {"Parts that acted": ", ".join(_parts(recipe)) or "none"}
+    for name, curvature in by_name(recipe.curvature).items():
+        found[_of("Source text", name)] = source_of(curvature.info)
+    if recipe.kl.weight:
+        found["KL on source rows"] = (
+            f"weight {recipe.kl.weight:g}, {recipe.kl.batch} rows every {recipe.kl.every} steps"
+        )
+    if not budgets:
+        found["Strength"] = f"{recipe.strength:g}"
+    for name, nats in budgets.items():
+        found[_of("Budget", name)] = f"{nats:g} nats per token of KL divergence to the base"
+    for hold in holds:
+        if hold.budget is not None:
+            found[_of("Strength in the end", hold.name)] = f"{hold.budget.strength:.3g}"
+        nats = hold.curvature.pulls(sites)[0]
+        found[_of("Predicted forgetting", hold.name)] = f"{nats:.3g} nats per token"
+        if hold.measured is not None:
+            found[_of("Measured KL divergence", hold.name)] = (
+                f"{hold.measured:.3g} nats per token, on a few rows of source text"
+            )
+    if recipe.past is not None:
+        found["Tasks before"] = f"{recipe.past.info.merged}, held too"
+    return found
+
+
+def source_of(info: CurvatureInfo) -> str:
+    """What a curvature was fitted on, and how."""
+    own = {"self": "text that the base model wrote", "": "text without a name"}
+    texts = (own.get(note) or plain_name(note) for note in info.note.split(" + "))
+    return (
+        f"{', '.join(texts)}: {info.sequences} rows, {info.tokens} tokens "
+        f"({info.structure}, {info.fisher} Fisher)"
+    )
+
+
+def _parts(recipe: Recipe) -> list[str]:
+    acted = {"rows": recipe.frozen, "filter": recipe.filter, "force": recipe.force}
+    return [name for name, part in acted.items() if part is not None]
+
+
+def _of(what: str, name: str) -> str:
+    return f"{what} of {name}" if name else what

@@ -1,0 +1,125 @@
+"""Model cards: what an adapter's README.md says, what of it is its user's, and that no path is."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from transformers import Trainer, TrainingArguments
+
+import retain
+from retain.errors import ConfigError, RetainWarning
+from retain.models.cards import hub_name, plain_name, with_base
+from tiny import ROWS, tiny
+
+DATA = [{"input_ids": row, "labels": row} for row in ([1, 5, 7, 2], [3, 5, 9, 4])]
+BEGIN = "<!-- retain: written by it anew -->"
+
+
+def card_of(folder: Path) -> ModelCard:
+    return ModelCard((folder / "README.md").read_text())
+
+
+def test_peft_s_front_matter_and_our_section(tmp_path: Path) -> None:
+    model = tiny("llama", moved=True)
+    facts = {"Data": "96 rows\nof may.jsonl"}
+    retain.save_adapter(model, tmp_path / "here", str(tmp_path), facts)
+    retain.save_adapter(model, tmp_path / "hub", "smollm2-135m")
+    here, hub = card_of(tmp_path / "here"), card_of(tmp_path / "hub")
+    for card in (here, hub):
+        assert card.data.library_name == "peft" and {"lora", "retain"} <= set(card.data.tags)
+        assert str(tmp_path) not in str(card)
+        assert "- Versions: retain " in card.text and "More Information Needed" not in card.text
+    assert "- Data: 96 rows of may.jsonl\n" in here.text and here.data.base_model is None
+    assert hub.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "base_model:adapter:HuggingFaceTB/SmolLM2-135M-Instruct" in hub.data.tags
+
+
+def test_what_a_user_wrote_stays(tmp_path: Path) -> None:
+    model, file = tiny("llama"), tmp_path / "README.md"
+    retain.save_adapter(model, tmp_path, "my/first")
+    mine = file.read_text().replace(BEGIN, f"Above.\r\n\n{BEGIN}") + "\nÜber alles.\n"
+    mine = mine.replace("---\n", "---\na: b\n", 1)
+    file.write_bytes(mine.encode())
+    retain.save_adapter(model, tmp_path, "my/first", {"Data": "june"})
+    text = file.read_bytes().decode()
+    assert text == mine.replace("my/first\n- V", "my/first\n- Data: june\n- V")
+    retain.save_adapter(model, tmp_path, "my/second")
+    text = file.read_bytes().decode()
+    assert "Above.\r\n" in text and text.endswith("\nÜber alles.\n") and "a: b" in text
+    assert "my/first" not in text and text.count(BEGIN) == 1
+
+
+@pytest.mark.parametrize("bad", [b"\xff\xfe", b"---\n[1, 2]\n---\n", b"---\na: [\n---\n"])
+def test_a_card_that_cannot_be_read_stays_and_is_told(bad: bytes, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(bad)
+    with pytest.warns(RetainWarning, match="the model card is not written"):
+        retain.save_adapter(tiny("llama"), tmp_path, "my/base")
+    assert (tmp_path / "README.md").read_bytes() == bad
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my" / "base").mkdir(parents=True)
+    names = {
+        "my/base": "base", str(tmp_path / "x.gguf"): "x.gguf", "C:\\a\\b.jsonl": "b.jsonl",
+        "~/models/m": "m", "/": "a folder", "word-problems:100": "word-problems:100",
+    }  # fmt: skip
+    for name, plain in names.items():
+        assert (hub_name(name), plain_name(name)) == (None, plain), name
+    assert plain_name("org/model") == hub_name("org/model") == "org/model"
+    typed = "---\nbase_model: org/typed\n---\nText.\n"
+    assert with_base(typed, "/of/this/machine") == typed  # who wrote it knows better
+    peft = "---\nbase_model: /a/b\ntags: [lora, 'base_model:adapter:/a/b']\n---\nText.\n"
+    assert yaml.safe_load(with_base(peft, "/a/b").split("---")[1]) == {"tags": ["lora"]}
+
+
+def trained(folder: Path, **options: Any) -> tuple[retain.RetentionCallback, Trainer]:
+    model = tiny("llama")
+    curvature = retain.fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
+    callback = retain.RetentionCallback(curvature, **{"strength": 7.0, **options})
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=2, save_steps=1, learning_rate=0.1, report_to="none",
+        use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=DATA, callbacks=[callback])
+    trainer.train()
+    return callback, trainer
+
+
+def test_a_trainer_s_checkpoints_and_folder_say_what_held(tmp_path: Path) -> None:
+    callback, trainer = trained(tmp_path, budget=1e-3, source=ROWS["llama"])
+    with pytest.raises(ConfigError, match="nothing has held a model yet"):
+        retain.RetentionCallback(callback.curvature).write_card(tmp_path)
+    trainer.save_model()
+    found = [tmp_path / "checkpoint-1", tmp_path]
+    for card in map(card_of, found):
+        assert card.data.library_name == "peft"
+        assert "- Parts that acted: filter, force" in card.text
+        assert (
+            "- Budget: 0.001 nats per token" in card.text
+            and "- Source text: list: 4 rows" in card.text
+        )
+        assert "- Predicted forgetting: " in card.text
+    measured = callback.force.holds[0].measured
+    assert measured and f"- Measured KL divergence: {measured:.3g} nats" in card_of(tmp_path).text
+    (tmp_path / "other").mkdir()
+    trainer.save_model(str(tmp_path / "other"))
+    callback.write_card(tmp_path / "other")
+    assert str(card_of(tmp_path / "other")).count(BEGIN) == 1
+
+
+def test_a_card_stops_no_training(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(b"\xff")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        _, trainer = trained(tmp_path)
+    assert trainer.state.global_step == 2 and (tmp_path / "README.md").read_bytes() == b"\xff"
+    said = [str(w.message) for w in told if "the model card is not written" in str(w.message)]
+    assert len(said) == 1
+    assert "- Strength: 7" in card_of(tmp_path / "checkpoint-2").text
