@@ -26,8 +26,8 @@ TRAINERS = (
     "Unsloth",
 )  # fmt: skip
 FEATURES = (
-    "force", "filter", "fresh rows", "head", "budget", "resume", "gradient accumulation",
-    "bf16 autocast", "fp16 autocast", "gradient checkpointing", "packing", "assistant-only loss",
+    "force", "filter", "fresh rows", "head", "budget", "KL on answers", "resume",
+    "gradient accumulation", "bf16 autocast", "fp16 autocast", "gradient checkpointing", "packing", "assistant-only loss",
     "DDP", "FSDP2", "DeepSpeed", "4-bit base", "DoRA", "full fine-tuning",
 )  # fmt: skip
 

@@ -15,7 +15,15 @@ from test_precisions import CHATML, padded
 from test_trl import of_trl, rewards
 from transformers import Trainer, TrainingArguments
 
-from retain import Retention, RetentionCallback, fit_curvature, fit_head, grow_lora, load_model
+from retain import (
+    OutputKL,
+    Retention,
+    RetentionCallback,
+    fit_curvature,
+    fit_head,
+    grow_lora,
+    load_model,
+)
 from retain.errors import ModelError, SourceError
 from retain.models.sites import lora_sites
 from retain.models.view import ModelView
@@ -40,6 +48,7 @@ CALLED: dict[str, dict[str, Any]] = {
     "full fine-tuning": {"parts": ("force",)},
     "4-bit base": {"parts": ("force",)},
     "DoRA": {"parts": ("force",)},
+    "KL on answers": {"kl": OutputKL(1.0, every=1), "source": SOURCE},
 }
 """And what the callback is told."""
 
@@ -47,8 +56,9 @@ REFUSED = {
     **{(t, f): ModelError for t in TRAINERS[:4] for f in ("DeepSpeed", "FSDP2")},
     ("GRPOTrainer", "filter"): SourceError,
 }
-EVERY = ("force", "fresh rows", "budget", "gradient accumulation", "bf16 autocast",
-         "gradient checkpointing", "4-bit base", "DoRA", "full fine-tuning")  # fmt: skip
+EVERY = ("force", "fresh rows", "budget", "KL on answers", "gradient accumulation",
+         "bf16 autocast", "gradient checkpointing", "4-bit base", "DoRA",
+         "full fine-tuning")  # fmt: skip
 CELLS = [
     *((t, f) for t in TRAINERS for f in EVERY),
     *((t, "filter") for t in TRAINERS if t != "GRPOTrainer"),
@@ -147,8 +157,8 @@ def in_a_loop(feature: str, model: Any, tokenizer: Any, curvature: Any, options:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
     source = options.pop("source", None)
-    probe = ModelView(model, tokenizer).read(source, 4, max_length=16) if source else ()
-    held = Retention(model, curvature, rows=loader, probe=probe, **options)
+    text = ModelView(model, tokenizer).read(source, 4, max_length=16) if source else ()
+    held = Retention(model, curvature, rows=loader, probe=text, source=text, **options)
     assert (held.recipe.filter is None) is ("force" in options.get("parts", ())[:1])
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
@@ -159,6 +169,8 @@ def in_a_loop(feature: str, model: Any, tokenizer: Any, curvature: Any, options:
             held.step(optimizer)
             optimizer.zero_grad()
     held.finish()
+    outputs = held.recipe.outputs
+    assert (outputs is None) is ("kl" not in options) and (outputs is None or outputs.last > 0)
     return held.predicted()
 
 
@@ -195,6 +207,8 @@ def test_it_trains_and_is_held(
         trainer.train()
         assert any(e.get("predicted_nats", 0) > 0 for e in trainer.state.log_history)
         assert trainer.args.bf16 is (feature == "bf16 autocast")
+        kl = [e["source_kl"] for e in trainer.state.log_history if "source_kl" in e]
+        assert (kl == []) is (feature != "KL on answers") and all(v > 0 for v in kl[1:])
     if feature == "fresh rows":
         for site in lora_sites(model):
             old = before[f"base_model.model.{site.name}.lora_A.default.weight"]
