@@ -35,6 +35,7 @@ SAID: dict[str, dict[str, Any]] = {
     "gradient accumulation": {"gradient_accumulation_steps": 2},
     "gradient checkpointing": {"gradient_checkpointing": True},
     "bf16 autocast": {"bf16": True},
+    "fp16 autocast": {"fp16": True, "max_steps": 3},
     "packing": {"packing": True, "max_length": 32},
     "assistant-only loss": {"assistant_only_loss": True},
     "resume": {"save_strategy": "steps", "save_steps": 1},
@@ -52,13 +53,15 @@ CALLED: dict[str, dict[str, Any]] = {
 }
 """And what the callback is told."""
 
+HALF = {"bf16 autocast": torch.bfloat16, "fp16 autocast": torch.float16}
+
 REFUSED = {
     **{(t, f): ModelError for t in TRAINERS[:4] for f in ("DeepSpeed", "FSDP2")},
+    ("plain loop", "DeepSpeed"): ModelError,
     ("GRPOTrainer", "filter"): SourceError,
 }
 EVERY = ("force", "fresh rows", "budget", "KL on answers", "gradient accumulation",
-         "bf16 autocast", "gradient checkpointing", "4-bit base", "DoRA",
-         "full fine-tuning")  # fmt: skip
+         *HALF, "gradient checkpointing", "4-bit base", "DoRA", "full fine-tuning")  # fmt: skip
 CELLS = [
     *((t, f) for t in TRAINERS for f in EVERY),
     *((t, "filter") for t in TRAINERS if t != "GRPOTrainer"),
@@ -146,6 +149,11 @@ def with_head(out: Path) -> None:
     assert call.recipe.predicted() > 0
 
 
+def scaler() -> torch.amp.GradScaler:
+    """One whose first scale is too large for half a precision, and whose next one is not."""
+    return torch.amp.GradScaler("cpu", init_scale=2.0**22, backoff_factor=2.0**-15)
+
+
 def in_a_loop(feature: str, model: Any, tokenizer: Any, curvature: Any, options: Any) -> float:
     def batch(texts: list[str]) -> dict[str, torch.Tensor]:
         ids = torch.tensor([tokenizer(text).input_ids for text in texts])
@@ -161,14 +169,26 @@ def in_a_loop(feature: str, model: Any, tokenizer: Any, curvature: Any, options:
     held = Retention(model, curvature, rows=loader, probe=text, source=text, **options)
     assert (held.recipe.filter is None) is ("force" in options.get("parts", ())[:1])
     model.train()
+    scaled = scaler()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     for step, each in enumerate(loader):
-        with torch.autocast("cpu", torch.bfloat16, enabled=feature == "bf16 autocast"):
-            model(**each).loss.backward()
+        with torch.autocast("cpu", HALF.get(feature), enabled=feature in HALF):
+            loss = model(**each).loss
+        if feature == "fp16 autocast":  # `Retention.step` knows no scaler
+            scaled.scale(loss).backward()
+            scaled.unscale_(optimizer)
+            held.recipe.before_optimizer()
+            scaled.step(optimizer)
+            scaled.update()
+            held.recipe.after_step(optimizer, skipped=step == 0)
+            optimizer.zero_grad()
+            continue
+        loss.backward()
         if step % 2 or feature != "gradient accumulation":
             held.step(optimizer)
             optimizer.zero_grad()
     held.finish()
+    assert scaled.get_scale() == (2.0**7 if feature == "fp16 autocast" else 2.0**22)
     outputs = held.recipe.outputs
     assert (outputs is None) is ("kl" not in options) and (outputs is None or outputs.last > 0)
     return held.predicted()
@@ -191,11 +211,21 @@ def test_it_trains_and_is_held(
 
     model, tokenizer, curvature, options = begun()
     before = state_of(model)
+    if (name, feature) == ("plain loop", "DeepSpeed"):
+        engine = type("DeepSpeedEngine", (torch.nn.Module,), {})()
+        stepper = type("DeepSpeedZeroOptimizer", (torch.optim.SGD,), {})(model.parameters(), 1.0)
+        with pytest.raises(ModelError):
+            Retention(engine, curvature)
+        with pytest.raises(ModelError):
+            Retention(model, curvature).step(stepper)
+        return None
     if name == "plain loop":
         assert in_a_loop(feature, model, tokenizer, curvature, options) > 0
     else:
         call = RetentionCallback(curvature, **options)
         trainer = trainer_of(name, feature, model, tokenizer, [call], tmp_path / "one")
+        if feature == "fp16 autocast":  # as accelerate has it on a GPU
+            trainer.accelerator.native_amp, trainer.accelerator.scaler = True, scaler()
         if (name, feature) in REFUSED:
             if feature == "DeepSpeed":
                 trainer.args.deepspeed = "config.json"
@@ -207,6 +237,8 @@ def test_it_trains_and_is_held(
         trainer.train()
         assert any(e.get("predicted_nats", 0) > 0 for e in trainer.state.log_history)
         assert trainer.args.bf16 is (feature == "bf16 autocast")
+        if feature == "fp16 autocast":
+            assert trainer.accelerator.scaler.get_scale() == 2.0**7  # so one step was left out
         kl = [e["source_kl"] for e in trainer.state.log_history if "source_kl" in e]
         assert (kl == []) is (feature != "KL on answers") and all(v > 0 for v in kl[1:])
     if feature == "fresh rows":
