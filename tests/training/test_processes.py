@@ -21,7 +21,6 @@ from retain.data.batches import Example
 from retain.models.processes import count, rank
 from tiny import save_tiny
 
-
 SIZE: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
