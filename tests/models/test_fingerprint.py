@@ -53,6 +53,8 @@ def stored(path: Path, kind: str) -> Any:
 def test_two_bases_are_told_apart_in_any_storage(kind: str, tmp_path: Path) -> None:
     here, other = folder(tmp_path / "here", 0), folder(tmp_path / "other", 1)
     assert fingerprint(stored(here, kind)) == fingerprint(stored(here, kind))
+    adapted = attach_lora(stored(here, kind), rank=2)
+    assert fingerprint(adapted) == fingerprint(stored(here, kind))
     assert fingerprint(stored(here, kind)) != fingerprint(stored(other, kind))
     if kind != "float":
         assert fingerprint(stored(here, kind)) != fingerprint(stored(here, "float"))

@@ -12,13 +12,13 @@ import torch
 import retain
 from retain import OutputKL, Retention, fit_curvature
 from retain.data.batches import Example
-from retain.errors import ConfigError, SourceError
+from retain.errors import ConfigError, ModelError, SourceError
 from retain.models.off import adapter_off
 from retain.models.sites import lora_sites
 from retain.models.view import ModelView
 from retain.retention import output_kl
 from retain.retention.output_kl import Outputs, beginnings
-from tiny import ROWS, move, relative, save_tiny, tiny
+from tiny import ROWS, base, move, relative, save_tiny, tiny
 
 
 def moved() -> tuple[Any, list[Example]]:
@@ -110,6 +110,54 @@ def test_what_is_refused() -> None:
             OutputKL(**options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_trainer_switches_on_is_nothing_to_it(dtype: torch.dtype) -> None:
+    """Autocast, and layers that run their forward pass again, in the weights' own precision."""
+    found = []
+    for switched in (False, True):
+        model = tiny("llama", dtype=dtype)
+        move(model, 3)
+        rows = ModelView(model).read(ROWS["llama"], 4, max_length=16, labels=False)
+        outputs = Outputs(ModelView(model), rows, OutputKL(3.0, every=1))
+        if switched:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        model.train()
+        trained = [w for site in lora_sites(model) for w in (site.a, site.b)]
+        for w in trained:
+            w.grad = torch.full_like(w, 1e-3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=switched):
+            outputs.add()
+        found.append([w.grad for w in trained])
+        assert model.training and float(outputs.last) > 0
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))  # type: ignore[arg-type]
+    assert any(bool((g != g.flatten()[0]).any()) for g in found[0])
+
+
+def test_a_model_without_a_base_to_go_back_to_is_refused_as_training_begins() -> None:
+    model, rows = moved()
+    curvature = fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
+    beside = model.get_base_model().model.norm.weight.requires_grad_()
+    full = base("llama").requires_grad_()
+    whole = fit_curvature(full, ROWS["llama"], batch_size=4, progress=False)
+    cases = (
+        (full, whole, "no base to be measured from: the model has no adapter"),
+        (model, curvature, "weights of the base that train beside it: 1, such as model.norm"),
+    )
+    for each, known, said in cases:
+        with pytest.raises(ModelError, match=said):
+            Retention(each, known, kl=1.0, source=rows, parts=["force"])
+        assert not any(p._backward_hooks for p in each.parameters())
+    beside.requires_grad_(False)
+    beside.full_tensor = lambda: None  # what a DTensor has; it does not train
+    Retention(model, curvature, kl=1.0, source=rows, parts=["force"]).finish()
+    site = lora_sites(model)[0]
+    site.a.full_tensor = lambda: None  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="where its weights are divided"):
+        Retention(model, curvature, kl=1.0, source=rows, parts=["force"])
+
+
+@pytest.mark.shows("retain train", "KL on answers")
 def test_a_run_and_the_month_after_it_read_the_source(tmp_path: Path) -> None:
     model, source, data = save_tiny(tmp_path / "m"), tmp_path / "source.jsonl", tmp_path / "d.jsonl"
     texts = [{"text": f"the cat sat on mat {i}"} for i in range(16)]

@@ -331,6 +331,7 @@ def test_every_part_may_be_left_out_in_every_door(
         same(want, door(case, tmp_path))
 
 
+@pytest.mark.shows("studies", "KL on answers")
 def test_the_divergence_in_every_door(folders: dict[str, Path], tmp_path: Path) -> None:
     """Of ``retain train`` the source is a file: see `tests/training/test_resume.py`."""
     case = Case(tmp_path / "study", folders["llama"], 2, None, kl=2.0)

@@ -11,37 +11,54 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import forked
 import retain
-from retain.models.processes import rank
+from retain.data.batches import Example
+from retain.models.processes import count, rank
+from tiny import save_tiny
+
+SIZE: dict[str, Any] = {
+    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def model_and_rows() -> tuple[Any, list[list[int]]]:
+    torch.manual_seed(0)
+    model = retain.attach_lora(LlamaForCausalLM(LlamaConfig(**SIZE)), rank=4)
+    random = torch.Generator().manual_seed(1)
+    return model, torch.randint(1, 40, (48, 12), generator=random).tolist()
 
 
 def training(out: Path, told: dict[str, Any]) -> None:
     """A trainer of a user's own, in each of the processes."""
-    torch.manual_seed(0)
-    model = retain.attach_lora(
-        LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
-            )
-        ),
-        rank=4,
-    )  # fmt: skip
-    random = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, 40, (48, 12), generator=random).tolist()
+    model, ids = model_and_rows()
     rows = [{"input_ids": r, "labels": r} for r in ids[:32]]
     source = [{"input_ids": r} for r in ids[32:]]
-    arguments = TrainingArguments(
-        output_dir=f"{out}/run", max_steps=6, report_to="none", use_cpu=True,
-        per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1)), learning_rate=1e-2,
-        logging_steps=1, save_steps=3, disable_tqdm=True, seed=0,
-        accelerator_config={"split_batches": False},
-    )  # fmt: skip
+    said: dict[str, Any] = {
+        "output_dir": f"{out}/run", "max_steps": 6, "report_to": "none", "use_cpu": True,
+        "per_device_train_batch_size": 4 // int(os.environ.get("WORLD_SIZE", 1)),
+        "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 3, "disable_tqdm": True,
+        "seed": 0, "accelerator_config": {"split_batches": False},
+    }  # fmt: skip
     off, resume = told.pop("off", None), told.pop("resume", None)
-    trainer = Trainer(model=model, train_dataset=rows, args=arguments)
+    if told.pop("sft", False):
+        from datasets import Dataset
+        from transformers import AutoTokenizer
+        from trl import SFTConfig, SFTTrainer
+
+        place = save_tiny(out / f"tokenizer-{rank()}")
+        trainer: Trainer = SFTTrainer(
+            model=model, train_dataset=Dataset.from_list(rows),
+            args=SFTConfig(**{**said, "max_steps": 3, "bf16": False}),
+            processing_class=AutoTokenizer.from_pretrained(place),
+        )  # fmt: skip
+    else:
+        trainer = Trainer(model=model, train_dataset=rows, args=TrainingArguments(**said))
     curvature = retain.fit_curvature(model, source, progress=False)
     if off and rank():
         curvature = off * curvature
@@ -50,10 +67,35 @@ def training(out: Path, told: dict[str, Any]) -> None:
     trainer.train(resume_from_checkpoint=resume)
     history = trainer.state.log_history
     nats = [entry["predicted_nats"] for entry in history if "predicted_nats" in entry]
+    strength = trainer.callback_handler.callbacks[0].strength
+    keep(out, model, {"nats": nats, "strength": strength})
+
+
+def looping(out: Path) -> None:
+    """And a loop."""
+    model, ids = model_and_rows()
+    curvature = retain.fit_curvature(model, [{"input_ids": r} for r in ids[32:]], progress=False)
+    rows = [Example(tuple(r[:-1]), tuple(r[1:]), (True,) * 11) for r in ids]
+    wrapped = DistributedDataParallel(model) if distributed.is_initialized() else model
+    held = retain.Retention(
+        wrapped, curvature, rows=rows[:32], budget=0.001, probe=rows[32:40],
+        kl=retain.OutputKL(2.0, every=2), source=rows[32:],
+    )  # fmt: skip
+    assert held.recipe.filter is not None
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for step in range(4):
+        batch = torch.tensor(ids[8 * step : 8 * step + 8][rank() :: count()])
+        wrapped(input_ids=batch, labels=batch).loss.backward()
+        held.step(optimizer)
+        optimizer.zero_grad()
+    held.finish()
+    keep(out, model, {"nats": [held.predicted()], "strength": held.strength})
+
+
+def keep(out: Path, model: Any, told: dict[str, Any]) -> None:
     kept = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     save_file(kept, f"{out}/weights-{rank()}.safetensors")
-    strength = trainer.callback_handler.callbacks[0].strength
-    (out / f"told-{rank()}.json").write_text(json.dumps({"nats": nats, "strength": strength}))
+    (out / f"told-{rank()}.json").write_text(json.dumps(told))
 
 
 def run(out: Path, processes: int, **told: Any) -> CompletedProcess[str]:
@@ -79,8 +121,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.shows("transformers.Trainer", "DDP")
-def test_two_processes_hold_as_one(ended: Path) -> None:
+def hold_as_one(ended: Path) -> None:
     one, two, other = weights(ended / "one"), weights(ended / "two"), weights(ended / "two", 1)
     assert apart(one, two) < 1e-4
     assert all(torch.equal(two[n], other[n]) for n in two)
@@ -88,6 +129,28 @@ def test_two_processes_hold_as_one(ended: Path) -> None:
     assert told[0]["nats"] == pytest.approx(told[1]["nats"], rel=1e-3, abs=1e-9)
     assert told[0]["strength"] == pytest.approx(told[1]["strength"], rel=1e-3)
     assert told[0]["nats"][-1] > 0
+
+
+@pytest.mark.shows("transformers.Trainer", "DDP")
+def test_two_processes_hold_as_one(ended: Path) -> None:
+    hold_as_one(ended)
+
+
+@pytest.mark.shows("SFTTrainer", "DDP")
+def test_two_processes_of_trl_hold_as_one(tmp_path: Path) -> None:
+    for name, processes in (("one", 1), ("two", 2)):
+        done = run(tmp_path / name, processes, budget=0.001, sft=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    hold_as_one(tmp_path)
+
+
+@pytest.mark.shows("plain loop", "DDP")
+def test_two_processes_of_a_loop_hold_as_one(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    looping(tmp_path / "one")
+    forked.gloo(looping, tmp_path / "two")
+    hold_as_one(tmp_path)
 
 
 def test_two_processes_read_the_same_rows_for_the_divergence(tmp_path: Path) -> None:

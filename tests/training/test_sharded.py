@@ -117,7 +117,7 @@ def test_two_processes_hold_as_one(two: Path, case: str) -> None:
     assert first["strength"] == pytest.approx(one["strength"], rel=1e-3)
     for name, value in one["weights"].items():
         apart = (first["weights"][name] - value).abs().max()
-        assert apart <= 1e-4 * value.abs().max(), name
+        assert apart <= 5e-4 * value.abs().max(), name  # float32, and a strength that answers to it
         assert torch.equal(first["weights"][name], other["weights"][name]), name
     if case == "budget":  # it was reached
         assert one["strength"] != pytest.approx(0.2 / 1e-3)

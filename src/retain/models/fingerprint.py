@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
@@ -51,6 +52,8 @@ def fingerprint(model: nn.Module) -> str:
         if parameter.numel():
             digest.update(_bytes(parameter.detach()))
     for name, module in sorted(bare.named_modules(), key=lambda kv: canonical(kv[0])):
+        if isinstance(module, BaseTunerLayer):
+            continue  # it shows the weight of the layer inside it, which has its own turn
         for key, codes in _codes(module):
             digest.update(f"{canonical(name)}.{key}:{tuple(codes.shape)};".encode())
             digest.update(_bytes(codes))

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from retain.data.batches import Example, collate
-from retain.errors import ConfigError, SourceError, check_number
+from retain.errors import ConfigError, ModelError, SourceError, check_number
 from retain.models.forward import divergence, no_autocast
 from retain.models.generating import chat_form
+from retain.models.shards import is_sharded
 from retain.models.view import ModelView
 from retain.retention.measure import log_probabilities
 
@@ -83,7 +84,9 @@ class Outputs:
         last: the divergence where it was last measured, in nats a prediction; NaN before.
 
     Raises:
-        ConfigError: a classifier, for whose new head the base has no answer.
+        ConfigError: a classifier, for whose new head the base has no answer; or weights that train
+            and are divided among processes.
+        ModelError: a model whose base is not what it is with its adapter off, or without one.
         SourceError: no rows.
     """
 
@@ -105,6 +108,21 @@ class Outputs:
                 allowed="1 row or more",
                 fix="source='self' with the model's tokenizer, or rows of text",
             )
+        if any(p.requires_grad and is_sharded(p) for p in view.model.parameters()):
+            raise ConfigError(
+                "the KL runs the model between steps, where its weights are divided",
+                got=f"kl={options.weight:g} and sharded weights",
+                allowed="weights that are whole in each process, or kl=0",
+                fix="leave kl out",
+            )
+        try:
+            with view.off():
+                pass
+        except ModelError as error:
+            raise ModelError(
+                f"the KL has no base to be measured from: {error.what}",
+                got=error.got, allowed=error.allowed, fix=f"{error.fix}; or leave kl out",
+            ) from error  # fmt: skip
         self.view, self.options, self.seed, self.steps = view, options, seed, steps
         self.rows = beginnings(view, rows, options.answers) if options.answers else list(rows)
         self.last = torch.tensor(float("nan"))

@@ -238,19 +238,12 @@ class Recipe:
         release_left(model, resuming=progress is not None)
         self._clear()
         try:
-            self._begin(model, rows, seed, probe, progress)
             if self.kl.weight:
-                steps = int((progress or {}).get("steps", 0))
                 self.outputs = Outputs(
-                    ModelView(model, tokenizer), source, self.kl, seed=seed, steps=steps
-                )
-                if self._shards:
-                    raise ConfigError(
-                        "the KL runs the model between steps, where its weights are divided",
-                        got=f"kl={self.kl.weight:g} and sharded weights",
-                        allowed="weights that are whole in each process, or kl=0",
-                        fix="leave kl out",
-                    )
+                    ModelView(model, tokenizer), source, self.kl, seed=seed,
+                    steps=int((progress or {}).get("steps", 0)),
+                )  # fmt: skip
+            self._begin(model, rows, seed, probe, progress)
             if self.filter is not None and progress is not None and self.filter.narrow:
                 self.filter.restore(kept or {})
         except BaseException:  # nothing is left half held

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from retain.curvature.curvature import Curvature
 from retain.data.batches import Example
+from retain.errors import ModelError
 from retain.models.heads import is_causal
 from retain.retention.filter import Filter
 from retain.retention.loader import RowReader, loader_examples, reader_of
@@ -18,7 +19,7 @@ from retain.retention.output_kl import OutputKL
 from retain.retention.recipe import Probe, Recipe
 from retain.types import Update
 
-__all__ = ["Retention"]
+__all__ = ["Retention", "check_steps", "no_deepspeed"]
 
 
 class Retention:
@@ -82,6 +83,7 @@ class Retention:
         progress: dict[str, Any] | None = None,
         kept: Mapping[str, Tensor] | None = None,
     ) -> None:
+        check_steps(model)
         self.recipe = Recipe(
             curvature, strength, parts=parts, budget=budget, past=past, update=update,
             filter=filter, kl=kl,
@@ -113,8 +115,10 @@ class Retention:
             force.
 
         Raises:
+            ModelError: an optimiser of DeepSpeed.
             TrainingError: the weights have left the finite numbers.
         """
+        check_steps(optimizer)
         nats = self.recipe.before_optimizer()
         optimizer.step()
         after = self.recipe.after_step(optimizer)
@@ -131,6 +135,27 @@ class Retention:
     def finish(self) -> None:
         """When training has ended: takes back what is above a budget, and lets the model go."""
         self.recipe.end()
+
+
+def check_steps(part: object) -> None:
+    """Refuses a model or an optimiser of DeepSpeed, or of accelerate's for it.
+
+    Raises:
+        ModelError: it is one.
+    """
+    for kind in type(part).__mro__:
+        if kind.__module__.startswith("deepspeed") or kind.__name__.startswith("DeepSpeed"):
+            raise no_deepspeed()
+
+
+def no_deepspeed() -> ModelError:
+    """What a run of DeepSpeed is refused with."""
+    return ModelError(
+        "DeepSpeed steps its optimiser inside the backward pass, where no force can act",
+        got="a DeepSpeed run",
+        allowed="one process, or DDP",
+        fix="train without DeepSpeed",
+    )
 
 
 def _reader(model: nn.Module, rows: Any) -> RowReader | None:

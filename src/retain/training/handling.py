@@ -13,6 +13,7 @@ from transformers.trainer_callback import CallbackHandler
 from retain.errors import ConfigError, ModelError, TrainingError
 from retain.models.names import canonical
 from retain.models.shards import is_sharded
+from retain.retention.retention import check_steps, no_deepspeed
 from retain.retention.watch import Watched
 
 __all__ = [
@@ -97,13 +98,9 @@ def check_trainer(args: TrainingArguments, optimizer: object) -> None:
         ConfigError: float16 without clipping, so that gradients are still scaled when the force
             is added.
     """
-    if getattr(args, "deepspeed", None) or type(optimizer).__name__.startswith("DeepSpeed"):
-        raise ModelError(
-            "DeepSpeed steps its optimiser inside the backward pass, where no force can act",
-            got="a DeepSpeed run",
-            allowed="one process, or DDP",
-            fix="train without DeepSpeed",
-        )
+    if getattr(args, "deepspeed", None):
+        raise no_deepspeed()
+    check_steps(optimizer)
     if args.fp16 and not args.max_grad_norm:
         raise ConfigError(
             "the force would be divided by float16's loss scale",
