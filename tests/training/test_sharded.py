@@ -115,9 +115,10 @@ def test_two_processes_hold_as_one(two: Path, case: str) -> None:
     first, other = (torch.load(two / f"{case}-{rank}.pt") for rank in (0, 1))
     assert first["nats"] == pytest.approx(one["nats"], rel=1e-3, abs=1e-9)
     assert first["strength"] == pytest.approx(one["strength"], rel=1e-3)
+    most = 5e-4 if case == "budget" else 1e-4  # float32, and a strength that answers to it
     for name, value in one["weights"].items():
         apart = (first["weights"][name] - value).abs().max()
-        assert apart <= 5e-4 * value.abs().max(), name  # float32, and a strength that answers to it
+        assert apart <= most * value.abs().max(), name
         assert torch.equal(first["weights"][name], other["weights"][name]), name
     if case == "budget":  # it was reached
         assert one["strength"] != pytest.approx(0.2 / 1e-3)
