@@ -12,6 +12,7 @@ from letters import Letters
 import tiny
 from retain.data.specs import Item, TaskSpec
 from retain.errors import ConfigError, SourceError
+from retain.evaluation import general
 from retain.evaluation.generation import generate
 from retain.evaluation.score import Score, _extract, _number, _until, score_task
 
@@ -196,3 +197,16 @@ def test_mistakes_are_named(decoder: torch.nn.Module) -> None:
         score(decoder, [Item("a", (), "b")], kind="generate", metric="exact_match",
               max_new_tokens=300)  # fmt: skip
     assert math.isfinite(logp(decoder, "a", "b"))
+
+
+def test_a_limit_is_for_common_knowledge_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+
+    def right(model: object, tokenizer: object, limit: int | None = None, **_: bool) -> list[bool]:
+        asked.append(limit)
+        return [True, False]
+
+    monkeypatch.setattr(general, "knowledge_right", right)
+    model: Any = object()
+    assert general.general_scores(model, model, ["knowledge"], limit=7) == {"knowledge": 0.5}
+    assert asked == [7]

@@ -56,7 +56,7 @@ def general_scores(
     """One number for each task; see `retain.evaluation.lm_eval.evaluate_general`."""
     found: dict[str, float] = {}
     if KNOWLEDGE in tasks:
-        right = knowledge_right(model, tokenizer, progress=progress)
+        right = knowledge_right(model, tokenizer, limit, progress=progress)
         found[KNOWLEDGE] = sum(right) / len(right)
     others = [task for task in tasks if task != KNOWLEDGE]
     if others:

@@ -87,7 +87,7 @@ def demo_study(
         "training": {"learning_rate": 2e-3, "batch_size": 8},
         "source": {"kind": "self", "rows": size["source"], "heldout": size["heldout"],
                    "max_length": size["length"]},
-        "general": {"tasks": ["knowledge"], "limit": 40 if quick else 100},
+        "general": {"tasks": ["knowledge"], "limit": 40 if quick else 300},
         "evaluation": {"batch_size": 64, "measure_every": 2 if quick else 16,
                        "answers": size["answers"]},
         "claims": [apart, loss, lost],
