@@ -54,6 +54,16 @@ def test_without_a_curvature_no_base_is_loaded(retain: Run, trained: Path, tmp_p
     assert "no layer is wider than 16" in retain("compact", trained, "-o", out).done().out
 
 
+def test_a_damaged_card_loses_no_adapter(retain: Run, trained: Path, tmp_path: Path) -> None:
+    damaged, out = tmp_path / "damaged", tmp_path / "out"
+    shutil.copytree(trained / "adapter", damaged)
+    (damaged / "README.md").write_bytes(b"\xff\xfe no text")
+    said = retain("compact", damaged, "--rank", 2, "--out", out).done()
+    assert "the model card is not written" in said.out + said.err
+    assert (out / "compact.json").is_file()
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_a_curvature_and_a_measurement(
     retain: Run, model: Path, trained: Path, curvature: Path, source: Path, tmp_path: Path
 ) -> None:

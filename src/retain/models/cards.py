@@ -7,18 +7,20 @@ in what is written: of a file or folder the name alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from retain.documents import LARGE, Unreadable, read_text
-from retain.errors import OutputError
+from retain.errors import OutputError, RetainError, RetainWarning
 from retain.files import whole_file
 from retain.models.builtin import BUILTIN
 
 __all__ = [
-    "CARD", "extend_card", "fresh_card", "hub_name", "is_repo", "plain_name", "read_card",
-    "section", "with_base", "with_section",
+    "CARD", "extend_card", "fresh_card", "hub_name", "is_repo", "or_warned", "plain_name",
+    "read_card", "section", "with_base", "with_section",
 ]  # fmt: skip
 
 CARD = "README.md"
@@ -87,6 +89,15 @@ def extend_card(
     known = with_base(old, base) if old.strip() else fresh_card(base, library)
     with whole_file(card, "the model card") as scratch:
         scratch.write_text(with_section(known, text, name), encoding="utf-8", newline="")
+
+
+@contextmanager
+def or_warned() -> Iterator[None]:
+    """A card that cannot be written in the block is a warning: no reason to lose its adapter."""
+    try:
+        yield
+    except RetainError as error:
+        warnings.warn(f"the model card is not written: {error}", RetainWarning, stacklevel=4)
 
 
 def fresh_card(base: str, library: str = "peft", front: str = "") -> str:

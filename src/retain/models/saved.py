@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from retain.documents import read_json
-from retain.errors import ModelError, RetainError, RetainWarning
+from retain.errors import ModelError
 from retain.files import file_digest, whole_folder
 from retain.models.cards import (
     CARD,
     fresh_card,
+    or_warned,
     plain_name,
     read_card,
     section,
@@ -208,14 +208,11 @@ def _write_card(card: Path, old: Path, base: str, facts: Mapping[str, str]) -> N
 
     One that cannot be extended stays as it is: it is no reason to lose an adapter.
     """
-    try:
+    with or_warned():
         form = read_card(card)
         card.unlink(missing_ok=True)
         text = with_base(read_card(old), base) or fresh_card(base, front=form)
         text = with_section(text, section({"Base model": plain_name(base), **facts}))
-    except RetainError as error:
-        warnings.warn(f"the model card is not written: {error}", RetainWarning, stacklevel=3)
-    else:
         card.write_text(text, encoding="utf-8", newline="")
 
 

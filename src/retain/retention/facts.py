@@ -17,9 +17,10 @@ def facts(recipe: Recipe) -> dict[str, str]:
     found = {"Parts that acted": ", ".join(_parts(recipe)) or "none"}
     for name, curvature in by_name(recipe.curvature).items():
         found[_of("Source text", name)] = source_of(curvature.info)
-    if recipe.kl.weight:
+    if recipe.outputs is not None:
         found["KL on source rows"] = (
-            f"weight {recipe.kl.weight:g}, {recipe.kl.batch} rows every {recipe.kl.every} steps"
+            f"weight {recipe.kl.weight:g}, {recipe.kl.batch} of {len(recipe.outputs.rows)} rows "
+            f"every {recipe.kl.every} steps"
         )
     if not budgets:
         found["Strength"] = f"{recipe.strength:g}"

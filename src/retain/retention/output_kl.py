@@ -45,7 +45,8 @@ class OutputKL:
         weight: nats of task loss that one nat of divergence weighs; 0 for none.
         every: steps from one to the next.
         batch: rows that are read in one.
-        answers: tokens that are read of each answer, of rows that are chats; 0 for whole rows.
+        answers: tokens that are read of each answer, of rows that are chats, and rows that are none
+            are left out where there are chats; 0 for all rows, whole.
 
     Raises:
         ConfigError: a value out of range.

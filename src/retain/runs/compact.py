@@ -110,8 +110,8 @@ def compact_run(config: CompactConfig, messages: Messages) -> dict[str, Any]:
     messages.libraries()
     from retain.data.draws import HELD_OUT
     from retain.data.sources import read_rows
-    from retain.models.cards import extend_card, section
-    from retain.models.saved import adapter_digest, too_wide
+    from retain.models.cards import extend_card, or_warned, section
+    from retain.models.saved import adapter_digest
     from retain.models.stored import StoredLora
     from retain.provenance import provenance
     from retain.retention.soften.truncate import difference, square, truncated
@@ -139,9 +139,7 @@ def compact_run(config: CompactConfig, messages: Messages) -> dict[str, Any]:
         whole = {name: square(*pair) for name, pair in update.items()}
         lost = {name: cut[name] / whole[name] if whole[name] else 0.0 for name in cut}
         worst = max(lost, key=lambda name: lost[name])
-        wide = too_wide(ranks["after"], out / "adapter")
-        if wide is not None:
-            messages.note(wide)
+        messages.note_width(ranks["after"], out / "adapter")
         told = {} if base is None else base.compare(factors, stored.layers[0].scaling, text)
         given = [c.curvature] if c.curvature else [run.source, run.past] if run else []
         record: dict[str, Any] = finite({
@@ -163,11 +161,13 @@ def compact_run(config: CompactConfig, messages: Messages) -> dict[str, Any]:
         })  # fmt: skip
         with recorded(out / "compact.json", record):
             stored.write(out / "adapter", factors)
-            cut_to = {"Rank": f"{ranks['after']}, of {ranks['before']} before",
-                      "Lost": f"{record['lost']['share']:.2%} of the update's square"}  # fmt: skip
-            told_of = section(cut_to, "How it was narrowed")
-            base_name = str(stored.config.get("base_model_name_or_path") or "")
-            extend_card(out / "adapter", base_name, told_of, name="retain compact")
+            card = section({
+                "Rank": f"{ranks['after']}, of {ranks['before']} before",
+                "Lost": f"{record['lost']['share']:.2%} of the update's square",
+            }, "How it was narrowed")  # fmt: skip
+            name = str(stored.config.get("base_model_name_or_path") or "")
+            with or_warned():
+                extend_card(out / "adapter", name, card, name="retain compact")
     return record
 
 

@@ -66,6 +66,14 @@ class Messages:
             self.notes.append(text)
             self.say(text)
 
+    def note_width(self, rank: int, folder: Path) -> None:
+        """A note, where servers do not take an adapter of this rank as it comes."""
+        from retain.models.saved import too_wide
+
+        wide = too_wide(rank, folder)
+        if wide is not None:
+            self.note(wide)
+
     def libraries(self) -> None:
         """Called before the heavy libraries are imported."""
 

@@ -101,7 +101,7 @@ def soften_run(config: SoftenConfig, pictures: Pictures, messages: Messages) -> 
     from retain.data.draws import HELD_OUT
     from retain.data.sources import read_rows
     from retain.models.fingerprint import fingerprint
-    from retain.models.saved import adapter_digest, load_adapter, save_adapter, too_wide
+    from retain.models.saved import adapter_digest, load_adapter, save_adapter
     from retain.models.sites import lora_sites
     from retain.provenance import provenance
     from retain.retention.budget import check_budget
@@ -126,9 +126,7 @@ def soften_run(config: SoftenConfig, pictures: Pictures, messages: Messages) -> 
             soft = soften(tuned, far, target=near, depth=c.depth, epsilon=c.epsilon)
             kl = _held_out_kl(tuned, tokenizer, text, c, messages) if measure else None
             chosen, curve = _curve(soft, budget, c.points, kl)
-            wide = too_wide(max(site.rank for site in lora_sites(tuned)), out / "adapter")
-            if wide is not None:
-                messages.note(wide)
+            messages.note_width(max(site.rank for site in lora_sites(tuned)), out / "adapter")
             record: dict[str, Any] = finite({
                 "schema": SCHEMA, **provenance(seed),
                 "start": str(adapter), "curvature": str(c.curvature),

@@ -241,11 +241,13 @@ class Training:
 
     def _record(self, held: HeldBy | None, last: Path | None, digests: Digests) -> dict[str, Any]:
         """What the finished model tells."""
+        from retain.models.sites import lora_sites
         from retain.provenance import provenance
 
         c = self.config
-        if self.labels is None:
-            self._say_width()
+        if self.labels is None:  # where months have made the adapter wider
+            rank = max(site.rank for site in lora_sites(self.model))
+            self.messages.note_width(rank, self.out / "adapter")
         trainable, total = self.model.get_nb_trainable_parameters()
         return {
             "schema": "retain.train/1",
@@ -264,16 +266,6 @@ class Training:
             "why_no_filter": self.recipe and self.recipe.why_no_filter,
             "notes": self.messages.notes,
         }  # fmt: skip
-
-    def _say_width(self) -> None:
-        """Says where months have made the adapter wider than a server takes as it comes."""
-        from retain.models.saved import too_wide
-        from retain.models.sites import lora_sites
-
-        rank = max(site.rank for site in lora_sites(self.model))
-        wide = too_wide(rank, self.out / "adapter")
-        if wide is not None:
-            self.messages.note(wide)
 
     def _leave(self, done: RunResult, examples: Any, held: HeldBy | None) -> None:
         """Writes the adapter, the record and the state."""
