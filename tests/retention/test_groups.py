@@ -359,6 +359,45 @@ def test_pulls_are_those_of_each_layer(kind: str, options: dict[str, Any], aroun
     assert nats == pytest.approx(total, rel=1e-12)
 
 
+@pytest.mark.parametrize("around", ["base", "elsewhere", "its other rows"])
+@pytest.mark.parametrize("rows", [slice(None), slice(1, None)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"structure": "kfac"}, {"structure": "kfac", "rank": 3}, {"structure": "tridiagonal"}],
+    ids=str,
+)
+def test_what_stays_is_read_once(options: dict[str, Any], rows: slice, around: str) -> None:
+    """The pulls of the rows that train, after steps of theirs, are those of the whole update."""
+    model, curvature = fitted("plain", options, around == "elsewhere")
+    sites = lora_sites(model)
+    if around == "its other rows":
+        kept = [site.b.detach().clone() for site in sites]
+        with torch.no_grad():
+            for site in sites:
+                site.b[:, rows] = 0
+        curvature = reanchored(curvature, model)
+        with torch.no_grad():
+            for site, b in zip(sites, kept, strict=True):
+                site.b.copy_(b)
+    still = curvature.still(curvature.bind(model), rows)
+    assert (still is None) == (
+        options["structure"] == "tridiagonal" or (rows == slice(None) and not curvature.anchor)
+    )
+    with torch.no_grad():
+        for site in sites:
+            site.a[rows] *= 1.3
+            site.b[:, rows] *= 0.7
+    force = Force(model, curvature, resuming=True)
+    force.only(rows)
+    force._still[id(curvature)] = still
+    value, pulls = force._felt(curvature)
+    nats, whole = curvature.pulls(sites)
+    assert float(value) == pytest.approx(nats, rel=1e-12)
+    for (p, got), (q, want) in zip(pulls, whole, strict=True):
+        assert p is q
+        torch.testing.assert_close(got, want[force._active.get(id(p), ...)], **TIGHT)
+
+
 def gradients(model: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
     random = torch.Generator().manual_seed(5)
     for site in lora_sites(model):

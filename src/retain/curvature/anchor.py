@@ -18,7 +18,15 @@ from retain.errors import MismatchError, RetainWarning
 from retain.models.fingerprint import alike, fingerprint, signature
 from retain.models.sites import LinearSite, LoraSite, Site, base_layers
 
-__all__ = ["Displacements", "anchor_of", "check_sites", "proximal", "site_tensor", "whole_weights"]
+__all__ = [
+    "Displacements",
+    "anchor_of",
+    "check_sites",
+    "constants",
+    "proximal",
+    "site_tensor",
+    "whole_weights",
+]
 
 
 def site_tensor(site: Site) -> Tensor:
@@ -119,6 +127,34 @@ class Displacements:
                 pair = (kept[0], kept[1]) if len(kept) == 2 else None
                 found.thin[site.name] = Move(site.scaling, b, a, _dtype_of(curvature, site), pair)
         return found
+
+
+def constants(
+    curvature: BlockOperator, sites: Sequence[LoraSite], rows: slice
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """In weight space, what of each layer's displacement does not move while some rows train.
+
+    Args:
+        curvature: whose blocks' precision and anchor.
+        sites: the layers.
+        rows: of A, and columns of B, that train.
+
+    Returns:
+        By layer L [d_out, k] and R [k, d_in], whose product it is; k is 0 where the other rows are
+        the anchor's own.
+    """
+    found = {}
+    for site in sites:
+        a, b, b0, a0 = _thin(curvature, site)
+        rest = torch.ones(len(a), dtype=torch.bool, device=a.device)
+        rest[rows] = False
+        left, right = site.scaling * b[:, rest], a[rest]
+        if torch.equal(left, b0) and torch.equal(right, a0):
+            left, right = left[:, :0], right[:0]
+        else:
+            left, right = torch.cat([left, -b0], 1), torch.cat([right, a0])
+        found[site.name] = left, right
+    return found
 
 
 def anchor_of(curvature: BlockOperator, sites: Sequence[Site]) -> dict[str, tuple[Tensor, ...]]:

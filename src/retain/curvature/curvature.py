@@ -23,6 +23,7 @@ from retain.curvature.anchor import (
     Displacements,
     anchor_of,
     check_sites,
+    constants,
     site_tensor,
     whole_weights,
 )
@@ -30,7 +31,7 @@ from retain.curvature.artifact import read_curvature, save_curvature
 from retain.curvature.info import part
 from retain.curvature.merge import merge
 from retain.curvature.operator import Anchor, BlockOperator
-from retain.curvature.stack import stacks, total
+from retain.curvature.stack import Image, Stack, stacks, total
 from retain.errors import MismatchError
 from retain.models.fingerprint import fingerprint
 from retain.models.forward import no_autocast
@@ -45,6 +46,20 @@ class Pull(NamedTuple):
 
     parameter: nn.Parameter
     gradient: Tensor
+
+
+class Still(NamedTuple):
+    """What a curvature makes of the part of the displacements that does not move (`still`).
+
+    Attributes:
+        rows: of A, and columns of B, that train.
+        images: of each stack of layers.
+        value: the quadratic of that part.
+    """
+
+    rows: slice
+    images: list[list[Image]]
+    value: Tensor | None
 
 
 class Curvature(BlockOperator):
@@ -113,11 +128,45 @@ class Curvature(BlockOperator):
         return float(value), pulls
 
     @no_autocast()
-    def felt(self, sites: Sequence[Site], *, rounded: bool = False) -> tuple[Tensor, list[Pull]]:
-        """`pulls`, whose value stays on its device."""
+    def still(self, sites: Sequence[Site], rows: slice) -> Still | None:
+        """For `felt` while only some rows train: the pull of all that stays, made once.
+
+        Then a step reads the factors for the rows that train alone, however many tasks came before
+        and wherever the anchor is. It holds while the other rows and the anchor stay.
+
+        Args:
+            sites: the layers, as `bind` gives them.
+            rows: of A, and columns of B, that train.
+
+        Returns:
+            None where it would save nothing, or where nothing of the kind is: full weights,
+            adapter space, and links.
+        """
+        lora = [site for site in sites if isinstance(site, LoraSite)]
+        whole = rows == slice(None) and not self.anchor
+        if whole or self.info.space != "weight" or len(lora) < len(sites):
+            return None
+        with torch.no_grad():
+            parts = constants(self, lora, rows)
+            found = [stack.images(parts) for stack in self._of_stacks(False)]
+        values = [value for own, _ in found for value in own]
+        value = total(values) if values else None
+        return Still(rows, [images for _, images in found], value) if found else None
+
+    @no_autocast()
+    def felt(
+        self, sites: Sequence[Site], *, rounded: bool = False, still: Still | None = None
+    ) -> tuple[Tensor, list[Pull]]:
+        """`pulls`, whose value stays on its device.
+
+        Args:
+            sites: the layers.
+            rounded: see `pulls`.
+            still: what `still` gave: the pulls are then in its rows alone.
+        """
         with torch.no_grad():
             moved = Displacements.of(self, sites)
-            values, out = self._stacked(moved, rounded and not self.anchor)
+            values, out = self._stacked(moved, rounded and not self.anchor, still)
             pairs = {n: m.pair() for n, m in moved.thin.items() if n not in out}
             thin = {n: self.blocks[n].thin(*pair) for n, pair in pairs.items()}
             values += [found.value for found in thin.values()]
@@ -136,8 +185,10 @@ class Curvature(BlockOperator):
             values += [0.5 * (d * full[n]).sum() for n, d in moved.full.items()]
             for name, left in lefts.items():
                 move = moved.thin[name]
-                rank = len(move.a)
-                out[name] = (move.scaling * left[:, :rank], rights[name][:rank])
+                of_b, of_a = move.scaling * left[:, : len(move.a)], rights[name][: len(move.a)]
+                out[name] = (
+                    (of_b, of_a) if still is None else (of_b[:, still.rows], of_a[still.rows])
+                )
             pulls: list[Pull] = []
             for site in sites:
                 whole = whole_weights(self, site)
@@ -151,19 +202,31 @@ class Curvature(BlockOperator):
         """Frees the copies in bfloat16 that `pulls` has made."""
         self._stacks.pop(True, None)
 
+    def _of_stacks(self, rounded: bool) -> list[Stack]:
+        """Like layers that lie together."""
+        if False not in self._stacks:
+            # A link may share a block's factor, which must stay where it is.
+            self._stacks[False] = [] if self.links else stacks(self.blocks)
+        if rounded and True not in self._stacks:
+            self._stacks[True] = [stack.rounded() for stack in self._stacks[False]]
+        return self._stacks[rounded]
+
     def _stacked(
-        self, moved: Displacements, rounded: bool
+        self, moved: Displacements, rounded: bool, still: Still | None
     ) -> tuple[list[Tensor], dict[str, tuple[Tensor, Tensor]]]:
         """Values of the thin moves and gradients in B and A, of like layers that lie together."""
         values: list[Tensor] = []
         out: dict[str, tuple[Tensor, Tensor]] = {}
-        if False not in self._stacks:
-            # A link may share a block's factor, which must stay where it is.
-            idle = bool(self.links) or not moved.thin
-            self._stacks[False] = [] if idle else stacks(self.blocks)
-        if rounded and True not in self._stacks:
-            self._stacks[True] = [stack.rounded() for stack in self._stacks[False]]
-        for stack in self._stacks[rounded]:
+        if not moved.thin:
+            return values, out
+        if still is not None:
+            moving = {name: move.of(still.rows) for name, move in moved.thin.items()}
+            for stack, images in zip(self._of_stacks(rounded), still.images, strict=True):
+                found, pulled = stack.pull(moving, images)
+                values += found
+                out |= pulled
+            return values if still.value is None else [*values, still.value], out
+        for stack in self._of_stacks(rounded):
             if stack.fits(moved.thin):
                 found, pulled = stack.pull(moved.thin)
                 values += found

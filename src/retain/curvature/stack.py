@@ -20,7 +20,7 @@ from retain.curvature.blocks.base import Block
 from retain.curvature.blocks.factor import DenseFactor, Factor, ScalarFactor, SketchFactor
 from retain.curvature.blocks.kronecker import KroneckerBlock
 
-__all__ = ["Move", "Stack", "stacks", "total"]
+__all__ = ["Image", "Move", "Stack", "stacks", "total"]
 
 WIDE, FEW = 1024, 8
 """A wide matrix is read faster from its own side where there are few rows: 23 ms against 27 for 30
@@ -52,6 +52,10 @@ class Move(NamedTuple):
         """That of the pair, r + k."""
         return len(self.a) + (0 if self.start is None else len(self.start[1]))
 
+    def of(self, rows: slice) -> Move:
+        """That of some rows of A and columns of B alone, without the anchor's."""
+        return Move(self.scaling, self.b[:, rows], self.a[rows], self.dtype)
+
     def pair(self) -> tuple[Tensor, Tensor]:
         """The displacement as one product, in the block's precision."""
         left, right = self.scaling * self.b.to(self.dtype), self.a.to(self.dtype)
@@ -62,6 +66,19 @@ class Move(NamedTuple):
 
 
 Moves = Mapping[str, Move]
+
+
+class Image(NamedTuple):
+    """Of the layers that are one reader in their units: what ``F`` makes of the part of their
+    displacements that does not move, ``G L R S``.
+
+    Attributes:
+        left: ``G L``, [units, d_out, k].
+        right: ``R S``, [units, k, d_in].
+    """
+
+    left: Tensor
+    right: Tensor
 
 
 class Stack:
@@ -100,8 +117,34 @@ class Stack:
         ranks = [moves[name].rank for name in self.names]
         return len(ranks) * max(ranks) <= WASTE * sum(ranks)
 
-    def pull(self, moves: Moves) -> tuple[list[Tensor], dict[str, tuple[Tensor, Tensor]]]:
-        """Values to be summed, and each layer's gradients in B and A."""
+    def images(
+        self, still: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> tuple[list[Tensor], list[Image]]:
+        """What F makes of constant displacements: values to be summed, and one image a reader.
+
+        Args:
+            still: by layer L [d_out, k] and R [k, d_in], in the block's precision.
+        """
+        values, found = [], []
+        for reader, outputs in enumerate(self._outputs):
+            pairs = [still[unit[reader]] for unit in self.units]
+            rank = max(len(right) for _, right in pairs)
+            lefts = torch.stack([_padded(left, rank, 1) for left, _ in pairs])
+            rights = torch.stack([_padded(right, rank, 0) for _, right in pairs])
+            gl, rs = outputs.matmul(lefts.mT).mT, self._inputs.matmul(rights)
+            values.append(0.5 * ((lefts.mT @ gl) * (rs @ rights.mT).mT).sum())
+            found.append(Image(gl, rs))
+        return values, found
+
+    def pull(
+        self, moves: Moves, images: Sequence[Image] = ()
+    ) -> tuple[list[Tensor], dict[str, tuple[Tensor, Tensor]]]:
+        """Values to be summed, and each layer's gradients in B and A.
+
+        Args:
+            moves: the displacements, or that part of them which moves.
+            images: of the other part; its own value is left out.
+        """
         mine = [moves[name] for name in self.names]
         most, count, readers = max(len(m.a) for m in mine), len(self.units), len(self._outputs)
         rank = most + max(m.rank - len(m.a) for m in mine)
@@ -125,7 +168,13 @@ class Stack:
             gl, rs = outputs.matmul(left.mT), products[:, span]
             outer, inner = left.mT @ gl.mT, rs @ rights[:, span].mT
             values.append(0.5 * (outer * inner.mT).sum())
-            lefts, pulled = scale * (gl.mT @ inner), outer @ rs
+            lefts, pulled = gl.mT @ inner, outer @ rs
+            if images:
+                image, own_rights = images[reader], rights[:, span]
+                seen, read = left.mT @ image.left, image.right @ own_rights.mT
+                values.append((seen * read.mT).sum())
+                lefts, pulled = lefts + image.left @ read, pulled + seen @ image.right
+            lefts = scale * lefts
             out |= {
                 name: (lefts[i, :, : len(m.a)], pulled[i, : len(m.a)])
                 for i, (name, m) in enumerate(zip(names, own, strict=True))
@@ -146,6 +195,13 @@ def _lefts(moves: Sequence[Move], most: int, rank: int) -> Tensor:
         _fill([(x[:, : b0.shape[1]], b0) for x, b0 in starts])
         left[:, :, most:] *= -1
     return left
+
+
+def _padded(part: Tensor, size: int, dim: int) -> Tensor:
+    """With zeros behind it, up to a size."""
+    shape = list(part.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([part, part.new_zeros(shape)], dim) if shape[dim] else part
 
 
 def _scale(moves: Sequence[Move]) -> Tensor | float:

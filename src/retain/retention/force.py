@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from retain.curvature.anchor import proximal
 from retain.curvature.blocks.estimator import has_bf16
-from retain.curvature.curvature import Curvature, Pull
+from retain.curvature.curvature import Curvature, Pull, Still
 from retain.curvature.stack import total
 from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, TrainingError, check_number, unknown
@@ -199,6 +199,7 @@ class Force:
                     )  # fmt: skip
         self.model, self.rows, self.past = model, slice(None), past
         self._active: dict[int, Any] = {}
+        self._still: dict[int, Still | None] = {}
 
     @property
     def curvature(self) -> Curvature:
@@ -252,7 +253,7 @@ class Force:
         Args:
             rows: of every layer.
         """
-        self.rows, self._active = rows, {}
+        self.rows, self._active, self._still = rows, {}, {}
         for site in self.sites:
             if not isinstance(site, LinearSite):
                 self._active |= {id(site.a): rows, id(site.b): (slice(None), rows)}
@@ -288,6 +289,7 @@ class Force:
         Returns:
             Of each source the nats that are left: measured, or without a probe predicted.
         """
+        self._still = {}
         for hold in self.holds:
             assert hold.budget is not None
             if hold.probe is None:
@@ -352,7 +354,7 @@ class Force:
         for hold, each in zip(self.holds, felt, strict=True):
             yield strengths[hold.name], each.pulls
         if len(felt) > 1 and self.past is not None:
-            yield max(strengths.values()), self.past.felt(self.sites)[1]
+            yield max(strengths.values()), self._felt(self.past)[1]
 
     def _feel(self, watched: Watched | None = None, *, balanced: bool = True) -> list[Felt]:
         """Of each source predicted nats, the gradients, and what balances (`_squares`).
@@ -364,7 +366,7 @@ class Force:
         """
         owns, every, values = [], [], []
         for hold in self.holds:
-            value, own = hold.curvature.felt(self.sites, rounded=hold.rounded)
+            value, own = self._felt(hold.curvature, hold.rounded)
             pulls = self._with_past(own)
             values += [value, *(self._squares(pulls) if balanced else ())]
             owns.append(own)
@@ -378,6 +380,17 @@ class Force:
             found.append(self._looked(hold, own, Felt(nats, pulls, balance)))
         return found
 
+    def _felt(self, curvature: Curvature, rounded: bool = False) -> tuple[Tensor, list[Pull]]:
+        """The quadratic, and its pulls in the rows that train."""
+        key = id(curvature)
+        if key not in self._still:
+            self._still[key] = curvature.still(self.sites, self.rows)
+        still = self._still[key]
+        value, pulls = curvature.felt(self.sites, rounded=rounded, still=still)
+        if still is None:
+            pulls = [Pull(p, dq[self._active.get(id(p), ...)]) for p, dq in pulls]
+        return value, pulls
+
     def _looked(self, hold: Hold, own: list[Pull], felt: Felt) -> Felt:
         """What was felt; anew from exact factors where a look shows that rounding does harm."""
         nats = felt.nats
@@ -386,7 +399,7 @@ class Force:
         hold.looks += 1
         if nats >= 0 and hold.looks % LOOK and hold.looks & (hold.looks - 1):
             return felt
-        value, wanted = hold.curvature.felt(self.sites)
+        value, wanted = self._felt(hold.curvature)
         size = [w for _, w in wanted]
         error = torch._foreach_sub([g for _, g in own], size)
         exact, off, whole = read([value, _square(error), _square(size)])
@@ -402,7 +415,7 @@ class Force:
         """With the pulls of the tasks before, which stand alone beside several (`_terms`)."""
         if self.past is None or len(self.holds) > 1:
             return pulls
-        others = self.past.felt(self.sites)[1]
+        others = self._felt(self.past)[1]
         both = torch._foreach_add([g for _, g in pulls], [g for _, g in others])
         return [Pull(p, g) for (p, _), g in zip(pulls, both, strict=True)]
 
@@ -411,8 +424,8 @@ class Force:
         pairs: list[tuple[Tensor, Tensor]] = []
         for p, dq in pulls:
             if p.requires_grad and p.grad is not None:
-                place = self._active.get(id(p), ...)
-                pairs.append((p.grad[place], dq[place]))
+                grad = p.grad[self._active.get(id(p), ...)]
+                pairs.append((grad, dq))
         return pairs
 
     def _squares(self, pulls: Sequence[Pull]) -> list[Tensor]:
@@ -428,7 +441,7 @@ class Force:
             held = [p for p in self.parameters() if id(own(p)) in rates]
             steps = {id(p): self.strength * rates[id(own(p))] for p in held}
             proximal(self.curvature, self.sites, steps)
-        value, pulls = self.curvature.felt(self.sites)
+        value, pulls = self._felt(self.curvature)
         nats, *balance = read([value, *self._squares(pulls)])
         _check_finite(nats)
         if self._spend([Felt(nats, pulls, balance)]):
