@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from retain.curvature.info import describe, part
 from retain.curvature.operator import BlockOperator
-from retain.curvature.stack import Move
+from retain.curvature.stack import Move, total
 from retain.errors import MismatchError, RetainWarning
 from retain.models.fingerprint import alike, fingerprint, signature
 from retain.models.sites import LinearSite, LoraSite, Site, base_layers
@@ -189,7 +189,9 @@ def _thin(curvature: BlockOperator, site: LoraSite) -> tuple[Tensor, Tensor, Ten
     return a, b, b0, a0
 
 
-def proximal(curvature: BlockOperator, sites: Sequence[Site], steps: dict[int, float]) -> None:
+def proximal(
+    curvature: BlockOperator, sites: Sequence[Site], steps: dict[int, float]
+) -> Tensor | None:
     """One implicit step of the quadratic q, in place: of each layer first B, then A.
 
     Each half solves its own convex problem exactly, ``X = argmin 0.5 ||X - X'||^2 + tau q(X)``, so
@@ -201,8 +203,13 @@ def proximal(curvature: BlockOperator, sites: Sequence[Site], steps: dict[int, f
         curvature: whose quadratic.
         sites: the layers.
         steps: ``id`` of a parameter -> its tau, the step times the strength; 0 where missing.
+
+    Returns:
+        The quadratic after it, where it comes for nothing; of weights that are kept in less
+        precision, before they are rounded.
     """
     bound = 2.0 if curvature.links else 1.0
+    values: list[Tensor | None] = []
 
     def tau(parameter: Tensor) -> float:
         return bound * steps.get(id(parameter), 0.0) if parameter.requires_grad else 0.0
@@ -210,14 +217,19 @@ def proximal(curvature: BlockOperator, sites: Sequence[Site], steps: dict[int, f
     with torch.no_grad():
         for site in sites:
             for name, weight, start in whole_weights(curvature, site):
+                values.append(None)
                 if tau(weight):
                     d = weight.detach().to(start.dtype) - start
                     weight.copy_(start + curvature.blocks[name].prox(d, tau(weight)))
             if isinstance(site, LoraSite) and curvature.info.space == "weight":
-                block, s = curvature.blocks[site.name], site.scaling
-                a, b, b0, a0 = _thin(curvature, site)
-                if tau(site.b):
-                    b = block.prox_left(b, s * a, b0, a0, tau(site.b))
-                    site.b.copy_(b)
-                if tau(site.a):
-                    site.a.copy_(block.prox_right(a, s * b, b0, a0, tau(site.a)))
+                a, b, *anchor = _thin(curvature, site)
+                taus = tau(site.b), tau(site.a)
+                b, a, value = curvature.blocks[site.name].prox_both(
+                    b, a, site.scaling, (anchor[0], anchor[1]), taus
+                )
+                values.append(value)
+                for parameter, moved, step in ((site.b, b, taus[0]), (site.a, a, taus[1])):
+                    if step:
+                        parameter.copy_(moved)
+    known = [value for value in values if value is not None]
+    return total(known) if known and len(known) == len(values) and not curvature.links else None

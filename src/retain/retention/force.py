@@ -436,12 +436,15 @@ class Force:
     @no_autocast()
     def apply_proximal(self, optimizer: Optimizer) -> float:
         """Pulls the adapter back after a step of `optimizer`; returns predicted nats."""
+        value: Tensor | None = None
         if self.strength:
             rates = step_lengths(optimizer)
             held = [p for p in self.parameters() if id(own(p)) in rates]
             steps = {id(p): self.strength * rates[id(own(p))] for p in held}
-            proximal(self.curvature, self.sites, steps)
-        value, pulls = self._felt(self.curvature)
+            value = proximal(self.curvature, self.sites, steps)
+        pulls: list[Pull] = []
+        if value is None or self.budget is not None:
+            value, pulls = self._felt(self.curvature)
         nats, *balance = read([value, *self._squares(pulls)])
         _check_finite(nats)
         if self._spend([Felt(nats, pulls, balance)]):

@@ -152,6 +152,29 @@ class Block(ABC):
         Shapes: a [r, d_in], c [d_out, r], b0 [d_out, k], a0 [k, d_in]; k may be 0.
         """
 
+    def prox_both(
+        self, b: Tensor, a: Tensor, scaling: float, anchor: tuple[Tensor, Tensor],
+        taus: tuple[float, float],
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """`prox_left` of B, then `prox_right` of A, of the update ``scaling B A - b0 a0``.
+
+        Args:
+            b: [d_out, r].
+            a: [r, d_in].
+            scaling: of their product.
+            anchor: b0 [d_out, k] and a0 [k, d_in].
+            taus: of B and of A; what has 0 stays.
+
+        Returns:
+            B, A, and the quadratic there, where it comes for nothing.
+        """
+        of_b, of_a = taus
+        if of_b:
+            b = self.prox_left(b, scaling * a, *anchor, of_b)
+        if of_a:
+            a = self.prox_right(a, scaling * b, *anchor, of_a)
+        return b, a, None
+
     @abstractmethod
     def to_dense(self) -> Tensor:
         """F as a matrix [d_out * d_in, d_out * d_in] on row-major ``vec(D)``. For small blocks."""

@@ -22,6 +22,7 @@ __all__ = [
     "Factor",
     "ScalarFactor",
     "SketchFactor",
+    "Spectrum",
     "diagonal_of",
     "factor_from",
     "inner",
@@ -128,14 +129,33 @@ class DenseFactor(Factor):
 
     def solve(self, y: Tensor, t: Tensor, pull: Tensor) -> Tensor:
         d, u = self.eigen()
-        alive = d > FLAT * d.max()  # nothing would divide the rounding error of the others
-        inner_ = u.T @ y + (d * alive)[:, None] * (u.T @ pull)
-        return u @ (inner_ / (1.0 + d[:, None] * t))
+        return u @ Spectrum(d).solve(u.T @ y, t, u.T @ pull)
 
     def eigen(self) -> tuple[Tensor, Tensor]:
         if self._eigen is None:  # once: a proximal run asks at each step
             self._eigen = super().eigen()
         return self._eigen
+
+
+class Spectrum:
+    """S in the basis of its eigenvectors.
+
+    Args:
+        values: its eigenvalues, none below zero, [size].
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def matmul(self, m: Tensor) -> Tensor:
+        """As `Factor.matmul`."""
+        return self.values[:, None] * m
+
+    def solve(self, y: Tensor, t: Tensor, pull: Tensor) -> Tensor:
+        """As `Factor.solve`."""
+        d = self.values
+        alive = d > FLAT * d.max()  # nothing would divide the rounding error of the others
+        return (y + (d * alive)[:, None] * pull) / (1.0 + d[:, None] * t)
 
 
 class ScalarFactor(Factor):

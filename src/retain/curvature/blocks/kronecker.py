@@ -25,7 +25,7 @@ from torch import Tensor
 
 from retain.curvature.blocks.base import Block, Merged, Reader, Thin
 from retain.curvature.blocks.estimator import Estimator, calibration, flat
-from retain.curvature.blocks.factor import FLAT, DenseFactor, Factor, SketchFactor, inner
+from retain.curvature.blocks.factor import FLAT, DenseFactor, Factor, SketchFactor, Spectrum, inner
 from retain.curvature.blocks.observation import Observation
 from retain.curvature.blocks.structure import Structure
 
@@ -66,9 +66,7 @@ class KroneckerBlock(Block):
         return self.inputs.matmul(self.outputs.matmul(d).T).T
 
     def thin(self, left: Tensor, right: Tensor) -> Thin:
-        gl, rs = self.outputs.matmul(left), self.inputs.matmul(right.T).T
-        outer, inner_ = left.T @ gl, rs @ right.T
-        return Thin(0.5 * (outer * inner_.T).sum(), gl @ inner_, outer @ rs)
+        return _thin(self.outputs, self.inputs, left, right)
 
     def prox(self, d: Tensor, tau: float) -> Tensor:
         # One side is diagonalised, and the other solves a shifted system for each of its vectors.
@@ -87,6 +85,26 @@ class KroneckerBlock(Block):
 
     def prox_right(self, a: Tensor, c: Tensor, b0: Tensor, a0: Tensor, tau: float) -> Tensor:
         return _prox(self.inputs, self.outputs, a.T, c.T, a0.T, b0.T, tau).T
+
+    def prox_both(
+        self, b: Tensor, a: Tensor, scaling: float, anchor: tuple[Tensor, Tensor],
+        taus: tuple[float, float],
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        if not isinstance(self.inputs, DenseFactor) or not isinstance(self.outputs, DenseFactor):
+            return super().prox_both(b, a, scaling, anchor, taus)
+        # In the basis of both sides' eigenvectors all products are with diagonals: the weights are
+        # turned into it and back, and that is all that is read of G and S.
+        (of_g, u), (of_s, v) = self.outputs.eigen(), self.inputs.eigen()
+        g, s, (b0, a0) = Spectrum(of_g), Spectrum(of_s), anchor
+        x, y, b0, a0 = u.T @ b, a @ v, u.T @ b0, a0 @ v
+        if taus[0]:
+            x = _prox(g, s, x, scaling * y, b0, a0, taus[0])
+            b = u @ x
+        if taus[1]:
+            y = _prox(s, g, y.T, (scaling * x).T, a0.T, b0.T, taus[1]).T
+            a = y @ v.T
+        value = _thin(g, s, torch.cat([scaling * x, -b0], 1), torch.cat([y, a0])).value
+        return b, a, value
 
     def to_dense(self) -> Tensor:
         return torch.kron(self.outputs.dense(), self.inputs.dense())
@@ -122,7 +140,17 @@ class KroneckerBlock(Block):
         return Merged(blocks, lost, norm, weights)
 
 
-def _prox(g: Factor, s: Factor, b: Tensor, c: Tensor, b0: Tensor, a0: Tensor, tau: float) -> Tensor:
+def _thin(g: Factor | Spectrum, s: Factor | Spectrum, left: Tensor, right: Tensor) -> Thin:
+    """Value and gradients of ``G (x) S`` at ``D = left @ right``."""
+    gl, rs = g.matmul(left), s.matmul(right.T).T
+    outer, inner_ = left.T @ gl, rs @ right.T
+    return Thin(0.5 * (outer * inner_.T).sum(), gl @ inner_, outer @ rs)
+
+
+def _prox(
+    g: Factor | Spectrum, s: Factor | Spectrum,
+    b: Tensor, c: Tensor, b0: Tensor, a0: Tensor, tau: float,
+) -> Tensor:  # fmt: skip
     """The X of ``X + tau G (X c - b0 a0) S c^T = b``."""
     cs = s.matmul(c.T).T
     q, v = DenseFactor(cs @ c.T).eigen()
