@@ -68,7 +68,7 @@ from retain.retention.output_kl import OutputKL, Outputs
 from retain.retention.soften.truncate import truncated
 from retain.retention.state import choose, pack_curvature, unpack_curvature
 from retain.retention.watch import Watched
-from retain.types import UPDATES, Structure, Update
+from retain.types import UPDATES, FactorRank, Structure, Update
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -513,20 +513,22 @@ class Recipe:
         *,
         columns: slice | None = None,
         seed: int = 0,
+        rank: FactorRank = "auto",
         progress: bool = False,
     ) -> Curvature:
         """What a task that has been learned relies on joins the past, around the present weights.
 
         Args:
             model: that has learned it.
-            rows: its tokenised rows, of which 128 are read.
+            rows: its tokenised rows, of which 32 are read.
             columns: the outputs of a classifier that answer them; None for all.
             seed: of the choice of rows, and of label draws.
+            rank: of `retain.fit_curvature`, where there is no source, whose curvature tells it.
             progress: show a bar.
         """
         chosen = choose(rows, TASK_ROWS, seed)
         structure: Structure = "kfac"
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"rank": rank}
         if self.curvature is not None:
             info = next(iter(by_name(self.curvature).values())).info
             structure = info.structure
