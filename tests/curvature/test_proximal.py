@@ -52,7 +52,10 @@ def test_a_step_is_a_minimum_in_each_half(
     sites = lora_sites(model)
     site, before = sites[1], deepcopy(model)
     a, b = site.a.detach().clone(), site.b.detach().clone()
-    proximal(curvature, sites, {id(site.b): tau_b, id(site.a): tau_a})
+    nats = proximal(curvature, sites, {id(site.b): tau_b, id(site.a): tau_a})
+    assert (nats is not None) == (space == "weight" and structure in ("kfac", "shampoo"))
+    if nats is not None:
+        assert float(nats) == pytest.approx(curvature.quadratic(model), rel=1e-9)
     new_a, new_b = site.a.detach().clone(), site.b.detach().clone()
     for old, new in zip(lora_sites(before), sites, strict=True):
         if new is not site:

@@ -9,21 +9,26 @@ import torch
 from sequences import begun, learn, source, tasks_of
 
 from retain import Retention, fit_curvature
+from retain.curvature.blocks.kronecker import rank_of
 from retain.data.batches import batches
 from retain.errors import ConfigError, RetainWarning
 from retain.models.sites import lora_sites
 from retain.retention.methods.auto import Auto
+from retain.types import FactorRank
 
 
-def test_the_force_is_the_gradient_of_both_quadratics() -> None:
+@pytest.mark.parametrize("rank", ["auto", 2])
+def test_the_force_is_the_gradient_of_both_quadratics(rank: FactorRank) -> None:
     """Against differences, on every kind of entry of the rows that train, in the second task."""
-    method = Auto(7.0, rows=8)
+    method = Auto(7.0, rows=8, factor_rank=rank)
     attached = begun(method, "lora", "llama", tasks=2)
     first, second = tasks_of("llama")
     learn(method, attached, first)
     rows = method.before_task(second)
     recipe = method.recipe
     assert recipe.curvature is not None and recipe.past is not None and recipe.force is not None
+    for held in (recipe.curvature, recipe.past):
+        assert rank_of(held.blocks.values()) == (None if rank == "auto" else rank)
     sites = lora_sites(attached.model)
     with torch.no_grad():
         for site in sites:
