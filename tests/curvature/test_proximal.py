@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fits import dense_quadratic, fit, known
 from retain import Curvature
-from retain.curvature.anchor import proximal
+from retain.curvature.anchor import anchors_for_steps, proximal
 from retain.models.sites import Site, find_sites, lora_sites
 from retain.types import SPACES
 from tiny import KINDS, STRUCTURES, base, move, relative, tiny
@@ -77,6 +77,35 @@ def test_a_step_is_a_minimum_in_each_half(
         assert relative(new_a, a) < 1e-14
     else:
         assert relative(new_a - a, -tau_a * pull(site.a)) < 1e-9
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_some_rows_take_the_step_of_their_own_problem(structure: str, anchored: bool) -> None:
+    """While the others stay, wherever these are."""
+    model, rows = tiny("llama", moved=anchored), slice(1, None)
+    curvature = known("llama", "weight", structure, anchored)
+    bound = stepped(curvature)
+    full = bound.to_dense()
+    move(model, seed=9)
+    tau_b, tau_a = 0.7, 1.3
+    sites = lora_sites(model)
+    site = sites[1]
+    a, b = site.a.detach().clone(), site.b.detach().clone()
+    held = anchors_for_steps(curvature, sites, rows)
+    proximal(curvature, sites, {id(site.b): tau_b, id(site.a): tau_a}, rows, held)
+    new_a, new_b = site.a.detach().clone(), site.b.detach().clone()
+    for parameter, other, moved, tau, place in (
+        (site.b, a, new_b - b, tau_b, (slice(None), rows)),
+        (site.a, new_a, new_a - a, tau_a, rows),
+    ):
+        with torch.no_grad():
+            site.a.copy_(other)
+        model.zero_grad()
+        dense_quadratic(bound, model, full).backward()
+        wanted = torch.zeros_like(moved)
+        wanted[place] = -tau * parameter.grad[place]
+        assert relative(moved, wanted) < 1e-9
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

@@ -211,7 +211,7 @@ def test_around_two_points_there_is_no_way_back() -> None:
     curvatures = {"low": fit(model, SOURCES["low"]), "high": fit(other, SOURCES["high"])}
     with pytest.raises(MismatchError, match="around one point"):
         Force(model, curvatures, budget=NATS)
-    with pytest.raises(ConfigError, match="a proximal step knows one curvature"):
+    with pytest.raises(ConfigError, match="a proximal step knows one source"):
         Force(model, both(model), budget=NATS, update="proximal")
 
 

@@ -5,7 +5,7 @@ weight is from the anchor, and the implicit step back.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,8 +19,10 @@ from retain.models.fingerprint import alike, fingerprint, signature
 from retain.models.sites import LinearSite, LoraSite, Site, base_layers
 
 __all__ = [
+    "Anchors",
     "Displacements",
     "anchor_of",
+    "anchors_for_steps",
     "check_sites",
     "constants",
     "proximal",
@@ -189,8 +191,37 @@ def _thin(curvature: BlockOperator, site: LoraSite) -> tuple[Tensor, Tensor, Ten
     return a, b, b0, a0
 
 
+Anchors = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def anchors_for_steps(
+    curvature: BlockOperator, sites: Sequence[Site], rows: slice = slice(None)
+) -> Anchors:
+    """For `proximal` while some rows train: where each LoRA layer's pull leads, made once.
+
+    It holds while the other rows and the anchor stay.
+
+    Args:
+        curvature: of weight space; in another there are none.
+        sites: the layers.
+        rows: of A, and columns of B, that train.
+    """
+    if curvature.info.space != "weight":
+        return {}
+    lora = [site for site in sites if isinstance(site, LoraSite)]
+    with torch.no_grad():
+        return {
+            name: curvature.blocks[name].turned(-left, right)
+            for name, (left, right) in constants(curvature, lora, rows).items()
+        }
+
+
 def proximal(
-    curvature: BlockOperator, sites: Sequence[Site], steps: dict[int, float]
+    curvature: BlockOperator,
+    sites: Sequence[Site],
+    steps: dict[int, float],
+    rows: slice = slice(None),
+    anchors: Anchors | None = None,
 ) -> Tensor | None:
     """One implicit step of the quadratic q, in place: of each layer first B, then A.
 
@@ -203,12 +234,15 @@ def proximal(
         curvature: whose quadratic.
         sites: the layers.
         steps: ``id`` of a parameter -> its tau, the step times the strength; 0 where missing.
+        rows: of LoRA's A, and columns of B, that move; weight space alone.
+        anchors: `anchors_for_steps` of these rows, where it was called before.
 
     Returns:
         The quadratic after it, where it comes for nothing; of weights that are kept in less
         precision, before they are rounded.
     """
     bound = 2.0 if curvature.links else 1.0
+    anchors = anchors_for_steps(curvature, sites, rows) if anchors is None else anchors
     values: list[Tensor | None] = []
 
     def tau(parameter: Tensor) -> float:
@@ -222,14 +256,15 @@ def proximal(
                     d = weight.detach().to(start.dtype) - start
                     weight.copy_(start + curvature.blocks[name].prox(d, tau(weight)))
             if isinstance(site, LoraSite) and curvature.info.space == "weight":
-                a, b, *anchor = _thin(curvature, site)
-                taus = tau(site.b), tau(site.a)
+                dtype, taus = _dtype_of(curvature, site), (tau(site.b), tau(site.a))
                 b, a, value = curvature.blocks[site.name].prox_both(
-                    b, a, site.scaling, (anchor[0], anchor[1]), taus
-                )
+                    site.b.detach()[:, rows].to(dtype), site.a.detach()[rows].to(dtype),
+                    site.scaling, anchors[site.name], taus,
+                )  # fmt: skip
                 values.append(value)
-                for parameter, moved, step in ((site.b, b, taus[0]), (site.a, a, taus[1])):
-                    if step:
-                        parameter.copy_(moved)
+                if taus[0]:
+                    site.b[:, rows] = b.to(site.b.dtype)
+                if taus[1]:
+                    site.a[rows] = a.to(site.a.dtype)
     known = [value for value in values if value is not None]
     return total(known) if known and len(known) == len(values) and not curvature.links else None

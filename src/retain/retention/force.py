@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from retain.curvature.anchor import proximal
+from retain.curvature.anchor import Anchors, anchors_for_steps, proximal
 from retain.curvature.blocks.estimator import has_bf16
 from retain.curvature.curvature import Curvature, Pull, Still
 from retain.curvature.stack import total
@@ -159,10 +159,10 @@ class Force:
         check_together(known)
         if past is not None:
             past.bind(model)
-        if (past is not None or len(self.holds) > 1) and update != "gradient":
+        if len(self.holds) > 1 and update != "gradient":
             raise ConfigError(
-                "a proximal step knows one curvature",
-                got="another beside it",
+                "a proximal step knows one source",
+                got=f"{len(self.holds)} of them",
                 allowed="update='gradient'",
                 fix="leave update out",
             )
@@ -199,7 +199,7 @@ class Force:
                     )  # fmt: skip
         self.model, self.rows, self.past = model, slice(None), past
         self._active: dict[int, Any] = {}
-        self._still: dict[int, Still | None] = {}
+        self._forget()
 
     @property
     def curvature(self) -> Curvature:
@@ -253,10 +253,16 @@ class Force:
         Args:
             rows: of every layer.
         """
-        self.rows, self._active, self._still = rows, {}, {}
+        self.rows, self._active = rows, {}
+        self._forget()
         for site in self.sites:
             if not isinstance(site, LinearSite):
                 self._active |= {id(site.a): rows, id(site.b): (slice(None), rows)}
+
+    def _forget(self) -> None:
+        """Forgets what was made of the rows that stay, which have moved."""
+        self._still: dict[int, Still | None] = {}
+        self._anchors: dict[int, Anchors] = {}
 
     @no_autocast()
     def make_room(self) -> bool:
@@ -289,7 +295,7 @@ class Force:
         Returns:
             Of each source the nats that are left: measured, or without a probe predicted.
         """
-        self._still = {}
+        self._forget()
         for hold in self.holds:
             assert hold.budget is not None
             if hold.probe is None:
@@ -441,7 +447,11 @@ class Force:
             rates = step_lengths(optimizer)
             held = [p for p in self.parameters() if id(own(p)) in rates]
             steps = {id(p): self.strength * rates[id(own(p))] for p in held}
-            value = proximal(self.curvature, self.sites, steps)
+            for curvature in [c for c in (self.past, self.curvature) if c is not None]:
+                key = id(curvature)
+                if key not in self._anchors:
+                    self._anchors[key] = anchors_for_steps(curvature, self.sites, self.rows)
+                value = proximal(curvature, self.sites, steps, self.rows, self._anchors[key])
         pulls: list[Pull] = []
         if value is None or self.budget is not None:
             value, pulls = self._felt(self.curvature)

@@ -307,11 +307,12 @@ class Recipe:
         self, model: nn.Module, held: Curvatures, probe: Probe,
         progress: Mapping[str, Any] | None,
     ) -> None:  # fmt: skip
-        if self.frozen is not None and self.update == "proximal":
+        spaces = {each.info.space for each in self._curvatures()}
+        if self.frozen is not None and self.update == "proximal" and "adapter" in spaces:
             raise ConfigError(
-                "a proximal step moves all rows of the adapter",
+                "a proximal step in adapter space moves all rows of the adapter",
                 got="an adapter of which some rows are to stay",
-                allowed="update='gradient'",
+                allowed="a curvature of space='weight', or update='gradient'",
                 fix="leave update out",
             )
         past = None if held is self.past else self.past

@@ -152,6 +152,10 @@ class Block(ABC):
         Shapes: a [r, d_in], c [d_out, r], b0 [d_out, k], a0 [k, d_in]; k may be 0.
         """
 
+    def turned(self, b0: Tensor, a0: Tensor) -> tuple[Tensor, Tensor]:
+        """b0 and a0 as `prox_both` takes them."""
+        return b0, a0
+
     def prox_both(
         self, b: Tensor, a: Tensor, scaling: float, anchor: tuple[Tensor, Tensor],
         taus: tuple[float, float],
@@ -162,7 +166,7 @@ class Block(ABC):
             b: [d_out, r].
             a: [r, d_in].
             scaling: of their product.
-            anchor: b0 [d_out, k] and a0 [k, d_in].
+            anchor: b0 [d_out, k] and a0 [k, d_in], `turned`.
             taus: of B and of A; what has 0 stays.
 
         Returns:

@@ -86,17 +86,30 @@ class KroneckerBlock(Block):
     def prox_right(self, a: Tensor, c: Tensor, b0: Tensor, a0: Tensor, tau: float) -> Tensor:
         return _prox(self.inputs, self.outputs, a.T, c.T, a0.T, b0.T, tau).T
 
+    def _basis(self) -> tuple[Tensor, Tensor] | None:
+        """The eigenvectors of G and of S, where both are whole.
+
+        In their basis all products of a proximal step are with diagonals: the weights are turned
+        into it and back, and that is all that is read of G and S.
+        """
+        if isinstance(self.inputs, DenseFactor) and isinstance(self.outputs, DenseFactor):
+            return self.outputs.eigen()[1], self.inputs.eigen()[1]
+        return None
+
+    def turned(self, b0: Tensor, a0: Tensor) -> tuple[Tensor, Tensor]:
+        basis = self._basis()
+        return (b0, a0) if basis is None else (basis[0].T @ b0, a0 @ basis[1])
+
     def prox_both(
         self, b: Tensor, a: Tensor, scaling: float, anchor: tuple[Tensor, Tensor],
         taus: tuple[float, float],
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        if not isinstance(self.inputs, DenseFactor) or not isinstance(self.outputs, DenseFactor):
+        basis = self._basis()
+        if basis is None:
             return super().prox_both(b, a, scaling, anchor, taus)
-        # In the basis of both sides' eigenvectors all products are with diagonals: the weights are
-        # turned into it and back, and that is all that is read of G and S.
-        (of_g, u), (of_s, v) = self.outputs.eigen(), self.inputs.eigen()
-        g, s, (b0, a0) = Spectrum(of_g), Spectrum(of_s), anchor
-        x, y, b0, a0 = u.T @ b, a @ v, u.T @ b0, a0 @ v
+        (u, v), (b0, a0) = basis, anchor
+        g, s = Spectrum(self.outputs.eigen()[0]), Spectrum(self.inputs.eigen()[0])
+        x, y = u.T @ b, a @ v
         if taus[0]:
             x = _prox(g, s, x, scaling * y, b0, a0, taus[0])
             b = u @ x
