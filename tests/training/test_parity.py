@@ -39,6 +39,7 @@ from retain.study.work import Work
 from retain.training.loop import train
 from retain.training.loss import head_of, task_loss
 from retain.training.trainer import Rows, RowTrainer
+from retain.types import Update
 from study_parts import tiny_study
 from tiny import save_tiny
 
@@ -66,11 +67,12 @@ class Case:
     """A study of one run, and the rows that all doors learn."""
 
     def __init__(
-        self, folder: Path, model: Path, tasks: int, parts: Sequence[str] | None, kl: float = 0.0
-    ) -> None:
+        self, folder: Path, model: Path, tasks: int, parts: Sequence[str] | None, kl: float = 0.0,
+        update: Update = "gradient",
+    ) -> None:  # fmt: skip
         names = ("one", "two", "three")[:tasks]
         options: dict[str, Any] = {} if parts is None else {"parts": list(parts)}
-        options |= {"kl": kl} if kl else {}
+        options |= {"kl": kl, "update": update}
         path = tiny_study(
             folder, model, seeds=[0], methods={"auto": options}, training=TRAINING,
             orders={"some": [f"tasks/{n}.yaml" for n in names]}, dtype="float32",
@@ -85,7 +87,8 @@ class Case:
             (folder / "data" / task.stem / "train.jsonl").write_text(lines)
         self.spec: RunSpec = expand(read_study(path), folder).runs[0]
         self.work = Work("tiny", folder / "out", folder, data_dir=folder / "data")
-        self.folder, self.model, self.parts, self.kl = folder, model, parts, kl
+        self.folder, self.model, self.parts = folder, model, parts
+        self.kl, self.update = kl, update
         base = self.base()
         self.causal, self.columns = base.causal, base.columns or [None] * tasks
         self.rows = [task.train for task in load_tasks(self.spec, base, self.work)]
@@ -100,7 +103,7 @@ class Case:
     def begun(self) -> tuple[Any, Recipe]:
         """The model with a fresh adapter, and the recipe with the curvature of the source."""
         model = attach_lora(self.base().model, rank=2, seed=seed_of(0, -1))
-        recipe = Recipe(None, 10.0, parts=self.parts, kl=self.kl)
+        recipe = Recipe(None, 10.0, parts=self.parts, kl=self.kl, update=self.update)
         if self.source and recipe.parts & {"filter", "force"}:
             recipe.curvature = self.curvature(model)
         return model, recipe
@@ -189,6 +192,7 @@ def by_loop(case: Case, folder: Path) -> Ends:
         retention = retain.Retention(
             model, recipe.curvature, past=recipe.past, parts=case.parts, rows=case.rows[index],
             seed=case.seeds[index], kl=case.kl, source=case.source,
+            update=case.update,
         )  # fmt: skip
         optimizer = run.create_optimizer()
         model.train()
@@ -225,7 +229,9 @@ def by_runs(case: Case, folder: Path) -> Ends:
         data.write_text("".join(json.dumps(_row(e)) + "\n" for e in rows))
         settings: dict[str, Any] = {
             "data": data, "out": folder / f"run-{index}", "seed": case.seeds[index],
-            "training": {**TRAINING, "max_length": 256, "seed": case.seeds[index]},
+            "training": {
+                **TRAINING, "max_length": 256, "seed": case.seeds[index], "update": case.update,
+            },
         }  # fmt: skip
         settings.pop("seed")
         if case.parts is not None:
@@ -339,6 +345,16 @@ def test_the_divergence_in_every_door(folders: dict[str, Path], tmp_path: Path) 
     for door in (by_loop, by_study):
         same(want, door(case, tmp_path))
     plain, _ = by_callback(Case(tmp_path / "plain", folders["llama"], 2, None), tmp_path)
+    assert any(not torch.equal(plain[name], want[0][name]) for name in plain)
+
+
+def test_a_proximal_step_in_every_door(folders: dict[str, Path], tmp_path: Path) -> None:
+    """In fresh rows beside those of earlier tasks, which stay."""
+    case = Case(tmp_path / "study", folders["llama"], 3, None, update="proximal")
+    want = by_callback(case, tmp_path)
+    for door in (by_loop, by_study, by_runs):
+        same(want, door(case, tmp_path))
+    plain, _ = by_callback(Case(tmp_path / "plain", folders["llama"], 3, None), tmp_path)
     assert any(not torch.equal(plain[name], want[0][name]) for name in plain)
 
 
