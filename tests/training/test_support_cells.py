@@ -192,13 +192,11 @@ def in_a_loop(feature: str, model: Any, tokenizer: Any, curvature: Any, options:
     for step, each in enumerate(loader):
         with torch.autocast("cpu", HALF.get(feature), enabled=feature in HALF):
             loss = model(**each).loss
-        if feature == "fp16 autocast":  # `Retention.step` knows no scaler
+        if feature == "fp16 autocast":
             scaled.scale(loss).backward()
-            scaled.unscale_(optimizer)
-            held.recipe.before_optimizer()
-            scaled.step(optimizer)
-            scaled.update()
-            held.recipe.after_step(optimizer, skipped=step == 0)
+            if step % 2:  # to clip
+                scaled.unscale_(optimizer)
+            held.step(optimizer, scaled)
             optimizer.zero_grad()
             continue
         loss.backward()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -107,8 +109,15 @@ class Retention:
         """Predicted nats per source token at the present weights; 0 without a force."""
         return self.recipe.predicted()
 
-    def step(self, optimizer: Optimizer) -> float | None:
+    def step(
+        self, optimizer: Optimizer, scaler: torch.amp.GradScaler | None = None
+    ) -> float | None:
         """Steps the optimiser with the recipe applied, in place of ``optimizer.step()``.
+
+        Args:
+            optimizer: that trains the model.
+            scaler: of float16 gradients: it unscales them, unless it has for clipping, steps in
+                place of ``scaler.step`` and is updated.
 
         Returns:
             Predicted nats per source token (before the step for ``gradient``); None without a
@@ -119,9 +128,18 @@ class Retention:
             TrainingError: the weights have left the finite numbers.
         """
         check_steps(optimizer)
-        nats = self.recipe.before_optimizer()
-        optimizer.step()
-        after = self.recipe.after_step(optimizer)
+        if scaler is not None:
+            with suppress(RuntimeError):  # they are unscaled already
+                scaler.unscale_(optimizer)
+        nats, skipped = self.recipe.before_optimizer(), False
+        if scaler is None:
+            optimizer.step()
+        else:
+            scale = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            skipped = scaler.get_scale() < scale
+        after = self.recipe.after_step(optimizer, skipped=skipped)
         return nats if after is None else after
 
     def progress(self) -> dict[str, Any]:
