@@ -165,8 +165,9 @@ def page(found: Collector) -> str:
         "? it was not tried; n/a there is nothing to try.", "",
         "In the trainers and the plain loop, 4-bit bases, DoRA and full fine-tuning are shown with "
         "the force alone, and fp16 autocast on a CPU, with a gradient scaler that accelerate has "
-        "on a GPU alone and is given here; the plain loop gives it to `Retention.step`. FSDP2 and DeepSpeed are refused as "
-        "stand-ins for them are: neither runs in these tests but FSDP2 in the plain loop.", "",
+        "on a GPU alone and is given here; the plain loop gives it to `Retention.step`. FSDP2 and "
+        "DeepSpeed are refused as stand-ins for them are: neither runs in these tests but FSDP2 "
+        "in the plain loop.", "",
         "| | " + " | ".join(TRAINERS) + " |", "|---|" + ":-:|" * len(TRAINERS),
         *(f"| {f} | " + " | ".join(cells[t, f][0] for t in TRAINERS) + " |" for f in FEATURES),
     ]  # fmt: skip
