@@ -93,7 +93,10 @@ def main() -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         middle = time.process_time()
-        (optimizer if held is None else held).step(*([] if held is None else [optimizer]))
+        if held is None:
+            optimizer.step()
+        else:
+            held.step(optimizer)
         spans = [spans[0] + middle - start, spans[1] + time.process_time() - middle]
         optimizer.zero_grad()
     if held is not None:

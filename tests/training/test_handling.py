@@ -6,10 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from torch import nn
 
 from retain.errors import ConfigError, ModelError
-from retain.training.handling import check_trainer, check_whole
+from retain.training.handling import check_trainer
 
 
 def arguments(**changes: Any) -> Any:
@@ -32,13 +31,3 @@ def test_deepspeed_is_refused() -> None:
 def test_scaled_gradients_are_refused(norm: float | None) -> None:
     with pytest.raises(ConfigError, match="max_grad_norm=1e9 clips nothing"):
         check_trainer(arguments(fp16=True, max_grad_norm=norm), object())
-
-
-def test_sharded_weights_are_refused_where_they_train() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    check_whole(model)
-    model[0].weight.full_tensor = lambda: None  # what a DTensor has
-    with pytest.raises(ModelError, match=r"1 of them, such as 0\.weight"):
-        check_whole(model)
-    model.requires_grad_(False)
-    check_whole(model)

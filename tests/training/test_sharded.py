@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import DistributedType, PartialState
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import forked
 import retain
@@ -17,8 +20,8 @@ from retain.data.batches import Example
 from retain.errors import ModelError
 from retain.models import processes
 from retain.models.lora import attach_lora
-from retain.models.shards import whole
-from tiny import deep
+from retain.models.shards import check_divided, whole
+from tiny import deep, save_tiny
 
 STEPS, BATCH = 8, 4
 
@@ -122,3 +125,105 @@ def test_two_processes_hold_as_one(two: Path, case: str) -> None:
         assert torch.equal(first["weights"][name], other["weights"][name]), name
     if case == "budget":  # it was reached
         assert one["strength"] != pytest.approx(0.2 / 1e-3)
+
+
+def test_other_ways_of_dividing_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    check_divided(model)
+    model[0].weight.full_tensor = lambda: None  # what a DTensor has
+    with pytest.raises(ModelError, match=r"a tensor-parallel plan, of 0\.weight too"):
+        check_divided(model)
+    model.requires_grad_(False)
+    check_divided(model)
+    model.append(type("FullyShardedDataParallel", (nn.Identity,), {})())
+    with pytest.raises(ModelError, match="got: FSDP1"):
+        check_divided(model)
+
+
+def by_trainer(out: Path) -> None:
+    """What a trainer of accelerate's does with FSDP2, which it allows on accelerators alone."""
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    begin = PartialState.__init__
+
+    def begin_as_on_devices(self: PartialState, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = begin_as_on_devices  # type: ignore[method-assign]
+    for case in TRAINED:
+        for name, checkpoint in (("whole", None), ("resumed", "whole/checkpoint-2")):
+            place = out / case / f"{name}-{processes.rank()}.pt"
+            place.parent.mkdir(exist_ok=True)
+            torch.save(one_trained(case, out / case, name, checkpoint), place)
+
+
+TRAINED: dict[str, dict[str, Any]] = {
+    "transformers": {"budget": 1e-3, "source": SOURCE},
+    "trl": {"strength": 300.0, "update": "proximal"},
+}
+
+
+def one_trained(case: str, out: Path, name: str, checkpoint: str | None = None) -> dict[str, Any]:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    torch.manual_seed(0)
+    model: Any = attach_lora(deep(2), rank=3)
+    many = processes.count()
+    fsdp: dict[str, Any] = {"fsdp": True, "fsdp_config": {
+        "version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "cpu_ram_efficient_loading": False, "state_dict_type": "FULL_STATE_DICT",
+    }}  # fmt: skip
+    said: dict[str, Any] = {
+        "output_dir": str(out / name), "max_steps": 4, "save_steps": 2, "logging_steps": 1,
+        "per_device_train_batch_size": 4 // many, "learning_rate": 1e-2, "report_to": "none",
+        "use_cpu": True, "disable_tqdm": True, "accelerator_config": {"split_batches": False},
+        **(fsdp if many > 1 else {"save_strategy": "no"}),
+    }  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in ids(2, 16)]
+    if case == "trl":
+        trainer: Trainer = SFTTrainer(
+            model=model, train_dataset=Dataset.from_list(rows),
+            args=SFTConfig(**said, bf16=False),
+            processing_class=AutoTokenizer.from_pretrained(
+                save_tiny(out / f"tiny-{name}-{processes.rank()}")
+            ),
+        )  # fmt: skip
+    else:
+        trainer = Trainer(model=model, train_dataset=rows, args=TrainingArguments(**said))
+    curvature = retain.fit_curvature(model, SOURCE, batch_size=4, progress=False)
+    call = retain.RetentionCallback(curvature, **TRAINED[case])
+    trainer.add_callback(call)
+    trainer.train(resume_from_checkpoint=checkpoint and str(out / checkpoint))
+    assert call.recipe.filter is not None
+    assert (trainer.accelerator.distributed_type == DistributedType.FSDP) is (many > 1)
+    weights = {n: whole(p.detach()).clone() for n, p in model.named_parameters() if "lora_" in n}
+    nats = [e["predicted_nats"] for e in trainer.state.log_history if "predicted_nats" in e]
+    return {"weights": weights, "nats": nats}
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("trainers")
+    forked.gloo(by_trainer, out)
+    return out
+
+
+@pytest.mark.parametrize("case", TRAINED)
+@pytest.mark.shows("transformers.Trainer", "FSDP2", only="transformers")
+@pytest.mark.shows("SFTTrainer", "FSDP2", only="trl")
+def test_two_processes_of_a_trainer_hold_as_one(trainers: Path, case: str, tmp_path: Path) -> None:
+    """And go on from a checkpoint where they were."""
+    one = one_trained(case, tmp_path, "one")
+    first, other = (torch.load(trainers / case / f"whole-{rank}.pt") for rank in (0, 1))
+    resumed = torch.load(trainers / case / "resumed-0.pt")
+    assert one["nats"][-1] > 0
+    assert first["nats"] == pytest.approx(one["nats"], rel=1e-3, abs=1e-9)
+    assert resumed["nats"] == first["nats"]
+    for name, value in one["weights"].items():
+        apart = (first["weights"][name] - value).abs().max()
+        assert apart <= 1e-4 * value.abs().max(), name
+        for others in (other, resumed):
+            assert torch.equal(first["weights"][name], others["weights"][name]), name

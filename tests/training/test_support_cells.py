@@ -66,7 +66,7 @@ CALLED: dict[str, dict[str, Any]] = {
 HALF = {"bf16 autocast": torch.bfloat16, "fp16 autocast": torch.float16}
 
 REFUSED = {
-    **{(t, f): ModelError for t in TRAINERS[:4] for f in ("DeepSpeed", "FSDP2")},
+    **{(t, "DeepSpeed"): ModelError for t in TRAINERS[:4]},
     ("plain loop", "DeepSpeed"): ModelError,
     ("GRPOTrainer", "filter"): SourceError,
 }
@@ -245,8 +245,6 @@ def test_it_trains_and_is_held(
         if (name, feature) in REFUSED:
             if feature == "DeepSpeed":
                 trainer.args.deepspeed = "config.json"
-            if feature == "FSDP2":  # what a DTensor has
-                monkeypatch.setattr("retain.training.handling.is_sharded", lambda _: True)
             with pytest.raises(REFUSED[name, feature]):
                 trainer.train()
             return None

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from retain.errors import ModelError
+
 __all__ = [
-    "Shard", "gather", "gather_gradients", "is_sharded", "own", "reshard", "scatter", "shard_made",
-    "shard_of", "whole",
+    "Shard", "check_divided", "gather", "gather_gradients", "is_sharded", "local", "own", "reshard",
+    "scatter", "shard_made", "shard_of", "whole",
 ]  # fmt: skip
 
 _SHARD = "_retain_shard"
@@ -85,6 +87,34 @@ class Shard:
 def is_sharded(weight: Tensor | None) -> bool:
     """Whether it is a part of a tensor that other processes have parts of."""
     return hasattr(weight, "full_tensor")
+
+
+def check_divided(model: nn.Module) -> None:
+    """Refuses trained weights that are divided in another way than FSDP2's.
+
+    Raises:
+        ModelError: FSDP1, or a tensor-parallel plan.
+    """
+    kinds = {type(module).__name__ for module in model.modules()}
+    odd = [n for n, p in model.named_parameters() if p.requires_grad and is_sharded(p)]
+    if "FullyShardedDataParallel" in kinds or (
+        odd and not any(k.startswith("FSDP") for k in kinds)
+    ):
+        raise ModelError(
+            "the trained weights are divided in a way that no recipe was tried with",
+            got=f"a tensor-parallel plan, of {odd[0]} too" if odd else "FSDP1",
+            allowed="FSDP2, DistributedDataParallel, or one process",
+            fix="fsdp_version: 2 in the settings of accelerate"
+            if not odd
+            else "leave LoRA out of it",
+        )
+
+
+def local(t: Tensor) -> Tensor:
+    """This process's part of a tensor; all of one that is not divided."""
+    part: Any = getattr(t, "to_local", None)
+    found: Tensor = t if part is None else part()
+    return found
 
 
 def whole(t: Tensor) -> Tensor:

@@ -47,6 +47,10 @@ from retain.retention.moments import Moments, check_reading, inputs_of
 __all__ = ["Filter", "InputFilter", "Thin", "Whole", "filter_of", "filters_of", "wiener"]
 
 
+NOW = ".now"
+"""Ending of a layer's name, for the A that something was kept beside."""
+
+
 @dataclass(frozen=True)
 class Filter:
     """The options of the filter.
@@ -358,20 +362,28 @@ class InputFilter:
     def _pairs(self) -> list[tuple[LoraSite, Whole | Thin]]:
         return list(zip(self.sites, self.filters, strict=True))
 
-    def restore(self, kept: Mapping[str, Tensor]) -> None:
-        """Takes up the bits that A has no place for.
+    def state(self) -> dict[str, Tensor]:
+        """What is kept of each A, by layer; and A's own active rows, which it belongs to."""
+        own = {f"{s.name}{NOW}": s.a.detach()[self.active].clone() for s in self.sites}
+        kept = zip(self.sites, self.kept, strict=True)
+        return own | {site.name: rows.contiguous() for site, rows in kept}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Takes up what A does not hold: bits that it has no place for, a proximal step.
 
         Args:
-            kept: `kept` of a checkpoint, by layer. A number that does not round to that in A is of
-                another time, and A's is taken.
+            state: `state` of a checkpoint. What belongs to another A is of another time, and A's
+                own is taken.
         """
         for group, mine in zip(self.groups, self._kept, strict=True):
             for place, rows in zip(group.whole.places, mine, strict=True):
-                a = self.sites[place].a.detach()[self.active]
-                found, rows = kept.get(self.sites[place].name), rows[: len(a)]
+                site = self.sites[place]
+                a, found = site.a.detach()[self.active], state.get(site.name)
+                rows = rows[: len(a)]
                 if found is not None and found.shape == rows.shape:
                     found = found.to(rows)
-                    rows.copy_(found.where(found.to(a.dtype) == a, rows))
+                    now = state.get(f"{site.name}{NOW}", found)  # before 0.2 it rounded to A
+                    rows.copy_(found.where(now.to(a) == a, rows))
         share(self._kept)
 
     @no_autocast()

@@ -49,7 +49,7 @@ from retain.models.heads import head_kind
 from retain.models.lora import grow_lora
 from retain.models.off import adapter_off
 from retain.models.processes import check_same, several, share
-from retain.models.shards import gather, scatter, shard_of
+from retain.models.shards import check_divided, gather, scatter, shard_of
 from retain.models.sites import LoraSite, Site, lora_sites
 from retain.models.view import ModelView
 from retain.retention.budget import check_budget
@@ -235,6 +235,7 @@ class Recipe:
             MismatchError: a curvature of another model, or one that a named filter cannot use.
             SourceError: rows that hold no tokens.
         """
+        check_divided(model)
         release_left(model, resuming=progress is not None)
         self._clear()
         try:
@@ -244,7 +245,7 @@ class Recipe:
                     steps=int((progress or {}).get("steps", 0)),
                 )  # fmt: skip
             self._begin(model, rows, seed, probe, progress)
-            if self.filter is not None and progress is not None and self.filter.narrow:
+            if self.filter is not None and progress is not None:
                 self.filter.restore(kept or {})
         except BaseException:  # nothing is left half held
             release_left(model, resuming=progress is not None)
@@ -497,13 +498,12 @@ class Recipe:
         return found if self.force is None else found | self.force.state()
 
     def kept(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps as tensors: A behind its filter, where A itself is rounded."""
-        if self.filter is None or not self.filter.narrow:
+        """What a checkpoint keeps as tensors: A behind its filter, where A itself is rounded, or
+        where a proximal step has moved it since.
+        """
+        if self.filter is None or not (self.filter.narrow or self.update == "proximal"):
             return {}
-        return {
-            site.name: rows.contiguous()
-            for site, rows in zip(self.sites, self.filter.kept, strict=True)
-        }
+        return self.filter.state()
 
     # After a task.
 

@@ -31,7 +31,6 @@ from retain.training.handling import (
     check_alone,
     check_trainer,
     check_trains,
-    check_whole,
     go_first,
     record,
     watched_gradients,
@@ -276,7 +275,6 @@ class RetentionCallback(TrainerCallback):
         loader = kwargs["train_dataloader"]
         check_loader(model, loader, args.seed)
         check_trains(model)
-        check_whole(model)
         self._nats = None
         self._base = _base_of(model)
         recipe = self.recipe

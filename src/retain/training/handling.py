@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from retain.errors import ConfigError, ModelError, TrainingError
-from retain.models.names import canonical
-from retain.models.shards import is_sharded
+from retain.models.shards import is_sharded, local
 from retain.retention.retention import check_steps, no_deepspeed
 from retain.retention.watch import Watched
 
@@ -21,7 +20,6 @@ __all__ = [
     "check_gradients",
     "check_trainer",
     "check_trains",
-    "check_whole",
     "go_first",
     "record",
     "watched_gradients",
@@ -66,7 +64,8 @@ def check_gradients(parameters: Iterable[nn.Parameter], step: int) -> None:
 
 def watched_gradients(parameters: Iterable[nn.Parameter], step: int) -> Watched | None:
     """The largest entry of the gradients, judged as `check_gradients` does; None without any."""
-    grads = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
+    every = [p.grad for p in parameters if p.grad is not None]
+    grads = [local(g) for g in every if g.numel()]
     if not grads:
         return None
 
@@ -79,8 +78,12 @@ def watched_gradients(parameters: Iterable[nn.Parameter], step: int) -> Watched 
                 fix="lower the learning rate, or check the data",
             )
 
-    norms = torch._foreach_norm(grads, math.inf)
-    return Watched(torch.stack([n.to(norms[0].device) for n in norms]).max(), judge)
+    norms = torch._foreach_norm([g for g in grads if g.numel()], math.inf)
+    device = grads[0].device  # a process may have no part of any
+    largest = torch.stack([torch.zeros((), device=device), *(n.to(device) for n in norms)]).max()
+    if any(map(is_sharded, every)):
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    return Watched(largest, judge)
 
 
 def record(state: TrainerState, logs: dict[str, float], added: dict[str, float]) -> None:
@@ -122,22 +125,6 @@ def check_trains(model: nn.Module) -> None:
             got="requires_grad=False everywhere, as an adapter loaded for inference has it",
             allowed="an adapter that trains",
             fix="PeftModel.from_pretrained(model, folder, is_trainable=True)",
-        )
-
-
-def check_whole(model: nn.Module) -> None:
-    """Refuses a trainer's model whose trained weights are divided among processes.
-
-    Raises:
-        ModelError: they are.
-    """
-    odd = [n for n, p in model.named_parameters() if p.requires_grad and is_sharded(p)]
-    if odd:
-        raise ModelError(
-            "the trained weights are sharded, which was not tried with a trainer",
-            got=f"{len(odd)} of them, such as {canonical(odd[0])}",
-            allowed="whole ones on each process, or a plain loop with retain.Retention",
-            fix="use DDP, or exclude the LoRA weights from sharding",
         )
 
 
