@@ -32,6 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "kl": {"kl": retain.OutputKL(2.0, every=2, batch=1), "source": ROWS["llama"]},
     "months": {"parts": ("rows", "force")},
     "all": {"budget": 0.005, "source": ROWS["llama"]},
+    "proximal": {"strength": 300.0, "update": "proximal"},
 }
 
 
@@ -40,7 +41,7 @@ def held(way: str) -> tuple[nn.Module, RetentionCallback]:
     model: Any = tiny("llama", dtype=torch.float32, lora_dropout=0.1)
     options: dict[str, Any] = {"rows": 4, "batch_size": 4, "progress": False}
     curvature, past = fit_curvature(model, ROWS["llama"], **options), None
-    if way in ("months", "all"):
+    if way in ("months", "all", "proximal"):
         move(model, 3)
         past = fit_curvature(model, ROWS["llama"][::-1], **options)
         model = grow_lora(model, 2, seed=3)
@@ -82,8 +83,8 @@ def test_from_each_checkpoint_of_a_trainer(made: Any, way: str, tmp_path: Path) 
         })  # fmt: skip
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
         assert trainer.state.global_step == STEPS
-        assert (call.recipe.filter is not None) is (way in ("filter", "kl", "all"))
-        assert (call.recipe.frozen is not None) is (way in ("months", "all"))
+        assert (call.recipe.filter is not None) is (way in ("filter", "kl", "all", "proximal"))
+        assert (call.recipe.frozen is not None) is (way in ("months", "all", "proximal"))
         if "budget" in WAYS[way]:  # and it has something to remember
             assert call.force.budget.reached and call.force.budget.correction != 1.0
         trainer.save_model()
