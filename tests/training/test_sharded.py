@@ -12,7 +12,7 @@ from accelerate import DistributedType, PartialState
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import forked
 import retain
@@ -156,21 +156,30 @@ def by_trainer(out: Path) -> None:
         for name, checkpoint in (("whole", None), ("resumed", "whole/checkpoint-2")):
             place = out / case / f"{name}-{processes.rank()}.pt"
             place.parent.mkdir(exist_ok=True)
-            torch.save(one_trained(case, out / case, name, checkpoint), place)
+            torch.save(one_trained(case, out / "tiny", out / case, name, checkpoint), place)
 
 
 TRAINED: dict[str, dict[str, Any]] = {
-    "transformers": {"budget": 1e-3, "source": SOURCE},
-    "trl": {"strength": 300.0, "update": "proximal"},
+    "transformers.Trainer": {"budget": 1e-3, "source": SOURCE},
+    "SFTTrainer": {"strength": 300.0, "update": "proximal"},
+    "DPOTrainer": {"strength": 300.0},
+    "GRPOTrainer": {"strength": 300.0, "parts": ["force"]},  # its filter is refused
 }
 
 
-def one_trained(case: str, out: Path, name: str, checkpoint: str | None = None) -> dict[str, Any]:
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+def by_place(completions: list[str], **_: Any) -> list[float]:
+    return [float(i % 2) for i in range(len(completions))]
 
+
+def one_trained(
+    case: str, base: Path, out: Path, name: str, checkpoint: str | None = None
+) -> dict[str, Any]:
+    import trl
+    from datasets import Dataset
+
+    loaded = retain.load_model(base, dtype="float32")
     torch.manual_seed(0)
-    model: Any = attach_lora(deep(2), rank=3)
+    model: Any = attach_lora(loaded.model, rank=3)
     many = processes.count()
     fsdp: dict[str, Any] = {"fsdp": True, "fsdp_config": {
         "version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
@@ -182,22 +191,26 @@ def one_trained(case: str, out: Path, name: str, checkpoint: str | None = None) 
         "use_cpu": True, "disable_tqdm": True, "accelerator_config": {"split_batches": False},
         **(fsdp if many > 1 else {"save_strategy": "no"}),
     }  # fmt: skip
-    rows = [{"input_ids": row, "labels": row} for row in ids(2, 16)]
-    if case == "trl":
-        trainer: Trainer = SFTTrainer(
-            model=model, train_dataset=Dataset.from_list(rows),
-            args=SFTConfig(**said, bf16=False),
-            processing_class=AutoTokenizer.from_pretrained(
-                save_tiny(out / f"tiny-{name}-{processes.rank()}")
-            ),
-        )  # fmt: skip
-    else:
+    rows: Any = [{"input_ids": row, "labels": row} for row in ids(2, 16)]
+    kind, more = case.removesuffix("Trainer"), {}
+    if kind in ("DPO", "GRPO"):
+        rows = [{"prompt": f"say {i}", "chosen": " ok", "rejected": " no"} for i in range(16)]
+    if kind == "GRPO":
+        said |= {"num_generations": 2, "max_completion_length": 4}
+        more["reward_funcs"] = by_place
+    if case == "transformers.Trainer":
         trainer = Trainer(model=model, train_dataset=rows, args=TrainingArguments(**said))
+    else:
+        trainer = getattr(trl, case)(
+            model=model, train_dataset=Dataset.from_list(rows),
+            args=getattr(trl, f"{kind}Config")(**said, bf16=False),
+            processing_class=loaded.tokenizer, **more,
+        )  # fmt: skip
     curvature = retain.fit_curvature(model, SOURCE, batch_size=4, progress=False)
     call = retain.RetentionCallback(curvature, **TRAINED[case])
     trainer.add_callback(call)
     trainer.train(resume_from_checkpoint=checkpoint and str(out / checkpoint))
-    assert call.recipe.filter is not None
+    assert (call.recipe.filter is None) is ("parts" in TRAINED[case])
     assert (trainer.accelerator.distributed_type == DistributedType.FSDP) is (many > 1)
     weights = {n: whole(p.detach()).clone() for n, p in model.named_parameters() if "lora_" in n}
     nats = [e["predicted_nats"] for e in trainer.state.log_history if "predicted_nats" in e]
@@ -207,23 +220,26 @@ def one_trained(case: str, out: Path, name: str, checkpoint: str | None = None) 
 @pytest.fixture(scope="module")
 def trainers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trainers")
+    save_tiny(out / "tiny")
     forked.gloo(by_trainer, out)
     return out
 
 
-@pytest.mark.parametrize("case", TRAINED)
-@pytest.mark.shows("transformers.Trainer", "FSDP2", only="transformers")
-@pytest.mark.shows("SFTTrainer", "FSDP2", only="trl")
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.shows(case, "FSDP2")) for case in TRAINED]
+)
 def test_two_processes_of_a_trainer_hold_as_one(trainers: Path, case: str, tmp_path: Path) -> None:
-    """And go on from a checkpoint where they were."""
-    one = one_trained(case, tmp_path, "one")
+    """And go on from a checkpoint where they were. GRPO's draw answers of their own: alike."""
     first, other = (torch.load(trainers / case / f"whole-{rank}.pt") for rank in (0, 1))
     resumed = torch.load(trainers / case / "resumed-0.pt")
-    assert one["nats"][-1] > 0
+    assert first["nats"][-1] > 0 and resumed["nats"] == first["nats"]
+    for name, value in first["weights"].items():
+        for others in (other, resumed):
+            assert torch.equal(value, others["weights"][name]), name
+    if case == "GRPOTrainer":
+        return
+    one = one_trained(case, trainers / "tiny", tmp_path, "one")
     assert first["nats"] == pytest.approx(one["nats"], rel=1e-3, abs=1e-9)
-    assert resumed["nats"] == first["nats"]
     for name, value in one["weights"].items():
         apart = (first["weights"][name] - value).abs().max()
         assert apart <= 1e-4 * value.abs().max(), name
-        for others in (other, resumed):
-            assert torch.equal(first["weights"][name], others["weights"][name]), name
