@@ -45,7 +45,7 @@ from torch.optim import Optimizer
 from retain.curvature.curvature import Curvature, reanchored
 from retain.data.batches import Example
 from retain.errors import ConfigError, ModelError, RetainWarning, SourceError, unknown
-from retain.models.heads import head_kind
+from retain.models.heads import head_kind, is_causal
 from retain.models.lora import grow_lora
 from retain.models.off import adapter_off
 from retain.models.processes import check_same, several, share
@@ -77,8 +77,9 @@ __all__ = ["PARTS", "Recipe", "release_left"]
 
 PARTS = ("head", "rows", "filter", "force")
 
-TASK_ROWS = 32
-"""Rows of a task on which its own curvature is measured."""
+TASK_ROWS, LABELLED = 32, 128
+"""Rows of a task on which its own curvature is measured: of a decoder, which predicts at many
+positions of a row, and of a classifier, which predicts once (docs/log.md, "What a task costs")."""
 
 _MARK = "_retain_held"
 """The attribute of an A for its `_Mark`."""
@@ -521,13 +522,14 @@ class Recipe:
 
         Args:
             model: that has learned it.
-            rows: its tokenised rows, of which 32 are read.
+            rows: its tokenised rows, of which 32 are read, of a classifier's 128.
             columns: the outputs of a classifier that answer them; None for all.
             seed: of the choice of rows, and of label draws.
             rank: of `retain.fit_curvature`, where there is no source, whose curvature tells it.
             progress: show a bar.
         """
-        chosen = choose(rows, TASK_ROWS, seed)
+        most = TASK_ROWS if is_causal(model) else LABELLED
+        chosen = choose(rows, most, seed)
         structure: Structure = "kfac"
         options: dict[str, Any] = {"rank": rank}
         if self.curvature is not None:
