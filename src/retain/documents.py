@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     import yaml
 
 __all__ = [
-    "LARGE", "SMALL", "Unreadable", "parse_json", "parse_yaml", "read_json", "read_mapping",
-    "read_text", "sealed",
+    "LARGE", "SMALL", "Unreadable", "once", "parse_json", "parse_yaml", "read_json",
+    "read_mapping", "read_text", "sealed",
 ]  # fmt: skip
 
 SMALL, LARGE = 1 << 20, 1 << 28
@@ -164,7 +164,7 @@ def parse_json(text: str, *, nan: bool = False) -> Any:
             parse_int=_integer,
             parse_float=float if nan else _finite,
             parse_constant=None if nan else _finite,
-            object_pairs_hook=_once,
+            object_pairs_hook=once,
         )
     except json.JSONDecodeError as error:
         raise Unreadable(f"line {error.lineno}: no JSON: {error.msg}") from None
@@ -201,7 +201,8 @@ def _finite(text: str) -> float:
     raise Unreadable(f"{text[:20]} is no finite number")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The keys of a JSON object with their values; `Unreadable` if one is there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: dict[str, int] = Counter(key for key, _ in pairs)
