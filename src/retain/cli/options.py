@@ -22,12 +22,9 @@ from retain.files import check_folder, first_rank
 from retain.runs.messages import Messages
 
 __all__ = [
-    "COMMON", "AsJson", "Quiet", "Screen", "check_choices", "check_file", "command", "name_list",
-    "option", "quieten", "signed",
+    "COMMON", "Screen", "check_choices", "check_file", "command", "name_list", "option", "quieten",
+    "signed",
 ]  # fmt: skip
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 _SHORT = {"out": "-o", "output": "-o", "config": "-c"}
 
@@ -85,15 +82,21 @@ def option(
     flags = [flag, *([_SHORT[name]] if name in _SHORT else [])]
     made = typer.Option(*flags, **bounds)
     if argument:
-        made = typer.Argument(metavar=name.upper(), **bounds)
+        several = "..." if get_origin(kind) is list else ""
+        made = typer.Argument(metavar=name.upper() + several, **bounds)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, made]
     )
 
 
 COMMON = [
-    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
-    for name, kind in (("as_json", AsJson), ("quiet", Quiet))
+    inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, made]
+    )
+    for name, made in {
+        "as_json": typer.Option("--json", help="Print one JSON object instead of text."),
+        "quiet": typer.Option("--quiet", "-q", help="Print nothing but errors."),
+    }.items()
 ]
 
 
