@@ -19,7 +19,7 @@ Off is not the model that was there before where
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -95,14 +95,9 @@ def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
         yield inner
 
 
-@contextmanager
-def base_to_sample(model: nn.Module) -> Iterator[None]:
+def base_to_sample(model: nn.Module) -> AbstractContextManager[nn.Module]:
     """`adapter_off` for a model with an adapter; one without is its base."""
-    if _carries_adapter(unwrap(model)):
-        with adapter_off(model):
-            yield
-    else:
-        yield
+    return adapter_off(model) if _carries_adapter(unwrap(model)) else nullcontext(model)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.functional import pad
 
 __all__ = [
     "Shard", "gather", "gather_gradients", "is_sharded", "own", "reshard", "scatter", "shard_made",
@@ -155,25 +156,16 @@ def _together(tensors: Sequence[Any]) -> list[Tensor]:
     """Those that are divided by rows among one group of processes: all but the last ones alike."""
     mesh = tensors[0].device_mesh
     rows = [-(-len(t) // mesh.size()) for t in tensors]
-    flat = torch.cat(
-        [_padded(t.to_local(), n).reshape(-1) for t, n in zip(tensors, rows, strict=True)]
-    )
+    sizes = [n * t.shape[1:].numel() for t, n in zip(tensors, rows, strict=True)]
+    mine = [t.to_local().reshape(-1) for t in tensors]
+    flat = torch.cat([pad(t, (0, n - len(t))) for t, n in zip(mine, sizes, strict=True)])
     parts = [torch.empty_like(flat) for _ in range(mesh.size())]
     distributed.all_gather(parts, flat, mesh.get_group())
-    sizes = [n * t.shape[1:].numel() for t, n in zip(tensors, rows, strict=True)]
     each = torch.stack(parts).split(sizes, 1)
     return [
         e.reshape(-1, *t.shape[1:])[: len(t)].contiguous()
         for e, t in zip(each, tensors, strict=True)
     ]
-
-
-def _padded(local: Tensor, rows: int) -> Tensor:
-    return (
-        local
-        if len(local) == rows
-        else torch.cat([local, local.new_zeros(rows - len(local), *local.shape[1:])])
-    )
 
 
 @torch.no_grad()

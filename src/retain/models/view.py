@@ -18,7 +18,7 @@ from retain.models.fingerprint import fingerprint
 from retain.models.forward import evaluating, forward_body, forward_logits
 from retain.models.heads import Head, check_labels, head_kind, row_label
 from retain.models.names import inner_model, unwrap
-from retain.models.off import adapter_off, base_to_sample
+from retain.models.off import adapter_off
 from retain.models.sites import LinearSite, LoraSite, find_sites, lora_sites
 from retain.models.sizes import check_sizes, pad_id, positions
 
@@ -128,10 +128,6 @@ class ModelView:
     def off(self) -> AbstractContextManager[nn.Module]:
         """Inside it the adapter is off, so that the model is its base; see `adapter_off`."""
         return adapter_off(self.model)
-
-    def as_base(self) -> AbstractContextManager[None]:
-        """`off` where there is an adapter; a model without one is its base."""
-        return base_to_sample(self.model)
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits of a batch's predictions, [predictions, classes]; see `forward_logits`."""
