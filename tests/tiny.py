@@ -7,7 +7,7 @@ would hide an error below 1e-7, so they are replaced by torch's own.
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,10 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
         for site in lora_sites(model)
         for which, weight in (("lora_A", site.a), ("lora_B", site.b))
     }
+
+
+exactly = partial(torch.testing.assert_close, rtol=0, atol=0)
+"""Checks that two tensors, or two dictionaries of them, are alike to the bit."""
 
 
 def relative(got: torch.Tensor | float, want: torch.Tensor | float) -> float:
