@@ -82,11 +82,8 @@ def read_text(path: Path, limit: int = SMALL) -> str:
 def read_json(path: Path, limit: int = LARGE, *, nan: bool = False, sealed: bool = False) -> Any:
     """A JSON file.
 
-    Args:
-        path: of the file.
-        limit: bytes at most.
-        nan: see `parse_json`.
-        sealed: check the digest, if there is one; it is not in what is returned.
+    Where it is `sealed`, its digest is checked if there is one, and is not in what is returned.
+    `limit` is in bytes; for `nan` see `parse_json`.
 
     Raises:
         Unreadable: see `read_text` and `parse_json`; or its digest is of other contents.
@@ -105,10 +102,7 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
 def read_mapping(path: str | Path, what: str, fix: str) -> dict[str, Any]:
     """A YAML file (or a JSON one, by its suffix) that holds keys with values.
 
-    Args:
-        path: of the file.
-        what: its kind, for the error, such as "the study".
-        fix: for the error.
+    `what` it is, such as "the study", and the `fix` are for the error.
 
     Raises:
         ConfigError: it cannot be read, or holds something else.
@@ -148,11 +142,7 @@ def _digest(value: Mapping[str, Any]) -> str:
 
 
 def parse_json(text: str, *, nan: bool = False) -> Any:
-    """What a JSON text says.
-
-    Args:
-        text: the text.
-        nan: take NaN and Infinity, which logs of training may hold.
+    """What a JSON text says; `nan` takes NaN and Infinity, which logs of training may hold.
 
     Raises:
         Unreadable: no JSON, or outside the bounds above.

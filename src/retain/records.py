@@ -61,11 +61,7 @@ def bits_of(flags: Sequence[bool]) -> str:
 
 
 def flags_of(text: str) -> list[bool]:
-    """The flags of `bits_of`.
-
-    Raises:
-        ValueError: text of another form.
-    """
+    """The flags of `bits_of`; raises ValueError for text of another form."""
     count, digits = text.split(":")
     if len(digits) != -(-int(count) // 4):
         raise ValueError(f"{count} flags in {len(digits)} hexadecimal digits")

@@ -36,9 +36,8 @@ def command(
 ) -> Callable[[Callable[[Config, Screen], None]], Callable[..., None]]:
     """Makes a command of a function of checked settings and a screen.
 
-    Args:
-        config: the settings; each field is an option, with its default, bounds and description.
-        *arguments: fields that are arguments, not options.
+    Each field of `config` is an option, with its default, bounds and description; but for
+    `arguments`, which have no name on the command line.
     """
     shared = Measured.model_fields
 
@@ -157,10 +156,9 @@ class Screen(Messages):
 
 
 def quieten(progress: bool) -> None:
-    """Keeps the libraries below from talking; call it before they are imported.
+    """Keeps the libraries below from talking, but for their bars where `progress` is wanted.
 
-    Args:
-        progress: leave them their bars.
+    Call it before they are imported.
     """
     if not progress:
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -187,11 +185,7 @@ def check_choices(*choices: tuple[str, str, Iterable[str]]) -> None:
 
 
 def check_file(path: Path) -> Path:
-    """Checks, before any work is done, that a file can be written.
-
-    Raises:
-        OutputError: it cannot be.
-    """
+    """Checks that a file can be written, before any work is done; raises `OutputError` if not."""
     path = path.expanduser()
     if path.exists() and not path.is_file():
         raise OutputError(

@@ -28,10 +28,6 @@ class Shard:
     """A module's sharded weight and its whole copy.
 
     Of a module that is pickled or copied it does not go along.
-
-    Args:
-        model: whose part it is.
-        module: whose ``weight`` it is.
     """
 
     def __init__(self, model: nn.Module, module: nn.Module) -> None:

@@ -100,11 +100,7 @@ def why_broken(path: Path) -> str | None:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Removes a checkpoint, whole or not; what others put into it stays.
-
-    Raises:
-        OSError: one of its files cannot be removed.
-    """
+    """Removes a checkpoint, whole or not; what others put into it stays."""
     clear_scratch(path / SEAL)
     remove_ours(path, _own_files(path))
 

@@ -37,11 +37,7 @@ def line_records(path: Path) -> Iterator[Record]:
 
 
 def _line(path: Path, number: int, line: bytes) -> PlacedRow:
-    """A line as a row.
-
-    Raises:
-        SourceError: it is no JSON object.
-    """
+    """A line as a row; raises `SourceError` for what is no JSON object."""
     text = decoded(line, path, number == 1)
     try:
         value = _DECODER.decode(text)
