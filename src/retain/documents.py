@@ -79,17 +79,17 @@ def read_text(path: Path, limit: int = SMALL) -> str:
         raise Unreadable(f"line {line}: no UTF-8 text ({error.reason})") from None
 
 
-def read_json(path: Path, limit: int = LARGE, *, nan: bool = False, sealed: bool = False) -> Any:
+def read_json(path: Path, *, nan: bool = False, sealed: bool = False) -> Any:
     """A JSON file.
 
     Where it is `sealed`, its digest is checked if there is one, and is not in what is returned.
-    `limit` is in bytes; for `nan` see `parse_json`.
+    For `nan` see `parse_json`.
 
     Raises:
         Unreadable: see `read_text` and `parse_json`; or its digest is of other contents.
         OSError: it cannot be opened.
     """
-    found = parse_json(read_text(path, limit), nan=nan)
+    found = parse_json(read_text(path, LARGE), nan=nan)
     return _unsealed(found) if sealed else found
 
 

@@ -149,11 +149,9 @@ class ModelView:
         found = batches(examples, size, self.pad, multiple=multiple)
         return [batch.to(self.device) for batch in found]
 
-    def check(
-        self, examples: Sequence[Example], *, labels: bool = True, lengths: bool = True
-    ) -> None:
+    def check(self, examples: Sequence[Example], *, labels: bool = True) -> None:
         """Refuses rows that its tables or its head have no place for; see `check_sizes`."""
-        check_sizes(self.model, examples, self.tokenizer, labels=labels, lengths=lengths)
+        check_sizes(self.model, examples, self.tokenizer, labels=labels)
 
     def read(
         self,
