@@ -7,7 +7,7 @@ would hide an error below 1e-7, so they are replaced by torch's own.
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -70,40 +70,20 @@ def base(
 ) -> nn.Module:
     """A base model in evaluation mode; all its weights and biases are random."""
     model: Any
+    shape: dict[str, Any] = {
+        "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+    }  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if kind == "llama":
-            model = LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=13,
-                    hidden_size=8,
-                    intermediate_size=12,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    num_key_value_heads=1,
-                    max_position_embeddings=64,
-                    attention_dropout=dropout,
-                    tie_word_embeddings=False,
-                    pad_token_id=0,
-                )
-            )
+            shape |= {"num_key_value_heads": 1, "attention_dropout": dropout}
+            model = LlamaForCausalLM(LlamaConfig(vocab_size=13, **shape))
             if dtype == torch.float64:
                 _replace_norms(model)
         else:
-            model = BertForSequenceClassification(
-                BertConfig(
-                    vocab_size=17,
-                    hidden_size=8,
-                    intermediate_size=12,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    max_position_embeddings=64,
-                    hidden_dropout_prob=dropout,
-                    attention_probs_dropout_prob=dropout,
-                    num_labels=3,
-                    pad_token_id=0,
-                )
-            )
+            shape |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+            model = BertForSequenceClassification(BertConfig(vocab_size=17, num_labels=3, **shape))
         model.double()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -172,6 +152,10 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
         for site in lora_sites(model)
         for which, weight in (("lora_A", site.a), ("lora_B", site.b))
     }
+
+
+exactly = partial(torch.testing.assert_close, rtol=0, atol=0)
+"""Checks that two tensors, or two dictionaries of them, are alike to the bit."""
 
 
 def relative(got: torch.Tensor | float, want: torch.Tensor | float) -> float:

@@ -83,11 +83,7 @@ def marked_off(model: Any) -> Iterator[None]:
 
 
 def osf_config() -> Any:
-    """PEFT's options of OSF.
-
-    Raises:
-        ModelError: a PEFT that has none.
-    """
+    """PEFT's options of OSF; raises `ModelError` for a PEFT that has none."""
     import peft
 
     found = getattr(peft, "OSFConfig", None)

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     import yaml
 
 __all__ = [
-    "LARGE", "SMALL", "Unreadable", "parse_json", "parse_yaml", "read_json", "read_mapping",
-    "read_text", "sealed",
+    "LARGE", "SMALL", "Unreadable", "once", "parse_json", "parse_yaml", "read_json",
+    "read_mapping", "read_text", "sealed",
 ]  # fmt: skip
 
 SMALL, LARGE = 1 << 20, 1 << 28
@@ -79,20 +79,17 @@ def read_text(path: Path, limit: int = SMALL) -> str:
         raise Unreadable(f"line {line}: no UTF-8 text ({error.reason})") from None
 
 
-def read_json(path: Path, limit: int = LARGE, *, nan: bool = False, sealed: bool = False) -> Any:
+def read_json(path: Path, *, nan: bool = False, sealed: bool = False) -> Any:
     """A JSON file.
 
-    Args:
-        path: of the file.
-        limit: bytes at most.
-        nan: see `parse_json`.
-        sealed: check the digest, if there is one; it is not in what is returned.
+    Where it is `sealed`, its digest is checked if there is one, and is not in what is returned.
+    For `nan` see `parse_json`.
 
     Raises:
         Unreadable: see `read_text` and `parse_json`; or its digest is of other contents.
         OSError: it cannot be opened.
     """
-    found = parse_json(read_text(path, limit), nan=nan)
+    found = parse_json(read_text(path, LARGE), nan=nan)
     return _unsealed(found) if sealed else found
 
 
@@ -105,10 +102,7 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
 def read_mapping(path: str | Path, what: str, fix: str) -> dict[str, Any]:
     """A YAML file (or a JSON one, by its suffix) that holds keys with values.
 
-    Args:
-        path: of the file.
-        what: its kind, for the error, such as "the study".
-        fix: for the error.
+    `what` it is, such as "the study", and the `fix` are for the error.
 
     Raises:
         ConfigError: it cannot be read, or holds something else.
@@ -148,11 +142,7 @@ def _digest(value: Mapping[str, Any]) -> str:
 
 
 def parse_json(text: str, *, nan: bool = False) -> Any:
-    """What a JSON text says.
-
-    Args:
-        text: the text.
-        nan: take NaN and Infinity, which logs of training may hold.
+    """What a JSON text says; `nan` takes NaN and Infinity, which logs of training may hold.
 
     Raises:
         Unreadable: no JSON, or outside the bounds above.
@@ -164,7 +154,7 @@ def parse_json(text: str, *, nan: bool = False) -> Any:
             parse_int=_integer,
             parse_float=float if nan else _finite,
             parse_constant=None if nan else _finite,
-            object_pairs_hook=_once,
+            object_pairs_hook=once,
         )
     except json.JSONDecodeError as error:
         raise Unreadable(f"line {error.lineno}: no JSON: {error.msg}") from None
@@ -201,7 +191,8 @@ def _finite(text: str) -> float:
     raise Unreadable(f"{text[:20]} is no finite number")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The keys of a JSON object with their values; `Unreadable` if one is there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: dict[str, int] = Counter(key for key, _ in pairs)

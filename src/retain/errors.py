@@ -128,12 +128,9 @@ def _initials(name: str) -> str:
 
 
 def shown(value: object, limit: int = 120, *, plain: bool = False) -> str:
-    """What others wrote, for an error: its ``repr``, bounded in length, depth and time.
+    """What others wrote, for an error: its ``repr``, bounded in depth, time and `limit` characters.
 
-    Args:
-        value: anything.
-        limit: characters at most.
-        plain: a text as it is, without quotation marks.
+    Where it is `plain`, a text has no quotation marks.
     """
     if plain and isinstance(value, str):
         return _cut(value, limit)

@@ -55,12 +55,7 @@ class MissingExtra(RetainError, ImportError):
 
 
 def missing(error: ImportError, user: str) -> MissingExtra | None:
-    """An import that failed, as one line; None where it is no package of an extra.
-
-    Args:
-        error: of the import.
-        user: what needs the package: "retain study" for a command.
-    """
+    """An import that failed for its `user`, as one line; None where no extra has the package."""
     top = (error.name or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or top not in PACKAGES:
         return None
@@ -78,15 +73,7 @@ def command_of(argv: list[str] | None) -> str:
 
 
 def load(module: str, user: str) -> Any:
-    """A module of an extra.
-
-    Args:
-        module: its full name.
-        user: what needs it, for the error.
-
-    Raises:
-        MissingExtra: it is not installed.
-    """
+    """A module of an extra, by its full name; raises `MissingExtra` for its `user` otherwise."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

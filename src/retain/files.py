@@ -42,11 +42,7 @@ def first_rank() -> bool:
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits.
-
-    Raises:
-        OSError: it cannot be read, or is no regular file: a pipe would never end.
-    """
+    """The SHA-256 of a file, in hexadecimal digits; OSError for a pipe, which would never end."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "no regular file", str(path))
     with path.open("rb") as file:
@@ -69,16 +65,7 @@ def why_unwritable(error: BaseException) -> str | None:
 def writing(
     what: str, path: Path, *, fix: str = "free some disk, or choose another path"
 ) -> Iterator[None]:
-    """Turns whatever a full or broken disk makes of its block into one `OutputError`.
-
-    Args:
-        what: what is written.
-        path: where.
-        fix: for the error.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Turns whatever a full or broken disk makes of its block into one `OutputError`."""
     try:
         yield
     except Exception as error:
@@ -256,10 +243,9 @@ def write_record(path: Path, value: Any) -> None:
 
 
 def check_folder(folder: Path) -> Path:
-    """Checks, before any work is done, that files can be put into a folder, which need not exist.
+    """Checks that files can be put into a folder, before any work is done; `OutputError` if not.
 
-    Raises:
-        OutputError: they cannot.
+    It need not exist.
     """
     folder = folder.expanduser()
     here = folder

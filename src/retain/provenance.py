@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["hardware", "now", "provenance", "versions"]
+__all__ = ["cores", "hardware", "now", "provenance", "versions"]
 
 
 def now() -> str:
@@ -49,8 +49,12 @@ def hardware() -> dict[str, Any]:
     memory = None
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": _processor(), "cores": cores, "memory_gib": memory, "accelerator": gpu}
+    return {"cpu": _processor(), "cores": cores(), "memory_gib": memory, "accelerator": gpu}
+
+
+def cores() -> int | None:
+    """The cores that this process may use; None where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _processor() -> str | None:

@@ -61,11 +61,7 @@ def bits_of(flags: Sequence[bool]) -> str:
 
 
 def flags_of(text: str) -> list[bool]:
-    """The flags of `bits_of`.
-
-    Raises:
-        ValueError: text of another form.
-    """
+    """The flags of `bits_of`; raises ValueError for text of another form."""
     count, digits = text.split(":")
     if len(digits) != -(-int(count) // 4):
         raise ValueError(f"{count} flags in {len(digits)} hexadecimal digits")
@@ -105,19 +101,12 @@ def _whole_interval(value: Any) -> Any:
     return value
 
 
-def _known_list(value: Any) -> Any:
-    return [] if value is None else value
-
-
-def _known_dict(value: Any) -> Any:
-    return {} if value is None else value
-
-
 Interval = Annotated[tuple[float, float] | None, BeforeValidator(_whole_interval)]
-Listed = Annotated[list[T], BeforeValidator(_known_list)]
+Listed = Annotated[list[T], BeforeValidator(lambda value: [] if value is None else value)]
 """A list; empty where the file has null."""
 Score = float | None
-Values = Annotated[dict[str, float | None], BeforeValidator(_known_dict)]
+Known = BeforeValidator(lambda value: {} if value is None else value)
+Values = Annotated[dict[str, float | None], Known]
 
 
 # What a run was told.
@@ -610,7 +599,7 @@ class RunRecord(Part):
     config: RunSpec
     created: str | None = None
     seed: int | None = None
-    versions: Annotated[dict[str, str | None], BeforeValidator(_known_dict)] = {}
+    versions: Annotated[dict[str, str | None], Known] = {}
     commit: str | None = None
     hardware: Hardware | None = None
     inputs: dict[str, str] | None = None

@@ -296,15 +296,8 @@ class TestMonths:
                 argv = [a for a in argv if a not in SHORT] + ["--continue-from", runs[-1]]
                 argv += SHORT[:4]
             else:
-                argv += [
-                    "--model",
-                    base,
-                    "--source",
-                    source,
-                    "--keep-state",
-                    "--num-labels",
-                    "auto",
-                ]
+                argv += ["--model", base, "--source", source, "--keep-state"]
+                argv += ["--num-labels", "auto"]
             assert main([str(a) for a in argv]) == 0
             runs.append(out)
         return base, runs
@@ -378,16 +371,8 @@ class TestMonths:
         self, months: Any, retain: Any, tmp_path: Path
     ) -> None:
         rows = write(tmp_path / "r.jsonl", [*KINDS] * 8)
-        argv = [
-            "--continue-from",
-            months[1][0],
-            "--data",
-            rows,
-            "--save-steps",
-            2,
-            "-q",
-            *SHORT[:4],
-        ]
+        argv = ["--continue-from", months[1][0], "--data", rows, "--save-steps", 2, "-q"]
+        argv += SHORT[:4]
         one, two = tmp_path / "one", tmp_path / "two"
         for out in (one, two):
             assert retain("train", *argv, "--out", out).code == 0

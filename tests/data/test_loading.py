@@ -55,6 +55,14 @@ def put(folder: Path, spec: TaskSpec, rows: list[dict[str, Any]], file: str) -> 
     return folder
 
 
+def answers(folder: Path, file: str) -> TaskSpec:
+    """MultiRC of 40 answers, four to a question."""
+    spec, base = load_task("super_glue/multirc"), HUB["super_glue/multirc"][0]
+    places = [{"paragraph": i // 8, "question": i // 4, "answer": i} for i in range(40)]
+    put(folder, spec, [base | {"idx": p, "label": i % 2} for i, p in enumerate(places)], file)
+    return spec
+
+
 def sentences(labels: list[Any]) -> list[dict[str, Any]]:
     return [{"sentence": f"number {i}", "label": label} for i, label in enumerate(labels)]
 
@@ -112,13 +120,7 @@ class TestRows:
         assert [i.row for i in items] == [3, 12, 16, 17]
 
     def test_groups_stay_whole_in_evaluation(self, tmp_path: Path) -> None:
-        spec = load_task("super_glue/multirc")
-        base = HUB["super_glue/multirc"][0]
-        rows = [
-            {**base, "idx": {"paragraph": i // 8, "question": i // 4, "answer": i}, "label": i % 2}
-            for i in range(40)
-        ]
-        put(tmp_path, spec, rows, "validation.jsonl")
+        spec = answers(tmp_path, "validation.jsonl")
         for limit, want in ((14, 12), (4, 4), (1, 4), (100, 40)):
             items = load_items(spec, "eval", data_dir=tmp_path, limit=limit)
             assert len(items) == want
@@ -145,12 +147,7 @@ class TestRows:
         assert len(read("train")) == 54
 
     def test_validation_keeps_groups_whole(self, tmp_path: Path) -> None:
-        spec, base = load_task("super_glue/multirc"), HUB["super_glue/multirc"][0]
-        rows = [
-            {**base, "idx": {"paragraph": i // 8, "question": i // 4, "answer": i}, "label": i % 2}
-            for i in range(40)
-        ]
-        put(tmp_path, spec, rows, "train.jsonl")
+        spec = answers(tmp_path, "train.jsonl")
         held = load_items(spec, "validation", data_dir=tmp_path, limit=9)
         assert len(held) == 8 and set(Counter(i.group for i in held).values()) == {4}
 

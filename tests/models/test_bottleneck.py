@@ -8,17 +8,9 @@ import pytest
 import torch
 from adapter_cases import attached, batch_of, logits, plain, step
 from torch import nn
-from transformers import (
-    AlbertConfig,
-    AlbertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    OPTConfig,
-    OPTForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from families import ENCODERS, FAMILIES, built
 from retain.errors import ModelError
 from retain.models.adapters.bottleneck import Bottleneck
 from retain.models.adapters.registry import attach_adapter
@@ -82,30 +74,12 @@ def test_reduction_gives_the_width() -> None:
     assert width(size=5) == 5
 
 
-@pytest.mark.parametrize(
-    "base",
-    [
-        DistilBertForSequenceClassification(
-            DistilBertConfig(vocab_size=17, dim=8, hidden_dim=12, n_layers=2, n_heads=2)
-        ),
-        OPTForCausalLM(
-            OPTConfig(
-                vocab_size=17, hidden_size=8, ffn_dim=12, num_hidden_layers=2,
-                num_attention_heads=2, word_embed_proj_dim=8, max_position_embeddings=64,
-            )
-        ),
-        PhiForCausalLM(
-            PhiConfig(
-                vocab_size=17, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
-                num_attention_heads=2, max_position_embeddings=64,
-            )
-        ),
-    ],
-    ids=["distilbert", "opt", "phi"],
-)  # fmt: skip
-def test_other_families_are_known(base: nn.Module) -> None:
-    base.eval()
-    name = "llama" if "Causal" in type(base).__name__ else "bert"
+@pytest.mark.parametrize("family", ["DistilBert", "OPT", "Phi"])
+def test_other_families_are_known(family: str) -> None:
+    name, auto = "llama", AutoModelForCausalLM
+    if family == "DistilBert":
+        name, auto = "bert", AutoModelForSequenceClassification
+    base = built(auto, family, **(FAMILIES | ENCODERS).get(family, {})).eval()
     with torch.no_grad():
         want = forward_logits(base, batch_of(name))
     adapter = attach_adapter(base, "bottleneck", size=3, placement="houlsby")
@@ -117,10 +91,7 @@ def test_other_families_are_known(base: nn.Module) -> None:
 
 
 def test_an_unknown_architecture_is_refused_with_those_that_are_known() -> None:
-    config = AlbertConfig(
-        vocab_size=17, hidden_size=8, intermediate_size=12, num_attention_heads=2, embedding_size=8
-    )
-    base = AlbertForSequenceClassification(config)
+    base = built(AutoModelForSequenceClassification, "Albert")
     with pytest.raises(ModelError, match="architecture") as caught:
         attach_adapter(base, "bottleneck", size=2)
     assert "self_attn.o_proj and mlp.down_proj (llama)" in str(caught.value)

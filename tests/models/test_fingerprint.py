@@ -17,6 +17,7 @@ from retain.errors import MismatchError, RetainWarning
 from retain.models.fingerprint import alike, fingerprint, signature, storage
 from retain.models.lora import attach_lora
 from retain.models.sites import base_layers, lora_sites
+from tiny import deep
 
 ROWS = [{"input_ids": torch.arange(1 + i, 17 + i).tolist()} for i in range(8)]
 
@@ -169,14 +170,6 @@ def test_signatures_bear_rounding_and_nothing_else() -> None:
 
 
 def test_base_layers_are_bare() -> None:
-    model = attach_lora(
-        LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                num_attention_heads=2, num_key_value_heads=1,
-            )
-        )
-    )  # fmt: skip
-    found = base_layers(lora_sites(model))
+    found = base_layers(lora_sites(attach_lora(deep(1))))
     assert len(found) == 7
     assert all(type(layer) is nn.Linear for layer in found.values())

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from retain import Retention, RetentionCallback, fit_curvature
 from retain.errors import ConfigError, MismatchError
 from retain.types import UPDATES
-from tiny import ROWS, move, tiny, weights
+from tiny import ROWS, exactly, move, tiny, weights
 
 DATA = [
     {"input_ids": [1 + i, 2 + i % 3, 12 - i, 5], "labels": [-100, 2 + i % 3, 12 - i, 5]}
@@ -59,14 +59,17 @@ def trainer(
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_a_backend_that_was_there_before_sees_the_added_values(update: str, tmp_path: Path) -> None:
-    model, backend = tiny("llama"), Backend()
+def test_backends_before_and_after_see_the_added_values(update: str, tmp_path: Path) -> None:
+    model, backend, after = tiny("llama"), Backend(), Backend()
     curvature = fit(model)
     run = trainer(model, tmp_path, [backend])
     run.add_callback(RetentionCallback(curvature, strength=7.0, update=update))
+    run.add_callback(after)
     run.train()
-    records = [r for r in backend.records if "loss" in r]
-    assert len(records) == 3
+    records, later = ([r for r in seen.records if "loss" in r] for seen in (backend, after))
+    assert len(records) == 3 and records == later
+    names = [type(c).__name__ for c in run.callback_handler.callbacks]
+    assert names.count("RetentionCallback") == 1
     kept = [entry for entry in run.state.log_history if "loss" in entry]
     for number, (record, entry) in enumerate(zip(records, kept, strict=True)):
         assert record["task_loss"] == record["loss"] == entry["task_loss"]
@@ -79,32 +82,12 @@ def test_a_backend_that_was_there_before_sees_the_added_values(update: str, tmp_
     assert all("predicted_nats" not in r for r in backend.records if "loss" not in r)
 
 
-def test_several_backends_before_and_after_see_the_same(tmp_path: Path) -> None:
-    model, before, after = tiny("llama"), Backend(), Backend()
-    run = trainer(model, tmp_path, [before])
-    run.add_callback(RetentionCallback(fit(model), strength=7.0))
-    run.add_callback(after)
-    run.train()
-    steps = [[r for r in backend.records if "loss" in r] for backend in (before, after)]
-    assert steps[0] == steps[1]
-    assert len(steps[0]) == 3
-    names = [type(c).__name__ for c in run.callback_handler.callbacks]
-    assert names.count("RetentionCallback") == 1
-
-
-def test_without_the_callback_nothing_is_added(tmp_path: Path) -> None:
-    backend = Backend()
-    trainer(tiny("llama"), tmp_path, [backend]).train()
-    assert all("predicted_nats" not in r and "task_loss" not in r for r in backend.records)
-
-
 @pytest.mark.parametrize("update", UPDATES)
 def test_strength_zero_is_plain_training_bit_for_bit(update: str, tmp_path: Path) -> None:
     plain, held = (tiny("llama", dtype=torch.float32) for _ in range(2))
     trainer(plain, tmp_path, []).train()
     trainer(held, tmp_path, [RetentionCallback(fit(held), 0.0, update)]).train()
-    for name, weight in weights(plain).items():
-        assert torch.equal(weights(held)[name], weight), name
+    exactly(weights(held), weights(plain))
 
 
 @pytest.mark.parametrize("update", UPDATES)
@@ -131,9 +114,8 @@ def test_the_callback_does_what_the_plain_loop_does(
         loop(**batch).loss.backward()
         retention.step(opt)
         opt.zero_grad()
-    for name, weight in weights(loop).items():
-        # transformers' loss is float32, so equality ends there.
-        assert float((weights(held)[name] - weight).abs().max()) < 1e-5, name
+    # transformers' loss is float32, so equality ends there.
+    torch.testing.assert_close(weights(held), weights(loop), rtol=0, atol=1e-5)
 
 
 def test_the_clipped_gradient_is_the_tasks_alone(tmp_path: Path) -> None:
@@ -216,8 +198,7 @@ def test_what_a_budget_has_learned_is_in_the_checkpoint(tmp_path: Path) -> None:
     half = keep(other)
     run = trainer(other, tmp_path / "a", [half], **options)
     run.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
-    for got, want in zip(weights(other).values(), weights(model).values(), strict=True):
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(weights(other), weights(model))
     state = json.loads((tmp_path / "a" / "checkpoint-4" / "trainer_state.json").read_text())
     kept = state["stateful_callbacks"]["retain"]
     assert kept["reached"] is True and kept["strength"] != 10.0
@@ -273,7 +254,7 @@ def test_a_second_callback_on_one_trainer_is_refused(tmp_path: Path) -> None:
     before = weights(model)
     with pytest.raises(ConfigError, match=r"held twice; got: 2 of RetentionCallback"):
         run.train()
-    assert all(torch.equal(w, before[n]) for n, w in weights(model).items())
+    exactly(weights(model), before)
     run.remove_callback(RetentionCallback)  # what the error says
     run.train()
 

@@ -28,12 +28,18 @@ from retain.retention.fresh_rows import fresh_rows
 from retain.retention.loader import loader_examples
 from retain.retention.moments import input_moments, moments_of
 from retain.retention.recipe import Recipe
-from tiny import ROWS, base, move, tiny, weights
+from tiny import ROWS, base, exactly, move, tiny, weights
 
 
 def keep(model: Any, **options: Any) -> RetentionCallback:
     curvature = fit(model, structure="kfac")
     return RetentionCallback(curvature, 1.0, **options)
+
+
+def examples(predict: tuple[bool, ...] = (True,) * 3) -> list[Example]:
+    """The trainer's rows, tokenised."""
+    ids = [tuple(row["input_ids"]) for row in DATA]
+    return [Example(i[:-1], i[1:], predict) for i in ids]
 
 
 def sized(s: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -87,8 +93,7 @@ def test_a_run_that_goes_on_keeps_its_a(parts: Any, tmp_path: Path) -> None:
     trainer(model, tmp_path, [keep(model, parts=parts)], **options).train()
     run = trainer(other, tmp_path, [keep(other, parts=parts)], **options)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    for got, want in zip(weights(other).values(), weights(model).values(), strict=True):
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(weights(other), weights(model))
 
 
 def test_behind_the_filter_each_step_is_filtered(
@@ -96,9 +101,7 @@ def test_behind_the_filter_each_step_is_filtered(
 ) -> None:
     """A starts filtered, once each step is filtered too, and the hooks are gone after."""
     model, twin = tiny("llama"), tiny("llama")
-    ids = [tuple(row["input_ids"]) for row in DATA]
-    rows = [Example(i[:-1], i[1:], (True,) * (len(i) - 1)) for i in ids]
-    new = input_moments(twin, lora_sites(twin), rows, first=False)
+    new = input_moments(twin, lora_sites(twin), examples(), first=False)
     old = moments_of(fit(twin, structure="kfac")).sized_as(new)
     options = Filter(gain=2.0, weight=7.0)
     held = InputFilter(lora_sites(twin), new, old, options)
@@ -134,9 +137,7 @@ def test_the_source_counts_the_same_in_any_unit(structure: str, tmp_path: Path) 
     """Input sides that are weighted by gradients are far smaller than the inputs' own."""
     model = tiny("llama")
     sites, curvature = lora_sites(model), fit(model, structure=structure)
-    ids = [tuple(row["input_ids"]) for row in DATA]
-    rows = [Example(i[:-1], i[1:], (True,) * (len(i) - 1)) for i in ids]
-    new = input_moments(model, sites, rows, first=False)
+    new = input_moments(model, sites, examples(), first=False)
     old = moments_of(curvature)
     call = RetentionCallback(curvature, 0.0, parts=NAMED, filter=Filter(weight=10.0, epsilon=0.01))
     trainer(model, tmp_path, [call], max_steps=1).train()
@@ -258,8 +259,7 @@ def test_answers_are_those_that_the_labels_name(tmp_path: Path) -> None:
         run.train_dataset = masked
         run.train()
         twin = tiny("llama")
-        ids = [tuple(row["input_ids"]) for row in DATA]
-        rows = [Example(i[:-1], i[1:], (False, False, True)) for i in ids]
+        rows = examples((False, False, True))
         new = input_moments(twin, lora_sites(twin), rows, answers=answers, first=False)
         old = moments_of(fit(twin, structure="kfac")).sized_as(new)
         want = InputFilter(lora_sites(twin), new, old, options)
@@ -283,8 +283,8 @@ def test_the_recipe_filters_where_it_can(structure: str, tmp_path: Path) -> None
         assert call.why_no_filter is None
         assert call.recipe.filter is not None
         ends.append(weights(model))
-    for name, weight in ends[0].items():
-        assert torch.equal(weight, ends[1][name]) and torch.equal(weight, ends[2][name])
+    for end in ends[1:]:
+        exactly(end, ends[0])
 
 
 @pytest.mark.parametrize(
@@ -309,8 +309,7 @@ def test_the_recipe_holds_alone_where_it_cannot(
         assert call.recipe.filter is None
         assert ("parts" in options) is (call.why_no_filter is None)
         assert call.why_no_filter is None or said in call.why_no_filter
-    for name, weight in ends[0].items():
-        assert torch.equal(weight, ends[1][name])
+    exactly(*ends)
 
 
 def test_the_recipe_holds_alone_where_a_filter_would_be_too_large(
@@ -335,8 +334,7 @@ def test_a_run_of_the_recipe_goes_on_as_it_began(tmp_path: Path) -> None:
     run = trainer(other, tmp_path, [call], **options)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert call.recipe.filter is not None
-    for got, want in zip(weights(other).values(), weights(model).values(), strict=True):
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(weights(other), weights(model))
 
 
 @pytest.mark.usefixtures("goes_on")
@@ -347,10 +345,8 @@ def test_a_grown_adapter_trains_its_fresh_rows_alone(tmp_path: Path) -> None:
     source = fit(tiny("llama"), structure="kfac")
     past = fit(model, structure="kfac")
     past = past + past + past
-    ids = [tuple(row["input_ids"]) for row in DATA]
-    rows = [Example(i[:-1], i[1:], (True,) * (len(i) - 1)) for i in ids]
     with adapter_off(model):
-        new = input_moments(model, sites, rows, first=False)
+        new = input_moments(model, sites, examples(), first=False)
 
     def call() -> RetentionCallback:
         return RetentionCallback(source, 1.0, past=past)
@@ -374,8 +370,7 @@ def test_a_grown_adapter_trains_its_fresh_rows_alone(tmp_path: Path) -> None:
         assert not site.b._backward_hooks
     run = trainer(other, tmp_path, [call()], **options)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    for got, want in zip(weights(other).values(), weights(model).values(), strict=True):
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(weights(other), weights(model))
 
 
 def test_fresh_rows_are_those_at_the_end_that_do_nothing_yet() -> None:
@@ -452,8 +447,7 @@ def test_a_training_that_broke_off_leaves_no_filter(again: str, tmp_path: Path) 
         trainer(model, tmp_path, [call, Broken()]).train()
     assert not any(site.a._backward_hooks for site in lora_sites(model))
     trainer(model, tmp_path, [call if again[0] == "t" else keep(model)]).train()
-    for got, expected in zip(weights(model).values(), weights(want).values(), strict=True):
-        assert torch.equal(got, expected)
+    exactly(weights(model), weights(want))
     assert not any(site.a._backward_hooks for site in lora_sites(model))
 
 
@@ -470,7 +464,7 @@ def test_a_callback_may_train_twice(tmp_path: Path) -> None:
         trainer(model, tmp_path, [call]).train()
         assert call.recipe.filter is None and call.why_no_filter == "the adapter is not fresh"
         found.append(weights(model))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    exactly(*found)
 
 
 def test_room_is_made_of_what_is_measured(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from retain import attach_lora, fit_head
 from retain.data.batches import collate
 from retain.data.sources import encode
 from retain.errors import ModelError, SourceError
-from tiny import base
+from tiny import base, exactly
 
 FAMILIES: dict[str, dict[str, Any]] = {
     **ENCODERS,
@@ -133,7 +133,7 @@ def test_where_the_features_tell_nothing_the_head_stays_as_it_was_drawn() -> Non
     found = fit_head(model, rows, progress=False)
     assert not found.placed
     assert found.loss >= 0.99 * found.known
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    exactly(dict(model.named_parameters()), before)
 
 
 def test_it_is_public() -> None:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from retain import Filter, RetentionCallback, grow_lora, measure_forgetting
 from retain.errors import ModelError
 from retain.models.sites import lora_sites
-from tiny import ROWS, move, tiny, weights
+from tiny import ROWS, exactly, move, tiny, weights
 
 STARTS: dict[str, dict[str, Any]] = {
     "named": {"parts": ("rows", "filter", "force")},
@@ -107,9 +107,7 @@ def plain_again(model: Any, folder: Path) -> None:
         each.zero_grad()
         trainer(each, folder, []).train()
     assert hooks(model) == 0
-    start = weights(twin)
-    for name, got in weights(model).items():
-        assert torch.equal(got, start[name]), name
+    exactly(weights(model), weights(twin))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +180,7 @@ def test_a_training_in_a_thread_is_held(tmp_path: Path) -> None:
         else:
             run.train()
         found.append(weights(model))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    exactly(*found)
 
 
 def peft_off(model: Any) -> None:
@@ -241,8 +239,7 @@ def test_what_is_held_stays_whoever_looks(
         trainer(model, tmp_path, [call, *each, after], weight_decay=0.1, max_steps=4).train()
         assert all(site.a.requires_grad for site in lora_sites(model))
         found.append(weights(model))
-    for name, got in found[0].items():
-        assert torch.equal(got, found[1][name]), name
+    exactly(*found)
 
 
 @pytest.mark.parametrize("parts", [None, ("force",)])
@@ -283,4 +280,4 @@ def test_a_beginning_that_fails_leaves_a_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="tokenizer"):
         trainer(model, tmp_path, [call]).train()
     assert hooks(model) == 0
-    assert all(torch.equal(got, drawn[name]) for name, got in weights(model).items())
+    exactly(weights(model), drawn)

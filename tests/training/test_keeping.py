@@ -9,18 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+import test_callback
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from retain import RetentionCallback, fit_curvature
 from retain.errors import TrainingError
-from tiny import ROWS, tiny, weights
+from tiny import ROWS, exactly, tiny, weights
 
-DATA = [
-    {"input_ids": [1 + i, 2 + i % 3, 12 - i, 5], "labels": [1 + i, 2 + i % 3, 12 - i, 5]}
-    for i in range(8)
-]
 STEPS, HALF = 6, 3
 
 
@@ -31,15 +27,8 @@ def held(**options: Any) -> tuple[nn.Module, RetentionCallback]:
 
 
 def trainer(folder: Path, model: nn.Module, calls: list[Any], **options: Any) -> Trainer:
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        **{
-            "per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": 0.01,
-            "report_to": "none", "save_strategy": "steps", "save_steps": HALF, "use_cpu": True,
-            "disable_tqdm": True, "dataloader_pin_memory": False, **options,
-        },
-    )  # fmt: skip
-    return Trainer(model=model, args=arguments, train_dataset=DATA, callbacks=calls)
+    saving = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": HALF}
+    return test_callback.trainer(model, folder, calls, **saving | options)
 
 
 @pytest.fixture(scope="module", params=[{}, {"budget": 0.02, "source": ROWS["llama"]}])
@@ -75,8 +64,7 @@ def test_a_checkpoint_is_resumed_wherever_it_lies(how: str, whole: Any, tmp_path
     model, call = held(**options)
     run = trainer(out, model, [call])
     run.train(resume_from_checkpoint=resumed)
-    for got, expected in zip(weights(model).values(), want.values(), strict=True):
-        assert torch.equal(got, expected)
+    exactly(weights(model), want)
 
 
 def test_an_entry_of_0_1_is_read_too(whole: Any, tmp_path: Path) -> None:
@@ -88,8 +76,7 @@ def test_an_entry_of_0_1_is_read_too(whole: Any, tmp_path: Path) -> None:
     (place / "trainer_state.json").write_text(json.dumps(state))
     model, call = held(**options)
     trainer(tmp_path / "out", model, [call]).train(resume_from_checkpoint=str(place))
-    for got, expected in zip(weights(model).values(), want.values(), strict=True):
-        assert torch.equal(got, expected)
+    exactly(weights(model), want)
 
 
 def test_one_that_was_trained_without_it_is_refused(tmp_path: Path) -> None:
@@ -137,8 +124,7 @@ def test_other_callbacks_may_be_restored(whole: Any, tmp_path: Path) -> None:
     model, call = held(**options)
     run = trainer(tmp_path, model, [call], restore_callback_states_from_checkpoint=True)
     run.train(resume_from_checkpoint=str(folder / f"checkpoint-{HALF}"))
-    for got, expected in zip(weights(model).values(), want.values(), strict=True):
-        assert torch.equal(got, expected)
+    exactly(weights(model), want)
 
 
 def test_only_the_model_saved_goes_on_too(tmp_path: Path) -> None:

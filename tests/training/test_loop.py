@@ -15,13 +15,13 @@ from retain import Curvature, fit_curvature
 from retain.config import TrainConfig
 from retain.data.batches import Example
 from retain.data.sources import encode
-from retain.errors import ConfigError, MismatchError, SourceError, TrainingError
+from retain.errors import SourceError, TrainingError
 from retain.models.sites import lora_sites
 from retain.retention.force import Force
 from retain.retention.recipe import Recipe
 from retain.training.loop import TrainResult, train
 from retain.types import SPACES, UPDATES
-from tiny import KINDS, ROWS, move, tiny, weights
+from tiny import KINDS, ROWS, exactly, tiny, weights
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +64,7 @@ def test_strength_zero_is_plain_training_bit_for_bit(kind: str, space: str, upda
     model = tiny(kind, **options)
     start = weights(model)
     held, result = go(model, kind, fit(model, kind, space), strength=0.0, update=update)
-    for name, weight in plain.items():
-        assert torch.equal(held[name], weight), name
+    exactly(held, plain)
     assert any(not torch.equal(plain[name], start[name]) for name in plain)
     assert result.history[-1]["predicted"] > 0
 
@@ -84,8 +83,7 @@ def test_accumulation_gives_one_trajectory(kind: str, update: str | None) -> Non
     for accumulation in (2, 4, 8):
         got, pieces = trajectory(accumulation)
         assert pieces.steps == whole.steps == 3
-        for name, weight in got.items():
-            assert float((weight - want[name]).abs().max()) < 1e-10, (accumulation, name)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
         for one, other in zip(pieces.history, whole.history, strict=True):
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
             if update:
@@ -156,8 +154,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(space: str, update: str, tmp_pat
     got, result = go(model, "llama", resume=True, **held, **options)
     assert result.steps == 4
     assert [entry["step"] for entry in result.history] == [3, 4]
-    for name, weight in want.items():
-        assert torch.equal(got[name], weight), name
+    exactly(got, want)
 
 
 def test_a_run_without_out_writes_nothing() -> None:
@@ -186,33 +183,12 @@ def test_a_gradient_that_is_not_finite_is_an_error(update: str) -> None:
     with pytest.raises(TrainingError, match="gradient is not finite") as caught:
         go(model, "llama", curvature, strength=1.0, update=update)
     assert "\n" not in str(caught.value)
-    for name, weight in weights(model).items():
-        assert torch.equal(weight, before[name])
-
-
-def test_adapter_space_must_start_at_its_anchor() -> None:
-    model = tiny("llama")
-    curvature = fit(model, "llama", "adapter")
-    move(model, seed=5)
-    with pytest.raises(MismatchError, match="load_anchor"):
-        go(model, "llama", curvature, strength=1.0)
-
-
-def test_another_model_is_refused() -> None:
-    with pytest.raises(MismatchError, match="another base model"):
-        go(tiny("llama", seed=5), "llama", fit(tiny("llama"), "llama"), strength=1.0)
+    exactly(weights(model), before)
 
 
 def test_fewer_examples_than_a_batch_are_refused() -> None:
     with pytest.raises(SourceError, match="smaller than one batch"):
         go(tiny("llama"), "llama", batch_size=17)
-
-
-@pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf")])
-def test_a_strength_that_is_none_is_refused(strength: float) -> None:
-    model = tiny("llama")
-    with pytest.raises(ConfigError, match="strength"):
-        go(model, "llama", fit(model, "llama"), strength=strength)
 
 
 @pytest.mark.parametrize("held", [False, True])
@@ -241,5 +217,4 @@ def test_gradient_checkpointing_gives_the_same_adapter() -> None:
         ends.append(
             go(model, "llama", curvature, strength=1.0, gradient_checkpointing=checkpointing)[0]
         )
-    for name, weight in ends[0].items():
-        assert float((ends[1][name] - weight).abs().max()) < 1e-10, name
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-10)

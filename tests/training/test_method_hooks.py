@@ -19,7 +19,7 @@ from retain.retention.method import Method
 from retain.retention.recipe import Recipe
 from retain.retention.state import StoredRow
 from retain.training.loop import train
-from tiny import ROWS, tiny, weights
+from tiny import ROWS, exactly, tiny, weights
 
 ROWS_OF_8 = [
     Example(ids[:-1], ids[1:], tuple(k >= i % 3 for k in range(len(ids) - 1)))
@@ -97,8 +97,7 @@ def test_without_a_method_nothing_changes_and_the_history_has_no_extra() -> None
         result = go(model, ROWS_OF_8, method=method, max_steps=3)
         ends.append(weights(model))
         assert ("extra" in result.history[0]) is (method is not None)
-    for name, weight in ends[0].items():
-        assert torch.equal(ends[1][name], weight)
+    exactly(*ends)
 
 
 def head(model: nn.Module) -> Tensor:
@@ -165,5 +164,4 @@ def test_a_gradient_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(TrainingError, match="gradient is not finite") as caught:
         go(model, ROWS_OF_8, method=Method(0.0))
     assert "\n" not in str(caught.value)
-    for name, weight in weights(model).items():
-        assert torch.equal(weight, before[name])
+    exactly(weights(model), before)

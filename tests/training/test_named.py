@@ -21,7 +21,7 @@ from retain.retention.loader import reader_of
 from retain.retention.measure import Reference
 from retain.retention.moments import moments_of
 from retain.retention.recipe import Recipe
-from tiny import move, tiny, weights
+from tiny import exactly, move, tiny, weights
 
 SOURCES = {
     "low": [{"input_ids": [3, 1, 2, 4, 1]}, {"input_ids": [2, 1, 4]}],
@@ -126,8 +126,7 @@ def test_one_name_is_the_same_as_none_bit_for_bit(parts: Any) -> None:
         )
         loop(model, held, steps=20, rate=0.05)
         ends.append(weights(model))
-    for key, one in ends[0].items():
-        assert torch.equal(one, ends[1][key])
+    exactly(*ends)
 
 
 def test_a_trainer_logs_each_and_resumes_bit_for_bit(tmp_path: Path) -> None:
@@ -141,8 +140,7 @@ def test_a_trainer_logs_each_and_resumes_bit_for_bit(tmp_path: Path) -> None:
         run.train(resume_from_checkpoint=resumed)
         ends.append(weights(model))
         assert all(spent(model)[name] <= NATS[name] for name in NATS)
-    for key, one in ends[0].items():
-        assert torch.equal(one, ends[1][key])
+    exactly(*ends)
     record = [r for r in backend.records if "loss" in r][-1]
     for name in NATS:
         assert record[f"predicted_nats/{name}"] > 0 and record[f"strength/{name}"] > 0

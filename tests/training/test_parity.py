@@ -41,7 +41,7 @@ from retain.training.loss import head_of, task_loss
 from retain.training.trainer import Rows, RowTrainer
 from retain.types import Update
 from study_parts import tiny_study
-from tiny import save_tiny
+from tiny import exactly, save_tiny
 
 State = dict[str, Tensor]
 Ends = tuple[State, list[State]]
@@ -277,19 +277,16 @@ def _saved(state: State) -> State:
 
 
 def same(one: Ends, other: Ends) -> None:
-    weights, others = _saved(one[0]), _saved(other[0])
-    assert weights.keys() == others.keys()
-    for name in weights:
-        assert torch.equal(weights[name].cpu(), others[name].cpu()), name
+    exactly(_saved(one[0]), _saved(other[0]), check_device=False)
     assert len(one[1]) == len(other[1])
     for known, found in zip(one[1], other[1], strict=True):
         assert known.keys() == found.keys()
         for name in known:
             a, b = unpack_curvature(known[name]), unpack_curvature(found[name])
-            mine = {n: t for block in a.blocks for n, t in _tensors(a, block)}
-            theirs = {n: t for block in b.blocks for n, t in _tensors(b, block)}
-            assert mine.keys() == theirs.keys()
-            assert all(torch.equal(mine[n], theirs[n]) for n in mine), name
+            mine, theirs = (
+                {n: t for block in c.blocks for n, t in _tensors(c, block)} for c in (a, b)
+            )
+            exactly(mine, theirs)
 
 
 def _tensors(curvature: Any, name: str) -> list[tuple[str, Tensor]]:
@@ -381,8 +378,7 @@ def test_strength_zero_and_no_other_part_is_plain_training(
             each, case.rows[0], case.config(0), recipe=held, columns=case.columns[0],
             progress=False,
         )  # fmt: skip
-    for name, weight in _trained(model).items():
-        assert torch.equal(weight, _trained(plain)[name]), name
+    exactly(_trained(model), _trained(plain))
 
 
 def test_an_auto_that_is_told_its_parts_has_no_others() -> None:

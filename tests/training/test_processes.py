@@ -19,7 +19,7 @@ import forked
 import retain
 from retain.data.batches import Example
 from retain.models.processes import count, rank
-from tiny import save_tiny
+from tiny import exactly, save_tiny
 
 SIZE: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -124,7 +124,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hold_as_one(ended: Path) -> None:
     one, two, other = weights(ended / "one"), weights(ended / "two"), weights(ended / "two", 1)
     assert apart(one, two) < 1e-4
-    assert all(torch.equal(two[n], other[n]) for n in two)
+    exactly(two, other)
     told = [json.loads((ended / n / "told-0.json").read_text()) for n in ("one", "two")]
     assert told[0]["nats"] == pytest.approx(told[1]["nats"], rel=1e-3, abs=1e-9)
     assert told[0]["strength"] == pytest.approx(told[1]["strength"], rel=1e-3)
@@ -159,7 +159,7 @@ def test_two_processes_read_the_same_rows_for_the_divergence(tmp_path: Path) -> 
         assert done.returncode == 0, done.stderr[-3000:]
     two = weights(tmp_path / "two")
     assert apart(weights(tmp_path / "one"), two) < 1e-4
-    assert all(torch.equal(two[n], t) for n, t in weights(tmp_path / "two", 1).items())
+    exactly(weights(tmp_path / "two", 1), two)
 
 
 def test_two_processes_go_on_where_they_were(ended: Path, tmp_path: Path) -> None:

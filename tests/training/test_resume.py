@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 import retain
 from retain import Retention, RetentionCallback, fit_curvature, grow_lora
 from retain.models.view import ModelView
-from tiny import ROWS, move, save_tiny, tiny, weights
+from tiny import ROWS, exactly, move, save_tiny, tiny, weights
 
 STEPS = 6
 MIDDLE = range(1, STEPS)
@@ -93,10 +93,7 @@ def test_from_each_checkpoint_of_a_trainer(made: Any, way: str, tmp_path: Path) 
     want = trained("whole")
     for step in MIDDLE:
         torch.manual_seed(1000 + step)  # of another process, whose random state is another
-        got = trained(f"from{step}", tmp_path / "whole" / f"checkpoint-{step}")
-        assert got.keys() == want.keys()
-        for name, tensor in want.items():
-            assert torch.equal(got[name], tensor), (step, name)
+        exactly(trained(f"from{step}", tmp_path / "whole" / f"checkpoint-{step}"), want)
 
 
 @pytest.mark.shows(
@@ -174,4 +171,4 @@ def test_from_each_step_of_a_plain_loop() -> None:
     for step in MIDDLE:
         other, *rest = begun(**seen[step - 1])
         trained(other, *rest, range(step, STEPS))
-        assert all(torch.equal(got, want[name]) for name, got in weights(other).items()), step
+        exactly(weights(other), want)

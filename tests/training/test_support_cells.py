@@ -37,7 +37,7 @@ from retain.study.spec import read_study
 from retain.study.state import SequenceState
 from retain.study.work import Work
 from study_parts import tiny_study
-from tiny import move
+from tiny import exactly, move
 
 SOURCE = [{"text": f"the cat sat on mat {i}"} for i in range(8)]
 TRAINERS = ("transformers.Trainer", "SFTTrainer", "DPOTrainer", "GRPOTrainer", "plain loop")
@@ -266,7 +266,7 @@ def test_it_trains_and_is_held(
         call = RetentionCallback(curvature, **options)
         other = trainer_of(name, feature, again, tokenizer, [call], tmp_path / "two")
         other.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-1"))
-        assert all(torch.equal(state_of(again)[n], t) for n, t in after.items())
+        exactly(state_of(again), after)
     return None
 
 

@@ -59,16 +59,6 @@ def predicted(trainer: Any) -> float:
     return float(found[-1])
 
 
-def test_sft_is_filtered_and_held(tiny_folder: Path, tmp_path: Path) -> None:
-    SFTConfig, SFTTrainer = of_trl("SFTConfig", "SFTTrainer")
-    rows = [{"text": f"say {i} and then no more"} for i in range(8)]
-    trainer = SFTTrainer(**common(tiny_folder, tmp_path, rows, SFTConfig))
-    callback = held(trainer)
-    trainer.train()
-    assert callback.why_no_filter is None
-    assert predicted(trainer) > 0
-
-
 def test_dpo_is_filtered_and_held(tiny_folder: Path, tmp_path: Path) -> None:
     DPOConfig, DPOTrainer = of_trl("DPOConfig", "DPOTrainer")
     rows = [{"prompt": f"say {i}", "chosen": " ok", "rejected": f" no {i}"} for i in range(8)]

@@ -13,9 +13,6 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; see `retain.cli.app.main`.
 
     Where what every command needs is not installed, one line says so, and the exit code is 2.
-
-    Args:
-        argv: the arguments, those of the process by default.
     """
     try:
         from retain.cli.app import main as run

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from pydantic import Field
 
-from retain.cli.options import AsJson, Quiet, Screen, quieten
+from retain.cli.options import Screen, command, quieten
+from retain.config import Options
 from retain.files import check_folder, locked
 from retain.records import General, StudyRecord
 from retain.runs.folders import check_demo
@@ -20,23 +20,20 @@ KNOWN = "knowledge"
 EXAMPLE = "Example: retain demo --quick --out runs/quick"
 
 
-def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")] = Path(
-        "runs/demo"
-    ),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
-    quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick", help="A short run that shows all stages; its numbers mean nothing."
-        ),
-    ] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
+class DemoConfig(Options):
+    """Settings of ``retain demo``."""
+
+    out: Path = Field(Path("runs/demo"), description="Folder of the results")
+    seed: int = Field(0, ge=0, description="Seed of everything")
+    quick: bool = Field(
+        False, description="A short run that shows all stages; its numbers mean nothing"
+    )
+
+
+@command(DemoConfig)
+def demo(config: DemoConfig, screen: Screen) -> None:
     """Teach a small model word problems with and without retention, and compare the two."""
-    screen = Screen(as_json, quiet)
-    out = check_folder(out)
+    out = check_folder(config.out)
     quieten(screen.progress)
     kept = f"what is done is kept in {out}; the same command goes on from there"
     with interruption(kept):
@@ -46,11 +43,12 @@ def demo(
         with locked(out):
             check_demo(out)
             study = run_demo(
-                out=out, seed=seed, quick=quick, progress=screen.progress, say=screen.say
-            )
+                out=out, seed=config.seed, quick=config.quick, progress=screen.progress,
+                say=screen.say,
+            )  # fmt: skip
             page = write_report([out / "study.json"], out / "report.html")[0]
     _show(screen, study)
-    if quick:
+    if config.quick:
         screen.say("a quick run: the numbers mean nothing")
     screen.say(f"report: {page}; again, with changes: retain study {out / 'study.yaml'}")
     claims = [claim.plain() for claim in study.claims]

@@ -22,12 +22,9 @@ from retain.files import check_folder, first_rank
 from retain.runs.messages import Messages
 
 __all__ = [
-    "COMMON", "AsJson", "Quiet", "Screen", "check_choices", "check_file", "command", "name_list",
-    "option", "quieten", "signed",
+    "COMMON", "Screen", "check_choices", "check_file", "command", "name_list", "option", "quieten",
+    "signed",
 ]  # fmt: skip
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 _SHORT = {"out": "-o", "output": "-o", "config": "-c"}
 
@@ -39,9 +36,8 @@ def command(
 ) -> Callable[[Callable[[Config, Screen], None]], Callable[..., None]]:
     """Makes a command of a function of checked settings and a screen.
 
-    Args:
-        config: the settings; each field is an option, with its default, bounds and description.
-        *arguments: fields that are arguments, not options.
+    Each field of `config` is an option, with its default, bounds and description; but for
+    `arguments`, which have no name on the command line.
     """
     shared = Measured.model_fields
 
@@ -85,15 +81,21 @@ def option(
     flags = [flag, *([_SHORT[name]] if name in _SHORT else [])]
     made = typer.Option(*flags, **bounds)
     if argument:
-        made = typer.Argument(metavar=name.upper(), **bounds)
+        several = "..." if get_origin(kind) is list else ""
+        made = typer.Argument(metavar=name.upper() + several, **bounds)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, made]
     )
 
 
 COMMON = [
-    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
-    for name, kind in (("as_json", AsJson), ("quiet", Quiet))
+    inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, made]
+    )
+    for name, made in {
+        "as_json": typer.Option("--json", help="Print one JSON object instead of text."),
+        "quiet": typer.Option("--quiet", "-q", help="Print nothing but errors."),
+    }.items()
 ]
 
 
@@ -154,10 +156,9 @@ class Screen(Messages):
 
 
 def quieten(progress: bool) -> None:
-    """Keeps the libraries below from talking; call it before they are imported.
+    """Keeps the libraries below from talking, but for their bars where `progress` is wanted.
 
-    Args:
-        progress: leave them their bars.
+    Call it before they are imported.
     """
     if not progress:
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -184,11 +185,7 @@ def check_choices(*choices: tuple[str, str, Iterable[str]]) -> None:
 
 
 def check_file(path: Path) -> Path:
-    """Checks, before any work is done, that a file can be written.
-
-    Raises:
-        OutputError: it cannot be.
-    """
+    """Checks that a file can be written, before any work is done; raises `OutputError` if not."""
     path = path.expanduser()
     if path.exists() and not path.is_file():
         raise OutputError(

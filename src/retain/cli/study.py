@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +77,7 @@ def run(config: RunsConfig, screen: Screen) -> None:
     check_study(work.out)
     from dataclasses import replace
 
+    from retain.provenance import cores
     from retain.study.engines import check_engine
     from retain.study.grid import expand
     from retain.study.studies import run_study
@@ -87,7 +87,7 @@ def run(config: RunsConfig, screen: Screen) -> None:
         from retain.evaluation.general import check_general
 
         check_general(spec.general.tasks)
-    threads = config.threads or (max(1, _cores() // config.jobs) if config.jobs > 1 else None)
+    threads = config.threads or (max(1, (cores() or 1) // config.jobs) if config.jobs > 1 else None)
     work = replace(work, retry_failed=config.retry_failed, threads=threads)
     grid = expand(spec, work.base)
     _say_skipped(grid.skipped, screen)
@@ -169,10 +169,6 @@ def _open(config: StatusConfig, data: Path | None) -> Any:
     folder = (config.out or Path("runs") / spec.name).expanduser().absolute()
     data = data and data.expanduser().absolute()
     return spec, Work(spec.name, folder, config.study.expanduser().absolute().parent, data)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -8,8 +8,9 @@ its label (a class, or the value of a regression), and ``predict`` is empty.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -40,6 +41,11 @@ class Example:
     def predictions(self) -> int:
         """How many predictions the example asks for."""
         return sum(self.predict) if self.predict else 1
+
+    @property
+    def wanted(self) -> list[int | float]:
+        """The targets that count."""
+        return list(compress(self.targets, self.predict)) if self.predict else list(self.targets)
 
     def cut(self, tokens: int) -> Example:
         """Its first tokens; a row of classification keeps its label."""
@@ -88,31 +94,21 @@ def collate(
     """Pads examples on the right to the longest of them (rounded up to a `multiple`)."""
     longest = max(len(e.tokens) for e in examples)
     width = -(-longest // multiple) * multiple
-    shape = (len(examples), width)
-    ids = torch.full(shape, pad, dtype=torch.long)
-    mask = torch.zeros(shape, dtype=torch.long)
-    segments = torch.zeros(shape, dtype=torch.long)
-    predict = torch.zeros(shape, dtype=torch.bool)
-    targets: list[int | float] = []
-    for i, e in enumerate(examples):
-        n = len(e.tokens)
-        ids[i, :n] = torch.tensor(e.tokens)
-        mask[i, :n] = 1
-        if e.segments:
-            segments[i, :n] = torch.tensor(e.segments)
-        if e.predict:
-            predict[i, :n] = torch.tensor(e.predict)
-            targets += [t for t, p in zip(e.targets, e.predict, strict=True) if p]
-        else:
-            targets += e.targets
-    inputs = {"input_ids": ids, "attention_mask": mask}
+
+    def padded(parts: Iterable[Sequence[int]], value: int = 0) -> Tensor:
+        return torch.tensor([[*part, *[value] * (width - len(part))] for part in parts])
+
+    inputs = {
+        "input_ids": padded((e.tokens for e in examples), pad),
+        "attention_mask": padded([1] * len(e.tokens) for e in examples),
+    }
     if any(e.segments for e in examples):
-        inputs["token_type_ids"] = segments
+        inputs["token_type_ids"] = padded(e.segments for e in examples)
     causal = bool(examples[0].predict)
     return Batch(
         inputs,
-        predict if causal else None,
-        torch.tensor(targets),
+        padded(e.predict for e in examples).bool() if causal else None,
+        torch.tensor([target for e in examples for target in e.wanted]),
         [e.predictions for e in examples],
         list(rows),
     )

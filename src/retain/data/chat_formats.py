@@ -20,11 +20,7 @@ _RESERVED = {
 
 
 def string_of(cells: Row, name: str) -> str:
-    """A column's text.
-
-    Raises:
-        SourceError: it is no string.
-    """
+    """A column's text; raises `SourceError` for what is no string."""
     value = cells[name]
     if not isinstance(value, str):
         raise SourceError(

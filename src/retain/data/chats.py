@@ -57,9 +57,7 @@ class Chats:
     def read(self, chat: Chat, *, assistant: bool) -> tuple[list[int], list[bool], int]:
         """A chat's tokens, which are learned, and how many more tokens there are about.
 
-        Args:
-            chat: the chat.
-            assistant: the assistant's turns alone are learned, else all.
+        Of `assistant`, its turns alone are learned, else all.
         """
         room = room_for(self.max_length)
         while True:

@@ -130,10 +130,9 @@ def _lost(key: str, name: str) -> SourceError:
 
 
 def _check_beside_ids(key: str, value: Any, ids: Any, counts: RowCounts) -> None:
-    """Counts a column beside tokens, but for the text that they were made of.
+    """Counts a column beside tokens, and refuses one that is another input of the model.
 
-    Raises:
-        SourceError: it is another input of the model.
+    The text that the tokens were made of may stand there.
     """
     if key in _WITH_IDS - {"loss_mask"} or (key not in _CHANGES and _passed(key)):
         return

@@ -114,11 +114,10 @@ def general_prompts(skill: str | None = None, half: Half = "held-out") -> list[G
 def _items() -> tuple[GeneralPrompt, ...]:
     text = resources.files(__package__).joinpath("general_prompts.jsonl").read_text("utf-8")
     rows = map(json.loads, text.splitlines())
-    return tuple(GeneralPrompt(**{**row, **_tuples(row)}) for row in rows)
-
-
-def _tuples(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(row.get(key, ())) for key in ("accepted", "contains")}
+    several = ("accepted", "contains")
+    return tuple(
+        GeneralPrompt(**row | {key: tuple(row.get(key, ())) for key in several}) for row in rows
+    )
 
 
 def read_prompts(

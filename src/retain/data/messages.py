@@ -49,11 +49,7 @@ def without_none(value: Any) -> Any:
 
 
 def from_json(value: Any, name: str, kind: type | tuple[type, ...]) -> Any:
-    """A column's value; from JSON where it is a string.
-
-    Raises:
-        SourceError: it is neither of the kind wanted nor JSON of it.
-    """
+    """A column's value, from JSON where it is a string; `SourceError` for one of another kind."""
     found, why = value, ""
     if isinstance(found, str):
         try:

@@ -36,11 +36,7 @@ class PatternError(ValueError):
 
 @lru_cache(maxsize=256)
 def compile_pattern(pattern: str) -> Any:
-    """A compiled pattern.
-
-    Raises:
-        PatternError: no regular expression, or a too large one.
-    """
+    """A compiled pattern; raises `PatternError` for one that is none, or too large."""
     if len(pattern) > LENGTH:
         raise PatternError(f"a pattern of {len(pattern)} characters; at most {LENGTH}")
     counts = [max(int(n[:9] or 0) for n in found) for found in _COUNT.findall(pattern)]
@@ -58,11 +54,7 @@ def compile_pattern(pattern: str) -> Any:
 
 
 def first_match(pattern: str, text: str) -> Any:
-    """What `re.search` returns.
-
-    Raises:
-        PatternError: see `compile_pattern`; or no end within its time.
-    """
+    """What `re.search` returns; raises `PatternError` as `compile_pattern`, or out of time."""
     try:
         return compile_pattern(pattern).search(text, timeout=_seconds(text))
     except (TimeoutError, MemoryError) as error:

@@ -97,10 +97,9 @@ def as_row(value: object, number: int, unit: str = "row", path: Path | None = No
 
 
 def check_characters(value: object, where: str = "a text") -> None:
-    r"""Refuses half a character, such as ``\ud83d`` alone: JSON can write it, nothing reads it.
+    r"""Raises `SourceError` for half a character, however deep in a value.
 
-    Raises:
-        SourceError: there is one, however deep in the value.
+    Such as ``\ud83d`` alone: JSON can write it, nothing reads it.
     """
     inner: Iterable[object] = ()
     if isinstance(value, str):

@@ -286,11 +286,7 @@ def _sub(text: object, pattern: object, by: object) -> str:
 
 
 def _written(value: Any) -> Any:
-    """What a template writes, which is no list or object: nobody wants to read Python's brackets.
-
-    Raises:
-        TemplateRuntimeError: it is one.
-    """
+    """What a template writes; raises for a list or an object: nobody reads Python's brackets."""
     if isinstance(value, list | tuple | dict | Set | Iterator):
         raise TemplateRuntimeError(
             f"a {type(value).__name__} is written as text: name a part of it, or join it "

@@ -69,11 +69,7 @@ def tokenised_classified(cells: Row) -> tuple[list[int], list[int]]:
 
 
 def _numbers(cells: Row, name: str) -> list[int] | None:
-    """A column of whole numbers; None where there is none.
-
-    Raises:
-        SourceError: it holds something else.
-    """
+    """A column of whole numbers, None where there is none; `SourceError` for anything else."""
     values, got = cells.get(name), ""
     if absent(values):
         return None
@@ -118,11 +114,7 @@ def _aligned(cells: Row, name: str, size: int) -> list[int] | None:
 
 
 def _text(cells: Row, size: int) -> slice:
-    """Where a row is no padding.
-
-    Raises:
-        SourceError: the mask has holes.
-    """
+    """Where a row is no padding; `SourceError` for a mask with holes."""
     mask = _aligned(cells, "attention_mask", size)
     if mask is None:
         return slice(0, size)

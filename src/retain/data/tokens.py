@@ -101,11 +101,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def need(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """The tokenizer that text needs.
-
-    Raises:
-        SourceError: there is none.
-    """
+    """The tokenizer that text needs; raises `SourceError` where there is none."""
     if tokenizer is None:
         raise SourceError(
             "text needs a tokenizer",

@@ -58,11 +58,7 @@ def section(facts: Mapping[str, str], title: str = "How it was made") -> str:
 
 
 def read_card(card: Path) -> str:
-    """What a model card says so far; nothing where there is none.
-
-    Raises:
-        OutputError: it is no text.
-    """
+    """What a card says, nothing where there is none; raises `OutputError` for what is no text."""
     try:
         return read_text(card, LARGE) if card.exists() else ""
     except (OSError, Unreadable) as error:
@@ -72,14 +68,10 @@ def read_card(card: Path) -> str:
 def extend_card(
     folder: Path, base: str, text: str, library: str = "peft", name: str = "retain"
 ) -> None:
-    """Writes a section into the card of a folder; one is begun where there is none.
+    """Writes a section by `name` into the card of a folder; one is begun where there is none.
 
-    Args:
-        folder: of a model or adapter.
-        base: name of the base model, or where it lies here.
-        text: of the section.
-        library: that loads what is in the folder.
-        name: of what writes the section.
+    `base` is the name of the base model, or where it lies here; `library` loads what is in the
+    folder.
 
     Raises:
         OutputError: the card is damaged, or cannot be written.
@@ -101,13 +93,7 @@ def or_warned() -> Iterator[None]:
 
 
 def fresh_card(base: str, library: str = "peft", front: str = "") -> str:
-    """A card without a section.
-
-    Args:
-        base: name of the base model, or where it lies here.
-        library: that loads the model.
-        front: a card whose front matter it takes over.
-    """
+    """A card without a section; `front` is a card whose front matter it takes over."""
     from huggingface_hub import ModelCard
 
     card: Any = ModelCard(front or "---\n{}\n---\n")

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from retain.data.batches import Example
-from retain.data.general_prompts import Half, general_prompts
+from retain.data.general_prompts import GENERAL, Half, prompt_texts
 from retain.errors import SourceError, not_finite
 from retain.models.forward import compact_head, evaluating
 from retain.models.names import unwrap
@@ -178,7 +178,7 @@ def sample_rows(
     ends = set(_end_tokens(model, tokenizer))
     given: list[list[int]] = []
     if chat or prompts is not None:
-        texts = _general(half) if prompts is None else prompts
+        texts = prompt_texts(GENERAL, half) if prompts is None else prompts
         given = _turns(tokenizer, texts, ends, seed, chat=bool(chat))
     every = 2 if prompts is None else 1  # so many chats to one that is given
     starts = [
@@ -219,10 +219,6 @@ def sample_rows(
             rows += [ids[:max_length] for ids in found]
             bar.update(size)
     return [{"input_ids": ids} for ids in rows]
-
-
-def _general(half: Half) -> list[str]:
-    return [prompt.prompt for prompt in general_prompts(half=half)]
 
 
 def _turns(

@@ -196,11 +196,7 @@ def check_labels(model: nn.Module, labels: Iterable[object], unit: str = "row") 
 
 
 def check_single(model: nn.Module) -> None:
-    """Refuses a regression of several outputs, where rows have one label.
-
-    Raises:
-        ModelError: it is one.
-    """
+    """Raises `ModelError` for a regression of several outputs, where rows have one label."""
     outputs = int(inner_model(model).config.num_labels)
     if is_regression(model) and outputs != 1:
         raise ModelError(

@@ -109,15 +109,9 @@ def has_causal_head(architectures: Sequence[str]) -> bool:
 
 
 def is_decoder(name: str) -> bool | None:
-    """Whether a model has a language-model head, by its configuration.
+    """Whether a model has a language-model head; None where its configuration does not say.
 
-    Of a model that is not on this disk the configuration alone is fetched.
-
-    Args:
-        name: as for `load_model`.
-
-    Returns:
-        None where no configuration can be had, or it names no architecture.
+    Of a model that is not on this disk the configuration alone is fetched, if it can be had.
     """
     if _is_gguf(name):
         return True

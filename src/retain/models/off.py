@@ -19,7 +19,7 @@ Off is not the model that was there before where
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -95,14 +95,9 @@ def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
         yield inner
 
 
-@contextmanager
-def base_to_sample(model: nn.Module) -> Iterator[None]:
+def base_to_sample(model: nn.Module) -> AbstractContextManager[nn.Module]:
     """`adapter_off` for a model with an adapter; one without is its base."""
-    if _carries_adapter(unwrap(model)):
-        with adapter_off(model):
-            yield
-    else:
-        yield
+    return adapter_off(model) if _carries_adapter(unwrap(model)) else nullcontext(model)
 
 
 @contextmanager
@@ -144,9 +139,7 @@ def swapped(pairs: Iterable[Swap]) -> Iterator[None]:
 def switched_off(model: nn.Module, *, all_of_it: bool = True) -> Iterator[None]:
     """Switches the adapter's layers off and nothing else; a prompt's model runs its base alone.
 
-    Args:
-        model: with an adapter.
-        all_of_it: else LoRA stays on, and what is trained whole beside it is off.
+    If not `all_of_it`, LoRA stays on, and what is trained whole beside it is off.
     """
     inner: Any = unwrap(model)
     layers = [m for m in _switches(inner) if all_of_it or isinstance(m, AuxiliaryTrainingWrapper)]
@@ -166,11 +159,7 @@ def switched_off(model: nn.Module, *, all_of_it: bool = True) -> Iterator[None]:
 
 
 def check_on(model: nn.Module) -> None:
-    """Refuses a model whose adapter is switched off: what is measured of it would be the base.
-
-    Raises:
-        ModelError: it is.
-    """
+    """Raises `ModelError` where the adapter is off: what is measured would be the base."""
     if any(layer._disable_adapters for layer in _switches(unwrap(model))):
         raise ModelError(
             "the adapter is switched off",

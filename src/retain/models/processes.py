@@ -60,12 +60,7 @@ def share(tensors: Sequence[Tensor]) -> None:
 
 
 def told(document: Any, device: torch.device) -> list[Any]:
-    """What each process has to say, in their order.
-
-    Args:
-        document: for JSON.
-        device: where the processes can talk.
-    """
+    """What each process has to say, for JSON, in order; they can talk on `device`."""
     if not several():
         return [document]
     text = torch.frombuffer(bytearray(json.dumps(document).encode()), dtype=torch.uint8).to(device)
@@ -81,12 +76,7 @@ def told(document: Any, device: torch.device) -> list[Any]:
 
 
 def of_first(values: Sequence[float], device: torch.device) -> list[float]:
-    """The numbers that the first process has.
-
-    Args:
-        values: as many in each process.
-        device: where the processes can talk.
-    """
+    """The numbers that the first process has, as many as all; they can talk on `device`."""
     if not several():
         return list(values)
     told = torch.tensor(list(values), dtype=torch.float64, device=device)

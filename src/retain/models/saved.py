@@ -243,11 +243,7 @@ def write_tensors(
 
 
 def read_tensors(folder: Path, kind: str) -> dict[str, Tensor]:
-    """What `write_tensors` wrote, by the names in the base model.
-
-    Raises:
-        ModelError: the file is damaged.
-    """
+    """What `write_tensors` wrote, by names in the base model; `ModelError` if it is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.functional import pad
 
 from retain.errors import ModelError
 
@@ -29,10 +30,6 @@ class Shard:
     """A module's sharded weight and its whole copy.
 
     Of a module that is pickled or copied it does not go along.
-
-    Args:
-        model: whose part it is.
-        module: whose ``weight`` it is.
     """
 
     def __init__(self, model: nn.Module, module: nn.Module) -> None:
@@ -185,25 +182,16 @@ def _together(tensors: Sequence[Any]) -> list[Tensor]:
     """Those that are divided by rows among one group of processes: all but the last ones alike."""
     mesh = tensors[0].device_mesh
     rows = [-(-len(t) // mesh.size()) for t in tensors]
-    flat = torch.cat(
-        [_padded(t.to_local(), n).reshape(-1) for t, n in zip(tensors, rows, strict=True)]
-    )
+    sizes = [n * t.shape[1:].numel() for t, n in zip(tensors, rows, strict=True)]
+    mine = [t.to_local().reshape(-1) for t in tensors]
+    flat = torch.cat([pad(t, (0, n - len(t))) for t, n in zip(mine, sizes, strict=True)])
     parts = [torch.empty_like(flat) for _ in range(mesh.size())]
     distributed.all_gather(parts, flat, mesh.get_group())
-    sizes = [n * t.shape[1:].numel() for t, n in zip(tensors, rows, strict=True)]
     each = torch.stack(parts).split(sizes, 1)
     return [
         e.reshape(-1, *t.shape[1:])[: len(t)].contiguous()
         for e, t in zip(each, tensors, strict=True)
     ]
-
-
-def _padded(local: Tensor, rows: int) -> Tensor:
-    return (
-        local
-        if len(local) == rows
-        else torch.cat([local, local.new_zeros(rows - len(local), *local.shape[1:])])
-    )
 
 
 @torch.no_grad()

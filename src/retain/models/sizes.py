@@ -213,11 +213,7 @@ def check_ids(
     number: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Refuses the tokens of one row, counted from 1, for which a table of `rows` has none.
-
-    Raises:
-        SourceError: there is one.
-    """
+    """Raises `SourceError` for a token of row `number` (from 1) that a table of `rows` lacks."""
     least, most = min(ids, default=0), max(ids, default=0)
     if least >= 0 and (rows is None or most < rows):
         return

@@ -18,7 +18,7 @@ from retain.models.fingerprint import fingerprint
 from retain.models.forward import evaluating, forward_body, forward_logits
 from retain.models.heads import Head, check_labels, head_kind, row_label
 from retain.models.names import inner_model, unwrap
-from retain.models.off import adapter_off, base_to_sample
+from retain.models.off import adapter_off
 from retain.models.sites import LinearSite, LoraSite, find_sites, lora_sites
 from retain.models.sizes import check_sizes, pad_id, positions
 
@@ -129,10 +129,6 @@ class ModelView:
         """Inside it the adapter is off, so that the model is its base; see `adapter_off`."""
         return adapter_off(self.model)
 
-    def as_base(self) -> AbstractContextManager[None]:
-        """`off` where there is an adapter; a model without one is its base."""
-        return base_to_sample(self.model)
-
     def logits(self, batch: Batch) -> Tensor:
         """Logits of a batch's predictions, [predictions, classes]; see `forward_logits`."""
         return forward_logits(self.model, batch)
@@ -153,11 +149,9 @@ class ModelView:
         found = batches(examples, size, self.pad, multiple=multiple)
         return [batch.to(self.device) for batch in found]
 
-    def check(
-        self, examples: Sequence[Example], *, labels: bool = True, lengths: bool = True
-    ) -> None:
+    def check(self, examples: Sequence[Example], *, labels: bool = True) -> None:
         """Refuses rows that its tables or its head have no place for; see `check_sizes`."""
-        check_sizes(self.model, examples, self.tokenizer, labels=labels, lengths=lengths)
+        check_sizes(self.model, examples, self.tokenizer, labels=labels)
 
     def read(
         self,

@@ -291,7 +291,7 @@ class RetentionCallback(TrainerCallback):
             progress=kept_in(state, needed) if resuming else None,
             kept=kept_tensors(resumed_from()) if resuming else None,
         )
-        recipe.guard(Running() if trainer is None else _always)
+        recipe.guard(Running() if trainer is None else lambda: True)
         go_first(self, handler)
 
     def _probe(self, view: ModelView) -> Probe:
@@ -467,10 +467,6 @@ def _base_of(model: Any) -> tuple[str, str]:
     own = getattr(getattr(model, "config", None), "_name_or_path", None)
     name = next((str(name) for name in (*names, own) if name), "")
     return name, "peft" if configs else "transformers"
-
-
-def _always() -> bool:
-    return True
 
 
 def _warn(text: str) -> None:

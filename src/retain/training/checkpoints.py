@@ -6,8 +6,6 @@ A checkpoint whose files are not those of its seal (a kill, a full disk, a chang
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from retain.documents import read_json
+from retain.documents import read_json, sealed
 from retain.files import clear_scratch, file_digest, remove_ours, settle, sync, write_json
 from retain.training.keeping import TENSORS
 
@@ -64,16 +62,10 @@ class Seal(TrainerCallback):
         place = folder / f"checkpoint-{state.global_step}"
         settle(place)
         files = {p.name: file_digest(p) for p in sorted(place.iterdir()) if p.is_file()}
-        seal = {"schema": SCHEMA, "of": self.of, "files": files}
-        write_json(place / SEAL, seal | {"digest": _digest(seal)})
+        write_json(place / SEAL, sealed({"schema": SCHEMA, "of": self.of, "files": files}))
         sync(folder)
         for old in checkpoints(folder)[:-KEPT]:
             remove_checkpoint(old)
-
-
-def _digest(seal: Mapping[str, Any]) -> str:
-    """Of the seal itself, whose digests of the rows are compared with those of now."""
-    return hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -90,9 +82,8 @@ def _step(path: Path) -> int:
 def why_broken(path: Path) -> str | None:
     """Why a checkpoint cannot be gone on from; None for one that is as it was written."""
     try:
-        seal = read_json(path / SEAL)
-        digest = seal.pop("digest")
-        files, good = dict(seal["files"]), seal["schema"] == SCHEMA and digest == _digest(seal)
+        seal = read_json(path / SEAL, sealed=True)
+        files, good = dict(seal["files"]), seal["schema"] == SCHEMA
     except OSError:
         return f"it was not written to its end (no {SEAL})"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -109,11 +100,7 @@ def why_broken(path: Path) -> str | None:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Removes a checkpoint, whole or not; what others put into it stays.
-
-    Raises:
-        OSError: one of its files cannot be removed.
-    """
+    """Removes a checkpoint, whole or not; what others put into it stays."""
     clear_scratch(path / SEAL)
     remove_ours(path, _own_files(path))
 

@@ -31,10 +31,7 @@ def check_alone(
 ) -> None:
     """Refuses a second callback of the same kind: a cell of a notebook that was run again, mostly.
 
-    Args:
-        callback: the one.
-        handler: of its trainer's callbacks, where it is known.
-        more: of them that are about to be added.
+    `handler` is that of its trainer's callbacks, where it is known; `more` are about to be added.
 
     Raises:
         ConfigError: its trainer has another one.
@@ -52,11 +49,7 @@ def check_alone(
 
 
 def check_gradients(parameters: Iterable[nn.Parameter], step: int) -> None:
-    """Checks the gradients before a step.
-
-    Raises:
-        TrainingError: one of them is not a finite number.
-    """
+    """Raises `TrainingError` before a step whose gradients are not all finite."""
     watched = watched_gradients(parameters, step)
     if watched is not None:
         watched.judge(float(watched.value))
@@ -114,11 +107,7 @@ def check_trainer(args: TrainingArguments, optimizer: object) -> None:
 
 
 def check_trains(model: nn.Module) -> None:
-    """Refuses a model of which nothing trains.
-
-    Raises:
-        ModelError: an adapter that was loaded for inference, most likely.
-    """
+    """Raises `ModelError` for a model of which nothing trains, as one loaded for inference."""
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError(
             "no weight of the model trains",

@@ -56,11 +56,7 @@ def keep_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def kept_tensors(folder: Path | None) -> dict[str, Tensor]:
-    """What `keep_tensors` wrote; nothing where there is none.
-
-    Raises:
-        TrainingError: the file is damaged.
-    """
+    """What `keep_tensors` wrote, nothing where there is none; `TrainingError` if it is damaged."""
     if folder is None or not (folder / TENSORS).is_file():
         return {}
     try:
@@ -75,11 +71,7 @@ def kept_tensors(folder: Path | None) -> dict[str, Tensor]:
 
 
 def kept_in(state: TrainerState, needed: bool) -> dict[str, Any]:
-    """What the checkpoint that is resumed holds.
-
-    Args:
-        state: of the trainer, read from the checkpoint.
-        needed: the run cannot go on without it.
+    """What the checkpoint that is resumed holds, which a run may have `needed` to go on.
 
     Raises:
         TrainingError: it holds nothing, or what is no state of ours, and it is needed.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import IO, Any
 
 from retain.data.readers.opened import decoded, open_bytes, open_text
 from retain.data.rows import PlacedRow, as_row
+from retain.documents import once
 from retain.errors import SourceError
 
 __all__ = ["json_records", "line_records"]
@@ -37,11 +37,7 @@ def line_records(path: Path) -> Iterator[Record]:
 
 
 def _line(path: Path, number: int, line: bytes) -> PlacedRow:
-    """A line as a row.
-
-    Raises:
-        SourceError: it is no JSON object.
-    """
+    """A line as a row; raises `SourceError` for what is no JSON object."""
     text = decoded(line, path, number == 1)
     try:
         value = _DECODER.decode(text)
@@ -157,21 +153,7 @@ def _covered(line: int, value: Any, path: Path) -> Values:
     )
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The fields of a JSON object.
-
-    Raises:
-        ValueError: one is there twice.
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        times = Counter(name for name, _ in pairs)
-        twice = next(name for name, count in times.items() if count > 1)
-        raise ValueError(f"the field {twice!r} is there twice")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+_DECODER = json.JSONDecoder(object_pairs_hook=once)
 
 
 class _Parser:

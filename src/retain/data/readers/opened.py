@@ -79,12 +79,7 @@ def size_of(path: Path) -> int:
 
 
 def decoded(raw: bytes, path: Path, first: bool) -> str:
-    """A part of a file as text.
-
-    Raises:
-        SourceError: it holds a NUL byte.
-        UnicodeDecodeError: it is no UTF-8.
-    """
+    """A part of a file as text; raises `SourceError` for a NUL byte, UnicodeDecodeError else."""
     if b"\x00" in raw:
         raise nul(path)
     return raw.decode(_UTF8 if first else "utf-8")
@@ -124,11 +119,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def check_head(path: Path) -> None:
-    """Refuses what is something else than its name says.
-
-    Raises:
-        SourceError: it is.
-    """
+    """Raises `SourceError` for a file that is something else than its name says."""
     own = path.suffix.lower()
     with path.open("rb") as file:
         start = file.read(_HEAD)

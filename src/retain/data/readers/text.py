@@ -26,12 +26,9 @@ _CHUNK = 1 << 20
 
 
 def block_length(size: int, limit: int, max_length: int | None) -> int:
-    """Bytes of a block.
+    """Bytes of a block of a text of `size` bytes, of which `limit` blocks are wanted.
 
-    Args:
-        size: of the text in bytes.
-        limit: blocks that are wanted.
-        max_length: tokens that will be used of each, if that is known.
+    Of each `max_length` tokens will be used, if that is known.
     """
     least, most = (_LEAST, _MOST) if max_length is None else (_LOW * max_length, _HIGH * max_length)
     return max(least, min(most, size // (2 * limit)))  # there is something to choose from

@@ -22,11 +22,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
 
 
 def adapter_kind(kind: str) -> type[Adapter]:
-    """The class of a kind of adapter; its `Adapter.check` checks options without a model.
-
-    Raises:
-        ConfigError: an unknown kind.
-    """
+    """The class of a kind of adapter, whose `Adapter.check` needs no model; or a ConfigError."""
     if kind not in ADAPTERS:
         raise unknown("adapter kind", kind, ADAPTERS)
     return ADAPTERS[kind]
