@@ -253,8 +253,9 @@ class TestRows:
     def test_train_on_a_limit_of_text(self, train: Run, out: Path, tmp_path: Path) -> None:
         text = tmp_path / "a.txt"
         text.write_text("".join(f"{i:04} words " for i in range(900)))
-        train(out, "--data", text, "--method", "none", "--limit", 8, "-q").done()
+        said = train(out, "--data", text, "--method", "none", "--limit", 8)
         assert told(out / "train.json")["examples"] == 8
+        assert "steps are few: --epochs" in said.out and "--general knowledge" in said.out
 
 
 class TestEval:

@@ -28,6 +28,6 @@ def compact(config: CompactConfig, screen: Screen) -> None:
     worst = lost["worst"]
     screen.say(
         f"most is lost at {worst['layer']}: {worst['share']:.2%}\n{written}\n"
-        f"next: retain eval --adapter {quote(str(written))} --probe"
+        f"next: retain eval --adapter {quote(str(written))} --general knowledge"
     )
     screen.emit({"adapter": written, "record": written.with_name("compact.json"), **result})

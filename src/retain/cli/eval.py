@@ -41,7 +41,8 @@ def evaluate(config: EvalConfig, screen: Screen) -> None:
         if adapter.answers is None:
             continue
         head = ["", "log-ratio, nats a token", "first word as before", "in the task's form"]
-        every = {**adapter.answers.skills, "all": adapter.answers.overall}
+        skills = adapter.answers.skills if len(adapter.answers.skills) > 1 else {}
+        every = {**skills, "all": adapter.answers.overall}
         screen.table(
             "answers to prompts" if one else f"answers to prompts, {adapter.name}",
             [*head, "right before", "right after"],

@@ -34,7 +34,7 @@ def soften(config: SoftenConfig, screen: Screen) -> None:
             kl = [p[key]["kl"] for p in (before, chosen)]
             lines.append([f"{name}, nats per token", *(f"{value:.3g}" for value in kl)])
     screen.table("softened", ["", "before", "after"], lines)
-    screen.say(f"{written}\nnext: retain eval --adapter {quote(str(written))} --probe")
+    screen.say(f"{written}\nnext: retain eval --adapter {quote(str(written))} --general knowledge")
     screen.emit({"adapter": written, "record": written.with_name("soften.json"), **result})
 
 

@@ -21,6 +21,9 @@ __all__ = ["EXAMPLE", "train"]
 
 EXAMPLE = "Example: retain train --model smollm2-135m --data word-problems:500 --out runs/held"
 
+FEW = 20
+"""Steps; from as many on a run on real rows has learned something, as a rule."""
+
 
 class _Given(Options):
     config: Path | None = Field(None, description="A YAML file with the settings")
@@ -88,10 +91,13 @@ def _tell(done: RunResult, screen: Screen) -> None:
     if record.predicted_nats is not None:
         lines.append(["predicted forgetting", f"{record.predicted_nats:.3g} nats per token"])
     screen.table("trained", ["", ""], [*lines, ["adapter", str(done.adapter)]])
+    if record.steps < FEW and record.config.training.max_steps < 0:
+        screen.say(f"{record.steps} steps are few: --epochs reads the rows more often, a smaller "
+                   "--batch-size makes more steps of them")  # fmt: skip
     if record.labels:
         screen.say("next: load it as docs/classifiers.md says")
     else:
         model, place = quote(record.config.model), quote(str(done.adapter))
-        screen.say(f"next: retain eval --model {model} --adapter {place} --probe")
+        screen.say(f"next: retain eval --model {model} --adapter {place} --general knowledge")
     found = {"adapter": done.adapter, "record": done.out / "train.json"}
     screen.emit(found | record.model_dump(mode="json", by_alias=True))

@@ -169,7 +169,7 @@ def eval_tables(found: EvalRecord) -> list[Table]:
     return out + [
         _skills(adapter.name, adapter.answers, several=len(found.adapters) > 1)
         for adapter in found.adapters
-        if adapter.answers is not None
+        if adapter.answers is not None and len(adapter.answers.skills) > 1  # else it is the sum
     ]
 
 
@@ -177,7 +177,7 @@ def _skills(name: str, answers: AnswersRecord, *, several: bool) -> Table:
     """What was measured of the answers, a skill a row."""
     rows = []
     groups = {**answers.skills, "all prompts": answers.overall}
-    for skill, group in groups.items() if len(answers.skills) > 1 else [*groups.items()][-1:]:
+    for skill, group in groups.items():
         n = group.prompts
         ratio = EvalScore(label="", unit="nats per token", base=Measure(), tuned=[])
         share = EvalScore(label="", unit="%", base=Measure(), tuned=[])
@@ -200,9 +200,9 @@ def _said(score: EvalScore, measure: Measure | None, *, signed: bool = False) ->
 
 
 def eval_finding(found: EvalRecord) -> str:
-    """What was learned and forgotten, a sentence an adapter, from the numbers and no kinder."""
+    """What was learned and forgotten, a line an adapter, from the numbers and no kinder."""
     several = len(found.adapters) > 1
-    return " ".join(
+    return "\n".join(
         f"{adapter.name if several else 'With the adapter on'}: {'; '.join(_told(found, i))}."
         for i, adapter in enumerate(found.adapters)
     )
@@ -231,7 +231,7 @@ def _told(found: EvalRecord, i: int) -> list[str]:
 
 def _pair(score: EvalScore, i: int) -> str:
     values = [_entry(score, m).text for m in (score.tuned[i], score.base)]
-    unit = " %" if score.unit == "%" else f" {score.unit}"
+    unit = "\N{NO-BREAK SPACE}%" if score.unit == "%" else f" {score.unit}"
     return f"{values[0]}{unit.rstrip()} against {values[1]}"
 
 
