@@ -26,11 +26,7 @@ KNOWLEDGE = "knowledge"
 
 
 def check_general(tasks: Sequence[str], data_dir: Path | None = None) -> None:
-    """Refuses unknown tasks before any work is done.
-
-    Args:
-        tasks: names.
-        data_dir: the folder in which the rows of those that can be read from there have to be.
+    """Refuses unknown tasks, and those whose rows are not in the folder, before any work is done.
 
     Raises:
         ConfigError: lm-eval is needed and not installed, or a task is not known to it.

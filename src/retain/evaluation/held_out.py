@@ -153,12 +153,7 @@ def measure_rows(
 ) -> RowValues:
     """Asks the model as it is: with its adapter on, or off within `adapter_off`.
 
-    Args:
-        view: of the model.
-        rows: of `held_out`.
-        batch_size: rows a pass; of answers four times as many.
-        progress: show bars.
-        label: of the bars.
+    A pass has `batch_size` rows, or four times as many answers.
 
     Raises:
         ModelError: predictions that are not finite.

@@ -297,12 +297,7 @@ def render(studies: Sequence[StudyRecord], curves: Sequence[Softening] = ()) -> 
 
 
 def page_of(scripts: Sequence[str], **told: Any) -> str:
-    """The page's template, filled.
-
-    Args:
-        scripts: that run in it, and no others.
-        **told: what the template names.
-    """
+    """The page's template, filled with what it names; no other scripts run in it."""
     environment = Environment(
         loader=DictLoader({"page": asset("page.html.j2")}), autoescape=True,
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -319,10 +314,7 @@ def page_of(scripts: Sequence[str], **told: Any) -> str:
 def section(group: Group, head: str, title: str) -> list[str]:
     """The finding, the tables and the failures of a group as paragraphs of Markdown.
 
-    Args:
-        group: what they are of.
-        head: the first paragraph.
-        title: of a table, with ``{}`` where its name goes.
+    `head` is the first; a table's title goes where `title` has ``{}``.
     """
     out = [head, finding(group)]
     for table in study_tables(group):

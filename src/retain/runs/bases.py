@@ -40,10 +40,7 @@ def base_of(adapter: Path, model: str | None) -> str:
 def load_base(name: str, of: str | None, **options: Any) -> Any:
     """`retain.models.load.load_model`, with the fix for a base that was not named by hand.
 
-    Args:
-        name: of the model.
-        of: what names it; None for ``--model``.
-        **options: of `load_model`.
+    `of` is what names it; None for ``--model``.
 
     Raises:
         ModelError: it cannot be loaded.
