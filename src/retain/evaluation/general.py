@@ -88,8 +88,6 @@ def problems_right(
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     *,
-    max_new_tokens: int = 40,
-    batch_size: int = 200,
     progress: bool = False,
 ) -> list[bool]:
     """Whether the final number of the model's answer to each problem is right."""
@@ -97,8 +95,8 @@ def problems_right(
         model,
         tokenizer,
         [ask(tokenizer, p.question) for p in problems],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+        max_new_tokens=40,
+        batch_size=200,
         progress=progress,
         label="word problems",
     )

@@ -144,12 +144,7 @@ def _last(example: Example) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
 
 
 def measure_rows(
-    view: ModelView,
-    rows: HeldOut,
-    *,
-    batch_size: int = 8,
-    progress: bool = False,
-    label: str = "held-out rows",
+    view: ModelView, rows: HeldOut, *, batch_size: int = 8, progress: bool = False
 ) -> RowValues:
     """Asks the model as it is: with its adapter on, or off within `adapter_off`.
 
@@ -159,6 +154,7 @@ def measure_rows(
         ModelError: predictions that are not finite.
     """
     words: PreTrainedTokenizerBase | None = view.tokenizer
+    label = "held-out rows"
     found = row_log_probabilities(view, rows.examples, batch_size, progress, label)
     if not all(map(math.isfinite, found)):
         raise not_finite()

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from retain.errors import ConfigError, ModelError
 
-__all__ = ["base_of", "load_base", "problem_count"]
+__all__ = ["Base", "base_of", "load_base", "problem_count"]
+
+Base = Annotated[
+    str | None, Field(description="The base model; the one that the adapter names by default")
+]
 
 
 def base_of(adapter: Path, model: str | None) -> str:

@@ -12,7 +12,7 @@ from pydantic import Field
 from retain.config import Measured, validate
 from retain.files import file_digest, locked
 from retain.records import finite
-from retain.runs.bases import base_of
+from retain.runs.bases import Base, base_of
 from retain.runs.eval import check_finite, held_out, load_tuned, place_for, source_rows
 from retain.runs.folders import check_made, recorded
 from retain.runs.messages import Messages, interruption
@@ -37,9 +37,7 @@ class CompactConfig(Measured):
         description="Cut what this feels least: a file of retain fit, weight space; the shortest "
         "cut without one",
     )
-    model: str | None = Field(
-        None, description="The base model; the one that the adapter names by default"
-    )
+    model: Base = None
     measure: bool = Field(
         False, description="Measure the KL to the base before and after, and of the cut itself"
     )
@@ -97,11 +95,12 @@ def compact_run(config: CompactConfig, messages: Messages) -> dict[str, Any]:
     folder, run = _adapter(c.adapter.expanduser())
     out = place_for(c, folder)
     messages.libraries()
+    from retain.curvature.merge import square
     from retain.models.cards import extend_card, or_warned, section
     from retain.models.saved import adapter_digest
     from retain.models.stored import StoredLora
     from retain.provenance import provenance
-    from retain.retention.soften.truncate import difference, square, truncated
+    from retain.retention.soften.truncate import difference, truncated
 
     with locked(out), interruption("nothing was written"):
         check_made(out, "compact", "a cut")

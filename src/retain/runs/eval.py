@@ -13,7 +13,7 @@ from retain.config import Measured, validate
 from retain.errors import ConfigError, MismatchError, ModelError, unknown
 from retain.files import check_folder, file_digest, write_record
 from retain.records import RESULT_SCHEMA, EvalRecord, finite
-from retain.runs.bases import base_of, load_base, problem_count
+from retain.runs.bases import Base, base_of, load_base, problem_count
 from retain.runs.folders import check_record
 from retain.runs.messages import Messages, interruption
 from retain.runs.records import TRAIN, TrainRecord, read_record
@@ -32,9 +32,7 @@ class EvalConfig(Measured):
         description="Folder of the PEFT adapter, such as runs/held/adapter; again for each that it "
         "is compared with",
     )
-    model: str | None = Field(
-        None, description="The base model; the one that the adapter names by default"
-    )
+    model: Base = None
     data: str | None = Field(
         None,
         description="Ask held-out rows of the task, before and after: a file, as for retain train",

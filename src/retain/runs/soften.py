@@ -12,7 +12,7 @@ from pydantic import Field
 from retain.config import Measured
 from retain.files import file_digest, locked, whole_file
 from retain.records import finite
-from retain.runs.bases import base_of, load_base
+from retain.runs.bases import Base, base_of, load_base
 from retain.runs.eval import check_finite, held_out, place_for, source_rows
 from retain.runs.folders import SOFTEN_PICTURES, check_made, recorded
 from retain.runs.messages import Messages, interruption
@@ -41,9 +41,7 @@ class SoftenConfig(Measured):
         None,
         description="Of the task's rows, fitted with --adapter ADAPTER; plain distance without one",
     )
-    model: str | None = Field(
-        None, description="The base model; the one that the adapter names by default"
-    )
+    model: Base = None
     depth: int | None = Field(
         None, ge=0,
         description="Of the subspaces: deeper is nearer to the optimum, and slower (2 or 1)",
