@@ -70,40 +70,20 @@ def base(
 ) -> nn.Module:
     """A base model in evaluation mode; all its weights and biases are random."""
     model: Any
+    size: dict[str, Any] = {
+        "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+    }  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if kind == "llama":
-            model = LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=13,
-                    hidden_size=8,
-                    intermediate_size=12,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    num_key_value_heads=1,
-                    max_position_embeddings=64,
-                    attention_dropout=dropout,
-                    tie_word_embeddings=False,
-                    pad_token_id=0,
-                )
-            )
+            size |= {"num_key_value_heads": 1, "attention_dropout": dropout}
+            model = LlamaForCausalLM(LlamaConfig(vocab_size=13, tie_word_embeddings=False, **size))
             if dtype == torch.float64:
                 _replace_norms(model)
         else:
-            model = BertForSequenceClassification(
-                BertConfig(
-                    vocab_size=17,
-                    hidden_size=8,
-                    intermediate_size=12,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    max_position_embeddings=64,
-                    hidden_dropout_prob=dropout,
-                    attention_probs_dropout_prob=dropout,
-                    num_labels=3,
-                    pad_token_id=0,
-                )
-            )
+            size |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+            model = BertForSequenceClassification(BertConfig(vocab_size=17, num_labels=3, **size))
         model.double()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -133,22 +113,17 @@ def tiny(
 ) -> PeftModel:
     """A tiny model with LoRA, in evaluation mode: at B = 0, or at a random (A, B) if `moved`."""
     names = targets if isinstance(targets, str) else tuple(targets)
-    return deepcopy(_built(kind, moved, rank, seed, dtype, dropout, lora_dropout, names))
+    made = _built(kind, moved, rank, seed, lora_dropout, names, dtype=dtype, dropout=dropout)
+    return deepcopy(made)
 
 
 @cache
 def _built(
-    kind: str,
-    moved: bool,
-    rank: int,
-    seed: int,
-    dtype: torch.dtype,
-    dropout: float,
-    lora_dropout: float,
-    targets: str | tuple[str, ...],
-) -> PeftModel:
+    kind: str, moved: bool, rank: int, seed: int, lora_dropout: float,
+    targets: str | tuple[str, ...], **options: Any,
+) -> PeftModel:  # fmt: skip
     """Made once: a copy takes a third of the time."""
-    inner = base(kind, seed=seed, dtype=dtype, dropout=dropout)
+    inner = base(kind, seed=seed, **options)
     model = attach_lora(inner, rank=rank, dropout=lora_dropout, targets=targets, seed=seed + 1)
     if moved:
         move(model, seed + 2)
@@ -199,13 +174,9 @@ def save_tiny(folder: Path, seed: int = 0, kind: str = "llama", **changes: Any) 
     ).save_pretrained(folder)  # fmt: skip
     torch.manual_seed(seed)
     size = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 256,
-        "pad_token_id": 1,
-    }
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 256, "pad_token_id": 1,
+    }  # fmt: skip
     model: Any
     if kind == "bert":
         size |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
