@@ -8,8 +8,6 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Calls"]
-
 
 class Calls(TorchDispatchMode):
     """Counts calls of torch's operators; one of a stack of tensors is one.

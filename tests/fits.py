@@ -11,17 +11,12 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from oracles import Oracle
 from retain import Curvature, fit_curvature
 from retain.curvature.blocks.kronecker import KroneckerBlock
 from retain.models.sites import LoraSite, find_sites
 from retain.types import FISHERS, SPACES
 from tiny import KINDS, ROWS, STRUCTURES, base, move, relative, tiny
-
-__all__ = [
-    "FIT", "SEEDS", "Fit", "Setup", "definite", "dense", "dense_quadratic", "displacement", "dora",
-    "fit", "fitted", "groups", "joined", "known", "measure", "model_of", "moved", "pair", "same",
-    "setups", "split_anew", "tensors", "text",
-]  # fmt: skip
 
 SEEDS = st.integers(0, 2**31 - 1)
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "bert": ["query", "value", "pooler.dense"]}
@@ -55,6 +50,12 @@ def known(
 ) -> Curvature:
     """The same, of a tiny model, made once."""
     return fit(tiny(kind, moved=moved), kind, structure, space=space, **options)
+
+
+@cache
+def oracle(kind: str, moved: bool = True, dtype: torch.dtype = torch.float64) -> Oracle:
+    """The brute-force twin of that model on those rows."""
+    return Oracle(tiny(kind, moved=moved, dtype=dtype), ROWS[kind], causal=kind == "llama")
 
 
 def measure(model: nn.Module, seed: int, structure: str, **options: Any) -> Curvature:

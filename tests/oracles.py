@@ -25,11 +25,6 @@ from torch import Tensor, nn
 
 from retain.curvature.fit.labels import _draw
 
-__all__ = [
-    "FACTORS", "How", "Oracle", "activation", "calibrate", "diagonalises", "ekfac", "ekfac_given",
-    "kfac", "links", "passes", "places", "shampoo", "shares", "total", "tridiagonal",
-]  # fmt: skip
-
 
 class How(NamedTuple):
     """Whose labels a Fisher has."""

@@ -1,7 +1,6 @@
 """Pages that are made from result files say what the files say."""
 
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -22,20 +21,10 @@ from retain.report.cells import groups
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_page_of_predicted_kl_is_made_from_its_result() -> None:
-    path = ROOT / "benchmarks" / "predicted_kl.py"
-    spec = importlib.util.spec_from_file_location("predicted_kl", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    result = json.loads(module.RESULT.read_text(encoding="utf-8"))
-    assert module.PAGE.read_text(encoding="utf-8") == module.page(result)
-
-
-def test_the_page_of_overhead_is_made_from_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["predicted_kl", "overhead"])
+def test_a_page_is_made_from_its_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    module = importlib.import_module("overhead")
+    module = importlib.import_module(name)
     result = json.loads(module.RESULT.read_text(encoding="utf-8"))
     assert module.PAGE.read_text(encoding="utf-8") == module.page(result)
 

@@ -6,11 +6,9 @@ from functools import cache
 
 import pytest
 import torch
-from torch import nn
 
-from fits import displacement, joined
-from oracles import How, Oracle, activation, kfac
-from retain import Curvature, fit_curvature
+from fits import displacement, fit, joined, known, oracle
+from oracles import How, activation, kfac
 from retain.curvature.blocks.activation import nats_of_noise, noisy_rows
 from retain.data.batches import Batch, Example, collate
 from retain.data.sources import encode
@@ -21,16 +19,6 @@ from tiny import KINDS, ROWS, move, relative, tiny
 EACH = pytest.mark.parametrize(
     ("kind", "moved", "space"), [(k, m, s) for k in KINDS for m in (False, True) for s in SPACES]
 )
-
-
-def fit(model: nn.Module, kind: str, space: str = "weight", **options) -> Curvature:
-    options = {"batch_size": 2, "progress": False, **options}
-    return fit_curvature(model, ROWS[kind], "activation", space=space, **options)
-
-
-@cache
-def oracle(kind: str, moved: bool) -> Oracle:
-    return Oracle(tiny(kind, moved=moved), ROWS[kind], causal=kind == "llama")
 
 
 @cache
@@ -81,7 +69,7 @@ def test_the_rows_of_gamma_are_a_draw() -> None:
 @EACH
 def test_blocks_are_the_twins_times_one_number(kind: str, moved: bool, space: str) -> None:
     model = tiny(kind, moved=moved)
-    curvature = fit(model, kind, space, seed=5)
+    curvature = fit(model, kind, "activation", space=space, seed=5)
     twin, energy = activation(oracle(kind, moved), model), energies(kind, moved)
     layers = {site.name: site.layer for site in lora_sites(model)}
     gamma = nats_of_noise(model, layers, whole(kind), seed=5)
@@ -149,16 +137,14 @@ def test_the_seed_alone_fixes_the_noise_and_no_hook_is_left() -> None:
 
 @pytest.mark.parametrize("fisher", FISHERS)
 def test_labels_do_not_matter(fisher: str) -> None:
-    want = fit(tiny("bert", moved=True), "bert").to_dense()
     model = tiny("bert", moved=True)
     rows = [{**row, "label": (row["label"] + 1) % 3} for row in ROWS["bert"]]
-    options = {"fisher": fisher, "samples": 2, "batch_size": 2, "progress": False}
-    found = fit_curvature(model, rows, "activation", **options)
-    assert torch.equal(found.to_dense(), want)
+    found = fit(model, "bert", "activation", source=rows, fisher=fisher, samples=2)
+    assert torch.equal(found.to_dense(), known("bert", structure="activation").to_dense())
 
 
 def test_no_gradient_is_asked_for() -> None:
     model = tiny("llama", moved=True).requires_grad_(False)
     with torch.no_grad():
-        found = fit(model, "llama")
-    assert relative(found.to_dense(), fit(tiny("llama", moved=True), "llama").to_dense()) < 1e-15
+        found = fit(model, "llama", "activation")
+    assert relative(found.to_dense(), known("llama", structure="activation").to_dense()) < 1e-15

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fits import dense_quadratic, displacement, fit, joined, known, tensors
+from fits import dense_quadratic, displacement, fit, joined, known, oracle, tensors
 from oracles import FACTORS, How, Oracle, activation, calibrate, ekfac, kfac, places, tridiagonal
 from retain import Curvature
 from retain.models.sites import lora_sites
@@ -30,11 +30,6 @@ MATRIX = pytest.mark.parametrize(
 
 def how(fisher: str) -> How:
     return How(fisher, SAMPLES, SEED)
-
-
-@cache
-def oracle(kind: str, moved: bool, dtype: torch.dtype = torch.float64) -> Oracle:
-    return Oracle(tiny(kind, moved=moved, dtype=dtype), ROWS[kind], causal=kind == "llama")
 
 
 @cache

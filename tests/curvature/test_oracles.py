@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fits import oracle
 from oracles import (
     How,
     Oracle,
@@ -36,11 +37,6 @@ EACH = pytest.mark.parametrize(
     ("kind", "space", "how"),
     [(k, s, MC._replace(fisher=f)) for k, s in zip(KINDS, SPACES, strict=True) for f in FISHERS],
 )
-
-
-@cache
-def oracle(kind: str, moved: bool = True) -> Oracle:
-    return Oracle(tiny(kind, moved=moved), ROWS[kind], causal=kind == "llama")
 
 
 @cache

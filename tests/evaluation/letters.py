@@ -1,6 +1,8 @@
-"""A tokenizer of single letters."""
+"""A tokenizer of single letters, and how likely a model finds what it reads."""
 
 from __future__ import annotations
+
+import torch
 
 
 class Letters:
@@ -20,3 +22,11 @@ class Letters:
 
     def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
         return ["".join(chr(96 + t) for t in row if 0 < t < 12) for row in rows]
+
+
+def logp(model: torch.nn.Module, prompt: str, option: str) -> float:
+    """The log-probability of an option after its prompt, which is run alone."""
+    head, ids = (Letters()(t)["input_ids"] for t in (prompt, option))
+    with torch.no_grad():
+        rows = model(torch.tensor([head + ids])).logits[0].log_softmax(-1)
+    return sum(float(rows[len(head) - 1 + k, t]) for k, t in enumerate(ids))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from retain import Curvature, explain, fit_curvature
+from fits import fit
+from retain import explain
 from retain.data.batches import Example
 from retain.errors import MismatchError, ModelError, SourceError
 from retain.models.lora import attach_lora
@@ -18,10 +19,6 @@ from tiny import ROWS, base, move, tiny, weights
 TASK: list[dict[str, Any]] = [
     {"input_ids": [5, 6, 5, 6]}, {"input_ids": [1, 11, 3]}, {"input_ids": [7, 2, 8, 4, 9, 1]},
 ]  # fmt: skip
-
-
-def fit(model: Any, **options: Any) -> Curvature:
-    return fit_curvature(model, ROWS["llama"], batch_size=4, progress=False, **options)
 
 
 def learn(model: PeftModel, rows: list[Any], steps: int = 12, rate: float = 0.02) -> None:
@@ -38,7 +35,7 @@ def learn(model: PeftModel, rows: list[Any], steps: int = 12, rate: float = 0.02
 
 def test_the_parts_are_those_of_autograd_a_row_at_a_time() -> None:
     model = tiny("llama")
-    curvature = fit(model)
+    curvature = fit(model, "llama")
     learn(model, TASK)
     sites = lora_sites(model)
     before = weights(model)
@@ -79,7 +76,7 @@ def test_the_parts_are_those_of_autograd_a_row_at_a_time() -> None:
 def test_the_rows_that_moved_the_model_are_found() -> None:
     """One row in eight is not what the model says: without it, least is spent."""
     model = tiny("llama")
-    curvature = fit(model)
+    curvature = fit(model, "llama")
     rows: list[Any] = []
     with torch.no_grad():
         for first in range(1, 9):
@@ -102,15 +99,15 @@ def test_the_rows_that_moved_the_model_are_found() -> None:
 
 def test_what_cannot_be_explained_is_refused() -> None:
     model = tiny("llama")
-    curvature = fit(model)
+    curvature = fit(model, "llama")
     with pytest.raises(ModelError, match="learned nothing"):
         explain(model, curvature, TASK)
     learn(model, TASK)
-    after = fit(model)
+    after = fit(model, "llama")
     with pytest.raises(MismatchError, match="an anchor at another point"):
         explain(model, after, TASK)
     with pytest.raises(MismatchError, match="adapter space"):
-        explain(model, fit(tiny("llama"), space="adapter"), TASK)
+        explain(model, fit(tiny("llama"), "llama", space="adapter"), TASK)
     with pytest.raises(SourceError, match="a row predicts nothing"):
         explain(model, curvature, [Example((4, 5), (5, 0), (False, False))])
     with torch.no_grad():  # as far the other way

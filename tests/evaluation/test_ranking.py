@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from letters import Letters
+from letters import Letters, logp
 from peft import PrefixTuningConfig, get_peft_model
 from transformers import (
     BloomConfig,
@@ -70,12 +70,6 @@ def build(kind: str) -> Any:
     return model.double().eval()
 
 
-def by_itself(model: torch.nn.Module, prompt: str, option: str) -> float:
-    head, ids = (Letters()(t)["input_ids"] for t in (prompt, option))
-    logp = model(torch.tensor([head + ids])).logits[0].log_softmax(-1)
-    return sum(float(logp[len(head) - 1 + k, t]) for k, t in enumerate(ids))
-
-
 @pytest.fixture
 def model() -> torch.nn.Module:
     return tiny.base("llama")
@@ -85,9 +79,7 @@ def model() -> torch.nn.Module:
 def test_ranking_equals_scoring_each_option_alone(kind: str) -> None:
     model = build(kind)
     with torch.no_grad():
-        want = [
-            [by_itself(model, p, o) for o in row] for p, row in zip(PROMPTS, OPTIONS, strict=True)
-        ]
+        want = [[logp(model, p, o) for o in row] for p, row in zip(PROMPTS, OPTIONS, strict=True)]
     best = [max(range(len(s)), key=s.__getitem__) for s in want]
     assert len(set(best)) > 1
     assert can_reuse(model) == (kind != "bloom")
@@ -99,7 +91,7 @@ def test_ranking_equals_scoring_each_option_alone(kind: str) -> None:
             assert got.best() == best
 
 
-def test_prefix_tuning_runs_every_branch_by_itself() -> None:
+def test_prefix_tuning_runs_every_branch_logp() -> None:
     inner = tiny.base("llama")
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = get_peft_model(inner, config).double().eval()
@@ -107,7 +99,7 @@ def test_prefix_tuning_runs_every_branch_by_itself() -> None:
     got = score_options(model, Letters(), PROMPTS, OPTIONS)
     with torch.no_grad():
         for prompt, row, scores in zip(PROMPTS, OPTIONS, got.logp, strict=True):
-            assert scores == pytest.approx([by_itself(model, prompt, o) for o in row], abs=1e-4)
+            assert scores == pytest.approx([logp(model, prompt, o) for o in row], abs=1e-4)
 
 
 def test_a_prompt_is_run_once_and_the_head_where_something_is_predicted(

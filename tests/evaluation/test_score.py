@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from letters import Letters
+from letters import Letters, logp
 
 import tiny
 from retain.data.specs import Item, TaskSpec
@@ -25,17 +25,11 @@ CHOICES = [
 ]
 
 
-def logp(model: torch.nn.Module, prompt: str, option: str) -> float:
-    head, ids = (Letters()(t)["input_ids"] for t in (prompt, option))
-    with torch.no_grad():
-        rows = model(torch.tensor([head + ids])).logits[0].log_softmax(-1)
-    return sum(float(rows[len(head) - 1 + k, t]) for k, t in enumerate(ids))
-
-
 def score(model: Any, items: list[Item], tokenizer: Any = None, **asked: Any) -> Score:
-    """Of a task; `columns` and `batch_size` are no parts of it."""
+    """Of a task, of choices by default; `columns` and `batch_size` are no parts of it."""
     more = {name: asked.pop(name) for name in ("columns", "batch_size") if name in asked}
-    spec = TaskSpec.model_construct(**{"name": "t", "max_length": 256, "pattern": ""} | asked)
+    choices = {"name": "t", "max_length": 256, "pattern": "", "kind": "choice"}
+    spec = TaskSpec.model_construct(**choices | {"metric": "accuracy"} | asked)
     return score_task(model, tokenizer or Letters(), spec, items, **more)
 
 
@@ -50,14 +44,8 @@ def test_choice_by_ranking(decoder: torch.nn.Module) -> None:
     right = [float(b == i.answer) for b, i in zip(best, CHOICES, strict=True)]
     assert 0 < sum(right) < len(right)
     for size in (1, 16):
-        got = score(
-            decoder,
-            CHOICES,
-            kind="choice",
-            metric="accuracy",
-            metrics=("f1_macro", "group_em", "exact_match"),
-            batch_size=size,
-        )
+        more = ("f1_macro", "group_em", "exact_match")
+        got = score(decoder, CHOICES, metrics=more, batch_size=size)
         assert got.value == got.extras["exact_match"] == sum(right) / len(right)
         loss = -sum(s[int(i.answer)] for s, i in zip(scores, CHOICES, strict=True)) / len(right)
         assert got.loss == pytest.approx(loss, abs=1e-4)
@@ -73,9 +61,9 @@ def test_references_of_a_choice_are_texts(decoder: torch.nn.Module) -> None:
     best = max((0, 1), key=scores.__getitem__)
     texts = ("a", "bc")
     items = [Item("abc", (" a", " bc"), 1 - best, references=("k", texts[best]))]
-    got = score(decoder, items, kind="choice", metric="token_f1")
+    got = score(decoder, items, metric="token_f1")
     assert got.value == 1.0
-    assert score(decoder, items, kind="choice", metric="accuracy").value == 0.0
+    assert score(decoder, items).value == 0.0
 
 
 def test_generation_with_a_pattern(decoder: torch.nn.Module) -> None:
@@ -84,34 +72,15 @@ def test_generation_with_a_pattern(decoder: torch.nn.Module) -> None:
     assert texts == ["fffe", "keeee", "egkee", "eeeg"]
     items = [Item(p, (), "z" + t[1] + "q") for p, t in zip(prompts, texts, strict=True)]
     items[2] = Item(prompts[2], (), "zkq")
-    got = score(
-        decoder,
-        items,
-        kind="generate",
-        metric="exact_match",
-        pattern=r"^.(.)",
-        max_new_tokens=6,
-    )
+    asked = {"kind": "generate", "metric": "exact_match", "max_new_tokens": 6}
+    got = score(decoder, items, pattern=r"^.(.)", **asked)
     assert got.value == 0.75
     assert got.extras["unparsed"] == 0
     assert got.loss is not None and got.loss > 0
-    never = score(
-        decoder,
-        items,
-        kind="generate",
-        metric="exact_match",
-        pattern="#### (.*)",
-        max_new_tokens=6,
-    )
+    never = score(decoder, items, pattern="#### (.*)", **asked)
     assert (never.value, never.extras["unparsed"]) == (0.0, 1.0)
-    cut = score(
-        decoder,
-        [Item(p, (), t[:2]) for p, t in zip(prompts, texts, strict=True)],
-        kind="generate",
-        metric="exact_match",
-        stop=["fe", "kee"],
-        max_new_tokens=6,
-    )
+    items = [Item(p, (), t[:2]) for p, t in zip(prompts, texts, strict=True)]
+    cut = score(decoder, items, stop=["fe", "kee"], **asked)
     assert cut.value == 0.5
 
 
@@ -138,7 +107,7 @@ def test_an_encoder_answers_with_its_columns() -> None:
         best = [int(o.argmax()) for o in own]
         width = len(own[0])
         items = [Item("", (), i % width, item.texts) for i, item in enumerate(CHOICES)]
-        got = score(model, items, kind="choice", metric="accuracy", columns=columns, batch_size=2)
+        got = score(model, items, columns=columns, batch_size=2)
         right = [b == i.answer for b, i in zip(best, items, strict=True)]
         assert got.value == sum(right) / len(right)
         loss = [-float(o.log_softmax(-1)[int(i.answer)]) for o, i in zip(own, items, strict=True)]
@@ -176,14 +145,14 @@ def test_a_decoder_may_write_a_number(decoder: torch.nn.Module) -> None:
 def test_training_mode_and_weights_stay(decoder: torch.nn.Module) -> None:
     decoder.train()
     before = {n: p.clone() for n, p in decoder.named_parameters()}
-    score(decoder, CHOICES, kind="choice", metric="accuracy")
+    score(decoder, CHOICES)
     assert decoder.training
     assert all(torch.equal(p, before[n]) for n, p in decoder.named_parameters())
 
 
 def test_mistakes_are_named(decoder: torch.nn.Module) -> None:
     with pytest.raises(SourceError, match="no rows"):
-        score(decoder, [], kind="choice", metric="accuracy")
+        score(decoder, [])
     bert = tiny.base("bert")
     for model, item, kind, said in (
         (decoder, Item("a", (), 1), "choice", "cannot be asked"),
@@ -192,7 +161,7 @@ def test_mistakes_are_named(decoder: torch.nn.Module) -> None:
         (bert, Item("", (), 3, ("a",)), "choice", "columns"),
     ):
         with pytest.raises(ConfigError, match=said):
-            score(model, [item], kind=kind, metric="accuracy")
+            score(model, [item], kind=kind)
     with pytest.raises(ConfigError, match="no room"):
         score(decoder, [Item("a", (), "b")], kind="generate", metric="exact_match",
               max_new_tokens=300)  # fmt: skip

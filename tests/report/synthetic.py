@@ -8,6 +8,10 @@ import math
 import random
 from typing import Any
 
+from retain.evaluation.continual import continual_metrics
+from retain.records import StudyRecord
+from retain.report.cells import Group, groups
+
 TASKS = ["sst2", "mnli", "boolq", "word-problems"]
 METRICS = ["accuracy", "accuracy", "accuracy", "exact_match"]
 _START = {"sst2": 0.52, "mnli": 0.34, "boolq": 0.55, "word-problems": 0.02}
@@ -28,29 +32,13 @@ METHODS: list[tuple[str, str, float, bool, float, float, float]] = [
 ]
 
 
-def _summary(matrix: list[list[float]], before: list[float]) -> dict[str, float | None]:
-    count = len(matrix)
-    learned = [matrix[i][i] for i in range(count)]
-    last = matrix[-1]
-    old = range(count - 1)
-    best = [max(matrix[i][j] for i in range(j, count - 1)) for j in old]
-    ahead = [matrix[i - 1][i] - before[i] for i in range(1, count)]
-    return {
-        "average": sum(last) / count,
-        "learning": sum(learned) / count,
-        "forgetting": sum(b - last[j] for j, b in enumerate(best)) / len(best) if old else None,
-        "backward_transfer": sum(last[j] - learned[j] for j in old) / len(old) if old else None,
-        "forward_transfer": sum(ahead) / len(ahead) if ahead else None,
-        "intransigence": None,
-    }
-
-
 def scoreless() -> dict[str, Any]:
     """A study of one generation task that no method gets right yet, though all learn."""
     data = make_study("scoreless")
     data["runs"] = [make_run(["word-problems"], m, s) for m in METHODS[:4] for s in range(3)]
     for run in data["runs"]:
-        run["matrix"], run["metrics_summary"] = [[0.0]], _summary([[0.0]], [0.0])
+        run["matrix"] = [[0.0]]
+        run["metrics_summary"] = continual_metrics([[0.0]], [0.0]).to_dict()
     return data
 
 
@@ -141,7 +129,7 @@ def make_run(
         "sizes": {"train": [512] * len(tasks), "test": [200] * len(tasks)},
         "retention": retention,
         "general": None,
-        "metrics_summary": _summary(matrix, before),
+        "metrics_summary": continual_metrics(matrix, before).to_dict(),
         "parameters": {"trainable": trained, "base": 134515008, "share": share},
         "seconds": {
             "train": 210.0 + 10 * seed,
@@ -153,6 +141,11 @@ def make_run(
         "losses": [round(0.4 + 0.1 * draw.random(), 4) for _ in tasks],
         "predicted": [None if name == "none" else round(0.9 * nats, 4) for _ in tasks],
     }
+
+
+def group_of(data: dict[str, Any]) -> Group:
+    """The first group of a study."""
+    return groups([StudyRecord.model_validate(data)])[0]
 
 
 def fail(run: dict[str, Any], why: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from synthetic import (
     METHODS,
     TASKS,
+    group_of,
     make_adapters,
     make_long,
     make_result,
@@ -21,7 +22,6 @@ from synthetic import (
 )
 
 from retain.intervals import Estimate
-from retain.records import StudyRecord
 from retain.report.axes import LEAST, limits, scale_of
 from retain.report.cells import Group, groups
 from retain.report.charts import has_course, panels
@@ -30,10 +30,6 @@ from retain.report.metrics import number
 from retain.report.results import Result, study_of
 from retain.report.soften import soften_pictures
 from retain.report.training import smooth
-
-
-def _group(data: dict[str, Any]) -> Group:
-    return groups([StudyRecord.model_validate(data)])[0]
 
 
 def _of_result() -> Group:
@@ -102,14 +98,14 @@ def test_smooth_keeps_short_runs_and_ends() -> None:
 
 def test_a_course_of_two_points_is_not_drawn() -> None:
     data = make_study()
-    whole = _group(data)
+    whole = group_of(data)
     assert has_course(whole, "seen") and has_course(whole, "kl")
     for run in data["runs"]:
         last = len(run["tasks"]) - 1
         for i, row in enumerate(run["matrix"]):
             row[:] = [s if i in (j, last) else None for j, s in enumerate(row)]
         run["retention"] = run["retention"][-1:]
-    ends = _group(data)
+    ends = group_of(data)
     assert sum(e is not None for e in ends.cells[0].curve("seen")) == 2
     assert not has_course(ends, "seen") and not has_course(ends, "kl")
 
@@ -119,12 +115,12 @@ def test_scores_are_drawn_against_shares_where_these_differ(share: float) -> Non
     """Two ways of plain training of one size would be two points above each other."""
     again = ("fitted", *METHODS[0][1:])
     runs = [make_run(TASKS, METHODS[0], 0), make_run(TASKS, again, 0, share=share)]
-    keys = [panel.key for panel in panels(_group({**make_study(), "runs": runs}))]
+    keys = [panel.key for panel in panels(group_of({**make_study(), "runs": runs}))]
     assert ("average-share" in keys) is (share == 0.02)
 
 
 def test_the_numbers_that_are_drawn() -> None:
-    group = _group(make_study())
+    group = group_of(make_study())
     drawn = {panel.key: panel.rows for panel in panels(group)}
     assert list(drawn) == [
         "forgetting-learning", "kl-learning", "course-seen", "course-kl", "matrix-a", "matrix-b",
@@ -156,7 +152,7 @@ def test_a_training_is_drawn_with_its_predictions() -> None:
 
 @pytest.mark.parametrize("data", [make_study(), make_adapters(), make_wide(), make_long(), None])
 def test_vega_draws_all(data: dict[str, Any] | None) -> None:
-    group = _group(data) if data else _of_result()
+    group = group_of(data) if data else _of_result()
     found = panels(group)
     assert found
     for panel in found:
@@ -173,7 +169,7 @@ def test_vega_draws_all(data: dict[str, Any] | None) -> None:
 
 
 def test_names_in_a_picture_do_not_cover_one_another() -> None:
-    group = _group(make_wide())
+    group = group_of(make_wide())
     (panel,) = [p for p in panels(group) if p.key == "kl-learning"]
     drawn = picture([panel])
     assert drawn

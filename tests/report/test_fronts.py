@@ -7,10 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from synthetic import METHODS, TASKS, make_run, make_study
+from synthetic import METHODS, TASKS, group_of, make_run, make_study
 
-from retain.records import StudyRecord
-from retain.report.cells import Group, groups
+from retain.report.cells import Group
 from retain.report.fronts import front_area, fronts, has_sweeps
 from retain.report.tables import front_table
 
@@ -20,7 +19,7 @@ LORA = METHODS[0]
 def _study(extra: list[dict[str, Any]]) -> Group:
     study = make_study()
     study["runs"] += extra
-    return groups([StudyRecord.model_validate(study)])[0]
+    return group_of(study)
 
 
 def _slow(share: float) -> tuple[str, str, float, bool, float, float, float]:

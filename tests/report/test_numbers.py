@@ -6,13 +6,13 @@ import copy
 import csv
 import io
 import statistics
-from typing import Any
 
 import pytest
 from synthetic import (
     METHODS,
     TASKS,
     fail,
+    group_of,
     make_adapters,
     make_run,
     make_study,
@@ -35,17 +35,13 @@ from retain.report.tables import (
 )
 
 
-def _group(data: dict[str, Any]) -> Group:
-    return groups([StudyRecord.model_validate(data)])[0]
-
-
 def _cell(group: Group, name: str) -> Cell:
     return group.cells[names(group).index(name)]
 
 
 def test_cells_hold_what_the_runs_say() -> None:
     data = make_study()
-    group = _group(data)
+    group = group_of(data)
     assert names(group) == [
         "plain LoRA", "l2", "EWC", "K-FAC 1", "K-FAC 10", "K-FAC 100", "output KL", "O-LoRA",
         "self-replay", "replay",
@@ -88,7 +84,7 @@ def test_cells_hold_what_the_runs_say() -> None:
 
 
 def test_names_say_the_adapter_only_where_it_differs() -> None:
-    group = _group(make_wide())
+    group = group_of(make_wide())
     assert names(group)[-5:] == [
         "olora", "full (no method)", "bottleneck (no method)", "prefix (no method)", "osf",
     ]  # fmt: skip
@@ -97,7 +93,7 @@ def test_names_say_the_adapter_only_where_it_differs() -> None:
 
 def test_differences_are_paired_by_seed() -> None:
     data = make_study()
-    group = _group(data)
+    group = group_of(data)
     by_seed = {
         name: {
             r["seed"]: r["metrics_summary"]["average"]
@@ -120,7 +116,7 @@ def test_retention_counts_from_nought_or_one(after: list[int]) -> None:
         row["after"] = place
     last = [row["kl"] for row in run["retention"]]
     run["retention"] = run["retention"][2:]
-    group = _group({"name": "s", "runs": [run]})
+    group = group_of({"name": "s", "runs": [run]})
     curve = [found and found.mean for found in group.cells[0].curve("kl")]
     assert curve == [None, None, *last[2:]]
 
@@ -146,14 +142,14 @@ def test_tasks_learned_alone_are_put_together() -> None:
 
 def test_where_scores_tell_nothing_the_loss_tells_what_was_learned() -> None:
     alike, told = scoreless(), scoreless()
-    assert _group(alike).learned == "loss"
+    assert group_of(alike).learned == "loss"
     told["runs"][0]["metrics_summary"]["learning"] = 0.04
-    assert _group(told).learned == "loss"
+    assert group_of(told).learned == "loss"
     told["runs"][0]["metrics_summary"]["learning"] = 0.3
-    assert _group(told).learned == "learning"
+    assert group_of(told).learned == "learning"
     for run in alike["runs"]:
         run["losses"] = []
-    assert _group(alike).learned == "learning"
+    assert group_of(alike).learned == "learning"
 
 
 def test_sequences_come_before_tasks_alone() -> None:
@@ -172,7 +168,7 @@ def test_a_seed_counts_only_where_every_task_has_it() -> None:
         config = run["config"]
         if config["adapter"]["name"] == "full" and run["seed"] == 1 and "rte" in run["tasks"]:
             data["runs"][i] = fail(run, "out of memory")
-    pooled = _group(data)
+    pooled = group_of(data)
     cell = _cell(pooled, "full")
     assert set(cell.values["average"]) == {0}
     assert failures(pooled) == ["full (rte), seed 1: out of memory"]
@@ -180,7 +176,7 @@ def test_a_seed_counts_only_where_every_task_has_it() -> None:
 
 def test_only_failures() -> None:
     run = fail(make_run(TASKS, METHODS[0], 0), "no memory")
-    group = _group({"name": "s", "runs": [run]})
+    group = group_of({"name": "s", "runs": [run]})
     assert group.tasks == TASKS
     assert failures(group) == ["plain LoRA, seed 0: no memory"]
     assert [row.note for row in results_table(group).rows] == ["1 failed"]
@@ -189,7 +185,7 @@ def test_only_failures() -> None:
 
 class TestTables:
     def test_missing_values_are_dashes(self) -> None:
-        table = results_table(_group(make_adapters()))
+        table = results_table(group_of(make_adapters()))
         at = [column.key for column in table.head[1:]].index("kl")
         prefix = next(row for row in table.rows if row.name == "prefix")
         assert prefix.entries[at].text == "\N{EM DASH}"
@@ -204,7 +200,7 @@ class TestTables:
             assert "None" not in text and "nan" not in text
 
     def test_rows_say_what_they_are(self) -> None:
-        table = results_table(_group(make_study()))
+        table = results_table(group_of(make_study()))
         notes = {row.name: row.note for row in table.rows}
         assert notes["replay"] == "stores data"
         assert notes["O-LoRA"] == "1 failed"
@@ -214,7 +210,7 @@ class TestTables:
         assert all("±" not in entry.line() for entry in one.entries)
 
     def test_differences_are_strong_only_away_from_nought(self) -> None:
-        group = _group(make_study())
+        group = group_of(make_study())
         table = difference_table(group)
         assert table
         for row in table.rows:
@@ -229,7 +225,7 @@ class TestTables:
         data = make_study("a_b & 50% {x}")
         for run in data["runs"]:
             run["config"]["method"]["label"] += "_$#"
-        for table in study_tables(_group(data)):
+        for table in study_tables(group_of(data)):
             text = table.latex("t")
             assert text.count(r"\begin{") == text.count(r"\end{") == 2
             columns = len(table.head)
@@ -243,7 +239,7 @@ class TestTables:
         data = make_study()
         for run in data["runs"]:
             run["config"]["method"]["label"] += "|<b>*"
-        table = results_table(_group(data))
+        table = results_table(group_of(data))
         for line in table.markdown().splitlines():
             assert line.replace("\\|", "").count("|") == len(table.head) + 1
         assert "<b>" not in table.markdown().replace("\\<b>", "")
@@ -274,7 +270,7 @@ class TestTables:
 
 class TestFinding:
     def test_says_how_sure(self) -> None:
-        text = finding(_group(make_study()))
+        text = finding(group_of(make_study()))
         assert "plain LoRA forgets 17.2 ± 1.9 points" in text
         assert "K-FAC 10 forgets least: 7.1 ± 2.7" in text
         assert "leaves 0 out" in text and "picked after the fact" in text
@@ -284,10 +280,11 @@ class TestFinding:
         worse = [(n, k, s, d, 1.0 if not s else 0.3, f, m) for n, k, s, d, _, f, m in METHODS]
         few = [worse[0], worse[4], worse[5]]
         runs = [make_run(TASKS, way, seed) for seed in range(3) for way in few]
-        assert "learns clearly less than plain LoRA" in finding(_group({"name": "s", "runs": runs}))
+        text = finding(group_of({"name": "s", "runs": runs}))
+        assert "learns clearly less than plain LoRA" in text
         same = [METHODS[0], ("K-FAC", "kfac", 1.0, False, 1.0, 0.9, 0.5)]
         runs = [make_run(TASKS, way, seed) for seed in range(3) for way in same]
-        assert "none forgets less" in finding(_group({"name": "s", "runs": runs}))
+        assert "none forgets less" in finding(group_of({"name": "s", "runs": runs}))
 
     def test_single_tasks_without_kl_have_scores_to_tell(self) -> None:
         """It said that plain LoRA was not done, beside its row in the table."""
@@ -295,26 +292,26 @@ class TestFinding:
         runs = [make_run(TASKS[:1], way, seed) for seed in range(3) for way in ways]
         for run in runs:
             run["retention"] = []
-        text = finding(_group({"name": "s", "runs": runs}))
+        text = finding(group_of({"name": "s", "runs": runs}))
         assert "not done" not in text
         assert "average score" in text and "forgets" not in text
 
     def test_overlap_is_said(self) -> None:
         ways = [METHODS[0], ("K-FAC", "kfac", 1.0, False, 1.0, 0.545, 0.4)]
         runs = [make_run(TASKS, way, seed) for seed in range(3) for way in ways]
-        text = finding(_group({"name": "s", "runs": runs}))
+        text = finding(group_of({"name": "s", "runs": runs}))
         assert "contains 0" in text or "none forgets less" in text
 
     def test_one_seed(self) -> None:
         runs = [make_run(TASKS, way, 0) for way in (METHODS[0], METHODS[4])]
-        assert "one seed, so no interval" in finding(_group({"name": "s", "runs": runs}))
+        assert "one seed, so no interval" in finding(group_of({"name": "s", "runs": runs}))
 
     def test_a_lucky_seed_does_not_win(self) -> None:
         ways = [(METHODS[0], 3), (METHODS[3], 3), (METHODS[6], 3), (METHODS[5], 1)]
         runs = [make_run(TASKS, way, seed) for way, seeds in ways for seed in range(seeds)]
         for run in runs:  # all learn alike, and the one seed forgets least
             run["metrics_summary"]["learning"] = 0.8
-        text = finding(_group({"name": "s", "runs": runs}))
+        text = finding(group_of({"name": "s", "runs": runs}))
         assert "of the 2 settings without stored data and of 3 seeds" in text
         assert "one seed" not in text
 
@@ -325,7 +322,7 @@ class TestFinding:
 
     def test_without_plain_lora(self) -> None:
         runs = [make_run(TASKS, METHODS[4], 0)]
-        assert "nothing to compare with" in finding(_group({"name": "s", "runs": runs}))
+        assert "nothing to compare with" in finding(group_of({"name": "s", "runs": runs}))
 
 
 def test_plain_training_with_settings_of_its_own_says_which() -> None:
@@ -335,7 +332,7 @@ def test_plain_training_with_settings_of_its_own_says_which() -> None:
         run["config"]["method"] |= {"name": "low-rate", "label": "low-rate"}
         run["key"] += "b"
         data["runs"].append(run)
-    found = names(_group(data))
+    found = names(group_of(data))
     assert found[0] == "plain LoRA"
     assert found[-4:] == [
         "plain LoRA, low-rate", "full, low-rate", "bottleneck, low-rate", "prefix, low-rate",
@@ -345,11 +342,11 @@ def test_plain_training_with_settings_of_its_own_says_which() -> None:
 def test_one_seed_of_one_task_has_the_intervals_of_its_rows() -> None:
     runs = [make_run(["word-problems"], METHODS[i], 0) for i in (0, 4)]
     runs[0]["matrix"], runs[0]["metrics_summary"]["average"] = [[0.25]], 0.25
-    plain = _group({"name": "s", "runs": runs}).plain
+    plain = group_of({"name": "s", "runs": runs}).plain
     assert plain is not None
     score, kl = plain.mean("average"), plain.mean("kl")
     assert score and (score.low, score.high) == pytest.approx(wilson(50, 200))
     assert kl and [kl.low, kl.high] == runs[0]["retention"][0]["kl_interval"]
     again = [make_run(["word-problems"], METHODS[i], seed) for i in (0, 4) for seed in (0, 1)]
-    (found, *_) = _group({"name": "s", "runs": again}).cells
+    (found, *_) = group_of({"name": "s", "runs": again}).cells
     assert found.within == {}

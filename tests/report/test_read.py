@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import METHODS, TASKS, make_run, make_study
+from synthetic import METHODS, TASKS, group_of, make_run, make_study
 
 from retain.errors import SourceError
 from retain.records import Claim
@@ -140,9 +140,7 @@ def test_stored_data_is_told_or_guessed() -> None:
     def stores(**fields: Any) -> bool:
         run = make_run(TASKS, METHODS[0], 0)
         run["config"]["method"] = {"name": "m", "kind": "m", "strength": None} | fields
-        from retain.records import StudyRecord
-
-        return groups([StudyRecord.model_validate({"name": "s", "runs": [run]})])[0].cells[0].stores
+        return group_of({"name": "s", "runs": [run]}).cells[0].stores
 
     assert stores(kind="replay") and not stores(kind="self_replay") and not stores()
     assert stores(stores_data=True) and not stores(kind="replay", stores_data=False)

@@ -19,11 +19,6 @@ from retain.retention.registry import METHODS, make_method
 from retain.training.loop import TrainResult, train
 from tiny import base
 
-__all__ = [
-    "CASES", "CURVED", "HOLDING", "alone", "attach", "batch_of", "begun", "cases", "context",
-    "learn", "method_of", "run", "same", "shaken", "source", "tasks_of",
-]  # fmt: skip
-
 KINDS = {"llama": True, "bert": False}
 OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2, "dropout": 0.0},

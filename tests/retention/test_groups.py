@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from retain import fit_curvature
+from fits import fit
 from retain.curvature.blocks.factor import DenseFactor, Factor, SketchFactor
 from retain.curvature.curvature import Curvature, reanchored
 from retain.data.batches import Example
@@ -20,7 +20,7 @@ from retain.retention.filter import Filter, InputFilter, filter_of
 from retain.retention.force import Force
 from retain.retention.fresh_rows import FrozenRows
 from retain.retention.moments import Moments, input_moments
-from tiny import ROWS, base
+from tiny import base
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PLAIN: dict[str, Any] = {"target_modules": "all-linear"}
@@ -304,10 +304,6 @@ def test_rows_that_stay_get_no_gradient_and_no_step(active: slice) -> None:
     held.release()
 
 
-def fit(model: Any, **options: Any) -> Curvature:
-    return fit_curvature(model, ROWS["llama"], batch_size=4, progress=False, **options)
-
-
 def one_by_one(curvature: Curvature, site: LoraSite) -> tuple[float, Tensor, Tensor]:
     """0.5 <D, F D>, and its gradients in B and A."""
     a, b, s = site.a.detach(), site.b.detach(), site.scaling
@@ -324,7 +320,7 @@ def fitted(kind: str, options: dict[str, Any], around: bool) -> tuple[Any, Curva
     with torch.no_grad():
         for site in lora_sites(model):
             site.b.zero_()
-    curvature = fit(model, **options)
+    curvature = fit(model, "llama", **options)
     assert not curvature.anchor
     if around:  # one layer's update is 0 at the anchor, which then has none of it
         moved = made(kind)
@@ -410,7 +406,7 @@ def gradients(model: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
 @pytest.mark.parametrize("budget", [None, 100.0])
 def test_the_force_is_that_of_each_layer(budget: float | None, past: bool, rows: slice) -> None:
     model, curvature = fitted("plain", {"structure": "kfac"}, False)
-    second = reanchored(fit(model, structure="kfac", rank=2), made(seed=3)) if past else None
+    second = reanchored(fit(model, "llama", rank=2), made(seed=3)) if past else None
     sites = lora_sites(model)
     held = Force(model, curvature, 3.0, past=second, budget=budget, resuming=True)
     held.only(rows)

@@ -32,51 +32,34 @@ def _number(value: Any) -> bool:
     return _whole(value) or isinstance(value, float)
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _count(value: Any) -> bool:
-    return _whole(value) and 0 <= value < 1 << 63
-
-
-def _amount(value: Any) -> bool:
-    return _number(value) and value >= 0 and math.isfinite(value)
-
-
-def _error(value: Any) -> bool:
-    return _number(value) and not value < 0 and not math.isinf(value)
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, dict) and all(_text(k) and _text(v) for k, v in value.items())
-
-
-_COUNT, _AMOUNT = (_count, "a whole number from 0 to 2^63"), (_amount, "a finite number from 0 on")
-
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "structure": (_text, "a text"),
-    "space": (lambda v: _text(v) and v in SPACES, f"one of {', '.join(SPACES)}"),
-    "fisher": (lambda v: _text(v) and v in FISHERS, f"one of {', '.join(FISHERS)}"),
-    "tokens": _COUNT,
-    "predictions": _COUNT,
-    "sequences": _COUNT,
-    "samples": _COUNT,
-    "max_length": _COUNT,
-    "seed": (_whole, "a whole number"),
-    "error": (_error, "a finite number from 0 on"),
-    "model": (_text, "a text"),
-    "versions": (_texts, "texts by their names"),
-    "note": (_text, "a text"),
-    "rank": (lambda v: v is None or _whole(v), "a whole number, or null"),
-    "share": _AMOUNT,
-    "share_error": _AMOUNT,
-    "temperature": _AMOUNT,
-    "merged": _COUNT,
-    "merge_loss": _AMOUNT,
-    "weights": (_text, "a text"),
-}
-"""Field -> whether a value will do, and what will, in words; the layers are looked at apart."""
+_FIELDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("a text", "structure model note weights", lambda v: isinstance(v, str)),
+    (f"one of {', '.join(SPACES)}", "space", lambda v: v in SPACES),
+    (f"one of {', '.join(FISHERS)}", "fisher", lambda v: v in FISHERS),
+    (
+        "a whole number from 0 to 2^63",
+        "tokens predictions sequences samples max_length merged",
+        lambda v: _whole(v) and 0 <= v < 1 << 63,
+    ),
+    ("a whole number", "seed", _whole),
+    ("a whole number, or null", "rank", lambda v: v is None or _whole(v)),
+    (
+        "a finite number from 0 on",
+        "share share_error temperature merge_loss",
+        lambda v: _number(v) and v >= 0 and math.isfinite(v),
+    ),
+    (
+        "a finite number from 0 on",
+        "error",
+        lambda v: _number(v) and not v < 0 and not math.isinf(v),
+    ),
+    (
+        "texts by their names",
+        "versions",
+        lambda v: isinstance(v, dict) and all(isinstance(t, str) for t in (*v, *v.values())),
+    ),
+)
+"""What a value is to be, in words, the fields of which this is asked, and whether it is."""
 
 
 def _check_sites(sites: Any) -> None:
@@ -146,10 +129,10 @@ class CurvatureInfo:
     weights: str = ""
 
     def __post_init__(self) -> None:
-        for name, (fits, allowed) in _FIELDS.items():
-            value = getattr(self, name)
-            if not fits(value):
-                raise ValueError(f"{name}: {shown(value, 60)}: not {allowed}")
+        for allowed, names, fits in _FIELDS:
+            for name in names.split():
+                if not fits(value := getattr(self, name)):
+                    raise ValueError(f"{name}: {shown(value, 60)}: not {allowed}")
         _check_sites(self.sites)
 
     def to_dict(self) -> dict[str, Any]:

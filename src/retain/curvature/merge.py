@@ -19,7 +19,7 @@ from retain.curvature.operator import BlockOperator
 from retain.errors import MismatchError
 from retain.models.forward import no_autocast
 
-__all__ = ["merge", "same_anchor"]
+__all__ = ["merge", "same_anchor", "square"]
 
 _Operator = TypeVar("_Operator", bound=BlockOperator)
 
@@ -111,13 +111,13 @@ def same_anchor(a: BlockOperator, b: BlockOperator) -> bool:
             continue
         pairs = [pair for pair in (x, y) if pair is not None]
         flip = torch.cat([pairs[0][0], *(-pair[0] for pair in pairs[1:])], 1)
-        apart = _size(flip, torch.cat([pair[1] for pair in pairs], 0))
-        if apart > 1e-10 * sum(_size(*pair) for pair in pairs):
+        apart = square(flip, torch.cat([pair[1] for pair in pairs], 0))
+        if apart > 1e-10 * sum(square(*pair) for pair in pairs):
             return False
     return True
 
 
-def _size(left: Tensor, right: Tensor) -> float:
-    """``|| left @ right ||^2``."""
+def square(left: Tensor, right: Tensor) -> float:
+    """``|left @ right|^2``, Frobenius, in float64."""
     left, right = left.double(), right.double()
     return float(((left.T @ left) * (right @ right.T)).sum())

@@ -35,14 +35,7 @@ def measured(values: Values, sizes: Values | None = None, *, seed: int = 0) -> d
 def difference(
     ours: Values, theirs: Values, sizes: Values | None = None, *, seed: int = 0
 ) -> dict[str, Any]:
-    """Ours less theirs of the same items; the interval of shares of hits is Newcombe's.
-
-    Args:
-        ours: see `measured`.
-        theirs: in the same order.
-        sizes: see `measured`.
-        seed: of the bootstrap.
-    """
+    """Ours less theirs of the same items, as `measured`; of shares of hits Newcombe's interval."""
     found = measured([a - b for a, b in zip(ours, theirs, strict=True)], sizes, seed=seed)
     if found["n"] and sizes is None and set(ours) | set(theirs) <= {0, 1}:
         pair = paired_shares([bool(v) for v in ours], [bool(v) for v in theirs])
@@ -62,14 +55,7 @@ def compared(
 ) -> dict[str, Any]:
     """One line of a comparison, as the plain data of a `retain.records.EvalScore`.
 
-    Args:
-        base: the base's values, an item each; None where they are 0 by definition.
-        tuned: of each tuned model.
-        sizes: see `measured`.
-        label: what was measured.
-        unit: of the numbers.
-        better: 1 where more is better, -1 where less is, 0 where neither.
-        seed: of the bootstrap.
+    Each model has a value an item, see `measured`; the base None where they are 0 by definition.
     """
     zero = {"value": 0.0, "interval": None, "n": int(sum(sizes)) if sizes else len(tuned[0])}
     return {

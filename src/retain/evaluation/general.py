@@ -26,11 +26,7 @@ KNOWLEDGE = "knowledge"
 
 
 def check_general(tasks: Sequence[str], data_dir: Path | None = None) -> None:
-    """Refuses unknown tasks before any work is done.
-
-    Args:
-        tasks: names.
-        data_dir: the folder in which the rows of those that can be read from there have to be.
+    """Refuses unknown tasks, and those whose rows are not in the folder, before any work is done.
 
     Raises:
         ConfigError: lm-eval is needed and not installed, or a task is not known to it.
@@ -92,8 +88,6 @@ def problems_right(
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     *,
-    max_new_tokens: int = 40,
-    batch_size: int = 200,
     progress: bool = False,
 ) -> list[bool]:
     """Whether the final number of the model's answer to each problem is right."""
@@ -101,8 +95,8 @@ def problems_right(
         model,
         tokenizer,
         [ask(tokenizer, p.question) for p in problems],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+        max_new_tokens=40,
+        batch_size=200,
         progress=progress,
         label="word problems",
     )

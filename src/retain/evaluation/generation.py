@@ -29,16 +29,8 @@ def generate(
 ) -> list[str]:
     """Greedy continuations of prompts, in order, without special tokens.
 
-    No setting of the model's own generation plays a part, see `retain.models.generating`.
-
-    Args:
-        model: a causal model in any mode; it is put into evaluation mode for the while.
-        tokenizer: its tokenizer. Prompts are padded on the left.
-        prompts: full texts, a chat's special tokens included.
-        max_new_tokens: where an answer is cut.
-        batch_size: prompts at once.
-        progress: show a bar.
-        label: of the bar.
+    Prompts are full texts, a chat's special tokens included. No setting of the model's own
+    generation plays a part, see `retain.models.generating`; it is in evaluation mode for the while.
     """
     out = generate_ids(
         model, tokenizer, [tokenize(tokenizer, p) for p in prompts], new_tokens=max_new_tokens,

@@ -144,26 +144,17 @@ def _last(example: Example) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
 
 
 def measure_rows(
-    view: ModelView,
-    rows: HeldOut,
-    *,
-    batch_size: int = 8,
-    progress: bool = False,
-    label: str = "held-out rows",
+    view: ModelView, rows: HeldOut, *, batch_size: int = 8, progress: bool = False
 ) -> RowValues:
     """Asks the model as it is: with its adapter on, or off within `adapter_off`.
 
-    Args:
-        view: of the model.
-        rows: of `held_out`.
-        batch_size: rows a pass; of answers four times as many.
-        progress: show bars.
-        label: of the bars.
+    A pass has `batch_size` rows, or four times as many answers.
 
     Raises:
         ModelError: predictions that are not finite.
     """
     words: PreTrainedTokenizerBase | None = view.tokenizer
+    label = "held-out rows"
     found = row_log_probabilities(view, rows.examples, batch_size, progress, label)
     if not all(map(math.isfinite, found)):
         raise not_finite()

@@ -161,11 +161,7 @@ def _evaluated(
 
 
 def check_tasks(names: Sequence[str], data_dir: Path | None = None) -> None:
-    """Refuses tasks that lm-eval does not know, before any work is done.
-
-    Args:
-        names: of lm-eval's tasks or groups.
-        data_dir: in which the rows of those of `LOCAL` have to be.
+    """Refuses tasks that lm-eval does not know, and `LOCAL` ones whose rows are not in the folder.
 
     Raises:
         ConfigError: lm-eval is not installed, or a task is not known to it.

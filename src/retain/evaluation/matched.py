@@ -195,14 +195,7 @@ def named(found: Sequence[Family], name: str) -> Family:
 
 
 def read(ours: Family, theirs: Family, at: str, metric: str) -> Reading:
-    """One metric of two lines at the same value of another.
-
-    Args:
-        ours: a line.
-        theirs: the reference's.
-        at: what is to be the same, of `VALUES`.
-        metric: what is read, of `VALUES`.
-    """
+    """One metric of two lines, of which the second is the reference's, where `at` is the same."""
     mine, other = (_points(line, at, metric) for line in (ours, theirs))
     of_ours = len(ours.settings) > 1 or len(theirs.settings) == 1
     curves, places = (mine, other) if of_ours else (other, mine)

@@ -78,9 +78,7 @@ def holm(p: Sequence[float]) -> list[float]:
 def cell_of(records: Sequence[RunRecord], name: str) -> dict[int, RunRecord]:
     """The finished runs of one cell by their seeds.
 
-    Args:
-        records: of a study.
-        name: a method's title, or ``ADAPTER METHOD`` where several adapters have it.
+    Its name is a method's title, or ``ADAPTER METHOD`` where several adapters have it.
 
     Raises:
         ConfigError: no cell has this name, or several have.

@@ -26,11 +26,6 @@ def update_size(
     that methods can be compared at the same size of what they have written. Natural logarithm, of
     the outputs' own unit.
 
-    Args:
-        model: with its adapter, as it is after training.
-        examples: tokenised rows, one at least.
-        batch_size: rows a pass.
-
     Returns:
         None without LoRA, or where a layer's update is 0.
     """

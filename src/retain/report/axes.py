@@ -101,13 +101,9 @@ def round_ticks(low: float, high: float) -> list[float]:
 def scale_of(
     found: Sequence[Estimate], factor: float = 1.0, unit: str = "", *, bend: bool = False
 ) -> tuple[alt.Scale, list[float] | None]:
-    """The scale of an axis, and its ticks or None.
+    """The scale of an axis, whose values are `factor` times those drawn, and its ticks or None.
 
-    Args:
-        found: what is drawn along it.
-        factor: of values on the axis.
-        unit: of the axis.
-        bend: logarithmic where the means spread much, and linear near 0 where one is 0.
+    With `bend` it is logarithmic where the means spread much, and linear near 0 where one is 0.
     """
     means = [factor * e.mean for e in found]
     above = [m for m in means if m > 0]

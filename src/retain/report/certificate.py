@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Mapping
 from typing import Any
 
 from retain.records import CertificateRecord, SkillRecord
 from retain.report.cells import short_name
 from retain.report.draw import asset
-from retain.report.page import page_of
+from retain.report.page import download, page_of
 from retain.report.tables import Column, Entry, Row, Table
 
 __all__ = ["certificate_page"]
@@ -24,10 +23,9 @@ def certificate_page(record: Mapping[str, Any]) -> str:
     """A certificate as one page of HTML."""
     found = CertificateRecord.model_validate(record)
     table = _table(found)
-    csv = b64encode(table.csv().encode()).decode()
     part = {
         "id": "skills", "title": "Skills", "finding": f"{found.sentence()}.", "figures": [],
-        "tables": [(table, f"data:text/csv;charset=utf-8;base64,{csv}", "skills.csv")],
+        "tables": [(table, download(table.csv()), "skills.csv")],
         "failures": [], "said": "Lost: right before, wrong after", "answers": _lost(found),
     }  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())

@@ -57,13 +57,7 @@ def front_score(points: Iterable[tuple[float, float]], start: float, budget: flo
 
 
 def front_area(points: Iterable[tuple[float, float]], start: float, limit: float) -> float:
-    """The mean over budgets k in [0, limit] of the best score of a point with cost <= k.
-
-    Args:
-        points: pairs (cost, score).
-        start: the score at no cost.
-        limit: the largest budget, above 0.
-    """
+    """The mean of `front_score` over budgets from 0 to the limit."""
     best, at, area = start, 0.0, 0.0
     for cost, score in sorted(points):
         if score <= best or cost >= limit:

@@ -70,12 +70,7 @@ class Metric:
         return f"{text}{' ± ' + half if half else ''} {self.unit}"
 
     def pair(self, found: Estimate, *, signed: bool = False) -> tuple[str, str]:
-        """Mean and half the interval with as many decimals; the half is empty for one seed.
-
-        Args:
-            found: the estimate.
-            signed: write a plus before a mean above 0.
-        """
+        """Mean and half the interval with as many decimals; the half is empty for one seed."""
         half = None if found.low is None or found.high is None else (found.high - found.low) / 2
         places = self._places(found.mean, half)
         text = self._write(found.mean, places)

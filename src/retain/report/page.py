@@ -38,7 +38,7 @@ from retain.report.soften import SOFTEN, Softening, soften_panel
 from retain.report.tables import failures, study_tables
 
 __all__ = [
-    "group_ids", "latex", "made", "markdown", "page_of", "refused", "render", "section",
+    "download", "group_ids", "latex", "made", "markdown", "page_of", "refused", "render", "section",
     "write_report",
 ]  # fmt: skip
 
@@ -177,7 +177,8 @@ def group_ids(found: Sequence[Group]) -> list[str]:
     return out
 
 
-def _download(text: str) -> str:
+def download(text: str) -> str:
+    """CSV as the address of a link."""
     return "data:text/csv;charset=utf-8;base64," + b64encode(text.encode()).decode()
 
 
@@ -209,7 +210,7 @@ def _figures(panels: Sequence[Panel], of: str) -> list[tuple[str, list[dict[str,
                 chart[side] = length
         out.setdefault(panel.part, []).append({
             "panel": panel, "spec": _json(compiled(chart)), "file": f"{panel.key}-{of}",
-            "csv": _download(_numbers(panel.rows)),
+            "csv": download(_numbers(panel.rows)),
         })  # fmt: skip
     return list(out.items())
 
@@ -234,7 +235,7 @@ def _part(group: Group, name: str, title: str) -> dict[str, Any]:
     return {
         "id": name, "title": title, "finding": finding(group), "failures": failures(group),
         "figures": _figures(panels(group), name),
-        "tables": [(table, _download(table.csv()), f"{table.key}-{name}.csv")
+        "tables": [(table, download(table.csv()), f"{table.key}-{name}.csv")
                    for table in study_tables(group)],
         "answers": _answers(group),
     }  # fmt: skip
@@ -254,7 +255,7 @@ def _eval_part(study: StudyRecord, found: EvalRecord, name: str) -> dict[str, An
     return {
         "id": name, "title": study.name, "finding": eval_finding(found), "failures": [],
         "figures": _figures(shown, name), "answers": [], "asked": asked,
-        "tables": [(table, _download(table.csv()), f"{table.key}-{i}-{name}.csv")
+        "tables": [(table, download(table.csv()), f"{table.key}-{i}-{name}.csv")
                    for i, table in enumerate(tables)],
     }  # fmt: skip
 
@@ -297,12 +298,7 @@ def render(studies: Sequence[StudyRecord], curves: Sequence[Softening] = ()) -> 
 
 
 def page_of(scripts: Sequence[str], **told: Any) -> str:
-    """The page's template, filled.
-
-    Args:
-        scripts: that run in it, and no others.
-        **told: what the template names.
-    """
+    """The page's template, filled with what it names; no other scripts run in it."""
     environment = Environment(
         loader=DictLoader({"page": asset("page.html.j2")}), autoescape=True,
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -319,10 +315,7 @@ def page_of(scripts: Sequence[str], **told: Any) -> str:
 def section(group: Group, head: str, title: str) -> list[str]:
     """The finding, the tables and the failures of a group as paragraphs of Markdown.
 
-    Args:
-        group: what they are of.
-        head: the first paragraph.
-        title: of a table, with ``{}`` where its name goes.
+    `head` is the first; a table's title goes where `title` has ``{}``.
     """
     out = [head, finding(group)]
     for table in study_tables(group):

@@ -192,14 +192,9 @@ def settle(
     measure: Callable[[], float],
     rows: slice = ALL,
 ) -> float:
-    """Moves the weights straight back until the measured divergence is within the budget.
+    """Moves the weights straight back until the divergence that `measure` gives is within nats.
 
-    Args:
-        curvature: knows the anchor.
-        sites: the layers.
-        nats: of the budget.
-        measure: gives the true KL divergence of the present model.
-        rows: see `scale_back`.
+    See `scale_back`.
 
     Returns:
         The measured nats that are left.

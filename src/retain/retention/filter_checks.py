@@ -33,14 +33,7 @@ def check_filter(
     *,
     fresh: bool,
 ) -> None:
-    """Refuses a filter that is asked for and cannot be made.
-
-    Args:
-        model: with its adapter.
-        curvature: of the source text, if there is one.
-        past: of the tasks before, if there is one.
-        rows: the training data, which the filter is to read.
-        fresh: whether rows of the adapter must be fresh.
+    """Refuses a filter that is asked for and cannot be made; with `fresh`, one without fresh rows.
 
     Raises:
         ModelError: the adapter does not allow it.
@@ -85,14 +78,7 @@ def why_no_filter(
     past: Curvature | None = None,
     rows: RowReader | None = None,
 ) -> str | None:
-    """Why the recipe leaves the filter out; None where it does not.
-
-    Args:
-        model: with its adapter, before the first step.
-        curvature: of the source text, if there is one.
-        past: of the tasks before.
-        rows: the training data, which the filter is to read.
-    """
+    """Why the recipe leaves the filter out, before the first step; None where it does not."""
     try:
         sites = lora_sites(model, sharded=True)
     except ModelError as error:
@@ -125,10 +111,8 @@ def why_no_inputs(
 ) -> str | None:
     """Why no filter can be made from these curvatures; None where one can.
 
-    Args:
-        curvature: of the source text, if there is one; or several by name.
-        past: of the tasks before, which may be around a tuned model.
-        limited: a layer may read `WIDEST` values at most.
+    That of the tasks before may be around a tuned model. Where it is limited, a layer may read
+    `WIDEST` values at most.
     """
     for held in (*by_name(curvature).values(), past):
         if held is None:

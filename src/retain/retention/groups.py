@@ -101,12 +101,7 @@ class Group:
 
 
 def grouped(filters: Sequence[Product], rows: Sequence[Tensor]) -> list[Group]:
-    """Groups of sites.
-
-    Args:
-        filters: of each site; several may have one and the same.
-        rows: of each site's A, those that are filtered.
-    """
+    """Groups of sites: each has a filter, one and the same for several, and rows of A."""
     units: dict[int, list[int]] = {}
     for place, p in enumerate(filters):
         units.setdefault(id(p), []).append(place)
@@ -152,17 +147,12 @@ Store = dict[int, Laid]
 
 
 class Behind(Work):
-    """The gradients of A behind its filter.
+    """The gradients of A, of the rows that train, behind its filter.
 
     While micro-batches add up, a gradient is what its filter leaves after each of them, and what
-    came before it while the next one is added: so an average over processes is one of what came
-    on each, and what is left of the sum is that of one pass with all rows, bit for bit.
-    What others have written into a gradient in between stays as it is.
-
-    Args:
-        sites: the layers.
-        groups: theirs.
-        active: the rows of A that train.
+    came before it while the next one is added: so an average over processes is one of what came on
+    each, and what is left of the sum is that of one pass with all rows, bit for bit. What others
+    have written into a gradient in between stays as it is.
     """
 
     def __init__(self, sites: Sequence[LoraSite], groups: Sequence[Group], active: slice) -> None:

@@ -40,10 +40,7 @@ def named(key: str, name: str) -> str:
 def check_names(curvature: object, budget: object, **others: object) -> None:
     """Checks that curvatures and budgets, and what else is by name, have the same names.
 
-    Args:
-        curvature: one, or several by name.
-        budget: likewise, or None.
-        **others: likewise, by what they are; those of one name may be missing.
+    Of the others those of one name may be missing.
 
     Raises:
         ConfigError: a name for one and none for the other, other names, or no name at all.

@@ -84,12 +84,7 @@ def method_options(kind: str) -> dict[str, Any]:
 
 
 def make_method(kind: str, strength: float | None = None, **options: Any) -> Method:
-    """A method by its name in a study.
-
-    Args:
-        kind: its name.
-        strength: see the method; None is its own default.
-        **options: of the method; see `method_options`.
+    """A method by its name in a study, with its `method_options`; strength None is its own.
 
     Raises:
         ConfigError: an unknown name or option, a value out of range, or a strength where it means

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from retain.errors import ConfigError, ModelError
 
-__all__ = ["base_of", "load_base", "problem_count"]
+__all__ = ["Base", "base_of", "load_base", "problem_count"]
+
+Base = Annotated[
+    str | None, Field(description="The base model; the one that the adapter names by default")
+]
 
 
 def base_of(adapter: Path, model: str | None) -> str:
@@ -40,10 +46,7 @@ def base_of(adapter: Path, model: str | None) -> str:
 def load_base(name: str, of: str | None, **options: Any) -> Any:
     """`retain.models.load.load_model`, with the fix for a base that was not named by hand.
 
-    Args:
-        name: of the model.
-        of: what names it; None for ``--model``.
-        **options: of `load_model`.
+    `of` is what names it; None for ``--model``.
 
     Raises:
         ModelError: it cannot be loaded.

@@ -20,7 +20,7 @@ from retain.files import (
 )
 from retain.models.cards import CARD, read_card, with_section
 from retain.records import CERTIFICATE_SCHEMA, CertificateRecord, SkillRecord, finite
-from retain.runs.bases import base_of
+from retain.runs.bases import Base, base_of
 from retain.runs.eval import load_tuned
 from retain.runs.folders import check_record
 from retain.runs.messages import Messages, interruption
@@ -43,9 +43,7 @@ class CertifyConfig(Options):
         [], description="What a skill may lose, such as facts=2%; again for each skill"
     )
     out: Path | None = Field(None, description="Also write a page to this HTML file")
-    model: str | None = Field(
-        None, description="The base model; the one that the adapter names by default"
-    )
+    model: Base = None
     new_tokens: int = Field(32, ge=1, description="Cut written answers at so many tokens")
     batch_size: int = Field(32, ge=1, description="Prompts, or choices, at once")
     dtype: Precision = Field("float32", description="Precision: float32, bfloat16, float64")

@@ -243,13 +243,7 @@ def fit_new_head(
 ) -> Labels:  # fmt: skip
     """Fits a new head, says so, and keeps what was found with the labels.
 
-    Args:
-        model: the base model.
-        examples: of the run.
-        labels: theirs.
-        config: of the run.
-        messages: where to say it.
-        learned: the head comes with the adapter of an earlier run.
+    One that was `learned` comes with the adapter of an earlier run.
 
     Raises:
         RetainError: see `retain.fit_head`.

@@ -10,12 +10,11 @@ from typing import Any
 from pydantic import Field
 
 from retain.config import Measured, validate
-from retain.errors import ConfigError
-from retain.files import check_folder, file_digest, locked
+from retain.files import file_digest, locked
 from retain.records import finite
-from retain.runs.bases import base_of
-from retain.runs.eval import check_finite, held_out, load_tuned
-from retain.runs.folders import check_compact, recorded
+from retain.runs.bases import Base, base_of
+from retain.runs.eval import check_finite, held_out, load_tuned, place_for, source_rows
+from retain.runs.folders import check_made, recorded
 from retain.runs.messages import Messages, interruption
 from retain.runs.months import Previous, previous_run
 
@@ -38,9 +37,7 @@ class CompactConfig(Measured):
         description="Cut what this feels least: a file of retain fit, weight space; the shortest "
         "cut without one",
     )
-    model: str | None = Field(
-        None, description="The base model; the one that the adapter names by default"
-    )
+    model: Base = None
     measure: bool = Field(
         False, description="Measure the KL to the base before and after, and of the cut itself"
     )
@@ -94,34 +91,20 @@ def compact_run(config: CompactConfig, messages: Messages) -> dict[str, Any]:
         RetainError: see `compact`.
         Interrupted: Ctrl-C.
     """
-    c, out = config, config.out.expanduser()
-    if c.source is not None and not c.measure:
-        raise ConfigError(
-            "--source is the text to measure on, and nothing is measured",
-            got="--source without --measure", allowed="both or none", fix="add --measure",
-        )  # fmt: skip
+    c = config
     folder, run = _adapter(c.adapter.expanduser())
-    if (out / "adapter").resolve() == folder.resolve():
-        raise ConfigError(
-            "the output would take the place of the adapter",
-            got=out, allowed="another folder", fix="choose another --out",
-        )  # fmt: skip
-    check_folder(out)
+    out = place_for(c, folder)
     messages.libraries()
-    from retain.data.draws import HELD_OUT
-    from retain.data.sources import read_rows
+    from retain.curvature.merge import square
     from retain.models.cards import extend_card, or_warned, section
     from retain.models.saved import adapter_digest
     from retain.models.stored import StoredLora
     from retain.provenance import provenance
-    from retain.retention.soften.truncate import difference, square, truncated
+    from retain.retention.soften.truncate import difference, truncated
 
     with locked(out), interruption("nothing was written"):
-        check_compact(out)
-        start = time.perf_counter()
-        text = None
-        if c.source is not None:
-            text = read_rows(c.source, c.rows, seed=HELD_OUT + c.seed, max_length=c.max_length)
+        check_made(out, "compact", "a cut")
+        start, text = time.perf_counter(), source_rows(c, c.source)
         stored = StoredLora.read(folder)
         if stored.rank <= c.rank:
             messages.say(f"no layer is wider than {c.rank}: each update is written as it is")
@@ -209,12 +192,9 @@ class _Base:
         self.before = self.source and self.source.quadratic(self.tuned)
 
     def compare(self, factors: Any, scaling: float, text: Any) -> dict[str, Any]:
-        """Puts the cut adapter into the model, in place, and measures it.
+        """Puts the cut adapter, (B, A) by layer, into the model, in place, and measures it.
 
-        Args:
-            factors: (B, A) by layer, as they are written.
-            scaling: of all of them.
-            text: to measure on; None for what the base writes.
+        Without a text on what the base writes.
         """
         import torch
 

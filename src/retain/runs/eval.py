@@ -11,16 +11,16 @@ from pydantic import Field, field_validator
 
 from retain.config import Measured, validate
 from retain.errors import ConfigError, MismatchError, ModelError, unknown
-from retain.files import file_digest, write_record
+from retain.files import check_folder, file_digest, write_record
 from retain.records import RESULT_SCHEMA, EvalRecord, finite
-from retain.runs.bases import base_of, load_base, problem_count
-from retain.runs.folders import check_result
+from retain.runs.bases import Base, base_of, load_base, problem_count
+from retain.runs.folders import check_record
 from retain.runs.messages import Messages, interruption
 from retain.runs.records import TRAIN, TrainRecord, read_record
 
 __all__ = [
     "EvalConfig", "check_finite", "eval_run", "general_tasks", "held_out", "load_tuned",
-    "own_text",
+    "own_text", "place_for", "source_rows",
 ]  # fmt: skip
 
 
@@ -32,9 +32,7 @@ class EvalConfig(Measured):
         description="Folder of the PEFT adapter, such as runs/held/adapter; again for each that it "
         "is compared with",
     )
-    model: str | None = Field(
-        None, description="The base model; the one that the adapter names by default"
-    )
+    model: Base = None
     data: str | None = Field(
         None,
         description="Ask held-out rows of the task, before and after: a file, as for retain train",
@@ -129,7 +127,7 @@ def _run(config: EvalConfig, messages: Messages) -> dict[str, Any]:
     out = config.out
     if out is not None:
         out = out.with_suffix(".json") if out.suffix == ".html" else out
-        check_result(out)
+        check_record(out, "the result of an eval", RESULT_SCHEMA, "retain.result/1")
     name = _one_base(config)
     messages.libraries()
     from retain.data.draws import HELD_OUT
@@ -141,11 +139,9 @@ def _run(config: EvalConfig, messages: Messages) -> dict[str, Any]:
     from retain.runs.evaluation import Evaluation, Given
 
     check_general(list(general), config.data_dir)
-    seed, text, rows = HELD_OUT + config.seed, None, None
+    text, rows, seed = source_rows(config, config.source), None, HELD_OUT + config.seed
     if config.data is not None:
         rows = read_rows(config.data, config.limit, seed=seed, max_length=config.data_length)
-    if config.source is not None:
-        text = read_rows(config.source, config.rows, seed=seed, max_length=config.max_length)
     asked = None if config.prompts is None else read_prompts(config.prompts)
     found = Evaluation(config, Given(text, rows, asked, problems, general), messages)
     adapters: list[dict[str, Any]] = []
@@ -241,14 +237,7 @@ def _sizes(model: Any) -> tuple[int, int]:
 def load_tuned(
     name: str, adapter: Path, config: Any, messages: Messages
 ) -> tuple[Any, Any, TrainRecord | None]:
-    """An adapter on its base, the tokenizer, and what `_record_beside` says of them.
-
-    Args:
-        name: of the base.
-        adapter: its folder.
-        config: with ``model``, ``dtype`` and ``trust_remote_code``.
-        messages: told where nothing says that this is its base.
-    """
+    """An adapter on its base, the tokenizer, and what `_record_beside` says of them."""
     from retain.models.saved import load_adapter
 
     base, tokenizer, _ = load_base(
@@ -281,6 +270,38 @@ def _record_beside(adapter: Path, model: Any) -> TrainRecord | None:
             fix="give that model with --model",
         )
     return record
+
+
+def place_for(config: Any, adapter: Path) -> Path:
+    """The folder in which an adapter made of another one is to lie, beside what was measured.
+
+    Raises:
+        ConfigError: text to measure on and nothing measured, or the place of the adapter itself.
+        OutputError: it is no folder, or cannot be written.
+    """
+    if config.source is not None and not config.measure:
+        raise ConfigError(
+            "--source is the text to measure on, and nothing is measured",
+            got="--source without --measure", allowed="both or none", fix="add --measure",
+        )  # fmt: skip
+    out: Path = config.out.expanduser()
+    if (out / "adapter").resolve() == adapter.resolve():
+        raise ConfigError(
+            "the output would take the place of the adapter",
+            got=out, allowed="another folder", fix="choose another --out",
+        )  # fmt: skip
+    return check_folder(out)
+
+
+def source_rows(config: Measured, source: str | None) -> Any:
+    """Rows to measure on, as they are read before any model is loaded; None without a source."""
+    from retain.data.draws import HELD_OUT
+    from retain.data.sources import read_rows
+
+    if source is None:
+        return None
+    seed = HELD_OUT + config.seed
+    return read_rows(source, config.rows, seed=seed, max_length=config.max_length)
 
 
 def own_text(model: Any, tokenizer: Any, config: Measured, messages: Messages) -> list[Any]:

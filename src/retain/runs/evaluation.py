@@ -70,10 +70,7 @@ class _Seen:
 class Evaluation:
     """Measures adapters one after the other; the base once, with the first of them.
 
-    Args:
-        config: a `retain.runs.eval.EvalConfig`.
-        given: what was read; its text has to be there when an adapter is measured.
-        messages: where to say what is done.
+    A text is there by the time that an adapter is measured.
     """
 
     def __init__(self, config: Any, given: Given, messages: Messages) -> None:

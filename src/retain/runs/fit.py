@@ -13,8 +13,8 @@ from retain.config import AdapterConfig, Measured, validate
 from retain.curvature.blocks.ranks import RANKS, factor_rank_of
 from retain.curvature.blocks.registry import names
 from retain.curvature.fit.settings import FitSettings
-from retain.files import clear_scratch, locked
-from retain.runs.folders import check_curvature
+from retain.files import check_ours, clear_scratch, locked
+from retain.runs.folders import is_curvature
 from retain.runs.messages import Interrupted, Messages
 from retain.types import Fisher, Space
 
@@ -76,11 +76,6 @@ class Fitted:
 def fit_run(config: FitConfig, targets: str | list[str], messages: Messages) -> Fitted:
     """Measures a curvature and writes it; an unfinished one beside it goes on after a kill.
 
-    Args:
-        config: the settings.
-        targets: layers of the fresh adapter.
-        messages: where to say what is done.
-
     Raises:
         RetainError: whatever cannot be read, measured or written.
         Interrupted: Ctrl-C.
@@ -90,7 +85,7 @@ def fit_run(config: FitConfig, targets: str | list[str], messages: Messages) -> 
         c.structure, c.space, c.fisher, samples=c.samples, rows=c.rows, rank=sketches,
         batch_size=c.batch_size, share=c.share, temperature=c.temperature,
     )  # fmt: skip
-    check_curvature(output)
+    check_ours(output, is_curvature, "the curvature of a fit", output)
     partial = output.with_name(f"{output.name}.partial")
     if c.adapter is not None:
         from retain.models.saved import check_adapter

@@ -17,13 +17,11 @@ from retain.files import (
     write_json,
     writing,
 )
-from retain.records import RESULT_SCHEMA
 from retain.runs.records import RUN, STATE_SCHEMA, TRAIN, TRAIN_SCHEMA
 
 __all__ = [
-    "SOFTEN_PICTURES", "STATE", "check_compact", "check_curvature", "check_demo", "check_page",
-    "check_record", "check_result", "check_run", "check_soften", "check_study", "drop_state",
-    "is_curvature", "is_settings", "recorded",
+    "SOFTEN_PICTURES", "STATE", "check_demo", "check_made", "check_page", "check_record",
+    "check_run", "check_study", "drop_state", "is_curvature", "is_settings", "recorded",
 ]  # fmt: skip
 
 STATE = ("source.safetensors", "past.safetensors", "head.safetensors", "state.json")
@@ -55,9 +53,7 @@ def is_curvature(path: Path) -> bool:
 def check_run(out: Path, *, curvature: bool) -> None:
     """Refuses a folder in which a run of ``retain train`` would write over others' files.
 
-    Args:
-        out: the folder; it need not exist.
-        curvature: the run keeps a curvature of its own there.
+    With `curvature` the run keeps one of its own there.
 
     Raises:
         OutputError: something in it is not of an earlier run.
@@ -86,32 +82,14 @@ def check_run(out: Path, *, curvature: bool) -> None:
         _check(out, {"curvature.safetensors": (is_curvature, "the curvature of a run")})
 
 
-def check_soften(out: Path) -> None:
-    """The same for ``retain soften``.
-
-    Raises:
-        OutputError: something in it is not of an earlier softening.
-    """
-    _check_made(out, "soften", "a softening", SOFTEN_PICTURES)
-
-
-def check_compact(out: Path) -> None:
-    """The same for ``retain compact``.
-
-    Raises:
-        OutputError: something in it is not of an earlier cut.
-    """
-    _check_made(out, "compact", "a cut")
-
-
-def _check_made(out: Path, command: str, of: str, pictures: Sequence[str] = ()) -> None:
+def check_made(out: Path, command: str, of: str, pictures: Sequence[str] = ()) -> None:
     """`check_run` for a command that makes another adapter, and a record with its own name."""
     name = f"{command}.json"
     _put_back(out, "adapter", name, *pictures)
     record = out / name
 
     def mine(path: Path) -> bool:
-        return _of(f"retain.{command}/1")(record)
+        return has_schema(record, f"retain.{command}/1")
 
     _check(out, {
         name: (mine, f"the record of {of}"),
@@ -178,36 +156,13 @@ def check_study(out: Path) -> None:
     })  # fmt: skip
 
 
-def check_result(path: Path) -> None:
-    """Refuses to write a result of ``retain eval`` over another file.
-
-    Raises:
-        OutputError: there is one.
-    """
-    check_record(path, "the result of an eval", RESULT_SCHEMA, "retain.result/1")
-
-
 def check_record(path: Path, what: str, *schemas: str) -> None:
-    """Refuses to write a record over a file that is none of its kind.
-
-    Args:
-        path: of the record.
-        what: it is called.
-        *schemas: that such records have.
+    """Refuses to write a record over a file with none of its schemas; `what` is it called.
 
     Raises:
         OutputError: there is one.
     """
     check_ours(path, lambda file: any(has_schema(file, schema) for schema in schemas), what, path)
-
-
-def check_curvature(path: Path) -> None:
-    """Refuses to write a curvature over another file.
-
-    Raises:
-        OutputError: there is one.
-    """
-    check_ours(path, is_curvature, "the curvature of a fit", path)
 
 
 def check_page(page: Path) -> None:

@@ -28,12 +28,7 @@ def adapter_for(
 ) -> Any:  # fmt: skip
     """The model with a fresh adapter, or with that of the run to continue from and fresh rows.
 
-    Args:
-        base: the base model.
-        config: of the run.
-        before: what the earlier run has left, or None.
-        source: the curvature of the source text, of that run.
-        past: the curvature of the tasks before, of that run.
+    `source` and `past` are the curvatures of that run.
 
     Raises:
         MismatchError: the state is not that of the adapter, or no filter can be made.
@@ -60,14 +55,8 @@ def curvature_for(
 ) -> HeldBy | None:  # fmt: skip
     """The curvature for a run, checked to fit its model; None for plain LoRA.
 
-    Args:
-        config: of the run.
-        given: the curvature of ``config.curvature``, already read.
-        out: the run's folder, in which one is kept.
-        model: with its fresh adapter.
-        tokenizer: its tokenizer.
-        messages: where to say what is done.
-        anew: one that an earlier run has left in the folder is not used.
+    `given` is that of ``config.curvature``, already read. With `anew` one that an earlier run has
+    left in the folder is not used.
 
     Raises:
         MismatchError: the given curvature does not fit.

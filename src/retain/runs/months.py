@@ -86,12 +86,7 @@ class Previous:
                     parameters[name].copy_(value)
 
     def check_base(self, base: Any, known: str, name: str) -> None:
-        """Refuses another base model.
-
-        Args:
-            base: the model that was loaded.
-            known: the fingerprint of the base of the run.
-            name: what was loaded.
+        """Refuses another base model than that with the fingerprint `known`.
 
         Raises:
             MismatchError: it is another one.
@@ -108,11 +103,7 @@ class Previous:
             )
 
     def check_adapter(self, model: Any, past: Any) -> None:
-        """Refuses a state that is not of the adapter beside it.
-
-        Args:
-            model: with the adapter of the run.
-            past: the curvature of the earlier tasks.
+        """Refuses a state, with the curvature `past`, that is not of the adapter beside it.
 
         Raises:
             MismatchError: it was measured around other weights; or what `Curvature.bind` refuses.
@@ -193,16 +184,6 @@ def keep_state(
     before: Previous | None, labels: Labels | None, messages: Messages,
 ) -> Path:  # fmt: skip
     """Measures the task's curvature, merges it into the past, and writes ``state/`` whole.
-
-    Args:
-        model: trained, with its adapter.
-        examples: the rows that it learned.
-        recipe: that held it.
-        out: the run's folder.
-        month: of this run, for ``state.json``.
-        before: what the run continued from.
-        labels: of a classifier.
-        messages: where to say what is done.
 
     Raises:
         OutputError: the folder cannot be written.

@@ -51,12 +51,9 @@ def by_key(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_run(config: Settings, given: Mapping[str, Any], *, resume: bool = False) -> RunConfig:
-    """The checked settings of a run.
+    """The checked settings of a run; those in `given`, by dotted key, come first.
 
-    Args:
-        config: the settings; `given` comes before them.
-        given: by dotted key.
-        resume: of the run in the output folder, whose settings they must be.
+    With `resume` they must be those of the run in the output folder.
 
     Raises:
         ConfigError: they are not accepted, or not those of the run to resume or continue.

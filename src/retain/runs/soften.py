@@ -10,12 +10,11 @@ from typing import Any
 from pydantic import Field
 
 from retain.config import Measured
-from retain.errors import ConfigError
-from retain.files import check_folder, file_digest, locked, whole_file
+from retain.files import file_digest, locked, whole_file
 from retain.records import finite
-from retain.runs.bases import base_of, load_base
-from retain.runs.eval import check_finite, held_out
-from retain.runs.folders import check_soften, recorded
+from retain.runs.bases import Base, base_of, load_base
+from retain.runs.eval import check_finite, held_out, place_for, source_rows
+from retain.runs.folders import SOFTEN_PICTURES, check_made, recorded
 from retain.runs.messages import Messages, interruption
 
 __all__ = ["SoftenConfig", "soften_run"]
@@ -42,9 +41,7 @@ class SoftenConfig(Measured):
         None,
         description="Of the task's rows, fitted with --adapter ADAPTER; plain distance without one",
     )
-    model: str | None = Field(
-        None, description="The base model; the one that the adapter names by default"
-    )
+    model: Base = None
     depth: int | None = Field(
         None, ge=0,
         description="Of the subspaces: deeper is nearer to the optimum, and slower (2 or 1)",
@@ -63,12 +60,7 @@ class SoftenConfig(Measured):
 
 
 def soften_run(config: SoftenConfig, pictures: Pictures, messages: Messages) -> dict[str, Any]:
-    """Writes the softened adapter, ``soften.json`` and pictures into a folder.
-
-    Args:
-        config: the settings.
-        pictures: draws the record, by the files' names.
-        messages: where to say what is done.
+    """Writes the softened adapter, ``soften.json`` and what `pictures` draws of it into a folder.
 
     Returns:
         The record.
@@ -79,27 +71,10 @@ def soften_run(config: SoftenConfig, pictures: Pictures, messages: Messages) -> 
     """
     c, adapter, target, seed = config, config.adapter, config.target_curvature, config.seed
     source, measure, budget = config.source, config.measure, config.budget
-    if source is not None and not measure:
-        raise ConfigError(
-            "--source is the text to measure on, and nothing is measured",
-            got="--source without --measure",
-            allowed="both or none",
-            fix="add --measure",
-        )
-    out = c.out.expanduser()
-    if (out / "adapter").resolve() == adapter.expanduser().resolve():
-        raise ConfigError(
-            "the output would take the place of the adapter",
-            got=out,
-            allowed="another folder",
-            fix="choose another --out",
-        )
-    check_folder(out)
+    out = place_for(c, adapter.expanduser())
     name = base_of(adapter, c.model)
     messages.libraries()
     from retain.curvature.curvature import load_curvature
-    from retain.data.draws import HELD_OUT
-    from retain.data.sources import read_rows
     from retain.models.fingerprint import fingerprint
     from retain.models.saved import adapter_digest, load_adapter, save_adapter
     from retain.models.sites import lora_sites
@@ -108,11 +83,9 @@ def soften_run(config: SoftenConfig, pictures: Pictures, messages: Messages) -> 
     from retain.retention.soften.adapter import soften
 
     with locked(out):
-        check_soften(out)
+        check_made(out, "soften", "a softening", SOFTEN_PICTURES)
         check_budget(budget)
-        text = None
-        if source is not None:
-            text = read_rows(source, c.rows, seed=HELD_OUT + seed, max_length=c.max_length)
+        text = source_rows(c, source)
         with interruption("nothing was written"):
             far = load_curvature(c.curvature)
             near = None if target is None else load_curvature(target)

@@ -313,15 +313,7 @@ def run_rows(config: RunConfig) -> Any:
 def run_examples(
     config: RunConfig, rows: Any, problems: int | None, tokenizer: Any, **options: Any
 ) -> list[Any]:
-    """What a run learns, tokenised.
-
-    Args:
-        config: of the run.
-        rows: its `run_rows`; None where it learns word problems.
-        problems: so many word problems; None where it learns rows.
-        tokenizer: of its base.
-        **options: of `retain.data.sources.encode`.
-    """
+    """What a run learns, tokenised: its `run_rows`, or so many word problems."""
     from retain.data.draws import sample
     from retain.data.problems import problem_rows, word_problems
     from retain.data.sources import encode

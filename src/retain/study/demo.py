@@ -104,13 +104,7 @@ def run_demo(
 ) -> StudyRecord:
     """Does the demo, as far as it is not done, and gives its record, ``study.json``.
 
-    Args:
-        out: folder of everything that is written.
-        seed: of the problems, their order, label draws and the adapter's start.
-        quick: few rows.
-        progress: show bars.
-        say: told in a few words what is being done.
-        **changes: of `demo_study`.
+    What is done is told in a few words to `say`; `changes` are those of `demo_study`.
 
     Raises:
         OutputError: `out` cannot be written.

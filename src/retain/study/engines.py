@@ -138,12 +138,8 @@ def on_ray(runs: Sequence[RunSpec], work: Work, jobs: int | None = None) -> Iter
     """Each run a Ray task, on the cluster of ``RAY_ADDRESS`` or on one that is started here.
 
     All machines must see the output folder, the data and the package. A task asks for as many
-    processors as the study has threads, and for one accelerator where the cluster has any.
-
-    Args:
-        runs: what is left to do.
-        work: where.
-        jobs: processors of a cluster that is started here; all by default.
+    processors as the study has threads, and for one accelerator where the cluster has any. A
+    cluster that is started here has processors for `jobs`, or all.
 
     Raises:
         ConfigError: Ray is missing.

@@ -59,11 +59,7 @@ class Grid:
 
 
 def expand(spec: StudySpec, base: Path) -> Grid:
-    """The grid of a study.
-
-    Args:
-        spec: the study.
-        base: the folder of its file.
+    """The grid of a study, whose file lies in the folder `base`.
 
     Raises:
         ConfigError: a name or option is not known, or two unlike runs would have one name.
@@ -84,10 +80,7 @@ def task_at(task: str, base: Path) -> TaskSpec:
 def refusal(method: Method, adapter: str, decoder: bool | None) -> str | None:
     """Why a method does not compose with a kind of adapter, or of model; None where it does.
 
-    Args:
-        method: the method.
-        adapter: the kind.
-        decoder: whether the model is one; None where that is not known before it is loaded.
+    `decoder` is None where that is not known before the model is loaded.
     """
     try:
         method.check(adapter, decoder is not False)

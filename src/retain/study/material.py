@@ -76,9 +76,7 @@ class TaskData:
 def seed_of(seed: int, index: int) -> int:
     """The seed of everything random in a part of a run.
 
-    Args:
-        seed: of the run.
-        index: the place of the task in the order; -1 for what comes before the first.
+    That is the place of a task in the order; -1 for what comes before the first.
     """
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:4], "big")
 

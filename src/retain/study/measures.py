@@ -32,17 +32,7 @@ MEASURED = 16
 
 
 class Measures:
-    """Measures one model again and again while it learns.
-
-    Args:
-        run: what is asked for.
-        work: of the study.
-        base: the model.
-        adapter: on it, fresh.
-        tasks: with their test rows.
-        held: text on which forgetting is measured, maybe none.
-        say: told in a few words what is being done.
-    """
+    """Measures one model again and again while it learns; forgetting on `held` text, maybe none."""
 
     def __init__(
         self,
@@ -62,10 +52,6 @@ class Measures:
 
     def untrained(self, stamp: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
         """Of the untrained model: another run's, with the time that it took, or made now.
-
-        Args:
-            stamp: versions and commit.
-            clock: the time is added to it.
 
         Returns:
             ``{"scores", "general", "answers", "seconds"}``.
@@ -118,11 +104,7 @@ class Measures:
         return self.work.out / "untrained" / f"{digest_of(parts)}.json"
 
     def scores(self, after: int | None) -> list[Score | None]:
-        """Of all tasks, after one of them; None of those that are not wanted here.
-
-        Args:
-            after: the place of the task; None before the first.
-        """
+        """Of all tasks, after that at a place, or before the first; None of those not wanted."""
         return [
             self._score(index) if self._is_scored(index, after) else None
             for index in range(len(self.tasks))

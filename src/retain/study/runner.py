@@ -63,11 +63,6 @@ def execute(run: RunSpec, work: Work, say: Say | None = None) -> Outcome:
     that cannot be written stops the study, as Ctrl-C does. A lock belongs to a living process: that
     of a killed one is free.
 
-    Args:
-        run: what to do.
-        work: where.
-        say: told in a few words what is being done.
-
     Raises:
         OutputError: the record, or something that the run keeps, cannot be written.
     """

@@ -38,12 +38,6 @@ def run_sequence(
 ) -> dict[str, Any]:
     """Does a run, from its last finished task on where it was stopped before.
 
-    Args:
-        run: all that is asked for.
-        state: what is kept between tasks.
-        work: where the data lie.
-        say: told in a few words what is being done.
-
     Returns:
         The body of a ``retain.run/1`` record, from ``tasks`` on.
 

@@ -208,12 +208,9 @@ class StudySpec(_Strict):
 def read_study(
     path: Path, *, limit: int | None = None, seeds: list[int] | None = None
 ) -> StudySpec:
-    """Reads and checks a study.
+    """Reads and checks a study, of which at most `limit` training and test rows a task are used.
 
-    Args:
-        path: of the YAML file.
-        limit: at most so many training and test rows a task.
-        seeds: instead of the file's.
+    Seeds that are given stand in place of the file's.
 
     Raises:
         ConfigError: no such file, no YAML, an unknown key or name, or a value out of range.

@@ -40,13 +40,9 @@ class Kept:
 class SequenceState:
     """A folder with the tensors of one finished task and a JSON file that points at them.
 
-    The JSON file is replaced last, as a whole: a kill at any moment leaves either the old state
-    or the new one.
-
-    Args:
-        folder: of this run alone.
-        stamp: versions; a state that other versions have left is not gone on from.
-        writes: whether this process writes (the first one of several that train together).
+    The JSON file is replaced last, as a whole: a kill at any moment leaves either the old state or
+    the new one. A state with another stamp is not gone on from. Of several processes that train
+    together the first one `writes`.
     """
 
     def __init__(self, folder: Path, stamp: Mapping[str, Any], *, writes: bool = True) -> None:

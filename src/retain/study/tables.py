@@ -18,10 +18,7 @@ Cell = tuple[str, str, str, str]
 
 
 def tables(records: Iterable[RunRecord]) -> dict[str, Any]:
-    """Cells of a study.
-
-    Args:
-        records: of runs, done or failed, in the order of the grid.
+    """Cells of a study, from its runs, done or failed, in the order of the grid.
 
     Returns:
         ``{"cells": [{"model", "adapter", "method", "order", "n", "failed", "metrics": {name:
@@ -65,12 +62,7 @@ def tables(records: Iterable[RunRecord]) -> dict[str, Any]:
 
 
 def judged(claims: Sequence[ClaimSpec], cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The claims of a study with their values, null where not told, and whether they hold.
-
-    Args:
-        claims: of the study.
-        cells: of its `tables`.
-    """
+    """The claims of a study with their values, null where not told, and whether they hold."""
     out = []
     for claim in claims:
         value = _ratio(claim, cells)

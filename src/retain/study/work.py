@@ -87,11 +87,8 @@ class Work:
 def holding(path: Path, *, wait: float = -1) -> Iterator[bool]:
     """Holds a lock while the block runs, or yields False where another process has it.
 
-    It is the system's lock: that of a process that was killed is free.
-
-    Args:
-        path: of the file.
-        wait: seconds; for ever where negative.
+    It is the system's lock: that of a process that was killed is free. It is waited for so many
+    seconds, for ever where they are negative.
 
     Raises:
         OutputError: the file cannot be written.

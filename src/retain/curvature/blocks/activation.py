@@ -96,13 +96,8 @@ def nats_of_noise(
 ) -> float:
     """gamma: twice the nats per prediction that noise at all outputs costs, over ``eta^2 L``.
 
-    Args:
-        model: in evaluation mode.
-        layers: where the noise goes.
-        batch: what the model reads.
-        seed: of the noise.
-        eta: size of the noise, relative to the root mean square of each layer's output.
-
+    The noise is eta times the root mean square of each layer's output; the model in evaluation
+    mode.
     """
     with torch.no_grad():
         base = forward_logits(model, batch)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from retain.curvature.curvature import Curvature
+from retain.curvature.merge import square
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, check_number
 from retain.models.forward import no_autocast
 from retain.models.names import of_head
@@ -27,7 +28,6 @@ from retain.models.sites import LoraSite
 from retain.models.view import ModelView
 from retain.retention.soften.curve import Softening
 from retain.retention.soften.subspace import AdapterSubspace, KroneckerSubspace, Subspace, sides
-from retain.retention.soften.truncate import square
 
 __all__ = ["soften"]
 

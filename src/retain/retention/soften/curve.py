@@ -65,13 +65,7 @@ class SoftenedAdapter:
 
 
 class Softening:
-    """All softened versions of one adapter; made by `soften`.
-
-    Args:
-        sites: the layers.
-        spaces: the subspace of each layer that has an update.
-        depth: of their Krylov spaces.
-    """
+    """All softened versions of one adapter, made by `soften`: a subspace a layer with an update."""
 
     def __init__(self, sites: list[LoraSite], spaces: Mapping[str, Subspace], depth: int) -> None:
         self.sites, self.spaces, self.depth = sites, dict(spaces), depth

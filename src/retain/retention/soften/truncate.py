@@ -19,10 +19,11 @@ from torch import Tensor
 
 from retain.curvature.blocks.kronecker import KroneckerBlock
 from retain.curvature.curvature import Curvature
+from retain.curvature.merge import square
 from retain.errors import MismatchError
 from retain.models.forward import no_autocast
 
-__all__ = ["difference", "square", "truncated"]
+__all__ = ["difference", "truncated"]
 
 ROUNDING = 1e-4
 """Of a root's singular values: those below this share of the largest are rounding."""
@@ -96,12 +97,6 @@ def difference(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tupl
     """(L, R) with ``L R = B A - B' A'``, in the precision of the first pair."""
     (b, a), (kept_b, kept_a) = one, (f.to(one[0]) for f in other)
     return torch.cat([b, -kept_b], 1), torch.cat([a, kept_a], 0)
-
-
-def square(left: Tensor, right: Tensor) -> float:
-    """``|L R|^2``, Frobenius, in float64."""
-    left, right = left.double(), right.double()
-    return float(((left.T @ left) * (right @ right.T)).sum())
 
 
 def _block(curvature: Curvature, name: str) -> KroneckerBlock:
