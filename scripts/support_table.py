@@ -1,6 +1,11 @@
 """Writes docs/support.md: what was tried in which trainer, from the outcomes of the tests.
 
     PYTHONPATH=src python scripts/support_table.py
+    PYTHONPATH=src python scripts/support_table.py --keep axolotl -k axolotl \\
+        tests/integrations/test_in_trainers.py
+
+The second runs where that package is installed (axolotl, llamafactory, ms-swift, unsloth): what
+passed is kept in docs/support/, where the first reads it.
 
 A test says with ``@pytest.mark.shows(trainer, *features)`` which cells it shows; ``refused=True``
 says that the feature is refused there, and the error that the test met is what the cell says. What
@@ -9,6 +14,7 @@ no test shows is declared below with a reason.
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.metadata import version
 from itertools import groupby
@@ -19,6 +25,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "support.md"
+KEPT = ROOT / "docs" / "support"
 
 TRAINERS = (
     "transformers.Trainer", "SFTTrainer", "DPOTrainer", "GRPOTrainer", "plain loop",
@@ -38,7 +45,7 @@ BY_HAND = "by hand"
 
 OWN_ROWS = "it takes rows and labels as its user made them"
 CAUSAL = "it trains language models, which have no new head"
-ITS_OWN = "its trainer is a `transformers.Trainer` and runs the same callback; no test runs it"
+FP16 = "accelerate runs it in single precision on a CPU: it needs a GPU"
 NO_SETTING = "it has no such setting"
 DECLARED: dict[tuple[str, str], tuple[str, str]] = {
     ("transformers.Trainer", "packing"): (NO_CELL, OWN_ROWS),
@@ -48,8 +55,6 @@ DECLARED: dict[tuple[str, str], tuple[str, str]] = {
     **{(t, "head"): (NO_CELL, CAUSAL) for t in ("SFTTrainer", "DPOTrainer", "GRPOTrainer")},
     **{(t, f): (NO_CELL, NO_SETTING) for t in ("DPOTrainer", "GRPOTrainer")
        for f in ("packing", "assistant-only loss")},
-    **{(t, "DDP"): (NOT_TRIED, "it is a `transformers.Trainer`, which two processes run")
-       for t in ("DPOTrainer", "GRPOTrainer")},
     **{("retain train", f): (NO_CELL, "its model is loaded in `--dtype`, without autocast")
        for f in ("bf16 autocast", "fp16 autocast")},
     **{("studies", f): (NO_CELL, "a study's model is loaded in its dtype, without autocast")
@@ -58,20 +63,16 @@ DECLARED: dict[tuple[str, str], tuple[str, str]] = {
        for f in ("packing", "FSDP2", "DeepSpeed", "DoRA")},
     ("retain train", "full fine-tuning"): (NO_CELL, NO_SETTING),
     ("studies", "assistant-only loss"): (NO_CELL, "its rows are those of tasks, not chats"),
-    **{(t, f): (BY_HAND, "4 steps of LoRA on a CPU, with `predicted_nats` logged: trainers.md")
-       for t in ("axolotl", "LLaMA-Factory", "ms-swift") for f in ("force", "filter")},
     **dict.fromkeys((("axolotl", "head"), ("LLaMA-Factory", "head")), (NO_CELL, CAUSAL)),
+    **{(t, "fp16 autocast"): (NO_CELL, FP16) for t in ("axolotl", "LLaMA-Factory", "ms-swift")},
+    ("ms-swift", "packing"): (NO_CELL, "it packs with flash attention alone, which needs a GPU"),
+    ("Unsloth", "head"): (NO_CELL, "its CPU backend loads language models alone"),
+    ("Unsloth", "fp16 autocast"): (NO_CELL, "its CPU backend turns it into bfloat16"),
+    ("Unsloth", "packing"): (NO_CELL, "its CPU backend turns it off"),
     **{("sentence-transformers", f): (
         NO_CELL, "an embedding has no probabilities that a curvature could be of")
        for f in FEATURES},
-    **{("Unsloth", f): (NO_CELL, "its fused kernels do not call the layers that a filter reads")
-       for f in ("filter", "fresh rows")},
 }  # fmt: skip
-for _trainer in ("axolotl", "LLaMA-Factory", "ms-swift"):
-    for _feature in FEATURES:
-        DECLARED.setdefault((_trainer, _feature), (NOT_TRIED, ITS_OWN))
-for _feature in FEATURES:
-    DECLARED.setdefault(("Unsloth", _feature), (NOT_TRIED, "it needs a GPU"))
 
 
 class Shown(NamedTuple):
@@ -139,8 +140,31 @@ def collected(*argv: str) -> Collector:
     return collector
 
 
+def keep(name: str, *argv: str) -> None:
+    """Adds what passes here to what was kept of this environment."""
+    found, path = collected(*argv), KEPT / f"{name}.json"
+    old = json.loads(path.read_text(encoding="utf-8"))["passed"] if path.exists() else {}
+    passed = {**old, **{test: found.said[test] for test in found.passed}}
+    told = {"versions": _versions(name), "passed": dict(sorted(passed.items()))}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(path)
+
+
+def elsewhere(found: Collector) -> list[str]:
+    """Adds what passed in other environments; what these have."""
+    lines = []
+    for path in sorted(KEPT.glob("*.json")):
+        told = json.loads(path.read_text(encoding="utf-8"))
+        found.passed |= set(told["passed"])
+        found.said = {**told["passed"], **found.said}
+        lines.append(f"- {told['versions']}")
+    return lines
+
+
 def page(found: Collector) -> str:
     """The page; raises `SystemExit` where a cell would be blank, or is said in two ways."""
+    others = elsewhere(found)
     cells: dict[tuple[str, str], tuple[str, str, str]] = {}
     for shown in found.shown:
         key = shown.trainer, shown.feature
@@ -161,13 +185,19 @@ def page(found: Collector) -> str:
         "# What works in which trainer", "",
         "Written by `scripts/support_table.py` from the outcomes of the tests that carry its mark; "
         "not to be edited by hand.", "", _versions(), "",
+        "axolotl, LLaMA-Factory, ms-swift and Unsloth are the real packages on a CPU, in "
+        "environments of their own:", "", *others, "",
         "✓ a test shows it; – it is refused, with one clear error; (✓) it was run by hand; "
         "? it was not tried; n/a there is nothing to try.", "",
         "In the trainers and the plain loop, 4-bit bases, DoRA and full fine-tuning are shown with "
         "the force alone, and fp16 autocast on a CPU, with a gradient scaler that accelerate has "
-        "on a GPU alone and is given here; the plain loop gives it to `Retention.step`. FSDP2 and "
-        "DeepSpeed are refused as stand-ins for them are: neither runs in these tests but FSDP2 "
-        "in the plain loop.", "",
+        "on a GPU alone and is given here; the plain loop gives it to `Retention.step`. FSDP2 runs "
+        "in two processes on CPUs (gloo), which accelerate allows on accelerators alone and is told "
+        "to here; DeepSpeed is refused as a stand-in for it is. "
+        "Unsloth's cells are of its CPU backend, which trains PEFT's own layers; on a GPU its "
+        "fused kernels do not call them, and the force alone holds, with its budget and the KL, by "
+        "a curvature that was fitted before (`tests/integrations/test_fused.py`, a stand-in for "
+        "such kernels).", "",
         "| | " + " | ".join(TRAINERS) + " |", "|---|" + ":-:|" * len(TRAINERS),
         *(f"| {f} | " + " | ".join(cells[t, f][0] for t in TRAINERS) + " |" for f in FEATURES),
     ]  # fmt: skip
@@ -179,14 +209,16 @@ def page(found: Collector) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _versions() -> str:
-    names = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+def _versions(*package: str) -> str:
+    names = (*package, "torch", "transformers", "peft", "trl", "accelerate", "datasets")
     told = ", ".join(f"{name} {version(name)}" for name in names)
     return f"Python {sys.version_info.major}.{sys.version_info.minor}, {told}, on a CPU."
 
 
 def main() -> None:
     """Runs the marked tests, and writes the page."""
+    if sys.argv[1:2] == ["--keep"]:
+        return keep(*sys.argv[2:])
     files = [
         p for p in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.shows(" in p.read_text()
     ]

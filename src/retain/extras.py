@@ -27,6 +27,7 @@ PACKAGES: dict[str, tuple[str, str]] = {
     "rich": ("rich", "cli"),
     "typer": ("typer", "cli"),
     "yaml": ("PyYAML", "cli"),
+    "attr": ("attrs", "study"),
     "scipy": ("SciPy", "study"),
     "sklearn": ("scikit-learn", "study"),
     "altair": ("altair", "report"),

@@ -34,6 +34,10 @@ def model_and_rows() -> tuple[Any, list[list[int]]]:
     return model, torch.randint(1, 40, (48, 12), generator=random).tolist()
 
 
+def by_place(completions: list[str], **_: Any) -> list[float]:
+    return [float(i % 2) for i in range(len(completions))]
+
+
 def training(out: Path, told: dict[str, Any]) -> None:
     """A trainer of a user's own, in each of the processes."""
     model, ids = model_and_rows()
@@ -46,16 +50,22 @@ def training(out: Path, told: dict[str, Any]) -> None:
         "seed": 0, "accelerator_config": {"split_batches": False},
     }  # fmt: skip
     off, resume = told.pop("off", None), told.pop("resume", None)
-    if told.pop("sft", False):
+    if kind := told.pop("trl", ""):
+        import trl
         from datasets import Dataset
-        from transformers import AutoTokenizer
-        from trl import SFTConfig, SFTTrainer
 
-        place = save_tiny(out / f"tokenizer-{rank()}")
-        trainer: Trainer = SFTTrainer(
-            model=model, train_dataset=Dataset.from_list(rows),
-            args=SFTConfig(**{**said, "max_steps": 3, "bf16": False}),
-            processing_class=AutoTokenizer.from_pretrained(place),
+        place = save_tiny(out / f"tiny-{rank()}")
+        plain, tokenizer, _ = retain.load_model(place, dtype="float32")
+        more: dict[str, Any] = {}
+        if kind != "SFT":
+            model = retain.attach_lora(plain, rank=4)
+            rows = [{"prompt": f"say {i}", "chosen": " ok", "rejected": " no"} for i in range(32)]
+        if kind == "GRPO":
+            said |= {"num_generations": 2, "max_completion_length": 4}
+            more["reward_funcs"] = by_place
+        trainer: Trainer = getattr(trl, f"{kind}Trainer")(
+            model=model, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+            args=getattr(trl, f"{kind}Config")(**{**said, "max_steps": 3, "bf16": False}), **more,
         )  # fmt: skip
     else:
         trainer = Trainer(model=model, train_dataset=rows, args=TrainingArguments(**said))
@@ -136,12 +146,26 @@ def test_two_processes_hold_as_one(ended: Path) -> None:
     hold_as_one(ended)
 
 
-@pytest.mark.shows("SFTTrainer", "DDP")
-def test_two_processes_of_trl_hold_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.shows(f"{k}Trainer", "DDP")) for k in ("SFT", "DPO")],
+)
+def test_two_processes_of_trl_hold_as_one(kind: str, tmp_path: Path) -> None:
     for name, processes in (("one", 1), ("two", 2)):
-        done = run(tmp_path / name, processes, budget=0.001, sft=True)
+        done = run(tmp_path / name, processes, budget=0.001, trl=kind)
         assert done.returncode == 0, done.stderr[-3000:]
     hold_as_one(tmp_path)
+
+
+@pytest.mark.shows("GRPOTrainer", "DDP")
+def test_two_processes_that_draw_answers_hold_alike(tmp_path: Path) -> None:
+    """Each draws its own, so what one process would have learned is another thing."""
+    done = run(tmp_path, 2, strength=10.0, trl="GRPO")
+    assert done.returncode == 0, done.stderr[-3000:]
+    two, other = weights(tmp_path), weights(tmp_path, 1)
+    assert all(torch.equal(two[n], other[n]) for n in two)
+    told = [json.loads((tmp_path / f"told-{i}.json").read_text()) for i in (0, 1)]
+    assert told[0]["nats"][-1] == told[1]["nats"][-1] > 0
 
 
 @pytest.mark.shows("plain loop", "DDP")

@@ -35,6 +35,7 @@ class RetentionOptions(BaseModel):
     update: Literal["gradient", "proximal"] = "gradient"
     budget: float | None = None
     parts: list[str] | None = None
+    kl: float = 0.0
 
 
 class RetentionArgs(BaseModel):

@@ -15,6 +15,7 @@ from retain.data.sources import Row
 from retain.errors import ConfigError
 from retain.models.names import unwrap
 from retain.retention.filter import Filter
+from retain.retention.output_kl import OutputKL
 from retain.retention.recipe import Recipe
 from retain.training.callback import RetentionCallback
 from retain.types import Update
@@ -45,6 +46,7 @@ class FittingCallback(RetentionCallback):
         budget: nats per source token that may be spent.
         parts: of the recipe.
         filter: options of the filter.
+        kl: nats of task loss that one nat of the true divergence on the source weighs.
         tokenizer: for text; by default the trainer's own.
 
     Raises:
@@ -64,9 +66,12 @@ class FittingCallback(RetentionCallback):
         budget: float | None = None,
         parts: Sequence[str] | None = None,
         filter: Filter | None = None,
+        kl: float | OutputKL = 0.0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        recipe = Recipe(None, strength, budget=budget, parts=parts, update=update, filter=filter)
+        recipe = Recipe(
+            None, strength, budget=budget, parts=parts, update=update, filter=filter, kl=kl
+        )
         self._drive(recipe, source, tokenizer)
         self.given, self.fit = curvature, dict(fit or {})
 

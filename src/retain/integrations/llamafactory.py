@@ -23,12 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--curvature", help="in place of a source, a curvature's file")
     parser.add_argument("--strength", type=float, default=10.0)
     parser.add_argument("--budget", type=float, help="nats per token that may be spent")
+    parser.add_argument("--kl", type=float, default=0.0, help="what a nat of divergence weighs")
     options, rest = parser.parse_known_args(arguments)
     from llamafactory.train.tuner import run_exp
 
     callback = FittingCallback(
         options.source, curvature=options.curvature, strength=options.strength,
-        budget=options.budget,
+        budget=options.budget, kl=options.kl,
     )  # fmt: skip
     sys.argv = [sys.argv[0], *rest]  # where it reads its own
     run_exp(callbacks=[callback])

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.corda import preprocess_corda
 from torch import Tensor, nn
 
+from retain.extras import load
 from retain.models.sites import lora_sites
 from retain.retention.moments import Moments
 from retain.retention.starts import Factors, Start
@@ -45,8 +45,10 @@ class CorDA(Start):
             for place, name in zip(names, weights, strict=True):
                 layers[place](roots[old.readers[name]])
 
+        # Only here, since that module needs attrs, which PEFT does not ask for.
+        corda = load("peft.tuners.lora.corda", "method corda")
         with torch.random.fork_rng(), torch.no_grad():
-            preprocess_corda(layers, config, run_model=run)
+            corda.preprocess_corda(layers, config, run_model=run)
             model: Any = layers
             made = get_peft_model(model, config)
         found = [(site.b.detach(), site.a.detach()) for site in lora_sites(made)]
