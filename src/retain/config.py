@@ -96,7 +96,9 @@ class TrainConfig(_Strict):
     max_grad_norm: float = Field(1.0, ge=0)
     max_length: int = Field(256, ge=2, le=_MANY, description="Cut rows to so many tokens")
     pad_multiple: int = Field(16, ge=1, le=_WIDE)
-    update: Update = "gradient"
+    update: Update = Field(
+        "gradient", description="How the force acts: in the gradient, or as a proximal step"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of the data")
     save_steps: int = Field(
         0, ge=0, le=_MANY, description="Keep a checkpoint every so many steps, or none"
@@ -140,6 +142,10 @@ class RunConfig(_Strict):
         None,
         description="Text to measure the curvature on, in place of the model's own: a file, as for "
         "retain fit",
+    )
+    factor_rank: Annotated[int, Field(ge=1, le=_WIDE)] | Literal["auto"] = Field(
+        "auto",
+        description="Of that curvature, and of the tasks': 64 takes a tenth of the memory and disk",
     )
     num_labels: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,

@@ -14,6 +14,7 @@ from cli_parts import Run, told, write_lines
 from cli_parts import adapter as weights
 
 from retain.cli import main
+from retain.curvature.blocks.kronecker import rank_of
 from retain.curvature.curvature import load_curvature
 from retain.evaluation.forgetting import measure_forgetting
 from retain.models.generating import sample_rows
@@ -102,6 +103,21 @@ def test_what_was_learned_stays_beside_fresh_rows(months: list[Path]) -> None:
                 assert float(learned.abs().max()) > 0
     config = told(months[-1] / "adapter" / "adapter_config.json")
     assert (config["r"], config["lora_alpha"]) == (12, 24)
+
+
+def test_months_of_sketched_factors_and_proximal_steps(
+    model: Path, source: Path, data: Path, june: Run, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    june("--model", model, "--source", source, "--rank", 2, "--factor-rank", 3, "--keep-state",
+         "-o", first).done()  # fmt: skip
+    june("--continue-from", first, "--keep-state", "--update", "proximal", "--kl", 1).done()
+    run = told(tmp_path / "out" / "run.json")
+    assert (run["training"]["update"], run["kl"], run["factor_rank"]) == ("proximal", 1.0, "auto")
+    for run in (first, tmp_path / "out"):
+        for name in ("source", "past"):
+            held = load_curvature(run / "state" / f"{name}.safetensors")
+            assert rank_of(held.blocks.values()) == 3
 
 
 def test_the_force_alone_goes_on_with_all_rows(

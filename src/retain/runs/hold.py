@@ -74,6 +74,8 @@ def curvature_for(
             found = _at_start(load_curvature(path), model)
             if config.source is None and found.info.note != source:
                 raise MismatchError(f"it was measured on {found.info.note}")
+            if config.factor_rank not in ("auto", found.info.rank):
+                raise MismatchError(f"its factors are of rank {found.info.rank}")
             messages.say(f"using the curvature in {path}")
             return HeldBy(found, path, None)
         except CurvatureError as error:
@@ -82,8 +84,9 @@ def curvature_for(
     messages.say(f"no curvature is given: measuring one on {what}")
     start = time.perf_counter()
     fitted = fit_curvature(
-        model, source, tokenizer=tokenizer, seed=config.training.seed, progress=messages.progress
-    )
+        model, source, tokenizer=tokenizer, seed=config.training.seed, progress=messages.progress,
+        rank=config.factor_rank,
+    )  # fmt: skip
     if first_rank():
         fitted.save(path)
     return HeldBy(fitted, path, time.perf_counter() - start)

@@ -19,9 +19,10 @@ Settings = RunConfig | Mapping[str, Any] | str | Path | None
 OPTIONS = {
     key.rpartition(".")[2] if key != "adapter.seed" else "adapter_seed": key
     for key in (
-        "model", "data", "out", "curvature", "source", "num_labels", "strength", "budget", "parts",
-        "continue_from", "keep_state", "method", "training.learning_rate", "training.epochs",
-        "training.max_steps", "training.batch_size", "training.max_length", "adapter.rank",
+        "model", "data", "out", "curvature", "source", "factor_rank", "num_labels", "strength",
+        "budget", "training.update", "kl", "parts", "continue_from", "keep_state",
+        "method", "training.learning_rate", "training.epochs", "training.max_steps",
+        "training.batch_size", "training.max_length", "adapter.rank",
         "adapter.alpha", "adapter.targets", "adapter.seed", "training.seed", "dtype", "limit",
         "loss", "training.save_steps", "trust_remote_code",
     )
