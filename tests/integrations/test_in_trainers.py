@@ -68,6 +68,12 @@ EVERY = (
 NEVER = {("ms-swift", "packing"), ("Unsloth", "packing")}
 REFUSED = ("FSDP2", "DeepSpeed")
 CELLS = [(t, f) for t in PACKAGES for f in EVERY if (t, f) not in NEVER]
+UNSEEN = {(t, "DDP") for t in PACKAGES} | {
+    ("axolotl", f)
+    for f in ("fresh rows", "KL on answers", "bf16 autocast", "packing", "assistant-only loss",
+              "FSDP2", "DeepSpeed", "4-bit base", "DoRA", "full fine-tuning")
+}  # fmt: skip
+"""Cells whose test has not been run to its end yet: not marked until it has."""
 
 Told = dict[str, Any]
 
@@ -334,8 +340,14 @@ FREE: Told = {
 
 @pytest.mark.parametrize(
     ("name", "feature"),
-    [pytest.param(t, f, marks=pytest.mark.shows(t, f, refused=f in REFUSED)) for t, f in CELLS],
-)
+    [
+        pytest.param(
+            t, f,
+            marks=() if (t, f) in UNSEEN else pytest.mark.shows(t, f, refused=f in REFUSED),
+        )
+        for t, f in CELLS
+    ],
+)  # fmt: skip
 def test_it_trains_and_is_held(
     name: str, feature: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
