@@ -1,7 +1,7 @@
 """The real axolotl, LLaMA-Factory, ms-swift and Unsloth on a CPU (docs/support.md).
 
-Each skips where its package is not installed: `scripts/versions.sh axolotl trainers` builds
-environments with them, and writes what passed there into docs/support/.
+Each skips where its package is not installed: what passed elsewhere
+`scripts/support_table.py --keep` has put into docs/support/.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ UNSEEN = {(t, "DDP") for t in PACKAGES} | {
     for f in ("fresh rows", "KL on answers", "bf16 autocast", "packing", "assistant-only loss",
               "FSDP2", "DeepSpeed", "4-bit base", "DoRA", "full fine-tuning")
 }  # fmt: skip
-"""Cells whose test has not been run to its end yet: not marked until it has."""
+"""Cells whose test has not been run to its end yet, and so has no mark: take one out, run
+`scripts/support_table.py --keep`, and take its "?" out there."""
 
 Told = dict[str, Any]
 
