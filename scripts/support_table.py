@@ -41,11 +41,19 @@ FEATURES = (
 
 NO_CELL = "not applicable"
 NOT_TRIED = "not tried"
-BY_HAND = "by hand"
 
 OWN_ROWS = "it takes rows and labels as its user made them"
 CAUSAL = "it trains language models, which have no new head"
 FP16 = "accelerate runs it in single precision on a CPU: it needs a GPU"
+TWO = (
+    "its trainer is TRL's or a `transformers.Trainer`, which two processes run; its own test in "
+    "two processes (`tests/integrations/test_in_trainers.py`) was not run to its end"
+)
+SHARDED = (
+    "accelerate allows it on accelerators alone; its trainer is TRL's or a `transformers.Trainer`, "
+    "of which two processes run so (`tests/training/test_sharded.py`)"
+)
+OPEN = "its test (`tests/integrations/test_in_trainers.py`) was not run to its end"
 NO_SETTING = "it has no such setting"
 DECLARED: dict[tuple[str, str], tuple[str, str]] = {
     ("transformers.Trainer", "packing"): (NO_CELL, OWN_ROWS),
@@ -65,6 +73,14 @@ DECLARED: dict[tuple[str, str], tuple[str, str]] = {
     ("studies", "assistant-only loss"): (NO_CELL, "its rows are those of tasks, not chats"),
     **dict.fromkeys((("axolotl", "head"), ("LLaMA-Factory", "head")), (NO_CELL, CAUSAL)),
     **{(t, "fp16 autocast"): (NO_CELL, FP16) for t in ("axolotl", "LLaMA-Factory", "ms-swift")},
+    ("ms-swift", "head"): (NOT_TRIED, "its callback fits no head; its classifiers were not run"),
+    **{(t, "DDP"): (NOT_TRIED, TWO)
+       for t in ("axolotl", "LLaMA-Factory", "ms-swift", "Unsloth")},
+    **{("axolotl", f): (NOT_TRIED, OPEN)
+       for f in ("fresh rows", "KL on answers", "bf16 autocast", "packing", "assistant-only loss",
+                 "DeepSpeed", "4-bit base", "DoRA", "full fine-tuning")},
+    **{(t, "FSDP2"): (NOT_TRIED, SHARDED)
+       for t in ("axolotl", "LLaMA-Factory", "ms-swift", "Unsloth")},
     ("ms-swift", "packing"): (NO_CELL, "it packs with flash attention alone, which needs a GPU"),
     ("Unsloth", "head"): (NO_CELL, "its CPU backend loads language models alone"),
     ("Unsloth", "fp16 autocast"): (NO_CELL, "its CPU backend turns it into bfloat16"),
@@ -172,7 +188,7 @@ def page(found: Collector) -> str:
             test, said = f"`{shown.test}`", found.said[shown.test]
             how = ("refused", f"{said}: {test}") if shown.refused else ("✓", test)
             cells.setdefault(key, ("–" if shown.refused else "✓", *how))
-    signs = {NO_CELL: "n/a", NOT_TRIED: "?", BY_HAND: "(✓)"}
+    signs = {NO_CELL: "n/a", NOT_TRIED: "?"}
     for key, (what, why) in DECLARED.items():
         if key not in cells:
             cells[key] = (signs[what], what, why)
@@ -187,7 +203,7 @@ def page(found: Collector) -> str:
         "not to be edited by hand.", "", _versions(), "",
         "axolotl, LLaMA-Factory, ms-swift and Unsloth are the real packages on a CPU, in "
         "environments of their own:", "", *others, "",
-        "✓ a test shows it; – it is refused, with one clear error; (✓) it was run by hand; "
+        "✓ a test shows it; – it is refused, with one clear error; "
         "? it was not tried; n/a there is nothing to try.", "",
         "In the trainers and the plain loop, 4-bit bases, DoRA and full fine-tuning are shown with "
         "the force alone, and fp16 autocast on a CPU, with a gradient scaler that accelerate has "

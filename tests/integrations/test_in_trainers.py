@@ -1,7 +1,7 @@
 """The real axolotl, LLaMA-Factory, ms-swift and Unsloth on a CPU (docs/support.md).
 
-Each skips where its package is not installed: `scripts/versions.sh axolotl trainers` builds
-environments with them, and writes what passed there into docs/support/.
+Each skips where its package is not installed: what passed elsewhere
+`scripts/support_table.py --keep` has put into docs/support/.
 """
 
 from __future__ import annotations
@@ -62,12 +62,19 @@ STEPS = {"KL on answers": 6}
 
 EVERY = (
     "force", "filter", "fresh rows", "budget", "KL on answers", "resume", "gradient accumulation",
-    "bf16 autocast", "gradient checkpointing", "packing", "assistant-only loss", "DDP", "FSDP2",
+    "bf16 autocast", "gradient checkpointing", "packing", "assistant-only loss", "DDP",
     "DeepSpeed", "4-bit base", "DoRA", "full fine-tuning",
 )  # fmt: skip
 NEVER = {("ms-swift", "packing"), ("Unsloth", "packing")}
-REFUSED = ("FSDP2", "DeepSpeed")
+REFUSED = ("DeepSpeed",)
 CELLS = [(t, f) for t in PACKAGES for f in EVERY if (t, f) not in NEVER]
+UNSEEN = {(t, "DDP") for t in PACKAGES} | {
+    ("axolotl", f)
+    for f in ("fresh rows", "KL on answers", "bf16 autocast", "packing", "assistant-only loss",
+              "DeepSpeed", "4-bit base", "DoRA", "full fine-tuning")
+}  # fmt: skip
+"""Cells whose test has not been run to its end yet, and so has no mark: take one out, run
+`scripts/support_table.py --keep`, and take its "?" out there."""
 
 Told = dict[str, Any]
 
@@ -314,8 +321,6 @@ def trained(name: str, feature: str, base: Path, place: Path, **more: Any) -> He
     heard = Heard(feature)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*heard.patch)
-        if feature == "FSDP2":  # what a DTensor has
-            patch.setattr("retain.training.handling.is_sharded", lambda _: True)
         RUN[name](base, place / "out", feature, called, more.pop("resume", None))
     return heard
 
@@ -334,8 +339,14 @@ FREE: Told = {
 
 @pytest.mark.parametrize(
     ("name", "feature"),
-    [pytest.param(t, f, marks=pytest.mark.shows(t, f, refused=f in REFUSED)) for t, f in CELLS],
-)
+    [
+        pytest.param(
+            t, f,
+            marks=() if (t, f) in UNSEEN else pytest.mark.shows(t, f, refused=f in REFUSED),
+        )
+        for t, f in CELLS
+    ],
+)  # fmt: skip
 def test_it_trains_and_is_held(
     name: str, feature: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
