@@ -77,7 +77,7 @@ __all__ = ["PARTS", "Recipe", "release_left"]
 
 PARTS = ("head", "rows", "filter", "force")
 
-TASK_ROWS = 128
+TASK_ROWS = 32
 """Rows of a task on which its own curvature is measured."""
 
 _MARK = "_retain_held"
