@@ -53,7 +53,6 @@ SHARDED = (
     "accelerate allows it on accelerators alone; its trainer is TRL's or a `transformers.Trainer`, "
     "of which two processes run so (`tests/training/test_sharded.py`)"
 )
-OPEN = "its test (`tests/integrations/test_in_trainers.py`) was not run to its end"
 NO_SETTING = "it has no such setting"
 DECLARED: dict[tuple[str, str], tuple[str, str]] = {
     ("transformers.Trainer", "packing"): (NO_CELL, OWN_ROWS),
@@ -76,9 +75,8 @@ DECLARED: dict[tuple[str, str], tuple[str, str]] = {
     ("ms-swift", "head"): (NOT_TRIED, "its callback fits no head; its classifiers were not run"),
     **{(t, "DDP"): (NOT_TRIED, TWO)
        for t in ("axolotl", "LLaMA-Factory", "ms-swift", "Unsloth")},
-    **{("axolotl", f): (NOT_TRIED, OPEN)
-       for f in ("fresh rows", "KL on answers", "bf16 autocast", "packing", "assistant-only loss",
-                 "DeepSpeed", "4-bit base", "DoRA", "full fine-tuning")},
+    ("axolotl", "bf16 autocast"): (
+        NO_CELL, "transformers refuses it on a CPU unless told so, for which it has no setting"),
     **{(t, "FSDP2"): (NOT_TRIED, SHARDED)
        for t in ("axolotl", "LLaMA-Factory", "ms-swift", "Unsloth")},
     ("ms-swift", "packing"): (NO_CELL, "it packs with flash attention alone, which needs a GPU"),

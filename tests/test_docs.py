@@ -38,7 +38,7 @@ def test_the_example_of_a_page_runs(page: str) -> None:
 
 
 MEASURED = {
-    "Four tasks in a row, SmolLM2-135M": ("four-task-recipe", ("average", "forgetting", "kl")),
+    "Four tasks in a row, SmolLM2-135M": ("four-task-rows", ("average", "forgetting", "kl")),
     "Fourteen tasks in a row, MiniLM-22M": ("fourteen-minilm-recipe", ("average", "forgetting")),
 }
 """The rows of the README's table: the study's folder, and what is shown of it."""
