@@ -56,27 +56,28 @@ def demo(config: DemoConfig, screen: Screen) -> None:
 
 
 def _show(screen: Screen, study: StudyRecord) -> None:
-    """What the base, plain LoRA and retention can do, an answer of each, and the claims."""
+    """What the base, plain LoRA and retention can do, answers of each, and the claims."""
     done = [run for run in study.runs if run.done]
-    rows, answers = [], []
+    rows: list[list[str]] = []
+    answers: dict[str, list[list[str]]] = {}
     for number, run in enumerate(done):
         general = run.general or General()
-        told = run.generations[0] if run.generations else None
         if not number:
             rows.append(
                 ["base model", _share(run.before[0]), "0", _share(general.before.get(KNOWN))]
             )
-            answers += [["base model", told.before or ""]] if told else []
+            answers = {g.prompt: [["base model", g.before or ""]] for g in run.generations}
         name = "plain LoRA" if run.config.method.kind == "none" else "LoRA + retention"
         last = run.retention[-1].kl if run.retention else None
         kl = "" if last is None else f"{last:.3f}"
         rows.append([name, _share(run.matrix[-1][0]), kl, _share(general.after.get(KNOWN))])
-        answers += [[name, told.text or ""]] if told else []
+        for told in run.generations:
+            answers[told.prompt].append([name, told.text or ""])
     heads = ["", "new word problems", "KL to the base, nats", "common knowledge"]
     screen.table("one model, taught word problems twice", heads, rows)
-    if answers:
-        lines = [[name, " ".join(text.split())[:72]] for name, text in answers]
-        screen.table(f"asked: {done[0].generations[0].prompt}", ["", "answer"], lines)
+    for prompt, given in answers.items():
+        lines = [[name, " ".join(text.split())[:72]] for name, text in given]
+        screen.table(f"asked: {prompt}", ["", "answer"], lines)
     claims = [
         [
             claim.claim,
