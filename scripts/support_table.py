@@ -72,12 +72,12 @@ DECLARED: dict[tuple[str, str], tuple[str, str]] = {
     ("studies", "assistant-only loss"): (NO_CELL, "its rows are those of tasks, not chats"),
     **dict.fromkeys((("axolotl", "head"), ("LLaMA-Factory", "head")), (NO_CELL, CAUSAL)),
     **{(t, "fp16 autocast"): (NO_CELL, FP16) for t in ("axolotl", "LLaMA-Factory", "ms-swift")},
-    ("ms-swift", "head"): (NOT_TRIED, "its callback fits no head; its classifiers were not run"),
+    ("ms-swift", "head"): (NO_CELL, "its plug-in fits no head"),
     **{(t, "DDP"): (NOT_TRIED, TWO)
        for t in ("axolotl", "LLaMA-Factory", "ms-swift", "Unsloth")},
     ("axolotl", "bf16 autocast"): (
         NO_CELL, "transformers refuses it on a CPU unless told so, for which it has no setting"),
-    **{(t, "FSDP2"): (NOT_TRIED, SHARDED)
+    **{(t, "FSDP2"): (NO_CELL, SHARDED)
        for t in ("axolotl", "LLaMA-Factory", "ms-swift", "Unsloth")},
     ("ms-swift", "packing"): (NO_CELL, "it packs with flash attention alone, which needs a GPU"),
     ("Unsloth", "head"): (NO_CELL, "its CPU backend loads language models alone"),
@@ -202,7 +202,7 @@ def page(found: Collector) -> str:
         "axolotl, LLaMA-Factory, ms-swift and Unsloth are the real packages on a CPU, in "
         "environments of their own:", "", *others, "",
         "✓ a test shows it; – it is refused, with one clear error; "
-        "? it was not tried; n/a there is nothing to try.", "",
+        "? it was not tried; n/a there is nothing to try, or not on a CPU.", "",
         "In the trainers and the plain loop, 4-bit bases, DoRA and full fine-tuning are shown with "
         "the force alone, and fp16 autocast on a CPU, with a gradient scaler that accelerate has "
         "on a GPU alone and is given here; the plain loop gives it to `Retention.step`. FSDP2 runs "
