@@ -45,10 +45,6 @@ NOT_TRIED = "not tried"
 OWN_ROWS = "it takes rows and labels as its user made them"
 CAUSAL = "it trains language models, which have no new head"
 FP16 = "accelerate runs it in single precision on a CPU: it needs a GPU"
-TWO = (
-    "its trainer is TRL's or a `transformers.Trainer`, which two processes run; its own test in "
-    "two processes (`tests/integrations/test_in_trainers.py`) was not run to its end"
-)
 SHARDED = (
     "accelerate allows it on accelerators alone; its trainer is TRL's or a `transformers.Trainer`, "
     "of which two processes run so (`tests/training/test_sharded.py`)"
@@ -73,8 +69,7 @@ DECLARED: dict[tuple[str, str], tuple[str, str]] = {
     **dict.fromkeys((("axolotl", "head"), ("LLaMA-Factory", "head")), (NO_CELL, CAUSAL)),
     **{(t, "fp16 autocast"): (NO_CELL, FP16) for t in ("axolotl", "LLaMA-Factory", "ms-swift")},
     ("ms-swift", "head"): (NO_CELL, "its plug-in fits no head"),
-    **{(t, "DDP"): (NOT_TRIED, TWO)
-       for t in ("axolotl", "LLaMA-Factory", "ms-swift", "Unsloth")},
+    ("axolotl", "DDP"): (NO_CELL, "its two processes ask for an accelerator: it needs a GPU"),
     ("axolotl", "bf16 autocast"): (
         NO_CELL, "transformers refuses it on a CPU unless told so, for which it has no setting"),
     **{(t, "FSDP2"): (NO_CELL, SHARDED)
