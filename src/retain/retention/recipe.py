@@ -236,7 +236,6 @@ class Recipe:
             MismatchError: a curvature of another model, or one that a named filter cannot use.
             SourceError: rows that hold no tokens.
         """
-        check_divided(model)
         release_left(model, resuming=progress is not None)
         self._clear()
         try:
@@ -257,6 +256,7 @@ class Recipe:
         progress: Mapping[str, Any] | None,
     ) -> None:  # fmt: skip
         resuming = progress is not None
+        check_divided(model)
         head_kind(model)  # refuses one that is not known
         for each in self._curvatures():
             each.bind(model)  # it is of this model, and on its device
