@@ -263,6 +263,7 @@ def test_defaults_in_the_help_of_train_are_the_real_ones() -> None:
         (["--method", "none", "--budget", "0.1"], "not used: curvature, budget"),
         (["--method", "none"], "not used: curvature"),
         (["--budget", "0.1"], "strength 12 is not used"),
+        (["--factor-rank", "3"], "factor_rank 3 is not used"),
     ],
 )
 def test_what_is_not_used_is_said(argv: list[str], said: str, train: Run, out: Path) -> None:

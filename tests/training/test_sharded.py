@@ -17,10 +17,11 @@ from transformers import Trainer, TrainingArguments
 import forked
 import retain
 from retain.data.batches import Example
-from retain.errors import ModelError
+from retain.errors import ModelError, TrainingError
 from retain.models import processes
 from retain.models.lora import attach_lora
 from retain.models.shards import check_divided, whole
+from retain.training.handling import check_gradients
 from tiny import deep, save_tiny
 
 STEPS, BATCH = 8, 4
@@ -165,6 +166,23 @@ TRAINED: dict[str, dict[str, Any]] = {
     "DPOTrainer": {"strength": 300.0},
     "GRPOTrainer": {"strength": 300.0, "parts": ["force"]},  # its filter is refused
 }
+
+
+def odd_gradient(out: Path) -> None:
+    """One process alone has a gradient that is not finite."""
+    model = nn.Linear(4, 4)
+    fully_shard(model, mesh=init_device_mesh("cpu", (processes.count(),)))
+    model(torch.ones(2, 4)).sum().backward()
+    if processes.rank():
+        model.weight.grad.to_local().fill_(float("nan"))
+    with pytest.raises(TrainingError, match="not finite"):
+        check_gradients(model.parameters(), 1)
+    (out / str(processes.rank())).touch()
+
+
+def test_all_processes_notice_a_gradient_of_one(tmp_path: Path) -> None:
+    forked.gloo(odd_gradient, tmp_path)
+    assert (tmp_path / "0").is_file() and (tmp_path / "1").is_file()
 
 
 def by_place(completions: list[str], **_: Any) -> list[float]:

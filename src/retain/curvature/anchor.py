@@ -238,8 +238,8 @@ def proximal(
         anchors: `anchors_for_steps` of these rows, where it was called before.
 
     Returns:
-        The quadratic after it, where it comes for nothing; of weights that are kept in less
-        precision, before they are rounded.
+        The quadratic after it, where it takes no further read of the factors; of weights that are
+        kept in less precision, before they are rounded.
     """
     bound = 2.0 if curvature.links else 1.0
     anchors = anchors_for_steps(curvature, sites, rows) if anchors is None else anchors

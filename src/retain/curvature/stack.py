@@ -120,12 +120,16 @@ class Stack:
     def images(
         self, still: Mapping[str, tuple[Tensor, Tensor]]
     ) -> tuple[list[Tensor], list[Image]]:
-        """What F makes of constant displacements: values to be summed, and one image a reader.
+        """What F makes of constant displacements: values to be summed, and one image a reader;
+        nothing where all of them are 0.
 
         Args:
             still: by layer L [d_out, k] and R [k, d_in], in the block's precision.
         """
-        values, found = [], []
+        values: list[Tensor] = []
+        found: list[Image] = []
+        if not any(len(still[name][1]) for name in self.names):
+            return values, found
         for reader, outputs in enumerate(self._outputs):
             pairs = [still[unit[reader]] for unit in self.units]
             rank = max(len(right) for _, right in pairs)

@@ -94,17 +94,16 @@ def check_divided(model: nn.Module) -> None:
     """
     kinds = {type(module).__name__ for module in model.modules()}
     odd = [n for n, p in model.named_parameters() if p.requires_grad and is_sharded(p)]
-    if "FullyShardedDataParallel" in kinds or (
-        odd and not any(k.startswith("FSDP") for k in kinds)
-    ):
-        raise ModelError(
-            "the trained weights are divided in a way that no recipe was tried with",
-            got=f"a tensor-parallel plan, of {odd[0]} too" if odd else "FSDP1",
-            allowed="FSDP2, DistributedDataParallel, or one process",
-            fix="fsdp_version: 2 in the settings of accelerate"
-            if not odd
-            else "leave LoRA out of it",
-        )
+    if "FullyShardedDataParallel" in kinds:
+        got, fix = "FSDP1", "fsdp_version: 2 in the settings of accelerate"
+    elif odd and not any(kind.startswith("FSDP") for kind in kinds):
+        got, fix = f"a tensor-parallel plan, of {odd[0]} too", "leave LoRA out of it"
+    else:
+        return
+    raise ModelError(
+        "the trained weights are divided in a way that no recipe was tried with", got=got,
+        allowed="FSDP2, DistributedDataParallel, or one process", fix=fix,
+    )  # fmt: skip
 
 
 def local(t: Tensor) -> Tensor:

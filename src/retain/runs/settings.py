@@ -162,13 +162,23 @@ def placed(config: RunConfig) -> RunConfig:
 
 
 def unused(config: RunConfig) -> list[str]:
-    """A line for settings that a run of this kind does not read."""
+    """Lines for settings that a run of this kind does not read."""
+    lines = []
     if config.method == "none":
         given = [n for n in ("curvature", "source", "budget", "parts", "kl") if getattr(config, n)]
-        return [f"method none holds nothing: not used: {', '.join(given)}"] if given else []
-    if config.budget is not None and config.strength != RunConfig.model_fields["strength"].default:
-        return [f"the budget finds the strength: strength {config.strength:g} is not used"]
-    return []
+        lines += [f"method none holds nothing: not used: {', '.join(given)}"] if given else []
+    elif config.budget is not None and config.strength != _default("strength"):
+        lines.append(f"the budget finds the strength: strength {config.strength:g} is not used")
+    made = config.curvature is None and config.continue_from is None and config.method != "none"
+    if config.factor_rank != _default("factor_rank") and not made:
+        lines.append(
+            f"no curvature of the source is measured: factor_rank {config.factor_rank} is not used"
+        )
+    return lines
+
+
+def _default(name: str) -> object:
+    return RunConfig.model_fields[name].default
 
 
 def flat(tree: Mapping[str, Any], head: str = "") -> dict[str, Any]:

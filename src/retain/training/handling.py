@@ -71,10 +71,11 @@ def watched_gradients(parameters: Iterable[nn.Parameter], step: int) -> Watched 
                 fix="lower the learning rate, or check the data",
             )
 
-    norms = torch._foreach_norm([g for g in grads if g.numel()], math.inf)
-    device = grads[0].device  # a process may have no part of any
-    largest = torch.stack([torch.zeros((), device=device), *(n.to(device) for n in norms)]).max()
+    some, device = [g for g in grads if g.numel()], grads[0].device
+    norms = torch._foreach_norm(some, math.inf) if some else [torch.zeros((), device=device)]
+    largest = torch.stack([n.to(device) for n in norms]).max()
     if any(map(is_sharded, every)):
+        largest = largest.nan_to_num(math.inf)  # which a maximum over processes may drop
         distributed.all_reduce(largest, distributed.ReduceOp.MAX)
     return Watched(largest, judge)
 

@@ -153,7 +153,7 @@ class Block(ABC):
         """
 
     def turned(self, b0: Tensor, a0: Tensor) -> tuple[Tensor, Tensor]:
-        """b0 and a0 as `prox_both` takes them."""
+        """b0 and a0 in the basis in which `prox_both` works."""
         return b0, a0
 
     def prox_both(
@@ -170,7 +170,7 @@ class Block(ABC):
             taus: of B and of A; what has 0 stays.
 
         Returns:
-            B, A, and the quadratic there, where it comes for nothing.
+            B, A, and the quadratic there, where it takes no further read of the factors.
         """
         of_b, of_a = taus
         if of_b:
