@@ -75,17 +75,18 @@ def model() -> torch.nn.Module:
     return tiny.base("llama")
 
 
+@pytest.mark.parametrize("shared", ["", "bcdefghikj"])
 @pytest.mark.parametrize("kind", ["llama", "lora", "neox", "gpt2", "mistral", "bloom"])
-def test_ranking_equals_scoring_each_option_alone(kind: str) -> None:
-    model = build(kind)
+def test_ranking_equals_scoring_each_option_alone(kind: str, shared: str) -> None:
+    model, prompts = build(kind), [shared + prompt for prompt in PROMPTS]
     with torch.no_grad():
-        want = [[logp(model, p, o) for o in row] for p, row in zip(PROMPTS, OPTIONS, strict=True)]
+        want = [[logp(model, p, o) for o in row] for p, row in zip(prompts, OPTIONS, strict=True)]
     best = [max(range(len(s)), key=s.__getitem__) for s in want]
     assert len(set(best)) > 1
     assert can_reuse(model) == (kind != "bloom")
     for size in (1, 2, 5, 64):
         for reuse in (True, False):
-            got = score_options(model, Letters(), PROMPTS, OPTIONS, batch_size=size, reuse=reuse)
+            got = score_options(model, Letters(), prompts, OPTIONS, batch_size=size, reuse=reuse)
             for row, right in zip(got.logp, want, strict=True):
                 assert row == pytest.approx(right, abs=1e-4)
             assert got.best() == best
@@ -121,6 +122,26 @@ def test_a_prompt_is_run_once_and_the_head_where_something_is_predicted(
     fed.clear()
     score_options(model, Letters(), [prompt], [["abc", "bca", "cabd"]], reuse=False)
     assert sum(fed) == 3 * 24  # each branch with its prompt, padded to a multiple of 8
+
+
+def test_what_all_prompts_begin_with_is_run_once_a_batch(model: torch.nn.Module) -> None:
+    fed: list[int] = []
+    headed: list[int] = []
+    inner: Any = model
+    inner.get_input_embeddings().register_forward_hook(lambda m, a, o: fed.append(a[0].numel()))
+    inner.get_output_embeddings().register_forward_hook(
+        lambda m, a, o: headed.append(o.numel() // o.shape[-1])
+    )
+    prompts, options = ["abcdefgh" + end for end in ("a", "bc", "cab")], [["a", "bc"]] * 3
+    score_options(model, Letters(), prompts, options, batch_size=2)
+    # The beginning; the two shortest ends, each with the first token of the longer option.
+    assert (fed, headed) == ([8, 2 * 3, 8, 4], [1, 2 * 2, 1, 2])
+    fed.clear()
+    score_options(model, Letters(), [p[1:] for p in prompts], options)  # too few to be worth it
+    assert len(fed) == 1
+    fed.clear()
+    score_options(model, Letters(), ["abcdefgh", "abcdefghi"], options[:2])
+    assert len(fed) == 1  # a prompt's last token is its own: 7 are left
 
 
 def test_long_prompts_lose_their_beginning_and_options_nothing(model: torch.nn.Module) -> None:

@@ -4,7 +4,8 @@ The options of a prompt form a tree of tokens. The last token of an option is on
 never fed, and an option that is the beginning of another rides along with it. Where one branch is
 left (label words of one token, or options that differ in the last), one plain pass of the prompt
 scores them all; where several are left, the prompt is run once and its keys and values are used
-for every branch, with a model that allows it, else each branch runs the prompt again.
+for every branch, with a model that allows it, else each branch runs the prompt again. What all
+prompts begin with, a system's words or examples, is run once a batch in the same way.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["Ranking", "score_options"]
 
 _CHUNK = 512  # positions whose logits are held in float32 at once
+
+SHARED = 8
+"""Tokens that all prompts begin with, from which on they are run once a batch."""
 
 
 class Ranking(NamedTuple):
@@ -68,7 +72,8 @@ def score_options(
         max_length: tokens of a prompt with its longest option; the prompt alone is cut, from the
             left (a first token that begins every text is kept). None cuts nothing.
         batch_size: continuations a pass. With reuse, a pass holds the keys and values of so many.
-        reuse: run a prompt once for all its branches where the model allows it.
+        reuse: run a prompt once for all its branches, and the beginning of all prompts once a
+            batch, where the model allows it.
         progress: show a bar.
         label: of the bar.
 
@@ -83,24 +88,26 @@ def score_options(
         model, [longest], "the longest prompt with its option",
         fix="shorter prompts, or a model of more positions",
     )  # fmt: skip
-    again = not (reuse and any(len(q.leaves) > 1 for q in unique) and can_reuse(model))
+    again = not (reuse and can_reuse(model))
     branched = [] if again else [q for q in unique if len(q.leaves) > 1]
     plain = unique if again else [q for q in unique if len(q.leaves) == 1]
+    shared = 0 if again else _shared(plain)
     bar = tqdm(total=len(unique), desc=label, unit="question", disable=not progress)
     with view.evaluating(), torch.no_grad(), bar:
-        owners = [(q, k) for q in plain for k in range(len(q.leaves))]
+        for chunk in _chunks(plain, batch_size) if shared else ():
+            last = [1 + len(q.leaves[0]) for q in chunk]
+            ends = [[*q.head[shared:], *q.leaves[0]] for q in chunk]
+            logits = branch_logits(view, [chunk[0].head[:shared]], [ends], last)[1]
+            _collect([(q, 0) for q in chunk], last, logits)
+            bar.update(len(chunk))
+        owners = [] if shared else [(q, k) for q in plain for k in range(len(q.leaves))]
         if owners:
             examples = [_example(q, k) for q, k in owners]
             multiple = pad_multiple(model, examples, 8)
             for batch in view.batches(examples, batch_size, multiple=multiple):
-                picks, start = _Picks(), 0
-                for row, n in zip(batch.rows, batch.lengths, strict=True):
-                    q, k = owners[row]
-                    for j in q.under[k]:
-                        picks.add(q, j, range(start, start + n))
-                    start += n
-                picks.collect(view.logits(batch))
-                bar.update(sum(owners[row][1] == 0 for row in batch.rows))
+                some = [owners[row] for row in batch.rows]
+                _collect(some, batch.lengths, view.logits(batch))
+                bar.update(sum(k == 0 for _, k in some))
         for chunk in _chunks(branched, batch_size):
             first, rest = branch_logits(view, [q.head for q in chunk], [q.leaves for q in chunk])
             picks, start = _Picks(), len(chunk)
@@ -160,6 +167,28 @@ class _Picks:
         found = (logits[rows, tokens].to(wide) - total[rows]).tolist()
         for (question, option), value in zip(self.owners, found, strict=True):
             question.scores[option] += value
+
+
+def _collect(
+    owners: Sequence[tuple[_Question, int]], lengths: Sequence[int], logits: Tensor
+) -> None:
+    """Of questions with a branch each, so many rows of the logits each."""
+    picks, start = _Picks(), 0
+    for (q, k), n in zip(owners, lengths, strict=True):
+        for j in q.under[k]:
+            picks.add(q, j, range(start, start + n))
+        start += n
+    picks.collect(logits)
+
+
+def _shared(questions: Sequence[_Question]) -> int:
+    """How many tokens all prompts begin with, and none ends with; 0 where they are few."""
+    if len(questions) < 2:
+        return 0
+    least, most = (order(q.head for q in questions) for order in (min, max))
+    same = next((i for i, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least))
+    same = min(same, min(len(q.head) for q in questions) - 1)
+    return same if same >= SHARED else 0
 
 
 def _questions(

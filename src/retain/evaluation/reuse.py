@@ -45,17 +45,21 @@ def can_reuse(model: nn.Module) -> bool:
 
 
 def branch_logits(
-    view: ModelView, heads: Sequence[Sequence[int]], leaves: Sequence[Sequence[Sequence[int]]]
+    view: ModelView,
+    heads: Sequence[Sequence[int]],
+    leaves: Sequence[Sequence[Sequence[int]]],
+    last: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits after each prompt, and after each token of its continuations.
+    """Logits after each prompt, and after the tokens of its continuations.
 
     Args:
         view: of a causal model for which `can_reuse` holds, in evaluation mode.
         heads: tokens of each prompt, one at least.
         leaves: of each prompt, the continuations' tokens, one at least each.
+        last: of each continuation, after how many of its last tokens; after all by default.
 
     Returns:
-        Logits [prompts, vocabulary] after the prompts, and [tokens, vocabulary] after each token
+        Logits [prompts, vocabulary] after the prompts, and [tokens, vocabulary] after those tokens
         of the continuations, in their order.
     """
     from transformers import DynamicCache
@@ -66,22 +70,24 @@ def branch_logits(
     for i, head in enumerate(heads):
         ids[i, width - len(head) :] = torch.tensor(head)
         mask[i, width - len(head) :] = 1
-    last = torch.zeros_like(mask, dtype=torch.bool)
-    last[:, -1] = True
+    end = torch.zeros_like(mask, dtype=torch.bool)
+    end[:, -1] = True
     cache = DynamicCache(config=view.config)
-    first = _run(view, ids, mask, mask, last, cache)
+    first = _run(view, ids, mask, mask, end, cache)
 
     flat = [leaf for row in leaves for leaf in row]
     owner = torch.tensor([i for i, row in enumerate(leaves) for _ in row])
     longest = max(map(len, flat))
     more = torch.full((len(flat), longest), view.pad)
     new = torch.zeros((len(flat), longest), dtype=torch.long)
+    wanted = torch.zeros_like(new, dtype=torch.bool)
     for i, leaf in enumerate(flat):
         more[i, : len(leaf)] = torch.tensor(leaf)
         new[i, : len(leaf)] = 1
+        wanted[i, len(leaf) - (len(leaf) if last is None else last[i]) : len(leaf)] = True
     cache.batch_select_indices(owner.to(view.device))
     whole = torch.cat([mask[owner], new], 1)
-    return first, _run(view, more, whole, new, new.bool(), cache)
+    return first, _run(view, more, whole, new, wanted, cache)
 
 
 def _run(
