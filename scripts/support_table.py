@@ -49,6 +49,10 @@ SHARDED = (
     "accelerate allows it on accelerators alone; its trainer is TRL's or a `transformers.Trainer`, "
     "of which two processes run so (`tests/training/test_sharded.py`)"
 )
+ZERO = (
+    "not run inside it; its trainer is TRL's or a `transformers.Trainer`, of which two processes "
+    "run so (`tests/training/test_zero.py`)"
+)
 NO_SETTING = "it has no such setting"
 DECLARED: dict[tuple[str, str], tuple[str, str]] = {
     ("transformers.Trainer", "packing"): (NO_CELL, OWN_ROWS),
@@ -73,6 +77,8 @@ DECLARED: dict[tuple[str, str], tuple[str, str]] = {
     ("axolotl", "bf16 autocast"): (
         NO_CELL, "transformers refuses it on a CPU unless told so, for which it has no setting"),
     **{(t, "FSDP2"): (NO_CELL, SHARDED)
+       for t in ("axolotl", "LLaMA-Factory", "ms-swift", "Unsloth")},
+    **{(t, "DeepSpeed"): (NO_CELL, ZERO)
        for t in ("axolotl", "LLaMA-Factory", "ms-swift", "Unsloth")},
     ("ms-swift", "packing"): (NO_CELL, "it packs with flash attention alone, which needs a GPU"),
     ("Unsloth", "head"): (NO_CELL, "its CPU backend loads language models alone"),
@@ -202,7 +208,8 @@ def page(found: Collector) -> str:
         "the force alone, and fp16 autocast on a CPU, with a gradient scaler that accelerate has "
         "on a GPU alone and is given here; the plain loop gives it to `Retention.step`. FSDP2 runs "
         "in two processes on CPUs (gloo), which accelerate allows on accelerators alone and is "
-        "told to here; DeepSpeed is refused as a stand-in for it is. "
+        "told to here; DeepSpeed is ZeRO-1 or 2 in two processes likewise, and its engine is refused "
+        "in a plain loop. "
         "Unsloth's cells are of its CPU backend, which trains PEFT's own layers; on a GPU its "
         "fused kernels do not call them, and the force alone holds, with its budget and the KL, by "
         "a curvature that was fitted before (`tests/integrations/test_fused.py`, a stand-in for "

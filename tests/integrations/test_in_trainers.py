@@ -21,7 +21,6 @@ from torch import nn
 
 import forked
 from retain import attach_lora, fit_curvature, grow_lora, load_model
-from retain.errors import ModelError
 from retain.integrations import FittingCallback
 from retain.models.processes import count
 from retain.models.sites import lora_sites
@@ -64,11 +63,10 @@ STEPS = {"KL on answers": 6}
 EVERY = (
     "force", "filter", "fresh rows", "budget", "KL on answers", "resume", "gradient accumulation",
     "bf16 autocast", "gradient checkpointing", "packing", "assistant-only loss", "DDP",
-    "DeepSpeed", "4-bit base", "DoRA", "full fine-tuning",
+    "4-bit base", "DoRA", "full fine-tuning",
 )  # fmt: skip
 NEVER = {("ms-swift", "packing"), ("Unsloth", "packing"), ("axolotl", "bf16 autocast"),
          ("axolotl", "DDP")}  # fmt: skip
-REFUSED = ("DeepSpeed",)
 CELLS = [(t, f) for t in PACKAGES for f in EVERY if (t, f) not in NEVER]
 Told = dict[str, Any]
 
@@ -260,8 +258,6 @@ class Heard:
         def on_train_begin(call: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
             self.call, self.args, self.state, self.model = call, args, state, more["model"]
             self.processes = count()
-            if feature == "DeepSpeed":
-                args.deepspeed = "config.json"
             if feature in ("packing", "assistant-only loss"):
                 self.batch = next(iter(more["train_dataloader"]))
             begun(call, args, state, control, **more)
@@ -336,7 +332,7 @@ FREE: Told = {
 @pytest.mark.parametrize(
     ("name", "feature"),
     [
-        pytest.param(t, f, marks=pytest.mark.shows(t, f, refused=f in REFUSED)) for t, f in CELLS
+        pytest.param(t, f, marks=pytest.mark.shows(t, f)) for t, f in CELLS
     ],
 )  # fmt: skip
 def test_it_trains_and_is_held(
@@ -347,10 +343,6 @@ def test_it_trains_and_is_held(
     monkeypatch.setenv("AXOLOTL_DO_NOT_TRACK", "1")
     monkeypatch.setattr(sys, "argv", sys.argv[:1])
     base = saved(tmp_path / "base")
-    if feature in REFUSED:
-        with pytest.raises(ModelError):
-            trained(name, feature, base, tmp_path / "held")
-        return
     if feature == "DDP":
         found = []
         for which, called in (("held", {}), ("free", FREE)):

@@ -186,7 +186,9 @@ def _shared(questions: Sequence[_Question]) -> int:
     if len(questions) < 2:
         return 0
     least, most = (order(q.head for q in questions) for order in (min, max))
-    same = next((i for i, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least)
+    )
     same = min(same, min(len(q.head) for q in questions) - 1)
     return same if same >= SHARED else 0
 

@@ -62,6 +62,8 @@ class GradientHooks:
         shards = {place: shard_of(weight) for place, weight in enumerate(self.weights)}
         self._sharded = {place: s for place, s in shards.items() if s is not None}
         self.live: Callable[[], bool] = _always
+        self.by_hand = False  # nothing hears a pass: `settle` changes what is there once a step
+        self._due = False
         self._handles: list[Any] = []
         self._open: dict[int, int] = {}  # place -> the pass that has reached it
         self._passes: set[int] = set()
@@ -69,7 +71,8 @@ class GradientHooks:
 
     def attach(self) -> None:
         """Puts the hooks on, where they are not."""
-        if self._handles:
+        self._due = self.by_hand
+        if self._handles or self.by_hand:
             return
         for place, weight in enumerate(self.weights):
             shard, hook = self._sharded.get(place), _Hook(self, place)
@@ -88,11 +91,15 @@ class GradientHooks:
         for handle in self._handles:
             handle.remove()
         self._handles, self._open, self._passes = [], {}, set()
+        self._due = False
         self.work.forget()
 
     def settle(self) -> None:
-        """Changes what a pass that broke off has left as it came."""
+        """Changes what a pass that broke off has left as it came; by hand, all that there is."""
         with _LOCK:
+            if self._due:
+                self.work.forget()
+                self._open, self._due = dict.fromkeys(range(len(self.weights)), 0), False
             self._close(list(self._open))
 
     def _reached(self, place: int) -> None:

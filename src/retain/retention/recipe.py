@@ -402,6 +402,12 @@ class Recipe:
             hooks.live = live
             hooks.detach()
 
+    def by_hand(self) -> None:
+        """From now on whole gradients are there but once a step, and `settle` is called for it."""
+        for hooks in self._hooks():
+            hooks.detach()
+            hooks.by_hand = True
+
     def _hooks(self) -> list[GradientHooks]:
         return [held.hooks for held in (self.filter, self.frozen) if held is not None]
 
@@ -416,9 +422,9 @@ class Recipe:
         Args:
             watched: a number that is judged before anything is done.
         """
-        self._settle()
+        self.settle()
         if self.outputs is not None:
-            self.outputs.add(self._settle)
+            self.outputs.add(self.settle)
         with self._whole(gradients=True):
             nats = self._add_force(watched)
         if self._guarded:
@@ -426,7 +432,8 @@ class Recipe:
                 hooks.detach()
         return nats
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Holds the gradients that are there, before clipping."""
         for hooks in self._hooks():
             hooks.settle()
 

@@ -169,10 +169,10 @@ def check_steps(part: object) -> None:
 def no_deepspeed() -> ModelError:
     """What a run of DeepSpeed is refused with."""
     return ModelError(
-        "DeepSpeed steps its optimiser inside the backward pass, where no force can act",
+        "DeepSpeed steps its optimiser behind the backward pass, where no force can act here",
         got="a DeepSpeed run",
-        allowed="one process, or DDP",
-        fix="train without DeepSpeed",
+        allowed="ZeRO stage 1 or 2 in a trainer with retain.RetentionCallback; FSDP2; DDP",
+        fix="zero_optimization.stage: 2 in DeepSpeed's settings, or train without it",
     )
 
 

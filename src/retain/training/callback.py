@@ -6,6 +6,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from retain.retention.loader import loader_examples
 from retain.retention.named import Budgets, Curvatures, by_name, check_names, named
 from retain.retention.output_kl import OutputKL
 from retain.retention.recipe import Probe, Recipe
+from retain.retention.watch import Watched
 from retain.training.handling import (
     check_alone,
     check_trainer,
@@ -38,6 +40,7 @@ from retain.training.handling import (
 from retain.training.keeping import keep, keep_tensors, kept_in, kept_tensors
 from retain.training.reading import check_loader
 from retain.training.running import Running, calling_handler, resumed_from
+from retain.training.zero import ZeroStep, zero_of
 from retain.types import Update
 
 if TYPE_CHECKING:
@@ -164,6 +167,7 @@ class RetentionCallback(TrainerCallback):
     ) -> None:
         self.recipe, self.source, self.tokenizer = recipe, source, tokenizer
         self._attached: Any = None
+        self._zero: ZeroStep | None = None
         self._nats: float | None = None
         self._base: tuple[str, str] | None = None
         self._writes = True
@@ -269,7 +273,7 @@ class RetentionCallback(TrainerCallback):
         trainer = None if self._attached is None else self._attached()
         handler = calling_handler() if trainer is None else trainer.callback_handler
         check_alone(self, handler)
-        check_trainer(args, kwargs.get("optimizer"))
+        check_trainer(args, kwargs.get("optimizer"), zero=True)
         model: nn.Module = unwrap(kwargs["model"])
         resuming = state.global_step > 0
         loader = kwargs["train_dataloader"]
@@ -281,18 +285,36 @@ class RetentionCallback(TrainerCallback):
         needed = recipe.budget is not None or "filter" in recipe.parts
         view = ModelView(model, self.tokenizer)
         view.tokenizer = view.tokenizer or kwargs.get("processing_class")
-        recipe.begin(
-            model,
-            lambda count, seed: loader_examples(loader, count, seed, view.causal),
-            seed=args.seed,
-            probe=self._probe(view),
-            source=self._kl_rows(view),
-            tokenizer=view.tokenizer,
-            progress=kept_in(state, needed) if resuming else None,
-            kept=kept_tensors(resumed_from()) if resuming else None,
-        )
+        zero = zero_of(kwargs.get("optimizer"))
+        self._zero = None
+        if zero is not None:
+            self._zero = ZeroStep(zero, recipe, model, lambda: self._watched(args, state, model))
+        with self._whole():
+            recipe.begin(
+                model,
+                lambda count, seed: loader_examples(loader, count, seed, view.causal),
+                seed=args.seed,
+                probe=self._probe(view),
+                source=self._kl_rows(view),
+                tokenizer=view.tokenizer,
+                progress=kept_in(state, needed) if resuming else None,
+                kept=kept_tensors(resumed_from()) if resuming else None,
+            )
+        if self._zero is not None:
+            recipe.by_hand()
         recipe.guard(Running() if trainer is None else lambda: True)
         go_first(self, handler)
+
+    def _whole(self) -> AbstractContextManager[None]:
+        """Inside it the weights are as the optimiser has them, and may be changed."""
+        return nullcontext() if self._zero is None else self._zero.whole()
+
+    def _watched(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module
+    ) -> Watched | None:
+        if args.fp16:  # a gradient scaler skips such steps by itself
+            return None
+        return watched_gradients(model.parameters(), state.global_step + 1)
 
     def _probe(self, view: ModelView) -> Probe:
         """A few rows to measure the true divergence on; of named budgets by name."""
@@ -348,21 +370,23 @@ class RetentionCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        watched = None
-        if not args.fp16:  # a gradient scaler skips such steps by itself
-            model: nn.Module = unwrap(kwargs["model"])
-            watched = watched_gradients(model.parameters(), state.global_step + 1)
-        self._nats = self.recipe.before_optimizer(watched)
+        if self._zero is None:
+            watched = self._watched(args, state, unwrap(kwargs["model"]))
+            self._nats = self.recipe.before_optimizer(watched)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         optimizer = kwargs["optimizer"]
-        skipped = bool(getattr(optimizer, "step_was_skipped", False))
-        nats = self.recipe.after_step(optimizer, skipped=skipped)
-        self._nats = self._nats if nats is None else nats
+        if self._zero is not None:
+            self._nats = self._zero.nats
+        else:
+            skipped = bool(getattr(optimizer, "step_was_skipped", False))
+            nats = self.recipe.after_step(optimizer, skipped=skipped)
+            self._nats = self._nats if nats is None else nats
         if state.global_step + 1 >= state.max_steps:  # before the last evaluation
-            self.recipe.finish()
+            with self._whole():
+                self.recipe.finish()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -383,7 +407,10 @@ class RetentionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         before = self.recipe.predicted()
-        self.recipe.end()
+        with self._whole():
+            self.recipe.end()
+        if self._zero is not None:
+            self._zero.release()
         left = self.recipe.predicted()
         if left < NOTICED * before:  # it has stopped early, or its best checkpoint was an early one
             _warn(

@@ -14,6 +14,7 @@ from retain.errors import ConfigError, ModelError, TrainingError
 from retain.models.shards import is_sharded, local
 from retain.retention.retention import check_steps, no_deepspeed
 from retain.retention.watch import Watched
+from retain.training.zero import zero_of
 
 __all__ = [
     "check_alone",
@@ -87,14 +88,21 @@ def record(state: TrainerState, logs: dict[str, float], added: dict[str, float])
         state.log_history[-1].update(added)
 
 
-def check_trainer(args: TrainingArguments, optimizer: object) -> None:
+def check_trainer(args: TrainingArguments, optimizer: object, *, zero: bool = False) -> None:
     """Refuses a run in which no force can act.
 
+    Args:
+        args: of the trainer.
+        optimizer: the one that it steps.
+        zero: whether steps of ZeRO stages 1 and 2 are known (`retain.training.zero`).
+
     Raises:
-        ModelError: a DeepSpeed run.
+        ModelError: another DeepSpeed run.
         ConfigError: float16 without clipping, so that gradients are still scaled when the force
             is added.
     """
+    if zero and zero_of(optimizer) is not None:
+        return  # it takes the scale out by itself
     if getattr(args, "deepspeed", None):
         raise no_deepspeed()
     check_steps(optimizer)
