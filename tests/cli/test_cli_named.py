@@ -21,35 +21,23 @@ from retain.data.general_prompts import SKILLS, general_prompts
 from retain.data.sources import encode, read_rows
 from retain.models.generating import sample_rows
 from retain.models.sizes import pad_id, pad_multiple
-from retain.retention.recipe import Recipe
 from retain.training.callback import RetentionCallback
 from retain.training.loop import _arguments
 from retain.training.loss import head_of
 from retain.training.trainer import Rows, RowTrainer
-from tiny import exactly, save_tiny
+from tiny import exactly, save_tiny, with_chat
 
-CHAT = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 NATS = {"facts": 2e-4, "mine": 1e-4}
 SIZE: dict[str, Any] = {
     "batch_size": 4, "max_steps": 4, "max_length": 16, "learning_rate": 0.05, "quiet": True,
 }  # fmt: skip
 
 
-def chats(folder: Path) -> Path:
-    """A model with a chat form, which answers prompts."""
-    save_tiny(folder, max_position_embeddings=512)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return chats(tmp_path_factory.mktemp("talker") / "talker")
+    """A model with a chat form, which answers prompts."""
+    folder = tmp_path_factory.mktemp("talker") / "talker"
+    return with_chat(save_tiny(folder, max_position_embeddings=512))
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +154,7 @@ def test_each_name_is_held_within_its_own_budget(months: list[package.RunResult]
 def test_the_card_says_it_of_each_name(months: list[package.RunResult], own: Path) -> None:
     for done in months:
         card = (done.adapter / "README.md").read_text()
-        assert "- Source text of facts: what the base model answers to general prompts (facts)" in card
+        assert "of facts: what the base model answers to general prompts (facts): 128 rows" in card
         assert "- Source text of mine: own.jsonl: 12 rows" in card and str(own.parent) not in card
         for name, held in done.record.held_to.items():
             assert f"- Budget of {name}: {held.budget:g} nats per token" in card
@@ -186,7 +174,8 @@ def test_the_source_half_alone_is_asked(
 
     monkeypatch.setattr("retain.models.generating.sample_rows", sampled)
     package.train_run(**first | {"budget": {"code": 0.1}, "source": None}, out=tmp_path / "run")
-    source, held_out = ([p.prompt for p in general_prompts("code", h)] for h in ("source", "held-out"))  # type: ignore[arg-type]  # fmt: skip
+    source = [p.prompt for p in general_prompts("code", "source")]
+    held_out = [p.prompt for p in general_prompts("code", "held-out")]
     assert [prompts for prompts, _ in seen] == [source, source]
     tokenizer = AutoTokenizer.from_pretrained(first["model"])
     (fitted, measured) = [[tokenizer.decode(r["input_ids"]) for r in rows] for _, rows in seen]
@@ -214,9 +203,11 @@ def test_the_command_says_what_python_does(
     short = [a for a in argv if "=" not in str(a) and a not in ("--budget", "--source")]
     retain(*short, "-c", yaml, "--out", tmp_path / "b", "-q").done()
     exactly(weights(tmp_path / "b"), weights(months[0].out))
-    found = retain(*short, "-c", yaml, "--budget", "facts=0.1, mine=0.2", "--method", "none",
-                   "--json", "--set", "keep_state=false", "--out", tmp_path / "c")  # fmt: skip
-    assert "plain LoRA" in found.err  # nothing but the settings was read
+    short.remove("--keep-state")
+    more = ("--method", "none", "--budget", "code=0.1, mine=0.2", "--out", tmp_path / "c")
+    found = retain(*short, "-c", yaml, *more, "--json").json
+    assert found["config"]["budget"] == {"code": 0.1, "mine": 0.2}  # in place of the file's
+    assert any("not used: source, budget" in note for note in found["notes"])
 
 
 def test_the_last_line_of_the_trainer_s_log(
@@ -292,6 +283,20 @@ def test_a_month_of_other_names_is_refused(
 ) -> None:  # fmt: skip
     before = ("train", "--continue-from", months[0].out, "--data", data, "--out", tmp_path / "o")
     retain(*before, *argv).refused(*said)
+
+
+def test_a_run_is_resumed_with_the_same_names(
+    retain: Run, first: dict[str, Any], own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    done = package.train_run(**first, save_steps=2, out=out)
+    monkeypatch.chdir(own.parent)
+    argv = ("train", "--resume", "--out", out, "-q", "--source", f"mine={own.name}")
+    retain(*argv, "--budget", "mine=1e-4,facts=2e-4").done()
+    assert list(told(out / "train.json")["held_to"]) == list(NATS)
+    exactly(weights(out), weights(done.out))
+    for other in ("0.1", "facts=2e-4,mine=3e-4", "facts=2e-4,code=1e-4,mine=1e-4"):
+        retain(*argv, "--budget", other).refused("the run to resume has another budget")
 
 
 def test_a_month_may_have_other_numbers(
