@@ -263,9 +263,10 @@ def _source(value: Any, several: bool) -> Any:
         value = _pairs("source", texts, "facts=FILE")
     elif texts is not None:
         return texts[0]
-    if isinstance(value, dict):
-        _check_each("source", value, "facts=FILE")
-    return value
+    if not isinstance(value, dict):
+        return value
+    _check_each("source", value, "facts=FILE")
+    return {name: str(text) if isinstance(text, Path) else text for name, text in value.items()}
 
 
 def _pairs(what: str, parts: list[str], such: str) -> dict[str, str]:

@@ -153,7 +153,9 @@ def months_from_each_checkpoint(
             assert found.record.why_no_filter is None
             assert (out / "checkpoints" / "checkpoint-6" / "filtered.safetensors").is_file()
             if names:
-                assert found.record.held_to.keys() == {"mine", "facts"}
+                assert list(found.record.held_to) == ["mine", "facts"]
+                again = [h.curvature.seconds for h in found.record.held_to.values()]
+                assert again == [None, None]  # none is measured anew
                 left = {n: h.measured_nats for n, h in done.record.held_to.items()}
                 assert {n: h.measured_nats for n, h in found.record.held_to.items()} == left
             for name in ("adapter/adapter_model.safetensors", "state/past.safetensors"):

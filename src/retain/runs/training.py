@@ -234,6 +234,7 @@ class Training:
         if held or self.unheld:  # without a source, its other parts act
             sources = {name: one.curvature for name, one in held.items()}
             self.recipe = recipe_for(self.config, sources, self.past)
+        text = self._text() if held else "auto"
         fix = "free some disk; --resume goes on from the last whole checkpoint, where there is one"
         try:
             with writing("a checkpoint", self.kept, fix=fix):
@@ -242,7 +243,7 @@ class Training:
                     examples,
                     self.config.training,
                     recipe=self.recipe,
-                    source=self._text() if held else "auto",
+                    source=text,
                     out=self.kept,
                     progress=self.messages.progress,
                     resume=self.resume,
