@@ -199,3 +199,16 @@ def save_tiny(folder: Path, seed: int = 0, kind: str = "llama", **changes: Any) 
         model = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), **size | changes))
     model.save_pretrained(folder)
     return folder
+
+
+def with_chat(folder: Path) -> Path:
+    """The same folder with a chat form, so that the model can be asked."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder

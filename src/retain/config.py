@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from retain.types import STRONGEST, Update
 
 __all__ = [
     "DTYPES", "AdapterConfig", "Measured", "Options", "Precision", "RunConfig", "TrainConfig",
-    "read_config", "read_settings", "validate",
+    "names_of", "read_config", "read_settings", "validate",
 ]  # fmt: skip
 
 Precision = Literal["float32", "bfloat16", "float64"]
@@ -34,6 +35,9 @@ Model = TypeVar("Model", bound=BaseModel)
 
 _WIDE, _MANY = 1 << 16, 1 << 40
 """What no adapter is wider than, and what nobody does so often."""
+
+_NAME = re.compile(r"[^\W_][\w-]{0,39}")
+"""Of a budget: a part of a file's name, and of a dotted key."""
 
 
 class _Strict(BaseModel):
@@ -138,10 +142,10 @@ class RunConfig(_Strict):
     curvature: str | None = Field(
         None, description="A file of retain fit; made in --out by default"
     )
-    source: str | None = Field(
+    source: str | dict[str, str] | None = Field(
         None,
         description="Text to measure the curvature on, in place of the model's own: a file, as for "
-        "retain fit",
+        "retain fit; of a named budget NAME=FILE. May be repeated",
     )
     factor_rank: Annotated[int, Field(ge=1, le=_WIDE)] | Literal["auto"] = Field(
         "auto",
@@ -156,10 +160,11 @@ class RunConfig(_Strict):
         10.0, ge=0, le=STRONGEST,
         description="How much keeping weighs against learning, 0 or more",
     )  # fmt: skip
-    budget: float | None = Field(
-        None, gt=0,
-        description="In its place: nats per source token that may be spent, such as 0.05",
-    )  # fmt: skip
+    budget: Annotated[float, Field(gt=0)] | dict[str, float] | None = Field(
+        None,
+        description="In its place: nats per source token that may be spent, such as 0.05; or of "
+        "each skill its own: facts=0.02. May be repeated",
+    )
     parts: list[Literal["head", "rows", "filter", "force"]] | None = Field(
         None,
         description="Of the recipe, those that act: head, rows, filter and force, all by default",
@@ -201,11 +206,106 @@ class RunConfig(_Strict):
         given = {k: v for k, v in value.items() if k != "start"}
         return given if parts[start] is None else {"parts": parts[start], **given}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        """Budgets and sources as the command line has them: ``NAME=VALUE``, or a list of such."""
+        if not isinstance(value, dict):
+            return value
+        found = dict(value)
+        if "budget" in found:
+            found["budget"] = _budget(found["budget"])
+        if "source" in found:
+            several = isinstance(found.get("budget"), dict)
+            found["source"] = _source(found["source"], several)
+        return found
+
     @field_validator("adapter", "training", mode="before")
     @classmethod
     def _nothing_said(cls, value: Any) -> Any:
         """A heading in the file with nothing below it."""
         return {} if value is None else value
+
+
+def names_of(value: float | str | Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The names of a budget or of a source; none of a plain one."""
+    return tuple(value) if isinstance(value, Mapping) else ()
+
+
+def _texts(value: Any) -> list[str] | None:
+    """One text or a list of texts, as a list; None of anything else."""
+    texts = value if isinstance(value, list) else [value]
+    return texts if texts and all(isinstance(text, str) for text in texts) else None
+
+
+def _budget(value: Any) -> Any:
+    """A budget, or numbers by name.
+
+    Raises:
+        ConfigError: a name that is none, that is there twice, or that has no number above 0.
+    """
+    texts = _texts(value)
+    if texts is not None:
+        parts = [part.strip() for text in texts for part in text.split(",")]
+        if len(parts) == 1 and "=" not in parts[0]:
+            return parts[0]
+        value = _pairs("budget", parts, "facts=0.02")
+    if not isinstance(value, dict):
+        return value
+    _check_each("budget", value, "facts=0.02")
+    return {name: _nats(name, nats) for name, nats in value.items()}
+
+
+def _source(value: Any, several: bool) -> Any:
+    """A source, or sources by name; a path may hold commas, and without names ``=`` too."""
+    texts = _texts(value)
+    if texts is not None and (several or len(texts) > 1):
+        value = _pairs("source", texts, "facts=FILE")
+    elif texts is not None:
+        return texts[0]
+    if not isinstance(value, dict):
+        return value
+    _check_each("source", value, "facts=FILE")
+    return {name: str(text) if isinstance(text, Path) else text for name, text in value.items()}
+
+
+def _pairs(what: str, parts: list[str], such: str) -> dict[str, str]:
+    """``NAME=VALUE`` as a dictionary."""
+    found: dict[str, str] = {}
+    for part in parts:
+        name, equals, value = (text.strip() for text in part.partition("="))
+        if not equals or not value or name in found:
+            reason = "twice" if name in found else "no name" if not equals else "no value"
+            raise ConfigError(
+                f"a {what} by name is not accepted", got=f"{shown(part)}: {reason}",
+                allowed=f"NAME=VALUE for each name, such as {such}", fix=f"--{what} {such}",
+            )  # fmt: skip
+        found[name] = value
+    return found
+
+
+def _check_each(what: str, value: dict[Any, Any], such: str) -> None:
+    """Checks that there are names, and that each is one."""
+    odd = [n for n in value if not isinstance(n, str) or not _NAME.fullmatch(n)]
+    if odd or not value or len({str(name).casefold() for name in value}) < len(value):
+        raise ConfigError(
+            f"the {what} has no names that can be used", got=shown(odd or list(value)),
+            allowed="letters, digits, - and _, each name once; a letter or digit first",
+            fix=f"--{what} {such}",
+        )  # fmt: skip
+
+
+def _nats(name: str, value: Any) -> float:
+    try:
+        nats = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        nats = math.nan
+    if not 0 < nats < math.inf:
+        raise ConfigError(
+            f"the budget of {name} is not accepted", got=shown(value, plain=True),
+            allowed="nats per token: a number above 0", fix=f"--budget {name}=0.02",
+        )  # fmt: skip
+    return nats
 
 
 def read_config(
@@ -286,7 +386,7 @@ def validate(found: dict[str, Any], kind: type[Model]) -> Model:
 def _where(error: Any) -> list[str]:
     """The keys that lead to a value, without pydantic's names for the kinds in a union."""
     where = [str(part) for part in error["loc"]]
-    while len(where) > 1 and re.fullmatch(r"constrained-\w+|\w+\[.*|int|str", where[-1]):
+    while len(where) > 1 and re.fullmatch(r"constrained-\w+|\w+\[.*|int|float|str", where[-1]):
         where.pop()
     return where
 

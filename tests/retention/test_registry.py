@@ -60,6 +60,7 @@ def test_options_are_those_of_the_whole_family() -> None:
         ("diagonal", {"strength": -1.0}, "strength is no strength"),
         ("diagonal", {"source_weight": -1.0}, "source_weight is out of range"),
         ("diagonal", {"task_weight": float("inf")}, "task_weight is out of range"),
+        ("auto", {"budget": {"facts": 0.02}}, "a study has one source.*got: budgets of .'facts'"),
         ("kl", {"on": "tasks"}, "did you mean 'task'"),
         ("kl", {"strength": float("nan")}, "strength is no strength"),
         ("masked_kl", {"on": "task"}, "unknown option"),

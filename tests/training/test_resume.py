@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 import retain
 from retain import Retention, RetentionCallback, fit_curvature, grow_lora
 from retain.models.view import ModelView
-from tiny import ROWS, exactly, move, save_tiny, tiny, weights
+from tiny import ROWS, exactly, move, save_tiny, tiny, weights, with_chat
 
 STEPS = 6
 MIDDLE = range(1, STEPS)
@@ -100,9 +100,21 @@ def test_from_each_checkpoint_of_a_trainer(made: Any, way: str, tmp_path: Path) 
     "retain train", "force", "filter", "fresh rows", "budget", "resume", "gradient accumulation"
 )
 def test_from_each_checkpoint_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``retain train --resume`` of a first month and of a second, each within a budget.
+    """``retain train --resume`` of a first month and of a second, each within a budget."""
+    months_from_each_checkpoint(tmp_path, monkeypatch)
 
-    The model and the adapter are in bfloat16, and what the filter leaves of a step is less than
+
+def test_from_each_checkpoint_of_a_run_with_named_budgets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them is on a text, the other on answers of the model."""
+    months_from_each_checkpoint(tmp_path, monkeypatch, names=True)
+
+
+def months_from_each_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, names: bool = False
+) -> None:
+    """The model and the adapter are in bfloat16, and what the filter leaves of a step is less than
     A's last bit: it is kept beside A.
     """
     monkeypatch.setattr("retain.training.checkpoints.KEPT", STEPS)  # else two are left
@@ -119,6 +131,14 @@ def test_from_each_checkpoint_of_a_run(tmp_path: Path, monkeypatch: pytest.Monke
         "learning_rate": 0.05, "training": {"accumulation": 2}, "quiet": True,
     }  # fmt: skip
     first = {"model": model, "curvature": curvature, "rank": 2, "budget": 1e-4, "keep_state": True}
+    if names:
+        text = tmp_path / "source.jsonl"
+        text.write_text("".join(json.dumps(row) + "\n" for row in source))
+        with_chat(model)
+        first |= {
+            "curvature": None, "budget": {"mine": 1e-4, "facts": 2e-4},
+            "source": {"mine": str(text)}, "factor_rank": 4,
+        }  # fmt: skip
     may = retain.train_run(**common, **first, out=tmp_path / "may")
     june = retain.continue_run(may.out, **common, out=tmp_path / "june")
     for done in (may, june):
@@ -132,6 +152,12 @@ def test_from_each_checkpoint_of_a_run(tmp_path: Path, monkeypatch: pytest.Monke
             assert found.record.resumed_from == f"checkpoint-{step}"
             assert found.record.why_no_filter is None
             assert (out / "checkpoints" / "checkpoint-6" / "filtered.safetensors").is_file()
+            if names:
+                assert list(found.record.held_to) == ["mine", "facts"]
+                again = [h.curvature.seconds for h in found.record.held_to.values()]
+                assert again == [None, None]  # none is measured anew
+                left = {n: h.measured_nats for n, h in done.record.held_to.items()}
+                assert {n: h.measured_nats for n, h in found.record.held_to.items()} == left
             for name in ("adapter/adapter_model.safetensors", "state/past.safetensors"):
                 assert (out / name).read_bytes() == (done.out / name).read_bytes(), (step, name)
 

@@ -110,8 +110,13 @@ def signed(
 
 
 def _type(annotation: Any) -> Any:
-    """What the command line reads for a field: text, unless it can only be of one other type."""
+    """What the command line reads for a field: text, unless it can only be of one other type.
+
+    Of what may be by name it is a list of texts, such as ``facts=0.02``.
+    """
     if get_origin(annotation) in (Union, types.UnionType):
+        if any(get_origin(part) is dict for part in get_args(annotation)):
+            return list[str]
         kinds = {_type(part) for part in get_args(annotation)} - {type(None)}
         return kinds.pop() if len(kinds) == 1 else str
     plain = (int, float, bool, Path, list[str], list[Path], type(None))

@@ -14,6 +14,7 @@ from pydantic import Field
 from retain.cli.options import COMMON, Screen, name_list, option, signed
 from retain.config import Options, RunConfig
 from retain.errors import ConfigError, shown
+from retain.runs.records import HeldTo
 from retain.runs.settings import OPTIONS, by_key
 from retain.runs.train import RunResult, run_training
 
@@ -81,6 +82,12 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
     return found
 
 
+def _spent(name: str, held: HeldTo) -> list[str]:
+    """What a named budget allowed, and what was spent of it; an en dash is nothing."""
+    nats = (held.budget, held.predicted_nats, held.measured_nats)
+    return [name, *("–" if value is None else f"{value:.3g}" for value in nats)]
+
+
 def _tell(done: RunResult, screen: Screen) -> None:
     """Prints how the run ended, and what to do next."""
     record = done.record
@@ -91,6 +98,9 @@ def _tell(done: RunResult, screen: Screen) -> None:
     if record.predicted_nats is not None:
         lines.append(["predicted forgetting", f"{record.predicted_nats:.3g} nats per token"])
     screen.table("trained", ["", ""], [*lines, ["adapter", str(done.adapter)]])
+    if record.held_to:
+        head = ["nats per token", "budget", "predicted", "measured"]
+        screen.table("held to", head, [_spent(*item) for item in record.held_to.items()])
     if record.steps < FEW and record.config.training.max_steps < 0:
         screen.say(f"{record.steps} steps are few: --epochs reads the rows more often, a smaller "
                    "--batch-size makes more steps of them")  # fmt: skip

@@ -131,6 +131,7 @@ def sample_rows(
     temperature: float = 1.0,
     prompts: Sequence[str] | None = None,
     half: Half = "source",
+    documents: bool = True,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
     """Rows of ``input_ids`` sampled from the base model: the adapter, if any, is off.
@@ -158,6 +159,7 @@ def sample_rows(
         prompts: what the users of all chats say, in place of the above: all in an order by the
             seed, then all again, as often as there are chats. The model writes the answers alone.
         half: of the general prompts; text that something is measured on has ``held-out``.
+        documents: False where a chat model's rows are to be chats alone.
         progress: show a bar.
 
     Raises:
@@ -187,7 +189,7 @@ def sample_rows(
     check_sizes(model, starts, tokenizer, lengths=not given)
     bare = list(tokenizer("a")["input_ids"])[:1] != document
     device = next(model.parameters()).device
-    chats = round(CHATS * count) if chat else 0
+    chats = round((CHATS if documents else 1) * count) if chat else 0
     rows: list[list[int]] = []
     bar = tqdm(total=count, desc="self-samples", unit="row", disable=not progress)
     devices = [device] if device.type == "cuda" else []

@@ -42,12 +42,18 @@ def facts(recipe: Recipe) -> dict[str, str]:
 
 def source_of(info: CurvatureInfo) -> str:
     """What a curvature was fitted on, and how."""
-    own = {"self": "text that the base model wrote", "": "text without a name"}
-    texts = (own.get(note) or plain_name(note) for note in info.note.split(" + "))
+    texts = (_text(note) for note in info.note.split(" + "))
     return (
         f"{', '.join(texts)}: {info.sequences} rows, {info.tokens} tokens "
         f"({info.structure}, {info.fisher} Fisher)"
     )
+
+
+def _text(note: str) -> str:
+    if note.startswith("self:"):
+        return f"what the base model answers to general prompts ({note.partition(':')[2]})"
+    own = {"self": "text that the base model wrote", "": "text without a name"}
+    return own.get(note) or plain_name(note)
 
 
 def _parts(recipe: Recipe) -> list[str]:

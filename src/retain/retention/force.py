@@ -50,7 +50,7 @@ from retain.retention.named import (
 from retain.retention.watch import Watched, read
 from retain.types import STRONGEST, UPDATES, Update
 
-__all__ = ["Force", "Hold", "check_strength"]
+__all__ = ["Force", "Hold", "Spent", "check_strength"]
 
 ROOM = 0.8
 """Of a budget, the share that earlier tasks may have used when training begins."""
@@ -93,6 +93,22 @@ class Felt(NamedTuple):
     nats: float
     pulls: list[Pull]
     balance: list[float]
+
+
+class Spent(NamedTuple):
+    """Of one source, in nats per source token: its budget, and what was spent of it.
+
+    Attributes:
+        budget: None where there is a strength.
+        predicted: at the present weights.
+        measured: at the end, on the probe; None without one.
+        strength: nats of task loss that one nat weighs now.
+    """
+
+    budget: float | None
+    predicted: float
+    measured: float | None
+    strength: float
 
 
 class Force:
@@ -232,6 +248,18 @@ class Force:
     def predicted(self) -> float:
         """Predicted nats per source token at the present adapter; of several sources the mean."""
         return _mean([self._predicted(hold) for hold in self.holds])
+
+    @no_autocast()
+    def spent(self) -> dict[str, Spent]:
+        """What each source's budget is, and what was spent of it, by name."""
+        strengths = self.strengths
+        return {
+            hold.name: Spent(
+                None if hold.budget is None else hold.budget.nats, self._predicted(hold),
+                hold.measured, strengths[hold.name],
+            )
+            for hold in self.holds
+        }  # fmt: skip
 
     def _predicted(self, hold: Hold) -> float:
         return hold.curvature.pulls(self.sites)[0]

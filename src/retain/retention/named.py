@@ -14,7 +14,9 @@ from retain.curvature.curvature import Curvature
 from retain.curvature.merge import same_anchor
 from retain.errors import ConfigError, MismatchError, shown
 
-__all__ = ["ALONE", "Budgets", "Curvatures", "by_name", "check_names", "check_together", "named"]
+__all__ = [
+    "ALONE", "Budgets", "Curvatures", "alone", "by_name", "check_names", "check_together", "named",
+]  # fmt: skip
 
 ALONE = ""
 """The name of the one source that has none."""
@@ -30,6 +32,11 @@ def by_name(value: T | Mapping[str, T] | None) -> dict[str, T]:
     if value is None:
         return {}
     return dict(value) if isinstance(value, Mapping) else {ALONE: value}
+
+
+def alone(values: Mapping[str, T]) -> T | Mapping[str, T] | None:
+    """What `by_name` gives the mapping of."""
+    return values[ALONE] if tuple(values) == (ALONE,) else values or None
 
 
 def named(key: str, name: str) -> str:

@@ -56,7 +56,7 @@ from retain.retention.budget import check_budget
 from retain.retention.cost import rows_rank
 from retain.retention.filter import Filter, InputFilter
 from retain.retention.filter_checks import NO_STRENGTH, check_filter, why_no_filter, why_no_inputs
-from retain.retention.force import Force, check_strength
+from retain.retention.force import Force, Spent, check_strength
 from retain.retention.fresh_rows import FrozenRows, fresh_rows
 from retain.retention.head import HeadFit, fit_head
 from retain.retention.hooks import GradientHooks
@@ -497,6 +497,11 @@ class Recipe:
         """
         gather(self._shards)
         return 0.0 if self.force is None else self.force.predicted()
+
+    def spent(self) -> dict[str, Spent]:
+        """What each source's budget is, and what was spent of it; nothing without a force."""
+        gather(self._shards)
+        return {} if self.force is None else self.force.spent()
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of a training, as plain data for JSON."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
-from retain.errors import ConfigError, unknown
+from retain.errors import ConfigError, shown, unknown
 from retain.retention.method import Method
 from retain.retention.methods.auto import Auto, Wiener
 from retain.retention.methods.corda import CorDA
@@ -94,6 +95,12 @@ def make_method(kind: str, strength: float | None = None, **options: Any) -> Met
     for name in options:
         if name not in known:
             raise unknown(f"option of the method {kind}", name, known)
+    if isinstance(options.get("budget"), Mapping):
+        raise ConfigError(
+            "a study has one source, and named budgets have each its own",
+            got=f"budgets of {shown(list(options['budget']))}", allowed="a number",
+            fix="budget: 0.05; or retain train --budget NAME=NUMBER",
+        )  # fmt: skip
     if METHODS[kind].weighted:
         return METHODS[kind](**options | ({} if strength is None else {"strength": strength}))
     if strength:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from retain.config import RunConfig
+from retain.config import RunConfig, names_of
 from retain.errors import ConfigError, SourceError
 from retain.runs.bases import load_base
 from retain.runs.messages import Messages
@@ -43,6 +43,12 @@ def check_settings(config: RunConfig, problems: int | None) -> None:
             allowed="a file of text (or pairs of texts) and label",
             fix="give such a file with --data, or a decoder with --model",
         )
+    if names_of(config.budget):
+        raise ConfigError(
+            "named budgets are of a model that writes", got="a classifier",
+            allowed="one budget and one --source for a classifier, or a decoder",
+            fix="--budget 0.05 --source texts.jsonl",
+        )  # fmt: skip
     held = config.method == "laplace" or config.budget is not None or config.parts is not None
     sources = (config.source, config.curvature, config.continue_from)
     if (held or config.keep_state) and sources == (None, None, None):

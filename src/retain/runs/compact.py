@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from contextlib import nullcontext
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +126,8 @@ def compact_run(config: CompactConfig, messages: Messages) -> dict[str, Any]:
         worst = max(lost, key=lambda name: lost[name])
         messages.note_width(ranks["after"], out / "adapter")
         told = {} if base is None else base.compare(factors, stored.layers[0].scaling, text)
-        given = [c.curvature] if c.curvature else [run.source, run.past] if run else []
+        given = [*run.sources.values(), run.past] if run else []
+        given = [c.curvature] if c.curvature else given
         record: dict[str, Any] = finite({
             "schema": SCHEMA, **provenance(c.seed), "start": str(c.adapter), "rank": ranks,
             "curvature": [str(path) for path in given],
@@ -181,15 +184,22 @@ class _Base:
         self.name = base_of(folder, config.model)
         messages.say(f"loading {self.name}")
         self.tuned, self.tokenizer, _ = load_tuned(self.name, folder, config, messages)
-        self.source: Any = None
-        self.around: Any = None  # what is to be kept, around the adapter itself
+        self.sources: list[Any] = []
+        past: list[Any] = []
         if config.curvature is not None:
-            self.source = load_curvature(config.curvature)
-            self.around = reanchored(self.source, self.tuned)
+            self.sources = [load_curvature(config.curvature)]
         elif run is not None:  # as the next month would cut it
-            self.source, past = run.curvatures()
-            self.around = reanchored(self.source, self.tuned) + reanchored(past, self.tuned)
-        self.before = self.source and self.source.quadratic(self.tuned)
+            sources, before = run.curvatures()
+            self.sources, past = list(sources.values()), [before]
+        felt = [reanchored(one, self.tuned) for one in (*self.sources, *past)]
+        # what is to be kept, around the adapter itself
+        self.around: Any = reduce(operator.add, felt) if felt else None
+        self.before = self._nats()
+
+    def _nats(self) -> float | None:
+        """Predicted from the base, of several sources their mean; None without any."""
+        found = [source.quadratic(self.tuned) for source in self.sources]
+        return sum(found) / len(found) if found else None
 
     def compare(self, factors: Any, scaling: float, text: Any) -> dict[str, Any]:
         """Puts the cut adapter, (B, A) by layer, into the model, in place, and measures it.
@@ -222,9 +232,9 @@ class _Base:
         found: dict[str, Any] = {
             "model": {"name": self.name, "dtype": c.dtype, "fingerprint": fingerprint(self.tuned)},
         }
-        if self.source is not None:
-            after, cut = (one.quadratic(self.tuned) for one in (self.source, self.around))
-            found["nats"] = {"before": self.before, "after": after, "cut": cut}
+        if self.sources:
+            cut = self.around.quadratic(self.tuned)
+            found["nats"] = {"before": self.before, "after": self._nats(), "cut": cut}
         if references:
             measured = {name: one.measure(self.tuned) for name, one in references.items()}
             for one in (own, *measured.values()):

@@ -95,7 +95,9 @@ def _record(folder: Path) -> TrainRecord:
             allowed=f"the --out of retain train, with its {TRAIN}", fix="check the folder",
         ) from error  # fmt: skip
     reason = None
-    if record.curvature is None:
+    if record.held_to:
+        reason = f"a run with named budgets ({', '.join(record.held_to)}), each with a curvature"
+    elif record.curvature is None:
         reason = "a run of plain LoRA, which no curvature held"
     elif record.labels is not None:
         reason = "a classifier"

@@ -20,11 +20,14 @@ from retain.files import (
 from retain.runs.records import RUN, STATE_SCHEMA, TRAIN, TRAIN_SCHEMA
 
 __all__ = [
-    "SOFTEN_PICTURES", "STATE", "check_demo", "check_made", "check_page", "check_record",
+    "SOFTEN_PICTURES", "STATE", "by_file", "check_demo", "check_made", "check_page", "check_record",
     "check_run", "check_study", "drop_state", "is_curvature", "is_settings", "recorded",
 ]  # fmt: skip
 
-STATE = ("source.safetensors", "past.safetensors", "head.safetensors", "state.json")
+STATE = (
+    "source.safetensors", "source-*.safetensors", "past.safetensors", "head.safetensors",
+    "state.json",
+)  # fmt: skip
 """What ``state/`` holds."""
 
 SOFTEN_PICTURES = ("soften.svg", "soften.png")
@@ -50,17 +53,20 @@ def is_curvature(path: Path) -> bool:
         return False
 
 
-def check_run(out: Path, *, curvature: bool) -> None:
+def by_file(what: str, name: str) -> str:
+    """The name of a curvature's file: ``what.safetensors``, of a named one ``what-NAME``."""
+    return f"{what}-{name}.safetensors" if name else f"{what}.safetensors"
+
+
+def check_run(out: Path, *, curvatures: Sequence[str]) -> None:
     """Refuses a folder in which a run of ``retain train`` would write over others' files.
 
-    With `curvature` the run keeps one of its own there.
+    `curvatures` are the names of the files that the run keeps of its own there.
 
     Raises:
         OutputError: something in it is not of an earlier run.
     """
-    _put_back(
-        out, "adapter", "state", RUN, TRAIN, *(["curvature.safetensors"] if curvature else [])
-    )
+    _put_back(out, "adapter", "state", RUN, TRAIN, *curvatures)
     settings, record = out / RUN, out / TRAIN
 
     def adapter(path: Path) -> bool:
@@ -77,9 +83,7 @@ def check_run(out: Path, *, curvature: bool) -> None:
         "state": (lambda path: _of(STATE_SCHEMA)(path / "state.json"), "the state of a run"),
         "checkpoints": (kept, "checkpoints of a run"),
     })  # fmt: skip
-    if curvature:
-        _put_back(out, "curvature.safetensors")
-        _check(out, {"curvature.safetensors": (is_curvature, "the curvature of a run")})
+    _check(out, dict.fromkeys(curvatures, (is_curvature, "the curvature of a run")))
 
 
 def check_made(out: Path, command: str, of: str, pictures: Sequence[str] = ()) -> None:

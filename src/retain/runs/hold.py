@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from retain.config import RunConfig
+from retain.config import RunConfig, names_of
 from retain.errors import CurvatureError, MismatchError
 from retain.files import first_rank
+from retain.runs import named
+from retain.runs.folders import by_file
 from retain.runs.messages import Messages
 from retain.runs.months import Previous
 
-__all__ = ["HeldBy", "adapter_for", "curvature_for", "recipe_for"]
+__all__ = ["Held", "HeldBy", "adapter_for", "curvatures_for", "recipe_for"]
 
 
 class HeldBy(NamedTuple):
@@ -23,12 +27,17 @@ class HeldBy(NamedTuple):
     seconds: float | None
 
 
+Held = Mapping[str, HeldBy]
+"""What holds a run, by the names of its budgets; of one without names under ``""``. Empty for plain
+LoRA."""
+
+
 def adapter_for(
-    base: Any, config: RunConfig, before: Previous | None, source: Any, past: Any
+    base: Any, config: RunConfig, before: Previous | None, sources: Mapping[str, Any], past: Any
 ) -> Any:  # fmt: skip
     """The model with a fresh adapter, or with that of the run to continue from and fresh rows.
 
-    `source` and `past` are the curvatures of that run.
+    `sources`, by name, and `past` are the curvatures of that run.
 
     Raises:
         MismatchError: the state is not that of the adapter, or no filter can be made.
@@ -40,7 +49,7 @@ def adapter_for(
         return attach_lora(base, **config.adapter.model_dump())
     model: Any = load_adapter(base, before.adapter)
     before.check_adapter(model, past)
-    recipe, month = recipe_for(config, source, past), len(before.state.runs)
+    recipe, month = recipe_for(config, sources, past), len(before.state.runs)
     model = recipe.grow(
         model, config.adapter.rank, seed=config.adapter.seed + month, max_rank=config.max_rank
     )
@@ -49,44 +58,81 @@ def adapter_for(
     return model
 
 
-def curvature_for(
+def curvatures_for(
     config: RunConfig, given: Any, out: Path, model: Any, tokenizer: Any, messages: Messages,
-    *, anew: bool = False,
-) -> HeldBy | None:  # fmt: skip
-    """The curvature for a run, checked to fit its model; None for plain LoRA.
+    *, resume: bool = False,
+) -> Held:  # fmt: skip
+    """The curvatures for a run, checked to fit its model: one, or those of its named budgets.
 
-    `given` is that of ``config.curvature``, already read. With `anew` one that an earlier run has
-    left in the folder is not used.
+    `given` is that of ``config.curvature``, already read. Those of the model's own text that an
+    earlier run has left in the folder are used again; of other text where the run goes on.
 
     Raises:
         MismatchError: the given curvature does not fit.
+        SourceError: a name's text cannot be had.
     """
     if config.method == "none":
-        return None
+        return {}
     if config.curvature is not None:
-        return HeldBy(_at_start(given, model), Path(config.curvature), None)
+        return {"": HeldBy(_at_start(given, model), Path(config.curvature), None)}
+    found: dict[str, HeldBy] = {}
+    for name in names_of(config.budget) or ("",):
+        path, note = out / by_file("curvature", name), _note(config, name)
+        kept = _kept(config, path, note, model, messages) if resume or _is_own(note) else None
+        found[name] = kept or _made(config, name, path, note, model, tokenizer, messages)
+    return found
+
+
+def _note(config: RunConfig, name: str) -> str:
+    """What a curvature says that it was measured on."""
+    return named.note_of(config, name) if name else str(config.source or named.OWN)
+
+
+def _is_own(note: str) -> bool:
+    """Whether the model wrote that text, or answers in it."""
+    return note == named.OWN or note.startswith(f"{named.OWN}:")
+
+
+def _kept(
+    config: RunConfig, path: Path, note: str, model: Any, messages: Messages
+) -> HeldBy | None:
+    """The curvature that an earlier run has left; None where there is none that can be used."""
     from retain.curvature.curvature import load_curvature
+
+    if not path.is_file():
+        return None
+    try:
+        found = _at_start(load_curvature(path), model)
+        if _is_own(note) and found.info.note != note:
+            raise MismatchError(f"it was measured on {found.info.note}")
+        if config.factor_rank not in ("auto", found.info.rank):
+            raise MismatchError(f"its factors are of rank {found.info.rank}")
+        messages.say(f"using the curvature in {path}")
+        return HeldBy(found, path, None)
+    except CurvatureError as error:
+        messages.note(f"{path} is not used, and made anew: {error.what}")
+        return None
+
+
+def _made(
+    config: RunConfig, name: str, path: Path, note: str, model: Any, tokenizer: Any,
+    messages: Messages,
+) -> HeldBy:  # fmt: skip
+    """A curvature that is measured now, and written."""
     from retain.curvature.fit.fit import fit_curvature
 
-    path, source = out / "curvature.safetensors", config.source or "self"
-    if path.is_file() and not anew:
-        try:
-            found = _at_start(load_curvature(path), model)
-            if config.source is None and found.info.note != source:
-                raise MismatchError(f"it was measured on {found.info.note}")
-            if config.factor_rank not in ("auto", found.info.rank):
-                raise MismatchError(f"its factors are of rank {found.info.rank}")
-            messages.say(f"using the curvature in {path}")
-            return HeldBy(found, path, None)
-        except CurvatureError as error:
-            messages.note(f"{path} is not used, and made anew: {error.what}")
-    what = "text that the model writes" if config.source is None else source
+    what = note
+    if _is_own(note):
+        skill = note.partition(":")[2]
+        what = f"what the model answers on {skill}" if skill else "text that the model writes"
     messages.say(f"no curvature is given: measuring one on {what}")
     start = time.perf_counter()
+    text = named.text_of(config, name, model, tokenizer, messages) if name else note
     fitted = fit_curvature(
-        model, source, tokenizer=tokenizer, seed=config.training.seed, progress=messages.progress,
+        model, text, tokenizer=tokenizer, seed=config.training.seed, progress=messages.progress,
         rank=config.factor_rank,
     )  # fmt: skip
+    fitted.info = replace(fitted.info, note=note)
     if first_rank():
         fitted.save(path)
     return HeldBy(fitted, path, time.perf_counter() - start)
@@ -111,14 +157,15 @@ def _at_start(curvature: Any, model: Any) -> Any:
     return curvature
 
 
-def recipe_for(config: RunConfig, curvature: Any, past: Any) -> Any:
-    """The recipe of a run, with the curvatures of its source and of the tasks before."""
+def recipe_for(config: RunConfig, sources: Mapping[str, Any], past: Any) -> Any:
+    """The recipe of a run, with the curvatures of its sources, by name, and of the tasks before."""
     from retain.retention.filter import Filter
+    from retain.retention.named import alone
     from retain.retention.recipe import Recipe
 
     parts = ["force"] if config.method == "laplace" and config.parts is None else config.parts
     return Recipe(
-        curvature, config.strength, parts=parts, budget=config.budget, past=past,
+        alone(sources), config.strength, parts=parts, budget=config.budget, past=past,
         update=config.training.update, filter=Filter(gain=config.gain, weight=config.weight),
         kl=config.kl,
     )  # fmt: skip

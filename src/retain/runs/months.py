@@ -1,7 +1,8 @@
 """``retain train --continue-from RUN``: what one run leaves for the next, and takes from the last.
 
 A run with ``--keep-state`` leaves ``state/`` in its folder: ``source.safetensors`` (the curvature
-of the source text around the base model, which never changes), ``past.safetensors`` (that of all
+of the source text around the base model, which never changes; with named budgets
+``source-NAME.safetensors`` of each), ``past.safetensors`` (that of all
 tasks so far, merged, around the weights that the run ended with), of a classifier
 ``head.safetensors`` (its head before any training, a part of the base) and ``state.json``, with
 digests of these and of the adapter. The next run starts at the adapter, is held by both, and leaves
@@ -16,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retain.config import RunConfig, read_config
+from retain.config import RunConfig, names_of, read_config
 from retain.errors import ConfigError, MismatchError
 from retain.files import file_digest, whole_folder
 from retain.models.saved import adapter_digest
-from retain.runs.folders import STATE
+from retain.runs.folders import STATE, by_file
 from retain.runs.messages import Messages
 from retain.runs.records import RUN, Labels, Month, StateRecord, read_record, write_record
 
@@ -40,11 +41,13 @@ class Previous:
         folder: of the run.
         state: its record.
         model: where its base model lay.
+        names: of its budgets; none where it was held to one source.
     """
 
     folder: Path
     state: StateRecord
     model: str
+    names: tuple[str, ...] = ()
 
     @property
     def adapter(self) -> Path:
@@ -52,9 +55,10 @@ class Previous:
         return self.folder / "adapter"
 
     @property
-    def source(self) -> Path:
-        """The file of the source text's curvature."""
-        return self.folder / "state" / "source.safetensors"
+    def sources(self) -> dict[str, Path]:
+        """The files of the source texts' curvatures, by name; of one without names under ``""``."""
+        place = self.folder / "state"
+        return {name: place / by_file("source", name) for name in self.names or ("",)}
 
     @property
     def past(self) -> Path:
@@ -66,11 +70,12 @@ class Previous:
         """Of a classifier."""
         return self.state.labels
 
-    def curvatures(self) -> tuple[Any, Any]:
-        """Those of the source text and of the earlier tasks, read."""
+    def curvatures(self) -> tuple[dict[str, Any], Any]:
+        """Those of the source texts, as in `sources`, and of the earlier tasks, read."""
         from retain.curvature.curvature import load_curvature
 
-        return load_curvature(self.source), load_curvature(self.past)
+        found = {name: load_curvature(path) for name, path in self.sources.items()}
+        return found, load_curvature(self.past)
 
     def restore_head(self, base: Any) -> None:
         """Puts the head that the first run began with into a classifier's base model."""
@@ -125,10 +130,13 @@ def previous_run(folder: str | Path) -> Previous:
         MismatchError: its state or its adapter has changed since.
     """
     run = Path(folder).expanduser()
-    model = settings_of(run).model
+    settings = settings_of(run)
     try:
-        found = Previous(run, read_record(run / "state" / "state.json", StateRecord), model)
-        parts = (found.adapter, found.source, found.past)
+        found = Previous(
+            run, read_record(run / "state" / "state.json", StateRecord), settings.model,
+            names_of(settings.budget),
+        )  # fmt: skip
+        parts = (found.adapter, *found.sources.values(), found.past)
         missing = [path.name for path in parts if not path.exists()]
         if missing:
             raise ValueError(f"no {' and '.join(missing)}")
@@ -188,13 +196,14 @@ def keep_state(
     Raises:
         OutputError: the folder cannot be written.
     """
+    from retain.retention.named import by_name
+
     messages.say("measuring what the task relies on, for the runs that continue from this one")
     past = recipe.consolidate(model, examples, seed=month.seed, progress=messages.progress)
     with whole_folder(out / "state", "the state of the run", STATE) as new:
         past.save(new / "past.safetensors")
-        recipe.curvature.save(
-            new / "source.safetensors"
-        )  # what held the run, whatever its file is now
+        for name, source in by_name(recipe.curvature).items():  # whatever their files are now
+            source.save(new / by_file("source", name))
         _save_head(model, new / "head.safetensors")
         digests = {path.name: file_digest(path) for path in sorted(new.glob("*.safetensors"))}
         digests["adapter"] = adapter_digest(out / "adapter")

@@ -19,8 +19,8 @@ from retain.files import write_json
 from retain.records import Part, Step, finite
 
 __all__ = [
-    "RUN", "STATE_SCHEMA", "TRAIN", "TRAIN_SCHEMA", "CurvatureOf", "Digests", "Labels", "ModelOf",
-    "Month", "StateRecord", "TrainRecord", "read_record", "write_record",
+    "RUN", "STATE_SCHEMA", "TRAIN", "TRAIN_SCHEMA", "CurvatureOf", "Digests", "HeldTo", "Labels",
+    "ModelOf", "Month", "StateRecord", "TrainRecord", "read_record", "write_record",
 ]  # fmt: skip
 
 RUN, TRAIN = "run.json", "train.json"
@@ -45,6 +45,24 @@ class CurvatureOf(Part):
     path: str
     seconds: float | None = None
     info: dict[str, Any] = Field({})
+
+
+class HeldTo(Part):
+    """Of a named budget: what it allows, and what was spent of it, in nats per source token.
+
+    Attributes:
+        budget: that may be spent.
+        predicted_nats: at the end, by its curvature.
+        measured_nats: at the end, the KL divergence on a few rows of its text; None without any.
+        strength: that was found for it.
+        curvature: of its source.
+    """
+
+    budget: float
+    predicted_nats: float | None = None
+    measured_nats: float | None = None
+    strength: float | None = None
+    curvature: CurvatureOf
 
 
 class Labels(Part):
@@ -83,9 +101,11 @@ class TrainRecord(Part):
     Attributes:
         seed, versions, commit, hardware, created: where it comes from, see `retain.provenance`.
         config: the settings, with absolute paths.
-        curvature: what the run was held by; None for plain LoRA.
+        curvature: what the run was held by; None for plain LoRA, and for named budgets.
+        held_to: of named budgets, what each allowed and what was spent of it.
         resumed_from: the checkpoint that it went on from.
-        predicted_nats: predicted forgetting at its end, nats per source token.
+        predicted_nats: predicted forgetting at its end, nats per source token; of named budgets
+            the mean.
         examples: rows that were learned; ``rows`` counts what was left out or cut.
         notes: what was done in a lesser way than was asked for.
         seconds: of training; ``steps``: optimiser steps.
@@ -100,6 +120,7 @@ class TrainRecord(Part):
     config: RunConfig
     model: ModelOf
     curvature: CurvatureOf | None = None
+    held_to: dict[str, HeldTo] = Field({})
     resumed_from: str | None = None
     predicted_nats: float | None = None
     examples: int | None = None
@@ -133,7 +154,7 @@ class Month(Part):
     examples: int
     seed: int
     data_digest: str | None = None
-    budget: float | None = None
+    budget: float | dict[str, float] | None = None
     predicted_nats: float | None = None
 
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from retain.config import RunConfig, read_config, read_settings, validate
+from retain.config import RunConfig, names_of, read_config, read_settings, validate
 from retain.errors import ConfigError, unknown
 from retain.runs.months import HELD, previous_run, settings_of
+from retain.runs.named import OWN, check_named, check_same
 from retain.runs.records import RUN
 
 __all__ = ["OPTIONS", "Settings", "by_key", "placed", "read_run", "unused"]
@@ -31,6 +32,9 @@ OPTIONS = {
 
 _FREE = {"training.save_steps", "training.report_to", "out"}
 """May be others when a run is resumed."""
+
+_NAMED = {"budget", "source"}
+"""May be by name."""
 
 _PLACES = {"model", "data", "curvature", "continue_from"}
 """May lie elsewhere when a run is resumed: the checkpoint's digests tell whether they changed."""
@@ -61,6 +65,14 @@ def read_run(config: Settings, given: Mapping[str, Any], *, resume: bool = False
     """
     if isinstance(config, RunConfig):
         config = config.model_dump(exclude_unset=True)
+    found = _read_run(config, given, resume)
+    check_named(found)
+    return found
+
+
+def _read_run(
+    config: Mapping[str, Any] | str | Path | None, given: Mapping[str, Any], resume: bool
+) -> RunConfig:
     if resume:
         return _resumed(config, given)
     found = read_settings(config or "", given)
@@ -90,7 +102,7 @@ def _resumed(config: Mapping[str, Any] | str | Path | None, given: Mapping[str, 
         )
     before = read_config(kept, {"out": out}, RunConfig)
     now = read_config(config or kept, {**given, "out": out}, RunConfig)
-    was, new = flat(before.model_dump()), flat(now.model_dump())
+    was, new = (flat(_with_sources(one).model_dump()) for one in (before, now))
     for key in sorted(was.keys() - _FREE):
         moved = key in _PLACES and None not in (was[key], new[key])
         if was[key] != new[key] and not moved:
@@ -100,7 +112,7 @@ def _resumed(config: Mapping[str, Any] | str | Path | None, given: Mapping[str, 
                 allowed="none" if was[key] is None else was[key],
                 fix="leave it as it was, or start again with --overwrite",
             )
-    return now
+    return now.model_copy(update={"budget": before.budget})  # its names in their order
 
 
 def _continued(given: dict[str, Any], folder: str) -> RunConfig:
@@ -137,11 +149,13 @@ def _continued(given: dict[str, Any], folder: str) -> RunConfig:
     held = {name: getattr(before, name) for name in HELD if before.method != "none"}
     if given.get("strength") is not None:
         del held["budget"]
-    if before.kl:
+    if before.kl or names_of(before.budget):
         held["source"] = before.source
     held |= {"model": before.model, "num_labels": before.num_labels}
     said = {name: value for name, value in given.items() if value is not None}
-    return read_config("", held | said | mine | {"keep_state": True}, RunConfig)
+    found = read_config("", held | said | mine | {"keep_state": True}, RunConfig)
+    check_same(before, found)
+    return found
 
 
 def placed(config: RunConfig) -> RunConfig:
@@ -158,7 +172,19 @@ def placed(config: RunConfig) -> RunConfig:
             continue
         if (path := Path(name).expanduser()).exists():
             found[key] = str(path.absolute())
-    return config.model_copy(update=found)
+    return _with_sources(config.model_copy(update=found))
+
+
+def _with_sources(config: RunConfig) -> RunConfig:
+    """The settings with absolute paths of named sources, which later months read too."""
+    if not isinstance(config.source, Mapping):
+        return config
+    found = {
+        name: str(path.absolute()) if text != OWN and (path := Path(text).expanduser()).exists()
+        else text
+        for name, text in config.source.items()
+    }  # fmt: skip
+    return config.model_copy(update={"source": found})
 
 
 def unused(config: RunConfig) -> list[str]:
@@ -182,10 +208,9 @@ def _default(name: str) -> object:
 
 
 def flat(tree: Mapping[str, Any], head: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
+    """Nested settings by dotted key; budgets and sources by name are one value each."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= (
-            flat(value, f"{head}{key}.") if isinstance(value, Mapping) else {f"{head}{key}": value}
-        )
+        nested = isinstance(value, Mapping) and key not in _NAMED
+        found |= flat(value, f"{head}{key}.") if nested else {f"{head}{key}": value}
     return found

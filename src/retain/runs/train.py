@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from retain.config import names_of
 from retain.errors import ConfigError
 from retain.files import check_folder, first_rank, locked
 from retain.runs import checkpoints
-from retain.runs.folders import check_run
+from retain.runs.folders import by_file, check_run
 from retain.runs.messages import Interrupted, Messages
 from retain.runs.settings import Settings, by_key, read_run
 from retain.runs.training import RunResult, Training
@@ -38,9 +39,9 @@ def train_run(
         progress: show bars.
         quiet: print nothing.
         **settings: come before those of `config`: the options of ``retain train`` with underscores
-            (``model``, ``data``, ``out``, ``budget`` in nats per source token, ``rank``,
-            ``learning_rate``, ``seed``, ...), and the fields of `RunConfig`, such as
-            ``training={"warmup": 10}``.
+            (``model``, ``data``, ``out``, ``budget`` in nats per source token, or by name
+            as ``{"facts": 0.02}``, ``rank``, ``learning_rate``, ``seed``, ...), and the fields of
+            `RunConfig`, such as ``training={"warmup": 10}``.
 
     Returns:
         The folder and the record. Under ``torchrun`` the first process alone writes.
@@ -103,7 +104,8 @@ def run_training(
     own = settings.method != "none" and settings.curvature is None and before is None
     with locked(out):
         if first_rank():
-            check_run(out, curvature=own)
+            names = (names_of(settings.budget) or ("",)) if own else ()
+            check_run(out, curvatures=[by_file("curvature", name) for name in names])
         if not resume and not overwrite:
             checkpoints.refuse_leftovers(kept)
         try:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retain.config import RunConfig
+from retain.config import RunConfig, names_of
 from retain.documents import sealed
 from retain.errors import ConfigError, unknown
 from retain.files import file_digest, first_rank, write_json, writing
-from retain.records import Step, finite
-from retain.runs import checkpoints, classify
+from retain.records import Step, digest_of, finite
+from retain.runs import checkpoints, classify, named
 from retain.runs.bases import load_base, problem_count
 from retain.runs.folders import drop_state
-from retain.runs.hold import HeldBy, adapter_for, curvature_for, recipe_for
+from retain.runs.hold import Held, HeldBy, adapter_for, curvatures_for, recipe_for
 from retain.runs.messages import Messages
 from retain.runs.months import Previous, keep_state, previous_run
 from retain.runs.records import (
@@ -24,6 +24,7 @@ from retain.runs.records import (
     TRAIN,
     CurvatureOf,
     Digests,
+    HeldTo,
     Labels,
     ModelOf,
     Month,
@@ -62,7 +63,7 @@ class Training:
         self.before: Previous | None = None
         if config.continue_from is not None:
             self.before = previous_run(config.continue_from)
-        self.source: Any = None
+        self.sources: dict[str, Any] = {}
         self.past: Any = None
         self.recipe: Any = None
         self.labels: Labels | None = None
@@ -79,10 +80,12 @@ class Training:
         self.config = c = placed(self.config)
         training, labels = c.training, self.labels
         base = self._base()
+        named.check_chat(c, self.tokenizer)
         if self.before is not None:
-            self.source, self.past = self.before.curvatures()
+            self.sources, self.past = self.before.curvatures()
             self.before.restore_head(base)
-            self.before.check_base(base, self.source.info.model, c.model)
+            known = next(iter(self.sources.values())).info.model
+            self.before.check_base(base, known, c.model)
         counts = RowCounts()
         examples = run_examples(
             c, self.rows, self.problems, self.tokenizer, causal=is_causal(base), counts=counts,
@@ -95,12 +98,12 @@ class Training:
             self.labels = classify.fit_new_head(
                 base, examples, labels, c, self.messages, learned=self.before is not None
             )
-        self.model = adapter_for(base, c, self.before, self.source, self.past)
+        self.model = adapter_for(base, c, self.before, self.sources, self.past)
         held = self._held()
         digests = Digests(
             data=rows_digest(examples),
             base=fingerprint(self.model),
-            source=held and (self.digest or _digest(held.path)),
+            source=self.digest or _digest_of(held),
             past=self.before and _digest(self.before.past),
         )
         last = self._last(digests)
@@ -147,6 +150,8 @@ class Training:
 
             self.given = load_curvature(c.curvature)
             self.digest = _digest(Path(c.curvature).expanduser())
+        if c.method != "none":
+            named.check_texts(c)
         for line in unused(c):
             self.messages.note(line)
         self.messages.libraries()
@@ -178,19 +183,26 @@ class Training:
         )
         return base
 
-    def _held(self) -> HeldBy | None:
+    def _held(self) -> Held:
         if self.before is not None:
-            return HeldBy(self.source, self.before.source, None)
+            places = self.before.sources
+            return {n: HeldBy(held, places[n], None) for n, held in self.sources.items()}
         if self.labels is not None and self.config.method != "none":
             reason = classify.why_not_held(self.config, self.labels)
             if reason is not None:
                 self.messages.note(f"the base model is not held: {reason}")
                 self.unheld = True
-                return None
-        return curvature_for(
+                return {}
+        return curvatures_for(
             self.config, self.given, self.out, self.model, self.tokenizer, self.messages,
-            anew=self.config.source is not None and not self.resume,
+            resume=self.resume,
         )  # fmt: skip
+
+    def _text(self) -> Any:
+        """On which a budget or a KL is measured."""
+        if names_of(self.config.budget):
+            return named.probes(self.config, self.model, self.tokenizer, self.messages)
+        return self.config.source or "auto"
 
     def _last(self, digests: Digests) -> Path | None:
         """The checkpoint to go on from, of the same run; what is broken goes out of the way.
@@ -215,12 +227,14 @@ class Training:
             self.messages.say(f"going on from {last}")
         return last
 
-    def _fit(self, examples: Any, held: HeldBy | None, digests: Digests) -> Any:
+    def _fit(self, examples: Any, held: Held, digests: Digests) -> Any:
         """The one call of the training loop."""
         from retain.training.loop import train
 
-        if held is not None or self.unheld:  # without a source, its other parts act
-            self.recipe = recipe_for(self.config, held and held.curvature, self.past)
+        if held or self.unheld:  # without a source, its other parts act
+            sources = {name: one.curvature for name, one in held.items()}
+            self.recipe = recipe_for(self.config, sources, self.past)
+        text = self._text() if held else "auto"
         fix = "free some disk; --resume goes on from the last whole checkpoint, where there is one"
         try:
             with writing("a checkpoint", self.kept, fix=fix):
@@ -229,7 +243,7 @@ class Training:
                     examples,
                     self.config.training,
                     recipe=self.recipe,
-                    source=self.config.source or "auto",
+                    source=text,
                     out=self.kept,
                     progress=self.messages.progress,
                     resume=self.resume,
@@ -239,7 +253,7 @@ class Training:
             if first_rank():
                 checkpoints.drop_broken(self.kept)
 
-    def _record(self, held: HeldBy | None, last: Path | None, digests: Digests) -> dict[str, Any]:
+    def _record(self, held: Held, last: Path | None, digests: Digests) -> dict[str, Any]:
         """What the finished model tells."""
         from retain.models.sites import lora_sites
         from retain.provenance import provenance
@@ -257,17 +271,39 @@ class Training:
                 name=c.model, parameters=total - trainable, trainable=trainable,
                 fingerprint=digests.base or "",
             ),
-            "curvature": held and CurvatureOf(
-                path=str(held.path), seconds=held.seconds, info=held.curvature.info.to_dict()
-            ),
+            **self._spent(held),
             "resumed_from": last and last.name,
-            "predicted_nats": held and finite(held.curvature.quadratic(self.model)),
             "digests": digests,
             "why_no_filter": self.recipe and self.recipe.why_no_filter,
             "notes": self.messages.notes,
         }  # fmt: skip
 
-    def _leave(self, done: RunResult, examples: Any, held: HeldBy | None) -> None:
+    def _spent(self, held: Held) -> dict[str, Any]:
+        """What the run was held by, and how far it moved."""
+        found = {
+            name: CurvatureOf(
+                path=str(one.path), seconds=one.seconds, info=one.curvature.info.to_dict()
+            )
+            for name, one in held.items()
+        }
+        nats = {name: one.curvature.quadratic(self.model) for name, one in held.items()}
+        mean = finite(sum(nats.values()) / len(nats)) if nats else None
+        budgets = self.config.budget
+        if not isinstance(budgets, Mapping):
+            return {"curvature": found.get(""), "predicted_nats": mean}
+        spent = {} if self.recipe is None else self.recipe.spent()
+        to = {
+            name: HeldTo(
+                budget=budgets[name], predicted_nats=finite(nats[name]), curvature=one,
+                **({} if name not in spent else finite({
+                    "measured_nats": spent[name].measured, "strength": spent[name].strength,
+                })),
+            )
+            for name, one in found.items()
+        }  # fmt: skip
+        return {"held_to": to, "predicted_nats": mean}
+
+    def _leave(self, done: RunResult, examples: Any, held: Held) -> None:
         """Writes the adapter, the record and the state."""
         from retain.models.saved import save_adapter
 
@@ -279,7 +315,7 @@ class Training:
         )  # fmt: skip
         save_adapter(self.model, done.adapter, c.model, self._facts(record, month))
         write_record(self.out / TRAIN, record)
-        if held is not None and c.keep_state:
+        if held and c.keep_state:
             keep_state(
                 self.model, examples, self.recipe, self.out, month, self.before,
                 self.labels, self.messages,
@@ -332,6 +368,12 @@ def rows_digest(examples: Sequence[Any]) -> str:
     for e in examples:
         digest.update(repr((e.tokens, e.targets, e.predict, e.segments)).encode())
     return digest.hexdigest()
+
+
+def _digest_of(held: Held) -> str | None:
+    """Of the files of one curvature, or of several; None of none."""
+    found = {name: _digest(one.path) for name, one in held.items()}
+    return found.get("") if "" in found or not found else digest_of(found)
 
 
 def _digest(path: Path) -> str | None:

@@ -71,7 +71,8 @@ class RetentionCallback(TrainerCallback):
     To each record of the trainer's log it adds ``task_loss``, ``predicted_nats`` and
     ``retention_strength``, so every ``report_to`` backend gets them; with a budget also
     ``retention_correction``, and with named ones ``predicted_nats``, ``strength`` and
-    ``correction`` of each, such as ``strength/facts``; with `kl` also ``source_kl``. What a budget
+    ``correction`` of each, such as ``strength/facts``, and in its last line ``budget``,
+    ``predicted_nats`` and ``measured_nats`` of each; with `kl` also ``source_kl``. What a budget
     has learned, and whether there is a filter, is kept in ``trainer_state.json`` of each
     checkpoint, and read from the one that is resumed, wherever it lies; of a filtered A in
     bfloat16, ``filtered.safetensors`` beside it has the bits below. A budget is settled by
@@ -420,6 +421,14 @@ class RetentionCallback(TrainerCallback):
         if args.should_save:
             self._card(Path(str(args.output_dir)))
 
+    def _told(self) -> dict[str, float]:
+        """What the last line of the log says of each named budget."""
+        found: dict[str, float] = {}
+        for name, (budget, predicted, measured, _) in self.recipe.spent().items():
+            values = {"budget": budget, "predicted_nats": predicted, "measured_nats": measured}
+            found |= {named(k, name): value for k, value in values.items() if value is not None}
+        return found
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -428,6 +437,8 @@ class RetentionCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        if logs is not None and "train_loss" in logs and isinstance(self.recipe.budget, Mapping):
+            record(state, logs, self._told())
         if logs is None or "loss" not in logs or self._nats is None:
             return
         added = {
