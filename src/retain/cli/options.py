@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import sys
 import types
@@ -175,10 +176,12 @@ def quieten(progress: bool) -> None:
         ("TOKENIZERS_PARALLELISM", "false"),
     ):
         os.environ.setdefault(name, value)
-    from transformers.utils import logging
+    # On a CPU it asks for kernels that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as of_transformers
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
 
 
 def check_choices(*choices: tuple[str, str, Iterable[str]]) -> None:

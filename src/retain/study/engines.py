@@ -8,6 +8,7 @@ to the last bit where the number of threads and the kind of machine are.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import multiprocessing
 import os
 import signal
@@ -124,6 +125,7 @@ def _begin() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _end_with_parent() -> None:
