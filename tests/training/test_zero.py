@@ -21,6 +21,7 @@ from transformers import Trainer, TrainingArguments
 
 import retain
 from retain.errors import ConfigError, ModelError
+from retain.integrations import FittingCallback
 from retain.models import processes
 from retain.models.lora import attach_lora
 from retain.models.sites import lora_sites
@@ -48,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "masters elsewhere": {"strength": 300.0, "zero": {
         "offload_optimizer": {"device": "cpu"}}},
     "bfloat16": {"strength": 300.0, "half": True},
+    "fitted inside": {"strength": 300.0, "inside": True},
     "SFTTrainer": {"strength": 300.0, "update": "proximal"},
     "DPOTrainer": {"strength": 300.0},
     "GRPOTrainer": {"strength": 300.0, "parts": ["force"]},  # its filter is refused
@@ -64,7 +66,12 @@ def trained(
 ) -> dict[str, Any]:
     told, many = dict(CASES[case]), processes.count()
     stage, micro, clip = told.pop("stage", 2), told.pop("micro", 1), told.pop("clip", 1.0)
-    half, grown, zero = told.pop("half", False), told.pop("grown", False), told.pop("zero", {})
+    inside, half, grown, zero = (
+        told.pop("inside", False),
+        told.pop("half", False),
+        told.pop("grown", False),
+        told.pop("zero", {}),
+    )
     kind = (
         case.removesuffix("Trainer") if case in ("SFTTrainer", "DPOTrainer", "GRPOTrainer") else ""
     )
@@ -108,7 +115,11 @@ def trained(
         )  # fmt: skip
     else:
         trainer = Trainer(model=model, train_dataset=rows, args=TrainingArguments(**said))
-    call = retain.RetentionCallback(curvature, **told)
+    call: Any = retain.RetentionCallback(curvature, **told)
+    if inside:
+        kept = out / "whole" / "retention.safetensors" if checkpoint else None
+        fit = {"batch_size": 4, "progress": False}
+        call = FittingCallback(SOURCE, curvature=kept, fit=fit, **told)
     trainer.add_callback(call)
     trainer.train(resume_from_checkpoint=checkpoint and str(out / checkpoint))
     assert (call.recipe.filter is None) is ("parts" in told)

@@ -175,8 +175,9 @@ class ZeroStep:
         """All of what each process has a part of, flat, where the model is."""
         group = self.zero.real_dp_process_group[self.group]
         mine = part.detach().to(self.weights[0].device).reshape(-1).contiguous()
-        full = mine.new_empty(mine.numel() * distributed.get_world_size(group))
-        distributed.all_gather_into_tensor(full, mine, group)
+        count = distributed.get_world_size(group)
+        full = mine.new_empty(mine.numel() * count)
+        distributed.all_gather(list(full.chunk(count)), mine, group)
         return full
 
     def _mine(self, full: Tensor) -> Tensor:
