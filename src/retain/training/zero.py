@@ -204,7 +204,7 @@ def _place_of(weights: list[nn.Parameter], zero: Any) -> tuple[int, list[int]]:
         raise ModelError(
             "DeepSpeed's weights lie in another way than any that was tried",
             got=f"{type(zero).__name__} of an unknown version",
-            allowed="ZeRO stage 1 or 2 of DeepSpeed 0.14 or later",
+            allowed="ZeRO stage 1 or 2 of DeepSpeed 0.16 or later",
             fix="another version of DeepSpeed, or DistributedDataParallel",
         )
     return found[0], [w.storage_offset() - flat.storage_offset() for w in weights]
