@@ -23,7 +23,7 @@ import tiny
 from retain.errors import ConfigError
 from retain.evaluation.generation import generate
 from retain.evaluation.ranking import Ranking, score_options
-from retain.evaluation.reuse import can_reuse
+from retain.models.reuse import can_reuse
 
 PROMPTS = ["abc", "ab", "kj", "abcd", "c", "hgfedcba"]
 OPTIONS = [
@@ -173,9 +173,18 @@ def test_what_cannot_be_ranked_is_refused(model: torch.nn.Module) -> None:
             score_options(model, Letters(), [prompt], [options])
 
 
-def test_generation_keeps_the_order_and_ignores_padding(model: torch.nn.Module) -> None:
-    prompts = ["abcdef", "a", "kji", "bb"]
+@pytest.mark.parametrize("shared", ["", "bcdefghikj"])
+@pytest.mark.parametrize("kind", ["llama", "lora", "neox", "gpt2", "mistral", "bloom"])
+def test_generation_keeps_the_order_and_ignores_padding(kind: str, shared: str) -> None:
+    model = build(kind)
+    if kind == "bloom":  # whose masked softmax is of single precision
+        model = model.float()
+    prompts = [shared + end for end in ("abcdef", "a", "kji", "bb")]
+    fed: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda m, a, o: fed.append(a[0].shape[1]))
     together = generate(model, Letters(), prompts, max_new_tokens=5, batch_size=4)
     alone = [generate(model, Letters(), [p], max_new_tokens=5)[0] for p in prompts]
     assert together == alone
     assert len(set(alone)) > 1
+    once = bool(shared) and kind not in ("mistral", "bloom")  # sliding windows; no cache to share
+    assert fed[:2] == ([len(shared), 6] if once else [len(shared) + 6, 1])

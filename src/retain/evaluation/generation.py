@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from retain.data.tokens import tokenize
 from retain.models.generating import write
+from retain.models.reuse import can_reuse, shared_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,14 +50,19 @@ def generate_ids(
     progress: bool = False,
     label: str = "generating",
 ) -> list[list[int]]:
-    """`generate` of tokens, to tokens: each answer up to and with the token that ends it."""
+    """`generate` of tokens, to tokens: each answer up to and with the token that ends it.
+
+    What all prompts begin with is run once a batch, of a model that can go on from it.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
+    shared = shared_tokens(prompts) if can_reuse(model, sliding=False) else 0
     bar = tqdm(total=len(prompts), desc=label, unit="answer", disable=not progress)
     with bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            out = write(model, tokenizer, [prompts[i] for i in rows], new_tokens=new_tokens)
+            asked = [prompts[i] for i in rows]
+            out = write(model, tokenizer, asked, new_tokens=new_tokens, shared=shared)
             for i, found in zip(rows, out, strict=True):
                 answers[i] = found
             bar.update(len(rows))

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from retain.data.batches import Example
 from retain.data.tokens import tokenize
 from retain.errors import ConfigError
-from retain.evaluation.reuse import branch_logits, can_reuse
+from retain.models.reuse import branch_logits, can_reuse, shared_tokens
 from retain.models.sizes import check_length, pad_multiple
 from retain.models.view import ModelView
 
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["Ranking", "score_options"]
 
 _CHUNK = 512  # positions whose logits are held in float32 at once
-
-SHARED = 8
-"""Tokens that all prompts begin with, from which on they are run once a batch."""
 
 
 class Ranking(NamedTuple):
@@ -91,7 +88,7 @@ def score_options(
     again = not (reuse and can_reuse(model))
     branched = [] if again else [q for q in unique if len(q.leaves) > 1]
     plain = unique if again else [q for q in unique if len(q.leaves) == 1]
-    shared = 0 if again else _shared(plain)
+    shared = 0 if again else shared_tokens([q.head for q in plain])
     bar = tqdm(total=len(unique), desc=label, unit="question", disable=not progress)
     with view.evaluating(), torch.no_grad(), bar:
         for chunk in _chunks(plain, batch_size) if shared else ():
@@ -179,18 +176,6 @@ def _collect(
             picks.add(q, j, range(start, start + n))
         start += n
     picks.collect(logits)
-
-
-def _shared(questions: Sequence[_Question]) -> int:
-    """How many tokens all prompts begin with, and none ends with; 0 where they are few."""
-    if len(questions) < 2:
-        return 0
-    least, most = (order(q.head for q in questions) for order in (min, max))
-    same = next(
-        (i for i, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least)
-    )
-    same = min(same, min(len(q.head) for q in questions) - 1)
-    return same if same >= SHARED else 0
 
 
 def _questions(

@@ -25,6 +25,7 @@ from retain.errors import SourceError, not_finite
 from retain.models.forward import compact_head, evaluating
 from retain.models.names import unwrap
 from retain.models.off import base_to_sample
+from retain.models.reuse import beginning
 from retain.models.sizes import check_length, check_sizes, cut_length, pad_id
 
 if TYPE_CHECKING:
@@ -72,15 +73,18 @@ def write(
     *,
     new_tokens: int,
     temperature: float | None = None,
+    shared: int = 0,
 ) -> list[list[int]]:
     """What a causal model writes after prompts (tokens), up to and with the token that ends it.
 
     Args:
         model: in any mode; it is put into evaluation mode for the while.
         tokenizer: its own.
-        prompts: shorter ones are padded on the left.
+        prompts: shorter ones are padded on the left, behind what all share.
         new_tokens: that are written at most.
         temperature: of what is sampled, 1 for the model as it is; None takes the most likely token.
+        shared: so many tokens that all prompts begin with are run once, of a model that can go on
+            from them (`retain.models.reuse`).
 
     Raises:
         SourceError: a prompt and its answer are longer than the model can read.
@@ -92,8 +96,14 @@ def write(
         fix="shorter prompts, fewer new tokens, or a model of more positions",
     )  # fmt: skip
     device = next(model.parameters()).device
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    gaps = [width - len(p) for p in prompts]
+    ids = torch.tensor(
+        [[*p[:shared], *[pad] * gap, *p[shared:]] for p, gap in zip(prompts, gaps, strict=True)],
+        device=device,
+    )
+    mask = torch.tensor(
+        [[1] * shared + [0] * gap + [1] * (width - shared - gap) for gap in gaps], device=device
+    )
     settings = GenerationConfig(
         max_new_tokens=new_tokens,
         eos_token_id=ends or None,
@@ -103,8 +113,11 @@ def write(
         **({} if temperature is None else {"temperature": temperature, "top_k": 0}),
     )
     with evaluating(model), torch.no_grad(), compact_head(model), plain_generation(model):
+        known: dict[str, Any] = {}
+        if shared:
+            known["past_key_values"] = beginning(model, ids[:1, :shared], len(prompts))
         out = model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask, generation_config=settings
+            input_ids=ids, attention_mask=mask, generation_config=settings, **known
         )
     found = out[:, width:].tolist()
     stops = (next((i for i, t in enumerate(row) if t in ends), len(row)) for row in found)

@@ -1,4 +1,5 @@
-"""Score the continuations of a prompt from one pass of it, through the keys and values it left.
+"""Score or write the continuations of a text from one pass of it, through the keys and values it
+left.
 
 The prompts of a batch are padded on the left, as generation pads them, run once, and their cache
 is copied to the rows of their continuations, which alone are run then.
@@ -17,16 +18,34 @@ from retain.models.forward import head_reads
 from retain.models.names import inner_model, unwrap
 from retain.models.view import ModelView
 
-__all__ = ["branch_logits", "can_reuse"]
+__all__ = ["beginning", "branch_logits", "can_reuse", "shared_tokens"]
+
+SHARED = 8
+"""Tokens that all texts begin with, from which on they are run once."""
 
 
-def can_reuse(model: nn.Module) -> bool:
+def shared_tokens(texts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all texts begin with, and none ends with; 0 where they are few."""
+    if len(texts) < 2:
+        return 0
+    least, most = (order(map(list, texts)) for order in (min, max))
+    pairs = enumerate(zip(least, most, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), len(least))
+    same = min(same, min(map(len, texts)) - 1)
+    return same if same >= SHARED else 0
+
+
+def can_reuse(model: nn.Module, *, sliding: bool = True) -> bool:
     """Whether a model can go on from a cache that was copied and padded on the left.
 
     True where its forward takes ``position_ids`` and ``past_key_values`` and every layer's cache
     holds keys and values alone (full or sliding attention). False for recurrent layers, for
     position biases that the model counts itself (BLOOM), and under PEFT's prompt learning, which
     puts a cache of its own in the place of any other.
+
+    Args:
+        model: a causal one.
+        sliding: whether sliding attention will do; padding between texts would move its windows.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -41,7 +60,19 @@ def can_reuse(model: nn.Module) -> bool:
         layers = DynamicCache(config=base.config).layers
     except (AttributeError, KeyError, TypeError, ValueError):
         return False
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer) if sliding else (DynamicLayer,)
+    return all(type(layer) in kinds for layer in layers)
+
+
+def beginning(model: nn.Module, ids: Tensor, count: int) -> Any:
+    """The cache of a text's beginning [1, seq], for so many rows that go on from it."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=inner_model(model).config)
+    with head_reads(model, lambda hidden: hidden[:, -1:]):
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(count)
+    return cache
 
 
 def branch_logits(
