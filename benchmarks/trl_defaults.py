@@ -22,7 +22,8 @@ import torch
 from datasets import Dataset
 from first_words import BATCH, RATE, STEPS, loss_of, shares
 from peft import LoraConfig
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 import retain
 from retain.curvature.fit.source import source_examples
