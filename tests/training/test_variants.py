@@ -184,6 +184,7 @@ def test_trl_without_padding_and_packed_ends_as_with_padding(
 # torch.compile.
 
 
+@pytest.mark.shows("transformers.Trainer", "torch.compile", only="eager")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_it_ends_as_it_does_otherwise(backend: str, tmp_path: Path) -> None:
     said: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2}
@@ -194,9 +195,9 @@ def test_compiled_it_ends_as_it_does_otherwise(backend: str, tmp_path: Path) -> 
 
 
 def compiled_in_place(model: Any) -> Any:
-    """One that has run, so that hooks which come later are no part of what was compiled."""
+    """One that has run, and is to be one graph, in which hooks have no place."""
     torch.compiler.reset()
-    model.compile(backend="eager")
+    model.compile(backend="eager", fullgraph=True)
     model.eval()(torch.tensor([[3, 7, 1]]), attention_mask=torch.ones(1, 3))
     return model
 

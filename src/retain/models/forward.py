@@ -2,10 +2,10 @@
 
 A trainer runs a model's forward pass under autocast (bf16 is TRL's default), and whatever a hook
 multiplies there comes out in bfloat16; accelerate even puts autocast into ``model.forward`` for
-good. A notebook may stand in ``torch.autocast`` or ``torch.inference_mode``. A compiled model
-passes hooks by that were put on after its first run. What is measured is of the model in its
-weights' own precision, and what is computed from it is in float32 at least: every measurement runs
-inside `evaluating`, every hook and product inside `no_autocast`.
+good. A notebook may stand in ``torch.autocast`` or ``torch.inference_mode``. In a compiled graph
+hooks are compiled too, anew for each, or refused (``fullgraph=True``). What is measured is of the
+model as it is written, in its weights' own precision, and what is computed from it is in float32 at
+least: every measurement runs inside `evaluating`, every hook and product inside `no_autocast`.
 """
 
 from __future__ import annotations
