@@ -35,7 +35,8 @@ TRAINERS = (
 FEATURES = (
     "force", "filter", "fresh rows", "head", "budget", "KL on answers", "resume",
     "gradient accumulation", "bf16 autocast", "fp16 autocast", "gradient checkpointing",
-    "packing", "assistant-only loss", "DDP", "FSDP2", "DeepSpeed", "4-bit base", "DoRA",
+    "packing", "padding-free rows", "assistant-only loss", "torch.compile",
+    "layer-wise optimiser", "Liger kernels", "DDP", "FSDP2", "DeepSpeed", "4-bit base", "DoRA",
     "full fine-tuning",
 )  # fmt: skip
 
@@ -54,7 +55,24 @@ ZERO = (
     "run so (`tests/training/test_zero.py`)"
 )
 NO_SETTING = "it has no such setting"
+LIGER = (
+    "its kernels need a GPU; a model that is patched as they patch one is in "
+    "`transformers.Trainer`'s cell"
+)
+ITS_OWN = "its own setting; its trainer is TRL's or a `transformers.Trainer`, of which it was tried"
+NEW = ("padding-free rows", "torch.compile", "layer-wise optimiser", "Liger kernels")
 DECLARED: dict[tuple[str, str], tuple[str, str]] = {
+    **{(t, f): (NOT_TRIED, ITS_OWN)
+       for t in ("axolotl", "LLaMA-Factory", "ms-swift", "Unsloth") for f in NEW[:3]},
+    **{(t, "Liger kernels"): (NO_CELL, LIGER)
+       for t in ("SFTTrainer", "DPOTrainer", "GRPOTrainer", "plain loop", "axolotl",
+                 "LLaMA-Factory", "ms-swift", "Unsloth")},
+    ("DPOTrainer", "padding-free rows"): (
+        NO_CELL, "TRL 1.16 turns it off there"),
+    ("GRPOTrainer", "padding-free rows"): (NO_CELL, NO_SETTING),
+    ("plain loop", "padding-free rows"): (
+        NOT_TRIED, "its rows are read as those of `transformers.Trainer` are"),
+    **{(t, f): (NO_CELL, NO_SETTING) for t in ("retain train", "studies") for f in NEW},
     ("transformers.Trainer", "packing"): (NO_CELL, OWN_ROWS),
     ("transformers.Trainer", "assistant-only loss"): (NO_CELL, OWN_ROWS),
     ("plain loop", "packing"): (NO_CELL, OWN_ROWS),
@@ -78,7 +96,7 @@ DECLARED: dict[tuple[str, str], tuple[str, str]] = {
         NO_CELL, "transformers refuses it on a CPU unless told so, for which it has no setting"),
     **{(t, "FSDP2"): (NO_CELL, SHARDED)
        for t in ("axolotl", "LLaMA-Factory", "ms-swift", "Unsloth")},
-    **{(t, "DeepSpeed"): (NO_CELL, ZERO)
+    **{(t, "DeepSpeed"): (NOT_TRIED, ZERO)
        for t in ("axolotl", "LLaMA-Factory", "ms-swift", "Unsloth")},
     ("ms-swift", "packing"): (NO_CELL, "it packs with flash attention alone, which needs a GPU"),
     ("Unsloth", "head"): (NO_CELL, "its CPU backend loads language models alone"),
@@ -210,6 +228,8 @@ def page(found: Collector) -> str:
         "in two processes on CPUs (gloo), which accelerate allows on accelerators alone and is "
         "told to here; DeepSpeed is ZeRO-1 or 2 in two processes likewise, and its engine "
         "is refused in a plain loop. "
+        "Liger's kernels are a stand-in, a model that is patched as Liger patches one; graphs are "
+        "compiled for the backend `eager`. "
         "Unsloth's cells are of its CPU backend, which trains PEFT's own layers; on a GPU its "
         "fused kernels do not call them, and the force alone holds, with its budget and the KL, by "
         "a curvature that was fitted before (`tests/integrations/test_fused.py`, a stand-in for "

@@ -16,6 +16,7 @@ from test_head import classifier, labelled
 from test_precisions import CHATML, padded
 from test_trl import of_trl, rewards
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from retain import (
     OutputKL,
@@ -48,6 +49,7 @@ SAID: dict[str, dict[str, Any]] = {
     "fp16 autocast": {"fp16": True, "max_steps": 3},
     "packing": {"packing": True, "max_length": 32},
     "assistant-only loss": {"assistant_only_loss": True},
+    "torch.compile": {"torch_compile": True, "torch_compile_backend": "eager"},
     "resume": {"save_strategy": "steps", "save_steps": 1},
 }
 """By feature: what the trainer's arguments say of it."""
@@ -66,6 +68,7 @@ CALLED: dict[str, dict[str, Any]] = {
 HALF = {"bf16 autocast": torch.bfloat16, "fp16 autocast": torch.float16}
 
 REFUSED = {
+    **{(t, "layer-wise optimiser"): ModelError for t in TRAINERS},
     ("plain loop", "DeepSpeed"): ModelError,
     ("GRPOTrainer", "filter"): SourceError,
 }
@@ -75,6 +78,7 @@ CELLS = [
     *((t, f) for t in TRAINERS for f in EVERY),
     *((t, "filter") for t in TRAINERS if t != "GRPOTrainer"),
     *(("SFTTrainer", f) for f in ("packing", "assistant-only loss")),
+    *((t, "torch.compile") for t in TRAINERS[1:]),
     ("DPOTrainer", "resume"), ("GRPOTrainer", "resume"), ("transformers.Trainer", "head"),
     *REFUSED,
 ]  # fmt: skip
@@ -181,6 +185,8 @@ def in_a_loop(feature: str, model: Any, tokenizer: Any, curvature: Any, options:
     if feature == "gradient checkpointing":
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
+    if feature == "torch.compile":
+        model.compile(backend="eager")
     source = options.pop("source", None)
     text = ModelView(model, tokenizer).read(source, 4, max_length=16) if source else ()
     held = Retention(model, curvature, rows=loader, probe=text, source=text, **options)
@@ -234,6 +240,12 @@ def test_it_trains_and_is_held(
         with pytest.raises(ModelError):
             Retention(model, curvature).step(stepper)
         return None
+    if (name, feature) == ("plain loop", "layer-wise optimiser"):
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        with pytest.raises(ModelError):
+            Retention(model, curvature)
+        return None
     if name == "plain loop":
         assert in_a_loop(feature, model, tokenizer, curvature, options) > 0
     else:
@@ -242,6 +254,9 @@ def test_it_trains_and_is_held(
         if feature == "fp16 autocast":  # as accelerate has it on a GPU
             trainer.accelerator.native_amp, trainer.accelerator.scaler = True, scaler()
         if (name, feature) in REFUSED:
+            if feature == "layer-wise optimiser":  # what GaLore's and APOLLO's leave the trainer
+                each = {p: torch.optim.SGD([p]) for p in model.parameters() if p.requires_grad}
+                trainer.optimizer = LayerWiseDummyOptimizer(optimizer_dict=each, lr=0.1)
             with pytest.raises(REFUSED[name, feature]):
                 trainer.train()
             return None

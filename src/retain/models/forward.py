@@ -2,15 +2,17 @@
 
 A trainer runs a model's forward pass under autocast (bf16 is TRL's default), and whatever a hook
 multiplies there comes out in bfloat16; accelerate even puts autocast into ``model.forward`` for
-good. A notebook may stand in ``torch.autocast`` or ``torch.inference_mode``. What is measured is of
-the model in its weights' own precision, and what is computed from it is in float32 at least: every
-measurement runs inside `evaluating`, every hook and product inside `no_autocast`.
+good. A notebook may stand in ``torch.autocast`` or ``torch.inference_mode``. In a compiled graph
+hooks are compiled too, anew for each, or refused (``fullgraph=True``). What is measured is of the
+model as it is written, in its weights' own precision, and what is computed from it is in float32 at
+least: every measurement runs inside `evaluating`, every hook and product inside `no_autocast`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -32,6 +34,7 @@ __all__ = [
     "head_reads",
     "inputs_of",
     "no_autocast",
+    "overwrites",
     "own_forwards",
 ]
 
@@ -86,6 +89,16 @@ def own_forwards(model: nn.Module) -> Iterator[None]:
                 module.forward = before
 
 
+def _not_compiled() -> AbstractContextManager[object]:
+    """Inside it what `torch.compile` has made runs as it was written, and calls all hooks.
+
+    Of a process that has compiled nothing it does nothing: to ask loads the compiler, for seconds.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+
+
 def _without_autocast(forward: Any) -> Callable[..., Any] | None:
     """What is under the wrappers of accelerate and ``torch.autocast``; None where none is."""
     found = function = getattr(forward, "__func__", forward)
@@ -102,7 +115,7 @@ def _without_autocast(forward: Any) -> Callable[..., Any] | None:
 
 @contextmanager
 def evaluating(model: nn.Module, *, checkpoint: bool = False) -> Iterator[None]:
-    """Evaluation mode (no dropout, no autocast); afterwards all is as it was.
+    """Evaluation mode (no dropout, no autocast, nothing compiled); afterwards all is as it was.
 
     4-bit layers of bitsandbytes stay in training mode, which is nothing to them but this: on a CPU
     their first evaluation repacks them for inference, and no gradient passes them any more.
@@ -120,7 +133,7 @@ def evaluating(model: nn.Module, *, checkpoint: bool = False) -> Iterator[None]:
             four_bit = type(module).__name__ == "Linear4bit"
             if four_bit or (checkpoint and getattr(module, "gradient_checkpointing", False)):
                 module.training = True
-        with no_autocast(), own_forwards(model):
+        with no_autocast(), own_forwards(model), _not_compiled():
             yield
     except RuntimeError as error:
         found = {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -135,6 +148,15 @@ def evaluating(model: nn.Module, *, checkpoint: bool = False) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def overwrites(model: nn.Module) -> bool:
+    """Whether a graph of the model takes one backward pass alone, as with kernels of Liger.
+
+    Its patches of a model that is there sit in the modules' ``forward``, others in their classes.
+    """
+    forwards = (getattr(m.forward, "__func__", m.forward) for m in model.modules())
+    return any(str(getattr(f, "__module__", "")).startswith("liger_kernel") for f in forwards)
 
 
 def divergence(base: Tensor, tuned: Tensor, regression: bool) -> Tensor:

@@ -28,8 +28,9 @@ def inner_model(model: nn.Module) -> Any:
 
 
 def canonical(name: str) -> str:
-    """A module's or parameter's name in the base model, without PEFT's wrappers."""
-    for prefix in ("base_model.model.", "module.", "_orig_mod."):
+    """A module's or parameter's name in the base model, without wrappers of PEFT or compilation."""
+    name = name.replace("_orig_mod.", "")  # each block may be compiled by itself
+    for prefix in ("base_model.model.", "module."):
         name = name.removeprefix(prefix)
     for wrapper in (".base_layer", ".original_module", ".token_adapter"):
         name = name.replace(wrapper, "")

@@ -12,13 +12,56 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from retain.errors import ModelError
 from retain.models.forward import no_autocast
 from retain.models.shards import gather_gradients, shard_of
 
-__all__ = ["GradientHooks", "Work"]
+__all__ = ["IN_BACKWARD", "GradientHooks", "Work", "check_backward", "steps_in_backward"]
+
+IN_BACKWARD = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo")
+"""Classes of optimisers that step inside the backward pass: what transformers has in place of one
+for GaLore and APOLLO layer by layer, and those of lomo_optim."""
+
+_AVERAGING = ("torch.", "transformers.trainer", "transformers.distributed.", "deepspeed.")
+"""Where hooks come from that average gradients among processes, and step nothing."""
 
 _LOCK = threading.RLock()
 """The gradients of several devices come in threads of their own."""
+
+
+def check_backward(model: nn.Module) -> None:
+    """Refuses a model whose weights are stepped inside the backward pass, as each gradient comes.
+
+    That is done by post-accumulate-grad hooks: the gradient is gone when a force would be added.
+
+    Raises:
+        ModelError: a weight that trains has such a hook, or is of torch's
+            ``_apply_optimizer_in_backward``.
+    """
+    for name, weight in model.named_parameters():
+        hooks: Any = weight._post_accumulate_grad_hooks or {}
+        odd = [hook for hook in hooks.values() if not _averages(hook)]
+        if weight.requires_grad and (odd or hasattr(weight, "_in_backward_optimizers")):
+            raise steps_in_backward(
+                f"a post-accumulate-grad hook on {name}",
+                "step after the backward pass; a hook that only reads: weight.register_hook",
+            )
+
+
+def _averages(hook: Any) -> bool:
+    module = str(getattr(getattr(hook, "func", hook), "__module__", ""))
+    return any(module == each or (each[-1] == "." and module.startswith(each))
+               for each in _AVERAGING)  # fmt: skip
+
+
+def steps_in_backward(got: str, fix: str) -> ModelError:
+    """What an optimiser is refused with that steps while gradients come."""
+    return ModelError(
+        "the optimiser steps inside the backward pass, where no force can act",
+        got=got,
+        allowed="an optimiser that steps after it",
+        fix=fix,
+    )
 
 
 class Work:

@@ -1,15 +1,21 @@
-"""Rows of a trainer's or a loop's data, as the collator gives them."""
+"""Rows of a trainer's or a loop's data, as the collator gives them.
+
+A row may hold several documents end to end (TRL's ``padding_free`` and ``packing``, a
+``DataCollatorWithFlattening``), which the trainer keeps apart: each is read as a row of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice, pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from retain.data.batches import Example
+from retain.data.draws import sample
 
 __all__ = ["RowReader", "loader_examples", "loader_items", "reader_of"]
 
@@ -23,15 +29,16 @@ SEARCHED = 16
 def loader_examples(loader: Any, count: int, seed: int, causal: bool) -> list[Example]:
     """Rows of the training data, as the collator gives them, drawn without its sampler.
 
-    Of `SEARCHED` times as many, at most: those without tokens are left out.
+    Of `SEARCHED` times as many, at most: those without tokens are left out. Where rows are packed,
+    the documents are drawn from those of `count` rows, for a packed row's are of like lengths.
     """
-    found: list[Example] = []
+    found: list[list[Example]] = []
     with torch.random.fork_rng():
         for item in islice(loader_items(loader, seed), SEARCHED * count):
-            found += _examples(loader.collate_fn([item]), causal)
+            found += _rows(loader.collate_fn([item]), causal)
             if len(found) >= count:
                 break
-    return found[:count]
+    return sample(list(chain.from_iterable(found[:count])), count, seed)
 
 
 def loader_items(loader: Any, seed: int) -> Iterator[Any]:
@@ -46,8 +53,10 @@ def loader_items(loader: Any, seed: int) -> Iterator[Any]:
     return (data[i] for i in torch.randperm(len(data), generator=random).tolist())
 
 
-def _examples(batch: Any, causal: bool) -> list[Example]:
-    """What a collator made of one row: a sequence, or several, as of a pair of answers."""
+def _rows(batch: Any, causal: bool) -> list[list[Example]]:
+    """What a collator made of one row: a sequence, or several, as of a pair of answers; of each the
+    documents in it.
+    """
     if not isinstance(batch, Mapping) or not batch.keys() & {"batch", "input_ids"}:
         return []
     ours = batch.get("batch")  # of this package's own trainer
@@ -62,17 +71,46 @@ def _examples(batch: Any, causal: bool) -> list[Example]:
     elif labels is not None and causal:
         counts = labels != -100
     found = []
-    for tokens, keep, predicts in zip(
-        ids, mask.reshape(ids.shape).bool(), counts.reshape(ids.shape).bool(), strict=True
-    ):
+    for tokens, keep, predicts, begins in zip(
+        ids, mask.reshape(ids.shape).bool(), counts.reshape(ids.shape).bool(), _begins(inputs, ids),
+        strict=True,
+    ):  # fmt: skip
         kept, predict = tuple(tokens[keep].tolist()), tuple(predicts[keep].tolist())
         if not causal:
-            found.append(Example(kept, (0,)))
+            examples = [Example(kept, (0,))]
         elif ours is not None:
-            found.append(Example(kept, (0,) * len(kept), predict))
+            examples = [Example(kept, (0,) * len(kept), predict)]
         else:
-            found.append(Example(kept[:-1], kept[1:], predict[1:]))
-    return [example for example in found if example.tokens]
+            examples = _documents(kept, predict, begins[keep].nonzero().flatten().tolist())
+        found.append([example for example in examples if example.tokens])
+    return [examples for examples in found if examples]
+
+
+def _begins(inputs: Mapping[str, Any], ids: Tensor) -> Tensor:
+    """Where in a row another document begins, [rows, seq]; False at a row's own beginning.
+
+    By the rule of transformers, which keeps them apart: ``position_ids`` that do not count on
+    (`transformers.masking_utils.find_packed_sequence_indices`), or the ends that its flash
+    attention is given.
+    """
+    begins = torch.zeros_like(ids, dtype=torch.bool)
+    places, ends = inputs.get("position_ids"), inputs.get("cu_seq_lens_q")
+    if places is not None and places.shape == ids.shape:
+        begins[:, 1:] = places.diff() != 1
+    elif ends is not None and len(ids) == 1:
+        begins[0, ends[1:-1].long()] = True
+    return begins
+
+
+def _documents(tokens: tuple[int, ...], predict: tuple[bool, ...], at: list[int]) -> list[Example]:
+    """The documents of a row, which begin `at`; of several, those in which something is learned:
+    others are padding.
+    """
+    found = [
+        Example(tokens[a : b - 1], tokens[a + 1 : b], predict[a + 1 : b])
+        for a, b in pairwise([0, *(place for place in at if place), len(tokens)])
+    ]
+    return found if len(found) == 1 else [each for each in found if any(each.predict)]
 
 
 def reader_of(examples: Sequence[Example]) -> RowReader:

@@ -59,7 +59,7 @@ from retain.retention.filter_checks import NO_STRENGTH, check_filter, why_no_fil
 from retain.retention.force import Force, Spent, check_strength
 from retain.retention.fresh_rows import FrozenRows, fresh_rows
 from retain.retention.head import HeadFit, fit_head
-from retain.retention.hooks import GradientHooks
+from retain.retention.hooks import GradientHooks, check_backward
 from retain.retention.loader import RowReader
 from retain.retention.measure import fit_rows
 from retain.retention.moments import Moments, input_moments, moments_of
@@ -257,6 +257,7 @@ class Recipe:
     ) -> None:  # fmt: skip
         resuming = progress is not None
         check_divided(model)
+        check_backward(model)
         head_kind(model)  # refuses one that is not known
         for each in self._curvatures():
             each.bind(model)  # it is of this model, and on its device

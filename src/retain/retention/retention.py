@@ -15,6 +15,7 @@ from retain.data.batches import Example
 from retain.errors import ModelError
 from retain.models.heads import is_causal
 from retain.retention.filter import Filter
+from retain.retention.hooks import IN_BACKWARD, steps_in_backward
 from retain.retention.loader import RowReader, loader_examples, reader_of
 from retain.retention.named import Budgets, Curvatures
 from retain.retention.output_kl import OutputKL
@@ -156,14 +157,18 @@ class Retention:
 
 
 def check_steps(part: object) -> None:
-    """Refuses a model or an optimiser of DeepSpeed, or of accelerate's for it.
+    """Refuses a model or an optimiser of DeepSpeed, and optimisers that step as gradients come.
+
+    Those of accelerate's that are around them too. `check_backward` finds the hooks of others.
 
     Raises:
         ModelError: it is one.
     """
-    for kind in type(part).__mro__:
+    for kind in (*type(part).__mro__, *type(getattr(part, "optimizer", None)).__mro__):
         if kind.__module__.startswith("deepspeed") or kind.__name__.startswith("DeepSpeed"):
             raise no_deepspeed()
+        if kind.__name__ in IN_BACKWARD:
+            raise steps_in_backward(kind.__name__, 'optim="adamw_torch", or another without it')
 
 
 def no_deepspeed() -> ModelError:

@@ -14,7 +14,7 @@ from retain.curvature.fit.labels import cotangents
 from retain.curvature.fit.settings import FitSettings
 from retain.data.batches import Batch
 from retain.errors import CurvatureError
-from retain.models.forward import forward_body, forward_logits, no_autocast
+from retain.models.forward import forward_body, forward_logits, no_autocast, overwrites
 from retain.models.heads import are_values
 
 __all__ = ["Accumulator"]
@@ -64,7 +64,11 @@ class Accumulator:
         self._turns: Tensor | None = None
 
     def batch(self, batch: Batch) -> None:
-        """Forward once, and backward once for each cotangent."""
+        """Forward once, and backward once for each cotangent.
+
+        Liger's kernels write gradients over what their backward pass reads, without a word to
+        autograd, so with them each cotangent has a forward pass of its own.
+        """
         self._batch, self._first = batch, True
         if not self.estimator.backward:
             self._fired.clear()
@@ -75,12 +79,15 @@ class Accumulator:
         draws: list[list[float]] = []
         self._turns = None
         with torch.enable_grad():
-            logits = forward_logits(self.model, batch)
+            graph = logits = forward_logits(self.model, batch)
+            once = overwrites(self.model)
             ways = cotangents(logits, batch, self.settings, are_values(self.model, logits))
             for cotangent, self._weight, last in ways:
                 self._fired.clear()
                 self._total = None
-                logits.backward(cotangent.to(logits.dtype), retain_graph=not last)
+                graph.backward(cotangent.to(graph.dtype), retain_graph=not last and not once)
+                if once and not last:
+                    graph = forward_logits(self.model, batch)
                 self._first = False
                 if self._total is not None:
                     self._check(self._total)
