@@ -144,6 +144,31 @@ def test_what_all_prompts_begin_with_is_run_once_a_batch(model: torch.nn.Module)
     assert len(fed) == 1  # a prompt's last token is its own: 7 are left
 
 
+def test_keys_and_values_are_held_of_so_many_tokens(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    inner: Any = model
+    inner.get_input_embeddings().register_forward_hook(lambda m, a, o: passes.append(len(a[0])))
+    prompts = ["abcdefgh" + end for end in "abcde"]
+    whole = score_options(model, Letters(), prompts, [["a", "b"]] * 5)
+    assert passes == [1, 5]
+    passes.clear()
+    monkeypatch.setattr("retain.evaluation.ranking.HELD", 2 * 9)
+    few = score_options(model, Letters(), prompts, [["a", "b"]] * 5)
+    assert passes == [1, 2, 1, 2, 1, 1]
+    for one, other in zip(whole.logp, few.logp, strict=True):
+        assert one == pytest.approx(other, abs=1e-9)
+
+
+def test_rotary_positions_by_the_length_of_a_pass_are_not_reused(model: torch.nn.Module) -> None:
+    assert can_reuse(model)
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert not can_reuse(model)
+    model.config.rope_parameters = {"full_attention": {"rope_type": "longrope"}}
+    assert not can_reuse(model)
+
+
 def test_long_prompts_lose_their_beginning_and_options_nothing(model: torch.nn.Module) -> None:
     long, options = "kkkkkkkkabc", ["de", "fgh", "ed"]
     cut = score_options(model, Letters(), [long], [options], max_length=6)

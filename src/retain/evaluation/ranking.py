@@ -32,6 +32,9 @@ __all__ = ["Ranking", "score_options"]
 
 _CHUNK = 512  # positions whose logits are held in float32 at once
 
+HELD = 16384
+"""Tokens whose keys and values a pass holds at most: 2 GiB of an 8B model with grouped queries."""
+
 
 class Ranking(NamedTuple):
     """The log-probability of each option after its prompt, in nats, summed over its tokens."""
@@ -225,11 +228,12 @@ def _example(question: _Question, branch: int) -> Example:
 
 
 def _chunks(questions: Sequence[_Question], size: int) -> Iterator[list[_Question]]:
-    """Questions of like length, so many together that their branches fill a batch."""
+    """Questions of like length, so many together that their branches fill a batch, or `HELD`."""
     chunk: list[_Question] = []
     rows = 0
     for q in sorted(questions, key=lambda q: (len(q.head), max(map(len, q.leaves)))):
-        if chunk and rows + len(q.leaves) > size:
+        all_of, width = rows + len(q.leaves), len(q.head) + max(map(len, q.leaves))
+        if chunk and (all_of > size or all_of * width > HELD):
             yield chunk
             chunk, rows = [], 0
         chunk.append(q)

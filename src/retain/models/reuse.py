@@ -40,7 +40,8 @@ def can_reuse(model: nn.Module, *, sliding: bool = True) -> bool:
 
     True where its forward takes ``position_ids`` and ``past_key_values`` and every layer's cache
     holds keys and values alone (full or sliding attention). False for recurrent layers, for
-    position biases that the model counts itself (BLOOM), and under PEFT's prompt learning, which
+    position biases that the model counts itself (BLOOM), for rotary positions whose frequencies go
+    by the length of a pass (``dynamic``, ``longrope``), and under PEFT's prompt learning, which
     puts a cache of its own in the place of any other.
 
     Args:
@@ -54,6 +55,8 @@ def can_reuse(model: nn.Module, *, sliding: bool = True) -> bool:
     if config is not None and config.is_prompt_learning:
         return False
     base = inner_model(model)
+    if _rotary(base.config) & {"dynamic", "longrope"}:  # whose frequencies go by a pass's length
+        return False
     if not {"position_ids", "past_key_values"} <= set(inspect.signature(base.forward).parameters):
         return False
     try:
@@ -62,6 +65,13 @@ def can_reuse(model: nn.Module, *, sliding: bool = True) -> bool:
         return False
     kinds = (DynamicLayer, DynamicSlidingWindowLayer) if sliding else (DynamicLayer,)
     return all(type(layer) in kinds for layer in layers)
+
+
+def _rotary(config: Any) -> set[str]:
+    """The kinds of rotary positions that a model has."""
+    told = getattr(config, "rope_parameters", None) or {}
+    each = [told, *(value for value in told.values() if isinstance(value, dict))]
+    return {str(found.get("rope_type")) for found in each}
 
 
 def beginning(model: nn.Module, ids: Tensor, count: int) -> Any:

@@ -89,13 +89,16 @@ def _rows(batch: Any, causal: bool) -> list[list[Example]]:
 def _begins(inputs: Mapping[str, Any], ids: Tensor) -> Tensor:
     """Where in a row another document begins, [rows, seq]; False at a row's own beginning.
 
-    By the rule of transformers, which keeps them apart: ``position_ids`` that do not count on
-    (`transformers.masking_utils.find_packed_sequence_indices`), or the ends that its flash
-    attention is given.
+    By the rule of transformers, which keeps them apart: without a mask ``position_ids`` that do not
+    count on (`transformers.masking_utils.find_packed_sequence_indices`), or the ends that its flash
+    attention is given. A mask that numbers the documents tells them too.
     """
     begins = torch.zeros_like(ids, dtype=torch.bool)
     places, ends = inputs.get("position_ids"), inputs.get("cu_seq_lens_q")
-    if places is not None and places.shape == ids.shape:
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape == ids.shape:
+        begins[:, 1:] = (mask.diff() != 0) & (mask[:, 1:] > 1)
+    elif mask is None and places is not None and places.shape == ids.shape:
         begins[:, 1:] = places.diff() != 1
     elif ends is not None and len(ids) == 1:
         begins[0, ends[1:-1].long()] = True

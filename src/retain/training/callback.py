@@ -34,6 +34,7 @@ from retain.training.handling import (
     check_trainer,
     check_trains,
     go_first,
+    not_finite,
     record,
     watched_gradients,
 )
@@ -232,6 +233,7 @@ class RetentionCallback(TrainerCallback):
                 return train(*args, **kwargs)
             finally:  # whatever broke it off
                 self.recipe.release()
+                self._let_go()
 
         trainer.train = released  # type: ignore[method-assign]
         return self
@@ -287,7 +289,7 @@ class RetentionCallback(TrainerCallback):
         view = ModelView(model, self.tokenizer)
         view.tokenizer = view.tokenizer or kwargs.get("processing_class")
         zero = zero_of(kwargs.get("optimizer"))
-        self._zero = None
+        self._let_go()
         if zero is not None:
             self._zero = ZeroStep(zero, recipe, model, lambda: self._watched(args, state, model))
         with self._whole():
@@ -305,6 +307,12 @@ class RetentionCallback(TrainerCallback):
             recipe.by_hand()
         recipe.guard(Running() if trainer is None else lambda: True)
         go_first(self, handler)
+
+    def _let_go(self) -> None:
+        """Of DeepSpeed's optimiser."""
+        if self._zero is not None:
+            self._zero.release()
+        self._zero = None
 
     def _whole(self) -> AbstractContextManager[None]:
         """Inside it the weights are as the optimiser has them, and may be changed."""
@@ -380,7 +388,9 @@ class RetentionCallback(TrainerCallback):
     ) -> None:
         optimizer = kwargs["optimizer"]
         if self._zero is not None:
-            self._nats = self._zero.nats
+            if self._zero.left_out() and not args.fp16:
+                raise not_finite(state.global_step + 1)
+            self._nats = None if self._zero.left_out() else self._zero.nats
         else:
             skipped = bool(getattr(optimizer, "step_was_skipped", False))
             nats = self.recipe.after_step(optimizer, skipped=skipped)
@@ -397,10 +407,12 @@ class RetentionCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        with self._whole():  # with all processes
+            kept = self.recipe.kept()
         if not args.should_save:
             return
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if kept := self.recipe.kept():
+        if kept:
             keep_tensors(folder, kept)
         self._card(folder)
 
@@ -410,9 +422,11 @@ class RetentionCallback(TrainerCallback):
         before = self.recipe.predicted()
         with self._whole():
             self.recipe.end()
-        if self._zero is not None:
-            self._zero.release()
+        self._let_go()
         left = self.recipe.predicted()
+        last = state.log_history[-1] if state.log_history else {}
+        if "train_loss" in last and isinstance(self.recipe.budget, Mapping):
+            last.update(self._told())  # it was written before the end
         if left < NOTICED * before:  # it has stopped early, or its best checkpoint was an early one
             _warn(
                 f"the model was moved back to its budget, from {before:.2g} to {left:.2g} nats "

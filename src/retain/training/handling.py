@@ -22,6 +22,7 @@ __all__ = [
     "check_trainer",
     "check_trains",
     "go_first",
+    "not_finite",
     "record",
     "watched_gradients",
 ]
@@ -65,12 +66,7 @@ def watched_gradients(parameters: Iterable[nn.Parameter], step: int) -> Watched 
 
     def judge(largest: float) -> None:
         if not math.isfinite(largest):
-            raise TrainingError(
-                "the loss or its gradient is not finite",
-                got=f"NaN or infinity at step {step}",
-                allowed="finite numbers",
-                fix="lower the learning rate, or check the data",
-            )
+            raise not_finite(step)
 
     some, device = [g for g in grads if g.numel()], grads[0].device
     norms = torch._foreach_norm(some, math.inf) if some else [torch.zeros((), device=device)]
@@ -79,6 +75,16 @@ def watched_gradients(parameters: Iterable[nn.Parameter], step: int) -> Watched 
         largest = largest.nan_to_num(math.inf)  # which a maximum over processes may drop
         distributed.all_reduce(largest, distributed.ReduceOp.MAX)
     return Watched(largest, judge)
+
+
+def not_finite(step: int) -> TrainingError:
+    """What a step is refused with whose gradients are not finite."""
+    return TrainingError(
+        "the loss or its gradient is not finite",
+        got=f"NaN or infinity at step {step}",
+        allowed="finite numbers",
+        fix="lower the learning rate, or check the data",
+    )
 
 
 def record(state: TrainerState, logs: dict[str, float], added: dict[str, float]) -> None:

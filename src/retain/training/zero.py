@@ -28,9 +28,9 @@ __all__ = ["ZeroStep", "zero_of"]
 def zero_of(optimizer: object) -> Any:
     """The optimiser of ZeRO-1 or ZeRO-2 behind a trainer's; None of any other."""
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    kinds = [f"{kind.__module__}.{kind.__name__}" for kind in type(inner).__mro__]
+    kind = type(inner)  # not one that is made of it, as ZenFlow's, which steps in other ways too
     name = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
-    return inner if name in kinds else None
+    return inner if f"{kind.__module__}.{kind.__name__}" == name else None
 
 
 class ZeroStep:
@@ -68,6 +68,10 @@ class ZeroStep:
         self._clip = zero.unscale_and_clip_grads
         zero.unscale_and_clip_grads = self._clipped
         self._handle = zero.optimizer.register_step_post_hook(self._stepped)
+
+    def left_out(self) -> bool:
+        """Whether DeepSpeed has left the last step out, for gradients that are not finite."""
+        return bool(self.zero.overflow)
 
     def release(self) -> None:
         """DeepSpeed's step is its own again."""
@@ -109,12 +113,14 @@ class ZeroStep:
             before = self._squares()
             self.recipe.settle()
             if norm is not None:  # what is clipped is what the filter has left
-                norm = (torch.as_tensor(norm) ** 2 - before + self._squares()).clamp(min=0).sqrt()
+                norm = torch.as_tensor(norm).to(before)
+                norm = (norm**2 - before + self._squares()).clamp(min=0).sqrt()
                 self.zero._global_grad_norm = norm / self.zero.loss_scale
-            scale = full.new_ones(1)
+                norm = norm.to(part.device)  # masters may be elsewhere
+            scale = part.new_ones(1)
             part.copy_(self._mine(full))
             self._clip([part, scale], norm)
-            full.mul_(scale)
+            full.mul_(scale.to(full.device))
             self.nats = self.recipe.before_optimizer(watched)
             part.copy_(self._mine(full))
         if moved is not None:
@@ -207,4 +213,10 @@ def _place_of(weights: list[nn.Parameter], zero: Any) -> tuple[int, list[int]]:
             allowed="ZeRO stage 1 or 2 of DeepSpeed 0.16 or later",
             fix="another version of DeepSpeed, or DistributedDataParallel",
         )
+    master = zero.single_partition_of_fp32_groups[found[0]]
+    if master.dtype != torch.float32:
+        raise ConfigError(
+            "DeepSpeed's masters are not in float32", got=str(master.dtype).removeprefix("torch."),
+            allowed="float32", fix="leave bf16_master_weights_and_grads and the like out",
+        )  # fmt: skip
     return found[0], [w.storage_offset() - flat.storage_offset() for w in weights]
