@@ -58,6 +58,23 @@ def shares(answers: Answers, every: int = 1) -> dict[str, float]:
     }
 
 
+def seen(model: Any, tokenizer: Any, reference: Reference, test: list[Example]) -> dict[str, Any]:
+    """What people see of a trained model: see the module; greedy answers of 24 tokens."""
+    model.eval()
+    with torch.no_grad():
+        loss = float(loss_of(ModelView(model, tokenizer), test))
+    prompts = [p for p in general_prompts(half="held-out") if p.skill != "arithmetic"]
+    answers = measure_answers(model, prompts, tokenizer=tokenizer, new_tokens=24)
+    france = measure_answers(
+        model, ["What is the capital of France?"], tokenizer=tokenizer, new_tokens=16
+    )
+    return {
+        "loss": loss, "kl": reference.measure(model).kl, **shares(answers),
+        "kept": answers.summary()["overall"]["kept"]["value"], "tune": shares(answers, 2),
+        "prompts": len(answers.rows), "france": france.rows[0].tuned,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("arms", nargs="+")
@@ -83,7 +100,6 @@ def main() -> None:
     start = [w.detach().clone() for w in weights]
     train = problem_examples(need(tokenizer), word_problems("train", given.steps * BATCH, seed, 30))
     test = problem_examples(need(tokenizer), word_problems("test", 96, 77, 30))
-    prompts = [p for p in general_prompts(half="held-out") if p.skill != "arithmetic"]
     for arm in given.arms:
         with torch.no_grad():
             for w, first in zip(weights, start, strict=True):
@@ -109,19 +125,8 @@ def main() -> None:
             optimizer.zero_grad()
         if retention is not None:
             retention.finish()
-        model.eval()
-        with torch.no_grad():
-            loss = float(loss_of(view, test))
-        answers = measure_answers(model, prompts, tokenizer=tokenizer, new_tokens=24)
-        france = measure_answers(
-            model, ["What is the capital of France?"], tokenizer=tokenizer, new_tokens=16
-        )
-        found = {
-            "arm": arm, "seed": seed, "loss": loss, "kl": reference.measure(model).kl,
-            **shares(answers), "kept": answers.summary()["overall"]["kept"]["value"],
-            "tune": shares(answers, 2), "prompts": len(answers.rows),
-            "france": france.rows[0].tuned, **provenance(seed),
-        }  # fmt: skip
+        told = seen(model, tokenizer, reference, test)
+        found = {"arm": arm, "seed": seed, **told, **provenance(seed)}
         print(json.dumps(found), flush=True)
         with given.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")

@@ -18,9 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from first_words import BATCH, RATE, STEPS, loss_of, shares
+from first_words import BATCH, RATE, STEPS, seen
 from peft import LoraConfig
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -28,10 +27,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 import retain
 from retain.curvature.fit.source import source_examples
 from retain.data.draws import HELD_OUT
-from retain.data.general_prompts import general_prompts
 from retain.data.problems import problem_examples, problem_rows, word_problems
 from retain.data.tokens import need
-from retain.evaluation.answers import measure_answers
 from retain.models.generating import sample_rows
 from retain.models.view import ModelView
 from retain.provenance import provenance
@@ -67,18 +64,8 @@ def arm_of(text: str, seed: int) -> dict[str, Any]:
     )
     reference = Reference(model, source_examples(view, held, 24, 128, 0))
     test = problem_examples(words, word_problems("test", 96, 77, 30))
-    prompts = [p for p in general_prompts(half="held-out") if p.skill != "arithmetic"]
-    model.eval()
-    with torch.no_grad():
-        loss = float(loss_of(view, test))
-    answers = measure_answers(model, prompts, tokenizer=tokenizer, new_tokens=24)
-    france = measure_answers(
-        model, ["What is the capital of France?"], tokenizer=tokenizer, new_tokens=16
-    )
     return {
-        "arm": text, "seed": seed, "loss": loss, "kl": reference.measure(model).kl,
-        **shares(answers), "kept": answers.summary()["overall"]["kept"]["value"],
-        "prompts": len(answers.rows), "france": france.rows[0].tuned,
+        "arm": text, "seed": seed, **seen(model, tokenizer, reference, test),
         "trl": {"bf16": said.bf16, "gradient_checkpointing": said.gradient_checkpointing,
                 "max_grad_norm": said.max_grad_norm, "schedule": str(said.lr_scheduler_type)},
         **provenance(seed),

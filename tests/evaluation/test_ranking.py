@@ -70,6 +70,17 @@ def build(kind: str) -> Any:
     return model.double().eval()
 
 
+def counted(model: Any) -> tuple[list[int], list[int]]:
+    """Of each pass from now on, the tokens that are read, and the positions at the head."""
+    fed: list[int] = []
+    headed: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda m, a, o: fed.append(a[0].numel()))
+    model.get_output_embeddings().register_forward_hook(
+        lambda m, a, o: headed.append(o.numel() // o.shape[-1])
+    )
+    return fed, headed
+
+
 @pytest.fixture
 def model() -> torch.nn.Module:
     return tiny.base("llama")
@@ -106,13 +117,7 @@ def test_prefix_tuning_runs_every_branch_logp() -> None:
 def test_a_prompt_is_run_once_and_the_head_where_something_is_predicted(
     model: torch.nn.Module,
 ) -> None:
-    fed: list[int] = []
-    headed: list[int] = []
-    inner: Any = model
-    inner.get_input_embeddings().register_forward_hook(lambda m, a, o: fed.append(a[0].numel()))
-    inner.get_output_embeddings().register_forward_hook(
-        lambda m, a, o: headed.append(o.numel() // o.shape[-1])
-    )
+    fed, headed = counted(model)
     prompt = "abcdefgh" * 2
     score_options(model, Letters(), [prompt] * 5, [["a", "b", "c"]] * 5)
     assert (fed, headed) == ([16], [1])  # equal questions too are run once
@@ -125,13 +130,7 @@ def test_a_prompt_is_run_once_and_the_head_where_something_is_predicted(
 
 
 def test_what_all_prompts_begin_with_is_run_once_a_batch(model: torch.nn.Module) -> None:
-    fed: list[int] = []
-    headed: list[int] = []
-    inner: Any = model
-    inner.get_input_embeddings().register_forward_hook(lambda m, a, o: fed.append(a[0].numel()))
-    inner.get_output_embeddings().register_forward_hook(
-        lambda m, a, o: headed.append(o.numel() // o.shape[-1])
-    )
+    fed, headed = counted(model)
     prompts, options = ["abcdefgh" + end for end in ("a", "bc", "cab")], [["a", "bc"]] * 3
     score_options(model, Letters(), prompts, options, batch_size=2)
     # The beginning; the two shortest ends, each with the first token of the longer option.

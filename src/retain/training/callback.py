@@ -309,7 +309,7 @@ class RetentionCallback(TrainerCallback):
         go_first(self, handler)
 
     def _let_go(self) -> None:
-        """Of DeepSpeed's optimiser."""
+        """DeepSpeed steps as it did before."""
         if self._zero is not None:
             self._zero.release()
         self._zero = None
