@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from fits import FIT, dense_quadratic, fit, known, same, tensors
-from retain import fit_curvature, load_curvature
+from retain import attach_lora, fit_curvature, load_curvature, load_model
 from retain.data.sources import encode
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, SourceError
 from retain.models.sites import lora_sites
@@ -191,6 +192,13 @@ def test_an_adapter_of_another_kind_is_named(kind: str, options: dict[str, Any])
 def test_fits_that_cannot_be(model: Any, options: dict, error: Any, said: str) -> None:
     with pytest.raises(error, match=said):
         fit(model(), "llama", **options)
+
+
+def test_of_the_models_own_text_more_rows_can_be_asked_for(tiny_folder: Path) -> None:
+    loaded = load_model(tiny_folder)
+    model = attach_lora(loaded.model, rank=2)
+    with pytest.raises(SourceError, match="fix: a larger rows=, or a smaller batch size"):
+        fit_curvature(model, "self", rows=4, batch_size=5, max_length=8, progress=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -47,6 +47,14 @@ def _page(*paths: Path) -> str:
     return page
 
 
+def test_says_where_a_study_was_scored_on_validation_rows(put: Put) -> None:
+    study = make_study()
+    assert "validation rows" not in _page(put(study))
+    for run in study["runs"]:
+        run["config"]["evaluation"] = {"split": "validation"}
+    assert "validation rows, held out of the training rows" in _page(put(study))
+
+
 @pytest.mark.parametrize("of", ["study", "result", "softening", "eval"])
 def test_is_self_contained(put: Put, result: dict[str, Any], of: str) -> None:
     made = {"study": make_study(), "result": result, "softening": make_softening()}

@@ -8,7 +8,6 @@ import pytest
 
 SAID: dict[str, dict[str, dict[str, Any]]] = {
     "test_callback": {"float": {}, "bf16": {"bf16": True}},
-    "test_start": {"float": {}, "bf16": {"bf16": True}},
     "test_trl": {"float": {"bf16": False}, "bf16": {"bf16": True}, "nothing said": {}},
 }
 """By module: what the trainer's arguments say of precision. Autocast leaves float64 as it is, so

@@ -146,12 +146,19 @@ def made(studies: Sequence[StudyRecord]) -> list[tuple[str, str]]:
         ("Models", "; ".join(_once(models))),
         ("Runs", f"{done} done, {len(grids) - done} failed{more}" if grids else ""),
         ("Seeds", ", ".join(map(str, seeds))),
+        ("Scored on", "; ".join(_once(_scored(run) for run in runs))),
         ("Hardware", "; ".join(_once(map(_hardware, runs)))),
         ("Versions", "; ".join(versions)),
         ("Commit", ", ".join(_once(run.commit for run in runs))),
         ("Created", _days(runs)),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _scored(run: RunRecord) -> str:
+    """Nothing for test rows, which are what a reader takes for granted."""
+    held = run.config.evaluation.split == "validation"
+    return "validation rows, held out of the training rows" if held else ""
 
 
 def refused(studies: Sequence[StudyRecord]) -> list[str]:

@@ -72,7 +72,7 @@ def source_examples(
             "the source is smaller than one batch",
             got=f"{len(found)} sequences, batch size {batch_size}",
             allowed=f"at least {batch_size} sequences",
-            fix="give more text, or a smaller batch size",
+            fix=f"{'a larger rows=' if own else 'give more text'}, or a smaller batch size",
         )
     return found
 
