@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import struct
@@ -44,6 +45,8 @@ _CONFIG: dict[str, Any] = {
     "title": {"color": "var(--ink)", "anchor": "start", "fontSize": 14, "frame": "group"},
     "concat": {"spacing": 34},
 }  # fmt: skip
+_EDGE = {"stroke": {"value": "var(--card)"}, "strokeWidth": {"value": 5},
+         "strokeJoin": {"value": "round"}}  # fmt: skip
 _PLACES = {
     "anchor": ["right", "left", "top", "bottom", "top-right", "bottom-right", "top-left",
                "bottom-left", "top", "bottom"],
@@ -60,12 +63,13 @@ def asset(name: str) -> str:
 def _arrange(scope: dict[str, Any], width: str, height: str) -> None:
     """What Vega can do and Vega-Lite cannot ask for, in place.
 
-    The marks called "names" find places of their own, and a legend has the columns that fit.
+    The marks called "names" find places of their own, each with an edge that parts it from a line
+    behind it, and a legend has the columns that fit.
     """
     fit = f"max(1, floor({width} / 132))"
     for legend in scope.get("legends", []):
         legend |= {"columns": {"signal": fit}, "labelLimit": {"signal": f"{width} / {fit} - 26"}}
-    for mark in scope.get("marks", []):
+    for place, mark in reversed(list(enumerate(scope.get("marks", [])))):
         look = mark["encode"]["update"] if "encode" in mark else {}
         if mark["type"] == "group":
             sides = [look.get(side, {}).get("signal") for side in ("width", "height")]
@@ -76,6 +80,9 @@ def _arrange(scope: dict[str, Any], width: str, height: str) -> None:
             del look["description"]  # the marks are described
             size = [{"signal": width}, {"signal": height}]
             mark |= {"aria": False, "transform": [{"type": "label", "size": size, **_PLACES}]}
+            edge = copy.deepcopy(mark) | {"name": f"edges_of_{mark['name']}"}
+            edge["encode"]["update"] |= _EDGE
+            scope["marks"].insert(place, edge)
 
 
 def compiled(chart: Any) -> dict[str, Any]:
