@@ -51,6 +51,12 @@ def test_a_study_is_done_once(tmp_path: Path) -> None:
     assert study_status(grid, work)["left"] == []
 
 
+def test_a_worker_is_told_to_be_quiet_before_it_imports_what_talks() -> None:
+    code = "import sys, retain.study.workers; print({'torch', 'bitsandbytes'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "set()\n"
+
+
 def test_only_some(tmp_path: Path) -> None:
     spec, grid, work = pretended(tmp_path)
     assert run_study(spec, grid, work, only="held*seed 0")["done"] == 4

@@ -8,24 +8,19 @@ to the last bit where the number of threads and the kind of machine are.
 from __future__ import annotations
 
 import importlib.util
-import logging
 import multiprocessing
 import os
-import signal
-import threading
-import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing import connection
 from typing import Any
 
 from retain.errors import ConfigError
 from retain.records import RunSpec
 from retain.study.runner import Outcome, Say, execute
 from retain.study.work import Work
+from retain.study.workers import begin, quiet_libraries
 
 __all__ = ["ENGINES", "check_engine", "in_order", "in_processes", "on_ray"]
 
@@ -64,7 +59,7 @@ def in_processes(runs: Sequence[RunSpec], work: Work, jobs: int) -> Iterator[Out
     worker dies again is unfinished, and tried again next time.
     """
     left = deque(runs)
-    with _quiet_libraries():
+    with quiet_libraries():
         while left:
             suspects: list[RunSpec] = []
             yield from _pool(left, work, jobs, suspects)
@@ -79,7 +74,7 @@ def in_processes(runs: Sequence[RunSpec], work: Work, jobs: int) -> Iterator[Out
 def _pool(left: deque[RunSpec], work: Work, jobs: int, died: list[RunSpec]) -> Iterator[Outcome]:
     """Takes runs from `left` until there are none, or a worker dies: `died` gets its runs."""
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads of torch badly
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin)
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=begin)
     running: dict[Future[Outcome], RunSpec] = {}
     try:
         while left or running:
@@ -98,42 +93,6 @@ def _pool(left: deque[RunSpec], work: Work, jobs: int, died: list[RunSpec]) -> I
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-_QUIET = {
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TQDM_DISABLE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """The workers that start meanwhile have libraries that do not talk."""
-    added = [name for name in _QUIET if name not in os.environ]
-    os.environ.update({name: _QUIET[name] for name in added})
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
-
-
-def _begin() -> None:
-    """In a worker: Ctrl-C is the parent's to handle, nothing is warned of, no parent no work."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def _end_with_parent() -> None:
-    """Ends this worker once its parent is gone: what a run keeps is whole at any moment."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 def on_ray(runs: Sequence[RunSpec], work: Work, jobs: int | None = None) -> Iterator[Outcome]:
