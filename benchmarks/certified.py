@@ -179,7 +179,8 @@ def read(paths: Sequence[Path], out: Path) -> None:
         **{k: lines[0][k] for k in ("versions", "commit", "hardware")}, "skills": {},
     }  # fmt: skip
     for skill in dict.fromkeys(lines[0]["skills"]):
-        told, shares = [], []
+        told: list[dict[str, Any]] = []
+        shares: list[float] = []
         for line in lines:
             every = zip(line["skills"], line["before"], line["after"], strict=True)
             pairs = [(b, a) for s, b, a in every if s == skill]
