@@ -67,7 +67,10 @@ def test_matched_readings_and_the_best_settings(
     assert readings[0]["difference"] == pytest.approx(-0.101)
     assert made["matched"]["settings"]["lora-3e-4 none"]["update_size"] == -2
     told = retain("study", "compare", tmp_path, "--matched", "--choose", "--method", "auto").out
-    assert "-10.1" in told and "3 of 4" in told and "strength highest" in told
+    assert "-10.1" in told and "3 of 4" in told and "highest strength" in told
+    assert " KL " in told  # a column without a value is left out
+    unmeasured = retain("study", "compare", tmp_path, "--choose", "--method", "none").out
+    assert "55.0" in unmeasured and " KL " not in unmeasured
     told = retain("study", "compare", tmp_path, "--matched", "--method", "auto-100").out
     said = "not comparable at the same size: -5.00 to -5.00 against -2.00 to -1.00 of lora none"
     assert said in told

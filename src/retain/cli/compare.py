@@ -140,7 +140,7 @@ def _match(
     _say_means("setting", settings, screen)
     made = [(line, read(line, theirs, *pair)) for line in ours for pair in READINGS]
     made = [(line, r) for line, r in made if r.metric != "kl" or r.our_range or r.their_range]
-    heads = ["method", "at the same", "metric", "its", theirs.name, "difference", "read at"]
+    heads = ["method", "metric, at the same", "its", theirs.name, "difference", "read at"]
     screen.table("not tested, without intervals", heads, [_line(*pair) for pair in made])
     for line, r in made:
         if r.difference is None and r.our_range and r.their_range:
@@ -155,10 +155,10 @@ def _match(
 
 def _line(line: Family, r: Reading) -> list[str]:
     known = r.our_range and r.their_range
-    said = "not comparable" if known else "not measured"
+    said = "–" if known else "not measured"
     gap = said if r.difference is None else _value(r.metric, r.difference, "+")
     places = f"{r.read} of {r.points}" + ("" if r.curve == "method" else ", its own")
-    return [line.name, _SHOWN[r.at], _SHOWN[r.metric], _value(r.metric, r.ours),
+    return [line.name, f"{_SHOWN[r.metric]}, {_SHOWN[r.at]}", _value(r.metric, r.ours),
             _value(r.metric, r.theirs), gap, places]  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def _choose(found: Sequence[Family], names: Sequence[str], screen: Screen) -> li
     chosen = [choice for family in asked if (choice := choose(family)) is not None]
     rows = [
         [c.family.name, c.setting.name, *_values(c.means), str(c.tried),
-         ", ".join(f"{name} {end}" for name, end in c.ends.items())]
+         ", ".join(f"{end} {name}" for name, end in c.ends.items())]
         for c in chosen
     ]  # fmt: skip
     heads = ["method", "best", *_SHOWN.values(), "tried", "at an end"]

@@ -140,17 +140,19 @@ class Screen(Messages):
         quieten(self.progress)
 
     def table(self, title: str, head: list[str], rows: Iterable[list[str]]) -> None:
-        """A table for people; the first column names the rest."""
+        """A table for people; the first column names the rest, and one without a value is left out."""
         if self.quiet:
             return
+        lines = list(rows)
+        kept = [i for i in range(len(head)) if not i or any(line[i] for line in lines)]
         from rich.console import Console
         from rich.table import Table
 
         table = Table(title=title, title_justify="left", title_style="bold", show_header=any(head))
-        for i, name in enumerate(head):
-            table.add_column(name, justify="right" if i else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
+        for i in kept:
+            table.add_column(head[i], justify="right" if i else "left", overflow="fold")
+        for line in lines:
+            table.add_row(*(line[i] for i in kept))
         Console().print(table)
 
     def emit(self, value: Mapping[str, Any]) -> None:
