@@ -140,7 +140,7 @@ class Screen(Messages):
         quieten(self.progress)
 
     def table(self, title: str, head: list[str], rows: Iterable[list[str]]) -> None:
-        """A table for people; the first column names the rest, and one without a value is left out."""
+        """A table for people; its first column names the rest; one without values is left out."""
         if self.quiet:
             return
         lines = list(rows)
