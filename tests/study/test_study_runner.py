@@ -18,7 +18,7 @@ from retain.errors import ConfigError, OutputError, SourceError
 from retain.study.engines import in_processes
 from retain.study.faults import lacks_disk, lacks_something
 from retain.study.runner import execute
-from retain.study.studies import run_study, study_status
+from retain.study.studies import run_study, study_status, take_known
 from retain.study.work import read_record
 from study_parts import FULL, LACKING, A, B, calls, pretended
 
@@ -55,6 +55,22 @@ def test_a_worker_is_told_to_be_quiet_before_it_imports_what_talks() -> None:
     code = "import sys, retain.study.workers; print({'torch', 'bitsandbytes'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "set()\n"
+
+
+def test_a_published_study_is_gone_on_with(tmp_path: Path) -> None:
+    first, more = tmp_path / "first", tmp_path / "more"
+    spec, grid, work = pretended(first, **ONE)
+    run_study(spec, grid, work)
+    published = work.out / "study.json"
+    spec, grid, work = pretended(more, **(ONE | {"seeds": [0, 1, 2]}))
+    assert take_known(published, grid, work) == len(grid.runs) - 1  # of two seeds
+    counts = run_study(spec, grid, work)
+    assert (counts["done"], counts["before"], len(calls(work))) == (3, 2, 1)
+    kept = json.loads(published.read_text())["runs"]
+    assert json.loads((work.out / "study.json").read_text())["runs"][:2] == kept
+    assert take_known(published, grid, work) == 0
+    with pytest.raises(ConfigError, match="no study there"):
+        take_known(first / "study.yaml", grid, work)
 
 
 def test_only_some(tmp_path: Path) -> None:

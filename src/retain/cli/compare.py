@@ -47,19 +47,12 @@ def compared(config: CompareConfig, screen: Screen) -> None:
 
     With --matched or --choose, of all its methods if none is named, without tests.
     """
-    from retain.documents import read_json
     from retain.evaluation.matched import families
-    from retain.records import StudyRecord
+    from retain.study.work import read_study_file
 
-    place = config.study / "study.json" if config.study.is_dir() else config.study
-    try:
-        records = StudyRecord.model_validate(read_json(place)).runs
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "no study there", got=place,
-            allowed="the folder of retain study run, or its study.json", fix="check the path",
-        ) from error  # fmt: skip
-    target = check_file(config.out or place.parent / "compare.json")
+    records = read_study_file(config.study).runs
+    place = config.study if config.study.is_dir() else config.study.parent
+    target = check_file(config.out or place / "compare.json")
     check_record(target, "a comparison", COMPARISON)
     names = [name.strip() for name in config.method.split(",")] if config.method else []
     made: dict[str, Any] = {"schema": COMPARISON, "reference": config.reference}

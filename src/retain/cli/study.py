@@ -66,6 +66,9 @@ class RunsConfig(StatusConfig):
     threads: int | None = Field(None, ge=1, description="Processor threads of a run")
     only: str | None = Field(None, description="Runs whose title holds this; * is anything")
     retry_failed: bool = Field(False, description="Do failed runs again")
+    known: Path | None = Field(
+        None, description="A study.json from elsewhere; its finished runs count as done"
+    )
 
 
 @app.command("run", epilog=EXAMPLE)
@@ -80,7 +83,7 @@ def run(config: RunsConfig, screen: Screen) -> None:
     from retain.provenance import cores
     from retain.study.engines import check_engine
     from retain.study.grid import expand
-    from retain.study.studies import run_study
+    from retain.study.studies import run_study, take_known
 
     check_engine(config.engine)
     if spec.general is not None:
@@ -91,6 +94,8 @@ def run(config: RunsConfig, screen: Screen) -> None:
     work = replace(work, retry_failed=config.retry_failed, threads=threads)
     grid = expand(spec, work.base)
     _say_skipped(grid.skipped, screen)
+    if config.known is not None:
+        screen.say(f"{take_known(config.known, grid, work)} finished runs are from {config.known}")
     kept = f"what is done is kept in {work.out}; the same command goes on after the last finished"
     with (
         interruption(f"{kept} task"),

@@ -6,9 +6,10 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from retain.documents import read_json
+from retain.documents import read_json, sealed
 from retain.errors import unknown
 from retain.files import check_folder, first_rank
 from retain.records import STUDY_SCHEMA, RunSpec, StudyRecord, finite
@@ -17,9 +18,16 @@ from retain.study.grid import Grid
 from retain.study.runner import Outcome, Say
 from retain.study.spec import StudySpec
 from retain.study.tables import judged, tables, with_intransigence
-from retain.study.work import Work, holding, standing, write_shared
+from retain.study.work import (
+    Work,
+    holding,
+    read_record,
+    read_study_file,
+    standing,
+    write_shared,
+)
 
-__all__ = ["collect", "is_running", "run_study", "study_status"]
+__all__ = ["collect", "is_running", "run_study", "study_status", "take_known"]
 
 Tell = Callable[[RunSpec, Outcome], None]
 
@@ -80,6 +88,23 @@ def run_study(
             tell(by_key[outcome.key], outcome)
     collect(spec, grid, work)
     return {name: counts[name] for name in ("done", "failed", "unfinished", "elsewhere", "before")}
+
+
+def take_known(path: Path, grid: Grid, work: Work) -> int:
+    """Finished runs of another ``study.json`` become this folder's, where it has none of them.
+
+    Returns:
+        How many.
+
+    Raises:
+        ConfigError: the file is no study's.
+        OutputError: the folder cannot be written.
+    """
+    wanted = {run.key for run in grid.runs if read_record(work.record(run.key)) is None}
+    taken = [run for run in read_study_file(path).runs if run.done and run.key in wanted]
+    for record in taken:
+        write_shared(work, work.record(record.key), sealed(record.plain()))
+    return len(taken)
 
 
 def collect(spec: StudySpec, grid: Grid, work: Work) -> None:

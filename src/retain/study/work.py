@@ -15,14 +15,14 @@ from pydantic import ValidationError
 
 from retain.data.loading import local_file
 from retain.documents import read_json
-from retain.errors import RetainError
+from retain.errors import ConfigError, RetainError
 from retain.files import clear_scratch, file_digest, write_json, writing
-from retain.records import RUN_SCHEMA, RunRecord, RunSpec
+from retain.records import RUN_SCHEMA, RunRecord, RunSpec, StudyRecord
 from retain.study.grid import task_at
 
 __all__ = [
     "RunFunction", "Work", "changed_inputs", "holding", "input_digests", "model_digest",
-    "read_record", "read_shared", "standing", "write_shared",
+    "read_record", "read_shared", "read_study_file", "standing", "write_shared",
 ]  # fmt: skip
 
 RunFunction = Callable[..., dict[str, Any]]
@@ -133,6 +133,22 @@ def read_record(path: Path) -> RunRecord | None:
         return RunRecord.model_validate(found) if found.get("schema") == RUN_SCHEMA else None
     except ValidationError:
         return None
+
+
+def read_study_file(path: Path) -> StudyRecord:
+    """What ``study.json`` holds: a file, or the folder of a study with it.
+
+    Raises:
+        ConfigError: it is not there, or is no study's.
+    """
+    place = path / "study.json" if path.is_dir() else path
+    try:
+        return StudyRecord.model_validate(read_json(place))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "no study there", got=place,
+            allowed="the folder of retain study run, or its study.json", fix="check the path",
+        ) from error  # fmt: skip
 
 
 def standing(run: RunSpec, work: Work) -> RunRecord | None:
