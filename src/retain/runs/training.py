@@ -289,9 +289,11 @@ class Training:
         nats = {name: one.curvature.quadratic(self.model) for name, one in held.items()}
         mean = finite(sum(nats.values()) / len(nats)) if nats else None
         budgets = self.config.budget
-        if not isinstance(budgets, Mapping):
-            return {"curvature": found.get(""), "predicted_nats": mean}
         spent = {} if self.recipe is None else self.recipe.spent()
+        if not isinstance(budgets, Mapping):
+            plain = {"curvature": found.get(""), "predicted_nats": mean}
+            measured = spent[""].measured if "" in spent else None
+            return plain | finite({"measured_nats": measured})
         to = {
             name: HeldTo(
                 budget=budgets[name], predicted_nats=finite(nats[name]), curvature=one,
