@@ -291,9 +291,12 @@ class Training:
         budgets = self.config.budget
         spent = {} if self.recipe is None else self.recipe.spent()
         if not isinstance(budgets, Mapping):
-            plain = {"curvature": found.get(""), "predicted_nats": mean}
             measured = spent[""].measured if "" in spent else None
-            return plain | finite({"measured_nats": measured})
+            return {
+                "curvature": found.get(""),
+                "predicted_nats": mean,
+                "measured_nats": finite(measured),
+            }
         to = {
             name: HeldTo(
                 budget=budgets[name], predicted_nats=finite(nats[name]), curvature=one,
