@@ -247,13 +247,32 @@ def _budget(value: Any) -> Any:
     texts = _texts(value)
     if texts is not None:
         parts = [part.strip() for text in texts for part in text.split(",")]
-        if len(parts) == 1 and "=" not in parts[0]:
-            return parts[0]
+        if len(texts) == 1 and "=" not in texts[0]:
+            return _plain(texts[0].strip())
         value = _pairs("budget", parts, "facts=0.02")
     if not isinstance(value, dict):
         return value
     _check_each("budget", value, "facts=0.02")
     return {name: _nats(name, nats) for name, nats in value.items()}
+
+
+def _plain(text: str) -> str:
+    """A budget without a name; whether it is in range is seen later.
+
+    Raises:
+        ConfigError: it is no number, as 0,02 and 5% are none.
+    """
+    point = text.replace(",", ".")
+    try:
+        float(text)
+    except ValueError as error:
+        meant = re.fullmatch(r"\d*\.\d+", point) and float(point) > 0
+        raise ConfigError(
+            "the budget is not accepted", got=shown(text, plain=True),
+            allowed="nats per token: a number above 0, or NAME=NUMBER for each name",
+            fix=f"--budget {point if meant else 0.05}",
+        ) from error  # fmt: skip
+    return text
 
 
 def _source(value: Any, several: bool) -> Any:

@@ -26,6 +26,9 @@ from collections.abc import Iterable
 _GOT = 600
 """Characters of what was found that an error repeats, at most."""
 
+_MOST = 60
+"""Known names that an error lists; of more it tells the nearest."""
+
 __all__ = [
     "ArtifactError",
     "ConfigError",
@@ -106,13 +109,20 @@ class OutputError(RetainError):
 
 
 def unknown(kind: str, got: str, allowed: Iterable[str]) -> ConfigError:
-    """A `ConfigError` for an unknown name, with the nearest known name where one is near."""
+    """A `ConfigError` for an unknown name, with the nearest known name where one is near.
+
+    Of more than `_MOST` names the nearest are told, and how many there are.
+    """
     names = sorted(allowed)
     near = difflib.get_close_matches(got, names, n=1, cutoff=0.5) if len(got) < 200 else []
     short = [name for name in names if 1 < len(got.strip("-")) == len(_initials(name))]
     near = [name for name in short if _initials(name) == got.strip("-").lower()] or near  # lr
     fix = f"did you mean {near[0]!r}?" if near else f"use one of the allowed {kind} names"
-    return ConfigError(f"unknown {kind}", got=shown(got), allowed=", ".join(names), fix=fix)
+    told = ", ".join(names)
+    if len(names) > _MOST:
+        such = difflib.get_close_matches(got[:200], names, n=5, cutoff=0.3) or names[:5]
+        told = f"{len(names)} names, such as {', '.join(such)}"
+    return ConfigError(f"unknown {kind}", got=shown(got), allowed=told, fix=fix)
 
 
 def not_finite() -> ModelError:

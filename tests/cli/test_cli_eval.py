@@ -258,6 +258,7 @@ def test_same_answer(said: str, answer: str, right: bool) -> None:
         (["--general", "knowledge,knowledge"], "each once"),
         (["--limit", 0], "allowed: "),
         (["--out", "."], "no plain file"),
+        (["--out", "page.htm"], "fix: --out page.html"),
     ],
 )
 @pytest.mark.usefixtures("unloaded")

@@ -13,6 +13,8 @@ import pytest
 from cli_parts import Outcome, Run, save_model, told, write_lines
 from safetensors.torch import load_file, save_file
 
+from retain import fit_curvature, load_model
+
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
@@ -68,6 +70,19 @@ class TestCurvature:
         assert not out.exists()
         # and starts at its anchor
         train(out, "--curvature", path, "--rank", 2, "--adapter-seed", 5, "-q").done()
+
+    def test_of_the_plain_model(
+        self, retain: Run, train: Run, model: Path, source: Path, out: Path, tmp_path: Path
+    ) -> None:
+        """What is fitted in Python before there is an adapter holds a run, and explains it."""
+        base, path = load_model(str(model)), tmp_path / "plain.safetensors"
+        fitted = fit_curvature(
+            base.model, str(source), tokenizer=base.tokenizer, batch_size=4, progress=False
+        )
+        fitted.save(path)
+        train(out, "--curvature", path, "--max-steps", 4).done()
+        assert told(out / "train.json")["why_no_filter"] is None
+        retain("explain", out, "--top", 1).done()
 
 
 class TestNotFinite:

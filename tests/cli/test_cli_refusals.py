@@ -15,6 +15,7 @@ from cli_parts import SHORT, Run, told, write_lines
 from retain.cli import main
 from retain.cli.train import train as train_command
 from retain.config import RunConfig
+from retain.errors import unknown
 
 FIT: dict[str, tuple[list[Any], list[str]]] = {
     "structure": (["--structure", "kafc"],
@@ -41,6 +42,8 @@ TRAIN: dict[str, tuple[list[Any], list[str]]] = {
     "too large": (["--strength", 1e300], ["strength", "1e+300"]),
     "no steps": (["--max-steps", 0], ["max_steps is not accepted", "1 or more"]),
     "problems": (["--data", "word-problems:none"], ["'none'", "word-problems:100"]),
+    "a comma for a point": (["--budget", "0,02"], ["got: 0,02;", "fix: --budget 0.02"]),
+    "a budget in per cent": (["--budget", "5%"], ["got: 5%;", "nats", "fix: --budget 0.05"]),
     "seed": (["--seed", -1], ["training.seed", "-1"]),
     "tracker": (["--set", "training.report_to=nowhere"], ["'nowhere'", "none"]),
     "both": (["--resume", "--overwrite"], ["do not go together"]),
@@ -111,6 +114,8 @@ class TestNames:
             "certify, compact, demo, eval, explain, fit, plan, report, soften, study, tasks, train"
         )
         retain("trian").refused("'trian'", "did you mean 'train'?", every)
+        many = unknown("task", "arc_esay", ["arc_easy", *(f"a{i}" for i in range(9999))])
+        assert many.allowed.startswith("10000 names, such as arc_easy") and len(str(many)) < 200
         argv = ("eval", "--adapter", trained / "adapter", "--task", "word-problem")
         retain(*argv).refused("did you mean 'word-problems'?")
 
@@ -191,6 +196,15 @@ class TestPlaces:
     def test_the_folder_around_an_adapter(self, retain: Run, trained: Path) -> None:
         retain("eval", "--adapter", trained).refused(f"did you mean {trained / 'adapter'}?")
 
+    def test_the_adapter_of_a_run_in_place_of_the_run(
+        self, retain: Run, train: Run, trained: Path, out: Path
+    ) -> None:
+        inside, said = trained / "adapter", f"did you mean {trained}?"
+        retain("explain", inside).refused(f"{inside} without train.json", said)
+        argv = ("--data", "word-problems", "--out", out)
+        retain("train", "--continue-from", inside, *argv).refused(said)
+        train(out, "--model", inside).refused("it holds an adapter: give its base model")
+
 
 class TestResults:
     def test_that_are_none(self, retain: Run, model: Path, tmp_path: Path) -> None:
@@ -263,6 +277,7 @@ def test_defaults_in_the_help_of_train_are_the_real_ones() -> None:
         (["--method", "none", "--budget", "0.1"], "not used: curvature, budget"),
         (["--method", "none"], "not used: curvature"),
         (["--budget", "0.1"], "strength 12 is not used"),
+        (["--source", "self"], "a curvature is given: source self is not used"),
         (["--factor-rank", "3"], "factor_rank 3 is not used"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any, get_args
@@ -83,10 +84,16 @@ class TestTrain:
 
     def test_a_budget(self, train: Run, out: Path) -> None:
         argv = ("--budget", 0.0005, "--max-length", 16, "--learning-rate", 0.05, "--epochs", 4)
-        record = train(out, *argv, "--json").json
+        done = train(out, *argv).done()
+        record = told(out / "train.json")
         assert record["config"]["budget"] == 0.0005
         assert len({entry["strength"] for entry in record["history"]}) > 1
         assert 0 < record["predicted_nats"]
+        assert 0 < record["measured_nats"] <= 0.0005
+        said = rf"measured KL\D+{record['measured_nats']:.3g} nats per token, of a budget of 0.0005"
+        assert re.search(said, done.out)
+        card = (out / "adapter" / "README.md").read_text()
+        assert f"KL divergence: {record['measured_nats']:.3g} nats" in card
 
     def test_the_gain_of_a_filter(self, train: Run, tmp_path: Path) -> None:
         sizes, parts = [], "rows,filter,force"

@@ -18,6 +18,7 @@ from retain.errors import ConfigError, MismatchError, TrainingError
 from retain.models.forward import forward_logits
 from retain.models.sites import lora_sites
 from retain.retention.force import Force
+from retain.retention.recipe import Recipe
 from retain.types import SPACES, UPDATES
 from tiny import KINDS, ROWS, STRUCTURES, move, relative, tiny, weights
 
@@ -41,6 +42,17 @@ def loss_of(model: nn.Module, kind: str, rows: list[dict[str, Any]] | None = Non
     examples = encode(task, None, max_length=16, causal=kind == "llama")
     batch = collate(examples, 0)
     return nn.functional.cross_entropy(forward_logits(model, batch), batch.targets)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_task_relies_on_is_read_from_rows_as_a_fit_reads_them(kind: str) -> None:
+    found = []
+    for rows in (encode(ROWS[kind], None, max_length=16, causal=kind == "llama"), ROWS[kind]):
+        model = tiny(kind)
+        found.append(Recipe(fit(model, kind)).consolidate(model, rows).tensors())
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        assert torch.equal(found[1][name], tensor)
 
 
 def run(

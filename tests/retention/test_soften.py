@@ -81,6 +81,18 @@ def objective(space: Subspace, z: Tensor, mu: float) -> float:
     return 0.5 * float((z - space.coordinates).square().sum() + mu * (space.ratios * z**2).sum())
 
 
+def test_a_curvature_of_the_plain_model_softens_alike() -> None:
+    """It has the base's weights as its anchor, and no adapter's."""
+    found = []
+    for fitted in (measure(tiny("llama"), 1, "kfac"), measure(base("llama"), 1, "kfac")):
+        model = tuned()
+        soft = soften(model, fitted, target=fitted)
+        soft.apply(soft.within(0.2 * fitted.quadratic(model)))
+        found.append(updates(model))
+    for name, update in found[0].items():
+        torch.testing.assert_close(found[1][name], update, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("structure", EVERY[:3])
 @pytest.mark.parametrize("task", [None, "kfac"])

@@ -287,6 +287,20 @@ def test_the_recipe_filters_where_it_can(structure: str, tmp_path: Path) -> None
         exactly(end, ends[0])
 
 
+def test_a_curvature_of_the_plain_model_makes_the_same_filter(tmp_path: Path) -> None:
+    """One is often fitted before there is an adapter: it is around the base all the same."""
+    ends = []
+    for fitted in (fit(tiny("llama")), fit(base("llama"))):
+        model = tiny("llama")
+        call = RetentionCallback(fitted, 1.0)
+        trainer(model, tmp_path, [call]).train()
+        assert call.why_no_filter is None
+        ends.append(weights(model))
+    assert ends[0].keys() == ends[1].keys()
+    for name, end in ends[0].items():
+        torch.testing.assert_close(ends[1][name], end, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("structure", "space", "moved", "strength", "said"),
     [

@@ -97,6 +97,10 @@ def _tell(done: RunResult, screen: Screen) -> None:
         lines.append(["loss, first to last step", f"{losses[0]:.3f} to {losses[-1]:.3f}"])
     if record.predicted_nats is not None:
         lines.append(["predicted forgetting", f"{record.predicted_nats:.3g} nats per token"])
+    budget = record.config.budget
+    if record.measured_nats is not None and isinstance(budget, float):
+        nats = f"{record.measured_nats:.3g} nats per token, of a budget of {budget:g}"
+        lines.append(["measured KL to the base", nats])
     screen.table("trained", ["", ""], [*lines, ["adapter", str(done.adapter)]])
     if record.held_to:
         head = ["nats per token", "budget", "predicted", "measured"]

@@ -48,6 +48,11 @@ class BlockOperator:
         self._stacks: dict[bool, list[Stack]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
 
+    @property
+    def around_adapter(self) -> bool:
+        """Whether it is around an adapter's A and B. One of a plain model is around the base."""
+        return any(len(kept) == 2 for kept in self.anchor.values())
+
     def dtype_of(self, block: str) -> torch.dtype:
         """The precision of a block, looked up once."""
         if block not in self._dtypes:

@@ -117,11 +117,11 @@ def explain(
             allowed="a causal model", fix="leave rows out, and compare what is forgotten",
         )  # fmt: skip
     sites = [site for site in curvature.bind(model) if isinstance(site, LoraSite)]
-    if not sites or curvature.info.space != "weight" or curvature.anchor:
+    if not sites or curvature.info.space != "weight" or curvature.around_adapter:
         raise MismatchError(
             "the nats are divided among rows from a fresh LoRA on",
             got=f"{curvature.info.space} space, {len(sites)} LoRA layers, an anchor at "
-            f"{'another' if curvature.anchor else 'the same'} point",
+            f"{'another' if curvature.around_adapter else 'the same'} point",
             allowed="a curvature of weight space around the base model, and LoRA",
             fix="the curvature that the run was held by",
         )

@@ -254,7 +254,7 @@ def _need() -> None:
 def _check_known(name: str) -> None:
     known = _manager().all_tasks
     if name not in known:
-        raise unknown("lm-eval task", name, known)
+        raise unknown("general task", name, [*known, "knowledge"])
 
 
 def _load(names: Sequence[str], data_dir: Path | None) -> list[Any]:

@@ -100,11 +100,14 @@ def locate(name: str, *, convert: bool = True) -> tuple[str, dict[str, str]]:
         path = Path(name).expanduser()
         missing = path.suffix in {".gguf", ".json"} and not path.is_file()
         if missing or (path.is_dir() and not (path / "config.json").is_file()):
+            fix = "check the path; the folder holds config.json and the safetensors files"
+            if (path / "adapter_config.json").is_file():
+                fix = "it holds an adapter: give its base model; --continue-from trains it further"
             raise ModelError(
                 "no model is there",
                 got=name if missing else f"{name} without config.json",
                 allowed="a folder written by save_pretrained, or a .gguf file",
-                fix="check the path; the folder holds config.json and the safetensors files",
+                fix=fix,
             )
         if not path.exists():
             return name, {}

@@ -117,7 +117,7 @@ def why_no_inputs(
     for held in (*by_name(curvature).values(), past):
         if held is None:
             continue
-        if held.info.space != "weight" or (held.anchor and held is not past):
+        if held.info.space != "weight" or (held.around_adapter and held is not past):
             return "the curvature is not of the base model's weights"
         most = 0
         for block in held.blocks.values():

@@ -524,7 +524,7 @@ class Recipe:
     def consolidate(
         self,
         model: nn.Module,
-        rows: Sequence[Example],
+        rows: Sequence[Example | Mapping[str, Any]],
         *,
         columns: slice | None = None,
         seed: int = 0,
@@ -535,14 +535,18 @@ class Recipe:
 
         Args:
             model: that has learned it.
-            rows: its tokenised rows, of which 32 are read, of a classifier's 128.
+            rows: its rows, of which 32 are read, of a classifier's 128: tokenised (`input_ids`), or
+                others of docs/data.md, cut to 256 tokens, where the model's name has a tokenizer.
             columns: the outputs of a classifier that answer them; None for all.
             seed: of the choice of rows, and of label draws.
             rank: of `retain.fit_curvature`, where there is no source, whose curvature tells it.
             progress: show a bar.
         """
         most = TASK_ROWS if is_causal(model) else LABELLED
-        chosen = choose(rows, most, seed)
+        every: Any = rows
+        if not (rows and isinstance(rows[0], Example)):
+            every = ModelView.of(model).read(every, most, max_length=256, seed=seed)
+        chosen = choose(every, most, seed)
         structure: Structure = "kfac"
         options: dict[str, Any] = {"rank": rank}
         if self.curvature is not None:

@@ -126,6 +126,12 @@ def _run(config: EvalConfig, messages: Messages) -> dict[str, Any]:
         )
     out = config.out
     if out is not None:
+        if out.suffix not in ("", ".json", ".html"):
+            raise ConfigError(
+                "the name says neither JSON nor a page", got=f"--out {out}",
+                allowed="a file that ends in .json or .html",
+                fix=f"--out {out.with_suffix('.html')}",
+            )  # fmt: skip
         out = out.with_suffix(".json") if out.suffix == ".html" else out
         check_record(out, "the result of an eval", RESULT_SCHEMA, "retain.result/1")
     name = _one_base(config)

@@ -90,9 +90,13 @@ def _record(folder: Path) -> TrainRecord:
     try:
         record = read_record(folder / TRAIN, TrainRecord)
     except (OSError, ValueError, RecursionError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        around = missing and (folder.parent / TRAIN).is_file()
         raise ConfigError(
-            "there is no finished run to explain", got=f"{folder}: {type(error).__name__}",
-            allowed=f"the --out of retain train, with its {TRAIN}", fix="check the folder",
+            "there is no finished run to explain",
+            got=f"{folder} without {TRAIN}" if missing else f"{folder}: {type(error).__name__}",
+            allowed=f"the --out of retain train, with its {TRAIN}",
+            fix=f"did you mean {folder.parent}?" if around else "check the folder",
         ) from error  # fmt: skip
     reason = None
     if record.held_to:

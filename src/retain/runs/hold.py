@@ -146,7 +146,7 @@ def _at_start(curvature: Any, model: Any) -> Any:
         curvature.load_anchor(model)
         met = curvature.at_anchor(sites)
     else:
-        met, fix = not curvature.anchor, "fit it without --adapter, or train from Python"
+        met, fix = not curvature.around_adapter, "fit it without --adapter, or train from Python"
     if not met:
         raise MismatchError(
             "the curvature was measured around another adapter",

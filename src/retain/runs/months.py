@@ -168,11 +168,12 @@ def settings_of(run: Path) -> RunConfig:
         ConfigError: there are none.
     """
     if not (run / RUN).is_file():
+        around = (run.parent / RUN).is_file()
         raise ConfigError(
             "there is nothing to continue from",
             got=f"{run} without {RUN}",
             allowed=_KEPT,
-            fix="check --continue-from",
+            fix=f"did you mean {run.parent}?" if around else "check --continue-from",
         )
     return read_config(run / RUN, {"out": str(run)}, RunConfig)
 

@@ -106,6 +106,8 @@ class TrainRecord(Part):
         resumed_from: the checkpoint that it went on from.
         predicted_nats: predicted forgetting at its end, nats per source token; of named budgets
             the mean.
+        measured_nats: with a budget, the KL divergence at its end on a few rows of source text; of
+            named budgets see ``held_to``.
         examples: rows that were learned; ``rows`` counts what was left out or cut.
         notes: what was done in a lesser way than was asked for.
         seconds: of training; ``steps``: optimiser steps.
@@ -123,6 +125,7 @@ class TrainRecord(Part):
     held_to: dict[str, HeldTo] = Field({})
     resumed_from: str | None = None
     predicted_nats: float | None = None
+    measured_nats: float | None = None
     examples: int | None = None
     rows: dict[str, Any] | None = None
     labels: Labels | None = None

@@ -195,6 +195,9 @@ def unused(config: RunConfig) -> list[str]:
         lines += [f"method none holds nothing: not used: {', '.join(given)}"] if given else []
     elif config.budget is not None and config.strength != _default("strength"):
         lines.append(f"the budget finds the strength: strength {config.strength:g} is not used")
+    measures = config.budget is not None or bool(config.kl)
+    if config.method != "none" and config.curvature and config.source and not measures:
+        lines.append(f"a curvature is given: source {config.source} is not used")
     made = config.curvature is None and config.continue_from is None and config.method != "none"
     if config.factor_rank != _default("factor_rank") and not made:
         lines.append(

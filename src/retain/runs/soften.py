@@ -109,7 +109,7 @@ def soften_run(config: SoftenConfig, pictures: Pictures, messages: Messages) -> 
                 "unit": "half a squared distance" if near is None else "nats per token",
                 "info": far.info.to_dict(),
                 "target_info": near and near.info.to_dict(),
-                "target_around": near and ("adapter" if near.anchor else "base"),
+                "target_around": near and ("adapter" if near.around_adapter else "base"),
                 "budget": budget, "budget_of": "measured" if measure else "predicted",
                 "inside": chosen["mu"] == 0, "depth": soft.depth, "epsilon": c.epsilon,
                 "chosen": chosen, "curve": curve,

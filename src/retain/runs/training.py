@@ -289,9 +289,14 @@ class Training:
         nats = {name: one.curvature.quadratic(self.model) for name, one in held.items()}
         mean = finite(sum(nats.values()) / len(nats)) if nats else None
         budgets = self.config.budget
-        if not isinstance(budgets, Mapping):
-            return {"curvature": found.get(""), "predicted_nats": mean}
         spent = {} if self.recipe is None else self.recipe.spent()
+        if not isinstance(budgets, Mapping):
+            measured = spent[""].measured if "" in spent else None
+            return {
+                "curvature": found.get(""),
+                "predicted_nats": mean,
+                "measured_nats": finite(measured),
+            }
         to = {
             name: HeldTo(
                 budget=budgets[name], predicted_nats=finite(nats[name]), curvature=one,

@@ -69,7 +69,7 @@ def soften(
     given = [curvature] if target is None else [curvature, target]
     for one in given:
         _check_curvature(one, model)
-    if curvature.anchor:
+    if curvature.around_adapter:
         raise MismatchError(
             "the curvature stands around an adapter, and softening leads to the base model",
             got=f"an anchor at {len(curvature.anchor)} layers",
@@ -82,7 +82,7 @@ def soften(
     spaces: dict[str, Subspace] = {}
     for site in view.lora:
         left, right = _product(site)
-        if target is not None and site.name in target.anchor:
+        if target is not None and len(target.anchor.get(site.name, ())) == 2:
             _check_around(target, site)
         if not (bool(left.any()) and bool(right.any())):
             continue
