@@ -45,7 +45,7 @@ def main() -> None:
     loaded = retain.load_model("smollm2-135m", dtype="bfloat16")
     plain, tokenizer = retain.attach_lora(loaded.model, rank=16), loaded.tokenizer
     view = ModelView.of(plain, tokenizer)
-    texts = source_examples(view, "self", ROWS + HELDOUT, LENGTH, 0, batch_size=8, progress=False)
+    texts = source_examples(view, "self", ROWS + HELDOUT, LENGTH, 0, progress=False)
     source, heldout = texts[:ROWS], texts[ROWS:]
     ofplain = retain.fit_curvature(plain, source, progress=False)
     base = _packed(tokenizer)

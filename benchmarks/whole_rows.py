@@ -65,7 +65,7 @@ class Work:
         self.model = retain.attach_lora(loaded.model.to(options.device), rank=16)
         self.view = ModelView.of(self.model, loaded.tokenizer)
         count = options.rows + options.heldout
-        texts = source_examples(self.view, "self", count, LENGTH, 0, batch_size=8, progress=False)
+        texts = source_examples(self.view, "self", count, LENGTH, 0, progress=False)
         self.source, self.heldout = texts[: options.rows], texts[options.rows :]
         self.curvature = retain.fit_curvature(self.model, self.source, progress=False)
         self.sites = list(lora_sites(self.model))

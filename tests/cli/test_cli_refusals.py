@@ -28,7 +28,6 @@ FIT: dict[str, tuple[list[Any], list[str]]] = {
     "no number": (["--rows", "many"], ["--rows", "'many'", "retain fit --help"]),
     "below its range": (["--samples", 0], ["--samples", "'0'"]),
     "the library's range": (["--alpha", -1], ["alpha", "-1.0"]),
-    "a batch": (["--batch-size", 64, "-q"], ["smaller than one batch", "16 sequences"]),
 }  # fmt: skip
 
 TRAIN: dict[str, tuple[list[Any], list[str]]] = {

@@ -126,6 +126,22 @@ def test_resuming_and_starting_again(settings: dict[str, Any], tmp_path: Path) -
         retain.train_run(**settings, out=out, overwrite=True, resume=True)
 
 
+def test_a_kept_state_is_replaced_when_asked_alone(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = settings | {"save_steps": 0, "keep_state": False}
+    retain.train_run(**once, out=tmp_path / "a", quiet=True)
+    capsys.readouterr()
+    retain.train_run(**once | {"keep_state": True}, out=tmp_path / "a", progress=False)
+    assert "holds a finished run, whose place this one takes" in capsys.readouterr().out
+    before = (tmp_path / "a" / "adapter" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="the state of an earlier run"):
+        retain.train_run(**once, out=tmp_path / "a", quiet=True)
+    assert (tmp_path / "a" / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    retain.train_run(**once, out=tmp_path / "a", overwrite=True, quiet=True)
+    assert not (tmp_path / "a" / "state").exists()
+
+
 def test_what_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown setting; .*did you mean 'learning_rate'"):
         retain.train_run(**settings, out=tmp_path / "o", learning_rat=1)

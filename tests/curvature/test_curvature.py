@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -12,9 +11,9 @@ import pytest
 import torch
 
 from fits import FIT, dense_quadratic, fit, known, same, tensors
-from retain import attach_lora, fit_curvature, load_curvature, load_model
+from retain import fit_curvature, load_curvature
 from retain.data.sources import encode
-from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, SourceError
+from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError
 from retain.models.sites import lora_sites
 from retain.types import SPACES
 from tiny import KINDS, ROWS, STRUCTURES, base, move, relative, tiny
@@ -179,7 +178,6 @@ def test_an_adapter_of_another_kind_is_named(kind: str, options: dict[str, Any])
     [
         (lambda: base("llama").requires_grad_(False), {}, ModelError, "no LoRA adapter"),
         (lambda: base("llama"), {"space": "adapter"}, CurvatureError, "plain LoRA factors"),
-        (llama, {"batch_size": 5}, SourceError, "smaller than one batch"),
         # With one position, attention does not depend on its query and key.
         (
             llama,
@@ -194,11 +192,9 @@ def test_fits_that_cannot_be(model: Any, options: dict, error: Any, said: str) -
         fit(model(), "llama", **options)
 
 
-def test_of_the_models_own_text_more_rows_can_be_asked_for(tiny_folder: Path) -> None:
-    loaded = load_model(tiny_folder)
-    model = attach_lora(loaded.model, rank=2)
-    with pytest.raises(SourceError, match="fix: a larger rows=, or a smaller batch size"):
-        fit_curvature(model, "self", rows=4, batch_size=5, max_length=8, progress=False)
+def test_a_source_may_be_smaller_than_a_batch() -> None:
+    whole, beyond = (tensors(fit(llama(), "llama", batch_size=size)) for size in (4, 50))
+    assert all(map(torch.equal, whole, beyond))
 
 
 @pytest.mark.parametrize("kind", KINDS)

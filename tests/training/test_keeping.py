@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import Trainer
 
 from retain import RetentionCallback, fit_curvature
-from retain.errors import TrainingError
+from retain.errors import RetainWarning, TrainingError
 from tiny import ROWS, exactly, tiny, weights
 
 STEPS, HALF = 6, 3
@@ -65,6 +66,26 @@ def test_a_checkpoint_is_resumed_wherever_it_lies(how: str, whole: Any, tmp_path
     run = trainer(out, model, [call])
     run.train(resume_from_checkpoint=resumed)
     exactly(weights(model), want)
+
+
+def test_another_curvature_or_strength_is_said(whole: Any, tmp_path: Path) -> None:
+    options, folder, _ = whole
+    place = str(folder / f"checkpoint-{HALF}")
+
+    def goes_on(**more: Any) -> list[str]:
+        model, call = held(**options | more)
+        if "source" in more:
+            call = RetentionCallback(fit_curvature(model, ROWS["llama"][:3], progress=False))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RetainWarning)
+            trainer(tmp_path / "o", model, [call]).train(resume_from_checkpoint=place)
+        return [text for w in caught if "another way" in (text := str(w.message))]
+
+    assert goes_on() == []
+    (other,) = goes_on(update="proximal", kl=0.0)
+    assert other.endswith("goes on in this: update gradient then, proximal now")
+    (other,) = goes_on(source=None)
+    assert "curvature " in other and ("budget 0.02 then, None now" in other) == bool(options)
 
 
 def test_an_entry_of_0_1_is_read_too(whole: Any, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class _Given(Options):
         [], description="Any other setting: KEY=VALUE, such as training.warmup=10. May be repeated"
     )
     resume: bool = Field(False, description="Go on from the last checkpoint in --out")
-    overwrite: bool = Field(False, description="Remove an earlier run's checkpoints in --out")
+    overwrite: bool = Field(False, description="Remove what an earlier run left in --out")
 
 
 def _field(key: str) -> Any:

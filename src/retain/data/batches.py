@@ -17,7 +17,7 @@ from torch import Tensor
 
 from retain.errors import SourceError
 
-__all__ = ["Batch", "Example", "batches", "collate"]
+__all__ = ["Batch", "Example", "batches", "check_fills", "collate"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,21 @@ def collate(
 def by_length(examples: Sequence[Example]) -> list[int]:
     """Their numbers, those of short ones first."""
     return sorted(range(len(examples)), key=lambda i: (len(examples[i].tokens), i))
+
+
+def check_fills(count: int, size: int, option: str = "batch_size=") -> None:
+    """Refuses to train on rows that fill no batch.
+
+    Raises:
+        SourceError: there are fewer than `size`; `option` is how a size is given.
+    """
+    if count < size:
+        raise SourceError(
+            "the training data are smaller than one batch",
+            got=f"{count} examples, batch size {size}",
+            allowed=f"at least {size} examples",
+            fix=f"{option}{count}" if count else "give some rows",
+        )
 
 
 def batches(

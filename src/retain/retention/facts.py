@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
 from retain.curvature.info import CurvatureInfo
 from retain.models.cards import plain_name
 from retain.retention.named import by_name
 from retain.retention.recipe import Recipe
 
-__all__ = ["facts", "source_of"]
+__all__ = ["changed", "facts", "settings_of", "source_of"]
 
 
 def facts(recipe: Recipe) -> dict[str, str]:
@@ -38,6 +43,25 @@ def facts(recipe: Recipe) -> dict[str, str]:
     if recipe.past is not None:
         found["Tasks before"] = f"{recipe.past.info.merged}, held too"
     return found
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe holds by, as plain data that a checkpoint keeps; a curvature by a digest."""
+    found: dict[str, Any] = {
+        "strength": recipe.strength, "update": recipe.update, "kl": recipe.kl.weight,
+    }  # fmt: skip
+    found |= {_of("budget", name): nats for name, nats in by_name(recipe.budget).items()}
+    for name, curvature in by_name(recipe.curvature).items():
+        told = curvature.info.to_dict() | {"versions": None}
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        found[_of("curvature", name)] = digest[:12]
+    return found
+
+
+def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In which of its `settings_of` a training that goes on differs; nothing where in none."""
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    return ", ".join(f"{name} {then.get(name)} then, {now.get(name)} now" for name in names)
 
 
 def source_of(info: CurvatureInfo) -> str:

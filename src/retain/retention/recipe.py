@@ -85,6 +85,9 @@ _MARK = "_retain_held"
 """The attribute of an A for its `_Mark`."""
 
 
+STRENGTH = 10.0
+"""Where none is said."""
+
 Probe = Sequence[Example] | Mapping[str, Sequence[Example]]
 
 
@@ -120,7 +123,7 @@ class Recipe:
     def __init__(
         self,
         curvature: Curvatures | None = None,
-        strength: float = 10.0,
+        strength: float = STRENGTH,
         *,
         parts: Sequence[str] | None = None,
         budget: Budgets | None = None,
@@ -139,6 +142,8 @@ class Recipe:
             check_budget(nats)
         if update not in UPDATES:
             raise unknown("update", update, UPDATES)
+        if budget is not None and strength != STRENGTH:
+            _warn(f"the budget finds the strength: strength {strength:g} is not used")
         self.curvature, self.past = curvature, past
         self.strength, self.budget, self.update = strength, budget, update
         self.named = parts is not None

@@ -9,8 +9,8 @@ from typing import Any
 from retain.config import RunConfig
 from retain.documents import read_json
 from retain.errors import ConfigError
-from retain.files import writing
-from retain.runs.records import RUN, TRAIN, Digests
+from retain.files import has_schema, writing
+from retain.runs.records import RUN, STATE_SCHEMA, TRAIN, Digests
 
 __all__ = [
     "check_digests", "clear", "drop_broken", "drop_unfinished", "history", "refuse_leftovers",
@@ -98,8 +98,12 @@ def check_digests(checkpoint: Path, now: Digests) -> None:
             )
 
 
-def refuse_leftovers(folder: Path) -> None:
-    """Raises `ConfigError` where another run's checkpoints lie, which would be mixed up."""
+def refuse_leftovers(out: Path, folder: Path) -> None:
+    """Refuses to mix a run's checkpoints up with another's, or to take a kept state's place.
+
+    Raises:
+        ConfigError: there are checkpoints in `folder`, or there is a state in `out`.
+    """
     from retain.training.checkpoints import checkpoints
 
     found = checkpoints(folder)
@@ -109,6 +113,13 @@ def refuse_leftovers(folder: Path) -> None:
             got=found[-1],
             allowed="a folder without checkpoints",
             fix="--resume to go on with that run, --overwrite to start again, or another --out",
+        )
+    if has_schema(out / "state" / "state.json", STATE_SCHEMA):
+        raise ConfigError(
+            "the output folder holds the state of an earlier run, from which later months go on",
+            got=out / "state",
+            allowed="a folder without one",
+            fix="another --out, or --overwrite to put this run in its place",
         )
 
 
@@ -133,7 +144,8 @@ def usable(config: RunConfig, folder: Path) -> str:
     if last is not None:
         return f"{last} is whole; go on with: retain train --resume --out {config.out}"
     none = "no checkpoint yet" if config.training.save_steps else "no checkpoint (--save-steps 50)"
-    return f"{none}; an older adapter in {config.out} is unchanged"
+    older = (Path(config.out).expanduser() / "adapter").exists()
+    return f"{none}; an older adapter in {config.out} is unchanged" if older else none
 
 
 def tidy(out: Path, kept: Path) -> None:

@@ -11,6 +11,7 @@ from retain.files import check_folder, first_rank, locked
 from retain.runs import checkpoints
 from retain.runs.folders import by_file, check_run
 from retain.runs.messages import Interrupted, Messages
+from retain.runs.records import TRAIN
 from retain.runs.settings import Settings, by_key, read_run
 from retain.runs.training import RunResult, Training
 
@@ -35,7 +36,7 @@ def train_run(
     Args:
         config: a `RunConfig`, a mapping of its fields, a YAML file, or nothing.
         resume: go on from the last whole checkpoint in the output folder.
-        overwrite: remove an earlier run's checkpoints there.
+        overwrite: remove an earlier run's checkpoints there, and let its state be replaced.
         progress: show bars.
         quiet: print nothing.
         **settings: come before those of `config`: the options of ``retain train`` with underscores
@@ -107,7 +108,9 @@ def run_training(
             names = (names_of(settings.budget) or ("",)) if own else ()
             check_run(out, curvatures=[by_file("curvature", name) for name in names])
         if not resume and not overwrite:
-            checkpoints.refuse_leftovers(kept)
+            checkpoints.refuse_leftovers(out, kept)
+        if (out / TRAIN).is_file() and not resume:
+            messages.say(f"{out} holds a finished run, whose place this one takes at its end")
         try:
             return Training(settings, messages, out, resume).run()
         except KeyboardInterrupt:

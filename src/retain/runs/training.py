@@ -71,7 +71,7 @@ class Training:
 
     def run(self) -> RunResult:
         self._read()
-        from retain.data.batches import batches
+        from retain.data.batches import check_fills
         from retain.data.counts import RowCounts
         from retain.models.fingerprint import fingerprint
         from retain.models.heads import is_causal
@@ -93,7 +93,7 @@ class Training:
         )  # fmt: skip
         for line in counts.lines():
             self.messages.note(line)
-        next(iter(batches(examples, training.batch_size, 0)))  # refuses what fills no batch
+        check_fills(len(examples), training.batch_size, "--batch-size ")
         if labels is not None:
             self.labels = classify.fit_new_head(
                 base, examples, labels, c, self.messages, learned=self.before is not None

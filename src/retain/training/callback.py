@@ -21,7 +21,7 @@ from retain.errors import ConfigError, RetainWarning, unknown
 from retain.models.cards import extend_card, plain_name, section
 from retain.models.names import unwrap
 from retain.models.view import ModelView
-from retain.retention.facts import facts
+from retain.retention.facts import changed, facts, settings_of
 from retain.retention.filter import Filter
 from retain.retention.force import Force
 from retain.retention.loader import loader_examples
@@ -170,6 +170,7 @@ class RetentionCallback(TrainerCallback):
         self.recipe, self.source, self.tokenizer = recipe, source, tokenizer
         self._attached: Any = None
         self._zero: ZeroStep | None = None
+        self._settings: dict[str, Any] = {}
         self._nats: float | None = None
         self._base: tuple[str, str] | None = None
         self._writes = True
@@ -289,6 +290,11 @@ class RetentionCallback(TrainerCallback):
         view = ModelView(model, self.tokenizer)
         view.tokenizer = view.tokenizer or kwargs.get("processing_class")
         zero = zero_of(kwargs.get("optimizer"))
+        kept = kept_in(state, needed) if resuming else None
+        self._settings = settings_of(recipe)
+        then = (kept or {}).get("held")
+        if isinstance(then, dict) and (other := changed(then, self._settings)):
+            _warn(f"the checkpoint was held in another way, and goes on in this: {other}")
         self._let_go()
         if zero is not None:
             self._zero = ZeroStep(zero, recipe, model, lambda: self._watched(args, state, model))
@@ -300,7 +306,7 @@ class RetentionCallback(TrainerCallback):
                 probe=self._probe(view),
                 source=self._kl_rows(view),
                 tokenizer=view.tokenizer,
-                progress=kept_in(state, needed) if resuming else None,
+                progress=kept,
                 kept=kept_tensors(resumed_from()) if resuming else None,
             )
         if self._zero is not None:
@@ -402,7 +408,7 @@ class RetentionCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        keep(state, self.recipe.progress())
+        keep(state, self.recipe.progress() | {"held": self._settings})
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

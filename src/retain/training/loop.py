@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from retain.compat import checkpointing, warmup
 from retain.config import TrainConfig
-from retain.data.batches import Example, collate
+from retain.data.batches import Example, check_fills, collate
 from retain.errors import ConfigError, SourceError
 from retain.models.heads import check_single
 from retain.models.sizes import pad_multiple
@@ -130,13 +130,7 @@ def train(
     _check_choice(recipe, method, columns, regression)
     if whole and values:
         check_single(model)
-    if len(examples) < config.batch_size:
-        raise SourceError(
-            "the training data are smaller than one batch",
-            got=f"{len(examples)} examples, batch size {config.batch_size}",
-            allowed=f"at least {config.batch_size} examples",
-            fix="lower batch_size",
-        )
+    check_fills(len(examples), config.batch_size)
     if regression and any(e.targets[0] != e.targets[0] for e in examples):
         raise SourceError(
             "a row to learn from has no label",

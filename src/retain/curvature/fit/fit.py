@@ -127,7 +127,7 @@ def fit_curvature(
     Raises:
         ConfigError: an unknown structure, space or Fisher, a number out of range, or settings that
             exclude each other.
-        SourceError: text that is missing, empty or smaller than one batch.
+        SourceError: text that is missing or empty.
         ModelError: a model without LoRA or without a head that predicts.
         CurvatureError: a layer that got no gradient where theory says it should.
         OutputError: the unfinished sums cannot be written.
@@ -147,7 +147,7 @@ def fit_curvature(
     start_of(model)  # of an adapter that began in the base's weights, for what is measured later
     examples = source_examples(
         view, source, rows, max_length, seed,
-        batch_size=batch_size, prompts=prompts, partial=partial, progress=progress,
+        prompts=prompts, partial=partial, progress=progress,
     )  # fmt: skip
     device, pad = site_tensor(sites[0]).device, view.pad
     together = divide and processes.several()
@@ -177,7 +177,7 @@ def fit_curvature(
         with bypassed(sites) if idle else nullcontext():
             with hooks:
                 cut = own_batches if apart else batches
-                pass_over = list(cut(examples, batch_size, pad))
+                pass_over = list(cut(examples, min(batch_size, len(examples)), pad))
                 _read(run, pass_over, unfinished, device, progress, apart)
             if estimating.backward:
                 check_gradients(run.without_gradient(), sites, space)

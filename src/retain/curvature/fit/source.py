@@ -25,7 +25,6 @@ def source_examples(
     max_length: int,
     seed: int,
     *,
-    batch_size: int = 1,
     prompts: Prompts = None,
     partial: str | Path | None = None,
     progress: bool = False,
@@ -37,7 +36,7 @@ def source_examples(
 
     Raises:
         ConfigError: prompts for text that is given.
-        SourceError: text that is missing, empty or smaller than one batch; or ``"self"`` for a
+        SourceError: text that is missing or empty; or ``"self"`` for a
             model that cannot write; or rows that its tables have no place for.
     """
     own = isinstance(source, str) and source == "self"
@@ -64,17 +63,9 @@ def source_examples(
         source = kept_rows(
             partial, what, lambda: sample_rows(view.model, view.tokenizer, count=rows, **length)
         )
-    found = view.read(
+    return view.read(
         source, rows, max_length=max_length, seed=seed, values=values, labels=False
     )  # a text that is one row gives many
-    if len(found) < batch_size:
-        raise SourceError(
-            "the source is smaller than one batch",
-            got=f"{len(found)} sequences, batch size {batch_size}",
-            allowed=f"at least {batch_size} sequences",
-            fix=f"{'a larger rows=' if own else 'give more text'}, or a smaller batch size",
-        )
-    return found
 
 
 def glance(example: Example, pad: int) -> Batch:
