@@ -398,8 +398,21 @@ def validate(found: dict[str, Any], kind: type[Model]) -> Model:
             f"the value of {'.'.join(where) or 'the configuration'} is not accepted",
             got=shown(first.get("input")),
             allowed=" or ".join(_allowed(e) for e in error.errors() if _where(e) == where),
-            fix="change it in the file or on the command line",
+            fix=_left_out(kind, where),
         ) from error
+
+
+def _left_out(kind: type[BaseModel], where: list[str]) -> str:
+    """What to do about a value that is out of range: its default always will do."""
+    model, field = kind, None
+    for part in where:
+        found = model.model_fields.get(part) if isinstance(model, type) else None
+        field, model = found, getattr(found, "annotation", None)  # type: ignore[assignment]
+    if field is None or field.is_required():
+        return "change it in the file or on the command line"
+    default = field.get_default(call_default_factory=True)
+    plain = isinstance(default, int | float | str) and default != -1
+    return f"leave {where[-1]} out{f', for {default}' if plain else ''}, or give what is allowed"
 
 
 def _where(error: Any) -> list[str]:

@@ -165,6 +165,7 @@ def test_the_built_in_prompts_have_too_few_items(run: Any, adapter: Path) -> Non
         (["--new-tokens", 0], "allowed: "),
         (["--skills", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--out", "."], "no plain file"),
+        (["--out", "cert.pdf"], "ends in .html"),
     ],
 )
 @pytest.mark.usefixtures("unloaded")

@@ -36,10 +36,11 @@ TRAIN: dict[str, tuple[list[Any], list[str]]] = {
     "a key of set": (["--set", "training.warmupp=3"], ["'warmupp'", "did you mean 'warmup'?"]),
     "a deeper key": (["--set", "model.size=3"], ["model", "{'size': 3}"]),
     "no value": (["--set", "warmup"], ["'warmup'", "key=value"]),
-    "below 0": (["--strength", -1], ["strength", "-1.0"]),
+    "below 0": (["--strength", -1], ["strength", "-1.0", "leave strength out, for 10"]),
     "not finite": (["--strength", "inf"], ["strength", "inf"]),
     "too large": (["--strength", 1e300], ["strength", "1e+300"]),
-    "no steps": (["--max-steps", 0], ["max_steps is not accepted", "1 or more"]),
+    "no steps": (["--max-steps", 0], ["max_steps is not accepted", "1 or more", "leave max_steps"]),
+    "a comma": (["--learning-rate", "0,02"], ["fix: --learning-rate 0.02"]),
     "problems": (["--data", "word-problems:none"], ["'none'", "word-problems:100"]),
     "a comma for a point": (["--budget", "0,02"], ["got: 0,02;", "fix: --budget 0.02"]),
     "a budget in per cent": (["--budget", "5%"], ["got: 5%;", "nats", "fix: --budget 0.05"]),
@@ -151,6 +152,8 @@ class TestSources:
         }.items():
             retain("fit", model, tmp_path / name, "-o", out / "c").refused(*said)
             train(out, "--data", tmp_path / name).refused(*said)
+        several = ",".join([str(tmp_path / "empty.jsonl")] * 2)
+        train(out, "--data", several, "-q").refused("give one folder or a pattern")
         other = write_lines(tmp_path / "rows.jsonl", [{"body": "text"}])
         train(out, "--data", other, "-q").refused("columns are not known", "got: body")
         assert not out.exists()

@@ -98,6 +98,9 @@ def test_bad_results(result: dict[str, Any], put: Put, spoil: Any, said: str) ->
 def test_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no results of a study"):
         read_studies([tmp_path])
+    (tmp_path / "train.json").touch()  # of a training, which is measured first
+    with pytest.raises(SourceError, match="fix: measure its adapter first: retain eval"):
+        read_studies([tmp_path])
 
 
 def test_a_result_is_a_study_of_one_task(result: dict[str, Any], put: Put) -> None:

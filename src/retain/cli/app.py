@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from typing import Annotated, Any
@@ -205,9 +206,15 @@ def _usage(error: Any) -> RetainError:
     value = repr(errors()[0].get("input")) if errors else None
     usage = " ".join(context.get_usage().split()[1:]) if context else None
     what = error.format_message().rstrip(".")
+    option = re.search(r"'(--[\w-]+)", what)
+    comma = re.fullmatch(r"'(\d*),(\d+)'", value or "")
+    if option and comma:  # in place of the point
+        usage, fix = "a number, with a point", f"{option[1]} {comma[1]}.{comma[2]}"
+    else:
+        fix = f"see {path} --help"
     return ConfigError(
         what[:1].lower() + what[1:],
         got=value,
         allowed=usage and usage.replace("{", "").replace("}", ""),
-        fix=f"see {path} --help",
+        fix=fix,
     )

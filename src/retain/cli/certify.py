@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from retain.cli.options import Screen, check_file, command
+from retain.errors import ConfigError
 from retain.files import clear_scratch, locked, whole_file
 from retain.records import CertificateRecord, SkillRecord
 from retain.runs.certify import CertifyConfig, certify_run
@@ -19,6 +20,11 @@ EXAMPLE = "Example: retain certify runs/may/adapter --skills skills.jsonl --allo
 def certify(config: CertifyConfig, screen: Screen) -> None:
     """Check what an adapter lost of its base's skills; exit code 1 where it is too much."""
     page = config.out and check_file(config.out)
+    if page is not None and page.suffix != ".html":
+        raise ConfigError(
+            "the certificate is a page", got=f"--out {page}", allowed="a file that ends in .html",
+            fix=f"--out {page.with_suffix('.html')}",
+        )  # fmt: skip
     if page is not None:
         check_page(page)
     record = certify_run(config, screen)

@@ -92,7 +92,10 @@ def _files(path: Path) -> list[Path]:
             "the folder holds no results of a study",
             got=path,
             allowed=f"{', '.join(_SCHEMAS)} files",
-            fix="give the output folder of retain study",
+            fix="measure its adapter first: retain eval --model MODEL "
+            f"--adapter {path / 'adapter'} --out may.json; retain report reads that"
+            if (path / "train.json").is_file()
+            else "give the output folder of retain study",
         )
     return found
 
