@@ -112,6 +112,7 @@ def _tell(done: RunResult, screen: Screen) -> None:
         screen.say("next: load it as docs/classifiers.md says")
     else:
         model, place = quote(record.config.model), quote(str(done.adapter))
-        screen.say(f"next: retain eval --model {model} --adapter {place} --general knowledge")
+        asked = "--general knowledge --prompts general"
+        screen.say(f"next: retain eval --model {model} --adapter {place} {asked}")
     found = {"adapter": done.adapter, "record": done.out / "train.json"}
     screen.emit(found | record.model_dump(mode="json", by_alias=True))
