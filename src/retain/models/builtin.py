@@ -201,7 +201,10 @@ def unknown_model(name: str, why: BaseException, also: str = "") -> ModelError:
     near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     off = " (the hub is switched off)" if offline() else ""
-    said = " ".join(str(why).split())[:160] or type(why).__name__
+    whole = " ".join(str(why).split())
+    said = whole[:160] or type(why).__name__
+    if len(whole) > 160 and ". " in said:  # whole sentences
+        said = said.rpartition(". ")[0]
     path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
     if path and not Path(name).expanduser().exists():  # the hub's library has no words for it
         off, said = "", "no such folder"
