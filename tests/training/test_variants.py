@@ -111,13 +111,15 @@ def test_without_padding_it_ends_as_with_it(tmp_path: Path) -> None:
     close(found, trained(tmp_path))
 
 
-def in_a_loop(collate: Callable[[Rows], Any]) -> dict[str, torch.Tensor]:
+def in_a_loop(
+    collate: Callable[[Rows], Any], data: Rows = DATA, many: int = 4
+) -> dict[str, torch.Tensor]:
     """The plain loop, with all parts."""
     model = tiny("llama")
     model.train()  # where transformers keeps documents apart
     curvature = fit_curvature(model, SOURCE, progress=False)
     source = ModelView(model).read(SOURCE, len(SOURCE), max_length=64)
-    loader = torch.utils.data.DataLoader(cast(Any, DATA), 4, collate_fn=collate)
+    loader = torch.utils.data.DataLoader(cast(Any, data), many, collate_fn=collate)
     held = Retention(
         model, curvature, rows=loader, probe=source, source=source, budget=2e-3,
         kl=OutputKL(1.0, every=2),
@@ -135,7 +137,9 @@ def in_a_loop(collate: Callable[[Rows], Any]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.shows("plain loop", "padding-free rows")
 def test_a_loop_without_padding_ends_as_with_it() -> None:
-    close(in_a_loop(DataCollatorWithFlattening()), in_a_loop(padded))
+    plain = in_a_loop(padded)
+    close(in_a_loop(DataCollatorWithFlattening()), plain)
+    close(in_a_loop(packed, in_twos(DATA), 2), plain)
 
 
 @pytest.mark.parametrize("how", ["packed", "of_pairs"])
@@ -164,7 +168,8 @@ def by_bool(items: Rows) -> dict[str, Any]:
     batch = packed(items)
     number = (batch["position_ids"][0] == 0).cumsum(0)
     number[-2:] = 0  # the padding
-    return batch | {"attention_mask": ((number[:, None] == number) & (number > 0)).tril()[None, None]}
+    may = ((number[:, None] == number) & (number > 0)).tril()
+    return batch | {"attention_mask": may[None, None]}
 
 
 def of_pairs(items: Rows) -> dict[str, Any]:
