@@ -74,7 +74,7 @@ EVERY = (
 NEVER = {
     *((t, "packing") for t in ("ms-swift", "Unsloth")),
     *((t, "padding-free rows") for t in ("axolotl", "ms-swift", "Unsloth")),
-    *(("axolotl", f) for f in ("bf16 autocast", "DDP")),
+    *(("axolotl", f) for f in ("bf16 autocast", "DDP", "DeepSpeed")),
 }
 REFUSED = "layer-wise optimiser"
 """GaLore's, in ms-swift LOMO: the layer-wise schedule of its transformers, 4.57, ends in an error
@@ -152,8 +152,6 @@ def of_axolotl(base: Path, out: Path, feature: str, called: Told, resume: Path |
         told |= COMPILED
     if feature == "layer-wise optimiser":
         told |= {"optimizer": "galore_adamw_layerwise", "optim_target_modules": "all_linear"}
-    if feature == "DeepSpeed":
-        told["deepspeed"] = written(out.parent / "zero.json", [ZERO])
     if feature == "fresh rows":
         told["lora_model_dir"] = str(grown(base, out.parent / "grown"))
     if not lora:
