@@ -70,8 +70,12 @@ DECLARED: dict[tuple[str, str], tuple[str, str]] = {
     ("DPOTrainer", "padding-free rows"): (
         NO_CELL, "TRL 1.16 turns it off there"),
     ("GRPOTrainer", "padding-free rows"): (NO_CELL, NO_SETTING),
-    ("plain loop", "padding-free rows"): (
-        NOT_TRIED, "its rows are read as those of `transformers.Trainer` are"),
+    ("axolotl", "padding-free rows"): (
+        NO_CELL, "its `batch_flattening` wants flash, flex, xformers or sage attention, which "
+        "train on a GPU alone"),
+    ("ms-swift", "padding-free rows"): (
+        NO_CELL, "it lays rows end to end with flash attention alone, which needs a GPU"),
+    ("Unsloth", "padding-free rows"): (NO_CELL, "its CPU backend turns it off"),
     **{(t, f): (NO_CELL, NO_SETTING) for t in ("retain train", "studies") for f in NEW},
     ("transformers.Trainer", "packing"): (NO_CELL, OWN_ROWS),
     ("transformers.Trainer", "assistant-only loss"): (NO_CELL, OWN_ROWS),

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import MethodType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ from retain import OutputKL, Retention, RetentionCallback, attach_lora, fit_curv
 from retain.curvature.curvature import Curvature
 from retain.errors import ModelError
 from retain.models.sites import lora_sites
+from retain.models.view import ModelView
 from retain.retention.loader import loader_examples
 from tiny import ROWS, base, exactly, tiny, weights
 
@@ -110,8 +111,41 @@ def test_without_padding_it_ends_as_with_it(tmp_path: Path) -> None:
     close(found, trained(tmp_path))
 
 
-def test_packed_texts_are_held_as_texts_of_their_own(tmp_path: Path) -> None:
-    found = trained(tmp_path, in_twos(DATA), packed, per_device_train_batch_size=4)
+def in_a_loop(
+    collate: Callable[[Rows], Any], data: Rows = DATA, many: int = 4
+) -> dict[str, torch.Tensor]:
+    """The plain loop, with all parts."""
+    model = tiny("llama")
+    model.train()  # where transformers keeps documents apart
+    curvature = fit_curvature(model, SOURCE, progress=False)
+    source = ModelView(model).read(SOURCE, len(SOURCE), max_length=64)
+    loader = torch.utils.data.DataLoader(cast(Any, data), many, collate_fn=collate)
+    held = Retention(
+        model, curvature, rows=loader, probe=source, source=source, budget=2e-3,
+        kl=OutputKL(1.0, every=2),
+    )  # fmt: skip
+    assert held.recipe.filter is not None
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for batch in [*loader, *loader]:
+        model(**batch, use_cache=False).loss.backward()
+        held.step(optimizer)
+        optimizer.zero_grad()
+    held.finish()
+    assert held.predicted() > 0
+    return weights(model)
+
+
+@pytest.mark.shows("plain loop", "padding-free rows")
+def test_a_loop_without_padding_ends_as_with_it() -> None:
+    plain = in_a_loop(padded)
+    close(in_a_loop(DataCollatorWithFlattening()), plain)
+    close(in_a_loop(packed, in_twos(DATA), 2), plain)
+
+
+@pytest.mark.parametrize("how", ["packed", "of_pairs"])
+def test_packed_texts_are_held_as_texts_of_their_own(how: str, tmp_path: Path) -> None:
+    collate = {"packed": packed, "of_pairs": of_pairs}[how]
+    found = trained(tmp_path, in_twos(DATA), collate, per_device_train_batch_size=4)
     close(found, trained(tmp_path, per_device_train_batch_size=8))
 
 
@@ -129,7 +163,23 @@ def of_attention(items: Rows) -> dict[str, Any]:
     return batch | {"cu_seq_lens_q": torch.tensor([*starts, batch["input_ids"].shape[1]])}
 
 
-@pytest.mark.parametrize("collate", [packed, of_attention])
+def by_bool(items: Rows) -> dict[str, Any]:
+    """Which position may read which."""
+    batch = packed(items)
+    number = (batch["position_ids"][0] == 0).cumsum(0)
+    number[-2:] = 0  # the padding
+    may = ((number[:, None] == number) & (number > 0)).tril()
+    return batch | {"attention_mask": may[None, None]}
+
+
+def of_pairs(items: Rows) -> dict[str, Any]:
+    """The same as what is added, as LLaMA-Factory's neat_packing has it without flash attention."""
+    batch = by_bool(items)
+    lowest = torch.finfo(torch.float64).min
+    return batch | {"attention_mask": lowest * (~batch["attention_mask"]).double()}
+
+
+@pytest.mark.parametrize("collate", [packed, of_attention, by_bool, of_pairs])
 def test_the_texts_of_a_packed_row_are_read_one_by_one(collate: Callable[[Rows], Any]) -> None:
     assert sorted(read(in_twos(DATA), collate, 64)) == sorted(TEXTS)
 

@@ -63,7 +63,10 @@ def _rows(batch: Any, causal: bool) -> list[list[Example]]:
     inputs = batch if ours is None else ours.inputs
     ids = torch.atleast_2d(inputs["input_ids"])
     mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-    if mask is None or mask.numel() != ids.numel():
+    pairs = _pairs(mask, ids)
+    if pairs is not None:
+        mask = pairs.diagonal(dim1=1, dim2=2)
+    elif mask is None or mask.numel() != ids.numel():
         mask = torch.ones_like(ids)
     counts = torch.ones_like(ids)
     if ours is not None and causal:
@@ -96,13 +99,26 @@ def _begins(inputs: Mapping[str, Any], ids: Tensor) -> Tensor:
     begins = torch.zeros_like(ids, dtype=torch.bool)
     places, ends = inputs.get("position_ids"), inputs.get("cu_seq_lens_q")
     mask = inputs.get("attention_mask")
-    if mask is not None and mask.shape == ids.shape:
+    pairs = _pairs(mask, ids)
+    if pairs is not None:
+        begins[:, 1:] = ~pairs.diagonal(-1, dim1=1, dim2=2)
+    elif mask is not None and mask.shape == ids.shape:
         begins[:, 1:] = (mask.diff() != 0) & (mask[:, 1:] > 1)
     elif mask is None and places is not None and places.shape == ids.shape:
         begins[:, 1:] = places.diff() != 1
     elif ends is not None and len(ids) == 1:
         begins[0, ends[1:-1].long()] = True
     return begins
+
+
+def _pairs(mask: Tensor | None, ids: Tensor) -> Tensor | None:
+    """Which position may read which, [rows, seq, seq] of bool, by a mask [rows, 1, seq, seq] as
+    transformers takes it: of bool, or added to attention's logits (LLaMA-Factory's
+    ``neat_packing``). None of another mask.
+    """
+    if mask is None or mask.ndim != 4 or mask[:, 0].shape != (*ids.shape, ids.shape[1]):
+        return None
+    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
 
 
 def _documents(tokens: tuple[int, ...], predict: tuple[bool, ...], at: list[int]) -> list[Example]:
