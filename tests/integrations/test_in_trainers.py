@@ -74,8 +74,9 @@ EVERY = (
 NEVER = {
     *((t, "packing") for t in ("ms-swift", "Unsloth")),
     *((t, "padding-free rows") for t in ("axolotl", "ms-swift", "Unsloth")),
-    *(("axolotl", f) for f in ("bf16 autocast", "DDP", "DeepSpeed")),
-}
+    *(("axolotl", f) for f in ("bf16 autocast", "DDP", "DeepSpeed", "torch.compile",
+                               "layer-wise optimiser")),
+}  # fmt: skip
 REFUSED = "layer-wise optimiser"
 """GaLore's, in ms-swift LOMO: the layer-wise schedule of its transformers, 4.57, ends in an error
 under torch 2.13."""
@@ -148,10 +149,6 @@ def of_axolotl(base: Path, out: Path, feature: str, called: Told, resume: Path |
         told |= {"adapter": "qlora", "load_in_4bit": True}
     if feature == "DoRA":
         told["peft_use_dora"] = True
-    if feature == "torch.compile":
-        told |= COMPILED
-    if feature == "layer-wise optimiser":
-        told |= {"optimizer": "galore_adamw_layerwise", "optim_target_modules": "all_linear"}
     if feature == "fresh rows":
         told["lora_model_dir"] = str(grown(base, out.parent / "grown"))
     if not lora:

@@ -269,7 +269,7 @@ def _no_such(source: str | Path, reason: str | None = None) -> SourceError:
             fix = f"download it first: curl -LO {text}"
     elif _BARE.fullmatch(text):
         fix = f"check the path; for a data set of the hub give its owner too: OWNER/{text}"
-    elif all(Path(part.strip()).is_file() for part in text.split(",")):
+    elif all(os.path.isfile(part.strip()) for part in text.split(",")):
         fix = "give one folder or a pattern, such as data/*.jsonl, or join the files"
     elif prose:
         fix = "if this is the text itself, give [text]"
