@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dearest_rows import STEPS, learn
 
-from retain import Retention, certify, fit_curvature
-from retain.data.batches import Example, batches
+from retain import Retention, fit_curvature
+from retain.data.batches import Example
 from retain.data.general_prompts import general_prompts
 from retain.data.knowledge import knowledge_items
 from retain.data.loading import encode_items, load_items
@@ -34,16 +35,14 @@ from retain.data.problems import problem_examples, word_problems
 from retain.data.specs import load_task
 from retain.data.tokens import need
 from retain.errors import RetainWarning
-from retain.evaluation.certify import loss_bound
-from retain.evaluation.prompts import put
-from retain.evaluation.ranking import score_options
+from retain.evaluation.certify import answers_of, loss_bound
+from retain.evaluation.skills import read_skills
 from retain.files import write_json
-from retain.models.forward import forward_logits
 from retain.models.generating import sample_rows
 from retain.models.load import load_model
 from retain.models.lora import attach_lora
+from retain.models.view import ModelView
 from retain.provenance import provenance
-from retain.training.loss import task_loss
 
 TASKS = ("word-problems", "cl15/agnews", "cl15/sst2", "cl15/dbpedia", "gsm8k")
 ARMS = {
@@ -52,7 +51,7 @@ ARMS = {
     "plain, 3e-3": (3e-3, 0),
     "held": (1e-3, 10),
 }
-SEEDS, STEPS, BATCH, LENGTH, ARC = (0, 1, 2), 24, 4, 64, 400
+SEEDS, BATCH, LENGTH, ARC = (0, 1, 2), 4, 64, 400
 LEVEL, DRAWS = 0.95, 500
 """What a bound promises, and how often a skill's items are drawn anew."""
 
@@ -74,41 +73,12 @@ def items_of(data_dir: Path) -> list[dict[str, Any]]:
     return list({(r["skill"], r["prompt"]): r for r in told}.values())
 
 
-def answers(model: Any, tokenizer: Any, items: Sequence[dict[str, Any]]) -> list[bool]:
-    """Which items a model gets right, asked as ``certify`` does."""
-    prompts = [put(tokenizer, item["prompt"]) for item in items]
-    options = [
-        [c if p[-1:].isspace() else f" {c}" for c in item["choices"]]
-        for p, item in zip(prompts, items, strict=True)
-    ]
-    best = score_options(model, tokenizer, prompts, options).best()
-    return [b == item["answer"] for b, item in zip(best, items, strict=True)]
-
-
 def rows_of(task: str, tokenizer: Any, data_dir: Path, seed: int) -> list[Example]:
     if task == "word-problems":
         return problem_examples(tokenizer, word_problems("train", STEPS * BATCH, seed, 30))
     spec, cut = load_task(task), {"tokenizer": tokenizer, "max_length": LENGTH}
     found = load_items(spec, "train", data_dir=data_dir, limit=STEPS * BATCH, seed=seed, **cut)
     return encode_items(found, tokenizer, max_length=LENGTH, causal=True, spec=spec)
-
-
-def learn(model: Any, rows: Sequence[Example], rate: float, held: Retention | None) -> None:
-    """One pass over the rows, with a rate that falls to 0."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0)
-    model.train()
-    for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = rate * (1 - step / STEPS)
-        (batch,) = batches(rows[step * BATCH : (step + 1) * BATCH], BATCH, 0)
-        logits = forward_logits(model, batch)
-        (task_loss(logits, batch, [None] * BATCH) / len(batch.targets)).backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step() if held is None else held.step(optimizer)
-        optimizer.zero_grad()
-    if held is not None:
-        held.finish()
-    model.eval()
 
 
 def run(out: Path, data_dir: Path, part: str) -> None:
@@ -122,30 +92,28 @@ def run(out: Path, data_dir: Path, part: str) -> None:
     ]
     base, words, _ = load_model("smollm2-135m", dtype="bfloat16")
     tokenizer = need(words)
-    items = items_of(data_dir)
-    before = answers(base, tokenizer, items)
+    items = read_skills(items_of(data_dir))
+
+    def right(model: Any) -> list[bool]:
+        view = ModelView(model, tokenizer)
+        return [right for _, right in answers_of(view, tokenizer, items, 1, 64)]
+
+    before = right(base)
     model: Any = attach_lora(base, rank=16)
     start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     prompts = [p.prompt for p in general_prompts(half="source")]
     source = sample_rows(model, tokenizer, count=32, max_length=64, prompts=prompts)
     curvature = fit_curvature(model, source, rank=64, progress=False)
-    for number, (seed, task, arm) in enumerate(left):
+    for seed, task, arm in left:
         began = time.process_time()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in start:
-                    parameter.copy_(start[name])
-        rows = random.Random(seed).sample(rows_of(task, tokenizer, data_dir, seed), STEPS * BATCH)
+        model.load_state_dict(start, strict=False)
+        rows = rows_of(task, tokenizer, data_dir, seed)
         rate, strength = ARMS[arm]
         held = Retention(model, curvature, strength, rows=rows) if strength else None
-        learn(model, rows, rate, held)
-        after = answers(model, tokenizer, items)
-        if not number:  # the command itself sees the same
-            found = certify(model, items[:48], allow={"knowledge": 0.5}, tokenizer=tokenizer)
-            pairs = [(r["right_before"], r["right_after"]) for r in found.rows]
-            assert pairs == list(zip(before, after, strict=True))[:48], "not as certify asks"
+        learn(model, held, rows, seed, rate=rate, batch_size=BATCH)
+        after = right(model)
         line = {
-            "task": task, "arm": arm, "seed": seed, "skills": [i["skill"] for i in items],
+            "task": task, "arm": arm, "seed": seed, "skills": [i.skill for i in items],
             "before": before, "after": after, "seconds": time.process_time() - began,
             **provenance(seed),
         }  # fmt: skip

@@ -34,27 +34,33 @@ from retain.training.loss import task_loss
 ROWS, ODD, LEFT_OUT, STEPS, BATCH, RATE, STRENGTH = 128, 32, 6, 24, 8, 2e-3, 10.0
 
 
-def learn(model: Any, curvature: Any, rows: list[Example], seed: int) -> None:
+def learn(
+    model: Any, held: Retention | None, rows: list[Example], seed: int, *, rate: float = RATE,
+    batch_size: int = BATCH,
+) -> None:  # fmt: skip
     """Trains the model's fresh adapter on the rows, in an order by the seed."""
-    held = Retention(model, curvature, STRENGTH, rows=rows)
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0
+        [p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0
     )
     order = [
         i for e in range(2) for i in random.Random(seed + e).sample(range(len(rows)), len(rows))
     ]
     model.train()
     for step in range(STEPS):
-        some = [rows[i] for i in order[step * BATCH : (step + 1) * BATCH]]
-        (batch,) = batches(some, BATCH, 0)
+        some = [rows[i] for i in order[step * batch_size : (step + 1) * batch_size]]
+        (batch,) = batches(some, batch_size, 0)
         for group in optimizer.param_groups:
-            group["lr"] = RATE * (1 - step / STEPS)
-        loss = task_loss(forward_logits(model, batch), batch, [None] * BATCH) / len(batch.targets)
-        loss.backward()
+            group["lr"] = rate * (1 - step / STEPS)
+        logits = forward_logits(model, batch)
+        (task_loss(logits, batch, [None] * batch_size) / len(batch.targets)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        held.step(optimizer)
+        if held is None:
+            optimizer.step()
+        else:
+            held.step(optimizer)
         optimizer.zero_grad()
-    held.finish()
+    if held is not None:
+        held.finish()
     model.eval()
 
 
@@ -92,7 +98,8 @@ def main() -> None:
             for name, parameter in model.named_parameters():
                 if name in start:
                     parameter.copy_(start[name])
-        learn(model, curvature, [e for i, e in enumerate(rows) if i not in left_out], seed)
+        kept = [e for i, e in enumerate(rows) if i not in left_out]
+        learn(model, Retention(model, curvature, STRENGTH, rows=kept), kept, seed)
         with torch.no_grad():
             every = list(batches(test, BATCH, 0))
             loss = sum(float(task_loss(forward_logits(model, b), b, [None] * BATCH)) for b in every)

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from retain.documents import read_mapping
-from retain.errors import ConfigError, shown, unknown
+from retain.errors import ConfigError, shown, unknown, with_point
 from retain.types import STRONGEST, Update
 
 __all__ = [
@@ -262,15 +262,15 @@ def _plain(text: str) -> str:
     Raises:
         ConfigError: it is no number, as 0,02 and 5% are none.
     """
-    point = text.replace(",", ".")
     try:
         float(text)
     except ValueError as error:
-        meant = re.fullmatch(r"\d*\.\d+", point) and float(point) > 0
+        point = with_point(text)
+        meant = point if point and float(point) > 0 else "0.05"
         raise ConfigError(
             "the budget is not accepted", got=shown(text, plain=True),
             allowed="nats per token: a number above 0, or NAME=NUMBER for each name",
-            fix=f"--budget {point if meant else 0.05}",
+            fix=f"--budget {meant}",
         ) from error  # fmt: skip
     return text
 

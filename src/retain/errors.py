@@ -125,6 +125,12 @@ def unknown(kind: str, got: str, allowed: Iterable[str]) -> ConfigError:
     return ConfigError(f"unknown {kind}", got=shown(got), allowed=told, fix=fix)
 
 
+def with_point(text: str) -> str | None:
+    """A number with a comma in place of its point, such as 0,02, written as it is read; or None."""
+    found = re.fullmatch(r"(\d*),(\d+)", text)
+    return found and f"{found[1]}.{found[2]}"
+
+
 def not_finite() -> ModelError:
     """A `ModelError` for a model that predicts NaN or infinity."""
     return ModelError(

@@ -142,6 +142,15 @@ def test_a_kept_state_is_replaced_when_asked_alone(
     assert not (tmp_path / "a" / "state").exists()
 
 
+def test_a_strength_beside_a_budget_is_said_to_be_unused_once(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = retain.train_run(**settings, budget=0.05, strength=3, out=tmp_path, progress=False)
+    said = "the budget finds the strength: strength 3 is not used"
+    assert found.record.notes.count(said) == 1
+    assert capsys.readouterr().out.count(said) == 1
+
+
 def test_what_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown setting; .*did you mean 'learning_rate'"):
         retain.train_run(**settings, out=tmp_path / "o", learning_rat=1)

@@ -38,6 +38,7 @@ from retain.errors import (
     TrainingError,
     memory_full,
     unknown,
+    with_point,
 )
 from retain.extras import command_of, missing
 from retain.files import why_unwritable
@@ -203,18 +204,17 @@ def _usage(error: Any) -> RetainError:
         got = str(getattr(error, "option_name", ""))
         return unknown("option", got, {"--help", *(o for o in every if o.startswith("--"))})
     errors = getattr(error.__cause__, "errors", None)  # pydantic's, for a value of a wrong kind
-    value = repr(errors()[0].get("input")) if errors else None
+    given = errors()[0].get("input") if errors else None
     usage = " ".join(context.get_usage().split()[1:]) if context else None
     what = error.format_message().rstrip(".")
     option = re.search(r"'(--[\w-]+)", what)
-    comma = re.fullmatch(r"'(\d*),(\d+)'", value or "")
-    if option and comma:  # in place of the point
-        usage, fix = "a number, with a point", f"{option[1]} {comma[1]}.{comma[2]}"
-    else:
-        fix = f"see {path} --help"
+    number = with_point(given) if isinstance(given, str) else None
+    fix = f"see {path} --help"
+    if option and number:
+        usage, fix = "a number, with a point", f"{option[1]} {number}"
     return ConfigError(
         what[:1].lower() + what[1:],
-        got=value,
+        got=repr(given) if errors else None,
         allowed=usage and usage.replace("{", "").replace("}", ""),
         fix=fix,
     )

@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "Allowed", "Certificate", "SkillLoss", "certify", "check_allowed", "items_needed", "loss_bound",
+    "Allowed", "Certificate", "SkillLoss", "answers_of", "certify", "check_allowed", "items_needed",
+    "loss_bound",
 ]  # fmt: skip
 
 Allowed = Mapping[str, float | str]
@@ -174,8 +175,8 @@ def certify(
     view, words = writer(model, tokenizer)
     sizes = (new_tokens, batch_size)
     with adapter_off(model):  # a model without an adapter is refused before anything is written
-        before = _answers(view, words, asked, *sizes, progress, "base")
-    after = _answers(view, words, asked, *sizes, progress, "tuned")
+        before = answers_of(view, words, asked, *sizes, progress, "base")
+    after = answers_of(view, words, asked, *sizes, progress, "tuned")
     rows = [
         {
             "id": item.id, "skill": item.skill, "prompt": item.prompt, "base": b, "tuned": a,
@@ -291,16 +292,16 @@ def _loss(
     )  # fmt: skip
 
 
-def _answers(
+def answers_of(
     view: ModelView,
     words: PreTrainedTokenizerBase,
     items: Sequence[SkillItem],
     new_tokens: int,
     batch_size: int,
-    progress: bool,
-    label: str,
+    progress: bool = False,
+    label: str = "",
 ) -> list[tuple[str, bool]]:
-    """What the model as it is says to each item, and whether that is right."""
+    """What the model as it is says to each item, and whether that is right; see `certify`."""
     prompts = [put(words, item.prompt) for item in items]
     said = [""] * len(items)
     ranked = [i for i, item in enumerate(items) if item.choices]

@@ -75,8 +75,8 @@ def _rows(batch: Any, causal: bool) -> list[list[Example]]:
         counts = labels != -100
     found = []
     for tokens, keep, predicts, begins in zip(
-        ids, mask.reshape(ids.shape).bool(), counts.reshape(ids.shape).bool(), _begins(inputs, ids),
-        strict=True,
+        ids, mask.reshape(ids.shape).bool(), counts.reshape(ids.shape).bool(),
+        _begins(inputs, ids, pairs), strict=True,
     ):  # fmt: skip
         kept, predict = tuple(tokens[keep].tolist()), tuple(predicts[keep].tolist())
         if not causal:
@@ -89,17 +89,16 @@ def _rows(batch: Any, causal: bool) -> list[list[Example]]:
     return [examples for examples in found if examples]
 
 
-def _begins(inputs: Mapping[str, Any], ids: Tensor) -> Tensor:
+def _begins(inputs: Mapping[str, Any], ids: Tensor, pairs: Tensor | None) -> Tensor:
     """Where in a row another document begins, [rows, seq]; False at a row's own beginning.
 
     By the rule of transformers, which keeps them apart: without a mask ``position_ids`` that do not
     count on (`transformers.masking_utils.find_packed_sequence_indices`), or the ends that its flash
-    attention is given. A mask that numbers the documents tells them too.
+    attention is given. A mask that numbers the documents tells them too, and one of `pairs`.
     """
     begins = torch.zeros_like(ids, dtype=torch.bool)
     places, ends = inputs.get("position_ids"), inputs.get("cu_seq_lens_q")
     mask = inputs.get("attention_mask")
-    pairs = _pairs(mask, ids)
     if pairs is not None:
         begins[:, 1:] = ~pairs.diagonal(-1, dim1=1, dim2=2)
     elif mask is not None and mask.shape == ids.shape:

@@ -193,8 +193,6 @@ def unused(config: RunConfig) -> list[str]:
     if config.method == "none":
         given = [n for n in ("curvature", "source", "budget", "parts", "kl") if getattr(config, n)]
         lines += [f"method none holds nothing: not used: {', '.join(given)}"] if given else []
-    elif config.budget is not None and config.strength != _default("strength"):
-        lines.append(f"the budget finds the strength: strength {config.strength:g} is not used")
     measures = config.budget is not None or bool(config.kl)
     if config.method != "none" and config.curvature and config.source and not measures:
         lines.append(f"a curvature is given: source {config.source} is not used")
