@@ -16,7 +16,16 @@ from retain.data.batches import Example, batches
 from retain.errors import ConfigError
 from retain.models.off import adapter_off
 from retain.models.sites import lora_sites
-from retain.retention.filter import Filter, InputFilter, Thin, filter_of, filters_of, wiener
+from retain.retention.filter import (
+    MOST,
+    Filter,
+    InputFilter,
+    Thin,
+    filter_of,
+    filters_of,
+    matched_gain,
+    wiener,
+)
 from retain.retention.loader import reader_of
 from retain.retention.methods.auto import Auto, Wiener
 from retain.retention.moments import Moments, input_moments, moments_of
@@ -295,6 +304,42 @@ def test_a_task_learns_in_rows_of_its_own_behind_its_filter() -> None:
             assert float(site.b[:, rank:].abs().max()) > 0
         kept = [(s.a.detach().clone(), s.b.detach().clone()) for s in sites]
         assert not any(s.a._backward_hooks for s in sites)  # nothing holds them any more
+
+
+@pytest.mark.parametrize("strong", [0.5, 300.0])
+def test_a_matched_gain_reads_as_much_of_the_new_as_before(strong: float) -> None:
+    """Against the rows themselves; a sketch like its matrix; and at most `MOST`."""
+    new, old = rows_of(12, 40, 0), rows_of(12, 30, 1, strong)
+    factors = DenseFactor(moment(new)), DenseFactor(moment(old))
+    p = filter_of(*factors, weight=1.0, epsilon=1e-3)
+    a = rows_of(12, 5, 9)
+    gain = matched_gain(factors[0], a, p.rows(a))
+    read = [float((new @ rows.T).norm()) for rows in (a, p.rows(a))]
+    assert read[0] > read[1]
+    assert float(gain) == pytest.approx(min(MOST, read[0] / read[1]))
+    assert (float(gain) == MOST) == (strong > 1)
+    thin = sketch(12, 4, 0)
+    whole = matched_gain(DenseFactor(thin.dense()), a, p.rows(a))
+    torch.testing.assert_close(matched_gain(thin, a, p.rows(a)), whole)
+    nothing = DenseFactor(torch.zeros(12, 12).double())
+    assert float(matched_gain(nothing, a, p.rows(a))) == 1
+
+
+def test_a_matched_gain_is_each_layers_own() -> None:
+    method = Wiener(gain="matched")
+    attached = begun(method, "lora", "llama", tasks=1)
+    drawn = [s.a.detach().clone() for s in lora_sites(attached.model)]
+    method.before_task(tasks_of("llama")[0])
+    found = method.recipe.filter
+    assert found is not None
+    gains = set()
+    for site, a, p in zip(lora_sites(attached.model), drawn, found.filters, strict=True):
+        filtered = a @ p.dense()
+        gain = float(site.a.detach().norm() / filtered.norm())
+        torch.testing.assert_close(site.a, gain * filtered)
+        assert 1 < gain <= MOST
+        gains.add(round(gain, 4))
+    assert len(gains) > 1
 
 
 def test_the_old_are_the_source_and_each_task_in_the_unit_of_the_rows() -> None:

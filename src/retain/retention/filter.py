@@ -29,7 +29,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -44,8 +44,23 @@ from retain.retention.groups import Behind, grouped
 from retain.retention.hooks import GradientHooks
 from retain.retention.moments import Moments, check_reading, inputs_of
 
-__all__ = ["Filter", "InputFilter", "Thin", "Whole", "filter_of", "filters_of", "wiener"]
+__all__ = [
+    "MOST",
+    "Filter",
+    "Gain",
+    "InputFilter",
+    "Thin",
+    "Whole",
+    "filter_of",
+    "filters_of",
+    "matched_gain",
+    "wiener",
+]
 
+Gain = float | Literal["matched"]
+
+MOST = 3.0
+"""The largest gain that is matched: what a filter stops almost whole stays small."""
 
 NOW = ".now"
 """Ending of a layer's name, for the A that something was kept beside."""
@@ -56,7 +71,9 @@ class Filter:
     """The options of the filter.
 
     Args:
-        gain: of A's start over PEFT's, before the filter, which shrinks what it is given.
+        gain: of A's start over PEFT's, before the filter, which shrinks what it is given. With
+            ``matched`` each layer's is what makes the filtered rows read as much of the new text
+            as PEFT's own, at most `MOST`: training begins at plain LoRA's pace.
         epsilon: of the filter's ridge, relative to the mean second moment of the rows.
         answers: the share of predicting positions in the rows' second moments.
         rows: of the training data that are read.
@@ -70,7 +87,7 @@ class Filter:
         ConfigError: a value out of range.
     """
 
-    gain: float = 3.0
+    gain: Gain = 3.0
     epsilon: float = 1e-3
     answers: float = 0.5
     rows: int = 64
@@ -85,7 +102,8 @@ class Filter:
             )
         check_number("weight is out of range", self.weight, "weight=1")
         check_number("epsilon is out of range", self.epsilon, "epsilon=0.001", positive=True)
-        check_number("gain is out of range", self.gain, "gain=3", positive=True)
+        if self.gain != "matched":
+            check_number("gain is out of range", self.gain, "gain=3", positive=True)
 
 
 def wiener(new: Tensor, old: Tensor | None, *, weight: float, epsilon: float) -> Tensor:
@@ -292,6 +310,26 @@ def _like(factor: Factor | None) -> tuple[object, ...] | None:
     return (type(factor), factor.size, *((t.shape, t.dtype, t.device) for t in tensors))
 
 
+def matched_gain(new: Factor, a: Tensor, filtered: Tensor) -> Tensor:
+    """By what `filtered` is to be multiplied to read as much as `a`: the root of their ratio of
+    ``tr(a S_new a^T)``, at most `MOST`.
+
+    Args:
+        new: S_new.
+        a: [n, size].
+        filtered: ``a P``.
+
+    Returns:
+        [], 1 where `a` reads nothing.
+    """
+    like = next(iter(new.tensors().values()))
+    before, after = (
+        (rows.T.to(like) * new.matmul(rows.T.to(like))).sum().to(a) for rows in (a, filtered)
+    )
+    ratio = (before / after.clamp(min=torch.finfo(after.dtype).tiny)).sqrt().clamp(max=MOST)
+    return torch.where(before > 0, ratio, torch.ones_like(ratio))
+
+
 class InputFilter:
     """Holds the training of LoRA's A behind a filter, until `release`.
 
@@ -334,7 +372,12 @@ class InputFilter:
         if not resuming:
             with torch.no_grad():
                 for site, p in zip(self.sites, self.filters, strict=True):
-                    rows = p.rows(o.gain * site.a[active].to(p.dtype))
+                    a = site.a[active].to(p.dtype)
+                    if o.gain == "matched":
+                        rows = p.rows(a)
+                        rows = matched_gain(new.factor(site.name), a, rows) * rows
+                    else:
+                        rows = p.rows(o.gain * a)
                     site.a[active] = rows.to(site.a.dtype)
         begun = [s.a.detach()[active] for s in self.sites]
         self.groups = grouped(self.filters, begun)

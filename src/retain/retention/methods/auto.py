@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retain.data.batches import Example
-from retain.retention.filter import Filter
+from retain.retention.filter import Filter, Gain
 from retain.retention.growing import Growing
 from retain.retention.loader import reader_of
 from retain.retention.method import Context, Task
@@ -34,7 +34,7 @@ class Auto(Growing):
         update: ``gradient`` or ``proximal``.
         weight: what reading a unit of the old costs, in units of the new that is missed.
         epsilon: of the filter's ridge.
-        gain: of A's start over PEFT's, before the filter.
+        gain: of A's start over PEFT's, before the filter; or ``matched``.
         answers: the share of predicting positions in the rows' second moments.
         rows: rows of the source text, and of each task, that are read at most.
         max_rank: of the whole adapter, which is cut beyond it; four times a task's by default.
@@ -64,7 +64,7 @@ class Auto(Growing):
         update: Update = "gradient",
         weight: float = 1.0,
         epsilon: float = 1e-3,
-        gain: float = 3.0,
+        gain: Gain = 3.0,
         answers: float = 0.5,
         rows: int = 64,
         max_rank: int | None = None,
@@ -137,7 +137,7 @@ class Wiener(Auto):
         *,
         weight: float = 1.0,
         epsilon: float = 1e-3,
-        gain: float = 3.0,
+        gain: Gain = 3.0,
         answers: float = 0.5,
         rows: int = 64,
     ) -> None:
