@@ -309,7 +309,7 @@ def test_a_task_learns_in_rows_of_its_own_behind_its_filter() -> None:
 @pytest.mark.parametrize("strong", [0.5, 300.0])
 def test_a_matched_gain_reads_as_much_of_the_new_as_before(strong: float) -> None:
     """Against the rows themselves; a sketch like its matrix; and at most `MOST`."""
-    new, old = rows_of(12, 40, 0), rows_of(12, 30, 1, strong)
+    new, old = rows_of(12, 40, 0), strong * rows_of(12, 30, 1)
     factors = DenseFactor(moment(new)), DenseFactor(moment(old))
     p = filter_of(*factors, weight=1.0, epsilon=1e-3)
     a = rows_of(12, 5, 9)
