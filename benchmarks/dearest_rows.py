@@ -49,6 +49,7 @@ def learn(
     for step in range(STEPS):
         some = [rows[i] for i in order[step * batch_size : (step + 1) * batch_size]]
         (batch,) = batches(some, batch_size, 0)
+        batch = batch.to(next(model.parameters()).device)
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - step / STEPS)
         logits = forward_logits(model, batch)

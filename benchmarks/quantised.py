@@ -1,10 +1,10 @@
 """A curvature that was measured in bfloat16, used on the same base in 4 bits: what that costs.
 
-    python benchmarks/quantised.py [--steps 60] [--strength 100] [--seeds 0]
+    python benchmarks/quantised.py [--steps 60] [--strength 100] [--seeds 0] [--out FILE]
 
 SmolLM2-135M learns word problems in nf4 (bitsandbytes), held by the curvature of the nf4 model
 itself, and by that of the model in bfloat16, at one strength. Writes
-benchmarks/results/quantised.json: the KL divergence from the nf4 base on text that the model
+benchmarks/results/quantised.json, or FILE: the KL divergence from the nf4 base on text that the model
 sampled, and the loss on new problems, for each.
 """
 
@@ -33,6 +33,7 @@ from retain.retention.measure import Reference
 
 RESULT = Path(__file__).resolve().parent / "results" / "quantised.json"
 ROWS, HELDOUT, LENGTH, BATCH = 64, 16, 96, 8
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:
@@ -40,8 +41,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--strength", type=float, default=100.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # whose plans break off for some shapes
     loaded = retain.load_model("smollm2-135m", dtype="bfloat16")
     plain, tokenizer = retain.attach_lora(loaded.model, rank=16), loaded.tokenizer
     view = ModelView.of(plain, tokenizer)
@@ -69,7 +72,7 @@ def main() -> None:
         **provenance(0), "steps": options.steps, "strength": options.strength, "cosine": cosine,
         "runs": runs, "means": means,
     }  # fmt: skip
-    write_json(RESULT, result)
+    write_json(options.out, result)
     print(means)
 
 
@@ -79,7 +82,7 @@ def _packed(tokenizer: Any) -> Any:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
     model = AutoModelForCausalLM.from_pretrained(
-        where, quantization_config=four, dtype=torch.bfloat16, device_map="cpu", **extra
+        where, quantization_config=four, dtype=torch.bfloat16, device_map=DEVICE, **extra
     ).eval()
     model.retain_tokenizer = tokenizer
     return model
@@ -135,8 +138,9 @@ def _run(
 
 
 def _loss(view: ModelView, rows: Any) -> torch.Tensor:
-    total, count = torch.zeros(()), 0
-    for batch in view.batches(rows, BATCH):
+    total, count = torch.zeros((), device=view.device), 0
+    for each in view.batches(rows, BATCH):
+        batch = each.to(view.device)
         logits, targets = view.logits(batch), batch.targets
         total = total + torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
         count += len(targets)
