@@ -52,6 +52,7 @@ ARMS = {
     "held": (1e-3, 10),
 }
 SEEDS, BATCH, LENGTH, ARC = (0, 1, 2), 4, 64, 400
+LONG = {"gsm8k": 640}  # whose answers are of up to 300 tokens
 LEVEL, DRAWS = 0.95, 500
 """What a bound promises, and how often a skill's items are drawn anew."""
 
@@ -76,9 +77,10 @@ def items_of(data_dir: Path) -> list[dict[str, Any]]:
 def rows_of(task: str, tokenizer: Any, data_dir: Path, seed: int) -> list[Example]:
     if task == "word-problems":
         return problem_examples(tokenizer, word_problems("train", STEPS * BATCH, seed, 30))
-    spec, cut = load_task(task), {"tokenizer": tokenizer, "max_length": LENGTH}
+    length = LONG.get(task, LENGTH)
+    spec, cut = load_task(task), {"tokenizer": tokenizer, "max_length": length}
     found = load_items(spec, "train", data_dir=data_dir, limit=STEPS * BATCH, seed=seed, **cut)
-    return encode_items(found, tokenizer, max_length=LENGTH, causal=True, spec=spec)
+    return encode_items(found, tokenizer, max_length=length, causal=True, spec=spec)
 
 
 def run(out: Path, data_dir: Path, part: str) -> None:
