@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import retain
 from retain.cli import main
+from retain.cli.eval import _cell
 from retain.errors import ConfigError
 from retain.evaluation.held_out import same_answer
-from retain.records import EvalRecord
+from retain.records import EvalRecord, Measure
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (extra: eval)"
@@ -304,3 +305,12 @@ def test_an_unknown_general_task(evaluate: Run, monkeypatch: pytest.MonkeyPatch)
     small = bridge._manager("hellaswag")  # the index of all tasks takes many seconds
     monkeypatch.setattr(bridge, "_manager", lambda folder=None: small)
     evaluate("--general", "helaswag:3").refused("did you mean 'hellaswag'?")
+
+
+def test_a_large_number_is_written_out() -> None:
+    """A perplexity of a model that broke: 1,013, not 1.01e+03."""
+    broken = Measure(value=1012.6, interval=(890.0, 12345.4))
+    assert _cell(broken, "nats") == "1,013 [890, 12,345]"
+    assert _cell(broken, "nats", signed=True) == "+1,013 [+890, +12,345]"
+    assert _cell(Measure(value=0.01234, interval=(0.0, 0.5)), "nats") == "0.0123 [0, 0.5]"
+    assert _cell(Measure(value=0.38, interval=(0.24, 0.54)), "%") == "38.0% [24.0, 54.0]"

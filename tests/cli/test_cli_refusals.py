@@ -23,6 +23,8 @@ FIT: dict[str, tuple[list[Any], list[str]]] = {
     "space": (["--space", "wieght"], ["'wieght'", "did you mean 'weight'?"]),
     "fisher": (["--fisher", "exakt"], ["'exakt'", "did you mean 'exact'?"]),
     "dtype": (["--dtype", "bfloat"], ["'bfloat'", "did you mean 'bfloat16'?"]),
+    "a short dtype": (["--dtype", "bf16"], ["'bf16'", "did you mean 'bfloat16'?"]),
+    "a dtype that is none": (["--dtype", "fp16"], ["'fp16'", "use one of the allowed dtype names"]),
     "option": (["--structur", "x"], ["'--structur'", "did you mean '--structure'?"]),
     "target": (["--targets", "k_proj,q_prj"], ["q_prj", "q_proj"]),
     "no number": (["--rows", "many"], ["--rows", "'many'", "retain fit --help"]),

@@ -106,6 +106,8 @@ def test_a_trainer_s_checkpoints_and_folder_say_what_held(tmp_path: Path) -> Non
             and "- Source text: list: 4 rows" in card.text
         )
         assert "- Predicted forgetting: " in card.text
+    for step, card in enumerate(map(card_of, found), 1):
+        assert f"- Trained: {step} steps at a learning rate of 0.1, seed 42" in card.text
     measured = callback.force.holds[0].measured
     assert measured and f"- Measured KL divergence: {measured:.3g} nats" in card_of(tmp_path).text
     (tmp_path / "other").mkdir()
@@ -122,4 +124,7 @@ def test_a_card_stops_no_training(tmp_path: Path) -> None:
     assert trainer.state.global_step == 2 and (tmp_path / "README.md").read_bytes() == b"\xff"
     said = [str(w.message) for w in told if "the model card is not written" in str(w.message)]
     assert len(said) == 1
-    assert "- Strength: 7" in card_of(tmp_path / "checkpoint-2").text
+    card = card_of(tmp_path / "checkpoint-2").text
+    assert "- Strength: 7" in card and "- Update:" not in card
+    trained(tmp_path / "proximal", update="proximal")
+    assert "- Update: proximal" in card_of(tmp_path / "proximal").text

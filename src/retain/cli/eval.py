@@ -70,11 +70,16 @@ def _cell(measure: Measure, unit: str, *, signed: bool = False) -> str:
     if measure.value is None:
         return "–"
     share, sign = unit == "%", "+" if signed else ""
-    factor, style = (100, ".1f") if share else (1, ".3g")
-    text = f"{factor * measure.value:{sign}{style}}{'%' if share else ''}"
+
+    def told(value: float) -> str:
+        if share:
+            return f"{100 * value:{sign}.1f}"
+        return f"{value:{sign}{'.3g' if abs(value) < 999.5 else ',.0f'}}"  # 1,013, not 1.01e+03
+
+    text = told(measure.value) + ("%" if share else "")
     if measure.interval is None:
         return text if measure.value else "0"
-    low, high = (f"{factor * end:{sign}{style}}" for end in measure.interval)
+    low, high = map(told, measure.interval)
     return f"{text} [{low}, {high}]"
 
 

@@ -12,7 +12,7 @@ from retain.models.cards import plain_name
 from retain.retention.named import by_name
 from retain.retention.recipe import Recipe
 
-__all__ = ["changed", "facts", "settings_of", "source_of"]
+__all__ = ["changed", "facts", "settings_of", "source_of", "trained"]
 
 
 def facts(recipe: Recipe) -> dict[str, str]:
@@ -29,6 +29,8 @@ def facts(recipe: Recipe) -> dict[str, str]:
         )
     if not budgets:
         found["Strength"] = f"{recipe.strength:g}"
+    if recipe.update != "gradient":
+        found["Update"] = recipe.update
     for name, nats in budgets.items():
         found[_of("Budget", name)] = f"{nats:g} nats per token of KL divergence to the base"
     for hold in holds:
@@ -43,6 +45,11 @@ def facts(recipe: Recipe) -> dict[str, str]:
     if recipe.past is not None:
         found["Tasks before"] = f"{recipe.past.info.merged}, held too"
     return found
+
+
+def trained(steps: int, rate: float, seed: int) -> str:
+    """How long a model trained, for its card."""
+    return f"{steps} steps at a learning rate of {rate:g}, seed {seed}"
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:

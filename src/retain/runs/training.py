@@ -332,13 +332,13 @@ class Training:
     def _facts(self, record: TrainRecord, month: Month) -> dict[str, str]:
         """What the adapter's card says of the run, and of those that it continues."""
         from retain.models.cards import plain_name
-        from retain.retention.facts import facts
+        from retain.retention.facts import facts, trained
 
         runs = [*(self.before.state.runs if self.before else ()), month]
         rate = self.config.training.learning_rate
         return {
             "Data": ", then ".join(f"{plain_name(m.data)} ({m.examples} rows)" for m in runs),
-            "Trained": f"{record.steps} steps at a learning rate of {rate:g}, seed {month.seed}",
+            "Trained": trained(record.steps, rate, month.seed),
             **({"Held by": "nothing"} if self.recipe is None else facts(self.recipe)),
         }
 

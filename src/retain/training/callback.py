@@ -21,7 +21,7 @@ from retain.errors import ConfigError, RetainWarning, unknown
 from retain.models.cards import extend_card, plain_name, section
 from retain.models.names import unwrap
 from retain.models.view import ModelView
-from retain.retention.facts import changed, facts, settings_of
+from retain.retention.facts import changed, facts, settings_of, trained
 from retain.retention.filter import Filter
 from retain.retention.force import Force
 from retain.retention.loader import loader_examples
@@ -173,6 +173,7 @@ class RetentionCallback(TrainerCallback):
         self._settings: dict[str, Any] = {}
         self._nats: float | None = None
         self._base: tuple[str, str] | None = None
+        self._trained: dict[str, str] = {}
         self._writes = True
 
     @classmethod
@@ -258,11 +259,12 @@ class RetentionCallback(TrainerCallback):
                 allowed="one whose training has begun", fix="trainer.train() first",
             )  # fmt: skip
         name, library = self._base
-        text = section({"Base model": plain_name(name), **facts(self.recipe)})
+        text = section({"Base model": plain_name(name), **self._trained, **facts(self.recipe)})
         extend_card(Path(folder).expanduser(), name, text, library)
 
-    def _card(self, folder: Path) -> None:
+    def _card(self, folder: Path, args: TrainingArguments, state: TrainerState) -> None:
         """`write_card` where a trainer writes, which is no reason for a training to fail."""
+        self._trained["Trained"] = trained(state.global_step, args.learning_rate, args.seed)
         if not (self._writes and folder.is_dir()):
             return
         try:
@@ -420,7 +422,7 @@ class RetentionCallback(TrainerCallback):
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if kept:
             keep_tensors(folder, kept)
-        self._card(folder)
+        self._card(folder, args, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -439,7 +441,7 @@ class RetentionCallback(TrainerCallback):
                 "as predicted: evaluate and save it anew, for its checkpoints are above the budget"
             )
         if args.should_save:
-            self._card(Path(str(args.output_dir)))
+            self._card(Path(str(args.output_dir)), args, state)
 
     def _told(self) -> dict[str, float]:
         """What the last line of the log says of each named budget."""
