@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from retain.cli.plan import _size
 from tiny import STRUCTURES
 
 
@@ -32,7 +33,7 @@ def test_the_table_fits_80_columns(
     end = next(i for i, line in enumerate(lines) if line.startswith("What the recipe holds"))
     rows = {line.split()[1]: line for line in lines[:end] if line.startswith("│")}
     assert set(rows) == set(STRUCTURES)
-    assert sum("KiB" in line for line in lines[end:]) == 1
+    assert sum("KiB" in line for line in lines[end:] if line.startswith("│")) == 1
     assert "KiB" in rows["kfac"]
     assert rows["ekfac"].count(" - ") == 5
     assert "note: no sketches: ekfac, tridiagonal" in lines
@@ -56,6 +57,20 @@ def test_json_has_all_the_numbers(retain: Any, config: Path) -> None:
     assert 0 < kfac["step_overhead"] < 10
     assert kfac["step_work"] > 0
     assert kfac["step_reads"] == kfac["stored_bytes"]
+
+
+def test_the_default_is_added_up(retain: Any, config: Path) -> None:
+    """And what a sketch would leave of it is said where that is less than half."""
+    outcome, found = retain("plan", config), retain("plan", config, "--json").json
+    whole = found["structures"]["kfac"]["stored_bytes"] + found["recipe"]["step"]
+    assert f"the default: {_size(whole)} beside plain LoRA" in outcome.out
+    assert f"(the weights take {_size(2 * found['parameters'])} in bfloat16)" in outcome.out
+    assert "with --factor-rank" not in outcome.out  # 64 directions are more than these layers have
+    assert "the default" not in retain("plan", config, "--structure", "diagonal").out
+    thin = retain("plan", "smollm2-135m", "--json", "--factor-rank", 64).json
+    less = thin["structures"]["kfac"]["stored_bytes"] + thin["recipe"]["step"]
+    said = f"with --factor-rank 64, rank=64 in the fit: {_size(less)}"
+    assert said in retain("plan", "smollm2-135m").out
 
 
 def test_one_structure(retain: Any, config: Path) -> None:
