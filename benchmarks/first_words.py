@@ -68,9 +68,11 @@ def seen(model: Any, tokenizer: Any, reference: Reference, test: list[Example]) 
     france = measure_answers(
         model, ["What is the capital of France?"], tokenizer=tokenizer, new_tokens=16
     )
+    told = answers.summary()
+    kept = {skill: group["kept"] for skill, group in told["skills"].items()}
     return {
         "loss": loss, "kl": reference.measure(model).kl, **shares(answers),
-        "kept": answers.summary()["overall"]["kept"]["value"], "tune": shares(answers, 2),
+        "kept": told["overall"]["kept"]["value"], "kept_of": kept, "tune": shares(answers, 2),
         "prompts": len(answers.rows), "france": france.rows[0].tuned,
     }  # fmt: skip
 
