@@ -174,7 +174,9 @@ class RunConfig(_Strict):
         description="What one nat of the true divergence on source rows weighs, beside the "
         "strength: such as 1",
     )  # fmt: skip
-    gain: float = Field(3.0, gt=0, description="Of A's size, behind the filter")
+    gain: Annotated[float, Field(gt=0)] | Literal["matched"] = Field(
+        3.0, description="Of A's size, behind the filter; or matched"
+    )
     weight: float = Field(1.0, ge=0, description="Of the source text in the filter")
     continue_from: str | None = Field(
         None,

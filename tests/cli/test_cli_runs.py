@@ -105,6 +105,20 @@ class TestTrain:
             sizes.append({n: w.float().norm() for n, w in weights.items() if "lora_A" in n})
         for name, size in sizes[0].items():
             torch.testing.assert_close(sizes[1][name], 3 * size, rtol=0.02, atol=0)
+        argv = ("--max-steps", 1, "--learning-rate", 1e-9, "--parts", parts)
+        for gain in ("1", "matched"):  # hardly a step: A is where it began
+            train(tmp_path / f"start{gain}", *argv, "--set", f"gain={gain}").done()
+        plain, matched = (
+            {
+                n: w.float().norm()
+                for n, w in adapter(tmp_path / f"start{gain}").items()
+                if "lora_A" in n
+            }
+            for gain in ("1", "matched")
+        )
+        ratios = torch.stack([matched[name] / size for name, size in plain.items()])
+        assert (ratios > 0.99).all() and (ratios <= 3.02).all() and ratios.max() > 1.02
+        train(tmp_path / "none", "--set", "gain=most").refused("gain", "'most'")
 
     def test_the_recipe_is_the_default(
         self, retain: Run, train: Run, model: Path, source: Path, tmp_path: Path

@@ -103,7 +103,7 @@ class Filter:
         check_number("weight is out of range", self.weight, "weight=1")
         check_number("epsilon is out of range", self.epsilon, "epsilon=0.001", positive=True)
         if self.gain != "matched":
-            check_number("gain is out of range", self.gain, "gain=3", positive=True)
+            check_number("gain is out of range", self.gain, 'gain=3, or "matched"', positive=True)
 
 
 def wiener(new: Tensor, old: Tensor | None, *, weight: float, epsilon: float) -> Tensor:
