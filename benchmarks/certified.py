@@ -147,7 +147,7 @@ def read(paths: Sequence[Path], out: Path) -> None:
     lines.sort(key=lambda d: (d["task"], d["arm"], d["seed"]))
     result: dict[str, Any] = {
         "schema": "retain.certified/1", "adapters": len(lines), "level": LEVEL, "draws": DRAWS,
-        **{k: lines[0][k] for k in ("versions", "commit", "hardware")}, "skills": {},
+        "made": _made(lines), "skills": {},
     }  # fmt: skip
     for skill in dict.fromkeys(lines[0]["skills"]):
         told: list[dict[str, Any]] = []
@@ -169,6 +169,14 @@ def read(paths: Sequence[Path], out: Path) -> None:
         }  # fmt: skip
         print(skill, result["skills"][skill]["held"], "of", len(told), statistics.fmean(shares))
     write_json(out, result)
+
+
+def _made(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Versions, commit and hardware, and of how many adapters."""
+    every = [{k: line[k] for k in ("versions", "commit", "hardware")} for line in lines]
+    return [
+        one | {"adapters": every.count(one)} for i, one in enumerate(every) if one not in every[:i]
+    ]
 
 
 def main() -> None:
