@@ -1,6 +1,6 @@
 """A comparison with the settings that its choosing study found, written before any test row is read.
 
-    python benchmarks/chosen.py runs/protocol-minilm-choose benchmarks/studies/protocol-minilm.yaml --out chosen.yaml
+    python benchmarks/chosen.py runs/protocol-minilm-choose benchmarks/studies/protocol-minilm-open.yaml --out chosen.yaml
 
 Each method gets the learning rate that has the highest mean `average` on validation rows
 (`retain.evaluation.matched.choose`), over the seeds in which all settings have ended. Of the
@@ -51,6 +51,7 @@ def settled(template: dict[str, Any], records: list[RunRecord]) -> tuple[dict[st
     options = next(iter(best[winner].setting.runs.values())).config.method.options
     own = {k: options[k] for k in ("gain",)}
     said = [_line(choice) for choice in best.values()]
+    template["name"] = template["name"].removesuffix("-open")
     if winner == DEFAULT:
         del template["methods"][BEST]
         for cell in template["runs"]:
