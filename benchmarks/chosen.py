@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from retain.evaluation.matched import Choice, choose, families, named
-from retain.records import RunRecord
+from retain.evaluation.matched import Choice, Family, Setting, choose, families, named
+from retain.records import RunRecord, RunSpec
 from retain.study.work import read_record
 
 DEFAULT, BEST = "auto", "best"
@@ -45,57 +45,50 @@ def whole_seeds(records: list[RunRecord]) -> list[RunRecord]:
 def settled(template: dict[str, Any], records: list[RunRecord]) -> tuple[dict[str, Any], list[str]]:
     """The study of the comparison, and a line on each choice."""
     found = families(records)
-    variants = [f.method for f in found if f.settings[0].runs and _kind(f) == "auto"]
+    variants = [f.method for f in found if _config(f.settings[0]).method.kind == "auto"]
     best = {name: _best(found, f"lora {name}") for name in variants}
     winner = max(best, key=lambda name: best[name].means["average"] or 0.0)
-    options = next(iter(best[winner].setting.runs.values())).config.method.options
-    own = {k: options[k] for k in ("gain",)}
+    gain = _config(best[winner].setting).method.options["gain"]
     said = [_line(choice) for choice in best.values()]
     template["name"] = template["name"].removesuffix("-open")
     if winner == DEFAULT:
         del template["methods"][BEST]
         for cell in template["runs"]:
-            cell["methods"] = [
-                m for m in cell.get("methods", [cell.pop("method", None)]) if m != BEST
-            ]
+            if BEST in cell.get("methods", ()):
+                cell["methods"].remove(BEST)
     for label, method in template["methods"].items():
         kind = method.get("kind", label)
         if label == DEFAULT:
             choice = best[DEFAULT]
         elif kind == "auto":
             choice = best[winner]
-            method |= own
+            method["gain"] = gain
         else:
             name = "lora fitted" if label in LIKE_FITTED else SEARCHED.get(label, f"lora {label}")
             choice = _best(found, name)
             if label not in LIKE_FITTED:
                 said.append(_line(choice))
-        method["training"] = method.get("training", {}) | {"learning_rate": _rate(choice)}
+        rate = choice.numbers["learning_rate"]
+        method["training"] = method.get("training", {}) | {"learning_rate": rate}
     return template, said
 
 
-def _kind(family: Any) -> str:
-    return str(next(iter(family.settings[0].runs.values())).config.method.kind)
+def _config(setting: Setting) -> RunSpec:
+    """Of its first run; those of other seeds have the same method and training."""
+    return next(iter(setting.runs.values())).config
 
 
-def _best(found: Any, name: str) -> Choice:
+def _best(found: list[Family], name: str) -> Choice:
     choice = choose(named(found, name))
     if choice is None:
         raise SystemExit(f"{name} has no average in a seed that all settings have")
     return choice
 
 
-def _rate(choice: Choice) -> float:
-    run = next(iter(choice.setting.runs.values())).config
-    return float(run.training.options["learning_rate"])
-
-
 def _line(choice: Choice) -> str:
-    score = choice.means["average"] or 0.0
-    ends = "".join(
-        f", the {end} {name}" for name, end in choice.ends.items() if name == "learning_rate"
-    )
-    return f"{choice.family.name}: {_rate(choice):g} of {choice.tried} ({100 * score:.1f}{ends})"
+    score, end = choice.means["average"] or 0.0, choice.ends.get("learning_rate")
+    told = f"{100 * score:.1f}" + (f", the {end} learning_rate" if end else "")
+    return f"{choice.family.name}: {choice.numbers['learning_rate']:g} of {choice.tried} ({told})"
 
 
 def main() -> None:

@@ -40,10 +40,9 @@ def loss_of(view: ModelView, rows: list[Example]) -> Tensor:
     """The mean over predictions, in nats."""
     total, count = torch.zeros((), device=view.device), 0
     for batch in view.batches(rows, BATCH):
-        logits = view.logits(batch.to(view.device)).float()
-        targets = batch.targets.to(view.device)
-        total = total + nn.functional.cross_entropy(logits, targets, reduction="sum")
-        count += len(targets)
+        logits = view.logits(batch).float()
+        total = total + nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
+        count += len(batch.targets)
     return total / count
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from first_words import BATCH, loss_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import retain
@@ -32,7 +33,7 @@ from retain.provenance import provenance
 from retain.retention.measure import Reference
 
 RESULT = Path(__file__).resolve().parent / "results" / "quantised.json"
-ROWS, HELDOUT, LENGTH, BATCH = 64, 16, 96, 8
+ROWS, HELDOUT, LENGTH = 64, 16, 96
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -118,7 +119,7 @@ def _run(
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     model.train()
     for step in range(steps):
-        _loss(view, splits["train"][step * BATCH : (step + 1) * BATCH]).backward()
+        loss_of(view, splits["train"][step * BATCH : (step + 1) * BATCH]).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         if held is None:
             optimizer.step()
@@ -130,21 +131,11 @@ def _run(
         held.finish()
     model.eval()
     with torch.no_grad():
-        losses = [float(_loss(view, splits["test"][i : i + BATCH])) for i in range(0, 48, BATCH)]
+        losses = [float(loss_of(view, splits["test"][i : i + BATCH])) for i in range(0, 48, BATCH)]
     return {
         "curvature": name, "seed": seed, "kl": reference.measure(model).kl,
         "loss": statistics.mean(losses),
     }  # fmt: skip
-
-
-def _loss(view: ModelView, rows: Any) -> torch.Tensor:
-    total, count = torch.zeros((), device=view.device), 0
-    for each in view.batches(rows, BATCH):
-        batch = each.to(view.device)
-        logits, targets = view.logits(batch), batch.targets
-        total = total + torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-        count += len(targets)
-    return total / count
 
 
 if __name__ == "__main__":

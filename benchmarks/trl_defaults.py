@@ -44,8 +44,8 @@ def arm_of(text: str, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
         trainer = SFTTrainer(
             model=base,
-            args=SFTConfig(out, max_steps=STEPS, learning_rate=RATE, use_cpu=not torch.cuda.is_available(), seed=seed,
-                           report_to="none", save_strategy="no", disable_tqdm=True),
+            args=SFTConfig(out, max_steps=STEPS, learning_rate=RATE, seed=seed,
+                           use_cpu=not torch.cuda.is_available(), report_to="none", save_strategy="no", disable_tqdm=True),
             train_dataset=Dataset.from_list(rows),
             processing_class=words,
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),

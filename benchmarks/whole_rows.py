@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from first_words import BATCH, loss_of
 from torch import Tensor, nn
 
 import retain
@@ -33,7 +34,7 @@ from retain.models.view import ModelView
 from retain.provenance import provenance
 from retain.retention.measure import Reference
 
-BATCH, LENGTH = 8, 96
+LENGTH = 96
 
 
 def main() -> None:
@@ -77,14 +78,6 @@ class Work:
     def _problems(self, split: Any, count: int) -> list[Example]:
         return problem_examples(need(self.view.tokenizer), word_problems(split, count, 0, 30))
 
-    def _loss(self, rows: Sequence[Example]) -> Tensor:
-        total, count = torch.zeros((), device=self.options.device), 0
-        for batch in self.view.batches(rows, BATCH):
-            logits = self.view.logits(batch).float()
-            total = total + nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
-            count += len(batch.targets)
-        return total / count
-
     def trained(self, strength: float, mu: float, steps: int | None = None) -> dict[str, Any]:
         """One training from the start; its loss on new problems and its KL."""
         planned = self.options.steps
@@ -99,7 +92,7 @@ class Work:
         falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / planned)
         for step in range(planned if steps is None else steps):
             self.model.train()
-            self._loss(self.train[step * BATCH : (step + 1) * BATCH]).backward()
+            loss_of(self.view, self.train[step * BATCH : (step + 1) * BATCH]).backward()
             nn.utils.clip_grad_norm_(weights, 1.0)
             if rows is not None:
                 moved = torch.cat([s.b.detach().flatten() for s in self.sites])
@@ -112,7 +105,7 @@ class Work:
             optimizer.zero_grad()
         self.model.eval()
         with torch.no_grad():
-            loss = float(self._loss(self.test)) if steps is None else None
+            loss = float(loss_of(self.view, self.test)) if steps is None else None
         found = {
             "strength": strength, "mu": mu, "loss": loss,
             "kl": self.reference.measure(self.model).kl,

@@ -175,7 +175,7 @@ class RunConfig(_Strict):
         "strength: such as 1",
     )  # fmt: skip
     gain: Annotated[float, Field(gt=0)] | Literal["matched"] = Field(
-        3.0, description="Of A's size, behind the filter; or matched"
+        3.0, description="How much larger than PEFT's A begins, before the filter; or matched"
     )
     weight: float = Field(1.0, ge=0, description="Of the source text in the filter")
     continue_from: str | None = Field(

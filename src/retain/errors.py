@@ -108,8 +108,10 @@ class OutputError(RetainError):
     """A file or folder that cannot be written."""
 
 
-_SHORT_DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
-"""What others call a precision: fp16 is no slip of the finger for bfloat16."""
+_OTHER_NAMES = {
+    "dtype": {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"},
+}
+"""Of a kind, what others call a name: fp16 is no slip of the finger for bfloat16."""
 
 
 def unknown(kind: str, got: str, allowed: Iterable[str]) -> ConfigError:
@@ -121,8 +123,8 @@ def unknown(kind: str, got: str, allowed: Iterable[str]) -> ConfigError:
     near = difflib.get_close_matches(got, names, n=1, cutoff=0.5) if len(got) < 200 else []
     short = [name for name in names if 1 < len(got.strip("-")) == len(_initials(name))]
     near = [name for name in short if _initials(name) == got.strip("-").lower()] or near  # lr
-    if got in _SHORT_DTYPES:
-        near = [name for name in names if name == _SHORT_DTYPES[got]]
+    if other := _OTHER_NAMES.get(kind, {}).get(got):
+        near = [other] if other in names else []
     fix = f"did you mean {near[0]!r}?" if near else f"use one of the allowed {kind} names"
     told = ", ".join(names)
     if len(names) > _MOST:

@@ -25,6 +25,9 @@ HeadStart = Literal["drawn", "fitted"]
 FactorRank = int | Literal["auto"] | None
 """What wide sides of Kronecker factors are cut to: see `retain.fit_curvature`."""
 
+Gain = float | Literal["matched"]
+"""How large a filtered A begins: see `retain.retention.filter.Filter`."""
+
 STRONGEST = 1e12
 """The largest strength: more is no stronger, and would leave the range of float32 in products."""
 

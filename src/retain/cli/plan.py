@@ -65,7 +65,7 @@ def plan(config: PlanConfig, screen: Screen) -> None:
         for name in (structures() if config.structure == "all" else (config.structure,))
     }
     recipe = held(found.layers, found.shared, rank=rank, factor_rank=sketches)
-    notes, usual = list(found.notes), costs.get("kfac")
+    notes = list(found.notes)
     if missing := [name for name, c in costs.items() if c is None]:
         notes.append(f"no sketches: {', '.join(missing)}")
     adapter = sum(rank * sum(shape) for shape in found.layers.values())
@@ -88,21 +88,10 @@ def plan(config: PlanConfig, screen: Screen) -> None:
         ["filter", "copies of A", "its gradients", "in a step", "start, most"],
         [[_size(n) for n in (*_parts(recipe), recipe.step, recipe.start)]],
     )
-    advice = []
-    if usual is not None:
-        whole = usual.stored_bytes + recipe.step
-        advice = [
-            f"kfac and the recipe, the default: {_size(whole)} beside plain LoRA",
-            f"(the weights take {_size(2 * found.parameters)} in bfloat16)",
-        ]
-        few = cost("kfac", found, rank=rank, factor_rank=FEW, tokens=tokens)
-        thin = held(found.layers, found.shared, rank=rank, factor_rank=FEW)
-        if few is not None and (less := few.stored_bytes + thin.step) < whole / 2:
-            advice.append(f"with --factor-rank {FEW}, rank={FEW} in the fit: {_size(less)}")
     screen.say(
         "\n".join(
             [
-                *advice,
+                *_advice(found, costs.get("kfac"), recipe, rank),
                 "passes: work of the fit, in forward and backward passes over the source",
                 f"step: what the force adds to a step of {tokens:,} tokens, and reads in it",
                 "All by arithmetic on shapes, in float32; nothing was measured.",
@@ -137,6 +126,22 @@ def plan(config: PlanConfig, screen: Screen) -> None:
 
 def _parts(recipe: Held) -> tuple[int, int, int]:
     return recipe.filter, recipe.copies, recipe.gradients
+
+
+def _advice(found: Outline, usual: Cost | None, recipe: Held, rank: int) -> list[str]:
+    """What the default takes in all, and what sketches would leave of it if less than half."""
+    if usual is None:
+        return []
+    whole = usual.stored_bytes + recipe.step
+    lines = [
+        f"kfac and the recipe, the default: {_size(whole)} beside plain LoRA",
+        f"(the weights take {_size(2 * found.parameters)} in bfloat16)",
+    ]
+    few = cost("kfac", found, rank=rank, factor_rank=FEW)
+    thin = held(found.layers, found.shared, rank=rank, factor_rank=FEW)
+    if few is not None and (less := few.stored_bytes + thin.step) < whole / 2:
+        lines.append(f"with --factor-rank {FEW}, rank={FEW} in the fit: {_size(less)}")
+    return lines
 
 
 def _row(name: str, c: Cost | None) -> list[str]:

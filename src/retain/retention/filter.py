@@ -29,7 +29,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -43,11 +43,11 @@ from retain.models.sites import LoraSite
 from retain.retention.groups import Behind, grouped
 from retain.retention.hooks import GradientHooks
 from retain.retention.moments import Moments, check_reading, inputs_of
+from retain.types import Gain
 
 __all__ = [
     "MOST",
     "Filter",
-    "Gain",
     "InputFilter",
     "Thin",
     "Whole",
@@ -56,8 +56,6 @@ __all__ = [
     "matched_gain",
     "wiener",
 ]
-
-Gain = float | Literal["matched"]
 
 MOST = 3.0
 """The largest gain that is matched: what a filter stops almost whole stays small."""
@@ -311,8 +309,9 @@ def _like(factor: Factor | None) -> tuple[object, ...] | None:
 
 
 def matched_gain(new: Factor, a: Tensor, filtered: Tensor) -> Tensor:
-    """By what `filtered` is to be multiplied to read as much as `a`: the root of their ratio of
-    ``tr(a S_new a^T)``, at most `MOST`.
+    """The gain with which filtered rows of A read as much of the new text as they did unfiltered.
+
+    It is the root of ``tr(a S_new a^T)`` of the rows over that of the filtered ones, `MOST` at most.
 
     Args:
         new: S_new.
@@ -320,7 +319,7 @@ def matched_gain(new: Factor, a: Tensor, filtered: Tensor) -> Tensor:
         filtered: ``a P``.
 
     Returns:
-        [], 1 where `a` reads nothing.
+        A number, []; 1 where `a` reads nothing.
     """
     like = next(iter(new.tensors().values()))
     before, after = (
@@ -373,12 +372,12 @@ class InputFilter:
             with torch.no_grad():
                 for site, p in zip(self.sites, self.filters, strict=True):
                     a = site.a[active].to(p.dtype)
-                    if o.gain == "matched":
-                        rows = p.rows(a)
-                        rows = matched_gain(new.factor(site.name), a, rows) * rows
-                    else:
-                        rows = p.rows(o.gain * a)
-                    site.a[active] = rows.to(site.a.dtype)
+                    gain: float | Tensor = (
+                        matched_gain(new.factor(site.name), a, p.rows(a))
+                        if o.gain == "matched"
+                        else o.gain
+                    )
+                    site.a[active] = p.rows(gain * a).to(site.a.dtype)
         begun = [s.a.detach()[active] for s in self.sites]
         self.groups = grouped(self.filters, begun)
         # In the filter's precision: what a step adds may be below the last bit of a bfloat16.

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retain.data.batches import Example
-from retain.retention.filter import Filter, Gain
+from retain.retention.filter import Filter
 from retain.retention.growing import Growing
 from retain.retention.loader import reader_of
 from retain.retention.method import Context, Task
 from retain.retention.recipe import Recipe
 from retain.retention.state import choose
-from retain.types import FactorRank, HeadStart, Update
+from retain.types import FactorRank, Gain, HeadStart, Update
 
 __all__ = ["Auto", "Wiener"]
 
