@@ -311,7 +311,7 @@ def _like(factor: Factor | None) -> tuple[object, ...] | None:
 def matched_gain(new: Factor, a: Tensor, filtered: Tensor) -> Tensor:
     """The gain with which filtered rows of A read as much of the new text as they did unfiltered.
 
-    It is the root of ``tr(a S_new a^T)`` of the rows over that of the filtered ones, `MOST` at most.
+    It is the root of ``tr(a S_new a^T)`` over that of the filtered rows, `MOST` at most.
 
     Args:
         new: S_new.
