@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -24,7 +25,11 @@ TIMES = {"created", "seconds", "peak_memory_gib", "commit"}
 
 
 def files(out: Path) -> set[tuple[str, int]]:
-    return {(str(p), p.stat().st_mtime_ns) for p in out.glob("*/*")} if out.exists() else set()
+    found = set()
+    for path in out.glob("*/*"):
+        with contextlib.suppress(FileNotFoundError):  # a file that is being written is renamed
+            found.add((str(path), path.stat().st_mtime_ns))
+    return found
 
 
 def results(out: Path) -> dict[str, Any]:
