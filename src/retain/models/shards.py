@@ -19,7 +19,7 @@ from retain.errors import ModelError
 
 __all__ = [
     "Shard", "check_divided", "gather", "gather_gradients", "is_sharded", "local", "own", "reshard",
-    "scatter", "shard_made", "shard_of", "whole",
+    "scatter", "shard_made", "shard_of", "whole", "wholes",
 ]  # fmt: skip
 
 _SHARD = "_retain_shard"
@@ -153,16 +153,16 @@ def gather_gradients(shards: Sequence[Shard]) -> None:
     held = [shard for shard in shards if shard.sharded.grad is not None]
     for shard in shards:
         shard.whole.grad = None
-    for shard, found in zip(held, _wholes([s.sharded.grad for s in held]), strict=True):
+    for shard, found in zip(held, wholes([s.sharded.grad for s in held]), strict=True):
         shard.whole.grad = found
 
 
 def _by_rows(t: Any) -> bool:
     """Whether each process has some of its rows, as FSDP2 divides."""
-    return t.device_mesh.ndim == 1 and all(p.is_shard(0) for p in t.placements)
+    return is_sharded(t) and t.device_mesh.ndim == 1 and all(p.is_shard(0) for p in t.placements)
 
 
-def _wholes(tensors: Sequence[Any]) -> list[Tensor]:
+def wholes(tensors: Sequence[Any]) -> list[Tensor]:
     """`whole` of each; those that are divided alike are sent in one message."""
     kinds: dict[object, list[int]] = {}
     for i, t in enumerate(tensors):
@@ -197,7 +197,7 @@ def _together(tensors: Sequence[Any]) -> list[Tensor]:
 def gather(weights: Iterable[Tensor], *, gradients: bool = False) -> None:
     """Makes those of the weights that are whole copies what their shards are."""
     shards = [shard for shard in map(shard_of, weights) if shard is not None]
-    for shard, found in zip(shards, _wholes([s.sharded for s in shards]), strict=True):
+    for shard, found in zip(shards, wholes([s.sharded for s in shards]), strict=True):
         shard.whole.requires_grad_(shard.sharded.requires_grad)
         shard.whole.copy_(found)
     if gradients:

@@ -26,7 +26,7 @@ from retain.data.batches import Example, collate
 from retain.errors import ConfigError, ModelError, SourceError, check_number
 from retain.models.forward import divergence, no_autocast
 from retain.models.generating import chat_form
-from retain.models.shards import is_sharded
+from retain.models.shards import local, reshard, wholes
 from retain.models.view import ModelView
 from retain.retention.measure import log_probabilities
 
@@ -85,8 +85,7 @@ class Outputs:
         last: the divergence where it was last measured, in nats a prediction; NaN before.
 
     Raises:
-        ConfigError: a classifier, for whose new head the base has no answer; or weights that train
-            and are divided among processes.
+        ConfigError: a classifier, for whose new head the base has no answer.
         ModelError: a model whose base is not what it is with its adapter off, or without one.
         SourceError: no rows.
     """
@@ -108,13 +107,6 @@ class Outputs:
                 got="no rows",
                 allowed="1 row or more",
                 fix="source='self' with the model's tokenizer, or rows of text",
-            )
-        if any(p.requires_grad and is_sharded(p) for p in view.model.parameters()):
-            raise ConfigError(
-                "the KL runs the model between steps, where its weights are divided",
-                got=f"kl={options.weight:g} and sharded weights",
-                allowed="weights that are whole in each process, or kl=0",
-                fix="leave kl out",
             )
         try:
             with view.off():
@@ -139,6 +131,7 @@ class Outputs:
             return
         batch = collate(self._chosen(step // self.options.every), self.view.pad)
         batch = batch.to(self.view.device)
+        reshard(self.view.model)  # of divided weights the gradient is that of this process's part
         weights = [w for w in self.view.model.parameters() if w.requires_grad]
         task = [torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in weights]
         with self.view.evaluating(), torch.enable_grad():
@@ -152,10 +145,11 @@ class Outputs:
         pairs = [(w.grad, old) for w, old in zip(weights, task, strict=True) if w.grad is not None]
         with no_autocast(), torch.no_grad():
             gradients, old = [g for g, _ in pairs], [o for _, o in pairs]
-            torch._foreach_sub_(gradients, old)
+            torch._foreach_sub_([local(g) for g in gradients], [local(o) for o in old])
             share = (_length(old) / _length(gradients)).nan_to_num(0.0).clamp(max=1.0)
             for gradient, before in pairs:
-                gradient.mul_(share.to(gradient)).add_(before)
+                part = local(gradient)
+                part.mul_(share.to(part)).add_(local(before))
 
     def _chosen(self, time: int) -> list[Example]:
         """Of the `time`-th time: all rows in an order by the seed, then all again in another."""
@@ -169,8 +163,9 @@ class Outputs:
 
 
 def _length(gradients: list[Tensor]) -> Tensor:
-    """Of all together, on the first one's device."""
-    norms = [norm.to(gradients[0].device).float() for norm in torch._foreach_norm(gradients)]
+    """Of all together, of divided ones that of all parts; on the first one's device."""
+    every = wholes(gradients)
+    norms = [norm.to(every[0].device).float() for norm in torch._foreach_norm(every)]
     length: Tensor = torch.stack(norms).norm()
     return length
 

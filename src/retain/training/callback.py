@@ -114,7 +114,7 @@ class RetentionCallback(TrainerCallback):
         ConfigError: a value out of range, a source without a budget, names that differ, or, when
             training begins, what does not go together with the trainer's settings, such as a second
             of these callbacks.
-        ModelError: when training begins, of what nothing would hold: DeepSpeed, sharded weights,
+        ModelError: when training begins, of what nothing would hold: ZeRO-3, FSDP1,
             `modules_to_save`, labels that do not exclude each other; or a start for an adapter that
             is not fresh.
         SourceError: when training begins, if the source is missing or empty, or a row lies outside
