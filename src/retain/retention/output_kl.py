@@ -120,11 +120,13 @@ class Outputs:
         self.rows = beginnings(view, rows, options.answers) if options.answers else list(rows)
         self.last = torch.tensor(float("nan"))
 
-    def add(self, settle: Callable[[], None] = _nothing) -> None:
+    def add(self, settle: Callable[[], None] = _nothing, *, apart: bool = False) -> None:
         """After a step's last backward pass: adds to the gradients, where the step is its turn.
 
         Args:
-            settle: called behind the backward pass; what else is to be done to gradients.
+            settle: called behind the backward pass, when the gradients are those of the divergence
+                alone; what else is to be done to them.
+            apart: no backward pass, which somebody hears who has a step to make of it.
         """
         step, self.steps = self.steps, self.steps + 1
         if step % self.options.every:
@@ -133,23 +135,35 @@ class Outputs:
         batch = batch.to(self.view.device)
         reshard(self.view.model)  # of divided weights the gradient is that of this process's part
         weights = [w for w in self.view.model.parameters() if w.requires_grad]
-        task = [torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in weights]
+        task = [w.grad for w in weights]
+        for w in weights:
+            w.grad = None
         with self.view.evaluating(), torch.enable_grad():
             with torch.no_grad(), self.view.off():
                 base = log_probabilities(self.view.logits(batch))
             tuned = log_probabilities(self.view.logits(batch))
             kl = divergence(base, tuned, False).mean()
-            (self.options.every * self.options.weight * kl).backward()
+            weighed = self.options.every * self.options.weight * kl
+            if apart:
+                found = torch.autograd.grad(weighed, weights, allow_unused=True)
+                for w, gradient in zip(weights, found, strict=True):
+                    w.grad = gradient
+            else:
+                weighed.backward()
         settle()
         self.last = kl.detach()
-        pairs = [(w.grad, old) for w, old in zip(weights, task, strict=True) if w.grad is not None]
+        new = [w.grad for w in weights]
         with no_autocast(), torch.no_grad():
-            gradients, old = [g for g, _ in pairs], [o for _, o in pairs]
-            torch._foreach_sub_([local(g) for g in gradients], [local(o) for o in old])
-            share = (_length(old) / _length(gradients)).nan_to_num(0.0).clamp(max=1.0)
-            for gradient, before in pairs:
-                part = local(gradient)
-                part.mul_(share.to(part)).add_(local(before))
+            length = _length([g for g in new if g is not None])
+            share = _length([t for t in task if t is not None]) / length
+            share = share.nan_to_num(0.0).clamp(max=1.0)
+            for w, old, gradient in zip(weights, task, new, strict=True):
+                w.grad = gradient if old is None else old
+                if gradient is not None:
+                    part = local(gradient)
+                    part.mul_(share.to(part))
+                    if old is not None:
+                        local(old).add_(part)
 
     def _chosen(self, time: int) -> list[Example]:
         """Of the `time`-th time: all rows in an order by the seed, then all again in another."""
@@ -165,6 +179,8 @@ class Outputs:
 def _length(gradients: list[Tensor]) -> Tensor:
     """Of all together, of divided ones that of all parts; on the first one's device."""
     every = wholes(gradients)
+    if not every:
+        return torch.zeros(())
     norms = [norm.to(every[0].device).float() for norm in torch._foreach_norm(every)]
     length: Tensor = torch.stack(norms).norm()
     return length

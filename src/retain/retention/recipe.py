@@ -162,6 +162,7 @@ class Recipe:
         self.sites: list[LoraSite] = []
         self._shards: list[Tensor] = []  # whole copies of weights that are divided
         self._guarded = False
+        self._alone = False  # `by_hand`
 
     # Before training.
 
@@ -410,6 +411,7 @@ class Recipe:
 
     def by_hand(self) -> None:
         """From now on whole gradients are there but once a step, and `settle` is called for it."""
+        self._alone = True
         for hooks in self._hooks():
             hooks.detach()
             hooks.by_hand = True
@@ -430,7 +432,7 @@ class Recipe:
         """
         self.settle()
         if self.outputs is not None:
-            self.outputs.add(self.settle)
+            self.outputs.add(self._settle_anew, apart=self._alone)
         with self._whole(gradients=True):
             nats = self._add_force(watched)
         if self._guarded:
@@ -442,6 +444,12 @@ class Recipe:
         """Holds the gradients that are there, before clipping."""
         for hooks in self._hooks():
             hooks.settle()
+
+    def _settle_anew(self) -> None:
+        """`settle` for other gradients that have taken the place of a step's."""
+        if self._alone:
+            self.before_step()
+        self.settle()
 
     def _add_force(self, watched: Watched | None) -> float | None:
         nats = None

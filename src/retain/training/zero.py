@@ -47,20 +47,13 @@ class ZeroStep:
 
     Raises:
         ModelError: no LoRA, or none that trains.
-        ConfigError: a KL, whose passes would be a part of DeepSpeed's; or several groups of
-            settings of the optimiser that A and B lie in, which it steps one after another.
+        ConfigError: several groups of settings of the optimiser that A and B lie in, which it steps
+            one after another.
     """
 
     def __init__(
         self, zero: Any, recipe: Recipe, model: nn.Module, watch: Callable[[], Watched | None]
     ) -> None:
-        if recipe.kl.weight:
-            raise ConfigError(
-                "the KL runs the model inside DeepSpeed's step",
-                got=f"kl={recipe.kl.weight:g} and ZeRO",
-                allowed="DistributedDataParallel, or kl=0",
-                fix="leave kl out",
-            )
         self.zero, self.recipe, self.watch = zero, recipe, watch
         self.weights = [w for s in lora_sites(model) for w in (s.a, s.b) if w.requires_grad]
         self.group, self._starts = _place_of(self.weights, zero)
