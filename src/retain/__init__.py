@@ -3,7 +3,7 @@
 Two lines in a training script that works already::
 
     curvature = retain.fit_curvature(trainer.model, "self", tokenizer=tokenizer)
-    trainer.add_callback(retain.RetentionCallback(curvature, strength=10.0))
+    trainer.add_callback(retain.RetentionCallback(curvature))
 
 Names are imported on first use, so ``import retain`` costs nothing.
 """

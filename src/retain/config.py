@@ -21,7 +21,7 @@ from pydantic import (
 
 from retain.documents import read_mapping
 from retain.errors import ConfigError, shown, unknown, with_point
-from retain.types import STRONGEST, Update
+from retain.types import STRENGTH, STRONGEST, Update
 
 __all__ = [
     "DTYPES", "AdapterConfig", "Measured", "Options", "Precision", "RunConfig", "TrainConfig",
@@ -157,7 +157,7 @@ class RunConfig(_Strict):
         "auto (an encoder's default) to count the labels",
     )
     strength: float = Field(
-        10.0, ge=0, le=STRONGEST,
+        STRENGTH, ge=0, le=STRONGEST,
         description="How much keeping weighs against learning, 0 or more",
     )  # fmt: skip
     budget: Annotated[float, Field(gt=0)] | dict[str, float] | None = Field(

@@ -28,6 +28,9 @@ FactorRank = int | Literal["auto"] | None
 Gain = float | Literal["matched"]
 """How large a filtered A begins: see `retain.retention.filter.Filter`."""
 
+STRENGTH = 100.0
+"""The strength where none is said (docs/decisions.md)."""
+
 STRONGEST = 1e12
 """The largest strength: more is no stronger, and would leave the range of float32 in products."""
 

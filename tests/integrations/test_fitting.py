@@ -144,7 +144,7 @@ def test_axolotl_s_plugin_reads_its_part_of_the_yaml(monkeypatch: pytest.MonkeyP
         (callback,) = plugin.add_callbacks_post_trainer({"retention": asked}, None)
         assert (callback.recipe.budget, callback.fit) == (0.05, {"rows": 8})
     (plain,) = plugin.add_callbacks_post_trainer({}, None)
-    assert (plain.source, plain.recipe.strength) == ("self", 10.0)
+    assert (plain.source, plain.recipe.strength) == ("self", 100.0)
     with pytest.raises(ValueError, match="bugdet"):
         module.RetentionArgs.model_validate({"retention": {"bugdet": 0.05}})
 

@@ -4,7 +4,7 @@ plugins:
   - retain.integrations.axolotl.RetentionPlugin
 retention:
   source: self        # or a file of text to be kept
-  budget: 0.05        # nats per token; or strength: 10
+  budget: 0.05        # nats per token; or strength: 100
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from retain.errors import ConfigError
 from retain.integrations.fitting import FittingCallback
+from retain.types import STRENGTH
 
 __all__ = ["RetentionArgs", "RetentionOptions", "RetentionPlugin"]
 
@@ -31,7 +32,7 @@ class RetentionOptions(BaseModel):
     source: str = "self"
     curvature: str | None = None
     fit: dict[str, Any] = {}
-    strength: float = 10.0
+    strength: float = STRENGTH
     update: Literal["gradient", "proximal"] = "gradient"
     budget: float | None = None
     parts: list[str] | None = None

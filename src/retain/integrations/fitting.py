@@ -18,7 +18,7 @@ from retain.retention.filter import Filter
 from retain.retention.output_kl import OutputKL
 from retain.retention.recipe import Recipe
 from retain.training.callback import RetentionCallback
-from retain.types import Update
+from retain.types import STRENGTH, Update
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ class FittingCallback(RetentionCallback):
         *,
         curvature: Curvature | str | Path | None = None,
         fit: Mapping[str, Any] | None = None,
-        strength: float = 10.0,
+        strength: float = STRENGTH,
         update: Update = "gradient",
         budget: float | None = None,
         parts: Sequence[str] | None = None,

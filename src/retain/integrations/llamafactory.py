@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from retain.integrations.fitting import FittingCallback
+from retain.types import STRENGTH
 
 __all__ = ["main"]
 
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m retain.integrations.llamafactory")
     parser.add_argument("--source", default="self", help="text that is to be kept")
     parser.add_argument("--curvature", help="in place of a source, a curvature's file")
-    parser.add_argument("--strength", type=float, default=10.0)
+    parser.add_argument("--strength", type=float, default=STRENGTH)
     parser.add_argument("--budget", type=float, help="nats per token that may be spent")
     parser.add_argument("--kl", type=float, default=0.0, help="what a nat of divergence weighs")
     options, rest = parser.parse_known_args(arguments)

@@ -48,7 +48,7 @@ from retain.retention.named import (
     check_together,
 )
 from retain.retention.watch import Watched, read
-from retain.types import STRONGEST, UPDATES, Update
+from retain.types import STRENGTH, STRONGEST, UPDATES, Update
 
 __all__ = ["Force", "Hold", "Spent", "check_strength"]
 
@@ -149,7 +149,7 @@ class Force:
         self,
         model: nn.Module,
         curvature: Curvatures,
-        strength: float = 10.0,
+        strength: float = STRENGTH,
         *,
         budget: Budgets | None = None,
         past: Curvature | None = None,
@@ -557,11 +557,11 @@ class Force:
 
 def check_strength(strength: float) -> None:
     """Raises `ConfigError` unless the strength is a number from 0 to `STRONGEST`."""
-    check_number("the strength is no strength", strength, "strength=10")
+    check_number("the strength is no strength", strength, "strength=100")
     if strength > STRONGEST:
         raise ConfigError(
             "the strength is too large", got=strength, allowed=f"0 to {STRONGEST:g}",
-            fix="strength=10",
+            fix="strength=100",
         )  # fmt: skip
 
 

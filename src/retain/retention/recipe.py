@@ -68,7 +68,7 @@ from retain.retention.output_kl import OutputKL, Outputs
 from retain.retention.soften.truncate import truncated
 from retain.retention.state import choose, pack_curvature, unpack_curvature
 from retain.retention.watch import Watched
-from retain.types import UPDATES, FactorRank, Structure, Update
+from retain.types import STRENGTH, UPDATES, FactorRank, Structure, Update
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,10 +83,6 @@ positions of a row, and of a classifier, which predicts once (docs/log.md, "What
 
 _MARK = "_retain_held"
 """The attribute of an A for its `_Mark`."""
-
-
-STRENGTH = 10.0
-"""Where none is said."""
 
 Probe = Sequence[Example] | Mapping[str, Sequence[Example]]
 

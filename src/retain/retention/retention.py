@@ -20,7 +20,7 @@ from retain.retention.loader import RowReader, loader_examples, reader_of
 from retain.retention.named import Budgets, Curvatures
 from retain.retention.output_kl import OutputKL
 from retain.retention.recipe import Probe, Recipe
-from retain.types import Update
+from retain.types import STRENGTH, Update
 
 __all__ = ["Retention", "check_steps", "no_deepspeed"]
 
@@ -28,7 +28,7 @@ __all__ = ["Retention", "check_steps", "no_deepspeed"]
 class Retention:
     """Holds a model near what it knew while a plain loop trains it::
 
-        retention = retain.Retention(model, curvature, strength=10.0, rows=loader)
+        retention = retain.Retention(model, curvature, rows=loader)
         for batch in loader:
             model(**batch).loss.backward()
             retention.step(optimizer)  # in place of optimizer.step()
@@ -71,7 +71,7 @@ class Retention:
         self,
         model: nn.Module,
         curvature: Curvatures | None = None,
-        strength: float = 10.0,
+        strength: float = STRENGTH,
         *,
         rows: Any = None,
         parts: Sequence[str] | None = None,

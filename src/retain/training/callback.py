@@ -42,7 +42,7 @@ from retain.training.keeping import keep, keep_tensors, kept_in, kept_tensors
 from retain.training.reading import check_loader
 from retain.training.running import Running, calling_handler, resumed_from
 from retain.training.zero import ZeroStep, zero_of
-from retain.types import Update
+from retain.types import STRENGTH, Update
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,7 +126,7 @@ class RetentionCallback(TrainerCallback):
     def __init__(
         self,
         curvature: Curvatures,
-        strength: float = 10.0,
+        strength: float = STRENGTH,
         update: Update = "gradient",
         *,
         budget: Budgets | None = None,

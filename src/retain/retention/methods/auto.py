@@ -19,7 +19,7 @@ from retain.retention.loader import reader_of
 from retain.retention.method import Context, Task
 from retain.retention.recipe import Recipe
 from retain.retention.state import choose
-from retain.types import FactorRank, Gain, HeadStart, Update
+from retain.types import STRENGTH, FactorRank, Gain, HeadStart, Update
 
 __all__ = ["Auto", "Wiener"]
 
@@ -57,7 +57,7 @@ class Auto(Growing):
 
     def __init__(
         self,
-        strength: float = 10.0,
+        strength: float = STRENGTH,
         *,
         parts: Sequence[str] | None = None,
         budget: float | None = None,
