@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def test_two_processes_give_the_numbers_of_one(tiny_folder: Path, tmp_path: Path
         last = one[name]["retention"][-1]["kl"]
         assert two[name]["retention"][-1]["kl"] == pytest.approx(last, rel=0.01), name
     assert not list((tmp_path / "two" / "state").iterdir())
-    kept = [run["retention"][-1]["kl"] for run in one.values()]
-    assert len({round(kl, 4) for kl in kept}) == len(METHODS), kept  # more than is allowed above
+    kept = sorted(run["retention"][-1]["kl"] for run in one.values())
+    assert all(b > 1.03 * a for a, b in pairwise(kept)), kept  # more than is allowed above
 
 
 def test_rows_that_do_not_divide_among_the_processes(tiny_folder: Path, tmp_path: Path) -> None:

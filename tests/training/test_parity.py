@@ -103,7 +103,7 @@ class Case:
     def begun(self) -> tuple[Any, Recipe]:
         """The model with a fresh adapter, and the recipe with the curvature of the source."""
         model = attach_lora(self.base().model, rank=2, seed=seed_of(0, -1))
-        recipe = Recipe(None, 10.0, parts=self.parts, kl=self.kl, update=self.update)
+        recipe = Recipe(None, parts=self.parts, kl=self.kl, update=self.update)
         if self.source and recipe.parts & {"filter", "force"}:
             recipe.curvature = self.curvature(model)
         return model, recipe
