@@ -201,7 +201,7 @@ def test_records_of_earlier_versions_are_read(trained: Path, tmp_path: Path) -> 
     path = tmp_path / "train.json"
     path.write_text(json.dumps(found | {"new": 1}))
     record = read_record(path, TrainRecord)
-    assert (record.steps, record.held, record.strength) == (12, True, 100.0)
+    assert (record.steps, record.held, record.strength) == (12, True, 10.0)
     state = {"schema": "retain.state/1", "runs": [{"data": "a", "examples": 3, "seed": 0}]}
     path.write_text(json.dumps(state))
     assert read_record(path, StateRecord).digests == {}
