@@ -192,3 +192,5 @@ def test_every_study_of_the_package_expands() -> None:
         grid = expand(spec, folder)
         assert grid.runs, path
         assert spec.name == path.stem
+        for label, method in spec.methods.items():  # another default would be another study
+            assert method.kind != "auto" or method.strength is not None, (path, label)

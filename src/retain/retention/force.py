@@ -557,11 +557,11 @@ class Force:
 
 def check_strength(strength: float) -> None:
     """Raises `ConfigError` unless the strength is a number from 0 to `STRONGEST`."""
-    check_number("the strength is no strength", strength, "strength=100")
+    check_number("the strength is no strength", strength, f"strength={STRENGTH:g}")
     if strength > STRONGEST:
         raise ConfigError(
             "the strength is too large", got=strength, allowed=f"0 to {STRONGEST:g}",
-            fix="strength=100",
+            fix=f"strength={STRENGTH:g}",
         )  # fmt: skip
 
 

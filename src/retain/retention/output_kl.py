@@ -126,7 +126,8 @@ class Outputs:
         Args:
             settle: called behind the backward pass, when the gradients are those of the divergence
                 alone; what else is to be done to them.
-            apart: no backward pass, which somebody hears who has a step to make of it.
+            apart: take the gradient with `torch.autograd.grad`, which no hook of DeepSpeed's hears
+                as a backward pass would be heard.
         """
         step, self.steps = self.steps, self.steps + 1
         if step % self.options.every:

@@ -158,7 +158,7 @@ class Recipe:
         self.sites: list[LoraSite] = []
         self._shards: list[Tensor] = []  # whole copies of weights that are divided
         self._guarded = False
-        self._alone = False  # `by_hand`
+        self._by_hand = False
 
     # Before training.
 
@@ -407,7 +407,7 @@ class Recipe:
 
     def by_hand(self) -> None:
         """From now on whole gradients are there but once a step, and `settle` is called for it."""
-        self._alone = True
+        self._by_hand = True
         for hooks in self._hooks():
             hooks.detach()
             hooks.by_hand = True
@@ -428,7 +428,7 @@ class Recipe:
         """
         self.settle()
         if self.outputs is not None:
-            self.outputs.add(self._settle_anew, apart=self._alone)
+            self.outputs.add(self._settle_anew, apart=self._by_hand)
         with self._whole(gradients=True):
             nats = self._add_force(watched)
         if self._guarded:
@@ -443,7 +443,7 @@ class Recipe:
 
     def _settle_anew(self) -> None:
         """`settle` for other gradients that have taken the place of a step's."""
-        if self._alone:
+        if self._by_hand:
             self.before_step()
         self.settle()
 
