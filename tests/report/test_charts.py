@@ -150,6 +150,15 @@ def test_a_training_is_drawn_with_its_predictions() -> None:
     assert [row["kind"] for row in drawn["kl"]].count("measured") == 2 * 8
 
 
+@pytest.mark.parametrize("key", ["loss", "kl"])
+def test_strengths_of_one_colour_have_each_a_line_of_its_training(key: str) -> None:
+    (panel,) = [panel for panel in panels(_of_result()) if panel.key == key]
+    lines = [m for m in compiled(panel.chart)["marks"] if m["type"] == "group"]
+    assert lines
+    for line in lines:
+        assert "name" in line["from"]["facet"]["groupby"]
+
+
 @pytest.mark.parametrize("data", [make_study(), make_adapters(), make_wide(), make_long(), None])
 def test_vega_draws_all(data: dict[str, Any] | None) -> None:
     group = group_of(data) if data else _of_result()

@@ -42,7 +42,7 @@ def training(group: Group, look: Look) -> list[Panel]:
     out = []
     x = alt.X("x:Q", title="step", axis=axis(grid=False, format="d"), scale=alt.Scale(nice=False))
     if loss:
-        base = data(loss).encode(x=x, color=look.of(loss)["color"])
+        base = data(loss).encode(x=x, color=look.of(loss)["color"], detail="name:N")
         y = alt.Y("y:Q", title="nats per token", axis=axis())
         faint = base.mark_line(strokeWidth=1, opacity=0.35).encode(y=y)
         said = tips(name="method", y_text="loss", x="step")
@@ -56,6 +56,7 @@ def training(group: Group, look: Look) -> list[Panel]:
             x=x,
             y=alt.Y("y:Q", title="nats per token", scale=scale, axis=axis(ticks)),
             color=look.of(moved)["color"],
+            detail="name:N",
             tooltip=tips(name="method", kind="KL", y_text="nats per token", x="step"),
         )
         line = base.transform_filter("datum.kind == 'predicted'").mark_line(strokeWidth=2.2)
