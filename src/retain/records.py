@@ -221,6 +221,8 @@ class RunEvaluation(Part):
         measure_every: optimiser steps between two measurements of the KL during training, which
             are kept in the record; 0 keeps nothing of the training.
         answers: general questions that the model answers, before and after, to be read.
+        own_answers: general prompts of the held-out half, as many of each skill as go round, whose
+            answers by the trained model and by its base are compared at the end.
         split: the rows that tasks are scored on: ``test``, or ``validation``, which are held out
             of the training rows, so that settings are chosen without a look at the test rows.
     """
@@ -231,11 +233,13 @@ class RunEvaluation(Part):
     earlier: Literal["each", "last"] = "each"
     measure_every: int = Field(0, ge=0)
     answers: int = Field(0, ge=0)
+    own_answers: int = Field(0, ge=0, le=152)
     split: Literal["test", "validation"] = "test"
 
     def for_key(self) -> dict[str, Any]:
         """As plain data, without later keys that have their defaults: older records have none."""
-        later = {"earlier": "each", "measure_every": 0, "answers": 0, "split": "test"}
+        later = {"earlier": "each", "measure_every": 0, "answers": 0, "own_answers": 0,
+                 "split": "test"}  # fmt: skip
         return self.model_dump(
             mode="json", exclude={name for name, old in later.items() if getattr(self, name) == old}
         )
@@ -589,6 +593,7 @@ class RunRecord(Part):
             measured and for a regression; empty in files of earlier versions.
         intervals: 95 % intervals within the run, by the name of what they are of.
         history: of the training, and `generations`, where they were asked for.
+        own_answers: of the trained model beside its base, where they were asked for.
     """
 
     schema_name: Literal["retain.run/1"] = Field(RUN_SCHEMA, alias="schema")
@@ -622,6 +627,7 @@ class RunRecord(Part):
     intervals: dict[str, Interval] = {}
     history: Listed[Step] = []
     generations: Listed[Generation] = []
+    own_answers: AnswersRecord | None = None
     notes: Listed[str] = []
 
     @property

@@ -11,13 +11,16 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from retain.records import RunSpec, flags_of
+from retain.data.general_prompts import SKILLS, general_prompts
+from retain.errors import ConfigError
+from retain.records import RunEvaluation, RunSpec, flags_of
 from retain.retention.methods.auto import Wiener
 from retain.study.grid import Grid, expand
 from retain.study.runner import execute
 from retain.study.sequence import run_sequence
 from retain.study.spec import read_study
 from retain.study.state import SequenceState
+from retain.study.tables import tables
 from retain.study.work import Work, read_record
 from study_parts import TEXT, tiny_study
 
@@ -84,6 +87,31 @@ def test_the_record_of_a_run(tiny_folder: Path, tmp_path: Path) -> None:
     assert record.peak_memory_gib > 0
     assert record.general is None
     assert not work.state(run.key).exists()
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_own_answers_are_compared_with_the_bases(
+    tiny_folder: Path, tmp_path: Path, adapter: str
+) -> None:
+    path = tiny_study(
+        tmp_path / "study", tiny_folder, seeds=[0], methods={"none": {}},
+        adapters={"lora": {"kind": adapter}}, evaluation={"own_answers": 10},
+    )  # fmt: skip
+    grid, work = opened(path, tmp_path / "out")
+    assert execute(grid.runs[0], work).error is None
+    record = read_record(work.record(grid.runs[0].key))
+    assert record is not None and record.own_answers is not None
+    rows = record.own_answers.rows
+    assert [row["skill"] for row in rows] == [*SKILLS, *SKILLS[:2]]  # skills take turns
+    assert {row["id"] for row in rows} <= {p.id for p in general_prompts(half="held-out")}
+    assert any(row["base"] != row["tuned"] for row in rows)
+    total = sum(row["log_ratio"] for row in rows) / sum(row["tokens"] for row in rows)
+    assert record.metrics_summary["log_ratio"] == pytest.approx(total)
+    assert total > 0  # what a model writes is likelier to itself
+    same = sum(row["first_word"] for row in rows) / len(rows)
+    assert record.metrics_summary["first_word"] == same
+    (cell,) = tables([record])["cells"]
+    assert cell["metrics"]["log_ratio"]["mean"] == pytest.approx(total)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -219,6 +247,10 @@ def test_an_encoder_holds_all_tasks_side_by_side(tmp_path: Path) -> None:
         assert plain(run_sequence(run, state=state, work=work)) == plain(found)
     for adapter in ("lora", "full"):
         assert losses[adapter, "fitted"] != losses[adapter, "none"]
+
+    asked = grid.runs[0].model_copy(update={"evaluation": RunEvaluation(own_answers=8)})
+    with pytest.raises(ConfigError, match="the model writes no answers"):
+        run_sequence(asked, state=Keep(tmp_path / "asked", {}), work=work)
 
 
 def test_a_default_that_changes_is_another_run(

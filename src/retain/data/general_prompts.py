@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,7 +27,7 @@ from retain.errors import SourceError, shown, unknown
 
 __all__ = [
     "GENERAL", "HALVES", "SKILLS", "GeneralPrompt", "GivenPrompts", "Half", "Prompts",
-    "general_prompts", "prompt_texts", "read_prompts",
+    "general_prompts", "prompt_texts", "read_prompts", "spread_prompts",
 ]  # fmt: skip
 
 Half = Literal["source", "held-out"]
@@ -108,6 +109,13 @@ def general_prompts(skill: str | None = None, half: Half = "held-out") -> list[G
     if skill is not None and skill not in SKILLS:
         raise unknown("skill", str(skill), SKILLS)
     return [p for p in _items() if p.half == half and skill in (None, p.skill)]
+
+
+def spread_prompts(count: int) -> list[GeneralPrompt]:
+    """The first `count` prompts of the held-out half where the skills take turns; all there are."""
+    each = [general_prompts(skill) for skill in SKILLS]
+    turns = [prompt for turn in zip_longest(*each) for prompt in turn if prompt is not None]
+    return turns[:count]
 
 
 @cache

@@ -36,12 +36,15 @@ from dataclasses import asdict, dataclass
 
 from retain.errors import ConfigError
 
-__all__ = ["METRICS", "Continual", "continual_metrics"]
+__all__ = ["METRICS", "OWN", "Continual", "continual_metrics"]
+
+OWN = ("log_ratio", "first_word")
+"""Of a run's own answers to general prompts; see `retain.evaluation.answers`."""
 
 METRICS = (
     "average", "learning", "forgetting", "backward_transfer", "forward_transfer",
     "intransigence", "share_of_independent", "loss", "kl", "ppl_ratio", "flips", "general",
-    "share", "update_size",
+    "share", "update_size", *OWN,
 )  # fmt: skip
 """What the tables of a study have of each cell, besides ``score:TASK``.
 

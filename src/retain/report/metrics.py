@@ -153,6 +153,8 @@ METRICS = (
     Metric(
         "general", "General tasks", "points", 1, lambda r: r.general.change if r.general else None
     ),
+    Metric("log_ratio", "Own answers, tuned / base", "nats per token", -1, _summary("log_ratio")),
+    Metric("first_word", "Same first word", "%", 1, _summary("first_word")),
     Metric("backward_transfer", "Backward transfer", "points", 1, _summary("backward_transfer")),
     Metric("forward_transfer", "Forward transfer", "points", 1, _summary("forward_transfer")),
     Metric("intransigence", "Intransigence", "points", -1, _summary("intransigence")),

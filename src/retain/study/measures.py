@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from retain.data.batches import Example
+from retain.data.general_prompts import spread_prompts
 from retain.data.knowledge import general_questions
 from retain.data.problems import ask
 from retain.documents import sealed
+from retain.evaluation.answers import measure_answers
 from retain.evaluation.forgetting import Reference
 from retain.evaluation.general import general_scores
 from retain.evaluation.generation import generate
@@ -165,6 +167,17 @@ class Measures:
         """The questions with the answers before and now."""
         rows = zip(self._questions(), before, self.answers(), strict=True)
         return [{"prompt": q, "before": first, "text": text} for q, first, text in rows]
+
+    def own_answers(self) -> dict[str, Any] | None:
+        """What the trained model answers to general prompts beside its base, if it is asked for."""
+        if not self.asked.own_answers:
+            return None
+        self.say("own answers")
+        return measure_answers(
+            self.adapter.model, spread_prompts(self.asked.own_answers),
+            tokenizer=self.base.tokenizer, batch_size=self.asked.batch_size,
+            seed=self.run.seed or 0, progress=self.work.progress,
+        ).to_dict()  # fmt: skip
 
     def _questions(self) -> Sequence[str]:
         return general_questions()[: self.asked.answers]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from retain.evaluation.continual import continual_metrics
+from retain.errors import ConfigError
+from retain.evaluation.continual import OWN, continual_metrics
 from retain.evaluation.size import update_size
 from retain.models.adapters.registry import attach_adapter
 from retain.records import RunSpec, bits_of, finite
@@ -63,6 +64,12 @@ class _Sequence:
         self.clock, self.seed = Clock(), config.seed or 0
         say("loading")
         self.base = load_base(config, [task_at(t, work.base) for t in config.order.tasks])
+        if config.evaluation.own_answers and not self.base.causal:
+            raise ConfigError(
+                "the model writes no answers", got=f"{config.model}, an encoder, and "
+                f"evaluation.own_answers: {config.evaluation.own_answers}",
+                allowed="a decoder", fix="leave evaluation.own_answers out",
+            )  # fmt: skip
         self.tasks = load_tasks(config, self.base, work)
         self.source, self.held = load_source(config, self.base, work)
         self._attach()
@@ -192,6 +199,7 @@ class _Sequence:
         with self.clock.on("evaluate"):
             after = self.measures.general()
             told = self.measures.told(self.data.pop("answers", []))
+            own = self.measures.own_answers()
         if self.work.adapters:
             self.adapter.save(self.work.adapter(self.config), self.config.model)
         before = self.data.pop("general")
@@ -208,7 +216,7 @@ class _Sequence:
             },
             "retention": self.data["retention"],
             "general": general,
-            "metrics_summary": self._summary(),
+            "metrics_summary": self._summary() | _of_answers(own),
             "parameters": {"trainable": trainable, "base": size, "share": trainable / size},
             "method_bytes": self.method.memory(),
             "seconds": self.clock.state(),
@@ -218,4 +226,10 @@ class _Sequence:
             "predicted": self.data["predicted"],
             "history": self.data["history"],
             "generations": told,
+            "own_answers": own,
         }
+
+
+def _of_answers(own: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """What the tables have of the model's own answers."""
+    return {} if own is None else {name: own["overall"][name]["value"] for name in OWN}
