@@ -3,8 +3,8 @@
 SmolLM2-135M learns the demo's word problems from ``prompt`` and ``completion`` rows. Of `SFTConfig`
 only the steps and the learning rate are named (32 steps of 8 rows, 2e-3, as in the demo); precision
 (bf16 autocast over float32 weights), checkpointing, clipping and schedule are TRL's. An arm is
-``plain`` or options of `retain.RetentionCallback`: ``strength=1000,kl=1,update=proximal``. Measured
-as in `first_words.py`: loss on 96 problems of another draw, KL on 24 held-out rows of the model's
+``plain`` or options of `retain.RetentionCallback`: ``strength=1000,kl=1,update=proximal``, or
+``strength=100,parts=rows+force``. Measured as in `first_words.py`: loss on 96 problems of another draw, KL on 24 held-out rows of the model's
 own, greedy answers to the held-out general prompts that are no sums.
 
     python benchmarks/trl_defaults.py --out trl.jsonl plain strength=1000,kl=1,update=proximal
@@ -35,6 +35,8 @@ from retain.models.view import ModelView
 from retain.provenance import provenance
 from retain.retention.measure import Reference
 
+READ: dict[str, Any] = {"update": str, "parts": lambda text: text.split("+")}
+
 
 def arm_of(text: str, seed: int) -> dict[str, Any]:
     torch.backends.cuda.enable_cudnn_sdp(False)  # whose plans break off for some shapes
@@ -53,9 +55,7 @@ def arm_of(text: str, seed: int) -> dict[str, Any]:
         model: Any = trainer.model
         if text != "plain":
             asked: dict[str, Any] = dict(part.split("=") for part in text.split(","))
-            options: dict[str, Any] = {
-                k: v if k == "update" else float(v) for k, v in asked.items()
-            }
+            options = {k: READ.get(k, float)(v) for k, v in asked.items()}
             curvature = retain.fit_curvature(model, "self", rows=64, tokenizer=words, seed=seed)
             trainer.add_callback(retain.RetentionCallback(curvature, **options))
         trainer.train()

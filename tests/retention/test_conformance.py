@@ -115,7 +115,8 @@ def test_a_run_that_goes_on_from_a_file_is_the_uninterrupted_one(
     whole = method_of(name)
     attached = begun(whole, adapter, model, dtype=torch.float32)
     learn(whole, attached, first)
-    save_file(whole.state() or {"none": torch.zeros(1)}, tmp_path / "method.safetensors")
+    kept = whole.state() | whole.constant()
+    save_file(kept or {"none": torch.zeros(1)}, tmp_path / "method.safetensors")
     save_file(attached.state(), tmp_path / "adapter.safetensors")
     learn(whole, attached, second)
 

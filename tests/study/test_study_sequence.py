@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,14 +14,19 @@ import pytest
 import torch
 
 from retain.data.general_prompts import SKILLS, general_prompts
+from retain.documents import sealed
 from retain.errors import ConfigError
 from retain.records import RunEvaluation, RunSpec, flags_of
+from retain.retention.method import Context
 from retain.retention.methods.auto import Wiener
+from retain.study import state
+from retain.study.fits import sharing
 from retain.study.grid import Grid, expand
 from retain.study.runner import execute
 from retain.study.sequence import run_sequence
 from retain.study.spec import read_study
 from retain.study.state import SequenceState
+from retain.study.studies import run_study
 from retain.study.tables import tables
 from retain.study.work import Work, read_record
 from study_parts import TEXT, tiny_study
@@ -139,6 +146,94 @@ def test_a_stopped_run_goes_on_to_the_same_record(
         assert said.count("task 1/3 one: training") == (stop == 0)
         assert "scores before" not in said
         assert again["seconds"]["train"] > 0
+
+
+SHARED: dict[str, Any] = {
+    "auto": {"rows": 4},
+    "no-force": {"kind": "auto", "rows": 4, "parts": ["rows", "filter"]},
+    "kfac": {"strength": 100.0, "rows": 8},
+    "diagonal": {"strength": 100.0, "rows": 8},
+    "none": {},
+}
+
+
+def test_runs_alike_fit_their_source_once(tiny_folder: Path, tmp_path: Path) -> None:
+    path = tiny_study(tmp_path / "study", tiny_folder, methods=SHARED, seeds=[0, 1])
+    spec = read_study(path)
+    grid, work = opened(path, tmp_path / "shared")
+    assert len(sharing(grid.runs)) == 8  # all but the plain ones
+    fits: list[int] = []
+    there: list[set[str]] = []
+    folder = work.out / "fits"
+
+    def counted(self: Context, rows: Any, *args: Any, **options: Any) -> Any:
+        fits.append(len(rows))
+        return fit(self, rows, *args, **options)
+
+    def tell(run: RunSpec, _outcome: Any) -> None:
+        there.append({p.name for p in folder.glob("*")} if folder.exists() else set())
+
+    fit = Context.fit
+    with patch.object(Context, "fit", counted):
+        run_study(spec, grid, work, tell=tell)
+        shared = len(fits)
+        grid, alone = opened(path, tmp_path / "alone")
+        for run in grid.runs:
+            assert execute(run, alone).error is None
+    assert (shared, len(fits) - shared) == (2 * 9, 2 * 10)  # of auto and no-force one a seed
+    assert not any(folder.rglob("*.safetensors"))
+    assert {"seed-0"} in there and {"seed-1"} in there and {"seed-0", "seed-1"} not in there
+    for run in grid.runs:
+        one, other = (read_record(w.record(run.key)) for w in (work, alone))
+        assert one is not None and other is not None and one.seconds and other.seconds
+        assert one.matrix == other.matrix and one.losses == other.losses
+        assert one.retention == other.retention and one.predicted == other.predicted
+        assert one.method_bytes == other.method_bytes
+
+
+def test_a_shared_fit_counts_its_time_and_is_made_again_where_it_is_damaged(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    path = tiny_study(tmp_path / "study", tiny_folder, methods=SHARED, seeds=[0])
+    grid, work = opened(path, tmp_path / "out")
+    work = replace(work, shares=sharing(grid.runs))
+    run = {r.method.label: r for r in grid.runs}
+    assert execute(run["auto"], work).error is None
+    (note,) = (work.out / "fits").rglob("*.json")
+    note.write_text(json.dumps(sealed({"seconds": 1000.0})))
+    assert execute(run["no-force"], work).error is None
+    record = read_record(work.record(run["no-force"].key))
+    assert record is not None and record.seconds is not None
+    assert record.seconds.method >= 1000 and record.seconds.total >= record.seconds.method
+    (kept,) = (work.out / "fits").rglob("*.safetensors")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[: len(whole) // 2])
+    again = replace(work, out=tmp_path / "again")
+    shutil.copytree(work.out / "fits", again.out / "fits")
+    assert execute(run["no-force"], again).error is None
+    assert next((again.out / "fits").rglob("*.safetensors")).read_bytes() == whole
+    other = read_record(again.record(run["no-force"].key))
+    assert other is not None and other.matrix == record.matrix
+    assert other.seconds is not None and other.seconds.method < 1000
+
+
+def test_what_no_task_changes_is_written_once(tiny_folder: Path, tmp_path: Path) -> None:
+    path = tiny_study(tmp_path / "study", tiny_folder, seeds=[0], methods={"auto": {"rows": 4}})
+    grid, work = opened(path, tmp_path / "out")
+    written: list[str] = []
+    save = state._write_tensors
+
+    def noted(file: Path, tensors: Any) -> None:
+        written.append(f"{file.name}: {', '.join(sorted(tensors))}"[:40])
+        save(file, tensors)
+
+    with patch.object(state, "_write_tensors", noted):
+        assert execute(grid.runs[0], work).error is None
+    told = [line for line in written if not line.startswith("adapter")]
+    assert told == [
+        "method-0.safetensors: ", "constant.safetensors: curvature",
+        "method-1.safetensors: past", "method-2.safetensors: past", "method-3.safetensors: past",
+    ]  # fmt: skip
 
 
 def test_seeds_and_methods_make_a_difference(tiny_folder: Path, tmp_path: Path) -> None:

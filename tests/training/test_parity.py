@@ -34,7 +34,7 @@ from retain.study.grid import expand, task_at
 from retain.study.material import load_base, load_source, load_tasks, seed_of
 from retain.study.sequence import run_sequence
 from retain.study.spec import read_study
-from retain.study.state import SequenceState
+from retain.study.state import Constant, SequenceState
 from retain.study.work import Work
 from retain.training.loop import train
 from retain.training.loss import head_of, task_loss
@@ -58,9 +58,11 @@ class Kept(SequenceState):
 
     seen: list[tuple[int, State, State]]
 
-    def save(self, done: int, data: Any, adapter: State, method: State) -> None:
-        self.seen.append((done, adapter, method))
-        super().save(done, data, adapter, method)
+    def save(
+        self, done: int, data: Any, adapter: State, method: State, constant: Constant = dict
+    ) -> None:
+        self.seen.append((done, adapter, {**method, **constant()}))
+        super().save(done, data, adapter, method, constant)
 
 
 class Case:

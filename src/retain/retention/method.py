@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -58,6 +60,8 @@ class Context:
         batch_size: rows a pass.
         seed: of the run.
         progress: show bars.
+        shared: keeps what runs alike fit, each once: it is given what tells a fit, and what makes
+            it (`retain.study.fits`).
     """
 
     adapter: Adapter
@@ -67,6 +71,7 @@ class Context:
     batch_size: int = 8
     seed: int = 0
     progress: bool = False
+    shared: Callable[[Mapping[str, Any], Callable[[], Curvature]], Curvature] | None = None
 
     def fit(
         self, rows: Sequence[Example], structure: Structure = "kfac", **options: Any
@@ -76,6 +81,17 @@ class Context:
             self.adapter.model, rows, structure, batch_size=self.batch_size,
             progress=self.progress, **options,
         )  # fmt: skip
+
+    def fit_source(
+        self, rows: Sequence[Example], structure: Structure = "kfac", **options: Any
+    ) -> Curvature:
+        """`fit`, of rows of the source before anything is learned; of runs alike made once."""
+        if self.shared is None:
+            return self.fit(rows, structure, **options)
+        text = json.dumps([asdict(row) for row in rows])
+        told = {"rows": hashlib.sha256(text.encode()).hexdigest(), "structure": structure,
+                "size": self.batch_size, **options}  # fmt: skip
+        return self.shared(told, lambda: self.fit(rows, structure, **options))
 
     def probe(self) -> list[Example]:
         """Rows of the source text to measure a budget on; a classifier's is of predicted nats."""
@@ -183,11 +199,15 @@ class Method:
         """After a task is learned: consolidation."""
 
     def state(self) -> dict[str, Tensor]:
-        """All that it has learned, as tensors that `safetensors` can write."""
+        """What it has learned, besides `constant`, as tensors that `safetensors` can write."""
+        return {}
+
+    def constant(self) -> dict[str, Tensor]:
+        """What it has learned that no task changes, likewise: written once a run."""
         return {}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Puts a `state` back: called after `begin`'s place in a resumed run, instead of it.
+        """Puts `state` and `constant` back: called in `begin`'s place in a resumed run.
 
         The context has been set (``self.context``); nothing is measured anew.
         """
@@ -197,4 +217,5 @@ class Method:
 
     def memory(self) -> int:
         """Bytes that it keeps between tasks."""
-        return sum(t.numel() * t.element_size() for t in self.state().values())
+        kept = [*self.state().values(), *self.constant().values()]
+        return sum(t.numel() * t.element_size() for t in kept)

@@ -572,10 +572,17 @@ class Recipe:
         self.past = found if self.past is None else reanchored(self.past, model) + found
         return self.past
 
-    def state(self) -> dict[str, Tensor]:
-        """What is known between tasks, as tensors that `safetensors` can write."""
-        known = {named("curvature", n): c for n, c in by_name(self.curvature).items()}
-        if self.past is not None:
+    def state(self, *, source: bool = True, past: bool = True) -> dict[str, Tensor]:
+        """What is known between tasks, as tensors that `safetensors` can write.
+
+        Args:
+            source: the source's curvatures, which no task changes.
+            past: that of the tasks before.
+        """
+        known: dict[str, Curvature] = {}
+        if source:
+            known |= {named("curvature", n): c for n, c in by_name(self.curvature).items()}
+        if past and self.past is not None:
             known["past"] = self.past
         return {name: pack_curvature(held) for name, held in known.items()}
 

@@ -16,6 +16,7 @@ from retain.records import RunSpec, bits_of, finite
 from retain.retention.head import fit_head
 from retain.retention.method import Context, Task
 from retain.retention.registry import make_method
+from retain.study.fits import SharedFits
 from retain.study.grid import task_at
 from retain.study.material import load_base, load_source, load_tasks, seed_of
 from retain.study.measures import MEASURED, Measures
@@ -91,7 +92,13 @@ class _Sequence:
             batch_size=min(MEASURED, self.config.evaluation.batch_size),
             seed=seed,
             progress=self.work.progress,
+            shared=self._shared(),
         )
+
+    def _shared(self) -> SharedFits | None:
+        if self.config.key not in self.work.shares:
+            return None
+        return SharedFits(self.config, self.work, self.adapter, self.state.stamp, self.clock)
 
     def run(self) -> dict[str, Any]:
         trainable, size = self.adapter.count()
@@ -131,7 +138,9 @@ class _Sequence:
 
     def _keep(self, done: int) -> None:
         self.data["seconds"] = self.clock.state()
-        self.state.save(done, finite(self.data), self.adapter.state(), self.method.state())
+        self.state.save(
+            done, finite(self.data), self.adapter.state(), self.method.state(), self.method.constant
+        )
 
     def _learn(self, index: int) -> None:
         from transformers import set_seed

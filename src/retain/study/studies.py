@@ -14,6 +14,7 @@ from retain.errors import unknown
 from retain.files import check_folder, first_rank
 from retain.records import STUDY_SCHEMA, RunSpec, StudyRecord, finite
 from retain.study.engines import ENGINES, check_engine, in_order, in_processes, on_ray
+from retain.study.fits import forget_fits, sharing
 from retain.study.grid import Grid
 from retain.study.runner import Outcome, Say
 from retain.study.spec import StudySpec
@@ -74,6 +75,7 @@ def run_study(
     )
     counts["before"] = counts.total()
     left = [run for key, run in by_key.items() if before[key] is None]
+    work, unended = replace(work, shares=sharing(left)), list(left)
     if engine == "ray":
         outcomes = on_ray(left, work, jobs if jobs > 1 else None)
     elif jobs > 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -84,6 +86,9 @@ def run_study(
         counts[outcome.status] += 1
         counts["before"] += not outcome.fresh and outcome.status != "elsewhere"
         collect(spec, grid, work)
+        if outcome.status in ("done", "failed"):
+            unended.remove(by_key[outcome.key])
+            forget_fits(work, by_key[outcome.key], unended)
         if tell is not None:
             tell(by_key[outcome.key], outcome)
     collect(spec, grid, work)

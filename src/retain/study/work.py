@@ -46,6 +46,7 @@ class Work:
         function: does the run; `retain.study.sequence.run_sequence` where None.
         progress: show bars of what a run does, and not of runs alone.
         adapters: keep what each run has trained.
+        shares: keys of runs that may have a fit of the source in common (`retain.study.fits`).
     """
 
     study: str
@@ -57,6 +58,7 @@ class Work:
     function: RunFunction | None = None
     progress: bool = False
     adapters: bool = False
+    shares: frozenset[str] = frozenset()
 
     def adapter(self, run: RunSpec) -> Path:
         """The folder of what a run has trained, if it is kept."""

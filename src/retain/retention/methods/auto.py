@@ -86,7 +86,9 @@ class Auto(Growing):
         self.recipe.curvature = self.recipe.past = None
         if context.source and self.recipe.parts & {"filter", "force"}:
             rows = choose(context.source, self.recipe.options.rows, context.seed)
-            self.recipe.curvature = context.fit(rows, seed=context.seed, rank=self.factor_rank)
+            self.recipe.curvature = context.fit_source(
+                rows, seed=context.seed, rank=self.factor_rank
+            )
 
     def before_task(self, task: Task) -> Sequence[Example]:
         adapter, recipe = self.context.adapter, self.recipe
@@ -115,7 +117,10 @@ class Auto(Growing):
             )  # fmt: skip
 
     def state(self) -> dict[str, Tensor]:
-        return self.recipe.state()
+        return self.recipe.state(source=False)
+
+    def constant(self) -> dict[str, Tensor]:
+        return self.recipe.state(past=False)
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.recipe.restore(state)

@@ -51,7 +51,7 @@ class Soften(CurvatureMethod):
         super().begin(context)
         context.check_source("softening holds to source text", "give a source")
         rows = choose(context.source, self.rows, context.seed)
-        self.curvature = context.fit(rows, seed=context.seed)
+        self.curvature = context.fit_source(rows, seed=context.seed)
 
     def after_task(self, task: Task) -> None:
         model, context = self.context.adapter.model, self.context
