@@ -1,13 +1,15 @@
 """What each part of the recipe gives, from a study in which all of them are in and out.
 
     python benchmarks/factorial.py benchmarks/results/parts-decoder/study.json [--json effects.json]
+    python benchmarks/factorial.py benchmarks/results/parts-decoder-chats/study.json --pair auto no-filter
+    python benchmarks/factorial.py .../parts-decoder-chats/study.json --pair auto auto --than .../parts-decoder/study.json
 
 A part's effect is the mean over the settings of the others of what a run has more with it than
 without it, of one seed; with three parts that is four differences a seed. Intervals are 95 %, of
 10,000 draws of tasks, seeds and rows (scores: a drawn seed is drawn for all tasks) or of seeds and
 prompts (own answers), and Student's over seeds for the logarithm of the KL. The effects on scores
 are in points; on the KL a factor; on own answers nats per token, and points of those that begin
-with the base's word.
+with the base's word. ``--pair`` is one method of a study less another, maybe of another study.
 """
 
 from __future__ import annotations
@@ -129,23 +131,53 @@ def effects(runs: Sequence[RunRecord]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def pair(
+    ours: Sequence[RunRecord], theirs: Sequence[RunRecord], names: tuple[str, str]
+) -> dict[str, dict[str, Any]]:
+    """What a method has more than another on the seeds that both have, as `effects` says it."""
+    one, other = (
+        {r.config.seed: r for r in runs if r.done and r.config.method.label == name}
+        for runs, name in zip((ours, theirs), names, strict=True)
+    )
+    seeds = sorted(seed for seed in one.keys() & other.keys() if seed is not None)
+    random = np.random.default_rng(SEED)
+    found: dict[str, dict[str, Any]] = {"of": {"seeds": seeds}}
+    for what, (unit, of) in READ.items():
+        rows = [of(one[s], what=what) - of(other[s], what=what) for s in seeds]
+        found[what] = dict(
+            zip(("effect", "low", "high"), (unit * v for v in drawn(rows, random)), strict=True)
+        )
+    return found
+
+
+def told(one: dict[str, Any]) -> str:
+    """An effect with its interval."""
+    ends = "" if one["low"] is None else f" ({one['low']:.3g} to {one['high']:.3g})"
+    return f"{one['effect']:.3g}{ends}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--pair", nargs=2, metavar=("METHOD", "THAN"))
+    parser.add_argument("--than", type=Path, help="the study of the second of a pair")
     given = parser.parse_args()
-    found = effects(read_study_file(given.study).runs)
+    runs = read_study_file(given.study).runs
+    if given.pair:
+        there = runs if given.than is None else read_study_file(given.than).runs
+        found = pair(runs, there, tuple(given.pair))
+        print(f"seeds {', '.join(map(str, found.pop('of')['seeds']))}")
+        for name, one in found.items():
+            print(f"{name}: {told(one)}")
+        return
+    found = effects(runs)
     print(f"seeds {', '.join(map(str, found['of']['seeds']))}")
     names = list(found[PARTS[0]])
     print("| | " + " | ".join(names) + " |")
     print("|---" * (len(names) + 1) + "|")
     for part in PARTS:
-        cells = []
-        for name in names:
-            one = found[part][name]
-            ends = "" if one["low"] is None else f" ({one['low']:.3g} to {one['high']:.3g})"
-            cells.append(f"{one['effect']:.3g}{ends}")
-        print(f"| {part} | " + " | ".join(cells) + " |")
+        print(f"| {part} | " + " | ".join(told(found[part][name]) for name in names) + " |")
     if given.json is not None:
         write_json(given.json, found)
         print(json.dumps(found["of"]))
