@@ -221,8 +221,8 @@ class RunEvaluation(Part):
         measure_every: optimiser steps between two measurements of the KL during training, which
             are kept in the record; 0 keeps nothing of the training.
         answers: general questions that the model answers, before and after, to be read.
-        own_answers: general prompts of the held-out half, as many of each skill as go round, whose
-            answers by the trained model and by its base are compared at the end.
+        own_answers: how many general prompts of the held-out half (the skills take turns) the
+            trained model and its base answer at the end, to be compared.
         split: the rows that tasks are scored on: ``test``, or ``validation``, which are held out
             of the training rows, so that settings are chosen without a look at the test rows.
     """

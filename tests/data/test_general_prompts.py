@@ -17,8 +17,10 @@ from retain.data.general_prompts import (
     general_prompts,
     prompt_texts,
     read_prompts,
+    spread_prompts,
 )
 from retain.errors import ConfigError, SourceError
+from retain.records import RunEvaluation
 
 HELD, SOURCE = general_prompts(), general_prompts(half="source")
 ALL = [*HELD, *SOURCE]
@@ -36,6 +38,13 @@ def test_each_skill_has_two_halves() -> None:
         assert general_prompts(skill) == [p for p in HELD if p.skill == skill]
     capitals = {"What is the capital of France?", "What is the capital of Italy?"}
     assert capitals <= {p.prompt for p in general_prompts("facts")}
+
+
+def test_as_many_prompts_as_there_are_may_be_asked_in_a_study() -> None:
+    assert {p.id for p in spread_prompts(len(HELD))} == {p.id for p in HELD}
+    assert RunEvaluation(own_answers=len(HELD)).own_answers == len(HELD)
+    with pytest.raises(ValueError, match="own_answers"):
+        RunEvaluation(own_answers=len(HELD) + 1)
 
 
 def test_no_prompt_is_near_one_of_the_other_half() -> None:

@@ -27,7 +27,7 @@ from retain.errors import ConfigError
 from retain.intervals import t_quantile
 from retain.records import RunRecord, flags_of
 
-__all__ = ["MEASURES", "Comparison", "cell_of", "compare", "holm"]
+__all__ = ["MEASURES", "Comparison", "cell_of", "compare", "half_width", "holm"]
 
 MEASURES = ("average", "learning", "forgetting")
 
@@ -175,18 +175,32 @@ def _drawn_together(draws: Array, centre: float, cells: Array) -> Array:
         centre: the value.
         cells: [seeds, tasks], whose mean the value is; NaN where a cell does not count.
     """
+    wanted, spread = half_width(cells), float(draws.std())
+    if wanted is None:
+        return draws
+    return centre + (draws - centre) * (wanted / 1.96 / spread if spread else 1.0)
+
+
+def half_width(cells: Array) -> float | None:
+    """Half the 95 % interval of a mean over two crossed factors; see the module.
+
+    Args:
+        cells: [seeds, tasks], or [seeds, prompts]; NaN where a cell does not count.
+
+    Returns:
+        Student's t times the standard deviation of two-way clusters; of one factor with a single
+        level, that of the other alone. None for a single cell.
+    """
     parts = np.nan_to_num((cells - np.nanmean(cells)) / np.isfinite(cells).sum())
     several = [n for n in cells.shape if n > 1]
     if not several:
-        return draws
+        return None
     by_task, by_seed = ((parts.sum(axis) ** 2).sum() for axis in (0, 1))
     seeds, tasks = cells.shape
     by_task *= tasks / max(1, tasks - 1)
     by_seed *= seeds / max(1, seeds - 1)
     variance = max(by_task + by_seed - (parts**2).sum(), by_task, by_seed)
-    wanted = variance**0.5 * t_quantile(min(several) - 1) / 1.96
-    spread = float(draws.std())
-    return centre + (draws - centre) * (wanted / spread if spread else 1.0)
+    return float(variance**0.5) * t_quantile(min(several) - 1)
 
 
 def _interval(values: Array) -> tuple[float, float]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -60,8 +58,8 @@ class Context:
         batch_size: rows a pass.
         seed: of the run.
         progress: show bars.
-        shared: keeps what runs alike fit, each once: it is given what tells a fit, and what makes
-            it (`retain.study.fits`).
+        shared: lets runs of a study share a fit of the source. It is given the rows and settings
+            that tell one fit from another, and a function that makes it (`retain.study.fits`).
     """
 
     adapter: Adapter
@@ -85,13 +83,11 @@ class Context:
     def fit_source(
         self, rows: Sequence[Example], structure: Structure = "kfac", **options: Any
     ) -> Curvature:
-        """`fit`, of rows of the source before anything is learned; of runs alike made once."""
+        """`fit` of source rows, before anything is learned; runs that want the same share one."""
         if self.shared is None:
             return self.fit(rows, structure, **options)
-        text = json.dumps([asdict(row) for row in rows])
-        told = {"rows": hashlib.sha256(text.encode()).hexdigest(), "structure": structure,
-                "size": self.batch_size, **options}  # fmt: skip
-        return self.shared(told, lambda: self.fit(rows, structure, **options))
+        about = {"rows": repr(rows), "structure": structure, "size": self.batch_size, **options}
+        return self.shared(about, lambda: self.fit(rows, structure, **options))
 
     def probe(self) -> list[Example]:
         """Rows of the source text to measure a budget on; a classifier's is of predicted nats."""

@@ -179,7 +179,8 @@ class FittedPenalty(Penalty):
     def at_begin(self, context: Context) -> Curvature | None:
         if not context.source or not self.source_weight:
             return None
-        found = self.fit(context.source, None, context.seed, source=True)
+        rows, seed = choose(context.source, self.rows, context.seed), context.seed
+        found = context.fit_source(rows, self.structure, seed=seed, **self.options)
         return self.source_weight * found
 
     def joined(self, curvature: Curvature | None, task: Task) -> Curvature | None:
@@ -190,20 +191,15 @@ class FittedPenalty(Penalty):
         found = self.task_weight * self.fit(task.examples, task.columns, task.seed)
         return found if curvature is None else curvature + found
 
-    def fit(
-        self, examples: Sequence[Example], columns: slice | None, seed: int, *, source: bool = False
-    ) -> Curvature:
+    def fit(self, examples: Sequence[Example], columns: slice | None, seed: int) -> Curvature:
         """The curvature of rows at the model's present weights.
 
         Args:
             examples: at most `rows` of them are read.
             columns: the outputs of a classifier that answer them; None for all of them.
             seed: of label draws.
-            source: they are those of the source text, and nothing is learned yet.
         """
         rows = choose(examples, self.rows, seed)
-        if source:
-            return self.context.fit_source(rows, self.structure, seed=seed, **self.options)
         return self.context.fit(rows, self.structure, columns=columns, seed=seed, **self.options)
 
 
