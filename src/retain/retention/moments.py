@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from retain.curvature.blocks.estimator import products
 from retain.curvature.blocks.factor import DenseFactor, Factor, SketchFactor, diagonal_of
 from retain.curvature.blocks.kronecker import KroneckerBlock
+from retain.curvature.blocks.linalg import add_gram, mirror
 from retain.curvature.blocks.sketch import sketch_update, sketches_finish
 from retain.curvature.curvature import Curvature
 from retain.curvature.fit.capture import shared_inputs
@@ -202,10 +203,10 @@ def input_moments(
                     rows = rows / len(examples) ** 0.5
                 if name in wide:
                     sketch_update(sketches, name, rows, wide[name])
-                elif name not in found:
-                    found[name] = rows.T @ rows
                 else:
-                    found[name].addmm_(rows.T, rows)
+                    if name not in found:
+                        found[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+                    add_gram(found[name], rows)
 
             return hook
 
@@ -216,7 +217,7 @@ def input_moments(
             weights[:] = [_weights(batch, share, tokens, predictions, skip)]
             view.run(batch)
     kind = torch.promote_types(sites[0].a.dtype, torch.float32)
-    factors: dict[str, Factor] = {name: DenseFactor(s) for name, s in found.items()}
+    factors: dict[str, Factor] = {name: DenseFactor(mirror(s)) for name, s in found.items()}
     factors |= sketches_finish(sketches, wide, kind)
     return Moments(factors, readers)
 

@@ -1,4 +1,4 @@
-"""Eigenvectors that always come out, systems of equations, checks of a matrix that somebody gives.
+"""Grams, eigenvectors that always come out, systems of equations, checks of a matrix that is given.
 
 Whether a matrix is symmetric and positive semi-definite is found in a few passes over it. Up to
 `EXACT` wide its smallest eigenvalue is computed; a wider one is tried: its diagonal, its 2 x 2
@@ -19,6 +19,7 @@ from retain.errors import CurvatureError
 
 __all__ = [
     "EXACT",
+    "add_gram",
     "check_basis",
     "check_dense",
     "check_nonnegative",
@@ -26,6 +27,7 @@ __all__ = [
     "eigh",
     "float32_products",
     "leading",
+    "mirror",
     "slack",
     "solve_positive",
 ]
@@ -38,6 +40,9 @@ STEPS = 12
 
 MOST = 512 * 2**20
 """Bytes that batched work may take at a time."""
+
+SMALL = 512
+"""Of a narrower gram all is computed, and nothing mirrored."""
 
 _T = TypeVar("_T")
 
@@ -98,6 +103,37 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
             raise _no_eigenvectors(str(again).partition("\n")[0]) from again
         return (values * scale).to(matrix.dtype), vectors.to(matrix.dtype)
     return values, vectors
+
+
+def add_gram(found: Tensor, rows: Tensor, weight: float = 1.0) -> None:
+    """Adds ``weight rows^T rows``, of which `mirror` makes all once the last has been added.
+
+    On a CPU what is below the diagonal is left out where it is worth it, for it is what is above:
+    a third of the time. A GPU does one large product sooner than several.
+
+    Args:
+        found: [size, size], changed in place.
+        rows: [count, size].
+        weight: of these rows.
+    """
+    size = len(found)
+    for panel in _panels(size) if found.device.type == "cpu" else (slice(0, size),):
+        right = slice(panel.start, size)
+        found[panel, right].addmm_(rows[:, panel].T, rows[:, right], alpha=weight)
+
+
+def mirror(found: Tensor) -> Tensor:
+    """What `add_gram` has summed, whole: changed in place, and given back."""
+    for panel in _panels(len(found)):
+        rest = slice(panel.stop, len(found))
+        found[rest, panel] = found[panel, rest].T
+    return found
+
+
+def _panels(size: int) -> list[slice]:
+    """Four bands of rows; of a small matrix one, as several products are no faster there."""
+    width = size if size < SMALL else -(-size // 4)
+    return [slice(i, min(i + width, size)) for i in range(0, size, width)]
 
 
 def _no_eigenvectors(why: str) -> CurvatureError:
