@@ -14,7 +14,9 @@ import pytest
 from retain.data.general_prompts import (
     SKILLS,
     GeneralPrompt,
+    Half,
     general_prompts,
+    mixed_prompts,
     prompt_texts,
     read_prompts,
     spread_prompts,
@@ -32,8 +34,11 @@ def words(text: str) -> set[str]:
 
 def test_each_skill_has_two_halves() -> None:
     pairs = product(SKILLS, ("held-out", "source"))
-    assert Counter((p.skill, p.half) for p in ALL) == dict.fromkeys(pairs, 19)
-    assert len({p.id for p in ALL}) == len({p.prompt.casefold() for p in ALL}) == 304
+    sizes = dict.fromkeys(pairs, 19) | {("facts", "source"): 38}
+    assert Counter((p.skill, p.half) for p in ALL) == sizes
+    assert len({p.id for p in ALL}) == len({p.prompt.casefold() for p in ALL}) == 323
+    numbers = [p for p in SOURCE if p.skill == "facts" and p.accepted[0][0].isdigit()]
+    assert len(numbers) == 19
     for skill in SKILLS:
         assert general_prompts(skill) == [p for p in HELD if p.skill == skill]
     capitals = {"What is the capital of France?", "What is the capital of Italy?"}
@@ -45,6 +50,20 @@ def test_as_many_prompts_as_there_are_may_be_asked_in_a_study() -> None:
     assert RunEvaluation(own_answers=len(HELD)).own_answers == len(HELD)
     with pytest.raises(ValueError, match="own_answers"):
         RunEvaluation(own_answers=len(HELD) + 1)
+
+
+@pytest.mark.parametrize("half", ["source", "held-out"])
+def test_any_beginning_has_each_skill_in_its_share(half: Half) -> None:
+    skill = {p.prompt: p.skill for p in ALL}
+    every = general_prompts(half=half)
+    orders = [mixed_prompts(half, seed) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    for order in orders:
+        assert sorted(order) == sorted(p.prompt for p in every)
+        for count in range(len(order)):
+            found = Counter(skill[text] for text in order[:count])
+            for name, whole in Counter(p.skill for p in every).items():
+                assert abs(found[name] - whole * count / len(every)) <= 2, (name, count)
 
 
 def test_no_prompt_is_near_one_of_the_other_half() -> None:

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from retain.data.general_prompts import HALVES, general_prompts
 from retain.errors import SourceError
 from retain.evaluation.generation import generate
-from retain.models.generating import plain_generation, sample_rows, write
+from retain.models.generating import OWN, plain_generation, sample_rows, write
 from tiny import base, tiny
 
 BOS, END, HEAD, TAIL = 11, 12, [6, 7], [8]
@@ -216,11 +216,17 @@ def test_long_chats_stay_short() -> None:
     rows = sample_rows(model, words, count=12, max_length=60, seed=1)
     assert [len(row["input_ids"]) for row in rows[:3:2]] == [60] * 2
     chats = [row["input_ids"] for row in rows[3:]]
-    assert {len(ids) for ids in chats[1::2]} == {len(HEAD) + 28 + len(TAIL) + 24}
-    for ids in chats[::2]:  # a general prompt, a token a letter here, and so much of it as fits
+    own = chats[OWN - 1 :: OWN]
+    assert {len(ids) for ids in own} == {len(HEAD) + 28 + len(TAIL) + 24}
+    given = [ids for i, ids in enumerate(chats) if i % OWN != OWN - 1]
+    assert (len(own), len(given)) == (2, 7)
+    starts = set()
+    for ids in given:  # a general prompt, a token a letter here, and so much of it as fits
         said = ids[len(HEAD) : ids.index(TAIL[0], len(HEAD))]
         assert any(said == words(p.prompt)["input_ids"][: len(said)] for p in SOURCE)
         assert len(ids) <= 60
+        starts.add(tuple(said))
+    assert len(starts) == len(given)  # none twice
 
 
 def test_text_to_measure_on_has_other_prompts() -> None:
@@ -228,10 +234,11 @@ def test_text_to_measure_on_has_other_prompts() -> None:
     model.generation_config.eos_token_id = words.eos_token_id = None
     for half in HALVES:
         rows = sample_rows(model, words, count=8, max_length=60, seed=1, half=half)
-        chats = [row["input_ids"] for row in rows[2::2]]
-        said[half] = {tuple(ids[len(HEAD) : len(HEAD) + 20]) for ids in chats}
+        chats = [row["input_ids"] for i, row in enumerate(rows[2:]) if i % OWN != OWN - 1]
         known = {tuple(words(p.prompt)["input_ids"][:20]) for p in general_prompts(half=half)}
-        assert said[half] <= known
+        begun = [[p for p in known if tuple(ids[len(HEAD) :][: len(p)]) == p] for ids in chats]
+        assert all(begun)
+        said[half] = {p for some in begun for p in some}
     assert not said["source"] & said["held-out"]
 
 

@@ -1,10 +1,10 @@
 """General prompts that people might type to a chat model: to measure its answers, or to learn from.
 
-There are eight skills of 38 prompts each (``general_prompts.jsonl``). Half of each are for use as
-source text, the other half is held out for measuring; no prompt of one half is near another of the
-other. Only those of ``arithmetic`` are about numbers. Where a script can tell whether an answer is
-right, the item says how: by words that are accepted, by what the answer has to contain, or by its
-form.
+There are eight skills (``general_prompts.jsonl``). 19 prompts of each are held out for measuring,
+the others are for use as source text: 19 too, of ``facts`` 38, half of which ask for a number or a
+year. No prompt of one half is near another of the other. Only those of ``arithmetic`` are sums.
+Where a script can tell whether an answer is right, the item says how: by words that are accepted,
+by what the answer has to contain, or by its form.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from functools import cache
 from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
+from random import Random
 from typing import Any, Literal, get_args
 
 from retain.data.readers.paths import kind_of
@@ -27,7 +28,7 @@ from retain.errors import SourceError, shown, unknown
 
 __all__ = [
     "GENERAL", "HALVES", "SKILLS", "GeneralPrompt", "GivenPrompts", "Half", "Prompts",
-    "general_prompts", "prompt_texts", "read_prompts", "spread_prompts",
+    "general_prompts", "mixed_prompts", "prompt_texts", "read_prompts", "spread_prompts",
 ]  # fmt: skip
 
 Half = Literal["source", "held-out"]
@@ -116,6 +117,20 @@ def spread_prompts(count: int) -> list[GeneralPrompt]:
     each = [general_prompts(skill) for skill in SKILLS]
     turns = [prompt for turn in zip_longest(*each) for prompt in turn if prompt is not None]
     return turns[:count]
+
+
+def mixed_prompts(half: Half, seed: int) -> list[str]:
+    """What users say in a half's prompts, in an order by the seed that keeps the skills' shares.
+
+    Whatever number of them is taken from its beginning has as much of each skill as the whole has,
+    but for one prompt or so.
+    """
+    random, found = Random(seed), list[tuple[float, str]]()
+    for skill in SKILLS:
+        texts = [p.prompt for p in general_prompts(skill, half)]
+        turns = enumerate(random.sample(texts, len(texts)))
+        found += [((i + random.random()) / len(texts), text) for i, text in turns]
+    return [text for _, text in sorted(found)]
 
 
 @cache

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from retain.data.batches import Example
-from retain.data.general_prompts import GENERAL, Half, prompt_texts
+from retain.data.general_prompts import Half, mixed_prompts
 from retain.errors import SourceError, not_finite
 from retain.models.forward import compact_head, evaluating
 from retain.models.names import unwrap
@@ -31,13 +31,19 @@ from retain.models.sizes import check_length, check_sizes, cut_length, pad_id
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["plain_generation", "sample_rows", "write"]
+__all__ = ["FORM", "OWN", "plain_generation", "sample_rows", "write"]
 
 CHATS = 0.75
 """Of the rows that a chat model samples, the share that are chats; the others are documents."""
 
 ASKED, ANSWERED = 28, 24
 """Tokens of a sampled user's turn, and of the answer to it, at most."""
+
+FORM = "chats 2"
+"""Names how rows are sampled, for the keys of files that keep some."""
+
+OWN = 4
+"""One user's turn of so many is the model's own; what the others say is given."""
 
 _MARK = "\x00"
 
@@ -152,9 +158,10 @@ def sample_rows(
     Where the tokenizer has a chat template, three quarters of the rows are short chats, each of
     which reaches its answer: the template puts the assistant's header behind a user's turn, and the
     model writes the first 24 tokens of an answer. That is where people read, and a source without
-    such places leaves them free (docs/log.md). Every second user's turn is one of the general
-    prompts of `retain.data.general_prompts`, the others the model writes, of at most 28 tokens. The
-    other rows are documents: all rows of a model without a chat form.
+    such places leaves them free (docs/log.md). Three of four users' turns are general prompts of
+    `retain.data.general_prompts`, of all skills in their shares; the fourth the model writes, of at
+    most 28 tokens, whatever its language or its trade is. The other rows are documents: all rows of
+    a model without a chat form.
 
     Where the tokenizer does not write the first token of a document by itself, every second
     document comes without it. Users' texts then begin with any token, and what attention parks on
@@ -193,9 +200,8 @@ def sample_rows(
     ends = set(_end_tokens(model, tokenizer))
     given: list[list[int]] = []
     if chat or prompts is not None:
-        texts = prompt_texts(GENERAL, half) if prompts is None else prompts
-        given = _turns(tokenizer, texts, ends, seed, chat=bool(chat))
-    every = 2 if prompts is None else 1  # so many chats to one that is given
+        given = _turns(tokenizer, prompts, half, ends, seed, chat=bool(chat))
+    every = OWN if prompts is None else count + 1
     starts = [
         Example(tuple(p), tuple(p), (True,) * len(p)) for p in (document, head, tail, *given) if p
     ]
@@ -223,10 +229,11 @@ def sample_rows(
         most = max(asked, room - ANSWERED)
         for start, size in zip(range(0, chats, batch_size), _sizes(chats, batch_size), strict=True):
             numbers = range(start, start + size)
-            own = [i for i in numbers if i % every]
+            own = [i for i in numbers if i % every == every - 1]
             turns = written([head] * len(own), asked) if own else []
             by_model = dict(zip(own, ([t for t in u if t not in ends] for u in turns), strict=True))
-            said = [by_model.get(i) or given[i // every % len(given)][:most] for i in numbers]
+            asks = [given[(i - i // every) % len(given)][:most] for i in numbers]
+            said = [by_model.get(i) or ask for i, ask in zip(numbers, asks, strict=True)]
             found = [[*head, *turn, *tail] for turn in said]
             answered = min(ANSWERED, room - max(map(len, said)))
             if answered > 0:
@@ -237,19 +244,25 @@ def sample_rows(
 
 
 def _turns(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], ends: set[int], seed: int, *,
-    chat: bool,
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | None, half: Half, ends: set[int],
+    seed: int, *, chat: bool,
 ) -> list[list[int]]:  # fmt: skip
-    """The tokens of users' turns, in an order by the seed, without those that `ends` a text."""
-    if not chat or not prompts:
+    """The tokens of users' turns, in an order by the seed, without those that `ends` a text.
+
+    They are `prompts`, or the general prompts of a half.
+    """
+    if not chat or (prompts is not None and not prompts):
         raise SourceError(
             "prompts are asked in a chat",
             got="a tokenizer without a chat template" if not chat else "no prompts",
             allowed="the model's chat template, and 1 prompt or more",
             fix="give text as the source" if not chat else "give some, or leave prompts out",
         )
-    order = random.Random(seed).sample(list(prompts), len(prompts))
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in order]
+    if prompts is None:
+        texts = mixed_prompts(half, seed)
+    else:
+        texts = random.Random(seed).sample(list(prompts), len(prompts))
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     return [[t for t in turn if t not in ends] for turn in ids]
 
 

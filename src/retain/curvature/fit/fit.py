@@ -105,8 +105,8 @@ def fit_curvature(
         seed: of the rows, of label draws, of noise (``activation``) and of the self-sampled text.
         prompts: of the model's own text (``"self"``), what users ask in all of its chats; the model
             answers. ``"general"`` for the source half of `retain.data.general_prompts`, a file, or
-            a list of texts. By default every second chat asks one of the general prompts, and the
-            model asks in the others.
+            a list of texts. By default three of four chats ask one of the general prompts, and
+            the model asks in the fourth.
         rank: keep each side of a factor that is at least twice as wide as a sketch of this rank
             (``kfac``, ``shampoo``, ``activation``); see `retain.curvature.blocks.sketch`. ``auto``
             keeps sides up to 2048 whole, wider ones as sketches of rank 256; None keeps all whole.
