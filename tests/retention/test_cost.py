@@ -14,7 +14,7 @@ from retain.curvature.blocks.factor import DenseFactor, Factor, SketchFactor
 from retain.curvature.plan import kept_bytes
 from retain.models.sites import lora_sites
 from retain.retention.cost import held, rows_rank
-from retain.retention.filter import InputFilter
+from retain.retention.filter import WIDE, InputFilter
 from retain.retention.moments import Moments
 
 
@@ -66,11 +66,14 @@ def test_a_layer_as_wide_as_those_of_8b_models() -> None:
     assert found.copies == pytest.approx(size(*kept._kept, *kept._before), rel=0.05)
 
 
-def test_a_model_with_whole_inputs() -> None:
+@pytest.mark.parametrize(("wide", "bf16"), [(64, True), (WIDE, True), (WIDE, False)])
+def test_a_model_with_whole_inputs(wide: int, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("filter", "cost"):
+        monkeypatch.setattr(f"retain.retention.{module}.has_bf16", lambda: bf16)
     torch.manual_seed(0)
     base = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            vocab_size=32, hidden_size=32, intermediate_size=wide, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
         )
     )  # fmt: skip
@@ -90,6 +93,7 @@ def test_a_model_with_whole_inputs() -> None:
     found = held(shapes, shared, rank=4)
     filters = [t for p in kept.filters for t in vars(p).values() if isinstance(t, Tensor)]
     assert found.filter == size(*filters)
+    assert (torch.bfloat16 in {t.dtype for t in filters}) is (bf16 and wide == WIDE)
     assert found.copies == size(*kept._kept, *kept._before)
     assert kept_bytes("kfac", shapes, shared) == curvature.memory()
     assert all(isinstance(b.inputs, DenseFactor) for b in curvature.blocks.values())

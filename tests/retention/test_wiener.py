@@ -18,9 +18,11 @@ from retain.models.off import adapter_off
 from retain.models.sites import lora_sites
 from retain.retention.filter import (
     MOST,
+    WIDE,
     Filter,
     InputFilter,
     Thin,
+    Whole,
     filter_of,
     filters_of,
     matched_gain,
@@ -240,6 +242,35 @@ def test_training_is_that_of_a_row_behind_the_filter(kind: str, optimizer: str) 
         torch.testing.assert_close(site.b, other.b, rtol=1e-7, atol=1e-9)
         moved = max(moved, float((site.a - first).abs().max()))
     assert moved > 1e-3
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize(("turned", "more"), [(0, 1.02), (100, 1.3)])
+def test_a_wide_filter_is_read_in_bfloat16(
+    bf16: bool, turned: float, more: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it stops stays stopped, also where the old text is a thousand times as large.
+
+    Of a large direction that is no axis rounding lets some more through.
+    """
+    monkeypatch.setattr("retain.retention.filter.has_bf16", lambda: bf16)
+    new, old = rows_of(WIDE, 600, 0, 0.01).float(), rows_of(WIDE, 600, 1, 0.01).float()
+    old[:, 7] *= 1000
+    turn = torch.linalg.qr(rows_of(WIDE, WIDE, 2, 0.0))[0].float()
+    old = old + turned * old[:, :1] * turn[:1]
+    whole = filter_of(DenseFactor(moment(new)), DenseFactor(moment(old)), weight=1, epsilon=1e-3)
+    light = whole.rounded()
+    assert isinstance(light, Whole) and isinstance(whole, Whole)
+    assert light.p.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert light.dtype == torch.float32 == whole.p.dtype
+    a = torch.randn(8, WIDE, generator=torch.Generator().manual_seed(3))
+    for exact, found in ((whole.rows(a), light.rows(a)), (whole.back(a), light.back(a))):
+        assert found.dtype == torch.float32
+        assert float((found - exact).norm() / exact.norm()) < (0.01 if bf16 else 1e-6)
+    read, kept = ((x @ old.T).square().mean() for x in (light.rows(a), whole.rows(a)))
+    assert read < more * kept < 1e-3 * (a @ old.T).square().mean()
+    narrow = filter_of(DenseFactor(moment(new[:, :64])), None, weight=1, epsilon=1e-3).rounded()
+    assert isinstance(narrow, Whole) and narrow.p.dtype == torch.float32
 
 
 def test_what_bfloat16_would_lose_adds_up() -> None:
