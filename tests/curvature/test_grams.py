@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retain.curvature.blocks.estimator import Layout
+from retain.curvature.blocks.estimator import Layout, products
 from retain.curvature.blocks.kronecker import KroneckerEstimator
 from retain.curvature.blocks.linalg import SMALL, add_gram, mirror
 
@@ -31,6 +31,19 @@ def test_what_is_below_is_left_out_where_it_is_worth_it() -> None:
         add_gram(found, torch.ones(2, size))
         assert bool(found[-1, 0] == 0) is idle
         assert bool((mirror(found) == 2).all())
+
+
+def test_in_the_precision_of_a_fit() -> None:
+    """Into a band of a larger matrix, weighted, by the hardware's bfloat16 where it has it."""
+    draw = torch.Generator().manual_seed(0)
+    pieces = [torch.randn(40, SMALL + 1, generator=draw) for _ in range(2)]
+    found = torch.zeros(SMALL + 1, SMALL + 1)
+    with products("auto"):
+        for rows in pieces:
+            add_gram(found, rows, 0.25)
+    every = torch.cat(pieces)
+    error = mirror(found) - 0.25 * every.T @ every
+    assert float(error.abs().max()) < 0.2 and float(error.square().mean().sqrt()) < 0.02
 
 
 @pytest.mark.parametrize("size", [SMALL + 1])

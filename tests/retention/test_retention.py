@@ -319,7 +319,7 @@ def _weak(model: Any, curvature: Any) -> None:
 def test_factors_in_bfloat16_are_given_up_where_their_rounding_is_what_is_left(
     weak: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retain.retention.force.has_bf16", lambda: True)
+    monkeypatch.setattr("retain.retention.force.has_bf16", lambda _: True)
     model = tiny("llama").float()
     curvature = fit(model, "llama")
     factors = {id(block.inputs): block.inputs for block in curvature.blocks.values()}
@@ -358,7 +358,7 @@ def fit_size(curvature: Any) -> int:
 def test_the_error_of_rounding_is_looked_at_now_and_then(
     steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retain.retention.force.has_bf16", lambda: True)
+    monkeypatch.setattr("retain.retention.force.has_bf16", lambda _: True)
     model = tiny("llama").float()
     curvature = fit(model, "llama")
     retention, looks = Force(model, curvature, 3.0), []

@@ -23,6 +23,7 @@ from retain.retention.filter import (
     InputFilter,
     Thin,
     Whole,
+    _light,
     filter_of,
     filters_of,
     matched_gain,
@@ -253,7 +254,7 @@ def test_a_wide_filter_is_read_in_bfloat16(
 
     Of a large direction that is no axis rounding lets some more through.
     """
-    monkeypatch.setattr("retain.retention.filter.has_bf16", lambda: bf16)
+    monkeypatch.setattr("retain.retention.filter.has_bf16", lambda _: bf16)
     new, old = rows_of(WIDE, 600, 0, 0.01).float(), rows_of(WIDE, 600, 1, 0.01).float()
     old[:, 7] *= 1000
     turn = torch.linalg.qr(rows_of(WIDE, WIDE, 2, 0.0))[0].float()
@@ -268,6 +269,8 @@ def test_a_wide_filter_is_read_in_bfloat16(
         assert found.dtype == torch.float32
         assert float((found - exact).norm() / exact.norm()) < (0.01 if bf16 else 1e-6)
     read, kept = ((x @ old.T).square().mean() for x in (light.rows(a), whole.rows(a)))
+    chosen = _light(whole, DenseFactor(moment(old)))
+    assert (chosen is whole) is (turned > 0 or not bf16)  # rounded where that changes little
     assert read < more * kept < 1e-3 * (a @ old.T).square().mean()
     narrow = filter_of(DenseFactor(moment(new[:, :64])), None, weight=1, epsilon=1e-3).rounded()
     assert isinstance(narrow, Whole) and narrow.p.dtype == torch.float32

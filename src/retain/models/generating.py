@@ -9,6 +9,7 @@ tokens end a text, for that is part of what the model says.
 from __future__ import annotations
 
 import functools
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from retain.data.batches import Example
-from retain.data.general_prompts import Half, mixed_prompts
+from retain.data.general_prompts import HALVES, Half, mixed_prompts
 from retain.errors import SourceError, not_finite
 from retain.models.forward import compact_head, evaluating
 from retain.models.names import unwrap
@@ -31,16 +32,13 @@ from retain.models.sizes import check_length, check_sizes, cut_length, pad_id
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["FORM", "OWN", "plain_generation", "sample_rows", "write"]
+__all__ = ["OWN", "plain_generation", "sample_rows", "write"]
 
 CHATS = 0.75
 """Of the rows that a chat model samples, the share that are chats; the others are documents."""
 
 ASKED, ANSWERED = 28, 24
 """Tokens of a sampled user's turn, and of the answer to it, at most."""
-
-FORM = "chats 2"
-"""Names how rows are sampled, for the keys of files that keep some."""
 
 OWN = 4
 """One user's turn of so many is the model's own; what the others say is given."""
@@ -241,6 +239,12 @@ def sample_rows(
             rows += [ids[:max_length] for ids in found]
             bar.update(size)
     return [{"input_ids": ids} for ids in rows]
+
+
+def sampled_form() -> str:
+    """Names how rows are sampled and what is asked, for the keys of files that keep some."""
+    asked = "\n".join(text for half in HALVES for text in mixed_prompts(half, 0))
+    return f"chats 2 {hashlib.sha256(asked.encode()).hexdigest()[:16]}"
 
 
 def _turns(

@@ -4,8 +4,9 @@ In float32, for LoRA of rank r in every layer and a curvature whose wide inputs 
 directions (`retain.curvature.blocks.ranks.sketch_rank`), beside which the rows' are sketches of
 k / 2:
 
-- **filter**, once for all layers that read one input of size d: d^2, from 512 on in bfloat16 where
-  the hardware has its products (`retain.retention.filter.Whole.rounded`); or of sketches
+- **filter**, once for all layers that read one input of size d: d^2 (half of it where hardware has
+  bfloat16's products and d is 512 at least, `retain.retention.filter.Whole.rounded`), or of
+  sketches
   ``m d + 2 d + 2 m^2`` with m = 3 k / 2 (`retain.retention.filter.Thin`); d is at least 2 k there.
 - **copies** of a layer's A, ``2 r d_in``: as it is in the filter's precision, and as it was.
 - **gradients** of A before and after the filter, ``2 r d_in`` from a backward pass to the
@@ -24,9 +25,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from retain.curvature.blocks.estimator import has_bf16
 from retain.curvature.blocks.ranks import sketch_columns, sketch_rank
-from retain.retention.filter import WIDE
 from retain.types import FactorRank
 
 __all__ = ["Held", "held", "rows_rank"]
@@ -80,14 +79,13 @@ def held(
         rank: of the adapter, r.
         factor_rank: k, as for `retain.fit_curvature`.
     """
-    made = streamed = moments = saved = 0
+    made = streamed = moments = 0
     for name, (_, d) in layers.items():
         if shared[name] != name:
             continue
         k = sketch_rank(d, factor_rank)
         if k is None:
             made, streamed, moments = made + d * d, streamed + d * d, moments + 2 * d * d
-            saved += d * d // 2 if d >= WIDE and has_bf16() else 0
         else:
             m = k + rows_rank(k)
             made += m * d + 2 * d + 2 * m**2
@@ -95,4 +93,4 @@ def held(
             moments += m * d + 2 * d
     a = sum(rank * d_in for _, d_in in layers.values())
     start = max(streamed, moments + made) + a
-    return Held(*(_FLOAT * n for n in (made - saved, 2 * a, 2 * a, start)))
+    return Held(*(_FLOAT * n for n in (made, 2 * a, 2 * a, start)))

@@ -164,7 +164,8 @@ class Force:
         probes = by_name(probe or None)
         check_names(curvature, budget, **({"probes": probe} if probe else {}))
         nats = by_name(budget)
-        rounded, self.update, self._strength = has_bf16(), update, strength
+        self.update, self._strength = update, strength
+        rounded = has_bf16(next(model.parameters()).device)
         known = by_name(curvature)
         self.holds = [
             Hold(name, known[name], Budget(nats[name]) if nats else None, rounded=rounded)

@@ -168,10 +168,10 @@ def load_source(run: RunSpec, base: Base, work: Work) -> tuple[list[Example], li
 
 def _samples(run: RunSpec, base: Base, work: Work, count: int, seed: int) -> list[Row]:
     """Text that the base model writes, kept in a file: other runs want the same."""
-    from retain.models.generating import FORM, sample_rows
+    from retain.models.generating import sample_rows, sampled_form
 
     length = run.source.max_length
-    wanted = [run.model, run.dtype, count, length, seed, FORM]
+    wanted = [run.model, run.dtype, count, length, seed, sampled_form()]
     digest = model_digest(run.model)  # of a local model, which may change at its place
     wanted += [] if digest is None else [digest]
     name = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]

@@ -12,7 +12,7 @@ from retain.data.batches import Batch, Example, collate
 from retain.data.general_prompts import Prompts, prompt_texts
 from retain.data.sources import Row
 from retain.errors import ConfigError, SourceError, shown
-from retain.models.generating import FORM, sample_rows
+from retain.models.generating import sample_rows, sampled_form
 from retain.models.view import ModelView
 
 __all__ = ["glance", "source_examples"]
@@ -56,7 +56,7 @@ def source_examples(
                 fix="give source text with the classifier's fields",
             )
         length: dict[str, Any] = {"max_length": max_length, "seed": seed, "progress": progress}
-        what: list[Any] = [view.fingerprint, rows, max_length, seed, FORM]
+        what: list[Any] = [view.fingerprint, rows, max_length, seed, sampled_form()]
         if prompts is not None:
             length["prompts"] = prompt_texts(prompts)
             what.append(length["prompts"])
