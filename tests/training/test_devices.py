@@ -33,6 +33,13 @@ SOURCE = [{"input_ids": row} for row in ids(1, 8)]
 ROWS = [Example(tuple(row), (*row[1:], 0), (*(True,) * 7, False)) for row in ids(2, 8)]
 
 
+@pytest.fixture(autouse=True)
+def one_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies on devices that are not there is read in the same precision as elsewhere."""
+    for part in ("force", "filter"):
+        monkeypatch.setattr(f"retain.retention.{part}.has_bf16", lambda _: True)
+
+
 def model_on(devices: list[str] | None) -> nn.Module:
     model = attach_lora(deep(4), rank=2)
     if devices:

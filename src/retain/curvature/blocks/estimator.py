@@ -171,10 +171,11 @@ def has_bf16(device: torch.device | None = None) -> bool:
     """Whether products in bfloat16 are faster on a device, by default on what this machine has."""
     if device is None and torch.cuda.is_available():
         device = torch.device("cuda")
-    if device is not None and device.type == "cuda":  # before Ampere they are emulated, if at all
-        return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
     if device is not None and device.type != "cpu":
-        return False
+        if device.type != "cuda" or not torch.cuda.is_available():
+            return False
+        # Before Ampere they are emulated, if at all.
+        return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
     # Without tiles too: AVX512-BF16 alone is 2 to 4 times as fast on a Zen 5 core.
     kinds = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, kind, lambda: False)() for kind in kinds)
