@@ -170,7 +170,7 @@ class Whole:
 
         Rounding is relative to each number of P, of a row and of what comes out, so what is stopped
         stays so: filtered rows of SmolLM2-135M read 0.01 to 0.04 % more or less of a source text by
-        it, 0.2 % at most of any layer (docs/log.md, "A filter in bfloat16").
+        it, 0.2 % at most of any layer (docs/log.md, "A gram's half ...").
         """
         wide = self.p.dtype == torch.float32 and self.p.shape[-1] >= WIDE
         if not (wide and has_bf16(self.p.device)):
