@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from retain.curvature.blocks.estimator import Layout, products
 from retain.curvature.blocks.kronecker import KroneckerEstimator
-from retain.curvature.blocks.linalg import SMALL, add_gram, mirror
+from retain.curvature.blocks.linalg import SMALL, gram_update, mirror
 
 SIZES = [1, 7, SMALL - 1, SMALL, SMALL + 1, SMALL + 2, 3 * SMALL]
 
@@ -16,33 +17,34 @@ SIZES = [1, 7, SMALL - 1, SMALL, SMALL + 1, SMALL + 2, 3 * SMALL]
 def test_equals_the_whole_product(size: int) -> None:
     draw = torch.Generator().manual_seed(size)
     pieces = [torch.randn(5, size, generator=draw, dtype=torch.float64) for _ in range(3)]
-    found, whole = torch.zeros(size, size, dtype=torch.float64), 0.0
+    state: dict[str, Tensor] = {}
+    whole = 0.0
     for weight, rows in zip((1.0, 0.5, 3.0), pieces, strict=True):
-        add_gram(found, rows, weight)
+        gram_update(state, "a", rows, weight)
         whole = whole + weight * torch.einsum("ni,nj->ij", rows, rows)
-    made = mirror(found)
-    assert made is found
+    made = mirror(state["a"])
+    assert made is state["a"]
     torch.testing.assert_close(made, whole, rtol=1e-12, atol=1e-12)
 
 
 def test_what_is_below_is_left_out_where_it_is_worth_it() -> None:
     for size, idle in ((SMALL - 1, False), (SMALL, True)):
-        found = torch.zeros(size, size)
-        add_gram(found, torch.ones(2, size))
-        assert bool(found[-1, 0] == 0) is idle
-        assert bool((mirror(found) == 2).all())
+        state: dict[str, Tensor] = {}
+        gram_update(state, "a", torch.ones(2, size))
+        assert bool(state["a"][-1, 0] == 0) is idle
+        assert bool((mirror(state["a"]) == 2).all())
 
 
 def test_in_the_precision_of_a_fit() -> None:
     """Into a band of a larger matrix, weighted, by the hardware's bfloat16 where it has it."""
     draw = torch.Generator().manual_seed(0)
     pieces = [torch.randn(40, SMALL + 1, generator=draw) for _ in range(2)]
-    found = torch.zeros(SMALL + 1, SMALL + 1)
+    state: dict[str, Tensor] = {}
     with products("auto"):
         for rows in pieces:
-            add_gram(found, rows, 0.25)
+            gram_update(state, "a", rows, 0.25)
     every = torch.cat(pieces)
-    error = mirror(found) - 0.25 * every.T @ every
+    error = mirror(state["a"]) - 0.25 * every.T @ every
     assert float(error.abs().max()) < 0.2 and float(error.square().mean().sqrt()) < 0.02
 
 

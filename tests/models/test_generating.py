@@ -235,7 +235,8 @@ def test_text_to_measure_on_has_other_prompts() -> None:
     for half in HALVES:
         rows = sample_rows(model, words, count=8, max_length=60, seed=1, half=half)
         chats = [row["input_ids"] for i, row in enumerate(rows[2:]) if i % OWN != OWN - 1]
-        known = {tuple(words(p.prompt)["input_ids"][:20]) for p in general_prompts(half=half)}
+        prompts = [words(p.prompt)["input_ids"] for p in general_prompts(half=half)]
+        known = {tuple([*ids, *TAIL][:20]) for ids in prompts}
         begun = [[p for p in known if tuple(ids[len(HEAD) :][: len(p)]) == p] for ids in chats]
         assert all(begun)
         said[half] = {p for some in begun for p in some}

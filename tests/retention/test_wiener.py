@@ -23,7 +23,6 @@ from retain.retention.filter import (
     InputFilter,
     Thin,
     Whole,
-    _light,
     filter_of,
     filters_of,
     matched_gain,
@@ -269,7 +268,7 @@ def test_a_wide_filter_is_read_in_bfloat16(
         assert found.dtype == torch.float32
         assert float((found - exact).norm() / exact.norm()) < (0.01 if bf16 else 1e-6)
     read, kept = ((x @ old.T).square().mean() for x in (light.rows(a), whole.rows(a)))
-    chosen = _light(whole, DenseFactor(moment(old)))
+    chosen = whole.rounded(DenseFactor(moment(old)))
     assert (chosen is whole) is (turned > 0 or not bf16)  # rounded where that changes little
     assert read < more * kept < 1e-3 * (a @ old.T).square().mean()
     narrow = filter_of(DenseFactor(moment(new[:, :64])), None, weight=1, epsilon=1e-3).rounded()

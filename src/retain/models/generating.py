@@ -199,7 +199,7 @@ def sample_rows(
     given: list[list[int]] = []
     if chat or prompts is not None:
         given = _turns(tokenizer, prompts, half, ends, seed, chat=bool(chat))
-    every = OWN if prompts is None else count + 1
+    every = OWN if prompts is None else count + 1  # or none is the model's own
     starts = [
         Example(tuple(p), tuple(p), (True,) * len(p)) for p in (document, head, tail, *given) if p
     ]

@@ -165,19 +165,30 @@ class Whole:
         moved.p = self.p.to(device)
         return moved
 
-    def rounded(self) -> Whole:
+    def rounded(self, old: Factor | None = None) -> Whole:
         """P in bfloat16 where that pays: a step is bound by reading it, twice.
 
         Rounding is relative to each number of P, of a row and of what comes out, so what is stopped
         stays so: filtered rows of SmolLM2-135M read 0.01 to 0.04 % more or less of a source text by
-        it, 0.2 % at most of any layer (docs/log.md, "A gram's half ...").
+        it, 0.2 % at most of any layer (docs/log.md, "A gram's half ..."). Itself where it does not
+        pay, or where filtered rows would read over `MORE` times as much of the old.
+
+        Args:
+            old: S_old; None to leave what is read of it alone.
         """
         wide = self.p.dtype == torch.float32 and self.p.shape[-1] >= WIDE
         if not (wide and has_bf16(self.p.device)):
             return self
         found = copy.copy(self)
         found.p = self.p.to(torch.bfloat16)
-        return found
+        return self if old is not None and found._reads(old) > MORE * self._reads(old) else found
+
+    def _reads(self, old: Factor) -> float:
+        """How much filtered rows read of the old, of rows drawn alike whenever this is asked."""
+        draw = torch.randn(8, old.size, generator=torch.Generator().manual_seed(0))
+        like = next(iter(old.tensors().values()))
+        rows = self.rows(draw.to(self.p.device)).T.to(like)
+        return float((rows * old.matmul(rows)).sum())
 
 
 class Thin:
@@ -273,7 +284,7 @@ class Thin:
         """P, [size, size]."""
         return self.rows(torch.eye(len(self.root)).to(self.root))
 
-    def rounded(self) -> Thin:
+    def rounded(self, old: Factor | None = None) -> Thin:
         """Itself: it is read fast as it is, and its parts cancel."""
         return self
 
@@ -360,24 +371,6 @@ def matched_gain(new: Factor, a: Tensor, filtered: Tensor) -> Tensor:
     return torch.where(before > 0, ratio, torch.ones_like(ratio))
 
 
-def _light(p: Whole | Thin, old: Factor | None) -> Whole | Thin:
-    """A filter as steps read it: rounded, unless rounded it would let more of the old through.
-
-    Of rows drawn alike everywhere, so that a training that goes on has the same.
-    """
-    light = p.rounded()
-    if not isinstance(light, Whole) or light is p or old is None:
-        return light
-    like = next(iter(old.tensors().values()))
-    draw = torch.randn(8, old.size, generator=torch.Generator().manual_seed(0))
-
-    def read(q: Whole | Thin) -> float:
-        rows = q.rows(draw.to(light.p.device)).T.to(like)
-        return float((rows * old.matmul(rows)).sum())
-
-    return light if read(light) <= MORE * read(p) else p
-
-
 class InputFilter:
     """Holds the training of LoRA's A behind a filter, until `release`.
 
@@ -430,7 +423,7 @@ class InputFilter:
         begun = [s.a.detach()[active] for s in self.sites]
         # From now on steps alone are filtered. Layers that share a filter go on sharing it.
         light = {
-            id(p): _light(p, None if old is None else old.factor(firsts[both].name))
+            id(p): p.rounded(None if old is None else old.factor(firsts[both].name))
             for both, p in found.items()
         }
         self.filters = [light[id(p)] for p in self.filters]

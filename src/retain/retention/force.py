@@ -165,7 +165,7 @@ class Force:
         check_names(curvature, budget, **({"probes": probe} if probe else {}))
         nats = by_name(budget)
         self.update, self._strength = update, strength
-        rounded = all(map(has_bf16, {p.device for p in model.parameters()}))
+        rounded = all(map(has_bf16, {p.device for p in model.parameters() if p.requires_grad}))
         known = by_name(curvature)
         self.holds = [
             Hold(name, known[name], Budget(nats[name]) if nats else None, rounded=rounded)

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from retain.curvature.blocks.estimator import products
 from retain.curvature.blocks.factor import DenseFactor, Factor, SketchFactor, diagonal_of
 from retain.curvature.blocks.kronecker import KroneckerBlock
-from retain.curvature.blocks.linalg import add_gram, mirror
+from retain.curvature.blocks.linalg import gram_update, mirror
 from retain.curvature.blocks.sketch import sketch_update, sketches_finish
 from retain.curvature.curvature import Curvature
 from retain.curvature.fit.capture import shared_inputs
@@ -204,9 +204,7 @@ def input_moments(
                 if name in wide:
                     sketch_update(sketches, name, rows, wide[name])
                 else:
-                    if name not in found:
-                        found[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
-                    add_gram(found[name], rows)
+                    gram_update(found, name, rows)
 
             return hook
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from retain.curvature.blocks.base import Block
 from retain.curvature.blocks.factor import DenseFactor, Factor, SketchFactor
-from retain.curvature.blocks.linalg import add_gram, float32_products, mirror
+from retain.curvature.blocks.linalg import float32_products, gram_update, mirror
 from retain.curvature.blocks.observation import Observation
 from retain.curvature.blocks.ranks import sketch_rank
 from retain.curvature.blocks.sketch import sketch_sizes, sketch_update, sketches_finish
@@ -111,10 +111,7 @@ class Estimator(ABC):
         if rank is not None:
             sketch_update(self.state, key, rows * weight**0.5, rank)
         else:
-            if key not in self.state:
-                self.state[key] = rows.new_zeros(rows.shape[1], rows.shape[1])
-            self._meet(key, rows)
-            add_gram(self.state[key], rows, weight)
+            gram_update(self.state, key, rows, weight)
 
     def input_moment(self, seen: Observation) -> None:
         """Adds a layer's ``x x^T``, once for all layers that share the input."""

@@ -19,13 +19,13 @@ from retain.errors import CurvatureError
 
 __all__ = [
     "EXACT",
-    "add_gram",
     "check_basis",
     "check_dense",
     "check_nonnegative",
     "chunks",
     "eigh",
     "float32_products",
+    "gram_update",
     "leading",
     "mirror",
     "slack",
@@ -105,25 +105,30 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def add_gram(found: Tensor, rows: Tensor, weight: float = 1.0) -> None:
-    """Adds ``weight rows^T rows``, of which `mirror` makes all once the last has been added.
+def gram_update(state: dict[str, Tensor], key: str, rows: Tensor, weight: float = 1.0) -> None:
+    """Adds ``weight rows^T rows`` to a sum, which `mirror` makes whole when all have been added.
 
     On a CPU what is below the diagonal is left out where it is worth it, for it is what is above:
     a third of the time. A GPU does one large product sooner than several.
 
     Args:
-        found: [size, size], changed in place.
+        state: keeps the sum, [size, size], as `key`, where the rows are.
+        key: of the sum.
         rows: [count, size].
         weight: of these rows.
     """
-    size = len(found)
+    size = rows.shape[1]
+    found = state.get(key)
+    if found is None:
+        found = rows.new_zeros(size, size)
+    state[key] = found = found.to(rows.device)  # one that comes from a file lies elsewhere
     for panel in _panels(size) if found.device.type == "cpu" else (slice(0, size),):
         right = slice(panel.start, size)
         found[panel, right].addmm_(rows[:, panel].T, rows[:, right], alpha=weight)
 
 
 def mirror(found: Tensor) -> Tensor:
-    """What `add_gram` has summed, whole: changed in place, and given back."""
+    """What `gram_update` has summed, whole: changed in place, and given back."""
     for panel in _panels(len(found)):
         rest = slice(panel.stop, len(found))
         found[rest, panel] = found[panel, rest].T
