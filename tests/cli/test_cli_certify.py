@@ -203,3 +203,17 @@ def test_a_folder_that_cannot_be_written_is_refused_first(run: Any, adapter: Pat
         run(adapter).refused("written")
     finally:
         adapter.chmod(0o700)
+
+
+def test_what_is_written_into_the_card_meanwhile_stays(
+    run: Any, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*args: Any, **options: Any) -> Any:
+        with (adapter / "README.md").open("a", encoding="utf-8") as card:
+            card.write("\nA line of its user.\n")
+        return certify(*args, **options)
+
+    monkeypatch.setattr("retain.evaluation.certify.certify", slow)
+    run(adapter, "--allow", "pick=40%").done()
+    text = (adapter / "README.md").read_text()
+    assert "A line of its user." in text and "Held: kept at 95% confidence: pick" in text

@@ -17,6 +17,7 @@ from retain.cli import main
 from retain.curvature.blocks.kronecker import rank_of
 from retain.curvature.curvature import load_curvature
 from retain.evaluation.forgetting import measure_forgetting
+from retain.files import write_json
 from retain.models.generating import sample_rows
 from retain.models.load import load_model
 from retain.models.saved import load_adapter
@@ -203,6 +204,17 @@ def test_a_state_goes_with_its_adapter(months: list[Path], june: Run, tmp_path: 
     again = ("--model", told(run / "run.json")["model"], "--rank", 4, "-o", run, "--overwrite")
     june(*again).done()
     assert not (run / "state").exists()  # it was of the adapter before
+
+
+def test_a_run_that_was_to_take_its_place_and_broke_off_changes_nothing(
+    months: list[Path], june: Run, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(months[0], tmp_path / "run"))
+    begun = told(run / "run.json") | {"budget": None, "strength": 7.0}
+    del begun["digest"]
+    write_json(run / "run.json", begun)  # the settings of one that began, and never ended
+    found = june("--continue-from", run, "--json").json
+    assert found["config"]["budget"] == BUDGET
 
 
 def test_what_cannot_be(months: list[Path], trained: Path, june: Run) -> None:

@@ -145,8 +145,9 @@ class TestTrain:
                 assert bool(parameter.any())
 
     def test_a_curvature_of_its_own_is_kept_while_it_fits(
-        self, retain: Run, model: Path, data: Path, source: Path, out: Path
-    ) -> None:
+        self, retain: Run, model: Path, data: Path, source: Path, out: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
         argv = ("train", "--model", model, "--data", data, "--rank", 4, "--batch-size", 4)
         argv = (*argv, "--dtype", "float32", "--out", out, "--max-steps", 1)
         first, kept = retain(*argv).done(), out / "curvature.safetensors"
@@ -163,6 +164,10 @@ class TestTrain:
         assert found["curvature"]["info"]["note"] == str(source)
         again = retain(*argv, "--json").json  # and its own text without one
         assert again["curvature"]["info"]["note"] == "self"
+        other = retain(*argv, "--seed", 1).done()  # of which another seed is another text
+        assert "its text was sampled with seed 0" in other.out
+        monkeypatch.setattr("retain.provenance.versions", lambda *_: {"retain": "9"})
+        assert "its text was sampled by retain" in retain(*argv, "--seed", 1).done().out
 
     def test_from_a_file_with_changes(
         self, retain: Run, model: Path, data: Path, out: Path, tmp_path: Path

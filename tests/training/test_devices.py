@@ -103,3 +103,23 @@ def test_blocks_on_the_first_device_would_be_noticed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(BlockOperator, "place", whole)
     with pytest.raises(RuntimeError, match="expected all tensors on one device"):
         trained(TWO, "kfac", parts=["force"])
+
+
+def test_fresh_rows_lie_where_their_layers_do() -> None:
+    def grown(devices: list[str] | None) -> Mapping[str, Any]:
+        with Devices() if devices else nullcontext():
+            model = model_on(devices)
+            with torch.no_grad():
+                for site in lora_sites(model):
+                    site.b.copy_(torch.ones_like(site.b))
+            model = retain.grow_lora(model, 2, seed=1)
+            lies = {s.name: {place(t) for t in (s.a, s.b)} for s in lora_sites(model)}
+            rows = {s.name: (s.a.detach().clone(), s.b.detach().clone()) for s in lora_sites(model)}
+        return {"lies": lies, "rows": rows}
+
+    one, two = grown(None), grown(TWO)
+    assert {frozenset(places) for places in two["lies"].values()} == {
+        frozenset({torch.device(there)}) for there in TWO
+    }
+    for name, (a, b) in one["rows"].items():
+        assert torch.equal(a, two["rows"][name][0]) and torch.equal(b, two["rows"][name][1])

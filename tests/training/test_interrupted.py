@@ -281,3 +281,19 @@ def test_a_beginning_that_fails_leaves_a_as_it_was(tmp_path: Path) -> None:
         trainer(model, tmp_path, [call]).train()
     assert hooks(model) == 0
     exactly(weights(model), drawn)
+
+
+@pytest.mark.parametrize("part", ["grouped", "Behind"])
+def test_a_filter_that_cannot_be_laid_out_leaves_a_as_it_was(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    drawn = weights(model)
+
+    def full(*_: Any) -> Any:
+        raise MemoryError("no room for the filters")
+
+    monkeypatch.setattr(f"retain.retention.filter.{part}", full)
+    with pytest.raises(MemoryError, match="no room"):
+        trainer(model, tmp_path, [RetentionCallback(fit(model, structure="kfac"), 1.0)]).train()
+    exactly(weights(model), drawn)

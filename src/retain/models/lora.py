@@ -144,7 +144,7 @@ def grow_lora(
     config.inference_mode, config.init_lora_weights = False, True  # B = 0, the base as it is
     config.r = kept + rank
     config.lora_alpha = scaling * (config.r**0.5 if config.use_rslora else config.r)
-    dtype, device = sites[0].a.dtype, sites[0].a.device
+    dtype, places = sites[0].a.dtype, {site.name: site.a.device for site in sites}
     whole = {
         layer: {key: value.clone() for key, value in module.original_module.state_dict().items()}
         for layer, module in _trained_whole(model).items()
@@ -160,8 +160,8 @@ def grow_lora(
     with torch.no_grad():
         for site in lora_sites(grown):
             b, a = old[site.name]
-            site.lora_a.to(device, dtype)
-            site.lora_b.to(device, dtype)
+            site.lora_a.to(places[site.name], dtype)
+            site.lora_b.to(places[site.name], dtype)
             site.a[:kept], site.b[:, :kept] = a.to(site.a), b.to(site.b)
     return grown
 

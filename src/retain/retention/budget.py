@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from retain.curvature.curvature import Curvature
-from retain.errors import MismatchError, check_number
+from retain.errors import ConfigError, MismatchError, check_number
 from retain.models.shards import scatter
 from retain.models.sites import LinearSite, LoraSite, Site
 
@@ -143,12 +143,23 @@ class Budget:
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Puts a `state` back; the budget itself may have been changed since."""
+        """Puts a `state` back; the budget itself may have been changed since.
+
+        Raises:
+            ConfigError: to less than what stays as it is has spent.
+        """
         self.strength, self.correction = float(state["strength"]), float(state["correction"])
         self.reached, self.steps = bool(state["reached"]), int(state["steps"])
         self.pull = (float(state["pull"][0]), float(state["pull"][1]))
         measured, predicted = state.get("spent", (0.0, 0.0))
         self.spent = (float(measured), float(predicted))
+        if self.spent[0] >= self.nats:
+            raise ConfigError(
+                "what stays as it is has spent more than the budget",
+                got=f"budget={self.nats:g}, and {self.spent[0]:.3g} nats that are spent",
+                allowed=f"more than {self.spent[0]:.3g}",
+                fix=f"budget={float(state['nats']):g}, as it was",
+            )
 
 
 def scale_back(

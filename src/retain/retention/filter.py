@@ -371,6 +371,13 @@ def matched_gain(new: Factor, a: Tensor, filtered: Tensor) -> Tensor:
     return torch.where(before > 0, ratio, torch.ones_like(ratio))
 
 
+def _begun(a: Tensor, p: Whole | Thin, new: Factor, gain: Gain) -> Tensor:
+    """Rows of A as they begin behind a filter, in A's precision."""
+    rows = a.to(p.dtype)
+    times = matched_gain(new, rows, p.rows(rows)) if gain == "matched" else gain
+    return p.rows(times * rows).to(a.dtype)
+
+
 class InputFilter:
     """Holds the training of LoRA's A behind a filter, until `release`.
 
@@ -410,17 +417,12 @@ class InputFilter:
         }
         self.filters = [found[inputs_of(s.name, new, old), s.a.device] for s in self.sites]
         self._before = [] if resuming else [s.a[active].detach().clone() for s in self.sites]
-        if not resuming:
-            with torch.no_grad():
-                for site, p in zip(self.sites, self.filters, strict=True):
-                    a = site.a[active].to(p.dtype)
-                    gain: float | Tensor = (
-                        matched_gain(new.factor(site.name), a, p.rows(a))
-                        if o.gain == "matched"
-                        else o.gain
-                    )
-                    site.a[active] = p.rows(gain * a).to(site.a.dtype)
         begun = [s.a.detach()[active] for s in self.sites]
+        if not resuming:
+            begun = [
+                _begun(rows, p, new.factor(s.name), o.gain)
+                for rows, p, s in zip(begun, self.filters, self.sites, strict=True)
+            ]
         # From now on steps alone are filtered. Layers that share a filter go on sharing it.
         light = {
             id(p): p.rounded(None if old is None else old.factor(firsts[both].name))
@@ -434,6 +436,10 @@ class InputFilter:
             g.whole.lay([begun[i] for i in g.whole.places]).to(g.whole.p.dtype) for g in self.groups
         ]
         self._behind = Behind(self.sites, self.groups, active)
+        if not resuming:  # last: where something above fails, A is as it was
+            with torch.no_grad():
+                for site, rows in zip(self.sites, begun, strict=True):
+                    site.a[active] = rows
         self.hooks = GradientHooks([s.a for s in self.sites], self._behind)
 
     @property

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.optim import Optimizer
 
 from retain.errors import ConfigError
 from retain.models.shards import whole
+from retain.retention.watch import read
 
 __all__ = ["step_lengths"]
 
 
 def step_lengths(optimizer: Optimizer) -> dict[int, float]:
-    """The step length of each parameter: lr, over Adam's mean denominator where it has one."""
+    """The step length of each parameter: lr, over Adam's mean denominator where it has one.
+
+    The host waits once, for all parameters.
+    """
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the optimiser
     rates: dict[int, float] = {}
+    adapted: list[tuple[int, float, float, float]] = []
+    counts, roots = [], []
     for group in inner.param_groups:
         lr = float(group["lr"])
         for parameter in group["params"]:
@@ -30,12 +38,16 @@ def step_lengths(optimizer: Optimizer) -> dict[int, float]:
                     )
                 rates[id(parameter)] = lr
                 continue
-            if not float(count):  # a gradient scaler skipped every step so far
-                rates[id(parameter)] = 0.0
-                continue
-            beta, eps = group["betas"][1], group["eps"]
-            correction = 1.0 - beta ** float(count)
             exact = torch.promote_types(second.dtype, torch.float32)
-            root = (whole(second.detach()).to(exact) / correction).sqrt_()
-            rates[id(parameter)] = lr / (float(root.mean()) + eps)
+            adapted.append((id(parameter), lr, group["betas"][1], group["eps"]))
+            counts.append(torch.as_tensor(count, dtype=torch.float64))
+            roots.append(whole(second.detach()).to(exact).sqrt().mean().double())
+    numbers = read([*roots, *counts]) if adapted else []
+    for (key, lr, beta, eps), root, count in zip(
+        adapted, numbers[: len(adapted)], numbers[len(adapted) :], strict=True
+    ):
+        if not count:  # a gradient scaler skipped every step so far
+            rates[key] = 0.0
+            continue
+        rates[key] = lr / (root / math.sqrt(1.0 - beta**count) + eps)
     return rates

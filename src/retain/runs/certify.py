@@ -67,7 +67,7 @@ def certify_run(config: CertifyConfig, messages: Messages) -> dict[str, Any]:
     folder = check_folder(config.adapter)
     file, card = folder / RECORD, folder / CARD
     check_record(file, "a certificate", CERTIFICATE_SCHEMA)
-    written = read_card(card)
+    read_card(card)  # refused before minutes of measuring
     messages.libraries()
     from retain.evaluation.certify import certify, check_allowed
     from retain.evaluation.skills import read_skills
@@ -100,7 +100,7 @@ def certify_run(config: CertifyConfig, messages: Messages) -> dict[str, Any]:
         write_json(file, record)
         with whole_file(card, "the model card") as scratch:
             told = _section(CertificateRecord.model_validate(record))
-            text = with_section(written, told, "retain certify")
+            text = with_section(read_card(card), told, "retain certify")
             scratch.write_text(text, encoding="utf-8", newline="")
     return record
 

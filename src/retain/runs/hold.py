@@ -78,7 +78,9 @@ def curvatures_for(
     found: dict[str, HeldBy] = {}
     for name in names_of(config.budget) or ("",):
         path, note = out / by_file("curvature", name), _note(config, name)
-        kept = _kept(config, path, note, model, messages) if resume or _is_own(note) else None
+        kept = None
+        if resume or _is_own(note):
+            kept = _kept(config, path, note, model, messages, resume=resume)
         found[name] = kept or _made(config, name, path, note, model, tokenizer, messages)
     return found
 
@@ -94,10 +96,15 @@ def _is_own(note: str) -> bool:
 
 
 def _kept(
-    config: RunConfig, path: Path, note: str, model: Any, messages: Messages
+    config: RunConfig, path: Path, note: str, model: Any, messages: Messages, *, resume: bool
 ) -> HeldBy | None:
-    """The curvature that an earlier run has left; None where there is none that can be used."""
+    """The curvature that an earlier run has left; None where there is none that can be used.
+
+    A run that goes on takes its own, whatever text it is of; another one that of the text which it
+    would sample itself.
+    """
     from retain.curvature.curvature import load_curvature
+    from retain.provenance import versions
 
     if not path.is_file():
         return None
@@ -105,6 +112,11 @@ def _kept(
         found = _at_start(load_curvature(path), model)
         if _is_own(note) and found.info.note != note:
             raise MismatchError(f"it was measured on {found.info.note}")
+        if not resume and found.info.seed != config.training.seed:
+            raise MismatchError(f"its text was sampled with seed {found.info.seed}")
+        made_by = found.info.versions.get("retain")
+        if not resume and made_by != versions().get("retain"):
+            raise MismatchError(f"its text was sampled by retain {made_by}")
         if config.factor_rank not in ("auto", found.info.rank):
             raise MismatchError(f"its factors are of rank {found.info.rank}")
         messages.say(f"using the curvature in {path}")

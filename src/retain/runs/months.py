@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from retain.config import RunConfig, names_of, read_config
+from retain.documents import read_mapping
 from retain.errors import ConfigError, MismatchError
 from retain.files import file_digest, whole_folder
 from retain.models.saved import adapter_digest
 from retain.runs.folders import STATE, by_file
 from retain.runs.messages import Messages
-from retain.runs.records import RUN, Labels, Month, StateRecord, read_record, write_record
+from retain.runs.records import RUN, TRAIN, Labels, Month, StateRecord, read_record, write_record
 
 __all__ = ["HELD", "Previous", "keep_state", "previous_run", "settings_of"]
 
@@ -175,7 +176,10 @@ def settings_of(run: Path) -> RunConfig:
             allowed=_KEPT,
             fix=f"did you mean {run.parent}?" if around else "check --continue-from",
         )
-    return read_config(run / RUN, {"out": str(run)}, RunConfig)
+    # What takes this run's place writes its own settings when it begins, and may never end.
+    ended = run / TRAIN
+    where = read_mapping(ended, "the record", _KEPT)["config"] if ended.is_file() else run / RUN
+    return read_config(where, {"out": str(run)}, RunConfig)
 
 
 def _changed(run: Previous) -> list[str]:

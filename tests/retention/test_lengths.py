@@ -1,0 +1,63 @@
+"""How far an optimiser moves a parameter a unit of gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from counting import Calls
+from retain.errors import ConfigError
+from retain.retention.lengths import step_lengths
+
+
+def stepped(kind: type[torch.optim.Optimizer], **options: float) -> torch.optim.Optimizer:
+    random = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(torch.randn(3, n, generator=random)) for n in (2, 5, 7)]
+    optimizer = kind([{"params": weights[:2]}, {"params": weights[2:], "lr": 0.3}], **options)
+    for _ in range(3):
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=random)
+        optimizer.step()
+    return optimizer
+
+
+def test_of_adam_it_is_the_rate_over_the_mean_denominator() -> None:
+    optimizer = stepped(torch.optim.AdamW, lr=0.1, eps=1e-3)
+    found = step_lengths(optimizer)
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            corrected = optimizer.state[weight]["exp_avg_sq"] / (1 - group["betas"][1] ** 3)
+            wanted = group["lr"] / (float(corrected.sqrt().mean()) + 1e-3)
+            assert found[id(weight)] == pytest.approx(wanted, rel=1e-6)
+    assert len(found) == 3
+
+
+def test_the_host_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, reads, listed = stepped(torch.optim.AdamW, lr=0.1), [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(t) or listed(t))
+    with Calls(lambda name: name if name in ("_local_scalar_dense", "item") else None) as count:
+        step_lengths(optimizer)
+    assert (len(reads), dict(count.found)) == (1, {})
+
+
+def test_of_others_it_is_the_rate() -> None:
+    optimizer = stepped(torch.optim.SGD, lr=0.1)
+    assert sorted(step_lengths(optimizer).values()) == [0.1, 0.1, 0.3]
+
+
+def test_steps_that_were_all_skipped_move_nothing() -> None:
+    optimizer = stepped(torch.optim.Adam, lr=0.1)
+    for state in optimizer.state.values():
+        state["step"].zero_()
+    assert set(step_lengths(optimizer).values()) == {0.0}
+
+
+def test_a_state_that_says_nothing_of_it_is_refused() -> None:
+    optimizer = stepped(torch.optim.AdamW, lr=0.1)
+    del next(iter(optimizer.state.values()))["exp_avg_sq"]
+    with pytest.raises(ConfigError, match="cannot read this optimiser's state"):
+        step_lengths(optimizer)
+    assert math.isfinite(sum(step_lengths(stepped(torch.optim.Adam, lr=0.1)).values()))
