@@ -288,6 +288,9 @@ def reanchored(curvature: Curvature, model: nn.Module) -> Curvature:
     Args:
         curvature: of weight space, or of adapter space at the model's rank.
         model: the model that carries the adapter, after training.
+
+    Raises:
+        MismatchError: the curvature is of another model, or of other layers.
     """
     sites = curvature.bind(model)
     info = replace(curvature.info, model=fingerprint(model))  # a full model's base has moved too

@@ -28,13 +28,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "Problem", "Split", "ask", "final_number", "number_split", "problem_examples", "problem_rows",
-    "recall", "templates", "word_problems",
+    "MARK", "Problem", "Split", "ask", "final_number", "number_split", "problem_examples",
+    "problem_rows", "recall", "templates", "word_problems",
 ]  # fmt: skip
 
 Split = Literal["train", "test"]
 
-_MARK = "####"
+MARK = "####"
+"""Before the result of an answer, as in GSM8K."""
+
 _SMALLEST = 2  # no step of an answer comes out below this, so none is trivial
 _NUMBER = re.compile(r"[ \t]*\$?[ \t]*(-?\d+(?:,\d{3})*)(?![\d,]*\.?\d)")
 _PRONOUNS = {
@@ -90,7 +92,7 @@ class _Template:
         lines, result = worked
         drawn = {letter: str(n) for (letter, _), n in zip(self.ranges, numbers, strict=True)}
         question = self.text.format_map({**words, **drawn})
-        answer = "\n".join([*lines, f"{_MARK} {result}"])
+        answer = "\n".join([*lines, f"{MARK} {result}"])
         return Problem(self.name, question, answer, result, numbers)
 
 
@@ -150,7 +152,7 @@ def final_number(text: str) -> int | None:
 
     Thousands commas, a dollar sign and a final period are allowed; what follows is ignored.
     """
-    match = _NUMBER.match(text.partition(_MARK)[2])
+    match = _NUMBER.match(text.partition(MARK)[2])
     return int(match[1].replace(",", "")) if match else None
 
 

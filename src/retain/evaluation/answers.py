@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from retain.data.batches import Example, batches
 from retain.data.general_prompts import GENERAL, Prompts, read_prompts
 from retain.data.patterns import PatternError, compile_pattern, first_match
+from retain.data.problems import MARK
 from retain.data.tokens import tokenize
 from retain.errors import ConfigError, not_finite
 from retain.evaluation.generation import generate_ids
@@ -34,15 +35,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "MARK", "Answer", "Answers", "TaskForm", "measure_answers", "repeats", "row_log_probabilities",
+    "Answer", "Answers", "TaskForm", "measure_answers", "repeats", "row_log_probabilities",
     "task_form",
 ]  # fmt: skip
 
 TaskForm = str | Callable[[str], bool] | None
 """A regular expression, or a function of an answer; None for `task_form`."""
-
-MARK = "####"
-"""What the answers of the word problems carry, and of GSM8K."""
 
 DIGITS = 0.3
 """Of an answer's characters but spaces, the share of digits above which it looks like sums."""

@@ -46,7 +46,7 @@ def measure_forgetting(
         progress: show a bar.
 
     Raises:
-        SourceError: the text is missing, empty or smaller than one batch, or the model's tables
+        SourceError: the text is missing or empty, or the model's tables
             have no place for it.
         ModelError: the model has no adapter or no head, or an adapter that cannot be switched off
             so that the base is what it was; see `retain.models.off`.

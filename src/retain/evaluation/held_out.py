@@ -16,10 +16,11 @@ from retain.data.batches import Example
 from retain.data.counts import RowCounts
 from retain.data.draws import sample
 from retain.data.encoding import encode
+from retain.data.problems import MARK
 from retain.data.rows import Row
 from retain.data.tokens import need
 from retain.errors import SourceError, not_finite
-from retain.evaluation.answers import MARK, row_log_probabilities
+from retain.evaluation.answers import row_log_probabilities
 from retain.evaluation.generation import generate_ids
 from retain.evaluation.metrics import normalize
 from retain.models.heads import row_label

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from retain.data.general_prompts import GENERAL, GeneralPrompt, general_prompts
+from retain.data.problems import MARK
 from retain.data.sources import read_rows
 from retain.errors import SourceError, shown
 from retain.evaluation.metrics import normalize
@@ -19,7 +20,6 @@ Skills = str | Path | Iterable["Mapping[str, Any] | SkillItem"]
 """``general``, a file of rows, rows, or items that were read."""
 
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-_MARK = "####"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class SkillItem:
         if self.scripted is not None:
             return bool(self.scripted.right(said))
         line = next((part for part in said.splitlines() if part.strip()), "")
-        behind = _NUMBER.findall(said.partition(_MARK)[2])[:1] or _NUMBER.findall(line)[-1:]
+        behind = _NUMBER.findall(said.partition(MARK)[2])[:1] or _NUMBER.findall(line)[-1:]
         number = float(behind[0].replace(",", "")) if behind else None
         return any(
             normalize(line) == normalize(answer) if isinstance(answer, str) else number == answer

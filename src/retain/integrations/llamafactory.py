@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from retain.integrations.fitting import FittingCallback
-from retain.types import STRENGTH
+from retain.types import STRENGTH, UPDATES
 
 __all__ = ["main"]
 
@@ -25,12 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--strength", type=float, default=STRENGTH)
     parser.add_argument("--budget", type=float, help="nats per token that may be spent")
     parser.add_argument("--kl", type=float, default=0.0, help="what a nat of divergence weighs")
+    parser.add_argument("--update", choices=UPDATES, default="gradient", help="how the force acts")
+    parser.add_argument("--parts", action="append", help="a part of the recipe; may be repeated")
     options, rest = parser.parse_known_args(arguments)
     from llamafactory.train.tuner import run_exp
 
     callback = FittingCallback(
         options.source, curvature=options.curvature, strength=options.strength,
-        budget=options.budget, kl=options.kl,
+        budget=options.budget, kl=options.kl, update=options.update, parts=options.parts,
     )  # fmt: skip
     sys.argv = [sys.argv[0], *rest]  # where it reads its own
     run_exp(callbacks=[callback])

@@ -2,7 +2,7 @@
 
 What was learned before stays as it is in the other rows (`FrozenRows`), and the adapter is one
 plain PEFT adapter throughout, checkpoints included. A run that continues another one adds its fresh
-rows with `retain.models.growing.grow_lora`; O-LoRA attaches those of all tasks at once.
+rows with `retain.models.lora.grow_lora`; O-LoRA attaches those of all tasks at once.
 """
 
 from __future__ import annotations

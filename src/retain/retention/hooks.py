@@ -124,11 +124,6 @@ class GradientHooks:
             elif weight.requires_grad:
                 self._handles.append(weight.register_hook(hook))
 
-    @property
-    def attached(self) -> bool:
-        """Whether they are on."""
-        return bool(self._handles)
-
     def detach(self) -> None:
         """Takes the hooks off."""
         for handle in self._handles:

@@ -148,7 +148,9 @@ class Retention:
         return self.recipe.progress()
 
     def kept(self) -> dict[str, Tensor]:
-        """What it is to keep as tensors, for safetensors; empty but for a filtered, rounded A."""
+        """What it is to keep as tensors, for safetensors; empty but for a filtered A
+        that is rounded, or that proximal steps move.
+        """
         return self.recipe.kept()
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run trains and is held by: its adapter, its curvature, its start of A."""
+"""What a run trains and is held by: its adapter, and its curvatures."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Labels(Part):
         count: outputs of the head; one is a regression.
         names: of the classes, in their order, where the rows name them.
         known: the base model comes with a head of so many outputs, which goes on.
-        head: the fit of a new head (`retain.training.head.HeadFit`), if there was one.
+        head: the fit of a new head (`retain.retention.head.HeadFit`), if there was one.
     """
 
     count: int

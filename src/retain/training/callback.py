@@ -76,9 +76,9 @@ class RetentionCallback(TrainerCallback):
     ``predicted_nats`` and ``measured_nats`` of each; with `kl` also ``source_kl``. What a budget
     has learned, and whether there is a filter, is kept in ``trainer_state.json`` of each
     checkpoint, and read from the one that is resumed, wherever it lies; of a filtered A in
-    bfloat16, ``filtered.safetensors`` beside it has the bits below. A budget is settled by
-    measuring before the last checkpoint and when training ends; earlier checkpoints may be above
-    it.
+    bfloat16, or that proximal steps move, ``filtered.safetensors`` beside it has the rest. A budget
+    is settled by measuring before the last checkpoint and when training ends; earlier checkpoints
+    may be above it.
 
     Checkpoints and the output folder have a section in their ``README.md``, the model card, which
     says what held the model; see `write_card` for other folders.

@@ -25,7 +25,8 @@ from retain.files import whole_file
 __all__ = ["TENSORS", "keep", "keep_tensors", "kept_in", "kept_tensors"]
 
 TENSORS = "filtered.safetensors"
-"""In a checkpoint whose A is rounded (bfloat16): what is kept beside it, by layer."""
+"""What is kept beside a filtered A, by layer: in a checkpoint whose A is rounded (bfloat16), or
+moved by proximal steps."""
 
 _ENTRY = "retain"
 _NUMBERS = ("first", "steps", "strength", "correction", "looks")
@@ -45,8 +46,9 @@ def keep_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     if tensors and not folder.is_dir():  # such as in a hyper-parameter search, which has its own
         warnings.warn(
-            f"the checkpoint is not in {folder.parent}: the bits of A that bfloat16 cannot hold are"
-            " not kept, so a training that is resumed from it goes on from the rounded A",
+            f"the checkpoint is not in {folder.parent}: what is kept beside a filtered A (bits that"
+            " bfloat16 cannot hold, or what it was before a proximal step) is not written, so a"
+            " training that is resumed from it goes on from A itself",
             RetainWarning,
             stacklevel=2,
         )
