@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--fits", nargs="+", choices=FITS, default=list(FITS))
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     args = parser.parse_args()
     base, tokenizer, _ = retain.load_model(args.model, dtype=args.dtype)
@@ -103,15 +104,21 @@ def main() -> None:
         **provenance(0),
     }
     parts: dict[str, Callable[[], Any]] = {
-        "fit": lambda: _fits(model, tokens, args.repeats, not args.no_peers),
-        "step": lambda: result.get("step", {}) | _steps(model, tokens, args.repeats, args.steps),
+        "fit": lambda: _fits(model, tokens, args.repeats, args.fits, not args.no_peers),
+        "step": lambda: _steps(model, tokens, args.repeats, args.steps),
         "error": lambda: _errors(model, tokens),
     }
     if len(args.parts) < len(PARTS):  # goes on with a result whose other parts are there
         result = json.loads(args.out.read_text(encoding="utf-8"))
+    some = {"fit": len(args.fits) < len(FITS), "step": len(args.steps) < len(STEPS)}
+    of = {"tokens": tokens.numel(), "commit": provenance(0)["commit"]}
     for name in args.parts:  # written after each: it is half an hour's work
-        result[name] = parts[name]()
-        result[f"{name}_of"] = {"tokens": tokens.numel(), "commit": provenance(0)["commit"]}
+        found, known = parts[name](), result.get(name)
+        if known and some.get(name):  # ratios are of one run, whatever the others were beside
+            new = {way: row | of for way, row in found.items() if row["kind"] != "baseline"}
+            result[name] = known | new
+        else:
+            result[name], result[f"{name}_of"] = found, of
         write_json(args.out, result)
     if not result.keys() >= set(PARTS):
         return
@@ -134,7 +141,9 @@ def _tokens(model: nn.Module, tokenizer: Any, rows: int) -> Tensor:
     return torch.tensor(stream).reshape(rows, LENGTH)
 
 
-def _fits(model: nn.Module, tokens: Tensor, repeats: int, with_peers: bool) -> dict[str, Any]:
+def _fits(
+    model: nn.Module, tokens: Tensor, repeats: int, names: Sequence[str], with_peers: bool
+) -> dict[str, Any]:
 
     def plain(tokens: Tensor) -> None:
         model.train()
@@ -150,7 +159,7 @@ def _fits(model: nn.Module, tokens: Tensor, repeats: int, with_peers: bool) -> d
         return run
 
     ways: dict[str, tuple[str, Run]] = {"forward and backward": ("baseline", plain)}
-    ways |= {name: ("retain", ours(options)) for name, options in FITS.items()}
+    ways |= {name: ("retain", ours(options)) for name, options in FITS.items() if name in names}
     for peer in peers() if with_peers else ():
         if peer.version is not None:
             run = peer.run

@@ -93,6 +93,10 @@ def test_llamafactory_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "argv", ["python"])
     llamafactory.main(["may.yaml", "--budget", "0.05", "learning_rate=1e-4"])
     ((args, (callback,), rest),) = heard
+    more = ["--update", "proximal", "--parts", "force", "--parts", "rows", "--kl", "1"]
+    llamafactory.main(["may.yaml", *more])
+    other = heard[1][1][0].recipe
+    assert (other.update, sorted(other.parts), other.kl.weight) == ("proximal", ["force", "rows"], 1)
     assert args is None
     assert rest == ["may.yaml", "learning_rate=1e-4"]
     assert callback.recipe.budget == 0.05
