@@ -96,7 +96,8 @@ def test_llamafactory_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) ->
     more = ["--update", "proximal", "--parts", "force", "--parts", "rows", "--kl", "1"]
     llamafactory.main(["may.yaml", *more])
     other = heard[1][1][0].recipe
-    assert (other.update, sorted(other.parts), other.kl.weight) == ("proximal", ["force", "rows"], 1)
+    assert (other.update, other.kl.weight) == ("proximal", 1)
+    assert set(other.parts) == {"force", "rows"}
     assert args is None
     assert rest == ["may.yaml", "learning_rate=1e-4"]
     assert callback.recipe.budget == 0.05
