@@ -14,8 +14,9 @@ from retain.curvature.blocks.factor import DenseFactor, Factor, SketchFactor
 from retain.curvature.plan import kept_bytes
 from retain.models.sites import lora_sites
 from retain.retention.cost import held, rows_rank
-from retain.retention.filter import WIDE, InputFilter
+from retain.retention.filter import InputFilter
 from retain.retention.moments import Moments
+from retain.retention.wiener import WIDE
 
 
 def test_by_hand() -> None:
@@ -68,7 +69,7 @@ def test_a_layer_as_wide_as_those_of_8b_models() -> None:
 
 @pytest.mark.parametrize(("wide", "bf16"), [(64, True), (WIDE, True), (WIDE, False)])
 def test_a_model_with_whole_inputs(wide: int, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retain.retention.filter.has_bf16", lambda _: bf16)
+    monkeypatch.setattr("retain.retention.wiener.has_bf16", lambda _: bf16)
     torch.manual_seed(0)
     base = LlamaForCausalLM(
         LlamaConfig(

@@ -16,10 +16,11 @@ from retain.curvature.curvature import Curvature, reanchored
 from retain.data.batches import Example
 from retain.models.sites import LoraSite, lora_sites
 from retain.retention.budget import Budget, scale_back
-from retain.retention.filter import Filter, InputFilter, filter_of
+from retain.retention.filter import Filter, InputFilter
 from retain.retention.force import Force
 from retain.retention.fresh_rows import FrozenRows
 from retain.retention.moments import Moments, input_moments
+from retain.retention.wiener import filter_of
 from tiny import base
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -16,11 +16,13 @@ from retain.data.batches import Example, batches
 from retain.errors import ConfigError
 from retain.models.off import adapter_off
 from retain.models.sites import lora_sites
-from retain.retention.filter import (
+from retain.retention.filter import Filter, InputFilter
+from retain.retention.loader import reader_of
+from retain.retention.methods.auto import Auto, Wiener
+from retain.retention.moments import Moments, input_moments, moments_of
+from retain.retention.wiener import (
     MOST,
     WIDE,
-    Filter,
-    InputFilter,
     Thin,
     Whole,
     filter_of,
@@ -28,9 +30,6 @@ from retain.retention.filter import (
     matched_gain,
     wiener,
 )
-from retain.retention.loader import reader_of
-from retain.retention.methods.auto import Auto, Wiener
-from retain.retention.moments import Moments, input_moments, moments_of
 from tiny import KINDS, tiny
 
 
@@ -253,7 +252,7 @@ def test_a_wide_filter_is_read_in_bfloat16(
 
     Of a large direction that is no axis rounding lets some more through.
     """
-    monkeypatch.setattr("retain.retention.filter.has_bf16", lambda _: bf16)
+    monkeypatch.setattr("retain.retention.wiener.has_bf16", lambda _: bf16)
     new, old = rows_of(WIDE, 600, 0, 0.01).float(), rows_of(WIDE, 600, 1, 0.01).float()
     old[:, 7] *= 1000
     turn = torch.linalg.qr(rows_of(WIDE, WIDE, 2, 0.0))[0].float()

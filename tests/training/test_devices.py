@@ -36,7 +36,7 @@ ROWS = [Example(tuple(row), (*row[1:], 0), (*(True,) * 7, False)) for row in ids
 @pytest.fixture(autouse=True)
 def one_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies on devices that are not there is read in the same precision as elsewhere."""
-    for part in ("force", "filter"):
+    for part in ("force", "wiener"):
         monkeypatch.setattr(f"retain.retention.{part}.has_bf16", lambda _: True)
 
 

@@ -21,13 +21,14 @@ from retain.models.lora import grow_lora
 from retain.models.off import adapter_off
 from retain.models.sites import lora_sites
 from retain.retention import recipe
-from retain.retention.filter import InputFilter, Thin, Whole, wiener
+from retain.retention.filter import InputFilter
 from retain.retention.filter_checks import why_no_filter
 from retain.retention.force import Force
 from retain.retention.fresh_rows import fresh_rows
 from retain.retention.loader import loader_examples
 from retain.retention.moments import input_moments, moments_of
 from retain.retention.recipe import Recipe
+from retain.retention.wiener import Thin, Whole, wiener
 from tiny import ROWS, base, exactly, move, tiny, weights
 
 

@@ -5,8 +5,8 @@ directions (`retain.curvature.blocks.ranks.sketch_rank`), beside which the rows'
 k / 2:
 
 - **filter**, once for all layers that read one input of size d: d^2 (half of it where hardware has
-  bfloat16's products and d is 512 at least, `retain.retention.filter.Whole.rounded`), or of
-  sketches ``m d + 2 d + 2 m^2`` with m = 3 k / 2 (`retain.retention.filter.Thin`); d is at least
+  bfloat16's products and d is 512 at least, `retain.retention.wiener.Whole.rounded`), or of
+  sketches ``m d + 2 d + 2 m^2`` with m = 3 k / 2 (`retain.retention.wiener.Thin`); d is at least
   2 k there.
 - **copies** of a layer's A, ``2 r d_in``: as it is in the filter's precision, and as it was.
 - **gradients** of A before and after the filter, ``2 r d_in`` from a backward pass to the

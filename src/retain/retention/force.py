@@ -196,27 +196,29 @@ class Force:
                 fix="curvature.load_anchor(model)" + ("" if whole else ", or space='weight'"),
             )
         if nats and probes:
-            held = self._own()
-            other = [
-                n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held
-            ]
-            if other:
-                raise ConfigError(
-                    "what a budget spends cannot be measured while other weights train",
-                    got=f"{len(other)} of them, such as {other[0]}",
-                    allowed="weights that the curvature holds; a new head has nothing to keep",
-                    fix="leave the probe out (source=None), so that the prediction is believed",
-                )
-            for hold in self.holds:
-                rows = probes.get(hold.name)
-                if rows:
-                    hold.probe = Reference(
-                        model, rows, batch_size=len(rows),
-                        base=lambda _: anchored(first, self.sites),
-                    )  # fmt: skip
+            self._measure_on(model, probes)
         self.model, self.rows, self.past = model, slice(None), past
         self._active: dict[int, Any] = {}
         self._forget()
+
+    def _measure_on(self, model: nn.Module, probes: Mapping[str, Sequence[Example]]) -> None:
+        """Keeps what the base predicts on each probe; refuses other weights that train."""
+        held = self._own()
+        other = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+        if other:
+            raise ConfigError(
+                "what a budget spends cannot be measured while other weights train",
+                got=f"{len(other)} of them, such as {other[0]}",
+                allowed="weights that the curvature holds; a new head has nothing to keep",
+                fix="leave the probe out (source=None), so that the prediction is believed",
+            )
+        first = self.holds[0].curvature
+        for hold in self.holds:
+            rows = probes.get(hold.name)
+            if rows:
+                hold.probe = Reference(
+                    model, rows, batch_size=len(rows), base=lambda _: anchored(first, self.sites)
+                )
 
     @property
     def curvature(self) -> Curvature:

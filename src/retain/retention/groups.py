@@ -21,7 +21,7 @@ __all__ = ["Behind", "Group", "grouped"]
 
 
 class Product(Protocol):
-    """P, or a stack of them; see `retain.retention.filter`."""
+    """P, or a stack of them; see `retain.retention.wiener`."""
 
     dtype: torch.dtype
 
