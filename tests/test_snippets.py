@@ -167,8 +167,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name, few in (("rows", 8), ("max_length", 24)):  # what the models write takes the time
         monkeypatch.setitem(retain.fit_curvature.__wrapped__.__kwdefaults__, name, few)
-    monkeypatch.setattr("retain.training.callback.PROBE_TOKENS", 16)
-    monkeypatch.setattr("retain.training.callback.PROBE_ROWS", 2)
+    monkeypatch.setattr("retain.training.probes.PROBE_TOKENS", 16)
+    monkeypatch.setattr("retain.training.probes.PROBE_ROWS", 2)
     return tmp_path
 
 

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from retain.runs.eval import eval_run
     from retain.runs.push import push_to_hub
     from retain.runs.train import continue_run, train_run
-    from retain.training.callback import RetentionCallback, Start
+    from retain.training.callback import RetentionCallback
+    from retain.training.renamed import Start
 
 __version__ = "0.2.0"
 
@@ -73,7 +74,7 @@ _HOMES = {
     "OutputKL": "retain.retention.output_kl",
     "Retention": "retain.retention.retention",
     "RetentionCallback": "retain.training.callback",
-    "Start": "retain.training.callback",
+    "Start": "retain.training.renamed",
     "attach_lora": "retain.models.lora",
     "certify": "retain.evaluation.certify",
     "compact": "retain.runs.compact",

@@ -17,7 +17,7 @@ from retain.data.batches import Example
 from retain.data.draws import HELD_OUT, draw, sample
 from retain.data.sources import encode
 from retain.models.view import ModelView
-from retain.training.callback import PROBE_ROWS, PROBE_SEED
+from retain.training.probes import PROBE_ROWS, PROBE_SEED, probe_of
 from tiny import tiny
 
 COUNT, ASKED = 40, 6
@@ -83,7 +83,7 @@ def test_the_probe_of_a_budget(tmp_path: Path) -> None:
     curvature = retain.fit_curvature(model, ROWS, batch_size=4, progress=False)
     for source in sources(tmp_path):
         callback = retain.RetentionCallback(curvature, budget=0.1, source=source)
-        found = callback._probe(ModelView(model))
+        found = probe_of(callback.recipe, ModelView(model), callback.source)
         want = [ROWS[i] for i in draw(COUNT, PROBE_ROWS, PROBE_SEED)]
         assert found == encode(want, None, max_length=8, causal=True)
 

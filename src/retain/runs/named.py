@@ -148,7 +148,7 @@ def probes(config: RunConfig, model: Any, tokenizer: Any, messages: Any) -> dict
 
     Answers are of another seed than those that the curvature has read.
     """
-    from retain.training.callback import KL_ROWS, PROBE_ROWS, PROBE_SEED
+    from retain.training.probes import KL_ROWS, PROBE_ROWS, PROBE_SEED
 
     rows, seed = (KL_ROWS if config.kl else PROBE_ROWS), config.training.seed + PROBE_SEED
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from retain.curvature.curvature import Curvature
-from retain.curvature.fit.source import source_examples
-from retain.data.batches import Example
-from retain.data.sources import Row
-from retain.errors import ConfigError, RetainWarning, unknown
+from retain.errors import ConfigError, RetainWarning
 from retain.models.cards import extend_card, plain_name, section
 from retain.models.names import unwrap
 from retain.models.view import ModelView
@@ -27,7 +24,7 @@ from retain.retention.force import Force
 from retain.retention.loader import loader_examples
 from retain.retention.named import Budgets, Curvatures, by_name, check_names, named
 from retain.retention.output_kl import OutputKL
-from retain.retention.recipe import Probe, Recipe
+from retain.retention.recipe import Recipe
 from retain.retention.watch import Watched
 from retain.training.handling import (
     check_alone,
@@ -39,7 +36,9 @@ from retain.training.handling import (
     watched_gradients,
 )
 from retain.training.keeping import keep, keep_tensors, kept_in, kept_tensors
+from retain.training.probes import Sources, kl_rows, probe_of
 from retain.training.reading import check_loader
+from retain.training.renamed import parts_of
 from retain.training.running import Running, calling_handler, resumed_from
 from retain.training.zero import ZeroStep, zero_of
 from retain.types import STRENGTH, Update
@@ -47,16 +46,7 @@ from retain.types import STRENGTH, Update
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["RetentionCallback", "Sources", "Start"]
-
-Source = str | Path | Iterable[Row]
-Sources = Source | Mapping[str, Source | None] | None
-
-PROBE_ROWS, PROBE_TOKENS, PROBE_SEED = 8, 128, 1
-"""Of the text that a budget is measured on; another seed than the curvature's own samples."""
-
-KL_ROWS, KL_SEED = 64, 0
-"""Of the text that a KL is measured on: that of the curvature, where the model samples both."""
+__all__ = ["RetentionCallback"]
 
 NOTICED = 0.9
 """The share of the predicted nats below which a model that is moved back at the end is not the one
@@ -147,7 +137,7 @@ class RetentionCallback(TrainerCallback):
                     fix="RetentionCallback(retain.load_curvature(path))",
                 )
         if start is None or start != "auto":
-            parts, filter = _parts_of(start, filter)
+            parts, filter = parts_of(start, filter)
         recipe = Recipe(
             curvature, strength, parts=parts, budget=budget, past=past, update=update,
             filter=filter, kl=kl,
@@ -305,8 +295,8 @@ class RetentionCallback(TrainerCallback):
                 model,
                 lambda count, seed: loader_examples(loader, count, seed, view.causal),
                 seed=args.seed,
-                probe=self._probe(view),
-                source=self._kl_rows(view),
+                probe=probe_of(recipe, view, self.source),
+                source=kl_rows(recipe, view, self.source),
                 tokenizer=view.tokenizer,
                 progress=kept,
                 kept=kept_tensors(resumed_from()) if resuming else None,
@@ -332,52 +322,6 @@ class RetentionCallback(TrainerCallback):
         if args.fp16:  # a gradient scaler skips such steps by itself
             return None
         return watched_gradients(model.parameters(), state.global_step + 1)
-
-    def _probe(self, view: ModelView) -> Probe:
-        """A few rows to measure the true divergence on; of named budgets by name."""
-        curvature, source = self.recipe.curvature, self.source
-        if not isinstance(self.recipe.budget, Mapping) or not isinstance(curvature, Mapping):
-            return self._rows(view, source)
-        given: dict[str, Any] = dict(source) if isinstance(source, Mapping) else {}
-        if isinstance(source, str):  # auto
-            given = {n: "auto" for n, each in curvature.items() if each.info.note == "self"}
-        missing = [name for name in curvature if name not in given]
-        if missing and source is not None:
-            _warn(
-                f"the budget of {', '.join(missing)} is of predicted nats: no text is given to "
-                f"measure it on (source={{{missing[0]!r}: rows}})"
-            )
-        return {name: self._rows(view, each) for name, each in given.items() if each is not None}
-
-    def _kl_rows(self, view: ModelView) -> Sequence[Example]:
-        """Rows of the source, of named ones of all, for `kl`."""
-        if not self.recipe.kl.weight or not view.causal:
-            return ()
-        given = self.source.values() if isinstance(self.source, Mapping) else [self.source]
-        found: list[Example] = []
-        for each in given:
-            own = each is None or (isinstance(each, str) and each == "auto")
-            if not own or view.tokenizer is not None:
-                text: Any = "self" if own else each
-                found += source_examples(view, text, KL_ROWS, PROBE_TOKENS, KL_SEED)
-        return found
-
-    def _rows(self, view: ModelView, source: Any) -> Sequence[Example]:
-        """A few rows of a source."""
-        if self.recipe.budget is None or source is None:
-            return ()
-        if isinstance(source, str) and source == "auto":
-            if not view.causal:
-                _warn("the budget is of predicted nats: a classifier writes no text to measure on")
-                return ()
-            if view.tokenizer is None:
-                _warn(
-                    "the budget is of predicted nats: without a tokenizer the model writes no text "
-                    "to measure on (tokenizer=..., or source=...)"
-                )
-                return ()
-            source = "self"
-        return source_examples(view, source, PROBE_ROWS, PROBE_TOKENS, PROBE_SEED)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -478,46 +422,6 @@ class RetentionCallback(TrainerCallback):
                 added[named("strength", hold.name)] = hold.budget.strength
                 added[named("correction", hold.name)] = hold.budget.correction
         record(state, logs, added)
-
-
-def _parts_of(start: Any, given: Filter | None) -> tuple[tuple[str, ...], Filter | None]:
-    """The parts that a `start` of earlier versions stands for."""
-    warnings.warn(
-        "start is now parts: parts=['force'] holds by the force alone, and filter= has the "
-        "filter's options",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    if start is None:
-        return ("force",), None
-    if start == "wiener":
-        start = Filter()
-    if not isinstance(start, Filter):
-        raise _no_start(start)
-    return ("rows", "filter", "force"), given or start
-
-
-def Start(kind: str = "wiener", **options: Any) -> Filter:
-    """Before 0.2, the options of the filter; now `retain.Filter`.
-
-    Raises:
-        ConfigError: one of the other starts, which lost to the filter and are gone.
-    """
-    warnings.warn("retain.Start is now retain.Filter", DeprecationWarning, stacklevel=2)
-    if kind != "wiener":
-        raise _no_start(kind)
-    return Filter(**options)
-
-
-def _no_start(kind: object) -> ConfigError:
-    if kind not in ("discriminant", "principal", "null", "random"):
-        return unknown("start", str(kind), ("wiener",))
-    return ConfigError(
-        "this start of A lost to the filter, and is gone",
-        got=f"start={kind!r}",
-        allowed="the filter, or the force alone",
-        fix="leave start out, or parts=['force']",
-    )
 
 
 def _base_of(model: Any) -> tuple[str, str]:

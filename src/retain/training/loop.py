@@ -23,10 +23,11 @@ from retain.models.sizes import pad_multiple
 from retain.models.view import ModelView
 from retain.retention.method import Method
 from retain.retention.recipe import Recipe
-from retain.training.callback import RetentionCallback, Sources
+from retain.training.callback import RetentionCallback
 from retain.training.checkpoints import Seal, last_whole
 from retain.training.loss import head_of
 from retain.training.method import MethodCallback
+from retain.training.probes import Sources
 from retain.training.trainer import Rows, RowTrainer
 
 __all__ = ["TrainResult", "train"]

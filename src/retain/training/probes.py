@@ -1,0 +1,86 @@
+"""The text on which a training measures what a budget spends, and what a KL weighs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from retain.curvature.fit.source import source_examples
+from retain.data.batches import Example
+from retain.data.sources import Row
+from retain.errors import RetainWarning
+from retain.models.view import ModelView
+from retain.retention.recipe import Probe, Recipe
+
+__all__ = ["KL_ROWS", "PROBE_ROWS", "PROBE_SEED", "Sources", "kl_rows", "probe_of"]
+
+Source = str | Path | Iterable[Row]
+Sources = Source | Mapping[str, Source | None] | None
+
+PROBE_ROWS, PROBE_TOKENS, PROBE_SEED = 8, 128, 1
+"""Of the text that a budget is measured on; another seed than the curvature's own samples."""
+
+KL_ROWS, KL_SEED = 64, 0
+"""Of the text that a KL is measured on: that of the curvature, where the model samples both."""
+
+
+def probe_of(recipe: Recipe, view: ModelView, source: Any) -> Probe:
+    """A few rows to measure the true divergence on; of named budgets by name.
+
+    Args:
+        recipe: whose budget, if it has one.
+        view: of the model that trains.
+        source: as `retain.RetentionCallback` takes it.
+    """
+    if recipe.budget is None:
+        return ()
+    if not isinstance(recipe.budget, Mapping) or not isinstance(recipe.curvature, Mapping):
+        return _rows(view, source)
+    given: dict[str, Any] = dict(source) if isinstance(source, Mapping) else {}
+    if isinstance(source, str):  # auto
+        given = {n: "auto" for n, each in recipe.curvature.items() if each.info.note == "self"}
+    missing = [name for name in recipe.curvature if name not in given]
+    if missing and source is not None:
+        _warn(
+            f"the budget of {', '.join(missing)} is of predicted nats: no text is given to "
+            f"measure it on (source={{{missing[0]!r}: rows}})"
+        )
+    return {name: _rows(view, each) for name, each in given.items() if each is not None}
+
+
+def kl_rows(recipe: Recipe, view: ModelView, source: Any) -> Sequence[Example]:
+    """Rows of the source, of named ones of all, for `kl`; none of an encoder."""
+    if not recipe.kl.weight or not view.causal:
+        return ()
+    found: list[Example] = []
+    for each in source.values() if isinstance(source, Mapping) else [source]:
+        own = each is None or (isinstance(each, str) and each == "auto")
+        if not own or view.tokenizer is not None:
+            text: Any = "self" if own else each
+            found += source_examples(view, text, KL_ROWS, PROBE_TOKENS, KL_SEED)
+    return found
+
+
+def _rows(view: ModelView, source: Any) -> Sequence[Example]:
+    """A few rows of a source."""
+    if source is None:
+        return ()
+    if isinstance(source, str) and source == "auto":
+        if not view.causal:
+            _warn("the budget is of predicted nats: a classifier writes no text to measure on")
+            return ()
+        if view.tokenizer is None:
+            _warn(
+                "the budget is of predicted nats: without a tokenizer the model writes no text "
+                "to measure on (tokenizer=..., or source=...)"
+            )
+            return ()
+        source = "self"
+    return source_examples(view, source, PROBE_ROWS, PROBE_TOKENS, PROBE_SEED)
+
+
+def _warn(text: str) -> None:
+    """Says in what lesser way a budget is held."""
+    warnings.warn(text, RetainWarning, stacklevel=3)
