@@ -1,8 +1,8 @@
 """What each part of the recipe gives, from a study in which all of them are in and out.
 
     python benchmarks/factorial.py benchmarks/results/parts-decoder/study.json
-    python benchmarks/factorial.py benchmarks/results/parts-decoder-chats/study.json --pair auto no-filter
-    python benchmarks/factorial.py .../parts-decoder-chats/study.json --pair auto auto --than .../parts-decoder/study.json
+    python benchmarks/factorial.py benchmarks/results/parts-decoder-prompts/study.json --pair auto no-filter
+    python benchmarks/factorial.py .../parts-decoder-prompts/study.json --pair auto auto --than .../parts-decoder/study.json
 
 A part's effect is the mean over the settings of the others of what a run has more with it than
 without it, of one seed; with three parts that is four differences a seed. ``--pair`` is one method

@@ -39,6 +39,7 @@ from retain.study.resources import trim_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "overhead.json"
+AGAIN = RESULT.with_name("overhead-zen4.json")
 FIGURE = ROOT / "docs" / "images" / "overhead.png"
 PAGE = ROOT / "docs" / "overhead.md"
 LENGTH, RANK, STEP_ROWS = 128, 8, 4
@@ -380,6 +381,7 @@ def page(result: dict[str, Any]) -> str:
         "",
         *_table(result["step"], "step"),
         "",
+        *_again(),
         "## What is lost on the way",
         "",
         "The predicted nats of a small random update and of one that plain LoRA made, relative to "
@@ -395,6 +397,27 @@ def page(result: dict[str, Any]) -> str:
             f"{row['stated_share_error']:.1%} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _again() -> list[str]:
+    """What was measured later, with later code, on another processor."""
+    found = json.loads(AGAIN.read_text(encoding="utf-8"))
+    commits = {row["commit"] for kind in ("fit", "step") for row in found[kind].values()}
+    return [
+        "## Later, on another processor",
+        "",
+        f"{found['processor']}, {found['hardware']['cores']} cores, commit {', '.join(sorted(commits))} "
+        f"(`benchmarks/results/{AGAIN.name}`). Sketches are other ones than above, and take less time; "
+        "float32 products in bfloat16 gain nothing on this processor, so whole factors take more. "
+        "Fits:",
+        "",
+        *_table(found["fit"], "fit"),
+        "",
+        "A step:",
+        "",
+        *_table(found["step"], "step"),
+        "",
+    ]
 
 
 def _table(rows: dict[str, Any], kind: str) -> list[str]:
