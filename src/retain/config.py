@@ -222,6 +222,12 @@ class RunConfig(_Strict):
             found["source"] = _source(found["source"], several)
         return found
 
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _one_part(cls, value: Any) -> Any:
+        """One without a comma, as the command line has it."""
+        return [value] if isinstance(value, str) else value
+
     @field_validator("adapter", "training", mode="before")
     @classmethod
     def _nothing_said(cls, value: Any) -> Any:

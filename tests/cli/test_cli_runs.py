@@ -108,6 +108,8 @@ class TestTrain:
         ratios = torch.stack([sizes[2][name] / size for name, size in sizes[0].items()])
         assert (ratios > 0.99).all() and (ratios <= 3.02).all() and ratios.max() > 1.02
         train(tmp_path / "none", "--set", "gain=most").refused("gain", "'most'")
+        one = train(tmp_path / "one", "--max-steps", 1, "--parts", "force", "--json").json
+        assert one["config"]["parts"] == ["force"]
 
     def test_the_recipe_is_the_default(
         self, retain: Run, train: Run, model: Path, source: Path, tmp_path: Path

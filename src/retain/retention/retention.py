@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -12,7 +13,8 @@ from torch.optim import Optimizer
 
 from retain.curvature.curvature import Curvature
 from retain.data.batches import Example
-from retain.errors import ModelError
+from retain.data.encoding import Loss, encode
+from retain.errors import ConfigError, ModelError, RetainWarning
 from retain.models.heads import is_causal
 from retain.retention.filter import Filter
 from retain.retention.hooks import IN_BACKWARD, steps_in_backward
@@ -43,7 +45,8 @@ class Retention:
         curvature: of the source text, fitted on this model; or several by name.
         strength: how many nats of task loss one nat of predicted forgetting weighs.
         rows: what is learned, which the filter reads: a `torch.utils.data.DataLoader` whose batches
-            have ``input_ids``, or tokenised rows. Without it there is no filter.
+            have ``input_ids``, or tokenised rows: dictionaries with ``input_ids``, a list of
+            numbers, and ``labels`` where they have some. Without it there is no filter.
         parts: of the recipe; all by default.
         budget: in place of the strength, nats per source token that may be spent; of several
             curvatures by the same names.
@@ -87,13 +90,14 @@ class Retention:
         kept: Mapping[str, Tensor] | None = None,
     ) -> None:
         check_steps(model)
+        self._stepped = False
         self.recipe = Recipe(
             curvature, strength, parts=parts, budget=budget, past=past, update=update,
             filter=filter, kl=kl,
         )  # fmt: skip
         self.recipe.begin(
-            model, _reader(model, rows), seed=seed, probe=probe, source=source, progress=progress,
-            kept=kept,
+            model, _reader(model, rows), seed=seed, probe=_probe(model, probe),
+            source=_tokenised(model, source, "source"), progress=progress, kept=kept,
         )  # fmt: skip
 
     @property
@@ -129,6 +133,7 @@ class Retention:
             TrainingError: the weights have left the finite numbers.
         """
         check_steps(optimizer)
+        self._stepped = True
         if scaler is not None:
             with suppress(RuntimeError):  # they are unscaled already
                 scaler.unscale_(optimizer)
@@ -154,7 +159,18 @@ class Retention:
         return self.recipe.kept()
 
     def finish(self) -> None:
-        """When training has ended: takes back what is above a budget, and lets the model go."""
+        """When training has ended: takes back what is above a budget, and lets the model go.
+
+        Warns:
+            RetainWarning: `step` was never called.
+        """
+        if not self._stepped:
+            warnings.warn(
+                "retention.step(optimizer) was never called, so no step of the training was held; "
+                "it takes the place of optimizer.step()",
+                RetainWarning,
+                stacklevel=2,
+            )
         self.recipe.end()
 
 
@@ -189,4 +205,46 @@ def _reader(model: nn.Module, rows: Any) -> RowReader | None:
     if hasattr(rows, "collate_fn"):
         causal = is_causal(model)
         return lambda count, seed: loader_examples(rows, count, seed, causal)
-    return reader_of(list(rows))
+    found = _tokenised(model, rows, "rows")
+    if not found:
+        raise ConfigError(
+            "there are no rows that the filter could read", got="rows=[]",
+            allowed="1 or more, or none at all for the force alone",
+            fix="rows=loader, the DataLoader of the training; or leave rows out",
+        )  # fmt: skip
+    return reader_of(found)
+
+
+def _probe(model: nn.Module, probe: Any) -> Probe:
+    if isinstance(probe, Mapping):
+        return {name: _tokenised(model, rows, "probe") for name, rows in probe.items()}
+    return _tokenised(model, probe, "probe")
+
+
+def _tokenised(model: nn.Module, rows: Any, name: str) -> list[Example]:
+    """Rows that were tokenised by whoever gives them, as the package has them."""
+    given: list[Any] = [rows] if isinstance(rows, str | Mapping) else list(rows)
+    odd = [row for row in given if not isinstance(row, Example)]
+    if not odd:
+        return given
+    if len(odd) == len(given) and all(_is_row(row) for row in odd):
+        longest = max(len(row["input_ids"]) for row in odd)
+        loss: Loss = "assistant" if name == "rows" else "source"
+        causal = is_causal(model)
+        return encode(odd, None, max_length=max(longest, 2), causal=causal, loss=loss)
+    told = type(odd[0]).__name__
+    if isinstance(odd[0], Mapping):
+        told += f" with {', '.join(map(str, odd[0]))}"
+    raise ConfigError(
+        f"{name} takes tokenised rows", got=told,
+        allowed="a dictionary for each row, whose input_ids are a list of token numbers"
+        + (", or a DataLoader" if name == "rows" else ""),
+        fix="rows=loader, the DataLoader of the training" if name == "rows"
+        else f"{name}=[{{'input_ids': ids}} for ids in tokenizer(texts)['input_ids']]",
+    )  # fmt: skip
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it is one tokenised row, and no batch of several."""
+    ids = row.get("input_ids") if isinstance(row, Mapping) else None
+    return isinstance(ids, Sequence) and all(isinstance(i, int) for i in ids)

@@ -1,0 +1,78 @@
+"""`retain.Retention`: what a loop of one's own may give it, and what it is told."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import retain
+from retain.data.sources import encode
+from retain.errors import ConfigError, RetainWarning
+from tiny import ROWS, exactly, tiny, weights
+
+TASK = [{"input_ids": [1 + (i * k) % 12 for k in range(1, 6)]} for i in range(1, 9)]
+
+
+def learned(step: bool = True, **options: Any) -> dict[str, torch.Tensor]:
+    """The weights after a few steps."""
+    model = tiny("llama")
+    curvature = retain.fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    retention = retain.Retention(model, curvature, **options)
+    for row in TASK[:3]:
+        batch = torch.tensor([row["input_ids"]])
+        model(input_ids=batch, labels=batch).loss.backward()
+        retention.step(optimizer) if step else optimizer.step()
+        optimizer.zero_grad()
+    retention.finish()
+    return weights(model)
+
+
+def test_rows_may_be_dictionaries() -> None:
+    examples = encode(TASK, None, max_length=5, causal=True)
+    source = encode(ROWS["llama"], None, max_length=64, causal=True, loss="source")
+    plain = learned(rows=TASK, budget=1e-3, probe=ROWS["llama"], kl=1, source=ROWS["llama"])
+    exactly(plain, learned(rows=examples, budget=1e-3, probe=source, kl=1, source=source))
+    with pytest.raises(AssertionError):
+        exactly(plain, learned(rows=TASK[:2], budget=1e-3, probe=source, kl=1, source=source))
+
+
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        ({"rows": ["a text"]}, "rows takes tokenised rows, not str"),
+        ({"rows": "a text"}, "rows takes tokenised rows, not str"),
+        (
+            {"rows": [{"input_ids": torch.ones(2, 5).long(), "attention_mask": torch.ones(2, 5)}]},
+            "rows takes tokenised rows, not dict with input_ids, attention_mask",
+        ),
+        ({"rows": [{"text": "a"}]}, "rows takes tokenised rows, not dict with text"),
+        ({"probe": ["a text"], "budget": 0.1}, "probe takes tokenised rows, not str"),
+        ({"source": ["a text"], "kl": 1}, "source takes tokenised rows, not str"),
+        ({"rows": []}, "there are no rows that the filter could read, not rows=[]"),
+    ],
+)
+def test_other_rows_are_refused_with_what_to_give(options: dict[str, Any], got: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        learned(**options)
+    assert f"{caught.value.what}, not {caught.value.got}" == got
+    name = "rows" if "rows" in options else next(iter(options))
+    assert f"{name}=" in caught.value.fix
+
+
+def test_the_fix_for_rows_works() -> None:
+    loader = DataLoader([torch.tensor(row["input_ids"]) for row in TASK], batch_size=2,
+                        collate_fn=lambda b: {"input_ids": torch.stack(b)})  # fmt: skip
+    learned(rows=loader)
+
+
+def test_a_step_that_was_never_held_is_told() -> None:
+    with pytest.warns(RetainWarning, match=r"retention.step\(optimizer\) was never called"):
+        learned(step=False, rows=TASK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RetainWarning)
+        learned(rows=TASK)
