@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,11 @@ from transformers import (
 )
 
 from retain.cli import main
+from retain.config import RunConfig
 from retain.curvature.curvature import load_curvature
+from retain.errors import ConfigError
+from retain.runs.classify import labels_of
+from retain.runs.records import Labels
 
 KINDS = ["red", "blue", "green"]
 WORDS = [a + b for a in ("ca", "do", "mi", "lo", "su") for b in ("t", "g", "n", "p")]
@@ -203,7 +208,11 @@ REFUSED: dict[str, tuple[list[Any], list[str], list[str]]] = {
     "a blank name": (["x", "  ", "y"] * 8, [], ["row 2 of the data has no label"]),
     "one name": (["x"] * 24, [], ["the labels are no classes"]),
     "identities": ([0, *[7000] * 23], [], ["the labels are no classes"]),
-    "beyond": ([0, 1, 2] * 8, ["--num-labels", "2"], ["label 2", "0 to 1"]),
+    "beyond": (
+        [0, 1, 2] * 8,
+        ["--num-labels", "2"],
+        ["label 2 in row 3", "0 to 1", "--num-labels 3"],
+    ),
     "parts": ([0, 1, 1.5] * 8, ["--num-labels", "2"], ["1.5"]),
     "names and numbers": ([0, "x", 1] * 8, [], ["row 1 of the data has a label of another kind"]),
     "too many names": ([*KINDS] * 8, ["--num-labels", "2"], ["--num-labels 3"]),
@@ -334,6 +343,14 @@ class TestMonths:
         assert retain("train", *argv, *more).code == 0
         then, now = (answers(run, months[0], rows) for run in (months[1][0], out))
         torch.testing.assert_close(now, then, rtol=1e-4, atol=1e-5)
+
+    def test_a_number_beyond_its_classes_is_refused_with_its_row(self, encoder: Path) -> None:
+        config = RunConfig(model=str(encoder), data="rows.jsonl", out="out")
+        rows = [{"text": "a", "label": i} for i in (0, 1, 2, 1, 3)]
+        before: Any = SimpleNamespace(labels=Labels(count=3))
+        with pytest.raises(ConfigError, match=r"label 3 in row 5 .*whole numbers from 0 to 2"):
+            labels_of(rows, config, before)
+        assert labels_of(rows[:4], config, before)[1].count == 3
 
     @pytest.mark.parametrize(
         ("labels", "more", "said"),

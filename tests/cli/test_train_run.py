@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 import retain
-from retain.config import RunConfig
+from retain.config import RunConfig, TrainConfig
 from retain.errors import ConfigError, RetainWarning
 from retain.runs.records import StateRecord, TrainRecord, read_record
+from retain.runs.training import rose
 
 VOLATILE = {"seconds", "created"}
 
@@ -208,3 +209,19 @@ def test_records_of_earlier_versions_are_read(trained: Path, tmp_path: Path) -> 
     path.write_text(json.dumps(state | {"schema": "retain.state/2"}))
     with pytest.raises(ValueError, match=r"retain\.state/1"):
         read_record(path, StateRecord)
+
+
+def test_a_loss_that_rises_is_told(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(learning_rate=3e-3)
+    assert rose([1.0, 2.0, 3.0, 2.0], config) == (
+        "the loss rose, from 1 to 2: try --learning-rate 0.001, or more steps"
+    )
+    for losses in ([2.0, 3.0, 1.0], [1.0, 1.05], [1.0], [], [None, 2.0, 1.0], [1.0, 9.0] * 8):
+        assert rose(losses, config) is None
+    given = settings | {"method": "none", "curvature": None, "keep_state": None, "max_steps": 4}
+    for share, said in ((1.1, False), (0.5, True)):  # a tiny model's loss hardly moves
+        monkeypatch.setattr("retain.runs.training.ROSE", share)
+        found = retain.train_run(**given, out=tmp_path / f"{share}", quiet=True)
+        assert any(note.startswith("the loss rose") for note in found.record.notes) is said

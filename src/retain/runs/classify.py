@@ -104,7 +104,7 @@ def labels_of(
     if before is not None and known is not None and any(named) != bool(known.names):
         raise _other_labels(f"labels such as {found[named.index(any(named))]!r}", before)
     if not any(named):
-        labels = _numbered(found, asked, own, len(rows))
+        labels = _numbered(found, asked, own, len(rows), before)
         return list(rows), known or labels
     odd = next((n for n, label in enumerate(found, 1) if not isinstance(label, str)), None)
     if odd is not None:
@@ -130,8 +130,9 @@ def labels_of(
 
 
 def _numbered(
-    found: Sequence[Any], asked: int | None, own: Sequence[str] | None, rows: int
-) -> Labels:
+    found: Sequence[Any], asked: int | None, own: Sequence[str] | None, rows: int,
+    before: Previous | None,
+) -> Labels:  # fmt: skip
     """What labels that are numbers are."""
     from retain.data.classifier import target_of
 
@@ -155,6 +156,15 @@ def _numbered(
                 fix=f"number them from 0, or --num-labels {most + 1}; --num-labels 1 for values",
             )
         _check_count(most + 1, None, rows, f"labels up to {most}")
+    for number, value in enumerate(values, start=1):
+        if asked is not None and isinstance(value, int) and not 0 <= value < asked:
+            got = f"label {value} in row {number} of the data"
+            if before is not None:
+                raise _other_labels(got, before)
+            raise SourceError(
+                "a label is of no class", got=got, allowed=f"0 to {asked - 1}",
+                fix=f"--num-labels {int(max(values)) + 1}, or number the labels from 0",
+            )  # fmt: skip
     count = asked or int(max(values)) + 1
     return Labels(count=count, known=own is not None and len(own) == count)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retain.config import RunConfig, names_of
+from retain.config import RunConfig, TrainConfig, names_of
 from retain.documents import sealed
 from retain.errors import ConfigError, unknown
 from retain.files import file_digest, first_rank, write_json, writing
@@ -34,6 +34,9 @@ from retain.runs.records import (
 from retain.runs.settings import placed, unused
 
 __all__ = ["RunResult", "Training"]
+
+ROSE = 1.1
+"""How much larger a loss is at the end than at the start before that is said."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ class Training:
         self.messages.say(f"training on {len(examples)} rows")
         earlier = checkpoints.history(last) if last else []  # before newer ones replace it
         result = self._fit(examples, held, digests)
+        if told := rose([entry.get("loss") for entry in earlier + result.history], training):
+            self.messages.note(told)
         record = self._record(held, last, digests) | {
             "examples": len(examples), "rows": counts.to_dict(), "labels": self.labels,
             "steps": result.steps, "seconds": result.seconds,
@@ -341,6 +346,24 @@ class Training:
             "Trained": trained(record.steps, rate, month.seed),
             **({"Held by": "nothing"} if self.recipe is None else facts(self.recipe)),
         }
+
+
+def rose(losses: Sequence[float | None], config: TrainConfig) -> str | None:
+    """What is said where training has made the loss larger; None where it has not.
+
+    A step's loss is of a few rows, so the means of the first and the last quarter are compared.
+    """
+    known = [loss for loss in losses if loss is not None]
+    some = max(1, len(known) // 4)
+    if len(known) < 2:
+        return None
+    first, last = sum(known[:some]) / some, sum(known[-some:]) / some
+    if last <= ROSE * first:
+        return None
+    return (
+        f"the loss rose, from {first:.3g} to {last:.3g}: try --learning-rate "
+        f"{config.learning_rate / 3:.1g}, or more steps"
+    )
 
 
 def run_rows(config: RunConfig) -> Any:
