@@ -402,14 +402,16 @@ def page(result: dict[str, Any]) -> str:
 def _again() -> list[str]:
     """What was measured later, with later code, on another processor."""
     found = json.loads(AGAIN.read_text(encoding="utf-8"))
-    commits = {row["commit"] for kind in ("fit", "step") for row in found[kind].values()}
+    rows = [row for kind in ("fit", "step") for row in found[kind].values()]
+    commits = sorted({row["commit"] for row in rows if "commit" in row})
+    processor = found.get("processor", found["hardware"]["cpu"])
     return [
         "## Later, on another processor",
         "",
-        f"{found['processor']}, {found['hardware']['cores']} cores, commit {', '.join(sorted(commits))} "
-        f"(`benchmarks/results/{AGAIN.name}`). Sketches are other ones than above, and take less time; "
-        "float32 products in bfloat16 gain nothing on this processor, so whole factors take more. "
-        "Fits:",
+        f"{processor}, {found['hardware']['cores']} cores, commit {', '.join(commits)} "
+        f"(`benchmarks/results/{AGAIN.name}`); 2 repeats of the sketched fit, 4 of the other, 29 of the "
+        "step. Sketches are other ones than above, and take less time; float32 products in bfloat16 "
+        "gain nothing on this processor, so whole factors take more, and more than their bound. Fits:",
         "",
         *_table(found["fit"], "fit"),
         "",

@@ -213,8 +213,14 @@ def test_a_run_that_was_to_take_its_place_and_broke_off_changes_nothing(
     begun = told(run / "run.json") | {"budget": None, "strength": 7.0}
     del begun["digest"]
     write_json(run / "run.json", begun)  # the settings of one that began, and never ended
+    ended = told(run / "train.json")
+    ended["history"] *= -(-8000 // len(ended["history"]))  # of a long training
+    write_json(run / "train.json", ended)
+    assert (run / "train.json").stat().st_size > 2**20
     found = june("--continue-from", run, "--json").json
     assert found["config"]["budget"] == BUDGET
+    write_json(run / "train.json", {k: v for k, v in ended.items() if k != "config"})
+    june("--continue-from", run, "--overwrite").refused("nothing to continue from", "--keep-state")
 
 
 def test_what_cannot_be(months: list[Path], trained: Path, june: Run) -> None:

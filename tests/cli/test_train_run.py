@@ -215,13 +215,17 @@ def test_a_loss_that_rises_is_told(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(learning_rate=3e-3)
-    assert rose([1.0, 2.0, 3.0, 2.0], config) == (
-        "the loss rose, from 1 to 2: try --learning-rate 0.001, or more steps"
-    )
-    for losses in ([2.0, 3.0, 1.0], [1.0, 1.05], [1.0], [], [None, 2.0, 1.0], [1.0, 9.0] * 8):
+    said = "the loss rose, from 1 to 2.5: try --learning-rate 0.001"
+    assert rose([1.0, 2.0, 3.0, 2.5], config) == said
+    assert rose([1.0] * 8 + [1.2] * 8, config) == "the loss rose, from 1 to 1.2: try " + said[-21:]
+    for losses in (
+        [2.0, 3.0, 1.0], [1.0, 1.9], [1.9, 3, 2, 2.2, 2.5], [1.0] * 8 + [1.05] * 8, [1e-6, 2e-3],
+        [1.0], [], [None, 2.0, 1.0], [1.0, 9.0] * 8,
+    ):  # fmt: skip
         assert rose(losses, config) is None
     given = settings | {"method": "none", "curvature": None, "keep_state": None, "max_steps": 4}
-    for share, said in ((1.1, False), (0.5, True)):  # a tiny model's loss hardly moves
-        monkeypatch.setattr("retain.runs.training.ROSE", share)
+    monkeypatch.setattr("retain.runs.training.FELT", -1)
+    for share, said in ((2.0, False), (0.5, True)):  # a tiny model's loss hardly moves
+        monkeypatch.setattr("retain.runs.training.SURELY", share)
         found = retain.train_run(**given, out=tmp_path / f"{share}", quiet=True)
         assert any(note.startswith("the loss rose") for note in found.record.notes) is said

@@ -295,7 +295,7 @@ def test_a_correction_is_of_what_trains() -> None:
 def test_a_budget_below_what_is_spent_is_refused() -> None:
     spent = Budget(0.3, spent=(0.2, 0.01)).state()
     less = Budget(0.2)
-    with pytest.raises(ConfigError, match=r"budget=0.2, and 0.2 nats that are spent.*budget=0.3"):
+    with pytest.raises(ConfigError, match=r"a budget of 0.2, and 0.2 nats that are spent.*of 0.3"):
         less.restore(spent)
     more = Budget(0.21)
     more.restore(spent)

@@ -64,10 +64,22 @@ def test_other_rows_are_refused_with_what_to_give(options: dict[str, Any], got: 
     assert f"{name}=" in caught.value.fix
 
 
+def test_rows_may_be_tensors_mixed_with_examples_or_nothing() -> None:
+    plain = learned(rows=TASK, probe=None, source=None)
+    tensors = [{"input_ids": torch.tensor(row["input_ids"])} for row in TASK]
+    exactly(plain, learned(rows=tensors, probe=None, source=None))
+    examples = encode(TASK, None, max_length=5, causal=True)
+    learned(rows=[*TASK[:4], *examples[4:]], budget=1e-3, probe=[*TASK[:1], *examples[1:2]])
+    exactly(learned(rows=[], parts=["force"]), learned(parts=["force"]))
+
+
 def test_the_fix_for_rows_works() -> None:
     loader = DataLoader([torch.tensor(row["input_ids"]) for row in TASK], batch_size=2,
                         collate_fn=lambda b: {"input_ids": torch.stack(b)})  # fmt: skip
-    learned(rows=loader)
+    model = tiny("llama")
+    curvature = retain.fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
+    held = retain.Retention(model, curvature, rows=loader)
+    assert held.recipe.filter is not None and held.why_no_filter is None
 
 
 def test_a_step_that_was_never_held_is_told() -> None:

@@ -156,9 +156,9 @@ class Budget:
         if self.spent[0] >= self.nats:
             raise ConfigError(
                 "what stays as it is has spent more than the budget",
-                got=f"budget={self.nats:g}, and {self.spent[0]:.3g} nats that are spent",
+                got=f"a budget of {self.nats:g}, and {self.spent[0]:.3g} nats that are spent",
                 allowed=f"more than {self.spent[0]:.3g}",
-                fix=f"budget={float(state['nats']):g}, as it was",
+                fix=f"a budget of {float(state['nats']):g}, as it was",
             )
 
 

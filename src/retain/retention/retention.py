@@ -90,13 +90,14 @@ class Retention:
         kept: Mapping[str, Tensor] | None = None,
     ) -> None:
         check_steps(model)
-        self._stepped = False
+        self._stepped = progress is not None
         self.recipe = Recipe(
             curvature, strength, parts=parts, budget=budget, past=past, update=update,
             filter=filter, kl=kl,
         )  # fmt: skip
+        reader = _reader(model, rows, filters="filter" in self.recipe.parts)
         self.recipe.begin(
-            model, _reader(model, rows), seed=seed, probe=_probe(model, probe),
+            model, reader, seed=seed, probe=_probe(model, probe),
             source=_tokenised(model, source, "source"), progress=progress, kept=kept,
         )  # fmt: skip
 
@@ -199,14 +200,14 @@ def no_deepspeed() -> ModelError:
     )
 
 
-def _reader(model: nn.Module, rows: Any) -> RowReader | None:
+def _reader(model: nn.Module, rows: Any, *, filters: bool) -> RowReader | None:
     if rows is None:
         return None
     if hasattr(rows, "collate_fn"):
         causal = is_causal(model)
         return lambda count, seed: loader_examples(rows, count, seed, causal)
     found = _tokenised(model, rows, "rows")
-    if not found:
+    if not found and filters:
         raise ConfigError(
             "there are no rows that the filter could read", got="rows=[]",
             allowed="1 or more, or none at all for the force alone",
@@ -223,18 +224,24 @@ def _probe(model: nn.Module, probe: Any) -> Probe:
 
 def _tokenised(model: nn.Module, rows: Any, name: str) -> list[Example]:
     """Rows that were tokenised by whoever gives them, as the package has them."""
+    if rows is None:
+        return []
     given: list[Any] = [rows] if isinstance(rows, str | Mapping) else list(rows)
-    odd = [row for row in given if not isinstance(row, Example)]
-    if not odd:
-        return given
-    if len(odd) == len(given) and all(_is_row(row) for row in odd):
-        longest = max(len(row["input_ids"]) for row in odd)
+    found = [row for row in given if isinstance(row, Example)]
+    if len(found) == len(given):
+        return found
+    plain = [_plain(row) for row in given if not isinstance(row, Example)]
+    rows_of = [row for row in plain if row is not None]
+    if len(rows_of) == len(plain):
+        longest = max(len(row["input_ids"]) for row in rows_of)
         loss: Loss = "assistant" if name == "rows" else "source"
         causal = is_causal(model)
-        return encode(odd, None, max_length=max(longest, 2), causal=causal, loss=loss)
-    told = type(odd[0]).__name__
-    if isinstance(odd[0], Mapping):
-        told += f" with {', '.join(map(str, odd[0]))}"
+        return found + encode(rows_of, None, max_length=max(longest, 2), causal=causal, loss=loss)
+    others = [row for row in given if not isinstance(row, Example)]
+    odd = others[plain.index(None)]
+    told = type(odd).__name__
+    if isinstance(odd, Mapping):
+        told += f" with {', '.join(map(str, odd))}"
     raise ConfigError(
         f"{name} takes tokenised rows", got=told,
         allowed="a dictionary for each row, whose input_ids are a list of token numbers"
@@ -244,7 +251,14 @@ def _tokenised(model: nn.Module, rows: Any, name: str) -> list[Example]:
     )  # fmt: skip
 
 
-def _is_row(row: Any) -> bool:
-    """Whether it is one tokenised row, and no batch of several."""
-    ids = row.get("input_ids") if isinstance(row, Mapping) else None
-    return isinstance(ids, Sequence) and all(isinstance(i, int) for i in ids)
+def _plain(row: Any) -> dict[str, Any] | None:
+    """One tokenised row, with lists for tensors of one dimension; None of anything else."""
+    if not isinstance(row, Mapping):
+        return None
+    found = {
+        key: value.tolist() if getattr(value, "ndim", None) in (0, 1) else value
+        for key, value in row.items()
+    }
+    ids = found.get("input_ids")
+    whole = isinstance(ids, Sequence) and all(isinstance(i, int) for i in ids)
+    return found if whole else None

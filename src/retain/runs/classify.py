@@ -93,7 +93,11 @@ def labels_of(
             fix="name the column label; to learn text, give a decoder with --model",
         )
     for number, label in enumerate(found, start=1):
-        if label is None or not str(label).strip() or (label in (-1, -100) and asked != 1):
+        if (
+            label is None
+            or not str(label).strip()
+            or (str(label).strip() in ("-1", "-100") and asked != 1)
+        ):
             raise SourceError(
                 f"row {number} of the data has no label",
                 got=f"label {label!r}",

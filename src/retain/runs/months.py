@@ -18,13 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from retain.config import RunConfig, names_of, read_config
-from retain.documents import read_mapping
 from retain.errors import ConfigError, MismatchError
 from retain.files import file_digest, whole_folder
 from retain.models.saved import adapter_digest
 from retain.runs.folders import STATE, by_file
 from retain.runs.messages import Messages
-from retain.runs.records import RUN, TRAIN, Labels, Month, StateRecord, read_record, write_record
+from retain.runs.records import (
+    RUN,
+    TRAIN,
+    Labels,
+    Month,
+    StateRecord,
+    TrainRecord,
+    read_record,
+    write_record,
+)
 
 __all__ = ["HELD", "Previous", "keep_state", "previous_run", "settings_of"]
 
@@ -178,8 +186,16 @@ def settings_of(run: Path) -> RunConfig:
         )
     # What takes this run's place writes its own settings when it begins, and may never end.
     ended = run / TRAIN
-    where = read_mapping(ended, "the record", _KEPT)["config"] if ended.is_file() else run / RUN
-    return read_config(where, {"out": str(run)}, RunConfig)
+    if not ended.is_file():
+        return read_config(run / RUN, {"out": str(run)}, RunConfig)
+    try:
+        told = read_record(ended, TrainRecord).config.model_dump(mode="json")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            "there is nothing to continue from", got=f"{ended}: {type(error).__name__}",
+            allowed=_KEPT, fix="train that run again with --keep-state",
+        ) from error  # fmt: skip
+    return read_config(told, {"out": str(run)}, RunConfig)
 
 
 def _changed(run: Previous) -> list[str]:

@@ -35,8 +35,9 @@ from retain.runs.settings import placed, unused
 
 __all__ = ["RunResult", "Training"]
 
-ROSE = 1.1
-"""How much larger a loss is at the end than at the start before that is said."""
+MANY, ROSE, SURELY, FELT = 16, 1.1, 2.0, 0.01
+"""How much larger a loss is at the end than at the start before that is said: after so many steps,
+after fewer, and in nats."""
 
 
 @dataclass(frozen=True)
@@ -351,19 +352,18 @@ class Training:
 def rose(losses: Sequence[float | None], config: TrainConfig) -> str | None:
     """What is said where training has made the loss larger; None where it has not.
 
-    A step's loss is of a few rows, so the means of the first and the last quarter are compared.
+    A step's loss is of a few rows, so the means of the first and the last quarter are compared, and
+    of a short training more is asked for.
     """
     known = [loss for loss in losses if loss is not None]
     some = max(1, len(known) // 4)
     if len(known) < 2:
         return None
     first, last = sum(known[:some]) / some, sum(known[-some:]) / some
-    if last <= ROSE * first:
+    if last - first < FELT or last <= (ROSE if len(known) >= MANY else SURELY) * first:
         return None
-    return (
-        f"the loss rose, from {first:.3g} to {last:.3g}: try --learning-rate "
-        f"{config.learning_rate / 3:.1g}, or more steps"
-    )
+    rate = f"--learning-rate {config.learning_rate / 3:.1g}"
+    return f"the loss rose, from {first:.3g} to {last:.3g}: try {rate}"
 
 
 def run_rows(config: RunConfig) -> Any:
