@@ -23,7 +23,7 @@ def step_lengths(optimizer: Optimizer) -> dict[int, float]:
     """
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the optimiser
     rates: dict[int, float] = {}
-    adapted: list[tuple[int, float, float, float, float | Tensor]] = []
+    adapted: list[tuple[int, float, float]] = []
     roots: list[Tensor] = []
     for group in inner.param_groups:
         lr = float(group["lr"])
@@ -40,19 +40,14 @@ def step_lengths(optimizer: Optimizer) -> dict[int, float]:
                     )
                 rates[id(parameter)] = lr
                 continue
+            steps = count.double() if _lies_elsewhere(count) else float(count)
+            correction = 1.0 - group["betas"][1] ** steps  # 0 where there was no step
             exact = torch.promote_types(second.dtype, torch.float32)
-            taken = count if _lies_elsewhere(count) else float(count)
-            adapted.append((id(parameter), lr, group["betas"][1], group["eps"], taken))
-            roots.append(whole(second.detach()).to(exact).sqrt().mean())
-    counts = [taken for *_, taken in adapted if isinstance(taken, Tensor)]
-    numbers = read([*roots, *counts]) if adapted else []
-    late = iter(numbers[len(roots) :])
-    for (key, lr, beta, eps, taken), root in zip(adapted, numbers[: len(roots)], strict=True):
-        count = next(late) if isinstance(taken, Tensor) else taken
-        if not count:  # a gradient scaler skipped every step so far
-            rates[key] = 0.0
-            continue
-        rates[key] = lr / (root / math.sqrt(1.0 - beta**count) + eps)
+            adapted.append((id(parameter), lr, group["eps"]))
+            roots.append((whole(second.detach()).to(exact) / correction).sqrt_().mean())
+    for (key, lr, eps), root in zip(adapted, read(roots) if roots else [], strict=True):
+        # It is not where a gradient scaler has skipped every step so far.
+        rates[key] = lr / (root + eps) if math.isfinite(root) else 0.0
     return rates
 
 
