@@ -223,7 +223,8 @@ class TestContinue:
         """The base lies under another name now, and so does the run."""
         shutil.copytree(may / "base", tmp_path / "moved")
         shutil.copytree(may / "may", tmp_path / "mai")
-        edit(tmp_path / "mai" / "run.json", str(may / "base"), str(tmp_path / "base"))
+        for name in ("run.json", "train.json"):
+            edit(tmp_path / "mai" / name, str(may / "base"), str(tmp_path / "base"))
         return tmp_path
 
     @pytest.fixture
