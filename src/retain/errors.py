@@ -21,6 +21,7 @@ import difflib
 import math
 import re
 import reprlib
+import warnings
 from collections.abc import Iterable
 
 _GOT = 600
@@ -210,6 +211,14 @@ def check_number(
 
 class RetainWarning(UserWarning):
     """Something is done in a lesser way than was asked for; each is said once."""
+
+
+def warn(text: str) -> None:
+    """Says in what lesser way the model is held; a run makes a note of it in its record.
+
+    It points at the line that called the function which calls this one.
+    """
+    warnings.warn(text, RetainWarning, stacklevel=3)
 
 
 def memory_full(error: BaseException) -> bool:

@@ -32,7 +32,6 @@ step has been made. Every door drives this one object: `retain.RetentionCallback
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
@@ -44,7 +43,7 @@ from torch.optim import Optimizer
 
 from retain.curvature.curvature import Curvature, reanchored
 from retain.data.batches import Example
-from retain.errors import ConfigError, ModelError, RetainWarning, SourceError, unknown
+from retain.errors import ConfigError, ModelError, SourceError, unknown, warn
 from retain.models.heads import head_kind, is_causal
 from retain.models.lora import grow_lora
 from retain.models.off import adapter_off
@@ -139,7 +138,7 @@ class Recipe:
         if update not in UPDATES:
             raise unknown("update", update, UPDATES)
         if budget is not None and strength != STRENGTH:
-            _warn(f"the budget finds the strength: strength {strength:g} is not used")
+            warn(f"the budget finds the strength: strength {strength:g} is not used")
         self.curvature, self.past = curvature, past
         self.strength, self.budget, self.update = strength, budget, update
         self.named = parts is not None
@@ -201,7 +200,7 @@ class Recipe:
         if sites[0].rank + rank > most and felt:
             whole = reduce(operator.add, felt)
             factors, lost = truncated(sites, whole, most - rank)
-            _warn(
+            warn(
                 f"the adapter is cut from rank {sites[0].rank} to {most - rank}, and loses "
                 f"{lost:.2%} of what the curvature feels of it; max_rank={most}"
             )
@@ -291,7 +290,7 @@ class Recipe:
         scatter(self._shards)
         if self.why_no_filter not in (None, NO_STRENGTH):
             alone = "the force alone" if self.force is not None else "nothing"
-            _warn(f"held by {alone}, without a filter: {self.why_no_filter}")
+            warn(f"held by {alone}, without a filter: {self.why_no_filter}")
 
     def _begin_rows(
         self, model: nn.Module, filters: bool, progress: Mapping[str, Any] | None
@@ -371,7 +370,7 @@ class Recipe:
         asked, most = examples, self.options.tokens
         examples = _within(asked, most)
         if sum(len(e.tokens) for e in examples) < sum(len(e.tokens) for e in asked):
-            _warn(
+            warn(
                 f"the filter reads {len(examples)} of the {len(asked)} training rows that it was "
                 f"to read, for it reads {most:,} tokens at most: Filter(tokens=...) for more"
             )
@@ -666,8 +665,3 @@ def _share(curvature: Curvature) -> None:
             fix="fit with one seed in all processes, or load one file",
         )  # fmt: skip
         share(tensors)
-
-
-def _warn(text: str) -> None:
-    """Says in what lesser way the model is held; a run makes a note of it in its record."""
-    warnings.warn(text, RetainWarning, stacklevel=3)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from retain.curvature.curvature import Curvature
 from retain.data.batches import Example
 from retain.data.encoding import Loss, encode
+from retain.data.messages import native
 from retain.errors import ConfigError, ModelError, RetainWarning
 from retain.models.heads import is_causal
 from retain.retention.filter import Filter
@@ -228,20 +229,24 @@ def _tokenised(model: nn.Module, rows: Any, name: str) -> list[Example]:
         return []
     given: list[Any] = [rows] if isinstance(rows, str | Mapping) else list(rows)
     found = [row for row in given if isinstance(row, Example)]
-    if len(found) == len(given):
+    plain = [_plain(row, name) for row in given if not isinstance(row, Example)]
+    if not plain:
         return found
-    plain = [_plain(row) for row in given if not isinstance(row, Example)]
-    rows_of = [row for row in plain if row is not None]
-    if len(rows_of) == len(plain):
-        longest = max(len(row["input_ids"]) for row in rows_of)
-        loss: Loss = "assistant" if name == "rows" else "source"
-        causal = is_causal(model)
-        return found + encode(rows_of, None, max_length=max(longest, 2), causal=causal, loss=loss)
-    others = [row for row in given if not isinstance(row, Example)]
-    odd = others[plain.index(None)]
-    told = type(odd).__name__
-    if isinstance(odd, Mapping):
-        told += f" with {', '.join(map(str, odd))}"
+    longest = max(len(row["input_ids"]) for row in plain)
+    loss: Loss = "assistant" if name == "rows" else "source"
+    causal = is_causal(model)
+    return found + encode(plain, None, max_length=max(longest, 2), causal=causal, loss=loss)
+
+
+def _plain(row: Any, name: str) -> dict[str, Any]:
+    """One tokenised row, with lists for tensors of one dimension; anything else is refused."""
+    told = type(row).__name__
+    if isinstance(row, Mapping):
+        found = {key: native(value) for key, value in row.items()}
+        ids = found.get("input_ids")
+        if isinstance(ids, Sequence) and all(isinstance(i, int) for i in ids):
+            return found
+        told += f" with {', '.join(map(str, row))}"
     raise ConfigError(
         f"{name} takes tokenised rows", got=told,
         allowed="a dictionary for each row, whose input_ids are a list of token numbers"
@@ -249,16 +254,3 @@ def _tokenised(model: nn.Module, rows: Any, name: str) -> list[Example]:
         fix="rows=loader, the DataLoader of the training" if name == "rows"
         else f"{name}=[{{'input_ids': ids}} for ids in tokenizer(texts)['input_ids']]",
     )  # fmt: skip
-
-
-def _plain(row: Any) -> dict[str, Any] | None:
-    """One tokenised row, with lists for tensors of one dimension; None of anything else."""
-    if not isinstance(row, Mapping):
-        return None
-    found = {
-        key: value.tolist() if getattr(value, "ndim", None) in (0, 1) else value
-        for key, value in row.items()
-    }
-    ids = found.get("input_ids")
-    whole = isinstance(ids, Sequence) and all(isinstance(i, int) for i in ids)
-    return found if whole else None

@@ -93,11 +93,8 @@ def labels_of(
             fix="name the column label; to learn text, give a decoder with --model",
         )
     for number, label in enumerate(found, start=1):
-        if (
-            label is None
-            or not str(label).strip()
-            or (str(label).strip() in ("-1", "-100") and asked != 1)
-        ):
+        text = "" if label is None else str(label).strip()
+        if not text or (text in ("-1", "-100") and asked != 1):
             raise SourceError(
                 f"row {number} of the data has no label",
                 got=f"label {label!r}",

@@ -221,7 +221,7 @@ class Evaluation:
             base = None if before is None else [float(row[before]) for row in kept[0]]
             tuned = [[float(row[of]) for row in each] for each in kept]
             more = {"seed": self.config.seed, **_told(f"answers.{key}")}
-            out[f"answers.{key}"] = compared(base, tuned, None, **more)
+            out[f"answers.{key}"] = compared(base, tuned, **more)
 
         put("right", "right_after", "right_before")
         put("task_form", "task_form", "task_form_base")

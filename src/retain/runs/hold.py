@@ -115,7 +115,7 @@ def _kept(
         if not resume and found.info.seed != config.training.seed:
             raise MismatchError(f"its text was sampled with seed {found.info.seed}")
         made_by = found.info.versions.get("retain")
-        if not resume and made_by != versions().get("retain"):
+        if not resume and made_by != versions().get("retain"):  # it samples in another way, maybe
             raise MismatchError(f"its text was sampled by retain {made_by}")
         if config.factor_rank not in ("auto", found.info.rank):
             raise MismatchError(f"its factors are of rank {found.info.rank}")

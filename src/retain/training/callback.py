@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from retain.curvature.curvature import Curvature
-from retain.errors import ConfigError, RetainWarning
+from retain.errors import ConfigError, warn
 from retain.models.cards import extend_card, plain_name, section
 from retain.models.names import unwrap
 from retain.models.view import ModelView
@@ -261,7 +261,7 @@ class RetentionCallback(TrainerCallback):
             self.write_card(folder)
         except Exception as error:
             self._writes = False
-            _warn(f"the model card is not written: {error}")
+            warn(f"the model card is not written: {error}")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -286,7 +286,7 @@ class RetentionCallback(TrainerCallback):
         self._settings = settings_of(recipe)
         then = (kept or {}).get("held")
         if isinstance(then, dict) and (other := changed(then, self._settings)):
-            _warn(f"the checkpoint was held in another way, and goes on in this: {other}")
+            warn(f"the checkpoint was held in another way, and goes on in this: {other}")
         self._let_go()
         if zero is not None:
             self._zero = ZeroStep(zero, recipe, model, lambda: self._watched(args, state, model))
@@ -380,7 +380,7 @@ class RetentionCallback(TrainerCallback):
         if "train_loss" in last and isinstance(self.recipe.budget, Mapping):
             last.update(self._told())  # it was written before the end
         if left < NOTICED * before:  # it has stopped early, or its best checkpoint was an early one
-            _warn(
+            warn(
                 f"the model was moved back to its budget, from {before:.2g} to {left:.2g} nats "
                 "as predicted: evaluate and save it anew, for its checkpoints are above the budget"
             )
@@ -431,8 +431,3 @@ def _base_of(model: Any) -> tuple[str, str]:
     own = getattr(getattr(model, "config", None), "_name_or_path", None)
     name = next((str(name) for name in (*names, own) if name), "")
     return name, "peft" if configs else "transformers"
-
-
-def _warn(text: str) -> None:
-    """Says once in what lesser way the run is held."""
-    warnings.warn(text, RetainWarning, stacklevel=3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from retain.curvature.fit.source import source_examples
 from retain.data.batches import Example
 from retain.data.sources import Row
-from retain.errors import RetainWarning
+from retain.errors import warn
 from retain.models.view import ModelView
 from retain.retention.recipe import Probe, Recipe
 
@@ -43,7 +42,7 @@ def probe_of(recipe: Recipe, view: ModelView, source: Any) -> Probe:
         given = {n: "auto" for n, each in recipe.curvature.items() if each.info.note == "self"}
     missing = [name for name in recipe.curvature if name not in given]
     if missing and source is not None:
-        _warn(
+        warn(
             f"the budget of {', '.join(missing)} is of predicted nats: no text is given to "
             f"measure it on (source={{{missing[0]!r}: rows}})"
         )
@@ -69,18 +68,13 @@ def _rows(view: ModelView, source: Any) -> Sequence[Example]:
         return ()
     if isinstance(source, str) and source == "auto":
         if not view.causal:
-            _warn("the budget is of predicted nats: a classifier writes no text to measure on")
+            warn("the budget is of predicted nats: a classifier writes no text to measure on")
             return ()
         if view.tokenizer is None:
-            _warn(
+            warn(
                 "the budget is of predicted nats: without a tokenizer the model writes no text "
                 "to measure on (tokenizer=..., or source=...)"
             )
             return ()
         source = "self"
     return source_examples(view, source, PROBE_ROWS, PROBE_TOKENS, PROBE_SEED)
-
-
-def _warn(text: str) -> None:
-    """Says in what lesser way a budget is held."""
-    warnings.warn(text, RetainWarning, stacklevel=3)
