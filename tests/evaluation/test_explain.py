@@ -11,7 +11,7 @@ from peft import PeftModel
 from fits import fit
 from retain import explain
 from retain.data.batches import Example
-from retain.errors import MismatchError, ModelError, SourceError
+from retain.errors import ConfigError, MismatchError, ModelError, SourceError
 from retain.models.lora import attach_lora
 from retain.models.sites import lora_sites
 from tiny import ROWS, base, move, tiny, weights
@@ -95,6 +95,23 @@ def test_the_rows_that_moved_the_model_are_found() -> None:
         learn(other, rows[:left_out] + rows[left_out + 1 :], rate=0.01 * 7 / 8)
         spent.append(curvature.quadratic(other))
     assert min(spent) == spent[5]
+
+
+def test_rows_that_were_drawn_have_their_share_of_all() -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": torch.randint(1, 13, (6,), generator=draw).tolist()} for _ in range(12)]
+    model = tiny("llama")
+    curvature = fit(model, "llama")
+    learn(model, rows)
+    whole = explain(model, curvature, rows)
+    halves = [explain(model, curvature, rows[i::2], of=12) for i in (0, 1)]
+    for half in halves:
+        assert half.predicted == whole.predicted
+        assert sum(row.nats for row in half.rows) == pytest.approx(whole.predicted / 2)
+        assert sum(row.share for row in half.rows) == pytest.approx(0.5)
+        assert sum(half.layers.values()) == pytest.approx(whole.predicted)
+    with pytest.raises(ConfigError, match="of=5 and 12 rows"):
+        explain(model, curvature, rows, of=5)
 
 
 def test_what_cannot_be_explained_is_refused() -> None:

@@ -15,6 +15,7 @@ from retain.evaluation.protocol import (
     _table,
     cell_of,
     compare,
+    half_width,
     holm,
 )
 from retain.intervals import t_quantile
@@ -83,7 +84,7 @@ def test_a_draw_is_that_of_loops() -> None:
     random = np.random.default_rng(2)
     cell, _ = cells(3, random)
     runs = list(cell.values())
-    table = _table(runs, TASKS)
+    table = _table(runs, TASKS, ())
     assert table is not None
     rows = [random.integers(0, 12, 12) for _ in TASKS]
     tasks, seeds = [0, 2, 2, 3], [1, 1, 2]
@@ -138,6 +139,25 @@ def test_the_spread_is_that_of_two_way_clusters(rows: int, seeds: int, tasks: in
     want *= t_quantile(min(c for c in (s, t) if c > 1) - 1) / 1.96
     got = _drawn_together(draws, float(cells.mean()), cells)
     assert got.std() == pytest.approx(want)
+
+
+def test_a_task_that_never_counts_is_no_task() -> None:
+    random = np.random.default_rng(6)
+    known = random.normal(0.1, 1, (6, 3))
+    with_last = np.concatenate([known, np.full((6, 1), np.nan)], 1)  # nothing to forget in it
+    assert half_width(with_last) == half_width(known)
+    two = np.concatenate([known[:, :1], np.full((6, 1), np.nan)], 1)
+    assert half_width(two) == half_width(known[:, :1])
+
+
+def test_rows_of_one_method_alone_are_scores() -> None:
+    random = np.random.default_rng(7)
+    ours, theirs = cells(4, random)
+    bare = {seed: run.model_copy(update={"right": []}) for seed, run in theirs.items()}
+    both = [{s: r.model_copy(update={"right": []}) for s, r in c.items()} for c in (ours, theirs)]
+    mixed, whole = compare(ours, bare, draws=200), compare(*both, draws=200)
+    assert mixed == whole and mixed[0][0].rows == 4
+    assert compare(ours, theirs, draws=200)[0][0].rows == 48
 
 
 def test_holm() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import io
+import json
 import statistics
 
 import pytest
@@ -23,6 +24,7 @@ from synthetic import (
 from retain.intervals import Estimate, wilson
 from retain.records import StudyRecord
 from retain.report.cells import Cell, Group, groups
+from retain.report.charts import panels
 from retain.report.finding import finding
 from retain.report.metrics import METRICS, metric
 from retain.report.names import names, series
@@ -81,6 +83,29 @@ def test_cells_hold_what_the_runs_say() -> None:
         None,
         1,
     )
+
+
+def test_scores_go_by_the_task_where_seeds_draw_the_order() -> None:
+    orders = [["sst2", "mnli", "boolq"], ["boolq", "sst2", "mnli"], ["mnli", "boolq", "sst2"]]
+    data = make_study()
+    data["runs"] = [make_run(order, METHODS[0], seed) for seed, order in enumerate(orders)]
+    group = group_of(data)
+    table = score_table(group)
+    assert table is not None and [c.name for c in table.head[1:]] == orders[0]
+    assert [row.name for row in table.rows] == ["before learning", "plain LoRA"]
+    for j, task in enumerate(orders[0]):
+        places = [order.index(task) for order in orders]
+        for row, scores in zip(table.rows, ("before", "last"), strict=True):
+            want = statistics.mean(
+                (r["before"] if scores == "before" else r["matrix"][-1])[place]
+                for r, place in zip(data["runs"], places, strict=True)
+            )
+            assert row.entries[j].value == pytest.approx(want)
+    said = json.dumps([panel.rows for panel in panels(group)])
+    assert "task 2" in said and "2. mnli" not in said and "after mnli" not in said
+    data["runs"] = data["runs"][:1]
+    said = json.dumps([panel.rows for panel in panels(group_of(data))])
+    assert "2. mnli" in said and "after mnli (task 2)" in said
 
 
 def test_names_say_the_adapter_only_where_it_differs() -> None:

@@ -18,7 +18,10 @@ def explain(config: ExplainConfig, screen: Screen) -> None:
     record = explain_run(config, screen)
     rows = record["rows"]
     head = ["row", "share", "nats", "loss", "layers", "text"]
-    title = f"the dearest of {len(rows)} rows, of {record['predicted']:.3g} predicted nats"
+    drawn = (
+        f" (drawn from {record['examples']}: estimates)" if len(rows) < record["examples"] else ""
+    )
+    title = f"the dearest of {len(rows)} rows{drawn}, of {record['predicted']:.3g} predicted nats"
     screen.table(title, head, map(_line, rows[: config.top]))
     screen.emit(record)
 

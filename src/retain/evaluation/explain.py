@@ -30,7 +30,7 @@ from retain.curvature.curvature import Curvature
 from retain.data.batches import Example, collate
 from retain.data.encoding import encode
 from retain.data.sources import read_rows
-from retain.errors import MismatchError, ModelError, SourceError
+from retain.errors import ConfigError, MismatchError, ModelError, SourceError
 from retain.models.sites import LoraSite
 from retain.models.view import ModelView
 from retain.training.loss import task_loss
@@ -93,6 +93,7 @@ def explain(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 256,
+    of: int | None = None,
     progress: bool = False,
 ) -> Explanation:
     """Ranks rows by their part in what a trained LoRA is predicted to have forgotten; see above.
@@ -103,9 +104,12 @@ def explain(
         rows: what was learned: rows, a file, or tokenised rows.
         tokenizer: for text; by default the model's own.
         max_length: tokens of a row that are read at most.
+        of: how many rows it has learned, where `rows` are drawn from them: their parts are then
+            estimates, and together about ``len(rows) / of`` of the whole.
         progress: show a bar.
 
     Raises:
+        ConfigError: `of` is less than there are rows.
         ModelError: no causal model, no LoRA, or one that has learned nothing, or not these rows.
         MismatchError: the curvature is of another model, or around another point.
         SourceError: rows that cannot be read, or predict nothing.
@@ -126,6 +130,11 @@ def explain(
             fix="the curvature that the run was held by",
         )
     examples = _read(view, rows, max_length)
+    if of is not None and of < len(examples):
+        raise ConfigError(
+            "rows cannot be drawn from fewer", got=f"of={of} and {len(examples)} rows",
+            allowed="as many as were learned", fix="leave of out where all rows are given",
+        )  # fmt: skip
     nats, pulls = curvature.pulls(sites)
     if not nats > 0:
         raise ModelError(
@@ -143,7 +152,8 @@ def explain(
             inner = [-(g.to(f) * f).sum().to(loss.device) for g, f in zip(grads, pull, strict=True)]
             parts.append(torch.stack([part.double() for part in inner]).cpu())
             losses.append(float(loss.detach()))
-    return _divided(view, sites, examples, torch.stack(parts), losses, nats)
+    drawn = len(examples) / (of or len(examples))
+    return _divided(view, sites, examples, torch.stack(parts), losses, nats, drawn)
 
 
 def _read(view: ModelView, rows: Any, max_length: int) -> Sequence[Example]:
@@ -175,9 +185,12 @@ def _half_way(sites: Sequence[LoraSite]) -> Iterator[list[nn.Parameter]]:
 
 def _divided(
     view: ModelView, sites: Sequence[LoraSite], examples: Sequence[Example], parts: torch.Tensor,
-    losses: Sequence[float], nats: float,
+    losses: Sequence[float], nats: float, drawn: float,
 ) -> Explanation:  # fmt: skip
-    """What rows push in each layer, [rows, layers], as parts of the predicted nats."""
+    """What rows push in each layer, [rows, layers], as parts of the predicted nats.
+
+    They are a share `drawn` of all rows, and so account for that share of the nats.
+    """
     total = float(parts.sum())
     if not total > 0:
         raise ModelError(
@@ -186,7 +199,7 @@ def _divided(
             allowed="the rows that it has learned",
             fix="give those; or train less long, so that they still push half-way",
         )
-    parts = parts * (nats / total)
+    parts = parts * (drawn * nats / total)
     names = [site.name.partition("model.layers.")[2] or site.name for site in sites]
     costs = []
     for row in parts.sum(1).argsort(descending=True, stable=True).tolist():
@@ -197,7 +210,7 @@ def _divided(
             row, float(own.sum()), float(own.sum()) / nats, losses[row] / count, count,
             tuple((names[i], float(own[i])) for i in places), _excerpt(view, example),
         ))  # fmt: skip
-    layers = parts.sum(0)
+    layers = parts.sum(0) / drawn
     order = layers.argsort(descending=True).tolist()
     return Explanation(nats, tuple(costs), {names[i]: float(layers[i]) for i in order})
 

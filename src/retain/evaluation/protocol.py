@@ -10,13 +10,13 @@ of Business & Economic Statistics 29), times ``t / 1.96`` for Student's t with o
 less than there are tasks, or seeds, whichever are fewer. The intervals are their percentiles.
 
 A row counts as right or wrong, whatever the task's metric; of a task without such rows (a
-regression) the score is taken as it is. Metrics are those of `retain.evaluation.continual`, a mean
-over seeds.
+regression, records of earlier versions), in either method, the score is taken as it is. Metrics are
+those of `retain.evaluation.continual`, a mean over seeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ class Comparison:
         metric: its name.
         ours, theirs: means over seeds.
         difference, interval: ours less theirs, and its 95 % interval.
-        p: two-sided, of no difference; at least ``1 / (draws + 1)``.
+        p: two-sided, of no difference; at least ``2 / (draws + 1)``.
         ratio, ratio_interval: ours over theirs; None where theirs is not above 0 in all draws but
             2.5 % at most.
         seeds, tasks, rows: how many, `rows` of all tasks together.
@@ -189,8 +189,10 @@ def half_width(cells: Array) -> float | None:
 
     Returns:
         Student's t times the standard deviation of two-way clusters; of one factor with a single
-        level, that of the other alone. None for a single cell.
+        level, that of the other alone. A level without any cell is none. None for a single cell.
     """
+    known = np.isfinite(cells)
+    cells = cells[known.any(1)][:, known.any(0)]
     parts = np.nan_to_num((cells - np.nanmean(cells)) / np.isfinite(cells).sum())
     several = [n for n in cells.shape if n > 1]
     if not several:
@@ -270,7 +272,9 @@ def _tables(
             fix="do the runs of both",
         )  # fmt: skip
     names = sorted(ours[both[0]].tasks)
-    one, other = (_table([cell[seed] for seed in both], names) for cell in (ours, theirs))
+    cells = [[cell[seed] for seed in both] for cell in (ours, theirs)]
+    scored = {name for cell in cells for run in cell for name in names if not _has_flags(run, name)}
+    one, other = (_table(cell, names, scored) for cell in cells)
     alike = all(ours[seed].tasks == theirs[seed].tasks for seed in both)
     if not alike or one is None or other is None or one.sizes != other.sizes:
         raise ConfigError(
@@ -282,8 +286,10 @@ def _tables(
     return one, other
 
 
-def _table(runs: Sequence[RunRecord], names: Sequence[str]) -> _Table | None:
-    """None where the runs differ in their tasks or rows."""
+def _table(
+    runs: Sequence[RunRecord], names: Sequence[str], scored: Collection[str]
+) -> _Table | None:
+    """None where the runs differ in their tasks or rows; of those `scored` the scores count."""
     if any(sorted(run.tasks) != list(names) for run in runs):
         return None
     rows = []
@@ -291,7 +297,8 @@ def _table(runs: Sequence[RunRecord], names: Sequence[str]) -> _Table | None:
         parts = []
         for run in runs:
             j, end = run.tasks.index(name), len(run.tasks) - 1
-            parts.append([_flags(run, i, j) for i in (end, j, *range(end))])
+            read = _score if name in scored else _flags
+            parts.append([read(run, i, j) for i in (end, j, *range(end))])
         if len({len(flags) for part in parts for flags in part if flags is not None}) != 1:
             return None
         size = next(len(flags) for part in parts for flags in part if flags is not None)
@@ -301,10 +308,22 @@ def _table(runs: Sequence[RunRecord], names: Sequence[str]) -> _Table | None:
     return _Table(rows, last)
 
 
+def _has_flags(run: RunRecord, name: str) -> bool:
+    """Whether the rows of a task are told one by one, wherever it was scored."""
+    j = run.tasks.index(name) if name in run.tasks else None
+    return j is None or all(
+        score is None or (i < len(run.right) and run.right[i][j] is not None)
+        for i, score in enumerate(row[j] for row in run.matrix)
+    )
+
+
 def _flags(run: RunRecord, i: int, j: int) -> Array | None:
-    """Which rows of task j were right after task i; the score alone where that is all there is."""
-    text = run.right[i][j] if run.right else None
-    if text is not None:
-        return np.array(flags_of(text), dtype=float)
+    """Which rows of task j were right after task i."""
+    text = run.right[i][j]
+    return None if text is None else np.array(flags_of(text), dtype=float)
+
+
+def _score(run: RunRecord, i: int, j: int) -> Array | None:
+    """The score of task j after task i, as one row."""
     score = run.matrix[i][j]
     return None if score is None else np.array([score], dtype=float)

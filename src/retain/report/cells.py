@@ -15,7 +15,7 @@ from retain.records import Interval, StudyRecord
 from retain.records import RunRecord as Run
 from retain.report.metrics import METRICS, curve_of_kl, seen_so_far
 
-__all__ = ["Cell", "Group", "groups", "short_name"]
+__all__ = ["Cell", "Group", "by_task", "groups", "short_name"]
 
 Seed = int | None
 BySeed = dict[Seed, float | None]
@@ -71,7 +71,7 @@ class Cell:
         return [estimate(list(column)) for column in zip(*rows, strict=True)]
 
     def matrix(self) -> list[list[Estimate | None]]:
-        """The accuracy matrix with the scores before learning as row 0, over seeds."""
+        """The accuracy matrix with the scores before learning as row 0, over seeds, by place."""
         tables = [[run.before, *run.matrix] for run in self.runs if run.before and run.matrix]
         return [
             [estimate([table[i][j] for table in tables]) for j in range(len(row))]
@@ -85,8 +85,10 @@ class Group:
 
     Attributes:
         study, model, order: what they share.
-        tasks: in the order they were learned, or each alone where `pooled`.
+        tasks: in the order they were learned, or each alone where `pooled`; where seeds draw the
+            order, in that of the first run.
         metrics: the name of each task's metric.
+        named: all runs have learned them in this order, so that a place has a task's name.
         cells: in the order of the study's grid.
         pooled: each task was learned alone, and values are means over the tasks.
         choice: the label of the method that the study chose beforehand.
@@ -98,6 +100,7 @@ class Group:
     tasks: list[str]
     metrics: list[str]
     cells: list[Cell]
+    named: bool = True
     pooled: bool = False
     choice: str | None = None
 
@@ -183,13 +186,25 @@ def _compare(cells: Sequence[Cell], runs: Sequence[Run]) -> None:
             }
 
 
-def _fill(cell: Cell, tasks: int) -> None:
+def _tasks(run: Run) -> list[str]:
+    """Of a run, in the order that it learned them."""
+    return run.tasks or run.config.order.tasks
+
+
+def by_task(run: Run, scores: Sequence[float | None], tasks: Sequence[str]) -> list[float | None]:
+    """Scores in the order in which a run learned its tasks, in that of `tasks`."""
+    own = _tasks(run)
+    return [scores[own.index(task)] if scores else None for task in tasks]
+
+
+def _fill(cell: Cell, tasks: Sequence[str]) -> None:
     for m in METRICS:
         cell.values[m.key] = {run.config.seed: m.of(run) for run in cell.runs}
-    cell.final = [
-        {run.config.seed: run.matrix[-1][j] if run.matrix else None for run in cell.runs}
-        for j in range(tasks)
+    last = [
+        (run.config.seed, by_task(run, run.matrix[-1] if run.matrix else [], tasks))
+        for run in cell.runs
     ]
+    cell.final = [{seed: scores[j] for seed, scores in last} for j in range(len(tasks))]
 
 
 def _within(run: Run) -> dict[str, Interval]:
@@ -212,16 +227,17 @@ def _group(study: StudyRecord, runs: list[Run]) -> Group:
         cell = cells.setdefault((new.adapter, new.method, new.label, new.strength), new)
         (cell.runs if run.done else cell.failed).append(run)
     first = next((run for run in runs if run.done), runs[0])
-    tasks = first.tasks or first.config.order.tasks
+    tasks = _tasks(first)
+    named = all(_tasks(run) == tasks for run in runs if run.done)
     for cell in cells.values():
-        _fill(cell, len(tasks))
+        _fill(cell, tasks)
         if len(tasks) == 1 and len({run.config.seed for run in runs}) == 1 and len(cell.runs) == 1:
             cell.within = _within(cell.runs[0])
     made = list(cells.values())
     _compare(made, runs)
     order = first.config.order.name
     model, choice = short_name(first.config.model), study.chosen
-    return Group(study.name, model, order, tasks, first.metrics, made, choice=choice)
+    return Group(study.name, model, order, tasks, first.metrics, made, named, choice=choice)
 
 
 def _pooled(parts: list[Group], runs: list[Run]) -> Group:

@@ -170,7 +170,17 @@ def has_course(group: Group, kind: str) -> bool:
 
 
 def _when(group: Group, place: int) -> str:
-    return "before learning" if place == 0 else f"after {group.tasks[place - 1]} (task {place})"
+    if place == 0:
+        return "before learning"
+    return (
+        f"after {group.tasks[place - 1]} (task {place})" if group.named else f"after task {place}"
+    )
+
+
+def _places(group: Group) -> list[str]:
+    """What was learned at each place, with its number."""
+    tasks = enumerate(group.tasks, 1)
+    return [f"{i}. {task}" if group.named else f"task {i}" for i, task in tasks]
 
 
 def _course(group: Group, look: Look, kind: str, title: str, caption: str) -> Panel | None:
@@ -205,7 +215,7 @@ def _each_task(group: Group, look: Look) -> list[Panel]:
     means = [[100 * e.mean for _, _, e in column] for column in columns]
     room = 1.12 * max([2.0, *(max(span) - min(span) for span in means if span)])
     out = []
-    for j, (task, column, span) in enumerate(zip(group.tasks, columns, means, strict=True)):
+    for j, (task, column, span) in enumerate(zip(_places(group), columns, means, strict=True)):
         if not span:
             continue
         rows = [
@@ -221,8 +231,7 @@ def _each_task(group: Group, look: Look) -> list[Panel]:
         y = alt.Y("y:Q", title=None, axis=alt.Axis(tickCount=4), scale=upright)
         learned = data([{"x": j + 1}]).mark_rule(stroke=_MUTED, strokeDash=[2, 4]).encode(x=x)
         chart = alt.layer(learned, _lines(rows, look, x, y, task)).properties(height=150)
-        title = f"{j + 1}. {task}"
-        out.append(Panel(f"task-{j + 1}", TASKS, title, "", chart, rows, document=False))
+        out.append(Panel(f"task-{j + 1}", TASKS, task, "", chart, rows, document=False))
     return out
 
 
@@ -231,11 +240,12 @@ def _matrix(group: Group, look: Look, first: Cell | None, key: str, caption: str
     tables = {look.names[id(cell)]: table for cell in group.cells if (table := cell.matrix())}
     if first is None or not tables:
         return None
-    after = ["before", *(f"{i}. {task}" for i, task in enumerate(group.tasks, 1))]
+    learned = group.tasks if group.named else _places(group)
+    after = ["before", *_places(group)]
     many = group.length > 6
     rows: list[Row] = []
     for name, table in tables.items():
-        for (i, row), (j, task) in itertools.product(enumerate(table), enumerate(group.tasks)):
+        for (i, row), (j, task) in itertools.product(enumerate(table), enumerate(learned)):
             e, new = row[j], table[j + 1][j] if i > j + 1 else None
             about: Row = {"name": name, "after": after[i], "task": task, "when": _when(group, i)}
             about["y_text"], about["learned"] = _POINTS.text(e), i == j + 1

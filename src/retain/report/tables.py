@@ -7,7 +7,7 @@ import io
 from dataclasses import dataclass, field
 
 from retain.intervals import Estimate, estimate
-from retain.report.cells import Cell, Group
+from retain.report.cells import Cell, Group, by_task
 from retain.report.fronts import fronts
 from retain.report.metrics import METRICS, MISSING, Metric, metric
 from retain.report.names import names
@@ -238,7 +238,8 @@ def score_table(group: Group) -> Table | None:
     known = [cell for cell in group.cells if any(run.before for run in cell.runs)]
     cell = group.plain if group.plain in known else next(iter(known), None)
     if runs and cell and (first := [run for run in cell.runs if run.before]):
-        columns = [[run.before[j] for run in first] for j in range(len(group.tasks))]
+        each = [by_task(run, run.before, group.tasks) for run in first]
+        columns = [list(column) for column in zip(*each, strict=True)]
         columns += [[r.general.before.get(n) for r in first if r.general] for n in general]
         entries = [_entry(points, estimate(column)) for column in columns]
         rows.append(Row("before learning", "", entries))

@@ -67,7 +67,7 @@ def explain_run(config: ExplainConfig, messages: Messages) -> dict[str, Any]:
         numbers = sample(range(len(examples)), config.rows, config.seed)
         found = explain(
             tuned, load_curvature(curvature_file), [examples[n] for n in numbers],
-            tokenizer=tokenizer, progress=messages.progress,
+            tokenizer=tokenizer, of=len(examples), progress=messages.progress,
         ).to_dict()  # fmt: skip
     for row in found["rows"]:
         row["row"] = numbers[row["row"]]
