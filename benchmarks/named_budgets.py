@@ -1,6 +1,6 @@
 """One budget for three skills, or one for each: what each skill loses, and what is learned.
 
-    python benchmarks/named_budgets.py --arm single --seed 0 >> benchmarks/results/named-budgets.json
+    python benchmarks/named_budgets.py --arm single --seed 0 >> benchmarks/results/named-budgets.jsonl
 
 Writes one JSON line a run. The sources are the model's own answers to general prompts of a skill
 (the half ``source``), and each KL is measured on its answers to other prompts (``held-out``).
