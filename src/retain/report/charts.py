@@ -309,10 +309,11 @@ def panels(group: Group) -> list[Panel]:
         made.append(_course(group, look, "kl", "KL to the base", best + moved))
         others = [c for c in _best_of_series(group, look) if not c.plain and not c.stores]
         top = max(others, key=lambda c: e.mean if (e := c.mean("average")) else 0.0, default=None)
+        drawn = "" if group.named else " Seeds draw the order: task 1 is what each learned first."
         made += [
             _matrix(group, look, cell, key, about)
             for cell, key, about in (
-                (group.plain or top, "a", "Row by row the model learns one more task."),
+                (group.plain or top, "a", f"Row by row the model learns one more task.{drawn}"),
                 (top if group.plain else None, "b", "Both pictures share their colours."),
             )
         ]
