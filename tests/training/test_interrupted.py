@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,17 @@ def test_a_traceback_that_is_kept_keeps_nothing_alive(how: str, tmp_path: Path) 
     run.remove_callback(stop)
     run.train()  # the same trainer, without the two lines
     assert kept and hooks(model) == 0
+
+
+def test_a_model_goes_when_its_last_name_does(tmp_path: Path) -> None:
+    """While the function that trained it still runs, as a loop over budgets does."""
+    model = tiny("llama")
+    run = trainer(model, tmp_path, [RetentionCallback(fit(model, structure="kfac"), 1.0)])
+    run.train()
+    base = weakref.ref(lora_sites(model)[0].layer.base_layer.weight)
+    del run, model
+    gc.collect()
+    assert base() is None
 
 
 def test_a_training_in_a_thread_is_held(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 __all__ = ["Running", "calling_handler", "resumed_from"]
@@ -16,6 +17,9 @@ __all__ = ["Running", "calling_handler", "resumed_from"]
 
 _LOOPS = ("_inner_training_loop", "train")
 """What transformers calls the function that runs while a trainer trains."""
+
+_EVENTS = {"call_event", *(name for name in vars(TrainerCallback) if name.startswith("on_"))}
+"""What a handler's methods are called that call its callbacks."""
 
 
 class Running:
@@ -30,17 +34,11 @@ class Running:
         self._trainer: Any = None
         self._state: Any = None
         self._code: CodeType | None = None
-        frame, codes = _handler_frame(), []
-        while frame is not None:
-            found: Any = frame.f_locals.get("self")
-            if self._trainer is None and hasattr(found, "callback_handler"):
-                self._trainer, self._state = weakref.ref(found), weakref.ref(found.state)
-            if self._trainer is not None and found is self._trainer():
-                codes.append(frame.f_code)
-            frame = frame.f_back
-        loops = [c for name in _LOOPS for c in codes if c.co_name == name]
-        if codes:
-            self._code = (loops or codes)[0]
+        frame = _loop_frame()
+        if frame is not None:
+            trainer = _self_of(frame)
+            self._trainer, self._state = weakref.ref(trainer), weakref.ref(trainer.state)
+            self._code = frame.f_code
 
     def __call__(self) -> bool:
         if self._trainer is None:
@@ -64,23 +62,47 @@ class Running:
 def calling_handler() -> CallbackHandler | None:
     """The handler of a trainer's callbacks that is calling one of them now."""
     frame = _handler_frame()
-    return None if frame is None else frame.f_locals["self"]
+    return None if frame is None else _self_of(frame)
 
 
 def resumed_from() -> Path | None:
     """The checkpoint that the trainer which is calling a callback now goes on from."""
-    frame = _handler_frame()
-    while frame is not None:
-        found = frame.f_locals.get("resume_from_checkpoint")
-        if frame.f_code.co_name in _LOOPS and isinstance(found, str | os.PathLike):
-            return Path(found)
-        frame = frame.f_back
-    return None
+    frame = _loop_frame()
+    found = None if frame is None else frame.f_locals.get("resume_from_checkpoint")
+    return Path(found) if isinstance(found, str | os.PathLike) else None
 
 
 def _handler_frame() -> FrameType | None:
     """The nearest frame of a trainer's handler of callbacks."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+    while frame is not None:
+        if frame.f_code.co_name in _EVENTS and isinstance(_self_of(frame), CallbackHandler):
+            return frame
         frame = frame.f_back
-    return frame
+    return None
+
+
+def _loop_frame() -> FrameType | None:
+    """The frame in which the trainer runs that is calling a callback now: its loop's, or, of a
+    trainer that calls its loop otherwise, that of the method which calls.
+    """
+    frame = _handler_frame()
+    while frame is not None and frame.f_code.co_name in _EVENTS:
+        frame = frame.f_back
+    caller = frame
+    while frame is not None:
+        if frame.f_code.co_name in _LOOPS and hasattr(_self_of(frame), "callback_handler"):
+            return frame
+        frame = frame.f_back
+    if caller is not None and hasattr(_self_of(caller), "callback_handler"):
+        return caller
+    return None
+
+
+def _self_of(frame: FrameType) -> Any:
+    """Whose method a frame runs; None of a function.
+
+    What a frame's variables hold stays alive until it ends, once they were read (before Python
+    3.13). So of the caller's own functions nothing is read.
+    """
+    return frame.f_locals.get("self") if frame.f_code.co_varnames[:1] == ("self",) else None
