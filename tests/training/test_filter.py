@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 
 from retain import Filter, RetentionCallback
-from retain.data.batches import Example
+from retain.data.batches import Example, collate
 from retain.errors import ConfigError, MismatchError, ModelError, RetainWarning
 from retain.models.lora import grow_lora
 from retain.models.off import adapter_off
@@ -546,6 +547,22 @@ def test_streams_have_a_filter_too(data: Any, tmp_path: Path) -> None:
     loaders = [DataLoader(d, batch_size=2, collate_fn=run.data_collator) for d in (data, share)]
     one, other = (loader_examples(loader, 3, 0, True) for loader in loaders)
     assert len(one) == 3 and one == other
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_pair_is_read_with_its_token_types(own: bool) -> None:
+    """Of a trainer's batch, padded on the left as some tokenizers do, and of this package's own."""
+    pair = Example((3, 7, 1, 15), (2,), (), (0, 0, 1, 1))
+
+    def collated(items: list[Example]) -> dict[str, Any]:
+        batch = collate([*items, Example((2,) * 6, (0,))], pad=0)
+        if own:
+            return {"batch": collate(items, pad=0, multiple=8)}
+        return {k: v[:1].roll(2, dims=1) for k, v in batch.inputs.items()}
+
+    loader = SimpleNamespace(dataset=[pair], collate_fn=collated)
+    (found,) = loader_examples(loader, 1, 0, causal=False)
+    assert (found.tokens, found.segments) == (pair.tokens, pair.segments)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", False])

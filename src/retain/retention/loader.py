@@ -73,14 +73,18 @@ def _rows(batch: Any, causal: bool) -> list[list[Example]]:
         counts = ours.predict
     elif labels is not None and causal:
         counts = labels != -100
+    types = inputs.get("token_type_ids")
+    if types is None or types.numel() != ids.numel():
+        types = torch.zeros_like(ids)
     found = []
-    for tokens, keep, predicts, begins in zip(
+    for tokens, keep, predicts, begins, kinds in zip(
         ids, mask.reshape(ids.shape).bool(), counts.reshape(ids.shape).bool(),
-        _begins(inputs, ids, pairs), strict=True,
+        _begins(inputs, ids, pairs), types.reshape(ids.shape), strict=True,
     ):  # fmt: skip
         kept, predict = tuple(tokens[keep].tolist()), tuple(predicts[keep].tolist())
         if not causal:
-            examples = [Example(kept, (0,))]
+            segments = tuple(kinds[keep].tolist())
+            examples = [Example(kept, (0,), (), segments if any(segments) else ())]
         elif ours is not None:
             examples = [Example(kept, (0,) * len(kept), predict)]
         else:
