@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from retain import Retention, RetentionCallback, fit_curvature
@@ -88,6 +91,30 @@ def test_strength_zero_is_plain_training_bit_for_bit(update: str, tmp_path: Path
     trainer(plain, tmp_path, []).train()
     trainer(held, tmp_path, [RetentionCallback(fit(held), 0.0, update)]).train()
     exactly(weights(held), weights(plain))
+
+
+class Drawn(Dataset[Any]):
+    """Rows that are drawn anew whenever they are read, with each of the three generators."""
+
+    def __len__(self) -> int:
+        return len(DATA)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        draws = random.randrange(13), int(np.random.randint(13)), int(torch.randint(13, ()))
+        return {"input_ids": [index, *draws], "labels": [index, *draws]}
+
+
+def test_strength_zero_leaves_what_a_data_set_draws(tmp_path: Path) -> None:
+    found = []
+    for held in (False, True):
+        model = tiny("llama", dtype=torch.float32)
+        run = trainer(model, tmp_path, [RetentionCallback(fit(model), 0.0)] if held else [])
+        run.train_dataset = Drawn()
+        random.seed(0)
+        np.random.seed(0)
+        run.train()
+        found.append(weights(model))
+    exactly(*found)
 
 
 @pytest.mark.parametrize("update", UPDATES)

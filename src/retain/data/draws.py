@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
+from torch import random as torch_random
 
 from retain.errors import ConfigError
 
-__all__ = ["HELD_OUT", "check_limit", "draw", "draw_from", "sample"]
+__all__ = ["HELD_OUT", "check_limit", "draw", "draw_from", "same_random", "sample"]
 
 HELD_OUT = 1_000_000
 """Added to a seed for text that is to be another than what a curvature is measured on."""
@@ -66,6 +69,18 @@ def draw_from(items: Iterable[T], limit: int, seed: int) -> list[tuple[int, T]]:
 def sample(items: Sequence[T], limit: int | None, seed: int) -> list[T]:
     """At most `limit` of the items, in their order."""
     return [items[place] for place in draw(len(items), limit, seed)]
+
+
+@contextmanager
+def same_random() -> Iterator[None]:
+    """Puts the random states of torch, NumPy and Python back, whoever draws inside it."""
+    python, array = random.getstate(), np.random.get_state()
+    try:
+        with torch_random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
 
 
 def _numbers(seed: int) -> np.random.RandomState:

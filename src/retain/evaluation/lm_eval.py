@@ -12,7 +12,6 @@ import importlib.util
 import io
 import logging
 import os
-import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -21,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
-from torch import random as torch_random
 
+from retain.data.draws import same_random
 from retain.documents import parse_json
 from retain.errors import ConfigError, SourceError, unknown
 from retain.models.forward import evaluating
@@ -144,7 +143,7 @@ def _evaluated(
             allowed="a model with a language-model head",
             fix="load it without num_labels",
         )
-    with _quiet(), _same_random(), evaluating(model), plain_generation(model):
+    with _quiet(), same_random(), evaluating(model), plain_generation(model):
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
@@ -323,17 +322,3 @@ def _quiet() -> Iterator[None]:
         os.close(stderr)
         os.close(nothing)
         logger.setLevel(level)
-
-
-@contextmanager
-def _same_random() -> Iterator[None]:
-    """lm-eval seeds everything; puts the random states back."""
-    import numpy
-
-    python, array = random.getstate(), numpy.random.get_state()
-    try:
-        with torch_random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(array)

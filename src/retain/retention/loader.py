@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from retain.data.batches import Example
-from retain.data.draws import sample
+from retain.data.draws import same_random, sample
 
 __all__ = ["RowReader", "loader_examples", "loader_items", "reader_of"]
 
@@ -33,7 +33,7 @@ def loader_examples(loader: Any, count: int, seed: int, causal: bool) -> list[Ex
     the documents are drawn from those of `count` rows, for a packed row's are of like lengths.
     """
     found: list[list[Example]] = []
-    with torch.random.fork_rng():
+    with same_random():
         for item in islice(loader_items(loader, seed), SEARCHED * count):
             found += _rows(loader.collate_fn([item]), causal)
             if len(found) >= count:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from retain.data.batches import Example
+from retain.data.draws import same_random
 from retain.errors import SourceError
 from retain.extras import classes_of
 from retain.models.heads import check_labels, head_kind, several_labels
@@ -53,7 +54,7 @@ def check_loader(model: nn.Module, loader: Any, seed: int) -> None:
     """
     kind = head_kind(model)
     _check_rows(model, loader)
-    with torch.random.fork_rng():
+    with same_random():
         size = getattr(loader, "batch_size", None) or CHECKED
         rows = list(islice(loader_items(loader, seed), size))
         batch = loader.collate_fn(rows) if rows else None
