@@ -549,6 +549,38 @@ def test_streams_have_a_filter_too(data: Any, tmp_path: Path) -> None:
     assert len(one) == 3 and one == other
 
 
+class Once(Stream):
+    """Goes on where it was left."""
+
+    def __init__(self, around: bool) -> None:
+        self.around, self.rows = around, iter(DATA * 40)
+
+    def __iter__(self) -> Any:
+        return (row for row in self.rows) if self.around else self
+
+    def __next__(self) -> Any:
+        return next(self.rows)
+
+
+class Shuffled(Stream):
+    def __iter__(self) -> Any:
+        return (DATA[i] for i in torch.randperm(len(DATA)).tolist())
+
+
+@pytest.mark.parametrize(
+    ("data", "lost"),
+    [(Stream(), False), (Shuffled(), False), (Once(True), True), (Once(False), True)],
+)
+def test_rows_that_are_lost_to_the_training_are_said(data: Any, lost: bool, tmp_path: Path) -> None:
+    model = tiny("llama")
+    run = trainer(model, tmp_path, [keep(model)])
+    run.train_dataset = data
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run.train()
+    assert sum("begun again" in str(w.message) for w in said) == lost
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_a_pair_is_read_with_its_token_types(own: bool) -> None:
     """Of a trainer's batch, padded on the left as some tokenizers do, and of this package's own."""

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from retain.data.batches import Example
 from retain.data.draws import same_random, sample
 
-__all__ = ["RowReader", "loader_examples", "loader_items", "reader_of"]
+__all__ = ["RowReader", "begins_anew", "loader_examples", "loader_items", "reader_of"]
 
 RowReader = Callable[[int, int], Sequence[Example]]
 """(count, seed) -> so many rows of the training data, drawn by the seed."""
@@ -43,14 +43,38 @@ def loader_examples(loader: Any, count: int, seed: int, causal: bool) -> list[Ex
 
 def loader_items(loader: Any, seed: int) -> Iterator[Any]:
     """The items of a loader's data set, in an order of the seed's; of a stream, in its own."""
-    data: Any = loader.dataset
-    while isinstance(data, IterableDataset) and hasattr(data, "dataset"):
-        data = data.dataset  # one process's share of a stream: all are to read the same rows
-    stream = isinstance(data, IterableDataset)  # it may have both methods all the same
-    if stream or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+    data = _data(loader)
+    if _is_stream(data):
         return iter(data)
     random = torch.Generator().manual_seed(seed)
     return (data[i] for i in torch.randperm(len(data), generator=random).tolist())
+
+
+def begins_anew(loader: Any, causal: bool) -> bool:
+    """Whether what is read of a loader's data set is there again for the training.
+
+    A stream is begun twice, to see whether it gives the same row: one around a generator, say,
+    goes on where it was left.
+    """
+    data = _data(loader)
+    if not _is_stream(data):
+        return True
+    if iter(data) is data:
+        return False
+    one, other = (loader_examples(loader, 1, 0, causal) for _ in range(2))
+    return one == other
+
+
+def _data(loader: Any) -> Any:
+    data = loader.dataset
+    while isinstance(data, IterableDataset) and hasattr(data, "dataset"):
+        data = data.dataset  # one process's share of a stream: all are to read the same rows
+    return data
+
+
+def _is_stream(data: Any) -> bool:
+    sized = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return isinstance(data, IterableDataset) or not sized  # a stream may have both methods
 
 
 def _rows(batch: Any, causal: bool) -> list[list[Example]]:

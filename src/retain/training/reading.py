@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from retain.data.batches import Example
 from retain.data.draws import same_random
-from retain.errors import SourceError
+from retain.errors import SourceError, warn
 from retain.extras import classes_of
 from retain.models.heads import check_labels, head_kind, several_labels
 from retain.models.names import inner_model
 from retain.models.sizes import check_ids, check_length, check_sizes, rows_of_embedding
-from retain.retention.loader import loader_items
+from retain.retention.loader import begins_anew, loader_items
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,7 +41,8 @@ def check_loader(model: nn.Module, loader: Any, seed: int) -> None:
 
     Of rows that lie there as tokens, all are looked at; of any others one batch. Labels that are
     lists, or floating-point numbers for several classes, are those of a head of several labels:
-    transformers finds that out at its first loss, and no earlier.
+    transformers finds that out at its first loss, and no earlier. Rows of a stream that can be read
+    only once are lost to the training; a warning says so.
 
     Args:
         model: that is trained.
@@ -53,6 +54,13 @@ def check_loader(model: nn.Module, loader: Any, seed: int) -> None:
         SourceError: a token, a length or a label that the model's tables have no place for.
     """
     kind = head_kind(model)
+    if not begins_anew(loader, kind == "causal"):
+        warn(
+            "the training data are a stream that gave other rows when it was begun again: where it "
+            "can be read only once, the rows that are read before the first step (a batch, and "
+            "those of the filter) are not trained on; give a data set that begins with its first "
+            "row whenever it is iterated over, as datasets.IterableDataset.from_generator does"
+        )
     _check_rows(model, loader)
     with same_random():
         size = getattr(loader, "batch_size", None) or CHECKED
