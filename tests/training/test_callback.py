@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from retain import Retention, RetentionCallback, fit_curvature
 from retain.errors import ConfigError, MismatchError
+from retain.training.running import Running
 from retain.types import UPDATES
 from tiny import ROWS, exactly, move, tiny, weights
 
@@ -284,6 +285,24 @@ def test_a_second_callback_on_one_trainer_is_refused(tmp_path: Path) -> None:
     exactly(weights(model), before)
     run.remove_callback(RetentionCallback)  # what the error says
     run.train()
+
+
+def test_one_that_was_attached_acts_in_another_trainer_too(tmp_path: Path) -> None:
+    call = RetentionCallback(fit(tiny("llama")))
+    first = trainer(tiny("llama"), tmp_path, [])
+    call.attach(first)
+    first.train()
+    model, backend = tiny("llama"), Backend()
+    second = trainer(model, tmp_path, [backend, call])
+    second.train()
+    assert second.callback_handler.callbacks[0] is call
+    assert all("predicted_nats" in r for r in backend.records if "loss" in r)
+    assert call.recipe.filter is not None
+    live = call.recipe.filter.hooks.live
+    assert isinstance(live, Running) and not live()
+    second.add_callback(RetentionCallback(fit(model)))
+    with pytest.raises(ConfigError, match=r"held twice; got: 2 of RetentionCallback"):
+        second.train()
 
 
 @pytest.mark.parametrize("best", [False, True])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from retain.curvature.curvature import Curvature
 from retain.errors import ConfigError, warn
@@ -158,7 +158,7 @@ class RetentionCallback(TrainerCallback):
         self, recipe: Recipe, source: Sources, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
         self.recipe, self.source, self.tokenizer = recipe, source, tokenizer
-        self._attached: Any = None
+        self._handler: CallbackHandler | None = None  # while a trainer it is attached to trains
         self._zero: ZeroStep | None = None
         self._settings: dict[str, Any] = {}
         self._nats: float | None = None
@@ -217,13 +217,15 @@ class RetentionCallback(TrainerCallback):
         handler = trainer.callback_handler
         check_alone(self, handler, more=1)
         handler.callbacks.insert(0, self)
-        self._attached, train = weakref.ref(trainer), trainer.train
+        train = trainer.train
 
         @functools.wraps(train)
         def released(*args: Any, **kwargs: Any) -> Any:
+            self._handler = trainer.callback_handler
             try:
                 return train(*args, **kwargs)
             finally:  # whatever broke it off
+                self._handler = None
                 self.recipe.release()
                 self._let_go()
 
@@ -266,8 +268,7 @@ class RetentionCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        trainer = None if self._attached is None else self._attached()
-        handler = calling_handler() if trainer is None else trainer.callback_handler
+        handler = self._handler or calling_handler()
         check_alone(self, handler)
         check_trainer(args, kwargs.get("optimizer"), zero=True)
         model: nn.Module = unwrap(kwargs["model"])
@@ -303,7 +304,7 @@ class RetentionCallback(TrainerCallback):
             )
         if self._zero is not None:
             recipe.by_hand()
-        recipe.guard(Running() if trainer is None else lambda: True)
+        recipe.guard(Running() if self._handler is None else lambda: True)
         go_first(self, handler)
 
     def _let_go(self) -> None:
