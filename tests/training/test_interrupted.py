@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from retain import Filter, RetentionCallback, grow_lora, measure_forgetting
 from retain.errors import ModelError
 from retain.models.sites import lora_sites
+from retain.retention.recipe import release_left
 from tiny import ROWS, exactly, move, tiny, weights
 
 STARTS: dict[str, dict[str, Any]] = {
@@ -168,6 +169,22 @@ def test_a_traceback_that_is_kept_keeps_nothing_alive(how: str, tmp_path: Path) 
     run.remove_callback(stop)
     run.train()  # the same trainer, without the two lines
     assert kept and hooks(model) == 0
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_before_anything_was_learned_a_is_put_back(attached: bool, tmp_path: Path) -> None:
+    """At once where the callback knows when the training ends, else with the next beginning."""
+    model = tiny("llama")
+    drawn, call = weights(model), call_for("budget", model)
+    run = trainer(model, tmp_path, [Stop("on_epoch_begin", model)])
+    call.attach(run) if attached else run.add_callback(call)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    if not attached:
+        assert not torch.equal(lora_sites(model)[0].a, drawn[f"{lora_sites(model)[0].name}.lora_A"])
+        release_left(model)
+    exactly(weights(model), drawn)
+    assert hooks(model) == 0
 
 
 def test_a_model_goes_when_its_last_name_does(tmp_path: Path) -> None:

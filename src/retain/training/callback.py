@@ -17,6 +17,7 @@ from retain.curvature.curvature import Curvature
 from retain.errors import ConfigError, warn
 from retain.models.cards import extend_card, plain_name, section
 from retain.models.names import unwrap
+from retain.models.processes import several
 from retain.models.view import ModelView
 from retain.retention.facts import changed, facts, settings_of, trained
 from retain.retention.filter import Filter
@@ -24,7 +25,7 @@ from retain.retention.force import Force
 from retain.retention.loader import loader_examples
 from retain.retention.named import Budgets, Curvatures, by_name, check_names, named
 from retain.retention.output_kl import OutputKL
-from retain.retention.recipe import Recipe
+from retain.retention.recipe import Recipe, release_left
 from retain.retention.watch import Watched
 from retain.training.handling import (
     check_alone,
@@ -73,8 +74,11 @@ class RetentionCallback(TrainerCallback):
     Checkpoints and the output folder have a section in their ``README.md``, the model card, which
     says what held the model; see `write_card` for other folders.
 
-    A training that breaks off (Ctrl-C, an exception) leaves nothing on the model: what holds A acts
-    while the training runs alone, and a plain trainer afterwards is plain.
+    A training that breaks off (Ctrl-C, an exception) leaves nothing that acts on the model: what
+    holds A acts while the training runs alone, and a plain trainer afterwards is plain. Before the
+    first step A has been filtered, which may make it longer or shorter: where nothing was learned,
+    it is put back as it was when the next training with a callback begins, and, if the callback is
+    attached (`attach`) and the process alone, at once.
 
     Args:
         curvature: fitted on the trainer's model; or several by name, each on its own source, with
@@ -224,6 +228,10 @@ class RetentionCallback(TrainerCallback):
             self._handler = trainer.callback_handler
             try:
                 return train(*args, **kwargs)
+            except BaseException:
+                if trainer.model is not None and not several():  # which may not all break off
+                    release_left(unwrap(trainer.model))
+                raise
             finally:  # whatever broke it off
                 self._handler = None
                 self.recipe.release()
