@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from retain import RetentionCallback, fit_curvature
@@ -116,3 +117,34 @@ def test_a_collator_of_the_user_s_may_make_labels_of_anything(tmp_path: Path) ->
 
     data = Dataset.from_list([{"input_ids": [3, 7], "labels": "yes"} for _ in range(4)])
     run("bert", data, tmp_path, collate)
+
+
+class Grouped(Trainer):
+    """Rows of one length make a batch, so that none is padded."""
+
+    def get_train_dataloader(self) -> Any:
+        data = [{"input_ids": [3, 7, 1, 2][: 2 + i % 2]} for i in range(8)]
+        batches = [[0, 2], [1, 3], [4, 6], [5, 7]]
+        return DataLoader(data, batch_sampler=batches, collate_fn=causal)  # type: ignore[arg-type]
+
+
+class Batches(Trainer):
+    """A loader of one's own, that nothing but batches can be had from."""
+
+    def get_train_dataloader(self) -> Any:
+        return [causal([{"input_ids": [3, 7, 1]}] * 2)] * 4
+
+
+@pytest.mark.parametrize(("kind", "why"), [(Grouped, None), (Batches, "there are no rows to read")])
+def test_any_loader_that_a_trainer_takes_is_held(
+    kind: type[Trainer], why: str | None, tmp_path: Path
+) -> None:
+    model = tiny("llama", dtype=torch.float32)
+    call = RetentionCallback(fit_curvature(model, ROWS["llama"] * 2, progress=False))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, report_to="none", save_strategy="no", use_cpu=True,
+        disable_tqdm=True,
+    )  # fmt: skip
+    kind(model, arguments, callbacks=[call]).train()
+    assert call.why_no_filter == why
+    assert call.force is not None and call.force.predicted() > 0

@@ -17,13 +17,25 @@ from torch.utils.data import IterableDataset
 from retain.data.batches import Example
 from retain.data.draws import same_random, sample
 
-__all__ = ["RowReader", "begins_anew", "loader_examples", "loader_items", "reader_of"]
+__all__ = [
+    "RowReader",
+    "begins_anew",
+    "is_readable",
+    "loader_examples",
+    "loader_items",
+    "reader_of",
+]
 
 RowReader = Callable[[int, int], Sequence[Example]]
 """(count, seed) -> so many rows of the training data, drawn by the seed."""
 
 SEARCHED = 16
 """Rows that are looked at for each that is wanted."""
+
+
+def is_readable(loader: Any) -> bool:
+    """Whether rows can be read by a loader: one of a user's own may have batches alone."""
+    return hasattr(loader, "dataset") and hasattr(loader, "collate_fn")
 
 
 def loader_examples(loader: Any, count: int, seed: int, causal: bool) -> list[Example]:

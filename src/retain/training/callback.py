@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import CallbackHandler
 
 from retain.curvature.curvature import Curvature
+from retain.data.batches import Example
 from retain.errors import ConfigError, warn
 from retain.models.cards import extend_card, plain_name, section
 from retain.models.names import unwrap
@@ -22,7 +23,7 @@ from retain.models.view import ModelView
 from retain.retention.facts import changed, facts, settings_of, trained
 from retain.retention.filter import Filter
 from retain.retention.force import Force
-from retain.retention.loader import loader_examples
+from retain.retention.loader import is_readable, loader_examples
 from retain.retention.named import Budgets, Curvatures, by_name, check_names, named
 from retain.retention.output_kl import OutputKL
 from retain.retention.recipe import Recipe, release_left
@@ -290,6 +291,10 @@ class RetentionCallback(TrainerCallback):
         needed = recipe.budget is not None or "filter" in recipe.parts
         view = ModelView(model, self.tokenizer)
         view.tokenizer = view.tokenizer or kwargs.get("processing_class")
+
+        def read(count: int, seed: int) -> list[Example]:
+            return loader_examples(loader, count, seed, view.causal)
+
         zero = zero_of(kwargs.get("optimizer"))
         kept = kept_in(state, needed) if resuming else None
         self._settings = settings_of(recipe)
@@ -302,7 +307,7 @@ class RetentionCallback(TrainerCallback):
         with self._whole():
             recipe.begin(
                 model,
-                lambda count, seed: loader_examples(loader, count, seed, view.causal),
+                read if is_readable(loader) else None,
                 seed=args.seed,
                 probe=probe_of(recipe, view, self.source),
                 source=kl_rows(recipe, view, self.source),

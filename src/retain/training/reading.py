@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,10 @@ from retain.data.batches import Example
 from retain.data.draws import same_random
 from retain.errors import SourceError, warn
 from retain.extras import classes_of
-from retain.models.heads import check_labels, head_kind, several_labels
+from retain.models.heads import Head, check_labels, head_kind, several_labels
 from retain.models.names import inner_model
 from retain.models.sizes import check_ids, check_length, check_sizes, rows_of_embedding
-from retain.retention.loader import begins_anew, loader_items
+from retain.retention.loader import begins_anew, is_readable, loader_items
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,7 +46,8 @@ def check_loader(model: nn.Module, loader: Any, seed: int) -> None:
 
     Args:
         model: that is trained.
-        loader: the trainer's `DataLoader`, whose data set and collator are used.
+        loader: the trainer's `DataLoader`, whose data set and collator are used. Of another, that
+            has none of them, nothing is looked at.
         seed: of the choice of rows.
 
     Raises:
@@ -54,6 +55,8 @@ def check_loader(model: nn.Module, loader: Any, seed: int) -> None:
         SourceError: a token, a length or a label that the model's tables have no place for.
     """
     kind = head_kind(model)
+    if not is_readable(loader):
+        return
     if not begins_anew(loader, kind == "causal"):
         warn(
             "the training data are a stream that gave other rows when it was begun again: where it "
@@ -64,14 +67,27 @@ def check_loader(model: nn.Module, loader: Any, seed: int) -> None:
     _check_rows(model, loader)
     with same_random():
         size = getattr(loader, "batch_size", None) or CHECKED
-        rows = list(islice(loader_items(loader, seed), size))
-        batch = loader.collate_fn(rows) if rows else None
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        return  # this package's own trainer has checked its rows
+        batches = _collated(loader.collate_fn, list(islice(loader_items(loader, seed), size)))
+    for batch in batches:
+        if isinstance(batch, Mapping) and TOKENS in batch:  # else this package's own has checked it
+            _check_batch(model, kind, batch)
+
+
+def _collated(collate: Callable[[list[Any]], Any], rows: list[Any]) -> list[Any]:
+    """A batch of rows; or of each its own, where a collator that does not pad makes none of rows of
+    several lengths, which its sampler keeps apart.
+    """
+    try:
+        return [collate(rows)] if rows else []
+    except Exception:
+        return [collate([row]) for row in rows]
+
+
+def _check_batch(model: nn.Module, kind: Head, batch: Mapping[str, Any]) -> None:
     causal, places = kind == "causal", batch.get("position_ids")
     examples = [
         Example(row, row if causal else (0,), (True,) * len(row) if causal else ())
-        for row in map(tuple, torch.atleast_2d(batch["input_ids"]).tolist())
+        for row in map(tuple, torch.atleast_2d(batch[TOKENS]).tolist())
     ]
     check_sizes(model, examples, labels=False, lengths=places is None)
     if places is not None:  # rows that are laid end to end begin again at 0
