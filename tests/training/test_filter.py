@@ -487,6 +487,18 @@ def test_a_callback_may_train_twice(tmp_path: Path) -> None:
     exactly(*found)
 
 
+def test_a_run_that_goes_on_says_again_why_it_has_no_filter(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2}
+    curvature, calls = fit(tiny("llama"), structure="kfac"), []
+    for steps in (2, 4):
+        call = RetentionCallback(curvature, 1.0)
+        run = trainer(tiny("llama", moved=True), tmp_path, [call], max_steps=steps, **options)
+        with pytest.warns(RetainWarning, match="without a filter: the adapter is not fresh"):
+            run.train(resume_from_checkpoint=steps > 2)
+        calls.append(call)
+    assert [call.why_no_filter for call in calls] == ["the adapter is not fresh"] * 2
+
+
 def test_room_is_made_of_what_is_measured(tmp_path: Path) -> None:
     """Months later too: the old rows are scaled once, before the first step, and then stay."""
     model, probe = tiny("llama"), [{"input_ids": row["input_ids"]} for row in ROWS["llama"]]

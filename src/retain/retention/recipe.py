@@ -343,7 +343,9 @@ class Recipe:
         if "filter" not in self.parts:
             return False
         if progress is not None and not self.named:
-            return bool(progress.get("filter"))
+            if not progress.get("filter"):
+                self.why_no_filter = progress.get("why_no_filter", "the training began without one")
+            return self.why_no_filter is None
         if not self.named:
             self.why_no_filter = NO_STRENGTH
             if self._holds():
@@ -515,6 +517,8 @@ class Recipe:
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of a training, as plain data for JSON."""
         found: dict[str, Any] = {"filter": self.filter is not None, "first": self.active.start or 0}
+        if self.why_no_filter is not None:
+            found["why_no_filter"] = self.why_no_filter
         if self.outputs is not None:
             found["steps"] = self.outputs.steps
         return found if self.force is None else found | self.force.state()
