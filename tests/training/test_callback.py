@@ -287,6 +287,19 @@ def test_a_second_callback_on_one_trainer_is_refused(tmp_path: Path) -> None:
     run.train()
 
 
+def test_the_log_says_no_divergence_before_one_is_measured(tmp_path: Path) -> None:
+    """As where a training goes on between two steps that measure it."""
+    options = {"save_strategy": "steps", "save_steps": 2}
+    for steps in (2, 6):
+        model = tiny("llama")
+        call = RetentionCallback(fit(model), kl=1.0, source=ROWS["llama"])
+        run = trainer(model, tmp_path, [call], max_steps=steps, **options)
+        run.train(resume_from_checkpoint=steps > 2)
+    steps = [e["step"] for e in run.state.log_history if "source_kl" in e]
+    assert steps == [1, 2, 5, 6]  # of which the resumed ones are those from 3 on
+    assert "NaN" not in (tmp_path / "checkpoint-6" / "trainer_state.json").read_text()
+
+
 def test_one_that_was_attached_acts_in_another_trainer_too(tmp_path: Path) -> None:
     call = RetentionCallback(fit(tiny("llama")))
     first = trainer(tiny("llama"), tmp_path, [])
