@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from retain import Filter, RetentionCallback
 from retain.data.batches import Example, collate
-from retain.errors import ConfigError, MismatchError, ModelError, RetainWarning
+from retain.errors import ConfigError, MismatchError, ModelError, RetainWarning, SourceError
 from retain.models.lora import grow_lora
 from retain.models.off import adapter_off
 from retain.models.sites import lora_sites
@@ -485,6 +485,20 @@ def test_a_callback_may_train_twice(tmp_path: Path) -> None:
         assert call.recipe.filter is None and call.why_no_filter == "the adapter is not fresh"
         found.append(weights(model))
     exactly(*found)
+
+
+def test_rows_of_one_token_are_named(tmp_path: Path) -> None:
+    for parts in (None, NAMED):
+        model = tiny("llama")
+        call = keep(model, parts=parts)
+        run = trainer(model, tmp_path, [call])
+        run.train_dataset = [{"input_ids": [3], "labels": [3]}] * 4
+        if parts is None:
+            run.train()
+            assert str(call.why_no_filter).endswith("no input_ids of two tokens or more")
+        else:
+            with pytest.raises(SourceError, match="without input_ids, or of one token"):
+                run.train()
 
 
 def test_a_run_that_goes_on_says_again_why_it_has_no_filter(tmp_path: Path) -> None:

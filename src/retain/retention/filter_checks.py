@@ -93,7 +93,7 @@ def why_no_filter(
     if rows is None:
         return "there are no rows to read"
     if not rows(1, 0):
-        return "the trainer's batches hold no input_ids"
+        return "the trainer's batches hold no input_ids of two tokens or more"
     return None
 
 

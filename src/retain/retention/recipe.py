@@ -365,7 +365,7 @@ class Recipe:
         if not examples:
             raise SourceError(
                 "the training data hold no tokens for a filter to read",
-                got="rows without input_ids",
+                got="rows without input_ids, or of one token, which predicts nothing",
                 allowed="rows of two tokens or more",
                 fix="check the data, or leave the filter out",
             )
