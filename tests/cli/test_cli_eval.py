@@ -245,6 +245,8 @@ def test_the_same_from_python(folders: list[Path], rows: Path, source: Path) -> 
         ("72", "#### 72", False),
         ("#### $1,200.", "x #### 1200", True),
         ("#### 7", "#### 8", False),
+        ("<", ">", False),
+        ("#### 1/2", "#### 12", False),
     ],
 )
 def test_same_answer(said: str, answer: str, right: bool) -> None:

@@ -137,6 +137,9 @@ def items(*rows: dict[str, Any]) -> list[SkillItem]:
         (0.5, "it is .5", True),
         (3, "none", False),
         ("1,200", "1200", True),
+        (2**60 + 1, "1152921504606846977", True),
+        (2**60 + 1, "1,152,921,504,606,846,976", False),
+        ("2.5 kg", "25 kg", False),
     ],
 )
 def test_right_answers(answer: Any, said: str, right: bool) -> None:

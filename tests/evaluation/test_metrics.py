@@ -7,7 +7,7 @@ import math
 import pytest
 
 from retain.errors import ConfigError
-from retain.evaluation.metrics import METRICS, compute, normalize
+from retain.evaluation.metrics import METRICS, compute, normalize, same_text
 
 TRUE = [1, 1, 1, 0, 0, 0, 0, 1]
 PRED = [1, 0, 1, 0, 1, 0, 0, 1]  # tp 3, fn 1, fp 1, tn 3
@@ -68,10 +68,46 @@ def test_multirc_by_hand() -> None:
         ("The Cat's hat!", "cats hat"),
         ("an apple  a day", "apple day"),
         ("A", "a"),
+        ("about -5 degrees", "about -5 degrees"),
+        ("-$1,250 in 1990-95", "-1250 in 1990-95"),
+        ("At 12:30.", "at 12:30"),
+        ("The Covid-19 x-5 (3)-4", "covid19 x5 34"),
+        (".5 kg", ".5 kg"),
+        ("1.0e-3 m", "1.0e-3 m"),
+        ("1,000km, 2", "1000km 2"),
     ],
 )
 def test_texts_as_they_are_compared(text: str, plain: str) -> None:
     assert normalize(text) == plain
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("<", ">"),
+        ("+", "-"),
+        ("1/2", "12"),
+        ("2.5 kg", "25 kg"),
+        (".5 kg", "5 kg"),
+        ("-5 degrees", "5 degrees"),
+        ("12:30", "1230"),
+        ("1.0 x 10^-3", "1.0 x 10^3"),
+        ("1" * 30, "1" * 29 + "2"),
+        (" ", ""),
+    ],
+)
+def test_texts_that_differ_in_a_sign(said: str, right: str) -> None:
+    assert not same_text(said, right) and not same_text(right, said)
+    assert same_text(f" {said}\n", said) is bool(said.strip())
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [("Paris.", "paris"), ("the cat", "cat"), ("1,000", "1000"), ("$5", "5"), ("5.0", "5"),
+     ("A well-known (old) town!", "wellknown old town"), ("+3", "3"), ("-0", "0"), ("<", "<")],
+)  # fmt: skip
+def test_texts_that_say_the_same(said: str, right: str) -> None:
+    assert same_text(said, right) and same_text(right, said)
 
 
 def test_texts_by_hand() -> None:

@@ -22,7 +22,7 @@ from retain.data.tokens import need
 from retain.errors import SourceError, not_finite
 from retain.evaluation.answers import row_log_probabilities
 from retain.evaluation.generation import generate_ids
-from retain.evaluation.metrics import normalize
+from retain.evaluation.metrics import same_text
 from retain.models.heads import row_label
 from retain.models.view import ModelView
 
@@ -179,14 +179,14 @@ def measure_rows(
 
 
 def same_answer(said: str, answer: str) -> bool:
-    """Whether an answer is the right one, after `retain.evaluation.metrics.normalize`.
+    """Whether an answer is the right one; see `retain.evaluation.metrics.same_text`.
 
     Where the right one has a ``####``, as GSM8K's and the word problems' do, what stands behind it
     counts alone; else the whole text.
     """
     if MARK in answer:
         said, answer = (_behind(text) for text in (said, answer))
-    return bool(said.strip()) and normalize(said) == normalize(answer)
+    return same_text(said, answer)
 
 
 def _behind(text: str) -> str:

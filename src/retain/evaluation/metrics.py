@@ -9,7 +9,7 @@ an F1 without any positive: a score is never NaN.
     f1_macro           mean F1 over the classes (the metric of CB)
     matthews           Matthews' correlation (CoLA)
     pearson, spearman  correlations (STS-B); pearson_spearman is their mean
-    exact_match        share of texts that are equal to a reference after `normalize`
+    exact_match        share of texts that are equal to a reference, see `same_text`
     token_f1           mean F1 of the words shared with the nearest reference (ReCoRD, SQuAD)
     f1a                F1 of class 1 over all answers of all questions (MultiRC)
     group_em           share of groups whose rows are all right (MultiRC)
@@ -24,13 +24,13 @@ import string
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
 from importlib import import_module
 from typing import Any, cast
 
 from retain.errors import ConfigError, unknown
 
-__all__ = ["METRICS", "TEXT_METRICS", "compute", "normalize"]
+__all__ = ["METRICS", "TEXT_METRICS", "compute", "normalize", "same_text"]
 
 Values = Sequence[Any]
 Metric = Callable[[Values, Values, Sequence[str]], float]
@@ -39,6 +39,22 @@ TEXT_METRICS = frozenset({"exact_match", "token_f1"})
 """Metrics of texts; an answer may be several texts, of which the nearest counts."""
 
 _GROUPED = frozenset({"group_em", "f1a_em"})
+
+_EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
+"""Rounds no number that is written out."""
+
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+_DROPPED = re.compile(
+    rf"""(?!
+        (?<=\d) . \d                  # what stands between two digits belongs to a number,
+      | (?<![\w)]) - [$€£]? \.? \d    # as do a sign,
+      | (?<=\de) - \d                 # that of an exponent,
+      | (?<![\w.]) \. \d              # and a point in front
+    ) [{re.escape(string.punctuation)}]""",
+    re.VERBOSE,
+)
+"""Punctuation of a text in lower case without commas of thousands."""
 
 
 def compute(
@@ -79,17 +95,26 @@ def normalize(text: str) -> str:
 
     A number, maybe with a currency sign, commas or a percent sign, in its shortest form ("$1,200."
     is "1200", "2.50" is "2.5"). Any other text as for SQuAD (Rajpurkar et al. 2016): lower case,
-    without punctuation, articles (unless nothing else is there) and doubled spaces.
+    without punctuation, articles (unless nothing else is there) and doubled spaces; but what
+    belongs to a number within it stays ("-5 degrees", "1/2", "12:30", "2.5 kg").
     """
-    bare = re.sub(r"[$€£%]|(?<=\d),(?=\d{3}\b)", "", text).strip().rstrip(".").rstrip()
+    bare = _THOUSANDS.sub("", re.sub(r"[$€£%]", "", text)).strip().rstrip(".").rstrip()
     if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", bare):
-        try:
-            return format(Decimal(bare).normalize() + 0, "f")
-        except InvalidOperation:
-            return bare
-    plain = "".join(c for c in text.lower() if c not in string.punctuation)
+        return format(_EXACT.plus(Decimal(bare).normalize(_EXACT)), "f")
+    plain = _DROPPED.sub("", _THOUSANDS.sub("", text.lower()))
     rest = re.sub(r"\b(a|an|the)\b", " ", plain)
     return " ".join((rest if rest.strip() else plain).split())
+
+
+def same_text(said: str, right: str) -> bool:
+    """Whether a text says what the right one does: both after `normalize`.
+
+    Where nothing is left of one of them, such as of "<", they are compared as they stand.
+    """
+    ours, theirs = normalize(said), normalize(right)
+    if not (ours and theirs):
+        ours, theirs = said.strip(), right.strip()
+    return bool(ours) and ours == theirs
 
 
 def _classes(name: str, **options: Any) -> Metric:
@@ -139,7 +164,7 @@ def _references(answer: object) -> Sequence[str]:
 
 
 def _exact(prediction: str, reference: str) -> float:
-    return float(bool(prediction.strip()) and normalize(prediction) == normalize(reference))
+    return float(same_text(prediction, reference))
 
 
 def _token_f1(prediction: str, reference: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from retain.data.general_prompts import GENERAL, GeneralPrompt, general_prompts
 from retain.data.problems import MARK
 from retain.data.sources import read_rows
 from retain.errors import SourceError, shown
-from retain.evaluation.metrics import normalize
+from retain.evaluation.metrics import normalize, same_text
 
 __all__ = ["SkillItem", "Skills", "read_skills"]
 
@@ -52,18 +53,25 @@ class SkillItem:
         """Whether a text that a model wrote is right.
 
         Of an answer that is a number, the number behind ``####`` counts, or else the last in the
-        first line. Any other is to be the whole first line, both after
-        `retain.evaluation.metrics.normalize`.
+        first line. Any other is to be the whole first line, see
+        `retain.evaluation.metrics.same_text`.
         """
         if self.scripted is not None:
             return bool(self.scripted.right(said))
         line = next((part for part in said.splitlines() if part.strip()), "")
         behind = _NUMBER.findall(said.partition(MARK)[2])[:1] or _NUMBER.findall(line)[-1:]
-        number = float(behind[0].replace(",", "")) if behind else None
+        number = behind[0].replace(",", "") if behind else None
         return any(
-            normalize(line) == normalize(answer) if isinstance(answer, str) else number == answer
+            same_text(line, answer) if isinstance(answer, str) else _equals(number, answer)
             for answer in self.answers
         )
+
+
+def _equals(said: str | None, number: float) -> bool:
+    """Whether a number that is written out is this one; a whole one is not rounded to a float."""
+    if said is None:
+        return False
+    return Decimal(said) == number if isinstance(number, int) else float(said) == number
 
 
 def read_skills(given: Skills) -> list[SkillItem]:
