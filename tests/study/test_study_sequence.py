@@ -28,7 +28,7 @@ from retain.study.spec import read_study
 from retain.study.state import SequenceState
 from retain.study.studies import run_study
 from retain.study.tables import tables
-from retain.study.work import Work, read_record
+from retain.study.work import Work, changed_inputs, model_digest, read_record, standing
 from study_parts import TEXT, tiny_study
 
 
@@ -447,3 +447,36 @@ def test_a_text_file_is_cut_into_rows(tiny_folder: Path, tmp_path: Path) -> None
     record = read_record(work.record(grid.runs[0].key))
     assert record is not None
     assert record.retention[-1].tokens == 3 * 7  # three whole rows of eight tokens
+
+
+def test_a_source_folder_that_changes_is_noticed(tiny_folder: Path, tmp_path: Path) -> None:
+    source = {"kind": "data", "name": "text", "rows": 6, "heldout": 3, "max_length": 8}
+    path = tiny_study(
+        tmp_path / "study", tiny_folder, source=source, seeds=[0], methods={"none": {}},
+        orders={"one": ["tasks/one.yaml"]},
+    )  # fmt: skip
+    grid, work = opened(path, tmp_path / "out")
+    run, text = grid.runs[0], work.data_dir / "text" if work.data_dir else tmp_path
+    failed = execute(run, work)
+    assert failed.error is not None and "no such source" in failed.error
+    text.mkdir()
+    for split in ("validation", "test"):
+        (text / f"{split}.txt").write_text(f"{TEXT} " * 12, encoding="utf-8")
+    assert execute(run, work).error is None  # it has come since
+    record = standing(run, work)
+    assert record is not None and record.inputs is not None
+    (text / "test.txt").write_text(f"{TEXT} and more " * 12, encoding="utf-8")
+    assert changed_inputs(record, run, work) == ["source test"]
+    assert standing(run, work) is None
+    inputs = {name: d for name, d in record.inputs.items() if not name.startswith("source")}
+    earlier = record.model_copy(update={"inputs": inputs})  # of a version that did not look
+    assert changed_inputs(earlier, run, work) == []
+
+
+def test_a_model_in_one_file_that_changes_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    assert model_digest(str(file)) is None
+    file.write_bytes(b"GGUF")
+    first = model_digest(str(file))
+    file.write_bytes(b"GGUF and more")
+    assert first is not None and model_digest(str(file)) not in (None, first)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from retain.data.batches import Example
-from retain.data.loading import ALL, Split, encode_items, inside, load_items
+from retain.data.loading import ALL, Split, encode_items, load_items
 from retain.data.readers.paths import kind_of
 from retain.data.sources import Row, encode, read_rows
 from retain.data.specs import Item, TaskSpec
@@ -24,7 +24,7 @@ from retain.models.heads import is_causal
 from retain.models.load import load_model
 from retain.records import RunSource, RunSpec
 from retain.study.grid import task_at
-from retain.study.work import Work, model_digest, read_shared, write_shared
+from retain.study.work import Work, model_digest, read_shared, source_file, write_shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -228,14 +228,12 @@ def _choose(size: int, count: int, seed: int) -> set[int]:
 
 
 def _data_file(source: RunSource, split: str, work: Work) -> Path:
-    home = work.data_dir or Path()
-    for suffix in (".jsonl.gz", ".jsonl", ".txt"):
-        name = f"{source.name}/{split}{suffix}"
-        if (path := inside(home, name, "source.name")).is_file():
-            return path
-    raise SourceError(
-        "no such source",
-        got=home / str(source.name) / f"{split}.jsonl.gz",
-        allowed="a file .jsonl.gz, .jsonl or .txt",
-        fix="give --data-dir, the folder that holds the local data",
-    )
+    path = source_file(source, split, work.data_dir)
+    if path is None:
+        raise SourceError(
+            "no such source",
+            got=(work.data_dir or Path()) / str(source.name) / f"{split}.jsonl.gz",
+            allowed="a file .jsonl.gz, .jsonl or .txt",
+            fix="give --data-dir, the folder that holds the local data",
+        )
+    return path

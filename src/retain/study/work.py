@@ -13,16 +13,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from retain.data.loading import local_file
+from retain.data.loading import inside, local_file
 from retain.documents import read_json
 from retain.errors import ConfigError, RetainError
 from retain.files import clear_scratch, file_digest, write_json, writing
-from retain.records import RUN_SCHEMA, RunRecord, RunSpec, StudyRecord
+from retain.records import RUN_SCHEMA, RunRecord, RunSource, RunSpec, StudyRecord
 from retain.study.grid import task_at
 
 __all__ = [
     "RunFunction", "Work", "changed_inputs", "holding", "input_digests", "model_digest",
-    "read_record", "read_shared", "read_study_file", "standing", "write_shared",
+    "read_record", "read_shared", "read_study_file", "source_file", "standing", "write_shared",
 ]  # fmt: skip
 
 RunFunction = Callable[..., dict[str, Any]]
@@ -178,10 +178,10 @@ def changed_inputs(record: RunRecord, run: RunSpec, work: Work) -> list[str]:
 
 
 def input_digests(run: RunSpec, work: Work) -> dict[str, str]:
-    """What the files of a run hold: a digest for each task and split, and for a local model.
+    """What the files of a run hold: a digest for each split of a task or source, a local model.
 
     They are part of what a run is, beside its configuration. What comes from the hub, and a
-    built-in model, is told by its name; nothing is said of tasks whose files are not there.
+    built-in model, is told by its name; nothing is said of files that are not there.
     """
     found: dict[str, str] = {}
     if work.function is not None:
@@ -198,12 +198,33 @@ def input_digests(run: RunSpec, work: Work) -> dict[str, str]:
             path = local_file(spec, split, work.data_dir or Path())
             if path is not None:
                 found[f"{task} {split}"] = _digest(path, _stamp(path))
+    source = run.source
+    for split in (source.split, source.heldout_split) if source.kind == "data" else ():
+        with suppress(RetainError):  # its run says so
+            if (path := source_file(source, split, work.data_dir)) is not None:
+                found[f"source {split}"] = _digest(path, _stamp(path))
     return found
 
 
+def source_file(source: RunSource, split: str, data_dir: Path | None) -> Path | None:
+    """The file of a split of a source of kind ``data``; None where there is none.
+
+    Raises:
+        SourceError: the source names a place outside the data folder.
+    """
+    names = (f"{source.name}/{split}{suffix}" for suffix in (".jsonl.gz", ".jsonl", ".txt"))
+    paths = (inside(data_dir or Path(), name, "source.name") for name in names)
+    return next((path for path in paths if path.is_file()), None)
+
+
 def model_digest(name: str) -> str | None:
-    """What tells a folder's model from another: its small files, and pieces of its weights."""
+    """What tells a local model from another: a folder's small files, and pieces of its weights.
+
+    Of a ``.gguf`` file pieces of all. None for other names.
+    """
     folder = Path(name).expanduser()
+    if folder.suffix == ".gguf" and folder.is_file():
+        return _pieces(folder, _stamp(folder))[:32]
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()
