@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from retain import files
 from retain.data.general_prompts import SKILLS, general_prompts
 from retain.documents import sealed
 from retain.errors import ConfigError
@@ -20,7 +21,7 @@ from retain.records import RunEvaluation, RunSpec, flags_of
 from retain.retention.method import Context
 from retain.retention.methods.auto import Wiener
 from retain.study import state
-from retain.study.fits import sharing
+from retain.study.fits import forget_fits, sharing
 from retain.study.grid import Grid, expand
 from retain.study.runner import execute
 from retain.study.sequence import run_sequence
@@ -215,6 +216,29 @@ def test_a_shared_fit_counts_its_time_and_is_made_again_where_it_is_damaged(
     other = read_record(again.record(run["no-force"].key))
     assert other is not None and other.matrix == record.matrix
     assert other.seconds is not None and other.seconds.method < 1000
+
+
+def test_a_fit_outlives_another_command_that_forgets_its_seed(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_study(
+        tmp_path / "study", tiny_folder, seeds=[0], orders={"one": ["tasks/one.yaml"]},
+        methods={"kfac": METHODS["kfac"], "again": {**METHODS["kfac"], "kind": "kfac"}},
+    )  # fmt: skip
+    grid, work = opened(path, tmp_path / "out")
+    run, forgotten = grid.runs[0], []
+
+    def late(file: Path) -> None:
+        settle(file)
+        if "fits" in file.parts and not forgotten:  # before the file has its name
+            forgotten.append(file.name)
+            forget_fits(work, run, [])
+
+    settle = files.settle
+    monkeypatch.setattr(files, "settle", late)
+    outcome = execute(run, replace(work, shares=sharing(grid.runs)))
+    assert outcome.status == "done" and len(forgotten) == 1
+    assert len(list((work.out / "fits").rglob("*.safetensors"))) == 1  # for its own other runs
 
 
 def test_what_no_task_changes_is_written_once(tiny_folder: Path, tmp_path: Path) -> None:

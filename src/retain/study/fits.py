@@ -3,7 +3,8 @@
 Runs that differ in their method alone measure the same source at the same model. The first of them
 keeps what it found in the study's folder, the others read it, and all count the time of the fit as
 their own, so that a run's times say what it takes by itself. What a run reads is to the bit what it
-would have fitted. The files of a seed are deleted when its last run has ended.
+would have fitted. The files of a seed are deleted when its last run has ended; another command in
+the same folder that is still at that seed fits again what it lacks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from retain.curvature.curvature import Curvature, load_curvature
 from retain.documents import sealed
-from retain.errors import ArtifactError
+from retain.errors import ArtifactError, OutputError
 from retain.files import clear_scratch, write_json
 from retain.models.adapters.base import Adapter
 from retain.models.processes import several
@@ -75,14 +76,21 @@ class SharedFits:
             if note is None or found is None:
                 found = fit()
                 seconds = time.perf_counter() - begun
-                clear_scratch(path)
-                found.save(path)
-                write_json(path.with_suffix(".json"), sealed({"seconds": seconds}))
+                try:
+                    _keep(found, seconds, path)
+                except OutputError:  # another command may have deleted the folder meanwhile
+                    _keep(found, seconds, path)
             else:
                 seconds = note["seconds"]
         more = seconds - (time.perf_counter() - asked)
         self.clock.restore({"method": more, "total": more})
         return found
+
+
+def _keep(fit: Curvature, seconds: float, path: Path) -> None:
+    clear_scratch(path)
+    fit.save(path)
+    write_json(path.with_suffix(".json"), sealed({"seconds": seconds}))
 
 
 def _read(path: Path) -> Curvature | None:
