@@ -8,6 +8,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from filelock import FileLock
 
 import forked
 from retain.errors import ConfigError, OutputError, SourceError
+from retain.study import studies
 from retain.study.engines import in_processes
 from retain.study.faults import lacks_disk, lacks_something
 from retain.study.runner import execute
@@ -180,6 +182,28 @@ def test_a_lock_keeps_others_away_and_that_of_the_dead_does_not(tmp_path: Path) 
     assert done.returncode == -9
     assert work.lock(first.key).exists()
     assert run_study(spec, grid, work)["done"] == 2
+
+
+def test_an_older_look_at_the_records_does_not_win(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, grid, work = pretended(tmp_path, **ONE)
+    execute(grid.runs[0], work)
+    other = Thread(target=studies.collect, args=(spec, grid, work))
+
+    def late(records: Any) -> Any:
+        if not other.ident:  # the first has read one record: another command ends the last run
+            execute(grid.runs[1], work)
+            other.start()
+            other.join(timeout=0.5)
+        return tables(records)
+
+    tables = studies.tables
+    monkeypatch.setattr(studies, "tables", late)
+    studies.collect(spec, grid, work)
+    other.join()
+    found = json.loads((work.out / "study.json").read_text())
+    assert [r["key"] for r in found["runs"]] == [r.key for r in grid.runs]
 
 
 def test_a_damaged_record_is_done_again(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from retain.documents import read_json, sealed
 from retain.errors import unknown
-from retain.files import check_folder, first_rank
+from retain.files import check_folder, clear_scratch, first_rank, write_json
 from retain.records import STUDY_SCHEMA, RunSpec, StudyRecord, finite
 from retain.study.engines import ENGINES, check_engine, in_order, in_processes, on_ray
 from retain.study.fits import forget_fits, sharing
@@ -118,8 +118,14 @@ def collect(spec: StudySpec, grid: Grid, work: Work) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    if not first_rank():
-        return
+    if first_rank():
+        path = work.out / "study.json"
+        with holding(work.lock("study")):  # around the reading too: the last to write has all
+            clear_scratch(path)
+            write_json(path, _collected(spec, grid, work).plain())
+
+
+def _collected(spec: StudySpec, grid: Grid, work: Work) -> StudyRecord:
     kept = replace(work, retry_failed=False)  # what failed is shown until it is done
     there = (standing(run, kept) for run in grid.runs)
     records = [record for record in there if record is not None]
@@ -137,8 +143,7 @@ def collect(spec: StudySpec, grid: Grid, work: Work) -> None:
     if spec.claims:
         made["claims"] = judged(spec.claims, found["cells"])
         made["chosen"] = spec.claims[0].method
-    study = StudyRecord.model_validate(made)
-    write_shared(work, work.out / "study.json", study.plain(), lock="study")
+    return StudyRecord.model_validate(made)
 
 
 def study_status(grid: Grid, work: Work) -> dict[str, Any]:

@@ -108,13 +108,13 @@ def holding(path: Path, *, wait: float = -1) -> Iterator[bool]:
         lock.release()
 
 
-def write_shared(work: Work, path: Path, value: dict[str, Any], lock: str = "shared") -> None:
+def write_shared(work: Work, path: Path, value: dict[str, Any]) -> None:
     """Writes JSON that several runs share, one process at a time.
 
     Raises:
         OutputError: the place cannot be written.
     """
-    with holding(work.lock(lock)):
+    with holding(work.lock("shared")):
         clear_scratch(path)  # what killed processes have left of writing it
         write_json(path, value)
 
