@@ -547,7 +547,7 @@ class EvalData(Part):
 
     Attributes:
         asked: rows whose answers the models wrote.
-        new_tokens: where those were cut.
+        new_tokens: where those were cut; sooner where a model's positions ended.
         counts: of `retain.data.counts.RowCounts`: what was left out, cut or not read.
     """
 

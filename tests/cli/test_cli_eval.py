@@ -14,13 +14,14 @@ import torch
 from cli_parts import WORDS, Run, told, write_lines
 from markupsafe import escape
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import retain
 from retain.cli import main
 from retain.cli.eval import _cell
 from retain.errors import ConfigError
-from retain.evaluation.held_out import same_answer
+from retain.evaluation.held_out import held_out, measure_rows, same_answer
+from retain.models.view import ModelView
 from retain.records import EvalRecord, Measure
 
 needs_lm_eval = pytest.mark.skipif(
@@ -140,6 +141,23 @@ def test_what_is_left_out_or_cut_is_said_and_counted(evaluate: Run, tmp_path: Pa
     assert found["scores"]["data.right"]["base"]["n"] == 4
     fewer = evaluate("--data", data, "--limit", 3, "--json").json["data"]
     assert fewer["counts"]["rows"] == 3
+
+
+def test_a_long_prompt_takes_no_room_from_other_answers(model: Path) -> None:
+    words = AutoTokenizer.from_pretrained(model)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(words), n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    view = ModelView(GPT2LMHeadModel(config), words)
+    few = [{"prompt": f"q{i}:", "completion": "a right answer of some length"} for i in range(3)]
+    found = []
+    for more in ([], [{"prompt": "x" * 58, "completion": "y"}]):
+        rows = held_out(view, few + more, max_length=128)
+        assert rows.new_tokens == 45 and len(rows.asked) == len(few + more)
+        found.append(measure_rows(view, rows))
+    alone, beside = found
+    assert beside.said[:3] == alone.said
+    assert beside.said[3]  # in the room that is left behind it
+    assert (alone.cut, beside.cut) == (3, 4)
 
 
 def test_text_has_a_loss_and_no_answers(evaluate: Run, source: Path) -> None:

@@ -44,7 +44,7 @@ class HeldOut:
         examples: tokenised.
         prompts: of each row the tokens before its last answer; None where it is not asked.
         answers: of each row the answer's tokens.
-        new_tokens: where an answer is cut.
+        new_tokens: where an answer is cut; sooner where the model's positions end.
         counts: what was left out or cut of the rows.
     """
 
@@ -73,7 +73,7 @@ class RowValues:
         nats: the negative log-probability of the row's answer, summed over its tokens.
         said: what the model wrote; None where it was not asked.
         right: whether that is the row's answer.
-        cut: answers that did not end within `HeldOut.new_tokens`.
+        cut: answers that were cut before their end, see `HeldOut.new_tokens`.
     """
 
     nats: tuple[float, ...]
@@ -99,7 +99,7 @@ def held_out(
         max_length: tokens of a row at most; no more than the model has positions.
         limit: examples at most, drawn by `seed`: one text may give many.
         new_tokens: where an answer is cut; by default at one and a half times the longest of the
-            rows, `LEAST` at least. Never beyond the model's positions.
+            rows, `LEAST` at least. Never beyond the model's positions, behind each row's prompt.
         seed: of the draw.
 
     Raises:
@@ -128,7 +128,7 @@ def held_out(
     whole = [len(a) for p, (_, a) in zip(prompts, parts, strict=True) if p is not None]
     room = new_tokens or max(LEAST, math.ceil(1.5 * max(whole, default=1)))
     if most is not None:
-        room = max(1, min(room, most - max((len(p) for p in prompts if p is not None), default=0)))
+        room = max(1, min(room, most - min((len(p) for p in prompts if p is not None), default=0)))
     return HeldOut(
         tuple(examples), tuple(prompts), tuple(answer for _, answer in parts), room, counts
     )
@@ -161,12 +161,16 @@ def measure_rows(
         raise not_finite()
     said: list[str | None] = [None] * len(found)
     right: list[bool | None] = [None] * len(found)
-    cut, asked = 0, rows.asked
-    if asked:
+    cut, most = 0, view.positions
+    rooms: dict[int, list[int]] = {}  # a long prompt has less room, and takes none from the others
+    for i in rows.asked:
+        left = rows.new_tokens if most is None else most - len(rows.prompts[i] or ())
+        rooms.setdefault(min(rows.new_tokens, left), []).append(i)
+    for room, asked in rooms.items():
         ends = set(need(words).all_special_ids)
         written = generate_ids(
             view.model, need(words), [rows.prompts[i] or () for i in asked],
-            new_tokens=rows.new_tokens, batch_size=4 * batch_size, progress=progress, label=label,
+            new_tokens=room, batch_size=4 * batch_size, progress=progress, label=label,
         )  # fmt: skip
         for i, ids in zip(asked, written, strict=True):
             text, answer = (
@@ -174,7 +178,7 @@ def measure_rows(
                 for part in (ids, list(rows.answers[i]))
             )
             said[i], right[i] = text, same_answer(text, answer)
-            cut += len(ids) == rows.new_tokens and ids[-1] not in ends
+            cut += len(ids) == room and ids[-1] not in ends
     return RowValues(tuple(-nats for nats in found), tuple(said), tuple(right), cut)
 
 
