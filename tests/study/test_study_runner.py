@@ -75,6 +75,23 @@ def test_a_published_study_is_gone_on_with(tmp_path: Path) -> None:
         take_known(first / "study.yaml", grid, work)
 
 
+def test_what_failed_here_and_is_done_elsewhere_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trouble = {**ONE, "adapters": {"time": {"kind": "lora"}}, "seeds": [0]}
+    spec, grid, work = pretended(tmp_path / "here", **trouble)
+    monkeypatch.setitem(LACKING, "time", ValueError("a mistake that is mended by now"))
+    assert run_study(spec, grid, work)["failed"] == 1
+    _, _, other = pretended(tmp_path / "elsewhere", **trouble)
+    monkeypatch.delitem(LACKING, "time")
+    assert run_study(spec, grid, other)["done"] == 1
+    assert take_known(other.out / "study.json", grid, work) == 1
+    assert run_study(spec, grid, work)["before"] == 1
+    assert study_status(grid, work)["done"] == 1
+    assert not work.trace(grid.runs[0].key).exists()
+    assert take_known(other.out / "study.json", grid, work) == 0
+
+
 def test_only_some(tmp_path: Path) -> None:
     spec, grid, work = pretended(tmp_path)
     assert run_study(spec, grid, work, only="held*seed 0")["done"] == 4

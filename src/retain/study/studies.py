@@ -96,7 +96,9 @@ def run_study(
 
 
 def take_known(path: Path, grid: Grid, work: Work) -> int:
-    """Finished runs of another ``study.json`` become this folder's, where it has none of them.
+    """Finished runs of another ``study.json`` become this folder's, where they are not done here.
+
+    Under ``torchrun`` each process writes them: none may go on before they are there.
 
     Returns:
         How many.
@@ -105,10 +107,12 @@ def take_known(path: Path, grid: Grid, work: Work) -> int:
         ConfigError: the file is no study's.
         OutputError: the folder cannot be written.
     """
-    wanted = {run.key for run in grid.runs if read_record(work.record(run.key)) is None}
+    here = {run.key: read_record(work.record(run.key)) for run in grid.runs}
+    wanted = {key for key, record in here.items() if record is None or not record.done}
     taken = [run for run in read_study_file(path).runs if run.done and run.key in wanted]
     for record in taken:
         write_shared(work, work.record(record.key), sealed(record.plain()))
+        work.trace(record.key).unlink(missing_ok=True)
     return len(taken)
 
 
