@@ -83,7 +83,8 @@ def test_it_is_a_study_like_any_other() -> None:
 
 def cell(method: str, **metrics: float) -> dict[str, Any]:
     place = {"model": "m", "adapter": "lora", "method": method, "order": "o"}
-    return place | {"metrics": {name: {"mean": value} for name, value in metrics.items()}}
+    numbers = {name: {"mean": value, "values": [value]} for name, value in metrics.items()}
+    return place | {"seeds": [0], "metrics": numbers}
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,19 @@ def test_only_some(tmp_path: Path) -> None:
     assert (status["done"], len(status["left"]), status["total"]) == (4, 12, 16)
 
 
+def test_a_claim_is_of_the_seeds_that_both_have(tmp_path: Path) -> None:
+    claim = {"claim": "c", "metric": "kl", "method": "held", "bound": 1.0}
+    methods: dict[str, Any] = {"none": {}, "held": {"kind": "l2"}}
+    spec, grid, work = pretended(tmp_path, **(ONE | {"methods": methods, "claims": [claim]}))
+    run_study(spec, grid, work, only="none")
+    run_study(spec, grid, work, only="held*seed 1")
+    found = json.loads((work.out / "study.json").read_text())
+    kl = {(r["config"]["method"]["name"], r["seed"]): r["retention"][-1]["kl"]
+          for r in found["runs"]}  # fmt: skip
+    assert len(kl) == 3
+    assert found["claims"][0]["value"] == pytest.approx(kl["held", 1] / kl["none", 1])
+
+
 def test_failures_are_recorded_and_do_not_stop_it(tmp_path: Path) -> None:
     changes = {"adapters": {"error": {"kind": "lora"}, "lora": {}}}
     spec, grid, work = pretended(tmp_path, **(ONE | changes))

@@ -21,12 +21,12 @@ def tables(records: Iterable[RunRecord]) -> dict[str, Any]:
     """Cells of a study, from its runs, done or failed, in the order of the grid.
 
     Returns:
-        ``{"cells": [{"model", "adapter", "method", "order", "n", "failed", "metrics": {name:
-        {"mean", "low", "high", "values"}}, "paired": {name: {"mean", "low", "high", "n"}}}]}``:
-        ``method`` is the label, ``values`` one a seed in ascending order, ``paired`` the mean
-        difference to plain LoRA (adapter "lora", method "none", or the first of kind "none" where
-        none has that name) on the seeds that both have. Intervals are Student's t, null for one
-        seed. A metric that no seed has is left out.
+        ``{"cells": [{"model", "adapter", "method", "order", "n", "failed", "seeds", "metrics":
+        {name: {"mean", "low", "high", "values"}}, "paired": {name: {"mean", "low", "high",
+        "n"}}}]}``: ``method`` is the label, ``seeds`` in ascending order are those of the finished
+        runs, ``values`` one for each, ``paired`` the mean difference to plain LoRA (adapter "lora",
+        method "none", or the first of kind "none" where none has that name) on the seeds that both
+        have. Intervals are Student's t, null for one seed. A metric that no seed has is left out.
     """
     records = with_intransigence(list(records))
     done = [record for record in records if record.done]
@@ -56,7 +56,8 @@ def tables(records: Iterable[RunRecord]) -> dict[str, Any]:
         failed = sum(r.status == "failed" and _cell(r) == cell for r in records)
         out.append(
             dict(zip(("model", "adapter", "method", "order"), cell, strict=True))
-            | {"n": len(seeds), "failed": failed, "metrics": metrics, "paired": differences}
+            | {"n": len(seeds), "failed": failed, "seeds": list(seeds)}
+            | {"metrics": metrics, "paired": differences}
         )
     return {"cells": out}
 
@@ -75,21 +76,31 @@ def judged(claims: Sequence[ClaimSpec], cells: Sequence[dict[str, Any]]) -> list
 
 
 def _ratio(claim: ClaimSpec, cells: Sequence[dict[str, Any]]) -> float | None:
-    """Of two cells that differ in the method alone; a loss of ability is a change below 0."""
+    """Of the means of two cells that differ in the method alone, on the seeds that both have.
+
+    A loss of ability is a change below 0.
+    """
     found = next((cell for cell in cells if cell["method"] == claim.method), None)
     if found is None:
         return None
     wanted = found | {"method": claim.reference}
     place = ("model", "adapter", "method", "order")
     other = next((c for c in cells if all(c[name] == wanted[name] for name in place)), None)
-    ours, theirs = (
-        (cell or {"metrics": {}})["metrics"].get(claim.metric, {}).get("mean")
-        for cell in (found, other)
-    )
-    if ours is None or theirs is None:
+    sides = [_by_seed(cell, claim.metric) for cell in (found, other)]
+    both = sides[0].keys() & sides[1].keys()
+    if not both:
         return None
+    ours, theirs = (math.fsum(side[seed] for seed in both) / len(both) for side in sides)
     lost = claim.metric in ("general", "backward_transfer")
-    return float(ours / theirs) if (theirs < 0 if lost else theirs > 0) else None
+    return ours / theirs if (theirs < 0 if lost else theirs > 0) else None
+
+
+def _by_seed(cell: dict[str, Any] | None, metric: str) -> dict[int | None, float]:
+    """What is known of a metric in a cell of `tables`."""
+    if cell is None or metric not in cell["metrics"]:
+        return {}
+    pairs = zip(cell["seeds"], cell["metrics"][metric]["values"], strict=True)
+    return {seed: value for seed, value in pairs if value is not None}
 
 
 def with_intransigence(records: Sequence[RunRecord]) -> list[RunRecord]:
