@@ -46,6 +46,8 @@ TRAIN: dict[str, tuple[list[Any], list[str]]] = {
     "problems": (["--data", "word-problems:none"], ["'none'", "word-problems:100"]),
     "a comma for a point": (["--budget", "0,02"], ["got: 0,02;", "fix: --budget 0.02"]),
     "a budget in per cent": (["--budget", "5%"], ["got: 5%;", "nats", "fix: --budget 0.05"]),
+    "a budget without its part": (["--budget", 0.05, "--parts", "rows,filter", "-q"],
+                                  ["nothing would keep the budget", "parts rows, filter"]),
     "seed": (["--seed", -1], ["training.seed", "-1"]),
     "tracker": (["--set", "training.report_to=nowhere"], ["'nowhere'", "none"]),
     "both": (["--resume", "--overwrite"], ["do not go together"]),

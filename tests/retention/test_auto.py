@@ -14,6 +14,7 @@ from retain.data.batches import batches
 from retain.errors import ConfigError, RetainWarning
 from retain.models.sites import lora_sites
 from retain.retention.methods.auto import Auto
+from retain.retention.recipe import Recipe
 from retain.types import FactorRank
 
 
@@ -135,3 +136,7 @@ def test_bad_options_are_refused() -> None:
         Auto(gain=0.0)
     with pytest.raises(ConfigError, match=r"unknown part.*got: 'fliter'"):
         Auto(parts=["rows", "fliter"])
+    for budget in (0.01, {"facts": 0.01}):
+        with pytest.raises(ConfigError, match="nothing would keep the budget without the force"):
+            Recipe(parts=["rows", "filter"], budget=budget)
+    Recipe(parts=["force"], budget=0.01)

@@ -217,6 +217,10 @@ def test_the_split_that_is_scored_is_in_the_key() -> None:
         ({"seeds": [1, 1]}, "seeds must be different"),
         ({"methods": {"held": {"strength": -1}}}, "from 0 to 1e"),
         ({"methods": {"held": {"strength": 1e308}}}, "from 0 to 1e"),
+        (
+            {"methods": {"auto": {"budget": 0.05, "parts": ["rows"]}}},
+            "nothing would keep the budget without the force",
+        ),
         ({"methods": {}}, "methods"),
         ({"data": {"train": 0}}, "data.train"),
         ({"claims": [CLAIM | {"metric": "kll"}]}, "unknown metric; got: 'kll'.*mean 'kl'"),

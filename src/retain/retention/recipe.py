@@ -72,7 +72,7 @@ from retain.types import STRENGTH, UPDATES, FactorRank, Structure, Update
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PARTS", "Recipe", "release_left"]
+__all__ = ["PARTS", "Recipe", "check_parts", "release_left"]
 
 PARTS = ("head", "rows", "filter", "force")
 
@@ -86,6 +86,24 @@ _MARK = "_retain_held"
 Probe = Sequence[Example] | Mapping[str, Sequence[Example]]
 
 
+def check_parts(parts: Sequence[str] | None, budget: Budgets | None) -> None:
+    """Checks the parts that are named, all of them for None.
+
+    Raises:
+        ConfigError: an unknown one; or a budget without the force, which alone would keep it.
+    """
+    for part in () if parts is None else parts:
+        if part not in PARTS:
+            raise unknown("part", part, PARTS)
+    if budget is not None and parts is not None and "force" not in parts:
+        raise ConfigError(
+            "nothing would keep the budget without the force",
+            got=f"a budget, and the parts {', '.join(parts) or 'none'}",
+            allowed="force among the parts",
+            fix="add force to the parts, or give a strength in place of the budget",
+        )
+
+
 class Recipe:
     """See the module.
 
@@ -96,7 +114,7 @@ class Recipe:
         parts: those that act; by default all, the filter wherever it is possible (`why_no_filter`
             tells why it is not). One that is named and impossible is refused.
         budget: in place of the strength, nats of KL divergence per source token that may be spent;
-            of several curvatures by the same names.
+            of several curvatures by the same names. The force alone keeps it.
         past: the curvature of the tasks before, around the model's present weights.
         update: ``gradient`` or ``proximal``; see `retain.retention.force`.
         filter: options of the filter.
@@ -112,7 +130,8 @@ class Recipe:
         outputs: after `begin`, what adds the divergence; None without it.
 
     Raises:
-        ConfigError: an unknown part, a value out of range, or names that differ.
+        ConfigError: an unknown part, a value out of range, names that differ, or a budget without
+            the force.
     """
 
     def __init__(
@@ -127,9 +146,7 @@ class Recipe:
         filter: Filter | None = None,
         kl: float | OutputKL = 0.0,
     ) -> None:
-        for part in () if parts is None else parts:
-            if part not in PARTS:
-                raise unknown("part", part, PARTS)
+        check_parts(parts, budget)
         check_strength(strength)
         if curvature is not None:
             check_names(curvature, budget)

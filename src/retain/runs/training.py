@@ -146,6 +146,10 @@ class Training:
                 allowed="twice the rank at least",
                 fix=f"--set max_rank={4 * c.adapter.rank}",
             )
+        if c.method != "none":
+            from retain.retention.recipe import check_parts
+
+            check_parts(c.parts, c.budget)
         self.rows: Any = None
         self.given: Any = None
         self.digest: str | None = None
