@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.data import DataLoader
 
 import retain
@@ -80,6 +83,53 @@ def test_the_fix_for_rows_works() -> None:
     curvature = retain.fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
     held = retain.Retention(model, curvature, rows=loader)
     assert held.recipe.filter is not None and held.why_no_filter is None
+
+
+@pytest.fixture
+def accelerated() -> Iterator[None]:
+    """What accelerate keeps for a process is as it was, and made anew."""
+    kinds = (AcceleratorState, GradientState, PartialState)
+    before = [dict(kind._shared_state) for kind in kinds]
+    for kind in kinds:
+        kind._shared_state.clear()
+    yield
+    for kind, kept in zip(kinds, before, strict=True):
+        kind._shared_state.clear()
+        kind._shared_state.update(kept)
+
+
+def batches_of(size: int) -> DataLoader[Any]:
+    rows = [torch.tensor(row["input_ids"]) for row in TASK]
+    return DataLoader(rows, size, collate_fn=lambda b: {"input_ids": torch.stack(b)})
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"update": "proximal"}, {"budget": 1e-3, "probe": ROWS["llama"]},
+                {"kl": 1.0, "source": ROWS["llama"]}], ids=str,
+)  # fmt: skip
+def test_accelerate_accumulates_as_one_batch(accelerated: None, options: dict[str, Any]) -> None:
+    ends, told = [], []
+    for pieces in (1, 4):
+        model = tiny("llama")
+        curvature = retain.fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
+        weighed = [p for p in model.parameters() if p.requires_grad]
+        held = retain.Retention(model, curvature, rows=batches_of(8), **options)
+        GradientState._shared_state.clear()
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=pieces)
+        run, optimizer, loader = accelerator.prepare(
+            model, torch.optim.SGD(weighed, lr=0.1), batches_of(8 // pieces)
+        )
+        for _ in range(3):
+            for batch in loader:
+                with accelerator.accumulate(run):
+                    loss = run(**batch, labels=batch["input_ids"]).loss
+                    accelerator.backward(loss)
+                    told.append(held.step(optimizer))
+                    optimizer.zero_grad()
+        held.finish()
+        ends.append(weights(model))
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+    assert [nats is None for nats in told] == [False] * 3 + [True, True, True, False] * 3
 
 
 def test_a_step_that_was_never_held_is_told() -> None:

@@ -128,7 +128,8 @@ class Retention:
 
         Returns:
             Predicted nats per source token (before the step for ``gradient``); None without a
-            force.
+            force, and where an optimiser of accelerate's waits for the last of the batches that it
+            accumulates (``accelerator.accumulate``): then nothing is done.
 
         Raises:
             ModelError: an optimiser of DeepSpeed.
@@ -136,6 +137,8 @@ class Retention:
         """
         check_steps(optimizer)
         self._stepped = True
+        if not getattr(getattr(optimizer, "gradient_state", None), "sync_gradients", True):
+            return None
         if scaler is not None:
             with suppress(RuntimeError):  # they are unscaled already
                 scaler.unscale_(optimizer)
