@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.data import DataLoader
 
 import retain
 from retain.data.sources import encode
 from retain.errors import ConfigError, RetainWarning
-from tiny import ROWS, exactly, tiny, weights
+from retain.types import UPDATES, Update
+from tiny import ROWS, exactly, move, tiny, weights
 
 TASK = [{"input_ids": [1 + (i * k) % 12 for k in range(1, 6)]} for i in range(1, 9)]
 
@@ -92,6 +94,7 @@ def accelerated() -> Iterator[None]:
     before = [dict(kind._shared_state) for kind in kinds]
     for kind in kinds:
         kind._shared_state.clear()
+    Accelerator(cpu=True)
     yield
     for kind, kept in zip(kinds, before, strict=True):
         kind._shared_state.clear()
@@ -130,6 +133,37 @@ def test_accelerate_accumulates_as_one_batch(accelerated: None, options: dict[st
         ends.append(weights(model))
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
     assert [nats is None for nats in told] == [False] * 3 + [True, True, True, False] * 3
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("given", [False, True])
+def test_the_scaler_of_accelerates_optimiser_is_used(
+    accelerated: None, update: Update, given: bool
+) -> None:
+    """Clipped before or not, and with a first scale that is too large; also where it is given."""
+    ends = []
+    for wrapped in (False, True):
+        model = tiny("llama", dtype=torch.float32)
+        curvature = retain.fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
+        move(model, seed=3, size=0.05)
+        weighed = [p for p in model.parameters() if p.requires_grad]
+        inner = torch.optim.SGD(weighed, lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-111)
+        optimizer: Any = inner
+        if wrapped:
+            optimizer = AcceleratedOptimizer(inner, device_placement=False, scaler=scaler)
+        held = retain.Retention(model, curvature, 30.0, parts=["force"], update=update)
+        for step, batch in enumerate(batches_of(2)):
+            scaler.scale(model(**batch, labels=batch["input_ids"]).loss).backward()
+            if step % 2:  # as accelerator.clip_grad_norm_ does
+                scaler.unscale_(inner)
+                torch.nn.utils.clip_grad_norm_(weighed, 1.0)
+            held.step(optimizer, None if wrapped and not given else scaler)
+            optimizer.zero_grad()
+        assert scaler.get_scale() == 2.0**16  # so one step was left out
+        held.finish()
+        ends.append(weights(model))
+    exactly(*ends)
 
 
 def test_a_step_that_was_never_held_is_told() -> None:

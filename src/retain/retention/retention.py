@@ -124,7 +124,7 @@ class Retention:
         Args:
             optimizer: that trains the model.
             scaler: of float16 gradients: it unscales them, unless it has for clipping, steps in
-                place of ``scaler.step`` and is updated.
+                place of ``scaler.step`` and is updated. An optimiser of accelerate's has its own.
 
         Returns:
             Predicted nats per source token (before the step for ``gradient``); None without a
@@ -139,12 +139,16 @@ class Retention:
         self._stepped = True
         if not getattr(getattr(optimizer, "gradient_state", None), "sync_gradients", True):
             return None
-        if scaler is not None:
+        wrapped: Any = optimizer
+        own = getattr(optimizer, "scaler", None)  # of accelerate's, which it steps and updates
+        by, scaled = (scaler, wrapped) if own is None else (own, wrapped.optimizer)
+        if by is not None:
             with suppress(RuntimeError):  # they are unscaled already
-                scaler.unscale_(optimizer)
+                by.unscale_(scaled)
         nats, skipped = self.recipe.before_optimizer(), False
-        if scaler is None:
+        if scaler is None or own is not None:
             optimizer.step()
+            skipped = bool(getattr(optimizer, "step_was_skipped", False))
         else:
             scale = scaler.get_scale()
             scaler.step(optimizer)
