@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers.optimization import Adafactor
 
 from counting import Calls
 from retain.errors import ConfigError
-from retain.retention.lengths import step_lengths
+from retain.retention.lengths import check_lengths, step_lengths
 
 
 def stepped(kind: type[torch.optim.Optimizer], **options: float) -> torch.optim.Optimizer:
@@ -53,6 +54,22 @@ def test_of_others_it_is_the_rate() -> None:
     assert sorted(step_lengths(optimizer).values()) == [0.1, 0.1, 0.3]
 
 
+@pytest.mark.parametrize(
+    "options", [{"momentum": 0.9}, {"momentum": 0.5, "nesterov": True},
+                {"momentum": 0.9, "dampening": 0.4}], ids=str,
+)  # fmt: skip
+def test_of_momentum_it_is_what_a_gradient_moves_in_the_end(options: dict[str, float]) -> None:
+    weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = torch.optim.SGD([weight], lr=0.1, **options)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()  # the first gradient is not dampened
+    weight.grad += 1.0
+    for _ in range(200):
+        optimizer.step()
+        weight.grad.zero_()
+    assert step_lengths(optimizer)[id(weight)] == pytest.approx(-float(weight.detach()))
+
+
 def test_steps_that_were_all_skipped_move_nothing() -> None:
     optimizer = stepped(torch.optim.Adam, lr=0.1)
     for state in optimizer.state.values():
@@ -69,3 +86,13 @@ def test_a_state_that_says_nothing_of_it_is_refused() -> None:
     with pytest.raises(ConfigError, match="cannot read this optimiser's state"):
         step_lengths(optimizer)
     assert math.isfinite(sum(step_lengths(stepped(torch.optim.Adam, lr=0.1)).values()))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.Adagrad, Adafactor])
+def test_those_that_adapt_in_another_way_are_refused(kind: type[torch.optim.Optimizer]) -> None:
+    told = f"cannot read this optimiser's state; got: {kind.__name__}"
+    for ask in (step_lengths, check_lengths):
+        with pytest.raises(ConfigError, match=told):
+            ask(stepped(kind))
+    for fine in (torch.optim.SGD, torch.optim.AdamW):
+        check_lengths(stepped(fine, lr=0.1))

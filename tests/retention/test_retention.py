@@ -218,6 +218,24 @@ def test_proximal_is_near_the_gradient_way_for_a_small_step(
             assert float((ends["proximal"][name] * step).sum()) > 0
 
 
+def test_proximal_and_gradient_mean_the_same_strength_with_momentum() -> None:
+    ends = {}
+    for update, strength in (("gradient", 0.0), ("gradient", 3.0), ("proximal", 3.0)):
+        model = tiny("llama")
+        held = Force(model, fit(model, "llama"), strength, update=update)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=2e-4, momentum=0.9)
+        for _ in range(150):
+            loss_of(model, "llama").backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            held.step(optimizer)
+            optimizer.zero_grad()
+        ends[update, strength] = held.predicted()
+    wanted = ends["gradient", 3.0]
+    assert wanted < 0.5 * ends["gradient", 0.0]
+    assert ends["proximal", 3.0] == pytest.approx(wanted, rel=0.2)
+
+
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_accumulation_gives_one_trajectory(update: str, optimizer: type) -> None:

@@ -163,6 +163,26 @@ def test_the_clipped_gradient_is_the_tasks_alone(tmp_path: Path) -> None:
     assert sizes[0] > 1.0
 
 
+def test_a_proximal_step_beside_an_unread_optimiser_is_refused_before_the_first(
+    tmp_path: Path,
+) -> None:
+    model = tiny("llama")
+    curvature, before = fit(model), weights(model)
+    for strength, update in ((1.0, "proximal"), (0.0, "proximal"), (1.0, "gradient")):
+        call = RetentionCallback(curvature, strength, update, parts=("force",))
+        run = trainer(model, tmp_path, [call], optim="rmsprop")
+        if strength and update == "proximal":
+            with pytest.raises(ConfigError, match="this optimiser's state; got: RMSprop"):
+                run.train()
+            exactly(weights(model), before)
+            held = Retention(model, curvature, update="proximal", parts=("force",))
+            with pytest.raises(ConfigError, match="this optimiser's state; got: RMSprop"):
+                held.step(torch.optim.RMSprop(p for p in model.parameters() if p.requires_grad))
+            exactly(weights(model), before)
+        else:
+            run.train()
+
+
 def test_another_model_is_refused_when_training_begins(tmp_path: Path) -> None:
     curvature = fit(tiny("llama", seed=5))
     run = trainer(tiny("llama"), tmp_path, [RetentionCallback(curvature)])

@@ -6,8 +6,8 @@ Total loss = task loss + strength x predicted nats. Two ways to apply the force:
 - ``proximal``: after the optimiser has stepped, the step's own implicit problem is solved in
   closed form, ``X = argmin 0.5/eta ||X - X'||^2 + strength * q(X)``, as AdamW decouples its
   weight decay. It is stable for any strength. ``eta`` is the learning rate, over the mean
-  denominator of Adam where the optimiser is one (so that a strength means about the same
-  number of nats as in the other way).
+  denominator of Adam where the optimiser is one, and over 1 - momentum of SGD (so that a strength
+  means about the same number of nats as in the other way). Beside other optimisers it is refused.
 
 Both are computed in closed form, without an autograd graph, and do not depend on the batch.
 In place of the strength a budget may be given; see `retain.retention.budget`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,32 +13,49 @@ from retain.errors import ConfigError
 from retain.models.shards import whole
 from retain.retention.watch import read
 
-__all__ = ["step_lengths"]
+__all__ = ["check_lengths", "step_lengths"]
+
+
+def check_lengths(optimizer: Optimizer) -> None:
+    """Refuses an optimiser whose step lengths are not known, as far as it shows before a step.
+
+    Raises:
+        ConfigError: it is neither torch's SGD nor one with betas, as Adam's kin have.
+    """
+    inner, sgd = _inner(optimizer)
+    if not sgd and not all("betas" in group for group in inner.param_groups):
+        raise _unread(inner)
 
 
 def step_lengths(optimizer: Optimizer) -> dict[int, float]:
     """The step length of each parameter: lr, over Adam's mean denominator where it has one.
 
+    Of SGD with a momentum m it is lr / (1 - m): its buffer adds up gradients, so one of them, as
+    the force would be, moves a parameter by lr, lr m, lr m^2 and so on. (Adam's are averaged.) A
+    dampening d takes 1 - d of each.
+
     The host waits for a device once, for all parameters (steps are counted on the CPU, but by a
     fused or capturable optimiser).
+
+    Raises:
+        ConfigError: an optimiser that is neither torch's SGD nor has Adam's ``exp_avg_sq``.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the optimiser
+    check_lengths(optimizer)
+    inner, sgd = _inner(optimizer)
     rates: dict[int, float] = {}
     adapted: list[tuple[int, float, float]] = []
     roots: list[Tensor] = []
     for group in inner.param_groups:
         lr = float(group["lr"])
+        if sgd:
+            rates |= dict.fromkeys(map(id, group["params"]), lr * _summed(group))
+            continue
         for parameter in group["params"]:
             state = inner.state.get(parameter, {})
             second, count = state.get("exp_avg_sq"), state.get("step")
-            if second is None or count is None or "betas" not in group:
-                if "betas" in group and state:
-                    raise ConfigError(
-                        "the proximal update cannot read this optimiser's state",
-                        got=type(inner).__name__,
-                        allowed="SGD, Adam, AdamW and others with exp_avg_sq",
-                        fix="update='gradient'",
-                    )
+            if second is None or count is None:
+                if state:
+                    raise _unread(inner)
                 rates[id(parameter)] = lr
                 continue
             steps = count.double() if _lies_elsewhere(count) else float(count)
@@ -49,6 +67,27 @@ def step_lengths(optimizer: Optimizer) -> dict[int, float]:
         # It is not where a gradient scaler has skipped every step so far.
         rates[key] = lr / (root + eps) if math.isfinite(root) else 0.0
     return rates
+
+
+def _inner(optimizer: Any) -> tuple[Any, bool]:
+    """The optimiser without accelerate's wrapper, and whether it is torch's SGD."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner, issubclass(getattr(inner, "stands_for", type(inner)), torch.optim.SGD)
+
+
+def _summed(group: dict[str, Any]) -> float:
+    """How much of a gradient SGD's steps add up to, over the rate."""
+    momentum = float(group["momentum"])
+    return (1.0 - float(group["dampening"])) / (1.0 - momentum) if momentum else 1.0
+
+
+def _unread(optimizer: Any) -> ConfigError:
+    return ConfigError(
+        "the proximal update cannot read this optimiser's state",
+        got=getattr(optimizer, "stands_for", type(optimizer)).__name__,
+        allowed="torch.optim.SGD, Adam, AdamW and others with betas and exp_avg_sq",
+        fix="update='gradient'",
+    )
 
 
 def _lies_elsewhere(count: float | Tensor) -> bool:

@@ -59,6 +59,7 @@ from retain.retention.force import Force, Spent, check_strength
 from retain.retention.fresh_rows import FrozenRows, fresh_rows
 from retain.retention.head import HeadFit, fit_head
 from retain.retention.hooks import GradientHooks, check_backward
+from retain.retention.lengths import check_lengths
 from retain.retention.loader import RowReader
 from retain.retention.measure import fit_rows
 from retain.retention.moments import Moments, input_moments, moments_of
@@ -415,6 +416,16 @@ class Recipe:
         return [*by_name(self.curvature).values(), *by_name(self.past).values()]
 
     # While it trains.
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuses one beside whose steps no proximal step can be made; see `check_lengths`.
+
+        Raises:
+            ConfigError: it is one.
+        """
+        weighs = bool(self.strength) or self.budget is not None
+        if self.update == "proximal" and "force" in self.parts and weighs:
+            check_lengths(optimizer)
 
     def guard(self, live: Callable[[], bool]) -> None:
         """From now on hooks act from `before_step` to `before_optimizer`, while `live` says so."""

@@ -133,9 +133,11 @@ class Retention:
 
         Raises:
             ModelError: an optimiser of DeepSpeed.
+            ConfigError: with ``proximal``, an optimiser that is neither torch's SGD nor like Adam.
             TrainingError: the weights have left the finite numbers.
         """
         check_steps(optimizer)
+        self.recipe.check_optimizer(optimizer)
         self._stepped = True
         if not getattr(getattr(optimizer, "gradient_state", None), "sync_gradients", True):
             return None

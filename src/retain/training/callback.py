@@ -302,6 +302,9 @@ class RetentionCallback(TrainerCallback):
         if isinstance(then, dict) and (other := changed(then, self._settings)):
             warn(f"the checkpoint was held in another way, and goes on in this: {other}")
         self._let_go()
+        optimizer = kwargs.get("optimizer") if zero is None else zero.optimizer
+        if optimizer is not None:
+            recipe.check_optimizer(optimizer)
         if zero is not None:
             self._zero = ZeroStep(zero, recipe, model, lambda: self._watched(args, state, model))
         with self._whole():

@@ -142,7 +142,7 @@ class ZeroStep:
             every = [known | {"exp_avg_sq": each} for each in squares]
         groups = [{**optimizer.param_groups[0], "params": self.weights}]
         states = dict(zip(self.weights, every, strict=True))
-        return SimpleNamespace(param_groups=groups, state=states)
+        return SimpleNamespace(param_groups=groups, state=states, stands_for=type(optimizer))
 
     def _squares(self) -> Tensor:
         """The squared length of the gradients of A and B."""
