@@ -17,10 +17,10 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from retain import Retention, RetentionCallback, fit_curvature
-from retain.errors import ConfigError, MismatchError
+from retain.errors import ConfigError, MismatchError, RetainWarning
 from retain.training.running import Running
 from retain.types import UPDATES
-from tiny import ROWS, exactly, move, tiny, weights
+from tiny import ROWS, base, exactly, move, tiny, weights
 
 DATA = [
     {"input_ids": [1 + i, 2 + i % 3, 12 - i, 5], "labels": [-100, 2 + i % 3, 12 - i, 5]}
@@ -181,6 +181,29 @@ def test_a_proximal_step_beside_an_unread_optimiser_is_refused_before_the_first(
             exactly(weights(model), before)
         else:
             run.train()
+
+
+def test_full_fine_tuning_says_what_is_held_by_nothing(tmp_path: Path) -> None:
+    card = "- Trained, and held by nothing: 7 weights, such as model.embed_tokens.weight, "
+    for frozen in (False, True):
+        model = base("llama", dtype=torch.float32)
+        for name, parameter in model.named_parameters():  # as the warning says
+            parameter.requires_grad_(not frozen or "_proj" in name)
+        call = RetentionCallback(fit(model), parts=("force",))
+        run = trainer(model, tmp_path / str(frozen), [call])
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            run.train()
+        said = [str(w.message) for w in told if "held by nothing" in str(w.message)]
+        assert len(said) == (not frozen)
+        assert all(s.startswith("7 weights train, and are held by nothing, such as model.embed")
+                   and "lm_head.weight" in call.recipe.unheld for s in said)  # fmt: skip
+        assert (card in (tmp_path / str(frozen) / "README.md").read_text()) is not frozen
+        assert call.recipe.predicted() > 0
+    model = base("llama", dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RetainWarning)
+        Retention(model, fit(model), 0.0, parts=("force",))
 
 
 def test_another_model_is_refused_when_training_begins(tmp_path: Path) -> None:

@@ -20,6 +20,10 @@ def facts(recipe: Recipe) -> dict[str, str]:
     budgets, force = by_name(recipe.budget), recipe.force
     holds, sites = ([], []) if force is None else (force.holds, force.sites)
     found = {"Parts that acted": ", ".join(_parts(recipe)) or "none"}
+    if recipe.unheld:
+        found["Trained, and held by nothing"] = (
+            f"{len(recipe.unheld)} weights, such as {', '.join(recipe.unheld[:3])}"
+        )
     for name, curvature in by_name(recipe.curvature).items():
         found[_of("Source text", name)] = source_of(curvature.info)
     if recipe.outputs is not None:

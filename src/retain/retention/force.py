@@ -203,8 +203,7 @@ class Force:
 
     def _measure_on(self, model: nn.Module, probes: Mapping[str, Sequence[Example]]) -> None:
         """Keeps what the base predicts on each probe; refuses other weights that train."""
-        held = self._own()
-        other = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+        other = self.unheld(model)
         if other:
             raise ConfigError(
                 "what a budget spends cannot be measured while other weights train",
@@ -277,6 +276,11 @@ class Force:
     def _own(self) -> set[int]:
         """``id`` of the model's parameters that are held."""
         return {id(own(p)) for p in self.parameters()}
+
+    def unheld(self, model: nn.Module) -> list[str]:
+        """The names of weights that train beside those that are held."""
+        held = self._own()
+        return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
 
     def only(self, rows: slice) -> None:
         """Only these rows of A and columns of B train; the others feel no force.

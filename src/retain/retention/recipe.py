@@ -46,10 +46,11 @@ from retain.data.batches import Example
 from retain.errors import ConfigError, ModelError, SourceError, unknown, warn
 from retain.models.heads import head_kind, is_causal
 from retain.models.lora import grow_lora
+from retain.models.names import canonical, of_head
 from retain.models.off import adapter_off
 from retain.models.processes import check_same, several, share
 from retain.models.shards import check_divided, gather, scatter, shard_of
-from retain.models.sites import LoraSite, Site, lora_sites
+from retain.models.sites import LinearSite, LoraSite, Site, lora_sites
 from retain.models.view import ModelView
 from retain.retention.budget import check_budget
 from retain.retention.cost import rows_rank
@@ -129,6 +130,7 @@ class Recipe:
         filter: after `begin`, what filters; None without it.
         active: after `begin`, the rows of A and columns of B that train.
         outputs: after `begin`, what adds the divergence; None without it.
+        unheld: after `begin`, the pre-trained weights of full fine-tuning that nothing holds.
 
     Raises:
         ConfigError: an unknown part, a value out of range, names that differ, or a budget without
@@ -172,6 +174,7 @@ class Recipe:
         self.outputs: Outputs | None = None
         self.frozen: FrozenRows | None = None
         self.active = slice(None)
+        self.unheld: list[str] = []
         self.sites: list[LoraSite] = []
         self._shards: list[Tensor] = []  # whole copies of weights that are divided
         self._guarded = False
@@ -342,12 +345,25 @@ class Recipe:
             model, held, self.strength, budget=self.budget, past=past, probe=probe,
             update=self.update, resuming=progress is not None or held is self.past,
         )  # fmt: skip
+        if isinstance(self.force.sites[0], LinearSite) and self._weighs():
+            self._tell_unheld(model, self.force)
         if self.frozen is not None:
             self.force.only(self.active)
             if progress is None and self.force.make_room():
                 self.frozen.renew()
         if progress:
             self.force.restore(progress)
+
+    def _tell_unheld(self, model: nn.Module, force: Force) -> None:
+        """Of full fine-tuning: what trains and is held by nothing, but for a new head."""
+        self.unheld = [canonical(name) for name in force.unheld(model) if not of_head(name)]
+        if self.unheld:
+            warn(
+                f"{len(self.unheld)} weights train, and are held by nothing, such as "
+                f"{', '.join(self.unheld[:3])}: the force knows the weights of linear layers, and "
+                "no embeddings, output head, norms, biases or bare parameters of a mixture's "
+                "experts; requires_grad_(False) for them, or LoRA"
+            )
 
     def _filters(
         self, model: nn.Module, rows: RowReader | None, progress: Mapping[str, Any] | None
@@ -375,7 +391,11 @@ class Recipe:
 
     def _holds(self) -> bool:
         """Whether the parts act: with none named, a strength of 0 is plain training."""
-        return self.named or bool(self.strength) or self.budget is not None
+        return self.named or self._weighs()
+
+    def _weighs(self) -> bool:
+        """Whether a force has a strength, or a budget that gives it one."""
+        return bool(self.strength) or self.budget is not None
 
     def _read(self, model: nn.Module, rows: RowReader, seed: int) -> Moments:
         """S_new: the second moments of the training rows, in the base model."""
@@ -423,8 +443,7 @@ class Recipe:
         Raises:
             ConfigError: it is one.
         """
-        weighs = bool(self.strength) or self.budget is not None
-        if self.update == "proximal" and "force" in self.parts and weighs:
+        if self.update == "proximal" and "force" in self.parts and self._weighs():
             check_lengths(optimizer)
 
     def guard(self, live: Callable[[], bool]) -> None:
