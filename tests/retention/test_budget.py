@@ -11,6 +11,7 @@ import torch
 from sequences import begun, learn, tasks_of
 from torch import nn
 
+from fits import dora
 from retain import fit_curvature
 from retain.curvature.curvature import Curvature, reanchored
 from retain.data.batches import Example
@@ -258,6 +259,19 @@ def test_an_anchor_of_another_rank_has_no_budget() -> None:
     move(other, seed=3)
     with pytest.raises(MismatchError, match="belongs to one rank"):
         retention.finish()
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_magnitudes_that_train_keep_no_budget(measured: bool) -> None:
+    text = probe("llama") if measured else ()
+    model = dora("llama")
+    curvature = fit(model, "llama")
+    Force(model, curvature, 3.0)
+    with pytest.raises(ConfigError, match=r"DoRA's magnitudes.*use_dora=False, or a strength"):
+        Force(model, curvature, budget=NATS, probe=text)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and "magnitude" not in name)
+    Force(model, curvature, budget=NATS, probe=text)
 
 
 def test_a_head_that_trains_cannot_be_measured() -> None:

@@ -140,8 +140,9 @@ class Force:
             fine-tuning, the model does not start at the anchor.
         ModelError: pre-trained weights train beside the LoRA that nothing would hold; or a head
             that is not known.
-        ConfigError: a strength that is negative or not finite, a budget that is not above 0, a
-            probe beside other trained weights, an unknown update, or names that differ.
+        ConfigError: a strength that is negative or not finite, a budget that is not above 0 or
+            beside DoRA's magnitudes, a probe beside other trained weights, an unknown update, or
+            names that differ.
     """
 
     @no_autocast()
@@ -195,11 +196,24 @@ class Force:
                 allowed="the anchor's",
                 fix="curvature.load_anchor(model)" + ("" if whole else ", or space='weight'"),
             )
+        if nats:
+            self._check_magnitudes(model)
         if nats and probes:
             self._measure_on(model, probes)
         self.model, self.rows, self.past = model, slice(None), past
         self._active: dict[int, Any] = {}
         self._forget()
+
+    def _check_magnitudes(self, model: nn.Module) -> None:
+        """Refuses a budget beside DoRA's magnitudes: they move the model as no prediction sees."""
+        free = [name for name in self.unheld(model) if "lora_magnitude_vector" in name]
+        if free:
+            raise ConfigError(
+                "a budget cannot be kept while DoRA's magnitudes are free to learn",
+                got=f"{len(free)} that train, such as {free[0]}",
+                allowed="LoRA without use_dora, or magnitudes with requires_grad=False",
+                fix="use_dora=False, or a strength in place of the budget",
+            )
 
     def _measure_on(self, model: nn.Module, probes: Mapping[str, Sequence[Example]]) -> None:
         """Keeps what the base predicts on each probe; refuses other weights that train."""
@@ -209,7 +223,8 @@ class Force:
                 "what a budget spends cannot be measured while other weights train",
                 got=f"{len(other)} of them, such as {other[0]}",
                 allowed="weights that the curvature holds; a new head has nothing to keep",
-                fix="leave the probe out (source=None), so that the prediction is believed",
+                fix="requires_grad_(False) for what is pre-trained; of a new head leave the probe "
+                "out (source=None), so that the prediction is believed",
             )
         first = self.holds[0].curvature
         for hold in self.holds:
