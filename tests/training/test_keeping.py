@@ -103,9 +103,14 @@ def test_an_entry_of_0_1_is_read_too(whole: Any, tmp_path: Path) -> None:
 def test_one_that_was_trained_without_it_is_refused(tmp_path: Path) -> None:
     model = tiny("llama")
     trainer(tmp_path, model, []).train()
-    for parts, refused in ((None, True), (("force",), False)):
-        again, call = held(parts=parts)
-        with pytest.raises(TrainingError, match="how it was held") if refused else nullcontext():
+    alone = {"parts": ("force",)}
+    fix = r"how it was held.*parts=\('force',\) with a strength, and without a budget"
+    for options, refused in (
+        ({}, True), (alone, False), (alone | {"strength": 7.0}, False),
+        (alone | {"budget": 0.02, "source": ROWS["llama"]}, True),
+    ):  # fmt: skip
+        again, call = held(**options)
+        with pytest.raises(TrainingError, match=fix) if refused else nullcontext():
             trainer(tmp_path / "o", again, [call]).train(
                 resume_from_checkpoint=str(tmp_path / f"checkpoint-{HALF}")
             )

@@ -94,7 +94,8 @@ def kept_in(state: TrainerState, needed: bool) -> dict[str, Any]:
             "the checkpoint does not say how it was held",
             got=why,
             allowed="a checkpoint of a run with this callback, at any place",
-            fix="resume from another one; parts=('force',) goes on with the force alone",
+            fix="resume from another one; parts=('force',) with a strength, and without a budget, "
+            "goes on with the force alone",
         )
     return {}
 
