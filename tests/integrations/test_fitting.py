@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from retain import RetentionCallback, fit_curvature
-from retain.errors import ConfigError
+from retain.errors import ConfigError, RetainWarning
 from retain.integrations import FittingCallback
 from retain.integrations.fitting import FILE
 from tiny import ROWS, tiny, weights
@@ -23,15 +23,16 @@ FIT: dict[str, Any] = {"progress": False, "batch_size": 4}
 
 
 def trained(
-    folder: Path, callback: RetentionCallback, model: Any = None, resume: Any = None, **options: Any
-) -> Trainer:
+    folder: Path, callback: RetentionCallback, model: Any = None, resume: Any = None,
+    data: Any = DATA, **options: Any,
+) -> Trainer:  # fmt: skip
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=4, learning_rate=0.01, logging_steps=1,
         report_to="none", use_cpu=True, disable_tqdm=True,
         **{"max_steps": 4, "save_strategy": "no"} | options,
     )  # fmt: skip
     model = tiny("llama") if model is None else model
-    trainer = Trainer(model=model, args=arguments, train_dataset=DATA, callbacks=[callback])
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[callback])
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -71,6 +72,15 @@ def test_a_resumed_training_without_its_curvature_is_refused(tmp_path: Path) -> 
         trained(tmp_path, FittingCallback(ROWS["llama"], fit=FIT), resume=checkpoint, **saving)
     whole = trained(tmp_path, FittingCallback(curvature=kept), resume=checkpoint, **saving)
     assert whole.state.global_step == 4
+
+
+def test_a_budget_of_a_classifier_is_of_predicted_nats(tmp_path: Path) -> None:
+    rows = [{"input_ids": row["input_ids"], "labels": i % 3} for i, row in enumerate(DATA)]
+    callback = FittingCallback(ROWS["bert"], fit=FIT, budget=1e-4)
+    with pytest.warns(RetainWarning, match="the budget is of predicted nats: a classifier"):
+        trained(tmp_path, callback, tiny("bert", dtype=torch.float32), data=rows)
+    spent = callback.recipe.spent()[""]
+    assert 0 < spent.predicted <= 1e-4 and spent.measured is None
 
 
 def test_llamafactory_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from retain.curvature.curvature import Curvature, load_curvature
 from retain.curvature.fit.fit import fit_curvature
 from retain.data.sources import Row
 from retain.errors import ConfigError
+from retain.models.heads import is_causal
 from retain.models.names import unwrap
 from retain.retention.filter import Filter
 from retain.retention.output_kl import OutputKL
@@ -38,7 +39,8 @@ class FittingCallback(RetentionCallback):
 
     Args:
         source: text of what is to be kept; see `retain.fit_curvature`. With a budget, the true
-            divergence is measured on it too.
+            divergence is measured on it too; of a classifier, whose new head has nothing to be
+            measured from, the prediction is believed, and a warning says so.
         curvature: in place of `source`, a curvature of this base model, or its file.
         fit: options of `retain.fit_curvature`, such as ``{"structure": "kfac", "rows": 64}``.
         strength: see `retain.RetentionCallback`; so are `update`, `budget`, `parts` and `filter`.
@@ -78,9 +80,12 @@ class FittingCallback(RetentionCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model = unwrap(kwargs["model"])
         if self.recipe.curvature is None:
             tokenizer = self.tokenizer or kwargs.get("processing_class")
-            self.recipe.curvature = self._curvature(args, state, unwrap(kwargs["model"]), tokenizer)
+            self.recipe.curvature = self._curvature(args, state, model, tokenizer)
+        if not is_causal(model):
+            self.source = "auto"  # a budget is of predicted nats, and a warning says so
         super().on_train_begin(args, state, control, **kwargs)
 
     def _curvature(
