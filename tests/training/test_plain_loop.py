@@ -166,6 +166,19 @@ def test_the_scaler_of_accelerates_optimiser_is_used(
     exactly(*ends)
 
 
+def test_a_loop_with_a_filter_goes_on_with_its_rows() -> None:
+    model = tiny("llama")
+    curvature = retain.fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
+    held = retain.Retention(model, curvature, rows=TASK)
+    known: dict[str, Any] = {"progress": held.progress(), "kept": held.kept()}
+    held.recipe.release()
+    with pytest.raises(ConfigError, match=r"had a filter.*got: no rows.*fix: rows=loader"):
+        retain.Retention(model, curvature, **known)
+    assert retain.Retention(model, curvature, rows=TASK, **known).recipe.filter is not None
+    alone = retain.Retention(model, curvature, parts=["force"], **known)
+    assert alone.recipe.filter is None and alone.recipe.force is not None
+
+
 def test_a_step_that_was_never_held_is_told() -> None:
     with pytest.warns(RetainWarning, match=r"retention.step\(optimizer\) was never called"):
         learned(step=False, rows=TASK)

@@ -256,6 +256,7 @@ class Recipe:
             ModelError: no LoRA, or none whose rows are fresh, for a filter that is named; or a
                 model that the force cannot hold.
             MismatchError: a curvature of another model, or one that a named filter cannot use.
+            ConfigError: no rows for the filter of a training that goes on.
             SourceError: rows that hold no tokens.
         """
         release_left(model, resuming=progress is not None)
@@ -371,6 +372,7 @@ class Recipe:
         """Whether A learns behind a filter; of a training that goes on, whether it did.
 
         Raises:
+            ConfigError: it did, and there are no rows to make it of.
             ModelError: it is named, and the adapter does not allow it.
             MismatchError: it is named, and the curvature does not allow it.
         """
@@ -379,6 +381,13 @@ class Recipe:
         if progress is not None and not self.named:
             if not progress.get("filter"):
                 self.why_no_filter = progress.get("why_no_filter", "the training began without one")
+            elif rows is None:
+                raise ConfigError(
+                    "the training that goes on had a filter, which is made of its rows again",
+                    got="no rows",
+                    allowed="the rows that it reads",
+                    fix="rows=loader, as where it began; parts=['force'] goes on without a filter",
+                )
             return self.why_no_filter is None
         if not self.named:
             self.why_no_filter = NO_STRENGTH
