@@ -200,7 +200,9 @@ def check_number(
     Raises:
         ConfigError: any other value.
     """
-    number = value if isinstance(value, int | float) else math.nan
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        number = value
     if math.isfinite(number) and least <= number <= most and not (positive and number == least):
         return
     allowed = f"a finite number above {least:g}" if positive else f"{least:g} to {most:g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +137,16 @@ def test_bad_options_are_refused() -> None:
         Auto(gain=0.0)
     with pytest.raises(ConfigError, match=r"unknown part.*got: 'fliter'"):
         Auto(parts=["rows", "fliter"])
+    odd: dict[str, tuple[Any, str]] = {
+        "strength": (True, "the strength is no strength; got: True"),
+        "budget": (True, "the budget is no budget; got: True"),
+        "filter": ({"gain": 1}, r"options are none; got: \{'gain': 1\}.*filter=retain.Filter"),
+        "past": ("x", "past is no curvature; got: str 'x'"),
+        "curvature": ("x", "the curvature is none; got: str 'x'"),
+    }
+    for name, (value, told) in odd.items():
+        with pytest.raises(ConfigError, match=told):
+            Recipe(**{name: value})
     for budget in (0.01, {"facts": 0.01}):
         with pytest.raises(ConfigError, match="nothing would keep the budget without the force"):
             Recipe(parts=["rows", "filter"], budget=budget)

@@ -43,7 +43,7 @@ from torch.optim import Optimizer
 
 from retain.curvature.curvature import Curvature, reanchored
 from retain.data.batches import Example
-from retain.errors import ConfigError, ModelError, SourceError, unknown, warn
+from retain.errors import ConfigError, ModelError, SourceError, shown, unknown, warn
 from retain.models.heads import head_kind, is_causal
 from retain.models.lora import grow_lora
 from retain.models.names import canonical, of_head
@@ -74,7 +74,7 @@ from retain.types import STRENGTH, UPDATES, FactorRank, Structure, Update
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PARTS", "Recipe", "check_parts", "release_left"]
+__all__ = ["PARTS", "Recipe", "check_parts", "no_curvature", "release_left"]
 
 PARTS = ("head", "rows", "filter", "force")
 
@@ -86,6 +86,16 @@ _MARK = "_retain_held"
 """The attribute of an A for its `_Mark`."""
 
 Probe = Sequence[Example] | Mapping[str, Sequence[Example]]
+
+
+def no_curvature(given: object, name: str = "curvature") -> ConfigError:
+    """What is refused that is given in place of a curvature."""
+    return ConfigError(
+        f"the {name} is none" if name == "curvature" else f"{name} is no curvature",
+        got=f"{type(given).__name__} {shown(given, 60)}",
+        allowed="what retain.fit_curvature or retain.load_curvature gives",
+        fix=f"{name}=retain.load_curvature(path)",
+    )
 
 
 def check_parts(parts: Sequence[str] | None, budget: Budgets | None) -> None:
@@ -133,8 +143,8 @@ class Recipe:
         unheld: after `begin`, the pre-trained weights of full fine-tuning that nothing holds.
 
     Raises:
-        ConfigError: an unknown part, a value out of range, names that differ, or a budget without
-            the force.
+        ConfigError: what is no curvature or filter, an unknown part, a value out of range, names
+            that differ, or a budget without the force.
     """
 
     def __init__(
@@ -149,6 +159,16 @@ class Recipe:
         filter: Filter | None = None,
         kl: float | OutputKL = 0.0,
     ) -> None:
+        for each in by_name(curvature).values():
+            if not isinstance(each, Curvature):
+                raise no_curvature(each)
+        if past is not None and not isinstance(past, Curvature):
+            raise no_curvature(past, "past")
+        if filter is not None and not isinstance(filter, Filter):
+            raise ConfigError(
+                "the filter's options are none", got=shown(filter), allowed="retain.Filter",
+                fix="filter=retain.Filter(gain=1)",
+            )  # fmt: skip
         check_parts(parts, budget)
         check_strength(strength)
         if curvature is not None:

@@ -24,9 +24,9 @@ from retain.retention.facts import changed, facts, settings_of, trained
 from retain.retention.filter import Filter
 from retain.retention.force import Force
 from retain.retention.loader import is_readable, loader_examples
-from retain.retention.named import Budgets, Curvatures, by_name, check_names, named
+from retain.retention.named import Budgets, Curvatures, check_names, named
 from retain.retention.output_kl import OutputKL
-from retain.retention.recipe import Recipe, release_left
+from retain.retention.recipe import Recipe, no_curvature, release_left
 from retain.retention.watch import Watched
 from retain.training.handling import (
     check_alone,
@@ -133,14 +133,8 @@ class RetentionCallback(TrainerCallback):
         source: Sources = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        for given in by_name(curvature).values() or (curvature,):
-            if not isinstance(given, Curvature | Mapping):
-                raise ConfigError(
-                    "the curvature is none",
-                    got=f"{type(given).__name__} {str(given)[:60]!r}",
-                    allowed="what retain.fit_curvature or retain.load_curvature gives",
-                    fix="RetentionCallback(retain.load_curvature(path))",
-                )
+        if curvature is None:
+            raise no_curvature(curvature)
         if start is None or start != "auto":
             parts, filter = parts_of(start, filter)
         recipe = Recipe(
