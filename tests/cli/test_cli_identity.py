@@ -208,6 +208,48 @@ class TestInputs:
         retain("train", "--continue-from", half / "new", *more, "-o", "next").done()
 
 
+class TestEnded:
+    """``--resume`` where the run has ended, and has left no checkpoint."""
+
+    @pytest.fixture
+    def may(self, start: Any, retain: Run, tmp_path: Path) -> Path:
+        folder = Path(start(tmp_path / "w"))
+        argv = ("--model", folder / "base", "--data", folder / "rows.jsonl", "--rank", 4)
+        argv = (*argv, "--curvature", folder / "c.safetensors", "--max-steps", 2)
+        retain("train", *argv, "--keep-state", "-q", "--out", folder / "may").done()
+        return folder
+
+    @staticmethod
+    def files(run: Path) -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    def test_there_is_nothing_to_resume(self, retain: Run, may: Path) -> None:
+        before = self.files(may / "may")
+        outcome = retain("train", "--resume", "--out", may / "may").done()
+        assert "the run has ended: there is nothing to resume" in outcome.out
+        assert self.files(may / "may") == before
+
+    @pytest.mark.parametrize("where", ["in place", "elsewhere"])
+    def test_other_rows_do_not_take_its_place(self, retain: Run, may: Path, where: str) -> None:
+        before, rows = self.files(may / "may"), may / "rows.jsonl"
+        june = rows if where == "in place" else Path(shutil.copy(rows, may / "june.jsonl"))
+        one_letter(june)
+        argv = () if where == "in place" else ("--data", june)
+        retain("train", "--resume", "--out", may / "may", *argv).refused(
+            "has ended, and the rows to learn from changed", "another --out", "--overwrite"
+        )
+        assert self.files(may / "may") == before
+
+    @pytest.mark.parametrize("lost", ["adapter", "state", "train.json"])
+    def test_one_that_has_not_left_all_begins_anew(self, retain: Run, may: Path, lost: str) -> None:
+        want, path = adapter(may / "may"), may / "may" / lost
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+        found = retain("train", "--resume", "--out", may / "may", "--json").json
+        assert "no checkpoint is whole: the run begins anew" in found["notes"]
+        same(may / "may", want)
+        assert path.exists()
+
+
 class TestContinue:
     @pytest.fixture(scope="class")
     def may(self, start: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:

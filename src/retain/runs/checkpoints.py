@@ -6,15 +6,16 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from retain.config import RunConfig
+from retain.config import RunConfig, read_config
 from retain.documents import read_json
-from retain.errors import ConfigError
+from retain.errors import ConfigError, RetainError
 from retain.files import has_schema, writing
-from retain.runs.records import RUN, STATE_SCHEMA, TRAIN, Digests
+from retain.runs.months import previous_run
+from retain.runs.records import RUN, STATE_SCHEMA, TRAIN, Digests, TrainRecord, read_record
 
 __all__ = [
-    "check_digests", "clear", "drop_broken", "drop_unfinished", "history", "refuse_leftovers",
-    "set_aside_broken", "tidy", "usable",
+    "check_digests", "clear", "drop_broken", "drop_unfinished", "ended", "history",
+    "refuse_leftovers", "set_aside_broken", "tidy", "usable",
 ]  # fmt: skip
 
 _PLACES = {
@@ -86,16 +87,61 @@ def check_digests(checkpoint: Path, now: Digests) -> None:
     """
     from retain.training.checkpoints import seal_of
 
-    then, found = Digests(**seal_of(checkpoint)).model_dump(), now.model_dump()
+    then = Digests(**seal_of(checkpoint)).model_dump()
     for name, (what, option) in _PLACES.items():
-        if then[name] != found[name]:
+        if then[name] != (found := getattr(now, name)):
             raise ConfigError(
                 f"{what} changed since the run began",
-                got=f"digest {str(found[name])[:12]}",
+                got=f"digest {str(found)[:12]}",
                 allowed=f"{str(then[name])[:12]}, that of {checkpoint.name}",
                 fix=f"put back what it was, or say with --{option} where it lies now; "
                 "or start again with --overwrite",
             )
+
+
+def ended(out: Path, folder: Path, now: Digests) -> TrainRecord | None:
+    """The record of the run in a folder if that has ended, and has no checkpoint to go on from.
+
+    None where it has not: its adapter or its state is missing, or the record is of the run whose
+    place it was to take. `now` tells what this command would learn, as far as that is known yet.
+
+    Raises:
+        ConfigError: it learned something else, which would be lost.
+    """
+    from retain.training.checkpoints import last_whole
+
+    if last_whole(folder) is not None:
+        return None
+    try:
+        record = read_record(out / TRAIN, TrainRecord)
+    except (OSError, ValueError, RecursionError):
+        return None
+    if read_config(out / RUN, {"out": record.config.out}, RunConfig) != record.config:
+        return None
+    then = record.digests or Digests()
+    for name, (what, _) in _PLACES.items():
+        was, found = getattr(then, name), getattr(now, name)
+        if None not in (was, found) and was != found:
+            raise ConfigError(
+                f"the run has ended, and {what} changed since",
+                got=f"digest {found[:12]}",
+                allowed=f"{was[:12]}, that of {out / TRAIN}; there is nothing to resume",
+                fix="another --out without --resume; or --overwrite to put a new run in its place",
+            )
+    return record if _is_whole(out, record) else None
+
+
+def _is_whole(out: Path, record: TrainRecord) -> bool:
+    """Whether a run has left its adapter, and its state if it was to keep one."""
+    from retain.models.saved import check_adapter
+
+    try:
+        check_adapter(out / "adapter")
+        if record.config.keep_state and (record.curvature or record.held_to):
+            previous_run(out)
+    except RetainError:
+        return False
+    return True
 
 
 def refuse_leftovers(out: Path, folder: Path) -> None:

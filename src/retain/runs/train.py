@@ -35,7 +35,8 @@ def train_run(
 
     Args:
         config: a `RunConfig`, a mapping of its fields, a YAML file, or nothing.
-        resume: go on from the last whole checkpoint in the output folder.
+        resume: go on from the last whole checkpoint in the output folder; a run without one that
+            has ended is left as it is.
         overwrite: remove an earlier run's checkpoints there, and let its state be replaced.
         progress: show bars.
         quiet: print nothing.

@@ -103,13 +103,17 @@ class Training:
                 base, examples, labels, c, self.messages, learned=self.before is not None
             )
         self.model = adapter_for(base, c, self.before, self.sources, self.past)
-        held = self._held()
         digests = Digests(
             data=rows_digest(examples),
             base=fingerprint(self.model),
-            source=self.digest or _digest_of(held),
+            source=self.digest,
             past=self.before and _digest(self.before.past),
         )
+        if self.resume and (ended := checkpoints.ended(self.out, self.kept, digests)):
+            self.messages.say("the run has ended: there is nothing to resume")
+            return RunResult(self.out, ended)
+        held = self._held()
+        digests = digests.model_copy(update={"source": self.digest or _digest_of(held)})
         last = self._last(digests)
         if first_rank():
             write_json(self.out / RUN, sealed(finite(c.model_dump(mode="json"))))
