@@ -194,6 +194,33 @@ def test_ctrl_c_says_what_stays(
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("over", [False, True])
+def test_ctrl_c_while_the_state_is_measured(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over: bool
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    out, given = tmp_path / "may", settings | {"save_steps": 0, "quiet": True}
+    if over:
+        retain.train_run(**given, out=out)
+    before = {path: path.read_bytes() for path in out.rglob("*")
+              if path.is_file() and path.name != "run.json"}  # fmt: skip
+    said = "an older adapter in .* is unchanged" if over else "the adapter in .* is this run's, but"
+    with monkeypatch.context() as patch:
+        patch.setattr("retain.retention.recipe.Recipe.consolidate", stop)
+        with pytest.raises(KeyboardInterrupt, match=said):
+            retain.train_run(**given | {"max_steps": 3}, out=out, overwrite=over)
+    if over:
+        assert all(path.read_bytes() == content for path, content in before.items())
+        more = {key: settings[key] for key in ("data", "batch_size", "max_steps", "max_length")}
+        retain.continue_run(out, **more, out=tmp_path / "june", quiet=True)
+    else:
+        assert (out / "adapter").is_dir() and not (out / "state").exists()
+    assert retain.train_run(resume=True, out=out, quiet=True).record.steps == 3
+    assert (out / "state" / "state.json").is_file()
+
+
 def test_records_of_earlier_versions_are_read(trained: Path, tmp_path: Path) -> None:
     """Without what later versions have added; and with what a newer one may add."""
     found = json.loads((trained / "train.json").read_text())

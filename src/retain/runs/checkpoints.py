@@ -14,7 +14,7 @@ from retain.runs.months import previous_run
 from retain.runs.records import RUN, STATE_SCHEMA, TRAIN, Digests, TrainRecord, read_record
 
 __all__ = [
-    "check_digests", "clear", "drop_broken", "drop_unfinished", "ended", "history",
+    "adapter_in", "check_digests", "clear", "drop_broken", "drop_unfinished", "ended", "history",
     "refuse_leftovers", "set_aside_broken", "tidy", "usable",
 ]  # fmt: skip
 
@@ -182,16 +182,31 @@ def clear(folder: Path) -> None:
             remove_checkpoint(path)
 
 
-def usable(config: RunConfig, folder: Path) -> str:
-    """What stays usable of a run that is stopped."""
+def adapter_in(out: Path) -> int | None:
+    """What tells the adapter in a run's folder from one that takes its place; None without one."""
+    try:
+        return (out / "adapter").stat().st_ino
+    except OSError:
+        return None
+
+
+def usable(config: RunConfig, folder: Path, older: int | None) -> str:
+    """What stays usable of a run that is stopped; `older` is `adapter_in` before it began."""
     from retain.training.checkpoints import last_whole
 
-    last = last_whole(folder)
+    last, resume = last_whole(folder), f"retain train --resume --out {config.out}"
     if last is not None:
-        return f"{last} is whole; go on with: retain train --resume --out {config.out}"
+        return f"{last} is whole; go on with: {resume}"
     none = "no checkpoint yet" if config.training.save_steps else "no checkpoint (--save-steps 50)"
-    older = (Path(config.out).expanduser() / "adapter").exists()
-    return f"{none}; an older adapter in {config.out} is unchanged" if older else none
+    now = adapter_in(Path(config.out).expanduser())
+    if now is None:
+        return none
+    if now == older:
+        return f"{none}; an older adapter in {config.out} is unchanged"
+    return (
+        f"the adapter in {config.out} is this run's, but not all that goes with it is written; "
+        f"for all of it, train again with: {resume}"
+    )
 
 
 def tidy(out: Path, kept: Path) -> None:

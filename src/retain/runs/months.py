@@ -12,7 +12,7 @@ the folders lie does not count: the base is told by its fingerprint.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,14 +211,22 @@ def _changed(run: Previous) -> list[str]:
 def keep_state(
     model: Any, examples: Sequence[Any], recipe: Any, out: Path, month: Month,
     before: Previous | None, labels: Labels | None, messages: Messages,
+    write: Callable[[], None],
 ) -> Path:  # fmt: skip
     """Measures the task's curvature, merges it into the past, and writes ``state/`` whole.
+
+    `write` writes the adapter and the record: at once, so that nothing which fails here loses them;
+    but over an older state only when all that takes long is done, so that a stop leaves that state
+    with its own adapter. Where a stop comes between, the state's digests tell.
 
     Raises:
         OutputError: the folder cannot be written.
     """
     from retain.retention.named import by_name
 
+    over = (out / "state").exists()
+    if not over:
+        write()
     messages.say("measuring what the task relies on, for the runs that continue from this one")
     past = recipe.consolidate(model, examples, seed=month.seed, progress=messages.progress)
     with whole_folder(out / "state", "the state of the run", STATE) as new:
@@ -227,6 +235,8 @@ def keep_state(
             source.save(new / by_file("source", name))
         _save_head(model, new / "head.safetensors")
         digests = {path.name: file_digest(path) for path in sorted(new.glob("*.safetensors"))}
+        if over:
+            write()
         digests["adapter"] = adapter_digest(out / "adapter")
         runs = [*(before.state.runs if before else []), month]
         record = StateRecord(runs=runs, digests=digests, labels=labels)

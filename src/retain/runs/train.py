@@ -112,10 +112,11 @@ def run_training(
             checkpoints.refuse_leftovers(out, kept)
         if (out / TRAIN).is_file() and not resume:
             messages.say(f"{out} holds a finished run, whose place this one takes at its end")
+        older = checkpoints.adapter_in(out)
         try:
             return Training(settings, messages, out, resume).run()
         except KeyboardInterrupt:
-            raise Interrupted(checkpoints.usable(settings, kept)) from None
+            raise Interrupted(checkpoints.usable(settings, kept, older)) from None
         finally:
             if first_rank():
                 checkpoints.tidy(out, kept)

@@ -332,14 +332,18 @@ class Training:
             data_digest=record.digests and record.digests.data,
             predicted_nats=record.predicted_nats,
         )  # fmt: skip
-        save_adapter(self.model, done.adapter, c.model, self._facts(record, month))
-        write_record(self.out / TRAIN, record)
+
+        def write() -> None:
+            save_adapter(self.model, done.adapter, c.model, self._facts(record, month))
+            write_record(self.out / TRAIN, record)
+
         if held and c.keep_state:
             keep_state(
                 self.model, examples, self.recipe, self.out, month, self.before,
-                self.labels, self.messages,
+                self.labels, self.messages, write,
             )  # fmt: skip
         else:
+            write()
             drop_state(self.out)
         checkpoints.drop_unfinished(self.kept)
 
