@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,20 @@ def test_ctrl_c_says_what_stays(
     with pytest.raises(KeyboardInterrupt, match="stopped; no checkpoint yet"):
         retain.train_run(**settings, out=tmp_path / "o", quiet=True)
     assert not (tmp_path / "o").exists()
+
+
+def test_the_command_that_goes_on_can_be_pasted(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "my run"
+    monkeypatch.setattr("retain.runs.training.Training._leave", stop)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        retain.train_run(**settings, out=out, quiet=True)
+    command = str(stopped.value).partition("go on with: ")[2]
+    assert shlex.split(command) == ["retain", "train", "--resume", "--out", str(out)]
 
 
 @pytest.mark.parametrize("over", [False, True])

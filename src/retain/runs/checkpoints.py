@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from retain.config import RunConfig, read_config
@@ -194,7 +195,7 @@ def usable(config: RunConfig, folder: Path, older: int | None) -> str:
     """What stays usable of a run that is stopped; `older` is `adapter_in` before it began."""
     from retain.training.checkpoints import last_whole
 
-    last, resume = last_whole(folder), f"retain train --resume --out {config.out}"
+    last, resume = last_whole(folder), f"retain train --resume --out {quote(config.out)}"
     if last is not None:
         return f"{last} is whole; go on with: {resume}"
     none = "no checkpoint yet" if config.training.save_steps else "no checkpoint (--save-steps 50)"
