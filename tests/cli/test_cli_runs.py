@@ -171,6 +171,27 @@ class TestTrain:
         monkeypatch.setattr("retain.provenance.versions", lambda *_: {"retain": "9"})
         assert "its text was sampled by retain" in retain(*argv, "--seed", 1).done().out
 
+    def test_a_curvature_that_was_fitted_in_another_way_is_made_anew(
+        self, retain: Run, model: Path, data: Path, out: Path
+    ) -> None:
+        argv = ("train", "--model", model, "--data", data, "--rank", 4, "--batch-size", 4)
+        argv = (*argv, "--dtype", "float32", "--out", out, "--max-steps", 1, "--json")
+        kept = out / "curvature.safetensors"
+
+        def note(*more: object) -> str:
+            found = retain(*argv, *more).json
+            assert found["curvature"]["seconds"] is not None
+            return " ".join(found["notes"])
+
+        retain(*argv).done()
+        assert "its factors are whole, and factor_rank is 4 now" in note("--factor-rank", 4)
+        again = retain(*argv, "--factor-rank", 4).json
+        assert again["curvature"]["seconds"] is None
+        assert "its factors are of rank 4, and factor_rank is auto now" in note()
+        for option, value in (("--structure", "diagonal"), ("--rows", 16), ("--max-length", 32)):
+            retain("fit", model, "self", "--rank", 4, "-o", kept, option, value, "-q").done()
+            assert f"{option[2:].replace('-', '_')} {value}, and this run would" in note()
+
     def test_from_a_file_with_changes(
         self, retain: Run, model: Path, data: Path, out: Path, tmp_path: Path
     ) -> None:

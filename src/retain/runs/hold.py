@@ -65,7 +65,8 @@ def curvatures_for(
     """The curvatures for a run, checked to fit its model: one, or those of its named budgets.
 
     `given` is that of ``config.curvature``, already read. Those of the model's own text that an
-    earlier run has left in the folder are used again; of other text where the run goes on.
+    earlier run has left in the folder are used again, where they were fitted as this run would fit
+    them; of other text where the run goes on.
 
     Raises:
         MismatchError: the given curvature does not fit.
@@ -101,7 +102,7 @@ def _kept(
     """The curvature that an earlier run has left; None where there is none that can be used.
 
     A run that goes on takes its own, whatever text it is of; another one that of the text which it
-    would sample itself.
+    would sample itself, fitted as it would fit it.
     """
     from retain.curvature.curvature import load_curvature
     from retain.provenance import versions
@@ -117,13 +118,40 @@ def _kept(
         made_by = found.info.versions.get("retain")
         if not resume and made_by != versions().get("retain"):  # it samples in another way, maybe
             raise MismatchError(f"its text was sampled by retain {made_by}")
-        if config.factor_rank not in ("auto", found.info.rank):
-            raise MismatchError(f"its factors are of rank {found.info.rank}")
+        if not resume:
+            _check_made_alike(found, config)
         messages.say(f"using the curvature in {path}")
         return HeldBy(found, path, None)
     except CurvatureError as error:
         messages.note(f"{path} is not used, and made anew: {error.what}")
         return None
+
+
+def _check_made_alike(found: Any, config: RunConfig) -> None:
+    """Refuses a curvature that was fitted in another way than the run would fit its own.
+
+    Raises:
+        MismatchError: it was.
+    """
+    from retain.curvature.blocks.factor import SketchFactor
+    from retain.curvature.blocks.ranks import sketch_rank
+    from retain.curvature.fit.settings import FitSettings
+
+    own, info = FitSettings(rank=config.factor_rank), found.info
+    alike = ("structure", "space", "fisher", "samples", "max_length", "share")
+    for name, was, would in (
+        *((name, getattr(info, name), getattr(own, name)) for name in alike),
+        ("rows", info.sequences, own.rows),
+        ("merged", info.merged, 1),
+    ):
+        if was != would:
+            raise MismatchError(f"it was fitted with {name} {was}, and this run would with {would}")
+    sides = [side for block in found.blocks.values() for side in block.factors().values()]
+    sketched = [isinstance(side, SketchFactor) for side in sides]
+    asked = [sketch_rank(side.size, own.rank) is not None for side in sides]
+    if sketched != asked or (any(asked) and own.rank not in ("auto", info.rank)):
+        was = "whole" if info.rank is None else f"of rank {info.rank}"
+        raise MismatchError(f"its factors are {was}, and factor_rank is {own.rank} now")
 
 
 def _made(
