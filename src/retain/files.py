@@ -271,7 +271,9 @@ def has_schema(path: Path, schema: str) -> bool:
     return isinstance(found, dict) and found.get("schema") == schema
 
 
-def check_ours(path: Path, ours: Callable[[Path], bool], what: str, out: Path) -> None:
+def check_ours(
+    path: Path, ours: Callable[[Path], bool], what: str, out: Path, option: str = "--out"
+) -> None:
     """Refuses to write over what this package did not write; an empty folder is nobody's.
 
     Args:
@@ -279,11 +281,12 @@ def check_ours(path: Path, ours: Callable[[Path], bool], what: str, out: Path) -
         ours: tells whether this package wrote it.
         what: what is to be written there.
         out: the output that was asked for.
+        option: with which it was.
 
     Raises:
         OutputError: it is there, and not ours.
     """
-    with writing(what, path, fix="check its permissions, or choose another --out"):
+    with writing(what, path, fix=f"check its permissions, or choose another {option}"):
         if not path.exists() and not path.is_symlink():
             return
         if path.is_dir() and not any(path.iterdir()):
@@ -293,7 +296,7 @@ def check_ours(path: Path, ours: Callable[[Path], bool], what: str, out: Path) -
             f"{what} would take the place of something that this command did not write",
             got=path,
             allowed="a new folder, or one that the same command has written",
-            fix=f"move it, or choose another --out than {out}",
+            fix=f"move it, or choose another {option} than {out}",
         )
 
 

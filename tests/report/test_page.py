@@ -217,6 +217,23 @@ def test_files_are_whole_or_not_there(put: Put, tmp_path: Path) -> None:
 
 
 class TestCommand:
+    @pytest.mark.parametrize("option", ["--markdown", "--latex"])
+    @pytest.mark.parametrize("text", ["Mine.\n", "A mark: drawn by retain report.\n\nMine.", ""])
+    def test_tables_replace_tables_alone(
+        self, put: Put, tmp_path: Path, capsys: Any, option: str, text: str
+    ) -> None:
+        folder, mine = put(make_study()).parent, tmp_path / "mine"
+        argv = ["report", str(folder), "-q", option]
+        mine.write_text(text, encoding="utf-8")
+        assert main([*argv, str(mine)]) == 2
+        said = capsys.readouterr().err
+        assert "the tables of a report would take the place" in said
+        assert f"choose another {option} than {mine}" in said
+        assert mine.read_text(encoding="utf-8") == text
+        assert not (folder / "report.html").exists()
+        for _ in range(2):
+            assert main([*argv, str(tmp_path / "tables")]) == 0
+
     def test_a_study_with_tables_and_pictures(self, put: Put, tmp_path: Path, capsys: Any) -> None:
         folder = put(make_study()).parent
         argv = ["--markdown", str(tmp_path / "t.md"), "--latex", str(tmp_path / "t.tex")]

@@ -22,7 +22,7 @@ from retain.report.axes import Panel
 __all__ = ["MARK", "asset", "compiled", "picture", "png", "svg", "write_figure"]
 
 MARK = "drawn by retain report"
-"""What every picture holds."""
+"""What every picture holds, and what tables in a file end in."""
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 _CONFIG: dict[str, Any] = {

@@ -69,7 +69,8 @@ def write_report(
 
     Raises:
         SourceError: a result cannot be read.
-        OutputError: a file cannot be written.
+        OutputError: a file cannot be written, or tables or pictures would take the place of what
+            no report has written.
     """
     softened = [path for path in results if not path.is_dir() and schema_of(path) == SOFTEN]
     rest = [path for path in results if path not in softened]
@@ -90,6 +91,9 @@ def write_report(
             if (vega := picture(figures)) is not None:
                 files[pictures / f"{name}.png"] = png(vega)
                 files[pictures / f"{name}.svg"] = svg(vega).encode()
+    for path, option in ((markdown_file, "--markdown"), (latex_file, "--latex")):
+        if path is not None:
+            check_ours(path, _are_tables, "the tables of a report", path, option)
     for path in files:
         if path.parent == pictures:
             check_ours(path, _is_picture, "a picture of a report", path)
@@ -111,6 +115,11 @@ def _grids(studies: Sequence[StudyRecord]) -> list[StudyRecord]:
 
 def _is_picture(path: Path) -> bool:
     return path.is_file() and MARK.encode() in path.read_bytes()
+
+
+def _are_tables(path: Path) -> bool:
+    """Those of `markdown` and `latex` end in a comment that tells them from others' texts."""
+    return path.is_file() and MARK.encode() in path.read_bytes().rstrip().rpartition(b"\n")[2]
 
 
 def _once(values: Iterable[str | None]) -> list[str]:
@@ -333,7 +342,7 @@ def section(group: Group, head: str, title: str) -> list[str]:
 
 
 def markdown(studies: Sequence[StudyRecord]) -> str:
-    """All tables in Markdown, a heading each."""
+    """All tables in Markdown, a heading each, and the mark of a report."""
     out = []
     for group in groups(_grids(studies)):
         out += section(group, f"## {group.study}: {group.title}", "### {}")
@@ -344,15 +353,15 @@ def markdown(studies: Sequence[StudyRecord]) -> str:
                 out += [f"### {table.title}", table.markdown().rstrip(), f"{table.about}."]
     if skipped := refused(studies):
         out += ["## Not run", "\n".join(f"- {line}" for line in skipped)]
-    return "\n\n".join(out) + "\n"
+    return "\n\n".join([*out, f"<!-- {MARK} -->"]) + "\n"
 
 
 def latex(studies: Sequence[StudyRecord]) -> str:
-    """All tables in LaTeX; they need the package booktabs."""
+    """All tables in LaTeX, which need the package booktabs, and the mark of a report."""
     found = groups(_grids(studies))
     out = ["% Needs \\usepackage{booktabs}.\n"]
     for name, group in zip(group_ids(found), found, strict=True):
         out += [table.latex(f"{table.key}-{name}") for table in study_tables(group)]
     for i, one in enumerate(_evals(studies), 1):
         out += [table.latex(f"{table.key}-eval-{i}") for table in eval_tables(one)]
-    return "\n".join(out)
+    return "\n".join([*out, f"% {MARK}\n"])
