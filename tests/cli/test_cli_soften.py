@@ -97,6 +97,17 @@ def test_json(
     assert found["model"]["name"] == str(model)
 
 
+def test_the_base_is_found_from_another_folder(
+    soften: Any, retain: Any, model: Path, source: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(model.parent)
+    assert soften("--model", model.name, "-q").code == 0
+    monkeypatch.chdir(tmp_path)
+    argv = ("--adapter", "out/adapter", "--source", source, "--rows", 2, "-q")
+    assert retain("eval", *argv).code == 0
+
+
 def test_text_and_pictures(soften: Any, before: float, tmp_path: Path) -> None:
     outcome = soften("--budget", 0.5 * before, "--points", 4)
     assert (outcome.code, outcome.err) == (0, "")

@@ -12,7 +12,7 @@ from retain.runs.months import HELD, previous_run, settings_of
 from retain.runs.named import OWN, check_named, check_same
 from retain.runs.records import RUN
 
-__all__ = ["OPTIONS", "Settings", "by_key", "placed", "read_run", "unused"]
+__all__ = ["OPTIONS", "Settings", "by_key", "placed", "placed_model", "read_run", "unused"]
 
 Settings = RunConfig | Mapping[str, Any] | str | Path | None
 """Settings of a run: themselves, a YAML file, or none."""
@@ -163,16 +163,23 @@ def placed(config: RunConfig) -> RunConfig:
 
     A name that is no path here stays: of a built-in model, of the hub, or ``word-problems``.
     """
+    found = {"model": placed_model(config.model)}
+    for key in ("data", "curvature", "continue_from"):
+        if (name := getattr(config, key)) is not None:
+            found[key] = _place(name)
+    return _with_sources(config.model_copy(update=found))
+
+
+def placed_model(name: str) -> str:
+    """A model's name as `placed` gives it."""
     from retain.models.builtin import BUILTIN
 
-    found: dict[str, Any] = {}
-    for key in ("model", "data", "curvature", "continue_from"):
-        name = getattr(config, key)
-        if name is None or (key == "model" and name in BUILTIN):
-            continue
-        if (path := Path(name).expanduser()).exists():
-            found[key] = str(path.absolute())
-    return _with_sources(config.model_copy(update=found))
+    return name if name in BUILTIN else _place(name)
+
+
+def _place(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
 
 
 def _with_sources(config: RunConfig) -> RunConfig:

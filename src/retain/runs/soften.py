@@ -16,6 +16,7 @@ from retain.runs.bases import Base, base_of, load_base
 from retain.runs.eval import check_finite, held_out, place_for, source_rows
 from retain.runs.folders import SOFTEN_PICTURES, check_made, recorded
 from retain.runs.messages import Messages, interruption
+from retain.runs.settings import placed_model
 
 __all__ = ["SoftenConfig", "soften_run"]
 
@@ -123,7 +124,7 @@ def soften_run(config: SoftenConfig, pictures: Pictures, messages: Messages) -> 
             })  # fmt: skip
             drawn = pictures(record)
             with recorded(out / "soften.json", record):
-                save_adapter(tuned, out / "adapter", name, _facts(record))
+                save_adapter(tuned, out / "adapter", placed_model(name), _facts(record))
         for picture, content in drawn.items():
             with whole_file(out / picture, "the picture") as scratch:
                 scratch.write_bytes(content)
