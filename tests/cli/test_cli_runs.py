@@ -66,6 +66,13 @@ class TestFit:
         assert torch.equal(a0, weights[f"{head}.lora_A.weight"])
         assert torch.equal(b0, 2.0 * weights[f"{head}.lora_B.weight"])
 
+    def test_around_an_adapter_of_another_base(
+        self, retain: Run, other_model: Path, source: Path, trained: Path, out: Path
+    ) -> None:
+        argv = ("fit", other_model, source, "--adapter", trained / "adapter", "-o", out / "c")
+        retain(*argv).refused("another base model", "the first argument")
+        assert not (out / "c").exists()
+
 
 class TestTrain:
     def test_record(self, trained: Path, model: Path) -> None:

@@ -108,6 +108,15 @@ def test_the_base_is_found_from_another_folder(
     assert retain("eval", *argv).code == 0
 
 
+def test_another_base_is_told_by_the_record(
+    soften: Any, retain: Any, other_model: Path, source: Path, tmp_path: Path
+) -> None:
+    assert soften("-q").code == 0
+    argv = ("eval", "--adapter", tmp_path / "out" / "adapter", "--source", source, "--rows", 2)
+    retain(*argv, "--model", other_model).refused("another base model")
+    assert retain(*argv, "--json").json["notes"] == []
+
+
 def test_text_and_pictures(soften: Any, before: float, tmp_path: Path) -> None:
     outcome = soften("--budget", 0.5 * before, "--points", 4)
     assert (outcome.code, outcome.err) == (0, "")

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from retain.config import Measured, validate
+from retain.documents import read_json
 from retain.errors import ConfigError, MismatchError, ModelError, unknown
 from retain.files import check_folder, file_digest, write_record
 from retain.records import RESULT_SCHEMA, EvalRecord, finite
@@ -19,8 +20,8 @@ from retain.runs.messages import Messages, interruption
 from retain.runs.records import TRAIN, TrainRecord, read_record
 
 __all__ = [
-    "EvalConfig", "check_finite", "eval_run", "general_tasks", "held_out", "load_tuned",
-    "own_text", "place_for", "source_rows",
+    "EvalConfig", "check_base", "check_finite", "eval_run", "general_tasks", "held_out",
+    "load_tuned", "own_text", "place_for", "source_rows",
 ]  # fmt: skip
 
 
@@ -243,7 +244,7 @@ def _sizes(model: Any) -> tuple[int, int]:
 def load_tuned(
     name: str, adapter: Path, config: Any, messages: Messages
 ) -> tuple[Any, Any, TrainRecord | None]:
-    """An adapter on its base, the tokenizer, and what `_record_beside` says of them."""
+    """An adapter on its base, the tokenizer, and what `check_base` says of them."""
     from retain.models.saved import load_adapter
 
     base, tokenizer, _ = load_base(
@@ -251,31 +252,50 @@ def load_tuned(
         trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
     tuned = load_adapter(base, adapter)
-    record = _record_beside(adapter, tuned)
-    if record is None:
+    return tuned, tokenizer, check_base(tuned, adapter, messages)
+
+
+def check_base(model: Any, adapter: Path, messages: Messages) -> TrainRecord | None:
+    """Refuses a model under an adapter that is not its base, by the record beside the adapter.
+
+    Returns:
+        That record, where it is of a run of ``retain train``.
+
+    Raises:
+        MismatchError: it is another model.
+    """
+    from retain.models.fingerprint import fingerprint
+
+    record, beside = None, adapter.expanduser().resolve().parent
+    try:
+        record = read_record(beside / TRAIN, TrainRecord)
+        known: tuple[str, str] | None = (record.model.fingerprint, record.model.name)
+    except (OSError, ValueError, RecursionError):
+        known = _base_of_made(beside)
+    if known is None:
         messages.note(
             "no train.json beside the adapter: that this is its base model is not checked"
         )
-    return tuned, tokenizer, record
-
-
-def _record_beside(adapter: Path, model: Any) -> TrainRecord | None:
-    """What ``train.json`` beside the adapter says, if it is there; the base must be its base."""
-    from retain.models.fingerprint import fingerprint
-
-    try:
-        record = read_record(adapter.expanduser().resolve().parent / TRAIN, TrainRecord)
-    except (OSError, ValueError, RecursionError):
-        return None
-    mine = fingerprint(model)
-    if mine != record.model.fingerprint:
+    elif (mine := fingerprint(model)) != known[0]:
         raise MismatchError(
             "the adapter was trained on another base model",
             got=f"a model with fingerprint {mine}",
-            allowed=f"{record.model.fingerprint} ({record.model.name})",
-            fix="give that model with --model",
+            allowed=f"{known[0]} ({known[1]})",
+            fix="give that model (--model; of retain fit the first argument)",
         )
     return record
+
+
+def _base_of_made(folder: Path) -> tuple[str, str] | None:
+    """The fingerprint and the name of the base of an adapter that was made of another one."""
+    for command in ("soften", "compact"):
+        try:
+            found = read_json(folder / f"{command}.json")
+            if found["schema"] == f"retain.{command}/1" and found["model"]["fingerprint"]:
+                return str(found["model"]["fingerprint"]), str(found["model"]["name"])
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):
+            continue
+    return None
 
 
 def place_for(config: Any, adapter: Path) -> Path:

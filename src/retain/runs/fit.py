@@ -14,6 +14,7 @@ from retain.curvature.blocks.ranks import RANKS, factor_rank_of
 from retain.curvature.blocks.registry import names
 from retain.curvature.fit.settings import FitSettings
 from retain.files import check_ours, clear_scratch, locked
+from retain.runs.eval import check_base
 from retain.runs.folders import is_curvature
 from retain.runs.messages import Interrupted, Messages
 from retain.types import Fisher, Space
@@ -112,11 +113,12 @@ def fit_run(config: FitConfig, targets: str | list[str], messages: Messages) -> 
                 trust_remote_code=c.trust_remote_code,
             )  # fmt: skip
             start = time.perf_counter()
-            model = (
-                attach_lora(base, **adapter.model_dump())
-                if c.adapter is None
-                else load_adapter(base, c.adapter)
-            )
+            if c.adapter is None:
+                model = attach_lora(base, **adapter.model_dump())
+            else:
+                model = load_adapter(base, c.adapter)
+                if c.num_labels is None:  # a classifier's base has another head each time
+                    check_base(model, c.adapter, messages)
             curvature = fit_curvature(
                 model, c.source, c.structure, tokenizer=tokenizer, space=cast(Space, c.space),
                 fisher=cast(Fisher, c.fisher), samples=c.samples, rows=c.rows,
