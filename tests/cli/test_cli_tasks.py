@@ -33,6 +33,22 @@ def test_the_list_fits_80_columns(retain: Any, monkeypatch: pytest.MonkeyPatch) 
     assert "order6-14" in outcome.out and "retain tasks --template" in outcome.out
 
 
+def test_no_name_is_broken_where_there_is_room(
+    retain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "│ super_glue/multirc │" in retain("tasks").out
+    monkeypatch.setenv("COLUMNS", "60")
+    assert "│ gsm8k      │" in retain("tasks").out
+
+
+def test_lines_for_programs_are_whole(retain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    lines = [line for line in retain("tasks").out.splitlines() if line.startswith("│")]
+    assert len(lines) == 37
+    assert any("SetFit/amazon_reviews_multi_en" in line for line in lines)
+
+
 def test_the_list_as_json(retain: Any) -> None:
     found = retain("tasks", "--json").json
     tasks = {task["name"]: task for task in found["tasks"]}

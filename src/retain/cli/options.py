@@ -10,7 +10,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -139,7 +139,11 @@ class Screen(Messages):
         quieten(self.progress)
 
     def table(self, title: str, head: list[str], rows: Iterable[list[str]]) -> None:
-        """A table for people; its first column names the rest; one without values is left out."""
+        """A table for people; its first column names the rest; one without values is left out.
+
+        It is as wide as its lines where stdout is no terminal and COLUMNS does not say how wide:
+        programs read lines.
+        """
         if self.quiet:
             return
         lines = list(rows)
@@ -147,12 +151,20 @@ class Screen(Messages):
         from rich.console import Console
         from rich.table import Table
 
+        console, edges = Console(), 3 * len(kept) + 1
+        columns = [[line[i] for line in (head, *lines)] for i in kept]
+        if sys.stdout.isatty() or os.environ.get("COLUMNS"):
+            widths = _widths(columns, console.width - edges)
+        else:
+            widths = _widths(columns, None)
+            console = Console(width=sum(widths) + edges)
         table = Table(title=title, title_justify="left", title_style="bold", show_header=any(head))
-        for i in kept:
-            table.add_column(head[i], justify="right" if i else "left", overflow="fold")
+        for i, width in zip(kept, widths, strict=True):
+            justify: Literal["left", "right"] = "right" if i else "left"
+            table.add_column(head[i], justify=justify, overflow="fold", width=width)
         for line in lines:
             table.add_row(*(line[i] for i in kept))
-        Console().print(table)
+        console.print(table)
 
     def emit(self, value: Mapping[str, Any]) -> None:
         """The JSON object, if it was asked for."""
@@ -160,6 +172,28 @@ class Screen(Messages):
             from retain.records import finite
 
             print(json.dumps(finite(value), ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def _widths(columns: Sequence[Sequence[str]], room: int | None) -> list[int]:
+    """How wide columns of texts are in so much room; None for as wide as they like.
+
+    The widest gives way first, down to its longest word, or to half the room. Where that is not
+    enough the words of one column are broken, down to 10 characters, before those of the next.
+    """
+    from rich.cells import cell_len
+
+    widths = [max([1, *(cell_len(t) for text in c for t in text.splitlines())]) for c in columns]
+    if room is None:
+        return widths
+    words = [max([1, *(cell_len(t) for text in c for t in text.split())]) for c in columns]
+    words = [min(word, room // 2) for word in words]
+    while sum(widths) > max(room, len(widths)):
+        _, _, _, i = max(
+            (width > word, word if word >= width > 10 else 0, width, i)
+            for i, (width, word) in enumerate(zip(widths, words, strict=True))
+        )
+        widths[i] -= 1
+    return widths
 
 
 def quieten(progress: bool) -> None:
