@@ -69,6 +69,18 @@ def test_each_run_starts_at_the_one_before_and_moves_on(months: list[Path]) -> N
     assert [Path(run["data"]).stem for run in state["runs"]] == ["0", "1", "2", "3"]
 
 
+def test_what_a_smaller_budget_takes_back_is_said(
+    june: Run, months: list[Path], tmp_path: Path
+) -> None:
+    june("--continue-from", months[0], "--budget", BUDGET / 10).done()
+    (note,) = [n for n in told(tmp_path / "out" / "train.json")["notes"] if "scaled back" in n]
+    share = "scaled back to four fifths of the budget of 0.0002, from "
+    found = re.search(re.escape(share) + r"(\S+) to (\S+) predicted nats per token", note)
+    assert found is not None and float(found[1]) > 2 * float(found[2]) > 0
+    june("--continue-from", months[0], "--budget", 10 * BUDGET, "--overwrite").done()
+    assert "scaled back" not in str(told(tmp_path / "out" / "train.json")["notes"])
+
+
 def test_the_card_tells_of_all_months(months: list[Path], model: Path) -> None:
     card = (months[2] / "adapter" / "README.md").read_text()
     record = told(months[2] / "train.json")

@@ -370,8 +370,8 @@ class Recipe:
             self._tell_unheld(model, self.force)
         if self.frozen is not None:
             self.force.only(self.active)
-            if progress is None and self.force.make_room():
-                self.frozen.renew()
+            if progress is None:
+                self._make_room(self.force, self.frozen)
         if progress:
             self.force.restore(progress)
 
@@ -384,6 +384,20 @@ class Recipe:
                 f"{', '.join(self.unheld[:3])}: the force knows the weights of linear layers, and "
                 "no embeddings, output head, norms, biases or bare parameters of a mixture's "
                 "experts; requires_grad_(False) for them, or LoRA"
+            )
+
+    def _make_room(self, force: Force, frozen: FrozenRows) -> None:
+        """Earlier rows are scaled back to four fifths of the budget, and that is said."""
+        if self.budget is None:
+            return
+        before = force.predicted()
+        if force.make_room():
+            frozen.renew()
+            named = isinstance(self.budget, Mapping)
+            warn(
+                "what earlier training learned is scaled back to four fifths of "
+                f"{'each budget' if named else f'the budget of {self.budget:g}'}, from "
+                f"{before:.3g} to {force.predicted():.3g} predicted nats per token"
             )
 
     def _filters(
