@@ -47,6 +47,7 @@ def checkpointing(on: bool) -> dict[str, Any]:
 def warmup(steps: float) -> dict[str, Any]:
     """The trainer's argument for a warmup of so many steps, or of a share of all when below 1.
 
+    The trainer rounds a share up, and the first step of any warmup is at a rate of 0.
     Before transformers 5 a share has an argument of its own.
     """
     from transformers import TrainingArguments

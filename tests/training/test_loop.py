@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from retain import Curvature, fit_curvature
 from retain.config import TrainConfig
 from retain.data.batches import Example
 from retain.data.sources import encode
-from retain.errors import SourceError, TrainingError
+from retain.errors import RetainWarning, SourceError, TrainingError
 from retain.models.sites import lora_sites
 from retain.retention.force import Force
 from retain.retention.recipe import Recipe
@@ -160,6 +161,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(space: str, update: str, tmp_pat
 def test_a_run_without_out_writes_nothing() -> None:
     go(tiny("llama"), "llama", max_steps=1)
     assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize("warmup", [0.05, 10.0])
+def test_a_single_step_learns(warmup: float) -> None:
+    model = tiny("llama")
+    go(model, "llama", max_steps=1, warmup=warmup)
+    assert all(bool(site.b.any()) for site in lora_sites(model))
+
+
+def test_an_adapter_that_learned_nothing_is_said() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*learned nothing")
+        go(tiny("llama"), "llama", max_steps=2)
+    with pytest.warns(RetainWarning, match="learned nothing in 2 steps: every B is still 0"):
+        go(tiny("llama", dtype=torch.float32), "llama", max_steps=2, learning_rate=1e-60)
 
 
 @pytest.mark.parametrize("held", [False, True])

@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from retain.compat import checkpointing, warmup
 from retain.config import TrainConfig
 from retain.data.batches import Example, check_fills, collate
-from retain.errors import ConfigError, SourceError
+from retain.errors import ConfigError, SourceError, warn
 from retain.models.heads import check_single
 from retain.models.sizes import pad_multiple
 from retain.models.view import ModelView
@@ -186,10 +186,21 @@ def train(
         last = last_whole(out) if resume and out else None
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = time.perf_counter() - began
+        _check_learned(model, trainer.state.global_step)
     finally:
         if scratch:
             scratch.cleanup()
     return TrainResult(seconds, trainer.state.global_step, watch.history)
+
+
+def _check_learned(model: nn.Module, steps: int) -> None:
+    """Warns where an adapter is LoRA that has begun at 0 and is there still."""
+    every = [p for name, p in model.named_parameters() if ".lora_B." in name]
+    if every and not any(bool(p.detach().any()) for p in every):
+        warn(
+            f"the adapter has learned nothing in {steps} steps: every B is still 0; more steps, or "
+            "a larger learning rate"
+        )
 
 
 def _check_choice(

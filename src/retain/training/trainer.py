@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer
 
+from retain.compat import warmup
 from retain.data.batches import Batch, Example
 from retain.errors import TrainingError
 from retain.models.forward import forward_logits
@@ -46,6 +47,12 @@ class RowTrainer(Trainer):
     def __init__(self, *args: Any, method: Method | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.method, self.extra = method, 0.0
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """A run of a single step has no warm-up, whose first step is at a rate of 0."""
+        if num_training_steps == 1:
+            vars(self.args).update({"warmup_steps": 0} | warmup(0))
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
         self,
