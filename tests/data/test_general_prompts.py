@@ -21,7 +21,7 @@ from retain.data.general_prompts import (
     read_prompts,
     spread_prompts,
 )
-from retain.errors import ConfigError, SourceError
+from retain.errors import ConfigError, RetainWarning, SourceError
 from retain.records import RunEvaluation
 
 HELD, SOURCE = general_prompts(), general_prompts(half="source")
@@ -137,6 +137,10 @@ def test_prompts_that_are_given(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"prompt": "b", "accepted": ["yes", "ja"]}) + "\n")
     assert read_prompts(path)[0].right("ja") is True
+    rows = [{"prompt": "a b", "completion": "c", "context": "b", "system": ""}, "d"]
+    said = "columns that are not read: completion (1 rows), context (1 rows)"
+    with pytest.warns(RetainWarning, match=re.escape(said)):
+        read_prompts(rows)
     path = tmp_path / "a.txt"
     path.write_text("one\n\n two \n")
     assert prompt_texts(path) == prompt_texts(iter(["one", "two"])) == ["one", "two"]
@@ -148,6 +152,8 @@ def test_prompts_that_are_given(tmp_path: Path) -> None:
     ([{"text": "a"}], "a prompt is no text"), ([{"prompt": "a", "skill": 3}], "is no text; got"),
     ([{"prompt": "a", "accepted": [3]}], "what is told of a prompt is no text"),
     ([{"prompt": "a", "accepted": 3}], "what is told of a prompt is no text"),
+    ([{"prompt": "a", "system": "b"}], "'system' would be lost: a prompt is asked alone; got"),
+    ([{"prompt": "a", "context": "b"}], "context beside prompt in row 1"),
     ("nowhere/prompts", "the prompts cannot be read; got: nowhere/prompts: No such file"),
     ("nowhere/prompts.jsonl", "no such source; got"), ("generl", "cannot be read; got: generl"),
 ])  # fmt: skip

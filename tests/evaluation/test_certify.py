@@ -13,7 +13,7 @@ from test_answers import tokenizer
 
 import retain
 from retain.data.general_prompts import general_prompts
-from retain.errors import ConfigError, ModelError, SourceError
+from retain.errors import ConfigError, ModelError, RetainWarning, SourceError
 from retain.evaluation.certify import certify, check_allowed, items_needed, loss_bound
 from retain.evaluation.skills import SkillItem, read_skills
 from retain.intervals import binomial_lower, binomial_upper
@@ -180,12 +180,24 @@ def test_rows() -> None:
         ({"answer": "?!"}, "cannot be compared"),
         ({"answer": []}, "no answer"),
         ({"accepted": 3}, "cannot be compared"),
+        ({"answer": "a", "system": "Be short."}, "'system' would be lost"),
+        ({"answer": "a", "context": "b"}, "'context' would be lost"),
+        ({"answer": "a", "messages": [{"role": "user", "content": "b"}]}, "'messages' would be"),
+        ({"answer": "a", "tools": [{"name": "f"}]}, "'tools' would be lost"),
     ],
 )
 def test_rows_that_are_refused(row: dict[str, Any], said: str) -> None:
     with pytest.raises(SourceError, match=said) as error:
         items({"answer": "a"}, row)
     assert "row 2" in str(error.value) and "; fix: " in str(error.value)
+
+
+def test_columns_that_say_nothing_to_the_model_are_counted() -> None:
+    with pytest.warns(RetainWarning, match=r"columns that are not read: hint \(2 rows\)$"):
+        found = items(
+            {"answer": "a", "hint": "b", "id": 7}, {"answer": "a", "hint": "c", "system": None}
+        )
+    assert len(found) == 2
 
 
 def test_an_item_counts_once() -> None:

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from retain.data.counts import RowCounts
+from retain.data.messages import without_none
 from retain.data.rows import Content, Row
 from retain.errors import SourceError
 
-__all__ = ["check_columns"]
+__all__ = ["check_asked", "check_columns"]
 
 _WITH_IDS = {
     "attention_mask", "labels", "token_type_ids", "position_ids", "completion_mask",
@@ -40,6 +41,13 @@ _CHANGES = _WITH_IDS | _NO_TEXT | {
     # how much a row counts
     "weight", "weights", "sample_weight", "loss_weight",
 }  # fmt: skip
+
+_BEFORE_PROMPT = _NO_TEXT | {
+    "tools", "functions", "chat_template_kwargs", "documents", "system", "system_prompt",
+    "system_message", "messages", "conversations", "conversation", "history", "context", "passage",
+    "passages", "document", "instruction", "input",
+}  # fmt: skip
+"""What a prompt would be asked with, were it read."""
 
 _PASSED = {
     "id", "ids", "idx", "index", "uid", "uuid", "guid", "qid", "pid", "source", "src", "origin",
@@ -111,6 +119,39 @@ def check_columns(
             counts.unread(str(key))
         else:
             raise _lost(str(key), name)
+
+
+def check_asked(
+    row: Mapping[str, Any], used: set[str], prompt: str, number: int, counts: RowCounts
+) -> None:
+    """`check_columns` of a row whose prompt is asked as it stands.
+
+    Args:
+        row: its columns.
+        used: those that are read.
+        prompt: the one.
+        number: of the row, from 1.
+        counts: where columns that are passed over are counted.
+
+    Raises:
+        SourceError: a column says something that the prompt would have to be asked with.
+    """
+    asked = " ".join(prompt.split())
+    for key, value in without_none(row).items():
+        says = value.strip() if isinstance(value, str) else value
+        if key in used or (isinstance(says, str | list | tuple | dict) and not says):
+            continue
+        said = [" ".join(text.split()) for text in _strings(value)]
+        if key not in _BEFORE_PROMPT or (said and all(_within(text, asked) for text in said)):
+            if not _passed(key):
+                counts.unread(str(key))
+            continue
+        raise SourceError(
+            f"the column {key!r} would be lost: a prompt is asked alone",
+            got=f"{key} beside prompt in row {number}",
+            allowed=f"{', '.join(sorted(used))}; ids, sources and scores",
+            fix=f"write what {key!r} says into the prompt, or take it out",
+        )
 
 
 def _passed(key: Any) -> bool:

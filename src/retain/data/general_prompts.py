@@ -21,10 +21,12 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal, get_args
 
+from retain.data.columns import check_asked
+from retain.data.counts import RowCounts
 from retain.data.readers.paths import kind_of
 from retain.data.sources import read_rows
 from retain.documents import LARGE, Unreadable, read_text
-from retain.errors import SourceError, shown, unknown
+from retain.errors import SourceError, shown, unknown, warn
 
 __all__ = [
     "GENERAL", "HALVES", "SKILLS", "GeneralPrompt", "GivenPrompts", "Half", "Prompts",
@@ -156,7 +158,8 @@ def read_prompts(
         half: of the general prompts; what is given counts as of that half too.
 
     Raises:
-        SourceError: a file that is missing or damaged, no prompt, or one that is no text.
+        SourceError: a file that is missing or damaged, no prompt, one that is no text, or a column
+            such as ``system``, with which it would have to be asked.
     """
     if isinstance(prompts, str) and prompts == GENERAL:
         return general_prompts(half=half)
@@ -169,7 +172,10 @@ def read_prompts(
         )  # fmt: skip
     else:
         given = prompts
-    found = [_item(value, number, half) for number, value in enumerate(given, start=1)]
+    counts = RowCounts()
+    found = [_item(value, number, half, counts) for number, value in enumerate(given, start=1)]
+    for line in counts.lines():
+        warn(line)
     if not found:
         raise SourceError(
             "there are no prompts", got=f"0 prompts in {shown(prompts, plain=True)}",
@@ -198,7 +204,7 @@ def _of_file(path: Path) -> Sequence[Any]:
         ) from error
 
 
-def _item(value: Any, number: int, half: Half) -> GeneralPrompt:
+def _item(value: Any, number: int, half: Half, counts: RowCounts) -> GeneralPrompt:
     if isinstance(value, GeneralPrompt):
         return value
     row = value if isinstance(value, Mapping) else {"prompt": value}
@@ -215,6 +221,7 @@ def _item(value: Any, number: int, half: Half) -> GeneralPrompt:
             "what is told of a prompt is no text", got=f"{shown(value)} as number {number}",
             allowed="text as 'skill', a text or a list of texts as 'accepted'", fix="change it",
         )  # fmt: skip
+    check_asked(row, {"prompt", "skill", "accepted"}, prompt, number, counts)
     return GeneralPrompt(f"given-{number:02d}", skill, half, prompt.strip(), accepted)
 
 

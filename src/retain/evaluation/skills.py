@@ -9,10 +9,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from retain.data.columns import check_asked
+from retain.data.counts import RowCounts
 from retain.data.general_prompts import GENERAL, GeneralPrompt, general_prompts
 from retain.data.problems import MARK
 from retain.data.sources import read_rows
-from retain.errors import SourceError, shown
+from retain.errors import SourceError, shown, warn
 from retain.evaluation.metrics import normalize, same_text
 
 __all__ = ["SkillItem", "Skills", "read_skills"]
@@ -20,6 +22,7 @@ __all__ = ["SkillItem", "Skills", "read_skills"]
 Skills = str | Path | Iterable["Mapping[str, Any] | SkillItem"]
 """``general``, a file of rows, rows, or items that were read."""
 
+_COLUMNS = {"skill", "prompt", "answer", "choices", "accepted"}
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
@@ -86,8 +89,9 @@ def read_skills(given: Skills) -> list[SkillItem]:
             score; a file of rows; or rows.
 
     Raises:
-        SourceError: a file that is missing or damaged, a row that cannot be used, or one that is
-            there twice: the bounds count items as independent.
+        SourceError: a file that is missing or damaged, a row that cannot be used, a column such as
+            ``system``, with which the prompt would have to be asked, or an item that is there
+            twice: the bounds count items as independent.
     """
     if isinstance(given, str) and given == GENERAL:
         return [SkillItem(p.id, p.skill, p.prompt, scripted=p) for p in general_prompts()
@@ -95,8 +99,10 @@ def read_skills(given: Skills) -> list[SkillItem]:
     if isinstance(given, list) and given and all(isinstance(i, SkillItem) for i in given):
         items: list[SkillItem] = given
     else:
-        rows = read_rows(given)  # type: ignore[arg-type]
-        items = [_item(row, number) for number, row in enumerate(rows, start=1)]
+        rows, counts = read_rows(given), RowCounts()  # type: ignore[arg-type]
+        items = [_item(row, number, counts) for number, row in enumerate(rows, start=1)]
+        for line in counts.lines():
+            warn(line)
     seen: dict[tuple[str, str], str] = {}
     for item in items:
         first = seen.setdefault((item.skill, item.prompt), item.id)
@@ -109,13 +115,14 @@ def read_skills(given: Skills) -> list[SkillItem]:
     return items
 
 
-def _item(row: Any, number: int) -> SkillItem:
+def _item(row: Any, number: int, counts: RowCounts) -> SkillItem:
     """A row that was checked."""
     found = row if isinstance(row, Mapping) else {}
     skill, prompt, answer = (found.get(key) for key in ("skill", "prompt", "answer"))
     choices, accepted = found.get("choices"), found.get("accepted")
     if not (_text(skill) and _text(prompt)):
         raise _bad("an item has no skill or no prompt", row, number, "texts as skill and prompt")
+    check_asked(found, _COLUMNS, str(prompt), number, counts)
     known = (str(number), str(skill).strip(), str(prompt).strip())
     if (answer is None) == (accepted is None) or (choices is not None and answer is None):
         raise _bad(
