@@ -241,9 +241,9 @@ def judged(
     """A verdict, or "other" for results that are not those of the undamaged file."""
     if ended.code is None:
         return "hang"
-    if "Traceback" in ended.said or ended.code not in (0, 2):
-        return "raw"
     failed = failures(folder, job.outputs) if "study" in job.name else []
+    if "Traceback" in ended.said or ended.code not in ((0, 1, 2) if failed else (0, 2)):
+        return "raw"
     if ended.code == 2 or failed:
         lines = failed or ended.said.splitlines()
         one = all(sound(line) for line in failed) if failed else len(lines) == 1 and sound(lines[0])

@@ -124,8 +124,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line of `argv`, else of the process, and returns the exit code.
 
     0: done. 2: one line on stderr says what was wrong. 130: stopped by Ctrl-C, and the line says
-    what stays usable. 1: ``retain certify`` found too much lost; or nobody reads the output any
-    more; or a bug, which keeps its traceback.
+    what stays usable. 1: ``retain certify`` found too much lost; or runs of ``retain study``
+    failed; or nobody reads the output any more; or a bug, which keeps its traceback.
     """
     # bitsandbytes, where it is installed, says at its import which kernels of a hub it lacks.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -74,7 +74,10 @@ class RunsConfig(StatusConfig):
 @app.command("run", epilog=EXAMPLE)
 @command(RunsConfig, "study")
 def run(config: RunsConfig, screen: Screen) -> None:
-    """Do the runs that are not done yet. It may be stopped, killed and started again."""
+    """Do the runs that are not done yet; exit code 1 where one failed.
+
+    It may be stopped, killed and started again.
+    """
     spec, work = _open(config, config.data_dir)
     check_folder(work.out)
     check_study(work.out)
@@ -113,6 +116,8 @@ def run(config: RunsConfig, screen: Screen) -> None:
         screen.say("the machine lacked something: the same command tries unfinished runs again")
     screen.say(f"results: {work.out / 'study.json'}")
     screen.emit({"study": spec.name, "results": work.out / "study.json", **counts})
+    if counts["failed"]:
+        raise typer.Exit(1)
 
 
 @app.command("status", epilog="Example: retain study status STUDY.yaml --out runs/four")
