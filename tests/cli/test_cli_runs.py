@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any, get_args
@@ -46,6 +47,20 @@ class TestFit:
         assert (outcome.code, outcome.err) == (0, "")
         assert "kfac curvature of 14 layers" in outcome.out
         assert "next: retain train" in outcome.out
+
+    @pytest.mark.parametrize("given", [
+        ["--targets", "q_proj,v_proj"], ["--space", "adapter", "--rank", 4, "--alpha", 4],
+    ])  # fmt: skip
+    def test_what_comes_next_is_accepted(
+        self, retain: Run, fit: Run, tmp_path: Path, given: list[Any]
+    ) -> None:
+        _, line = fit(*given).done().out.split("next: retain ")
+        here = {"word-problems": "word-problems:16", "runs/held": str(tmp_path / "held")}
+        retain(*(here.get(word, word) for word in shlex.split(line))).done()
+
+    def test_nothing_comes_next_that_would_be_refused(self, fit: Run, trained: Path) -> None:
+        for given in (["--num-labels", 3], ["--adapter", trained / "adapter"]):
+            assert "next:" not in fit(*given).done().out
 
     def test_quiet(self, fit: Run) -> None:
         outcome = fit("--quiet")

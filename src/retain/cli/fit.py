@@ -28,9 +28,25 @@ def fit(config: FitConfig, screen: Screen) -> None:
     screen.say(
         f"{info.structure} curvature of {len(info.sites)} layers from {info.tokens:,} tokens in "
         f"{done.seconds:.1f} s, relative error {info.error:.1%}\n"
-        f"{done.path}: {size / 2**20:.1f} MiB\n"
-        f"next: retain train --model {quote(config.model)} --data word-problems --out runs/held "
-        f"--curvature {quote(str(done.path))}"
+        f"{done.path}: {size / 2**20:.1f} MiB"
     )
+    from retain.models.load import is_decoder
+
+    if config.adapter is None and config.num_labels is None and is_decoder(config.model):
+        screen.say(
+            f"next: retain train --model {quote(config.model)} --data word-problems "
+            f"--out runs/held --curvature {quote(str(done.path))}{_given(config)}"
+        )
     found = {"path": done.path, "seconds": done.seconds, "bytes": size, "info": info.to_dict()}
     screen.emit(found | {"notes": screen.notes})
+
+
+def _given(config: FitConfig) -> str:
+    """Options that training has to be given too, as they would be typed."""
+    said = ""
+    for name in ("rank", "alpha", "targets", "adapter_seed", "trust_remote_code"):
+        value = getattr(config, name)
+        if value != FitConfig.model_fields[name].default:
+            said += f" --{name.replace('_', '-')}"
+            said += "" if value is True else f" {quote(str(value))}"
+    return said
