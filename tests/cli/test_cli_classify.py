@@ -170,6 +170,12 @@ def test_it_is_held_on_the_source_that_is_given(
     assert nats[1] < 0.5 * nats[0]
 
 
+def test_a_cut_classifier_is_not_for_eval(train: Run, retain: Run, tmp_path: Path) -> None:
+    train(write(tmp_path / "r.jsonl", LABELS["whole"][0]), "-q").done()
+    said = retain("compact", tmp_path / "run", "--rank", 2, "--out", tmp_path / "cut").done().out
+    assert said.endswith("next: load it as docs/classifiers.md says\n")
+
+
 def test_resuming_ends_at_the_same_bytes(train: Run, retain: Run, tmp_path: Path) -> None:
     rows, one, two = write(tmp_path / "r.jsonl", LABELS["names"][0]), tmp_path / "a", tmp_path / "b"
     for out in (one, two):

@@ -26,8 +26,11 @@ def compact(config: CompactConfig, screen: Screen) -> None:
             lines.append([f"{name} per token", *(f"{value:.3g}" for value in values)])
     screen.table("cut", ["", "before", "after", "lost"], lines)
     worst = lost["worst"]
-    screen.say(
-        f"most is lost at {worst['layer']}: {worst['share']:.2%}\n{written}\n"
-        f"next: retain eval --adapter {quote(str(written))} --general knowledge"
-    )
+    said = f"most is lost at {worst['layer']}: {worst['share']:.2%}\n{written}\nnext: "
+    from retain.models.saved import check_adapter
+
+    if check_adapter(written).get("task_type") == "SEQ_CLS":
+        screen.say(f"{said}load it as docs/classifiers.md says")
+    else:
+        screen.say(f"{said}retain eval --adapter {quote(str(written))} --general knowledge")
     screen.emit({"adapter": written, "record": written.with_name("compact.json"), **result})
