@@ -13,6 +13,7 @@ from cli_parts import WORDS, Outcome, told, write_lines
 from safetensors.torch import load_file, save_file
 
 import retain
+from retain.errors import OutputError
 from retain.evaluation.certify import certify
 from retain.models.cards import with_section
 from retain.models.load import load_model
@@ -203,6 +204,37 @@ def test_a_folder_that_cannot_be_written_is_refused_first(run: Any, adapter: Pat
         run(adapter).refused("written")
     finally:
         adapter.chmod(0o700)
+
+
+@pytest.fixture
+def read_only(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An adapter whose folder cannot be written, as far as the check can tell: root may."""
+
+    def check(folder: Path) -> Path:
+        if folder == adapter:
+            raise OutputError("the output folder cannot be written", got=folder, fix="none")
+        return folder
+
+    monkeypatch.setattr("retain.runs.certify.check_folder", check)
+    return adapter
+
+
+def test_a_read_only_adapter_is_certified_beside_the_page(
+    run: Any, read_only: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page" / "page.html"
+    page.parent.mkdir()
+    found = run(read_only, "--out", page, "--json").json
+    assert sorted(p.name for p in read_only.iterdir()) == WRITTEN[:-1]
+    assert "What was kept" not in (read_only / "README.md").read_text()
+    assert told(page.parent / "certify.json") == found and found["held"]
+    assert f"the record is {page.parent / 'certify.json'}" in found["notes"][0]
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_a_read_only_adapter_wants_a_page(run: Any, read_only: Path) -> None:
+    outcome = run(read_only)
+    assert outcome.code == 2 and "fix: --out certificate.html: certify.json" in outcome.err
 
 
 def test_what_is_written_into_the_card_meanwhile_stays(

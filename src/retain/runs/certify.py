@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from retain.config import Options, Precision
-from retain.errors import ConfigError
+from retain.errors import ConfigError, OutputError
 from retain.files import (
     check_folder,
     clear_scratch,
@@ -42,7 +42,11 @@ class CertifyConfig(Options):
     allow: list[str] = Field(
         [], description="What a skill may lose, such as facts=2%; again for each skill"
     )
-    out: Path | None = Field(None, description="Also write a page to this HTML file")
+    out: Path | None = Field(
+        None,
+        description=f"Also write a page to this HTML file; {RECORD} goes beside it where the "
+        "adapter's folder cannot be written",
+    )
     model: Base = None
     new_tokens: int = Field(32, ge=1, description="Cut written answers at so many tokens")
     batch_size: int = Field(32, ge=1, description="Prompts, or choices, at once")
@@ -56,7 +60,8 @@ def certify_run(config: CertifyConfig, messages: Messages) -> dict[str, Any]:
     """Certifies the adapter of a folder, and says so in the folder.
 
     Returns:
-        The record, a `retain.certificate/1`, which is in the folder's ``certify.json``.
+        The record, a `retain.certificate/1`, which is in the folder's ``certify.json``; beside the
+        page where the folder cannot be written.
 
     Raises:
         RetainError: what is missing, damaged, or of another model, or cannot be written.
@@ -64,10 +69,11 @@ def certify_run(config: CertifyConfig, messages: Messages) -> dict[str, Any]:
     """
     allow = _allowances(config.allow)
     name = base_of(config.adapter, config.model)
-    folder = check_folder(config.adapter)
-    file, card = folder / RECORD, folder / CARD
+    folder = config.adapter.expanduser()
+    file, card = _places(folder, config.out, messages)
     check_record(file, "a certificate", CERTIFICATE_SCHEMA)
-    read_card(card)  # refused before minutes of measuring
+    if card is not None:
+        read_card(card)  # refused before minutes of measuring
     messages.libraries()
     from retain.evaluation.certify import certify, check_allowed
     from retain.evaluation.skills import read_skills
@@ -98,11 +104,39 @@ def certify_run(config: CertifyConfig, messages: Messages) -> dict[str, Any]:
     with locked(file, file=True):
         clear_scratch(file)
         write_json(file, record)
-        with whole_file(card, "the model card") as scratch:
-            told = _section(CertificateRecord.model_validate(record))
-            text = with_section(read_card(card), told, "retain certify")
-            scratch.write_text(text, encoding="utf-8", newline="")
+        if card is not None:
+            with whole_file(card, "the model card") as scratch:
+                told = _section(CertificateRecord.model_validate(record))
+                text = with_section(read_card(card), told, "retain certify")
+                scratch.write_text(text, encoding="utf-8", newline="")
     return record
+
+
+def _places(folder: Path, page: Path | None, messages: Messages) -> tuple[Path, Path | None]:
+    """Where the record and the card's section go: to the adapter.
+
+    Where its folder cannot be written the record goes beside the page, and the card is let be.
+
+    Raises:
+        OutputError: neither can be written.
+    """
+    try:
+        check_folder(folder)
+    except OutputError as error:
+        if page is None:
+            raise OutputError(
+                error.what,
+                got=error.got,
+                allowed=error.allowed,
+                fix=f"--out certificate.html: {RECORD} goes beside it",
+            ) from error
+        file = check_folder(page.expanduser().parent) / RECORD
+        messages.note(
+            "the adapter's folder cannot be written: the card is as it was, and the record is "
+            f"{file}"
+        )
+        return file, None
+    return folder / RECORD, folder / CARD
 
 
 def _allowances(given: Sequence[str]) -> dict[str, str]:
