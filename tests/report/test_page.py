@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import re
 import stat
 from base64 import b64decode, b64encode
@@ -262,6 +263,21 @@ class TestCommand:
         assert "made-up, glue, long, fixture-135m on word-problems" in html
         assert html.count('<details class="part"') == 1 + 7 + 2 + 1 + 1
         assert "Softening of an adapter of fixture-135m" in html
+
+    @pytest.mark.parametrize("more", [False, True])
+    def test_a_folder_of_a_softening(self, put: Put, tmp_path: Path, more: bool) -> None:
+        place = tmp_path / "soft"
+        (place / "adapter").mkdir(parents=True)
+        (place / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")
+        (place / "soften.json").write_text(json.dumps(make_softening()), encoding="utf-8")
+        if more:
+            (place / "study.json").write_text(json.dumps(make_study()), encoding="utf-8")
+        out = tmp_path / "soft.html"
+        both = [str(place), str(place / "soften.json")]
+        assert main(["report", *both, "--out", str(out), "-q"]) == 0
+        html = out.read_text(encoding="utf-8")
+        assert "Softening of an adapter of fixture-135m" in html and "soften-2" not in html
+        assert ("made-up" in html) is more
 
 
 def _script() -> ModuleType:

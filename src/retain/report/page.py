@@ -33,7 +33,7 @@ from retain.report.evaluation import (
 from retain.report.finding import claims_line, finding
 from retain.report.metrics import short
 from retain.report.names import names, slug
-from retain.report.read import check, load, read_studies, schema_of
+from retain.report.read import check, load, read_studies, results_in, schema_of
 from retain.report.soften import SOFTEN, Softening, soften_panel
 from retain.report.tables import failures, study_tables
 
@@ -72,10 +72,11 @@ def write_report(
         OutputError: a file cannot be written, or tables or pictures would take the place of what
             no report has written.
     """
-    softened = [path for path in results if not path.is_dir() and schema_of(path) == SOFTEN]
-    rest = [path for path in results if path not in softened]
-    studies = read_studies(rest) if rest or not softened else []
-    curves = [check(path, Softening, load(path)) for path in softened]
+    softened = {path: _softenings(path) for path in results}
+    rest = [p for p in results if not softened[p] or (p.is_dir() and results_in(p))]
+    studies = read_studies(rest) if rest or not results else []
+    every = dict.fromkeys(file for found in softened.values() for file in found)
+    curves = [check(file, Softening, load(file)) for file in every]
     files: dict[Path, bytes] = {page: render(studies, curves).encode()}
     if markdown_file is not None:
         files[markdown_file] = markdown(studies).encode()
@@ -101,6 +102,12 @@ def write_report(
         with whole_file(path, "the report") as scratch:
             scratch.write_bytes(content)
     return list(files)
+
+
+def _softenings(path: Path) -> list[Path]:
+    """The files of softenings that a path is, or holds."""
+    files = sorted(path.rglob("soften.json")) if path.is_dir() else [path]
+    return [file for file in files if schema_of(file) == SOFTEN]
 
 
 def _evals(studies: Sequence[StudyRecord]) -> list[EvalRecord]:

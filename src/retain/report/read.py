@@ -22,7 +22,7 @@ from retain.records import (
 from retain.report.evaluation import study_of_eval
 from retain.report.results import RESULT, Result, study_of
 
-__all__ = ["check", "load", "read_studies", "schema_of"]
+__all__ = ["check", "load", "read_studies", "results_in", "schema_of"]
 
 P = TypeVar("P", bound=Part)
 _SCHEMAS = (STUDY_SCHEMA, RUN_SCHEMA, RESULT_SCHEMA, RESULT)
@@ -79,19 +79,22 @@ def check(path: Path, model: type[P], data: Any) -> P:
         ) from error
 
 
+def results_in(folder: Path) -> list[Path]:
+    """The files in a folder that `read_studies` reads: whole studies before single runs."""
+    whole = sorted(p for p in folder.rglob("study.json") if p.is_file())
+    return whole or [p for p in sorted(folder.rglob("*.json")) if schema_of(p) in _SCHEMAS]
+
+
 def _files(path: Path) -> list[Path]:
-    """The files under a path that are to be read: whole studies before single runs."""
+    """The files under a path that are to be read."""
     if not path.is_dir():
         return [path]
-    whole = sorted(p for p in path.rglob("study.json") if p.is_file())
-    if whole:
-        return whole
-    found = [p for p in sorted(path.rglob("*.json")) if schema_of(p) in _SCHEMAS]
+    found = results_in(path)
     if not found:
         raise SourceError(
             "the folder holds no results of a study",
             got=path,
-            allowed=f"{', '.join(_SCHEMAS)} files",
+            allowed=f"{', '.join(_SCHEMAS)} files, or a soften.json",
             fix="measure its adapter first: retain eval --model MODEL "
             f"--adapter {path / 'adapter'} --out may.json; retain report reads that"
             if (path / "train.json").is_file()
