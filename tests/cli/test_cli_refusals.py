@@ -283,6 +283,7 @@ def test_defaults_in_the_help_of_train_are_the_real_ones() -> None:
         (["--method", "none", "--budget", "0.1"], "not used: curvature, budget"),
         (["--method", "none"], "not used: curvature"),
         (["--budget", "0.1"], "strength 12 is not used"),
+        (["--strength", "0"], "strength 0 holds nothing: this is plain training"),
         (["--source", "self"], "a curvature is given: source self is not used"),
         (["--factor-rank", "3"], "factor_rank 3 is not used"),
     ],

@@ -92,6 +92,12 @@ def trained(folder: Path, **options: Any) -> tuple[retain.RetentionCallback, Tra
     return callback, trainer
 
 
+def test_a_strength_of_0_held_nothing(tmp_path: Path) -> None:
+    _, trainer = trained(tmp_path, strength=0.0)
+    trainer.save_model()
+    assert "- Parts that acted: none, so nothing held\n" in card_of(tmp_path).text
+
+
 def test_a_trainer_s_checkpoints_and_folder_say_what_held(tmp_path: Path) -> None:
     callback, trainer = trained(tmp_path, budget=1e-3, source=ROWS["llama"])
     with pytest.raises(ConfigError, match="nothing has held a model yet"):

@@ -19,7 +19,8 @@ def facts(recipe: Recipe) -> dict[str, str]:
     """What a recipe held a model by, on what, and how far it moved, once training has begun."""
     budgets, force = by_name(recipe.budget), recipe.force
     holds, sites = ([], []) if force is None else (force.holds, force.sites)
-    found = {"Parts that acted": ", ".join(_parts(recipe)) or "none"}
+    none = "none, so nothing held" if recipe.outputs is None else "none"
+    found = {"Parts that acted": ", ".join(_parts(recipe)) or none}
     if recipe.unheld:
         found["Trained, and held by nothing"] = (
             f"{len(recipe.unheld)} weights, such as {', '.join(recipe.unheld[:3])}"
@@ -92,7 +93,9 @@ def _text(note: str) -> str:
 
 
 def _parts(recipe: Recipe) -> list[str]:
-    acted = {"rows": recipe.frozen, "filter": recipe.filter, "force": recipe.force}
+    """By name; a force of strength 0 pulls nothing."""
+    force = recipe.force if recipe.strength or recipe.budget is not None else None
+    acted = {"rows": recipe.frozen, "filter": recipe.filter, "force": force}
     return [name for name, part in acted.items() if part is not None]
 
 

@@ -200,6 +200,9 @@ def unused(config: RunConfig) -> list[str]:
     if config.method == "none":
         given = [n for n in ("curvature", "source", "budget", "parts", "kl") if getattr(config, n)]
         lines += [f"method none holds nothing: not used: {', '.join(given)}"] if given else []
+    acts = config.strength or config.budget is not None or config.kl
+    if config.method != "none" and not acts and not {"rows", "filter"} & {*(config.parts or ())}:
+        lines.append("strength 0 holds nothing: this is plain training")
     measures = config.budget is not None or bool(config.kl)
     if config.method != "none" and config.curvature and config.source and not measures:
         lines.append(f"a curvature is given: source {config.source} is not used")
