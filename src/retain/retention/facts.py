@@ -94,7 +94,7 @@ def _text(note: str) -> str:
 
 def _parts(recipe: Recipe) -> list[str]:
     """By name; a force of strength 0 pulls nothing."""
-    force = recipe.force if recipe.strength or recipe.budget is not None else None
+    force = recipe.force if recipe.weighs() else None
     acted = {"rows": recipe.frozen, "filter": recipe.filter, "force": force}
     return [name for name, part in acted.items() if part is not None]
 

@@ -366,7 +366,7 @@ class Recipe:
             model, held, self.strength, budget=self.budget, past=past, probe=probe,
             update=self.update, resuming=progress is not None or held is self.past,
         )  # fmt: skip
-        if isinstance(self.force.sites[0], LinearSite) and self._weighs():
+        if isinstance(self.force.sites[0], LinearSite) and self.weighs():
             self._tell_unheld(model, self.force)
         if self.frozen is not None:
             self.force.only(self.active)
@@ -434,9 +434,9 @@ class Recipe:
 
     def _holds(self) -> bool:
         """Whether the parts act: with none named, a strength of 0 is plain training."""
-        return self.named or self._weighs()
+        return self.named or self.weighs()
 
-    def _weighs(self) -> bool:
+    def weighs(self) -> bool:
         """Whether a force has a strength, or a budget that gives it one."""
         return bool(self.strength) or self.budget is not None
 
@@ -486,7 +486,7 @@ class Recipe:
         Raises:
             ConfigError: it is one.
         """
-        if self.update == "proximal" and "force" in self.parts and self._weighs():
+        if self.update == "proximal" and "force" in self.parts and self.weighs():
             check_lengths(optimizer)
 
     def guard(self, live: Callable[[], bool]) -> None:
