@@ -54,7 +54,7 @@ SHORT = {
     "soften": "--rows 8 --max-length 32 --points 2",
     "compact": "--rank 1",
     "certify": "--new-tokens 4",
-    "study": "--limit 2 --seeds 0",
+    "study": "--limit 8 --seeds 0",
 }
 """What makes a command quick."""
 
