@@ -89,7 +89,7 @@ Probe = Sequence[Example] | Mapping[str, Sequence[Example]]
 
 
 def no_curvature(given: object, name: str = "curvature") -> ConfigError:
-    """What is refused that is given in place of a curvature."""
+    """The error for something else that was given where a curvature belongs."""
     return ConfigError(
         f"the {name} is none" if name == "curvature" else f"{name} is no curvature",
         got=f"{type(given).__name__} {shown(given, 60)}",

@@ -83,8 +83,9 @@ def _handler_frame() -> FrameType | None:
 
 
 def _loop_frame() -> FrameType | None:
-    """The frame in which the trainer runs that is calling a callback now: its loop's, or, of a
-    trainer that calls its loop otherwise, that of the method which calls.
+    """The frame of the training loop of the trainer that is calling a callback now.
+
+    Of a trainer whose loop has another name it is that of the method which called the handler.
     """
     frame = _handler_frame()
     while frame is not None and frame.f_code.co_name in _EVENTS:
