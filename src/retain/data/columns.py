@@ -97,8 +97,7 @@ def check_columns(
     """
     for key in (k for k in cells if k not in used):
         value = cells[key]
-        says = value.strip() if isinstance(value, str) else value
-        if isinstance(says, str | list | tuple | dict) and not says:
+        if _is_empty(value):
             continue
         if name == "input_ids" and key != "label":
             _check_beside_ids(key, value, cells["input_ids"], counts)
@@ -138,8 +137,7 @@ def check_asked(
     """
     asked = " ".join(prompt.split())
     for key, value in without_none(row).items():
-        says = value.strip() if isinstance(value, str) else value
-        if key in used or (isinstance(says, str | list | tuple | dict) and not says):
+        if key in used or _is_empty(value):
             continue
         said = [" ".join(text.split()) for text in _strings(value)]
         if key not in _BEFORE_PROMPT or (said and all(_within(text, asked) for text in said)):
@@ -152,6 +150,12 @@ def check_asked(
             allowed=f"{', '.join(sorted(used))}; ids, sources and scores",
             fix=f"write what {key!r} says into the prompt, or take it out",
         )
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a cell is a blank text, or a list or dictionary of nothing."""
+    says = value.strip() if isinstance(value, str) else value
+    return isinstance(says, str | list | tuple | dict) and not says
 
 
 def _passed(key: Any) -> bool:
