@@ -54,7 +54,8 @@ def training(out: Path, told: dict[str, Any]) -> None:
         import trl
         from datasets import Dataset
 
-        place = save_tiny(out / f"tiny-{rank()}")
+        # they do not know of each other yet: `rank` would be 0 in both, and one folder
+        place = save_tiny(out / f"tiny-{os.environ.get('RANK', '0')}")
         plain, tokenizer, _ = retain.load_model(place, dtype="float32")
         more: dict[str, Any] = {}
         if kind != "SFT":
