@@ -62,19 +62,28 @@ def loader_items(loader: Any, seed: int) -> Iterator[Any]:
     return (data[i] for i in torch.randperm(len(data), generator=random).tolist())
 
 
-def begins_anew(loader: Any, causal: bool) -> bool:
+def begins_anew(loader: Any, first: Any, causal: bool) -> bool:
     """Whether what is read of a loader's data set is there again for the training.
 
-    A stream is begun twice, to see whether it gives the same row: one around a generator, say,
+    A stream is begun once more, to see whether it gives the same row: one around a generator, say,
     goes on where it was left.
+
+    Args:
+        loader: the trainer's `DataLoader`.
+        first: the first row that `loader_items` gave when it was read before.
+        causal: whether the rows are a causal model's.
     """
     data = _data(loader)
     if not _is_stream(data):
         return True
-    if iter(data) is data:
-        return False
-    one, other = (loader_examples(loader, 1, 0, causal) for _ in range(2))
-    return one == other
+    with same_random():
+        begun = iter(data)
+        again = [] if begun is data else list(islice(begun, 1))
+    both = []
+    for item in (first, *again):  # a collator that draws draws the same
+        with same_random():
+            both.append(_rows(loader.collate_fn([item]), causal))
+    return len(both) == 2 and both[0] == both[1]
 
 
 def _data(loader: Any) -> Any:

@@ -57,17 +57,18 @@ def check_loader(model: nn.Module, loader: Any, seed: int) -> None:
     kind = head_kind(model)
     if not is_readable(loader):
         return
-    if not begins_anew(loader, kind == "causal"):
+    _check_rows(model, loader)
+    with same_random():
+        size = getattr(loader, "batch_size", None) or CHECKED
+        rows = list(islice(loader_items(loader, seed), size))
+        batches = _collated(loader.collate_fn, rows)
+    if rows and not begins_anew(loader, rows[0], kind == "causal"):
         warn(
             "the training data are a stream that gave other rows when it was begun again: where it "
             "can be read only once, the rows that are read before the first step (a batch, and "
             "those of the filter) are not trained on; give a data set that begins with its first "
             "row whenever it is iterated over, as datasets.IterableDataset.from_generator does"
         )
-    _check_rows(model, loader)
-    with same_random():
-        size = getattr(loader, "batch_size", None) or CHECKED
-        batches = _collated(loader.collate_fn, list(islice(loader_items(loader, seed), size)))
     for batch in batches:
         if isinstance(batch, Mapping) and TOKENS in batch:  # else this package's own has checked it
             _check_batch(model, kind, batch)
