@@ -140,9 +140,12 @@ def test_bad_options_are_refused() -> None:
     odd: dict[str, tuple[Any, str]] = {
         "strength": (True, "the strength is no strength; got: True"),
         "budget": (True, "the budget is no budget; got: True"),
-        "filter": ({"gain": 1}, r"options are none; got: \{'gain': 1\}.*filter=retain.Filter"),
-        "past": ("x", "past is no curvature; got: str 'x'"),
-        "curvature": ("x", "the curvature is none; got: str 'x'"),
+        "filter": (
+            {"gain": 1},
+            r"takes the options of a filter; got: \{'gain': 1\}.*filter=retain.Filter",
+        ),
+        "past": ("x", "past= takes a curvature; got: str 'x'"),
+        "curvature": ("x", "curvature= takes a curvature; got: str 'x'"),
     }
     for name, (value, told) in odd.items():
         with pytest.raises(ConfigError, match=told):

@@ -16,6 +16,7 @@ from retain import Curvature, Retention, RetentionCallback, fit_curvature
 from retain.data.batches import Example
 from retain.data.sources import encode
 from retain.errors import ConfigError, MismatchError, RetainWarning
+from retain.retention.filter_rows import new_moments, old_moments
 from retain.retention.force import Force
 from retain.retention.loader import reader_of
 from retain.retention.measure import Reference
@@ -156,9 +157,11 @@ def test_the_filter_stops_what_any_source_reads() -> None:
     recipe = Recipe(both(model), budget=NATS)
     recipe.begin(model, reader_of(encoded(DATA)))
     assert recipe.filter is not None
-    new = recipe._read(model, reader_of(encoded(DATA)), 0)
-    old = recipe._old(new)
-    assert old is not None and isinstance(recipe.curvature, Mapping)
+    assert isinstance(recipe.curvature, Mapping)
+    rows, options = reader_of(encoded(DATA)), recipe.options
+    new = new_moments(model, recipe.sites, rows, options, recipe.curvature, seed=0)
+    old = old_moments(new, recipe.curvature, recipe.past)
+    assert old is not None
     each = [moments_of(c).sized_as(new) for c in recipe.curvature.values()]
     for site in recipe.sites:
         wanted = sum(m.of(site.name) for m in each)
@@ -192,7 +195,7 @@ def test_what_is_known_between_tasks_comes_back() -> None:
         ("both", NATS | {"low": -1}, "auto", "budget is no budget"),
         ("both", NATS, SOURCES["low"], "have each its own sources"),
         ("both", NATS, {"mid": SOURCES["low"]}, "sources have other names.*mid too many"),
-        ("odd", NATS, "auto", "the curvature is none"),
+        ("odd", NATS, "auto", "curvature= takes a curvature"),
     ],
 )
 def test_names_that_do_not_go_together_are_refused(

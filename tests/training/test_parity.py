@@ -26,9 +26,10 @@ from retain.models.forward import forward_logits
 from retain.models.lora import attach_lora
 from retain.models.sizes import pad_id
 from retain.records import RunSpec
+from retain.retention.given import PARTS
 from retain.retention.loader import reader_of
 from retain.retention.methods.auto import Auto
-from retain.retention.recipe import PARTS, Recipe
+from retain.retention.recipe import Recipe
 from retain.retention.state import choose, unpack_curvature
 from retain.study.grid import expand, task_at
 from retain.study.material import load_base, load_source, load_tasks, seed_of

@@ -35,7 +35,6 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -43,40 +42,36 @@ from torch.optim import Optimizer
 
 from retain.curvature.curvature import Curvature, reanchored
 from retain.data.batches import Example
-from retain.errors import ConfigError, ModelError, SourceError, shown, unknown, warn
+from retain.errors import ConfigError, ModelError, warn
 from retain.models.heads import head_kind, is_causal
 from retain.models.lora import grow_lora
 from retain.models.names import canonical, of_head
-from retain.models.off import adapter_off
 from retain.models.processes import check_same, several, share
 from retain.models.shards import check_divided, gather, scatter, shard_of
 from retain.models.sites import LinearSite, LoraSite, Site, lora_sites
 from retain.models.view import ModelView
-from retain.retention.budget import check_budget
-from retain.retention.cost import rows_rank
 from retain.retention.filter import Filter, InputFilter
 from retain.retention.filter_checks import NO_STRENGTH, check_filter, why_no_filter, why_no_inputs
-from retain.retention.force import Force, Spent, check_strength
+from retain.retention.filter_rows import new_moments, old_moments
+from retain.retention.force import Force, Spent
 from retain.retention.fresh_rows import FrozenRows, fresh_rows
+from retain.retention.given import PARTS, check_given
 from retain.retention.head import HeadFit, fit_head
 from retain.retention.hooks import GradientHooks, check_backward
 from retain.retention.lengths import check_lengths
 from retain.retention.loader import RowReader
 from retain.retention.measure import fit_rows
-from retain.retention.moments import Moments, input_moments, moments_of
-from retain.retention.named import Budgets, Curvatures, by_name, check_names, named
+from retain.retention.named import Budgets, Curvatures, by_name, named
 from retain.retention.output_kl import OutputKL, Outputs
 from retain.retention.soften.truncate import truncated
 from retain.retention.state import choose, pack_curvature, unpack_curvature
 from retain.retention.watch import Watched
-from retain.types import STRENGTH, UPDATES, FactorRank, Structure, Update
+from retain.types import STRENGTH, FactorRank, Structure, Update
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PARTS", "Recipe", "check_parts", "no_curvature", "release_left"]
-
-PARTS = ("head", "rows", "filter", "force")
+__all__ = ["Recipe", "release_left"]
 
 TASK_ROWS, LABELLED = 32, 128
 """Rows of a task on which its own curvature is measured: of a decoder, which predicts at many
@@ -86,34 +81,6 @@ _MARK = "_retain_held"
 """The attribute of an A for its `_Mark`."""
 
 Probe = Sequence[Example] | Mapping[str, Sequence[Example]]
-
-
-def no_curvature(given: object, name: str = "curvature") -> ConfigError:
-    """The error for something else that was given where a curvature belongs."""
-    return ConfigError(
-        f"the {name} is none" if name == "curvature" else f"{name} is no curvature",
-        got=f"{type(given).__name__} {shown(given, 60)}",
-        allowed="what retain.fit_curvature or retain.load_curvature gives",
-        fix=f"{name}=retain.load_curvature(path)",
-    )
-
-
-def check_parts(parts: Sequence[str] | None, budget: Budgets | None) -> None:
-    """Checks the parts that are named, all of them for None.
-
-    Raises:
-        ConfigError: an unknown one; or a budget without the force, which alone would keep it.
-    """
-    for part in () if parts is None else parts:
-        if part not in PARTS:
-            raise unknown("part", part, PARTS)
-    if budget is not None and parts is not None and "force" not in parts:
-        raise ConfigError(
-            "nothing would keep the budget without the force",
-            got=f"a budget, and the parts {', '.join(parts) or 'none'}",
-            allowed="force among the parts",
-            fix="add force to the parts, or give a strength in place of the budget",
-        )
 
 
 class Recipe:
@@ -159,26 +126,10 @@ class Recipe:
         filter: Filter | None = None,
         kl: float | OutputKL = 0.0,
     ) -> None:
-        for each in by_name(curvature).values():
-            if not isinstance(each, Curvature):
-                raise no_curvature(each)
-        if past is not None and not isinstance(past, Curvature):
-            raise no_curvature(past, "past")
-        if filter is not None and not isinstance(filter, Filter):
-            raise ConfigError(
-                "the filter's options are none", got=shown(filter), allowed="retain.Filter",
-                fix="filter=retain.Filter(gain=1)",
-            )  # fmt: skip
-        check_parts(parts, budget)
-        check_strength(strength)
-        if curvature is not None:
-            check_names(curvature, budget)
-        for nats in by_name(budget).values():
-            check_budget(nats)
-        if update not in UPDATES:
-            raise unknown("update", update, UPDATES)
-        if budget is not None and strength != STRENGTH:
-            warn(f"the budget finds the strength: strength {strength:g} is not used")
+        check_given(
+            curvature, strength, parts=parts, budget=budget, past=past, update=update,
+            filter=filter,
+        )  # fmt: skip
         self.curvature, self.past = curvature, past
         self.strength, self.budget, self.update = strength, budget, update
         self.named = parts is not None
@@ -310,10 +261,11 @@ class Recipe:
             self._begin_rows(model, filters, progress)
         if filters:
             assert rows is not None
-            new = self._read(model, rows, seed)
+            new = new_moments(model, self.sites, rows, self.options, self.curvature, seed=seed)
             share([t for factor in new.factors.values() for t in factor.tensors().values()])
+            old = old_moments(new, self.curvature, self.past)
             self.filter = InputFilter(
-                self.sites, new, self._old(new), self.options, active=self.active,
+                self.sites, new, old, self.options, active=self.active,
                 resuming=resuming or fresh_rows(self.sites) is None,
             )  # fmt: skip
         if self.active != slice(None):
@@ -439,40 +391,6 @@ class Recipe:
     def weighs(self) -> bool:
         """Whether a force has a strength, or a budget that gives it one."""
         return bool(self.strength) or self.budget is not None
-
-    def _read(self, model: nn.Module, rows: RowReader, seed: int) -> Moments:
-        """S_new: the second moments of the training rows, in the base model."""
-        examples = rows(self.options.rows, seed)
-        if not examples:
-            raise SourceError(
-                "the training data hold no tokens for a filter to read",
-                got="rows without input_ids, or of one token, which predicts nothing",
-                allowed="rows of two tokens or more",
-                fix="check the data, or leave the filter out",
-            )
-        asked, most = examples, self.options.tokens
-        examples = _within(asked, most)
-        if sum(len(e.tokens) for e in examples) < sum(len(e.tokens) for e in asked):
-            warn(
-                f"the filter reads {len(examples)} of the {len(asked)} training rows that it was "
-                f"to read, for it reads {most:,} tokens at most: Filter(tokens=...) for more"
-            )
-        ranks = {
-            layer: rows_rank(k)
-            for source in by_name(self.curvature).values()
-            for layer, k in moments_of(source).ranks().items()
-        }
-        with adapter_off(model):
-            return input_moments(
-                model, self.sites, examples, answers=self.options.answers, first=False, ranks=ranks
-            )
-
-    def _old(self, new: Moments) -> Moments | None:
-        """S_old: each source weighs as much as the rows, and so does each task before."""
-        every = [moments_of(each).sized_as(new) for each in by_name(self.curvature).values()]
-        if self.past is not None:
-            every.append(moments_of(self.past).sized_as(new).times(self.past.info.merged))
-        return reduce(Moments.plus, every) if every else None
 
     def _curvatures(self) -> list[Curvature]:
         """Of the sources and of the tasks before."""
@@ -736,13 +654,6 @@ def release_left(model: nn.Module, *, resuming: bool = False) -> None:
 def _weights(sites: Sequence[Site]) -> list[nn.Parameter]:
     """What trains of LoRA layers."""
     return [w for site in sites if isinstance(site, LoraSite) for w in (site.a, site.b)]
-
-
-def _within(examples: Sequence[Example], tokens: int) -> list[Example]:
-    """The first rows that have no more tokens together; of a longer first one, its beginning."""
-    totals = accumulate(len(e.tokens) for e in examples)
-    found = [e for e, total in zip(examples, totals, strict=True) if total <= tokens]
-    return found or [examples[0].cut(tokens)]
 
 
 def _share(curvature: Curvature) -> None:

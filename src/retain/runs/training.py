@@ -151,7 +151,7 @@ class Training:
                 fix=f"--set max_rank={4 * c.adapter.rank}",
             )
         if c.method != "none":
-            from retain.retention.recipe import check_parts
+            from retain.retention.given import check_parts
 
             check_parts(c.parts, c.budget)
         self.rows: Any = None
