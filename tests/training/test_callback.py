@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from retain import Retention, RetentionCallback, fit_curvature
+from retain import OutputKL, Retention, RetentionCallback, fit_curvature
 from retain.errors import ConfigError, MismatchError, RetainWarning
+from retain.retention.facts import facts
 from retain.training.running import Running
 from retain.types import UPDATES
 from tiny import ROWS, base, exactly, move, tiny, weights
@@ -381,3 +383,44 @@ def test_moved_back_to_the_budget_after_the_last_evaluation_is_said(
         run.train()
     found = [str(w.message) for w in said if "moved back to its budget" in str(w.message)]
     assert len(found) == best
+
+
+@pytest.mark.parametrize("around", ["adapter", "base"])
+def test_it_is_said_what_an_adapter_that_had_learned_is_held_to(
+    around: str, tmp_path: Path
+) -> None:
+    model = tiny("llama")
+    move(model, 3)
+    curvature = fit(model if around == "adapter" else base("llama"))
+    before = weights(model)
+    call = RetentionCallback(curvature, budget=0.5, kl=OutputKL(every=1), source=ROWS["llama"])
+    run = trainer(model, tmp_path, [call], max_steps=1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run.train()
+    said = [w for w in told if "the adapter had learned before" in str(w.message)]
+    assert len(said) == (around == "adapter")
+    told_of = facts(call.recipe)
+    to = {"adapter": "the adapter that training began from", "base": "the base"}[around]
+    assert told_of["Budget"] == f"0.5 nats per token of KL divergence to {to}"
+    assert ("Held to" in told_of) == (around == "adapter")
+    assert call.recipe.outputs is not None  # it is where it counts from, at the first step
+    assert (float(call.recipe.outputs.last) < 1e-9) == (around == "adapter")
+    assert not all(torch.equal(before[n], w) for n, w in weights(model).items())
+
+
+def test_trained_tokens_are_said_to_be_held_by_nothing(tmp_path: Path) -> None:
+    for trains in (True, False):
+        config = LoraConfig(r=2, trainable_token_indices={"embed_tokens": [1, 2]})
+        model = get_peft_model(base("llama"), config)
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens" in name:
+                parameter.requires_grad_(trains)
+        call = RetentionCallback(fit(model), budget=0.1, source=None, parts=("force",))
+        run = trainer(model, tmp_path / str(trains), [call])
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            run.train()
+        said = [w for w in told if "trainable_token_indices are held by nothing" in str(w.message)]
+        assert len(said) == trains
+        assert ("Trained, and held by nothing" in facts(call.recipe)) == trains

@@ -20,6 +20,7 @@ def facts(recipe: Recipe) -> dict[str, str]:
     budgets, force = by_name(recipe.budget), recipe.force
     holds, sites = ([], []) if force is None else (force.holds, force.sites)
     none = "none, so nothing held" if recipe.outputs is None else "none"
+    near = "the adapter that training began from" if recipe.from_adapter else "the base"
     found = {"Parts that acted": ", ".join(_parts(recipe)) or none}
     if recipe.unheld:
         found["Trained, and held by nothing"] = (
@@ -27,6 +28,8 @@ def facts(recipe: Recipe) -> dict[str, str]:
         )
     for name, curvature in by_name(recipe.curvature).items():
         found[_of("Source text", name)] = source_of(curvature.info)
+    if recipe.from_adapter:
+        found["Held to"] = "the adapter that training began from, which had learned before"
     if recipe.outputs is not None:
         found["KL on source rows"] = (
             f"weight {recipe.kl.weight:g}, {recipe.kl.batch} of {len(recipe.outputs.rows)} rows "
@@ -37,7 +40,7 @@ def facts(recipe: Recipe) -> dict[str, str]:
     if recipe.update != "gradient":
         found["Update"] = recipe.update
     for name, nats in budgets.items():
-        found[_of("Budget", name)] = f"{nats:g} nats per token of KL divergence to the base"
+        found[_of("Budget", name)] = f"{nats:g} nats per token of KL divergence to {near}"
     for hold in holds:
         if hold.budget is not None:
             found[_of("Strength in the end", hold.name)] = f"{hold.budget.strength:.3g}"

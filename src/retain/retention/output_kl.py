@@ -7,17 +7,20 @@ has the gradient of
     every * weight * KL(base || tuned),   the mean over the predictions of `batch` rows,
 
 whose base is the model with its adapter off (Li and Hoiem, arXiv 1606.09282, on text that is not
-the task's). On average a step weighs one nat of it as `weight` nats of task loss. Like the force it
-is added after accumulation and clipping, and made no longer than the gradient that it is added to:
-unbounded it took the model further from its base than the plain force did (docs/log.md). Of chats,
-the beginnings of their answers are read: there a model that learns a task first answers in the
-task's form (docs/log.md).
+the task's), or the adapter that a curvature is around, if that had learned before. On average a
+step weighs one nat of it as `weight` nats of task loss. Like the force it is added after
+accumulation and clipping, and made no longer than the gradient that it is added to: unbounded it
+took the model further from its base than the plain force did (docs/log.md). Of chats, the
+beginnings of their answers are read: there a model that learns a task first answers in the task's
+form (docs/log.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +82,7 @@ class Outputs:
         options: see `OutputKL`.
         seed: of the order of the rows.
         steps: that have been made before, of a training that goes on.
+        base: inside what it gives the model is what it is to stay near; its adapter off by default.
 
     Attributes:
         steps: that have been made.
@@ -92,7 +96,7 @@ class Outputs:
 
     def __init__(
         self, view: ModelView, rows: Sequence[Example], options: OutputKL, *, seed: int = 0,
-        steps: int = 0,
+        steps: int = 0, base: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:  # fmt: skip
         if not view.causal:
             raise ConfigError(
@@ -108,8 +112,9 @@ class Outputs:
                 allowed="1 row or more",
                 fix="source='self' with the model's tokenizer, or rows of text",
             )
+        self._base = view.off if base is None else base
         try:
-            with view.off():
+            with self._base():
                 pass
         except ModelError as error:
             raise ModelError(
@@ -140,7 +145,7 @@ class Outputs:
         for w in weights:
             w.grad = None
         with self.view.evaluating(), torch.enable_grad():
-            with torch.no_grad(), self.view.off():
+            with torch.no_grad(), self._base():
                 base = log_probabilities(self.view.logits(batch))
             tuned = log_probabilities(self.view.logits(batch))
             kl = divergence(base, tuned, False).mean()

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +46,12 @@ from retain.errors import ConfigError, ModelError, warn
 from retain.models.heads import head_kind, is_causal
 from retain.models.lora import grow_lora
 from retain.models.names import canonical, of_head
+from retain.models.off import start_of
 from retain.models.processes import check_same, several, share
 from retain.models.shards import check_divided, gather, scatter, shard_of
 from retain.models.sites import LinearSite, LoraSite, Site, lora_sites
 from retain.models.view import ModelView
+from retain.retention.budget import anchored
 from retain.retention.filter import Filter, InputFilter
 from retain.retention.filter_checks import NO_STRENGTH, check_filter, why_no_filter, why_no_inputs
 from retain.retention.filter_rows import new_moments, old_moments
@@ -107,7 +109,10 @@ class Recipe:
         filter: after `begin`, what filters; None without it.
         active: after `begin`, the rows of A and columns of B that train.
         outputs: after `begin`, what adds the divergence; None without it.
-        unheld: after `begin`, the pre-trained weights of full fine-tuning that nothing holds.
+        unheld: after `begin`, the weights that nothing holds: pre-trained ones of full
+            fine-tuning, and those of ``trainable_token_indices``.
+        from_adapter: after `begin`, whether the model is held to an adapter that had learned
+            before, rather than to its base.
 
     Raises:
         ConfigError: what is no curvature or filter, an unknown part, a value out of range, names
@@ -146,6 +151,7 @@ class Recipe:
         self.frozen: FrozenRows | None = None
         self.active = slice(None)
         self.unheld: list[str] = []
+        self.from_adapter = False
         self.sites: list[LoraSite] = []
         self._shards: list[Tensor] = []  # whole copies of weights that are divided
         self._guarded = False
@@ -233,10 +239,11 @@ class Recipe:
         release_left(model, resuming=progress is not None)
         self._clear()
         try:
+            self._tell_begun_from(model)
             if self.kl.weight:
                 self.outputs = Outputs(
                     ModelView(model, tokenizer), source, self.kl, seed=seed,
-                    steps=int((progress or {}).get("steps", 0)),
+                    steps=int((progress or {}).get("steps", 0)), base=self._kl_base(model),
                 )  # fmt: skip
             self._begin(model, rows, seed, probe, progress)
             if self.filter is not None and progress is not None:
@@ -286,6 +293,30 @@ class Recipe:
             alone = "the force alone" if self.force is not None else "nothing"
             warn(f"held by {alone}, without a filter: {self.why_no_filter}")
 
+    def _tell_begun_from(self, model: nn.Module) -> None:
+        """Whether a curvature is around an adapter that had learned, to which the model is held.
+
+        An initialisation that takes its start out of the base's weights is the base.
+        """
+        learned = any(
+            each.around_adapter and any(bool(kept[0].any()) for kept in each.anchor.values())
+            for each in by_name(self.curvature).values()
+        )
+        self.from_adapter = learned and start_of(model) is None
+        if self.from_adapter and (self.weighs() or self.kl.weight):
+            warn(
+                "the adapter had learned before its curvature was fitted: the model is held to "
+                "what it was then and not to its base, and a budget and kl count from there; a "
+                "curvature that was fitted on the plain model holds to the base"
+            )
+
+    def _kl_base(self, model: nn.Module) -> Callable[[], AbstractContextManager[Any]] | None:
+        """Where the KL counts from: the adapter that the curvature is around, None for the base."""
+        if not self.from_adapter:
+            return None
+        first, sites = self._curvatures()[0], lora_sites(model, sharded=True)
+        return lambda: anchored(first, sites)
+
     def _begin_rows(
         self, model: nn.Module, filters: bool, progress: Mapping[str, Any] | None
     ) -> None:
@@ -318,7 +349,7 @@ class Recipe:
             model, held, self.strength, budget=self.budget, past=past, probe=probe,
             update=self.update, resuming=progress is not None or held is self.past,
         )  # fmt: skip
-        if isinstance(self.force.sites[0], LinearSite) and self.weighs():
+        if self.weighs():
             self._tell_unheld(model, self.force)
         if self.frozen is not None:
             self.force.only(self.active)
@@ -328,14 +359,26 @@ class Recipe:
             self.force.restore(progress)
 
     def _tell_unheld(self, model: nn.Module, force: Force) -> None:
-        """Of full fine-tuning: what trains and is held by nothing, but for a new head."""
-        self.unheld = [canonical(name) for name in force.unheld(model) if not of_head(name)]
-        if self.unheld:
+        """What trains and is held by nothing, but for a new head: of full fine-tuning, and tokens.
+
+        Whether a token is new cannot be told from its number.
+        """
+        whole = isinstance(force.sites[0], LinearSite)
+        self.unheld = [
+            canonical(name) for name in force.unheld(model)
+            if not of_head(name) and (whole or "trainable_tokens" in name)
+        ]  # fmt: skip
+        if self.unheld and whole:
             warn(
                 f"{len(self.unheld)} weights train, and are held by nothing, such as "
                 f"{', '.join(self.unheld[:3])}: the force knows the weights of linear layers, and "
                 "no embeddings, output head, norms, biases or bare parameters of a mixture's "
                 "experts; requires_grad_(False) for them, or LoRA"
+            )
+        elif self.unheld:
+            warn(
+                "the tokens of trainable_token_indices are held by nothing, and no budget counts "
+                "them: new ones have nothing to keep, but leave out those that the base knows"
             )
 
     def _make_room(self, force: Force, frozen: FrozenRows) -> None:
