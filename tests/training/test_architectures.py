@@ -11,13 +11,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Gemma3Config,
     Trainer,
     TrainingArguments,
 )
 
 from families import DEBERTA, ENCODERS, EXPERTS, FAMILIES, WORDS, built
 from retain import RetentionCallback, attach_lora, fit_curvature
-from retain.errors import CurvatureError, ModelError
+from retain.errors import CurvatureError, ModelError, SourceError
 
 
 def adapted(family: str, targets: str | list[str] = "all-linear", **changes: Any) -> Any:
@@ -96,4 +97,44 @@ def test_lora_on_bare_parameters_is_refused() -> None:
     model = adapted("Mixtral", **EXPERTS)  # PEFT wraps the router's and the experts' parameters
     with pytest.raises(ModelError, match=r"a bare parameter \(weight\) at .*mlp\.gate") as caught:
         fit_curvature(model, rows(4, 8, seed=1), progress=False)
-    assert "target_modules=" in str(caught.value)
+    fix = 'target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]'
+    assert fix in str(caught.value)
+    model = adapted("Mixtral", ["q_proj", "k_proj", "v_proj", "o_proj"], **EXPERTS)
+    assert fit_curvature(model, rows(4, 8, seed=1), progress=False).blocks
+
+
+def seeing(**lora: Any) -> Any:
+    """What AutoModelForCausalLM makes of a checkpoint that reads images too."""
+    text = {"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 24, "head_dim": 8,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    vision = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = AutoModelForCausalLM.from_config(config)
+    assert type(model).__name__ == "Gemma3ForConditionalGeneration"
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", **lora))
+
+
+def test_a_model_that_reads_images_too_is_held_on_text(tmp_path: Path) -> None:
+    model = seeing(exclude_modules=r".*vision_tower.*")
+    callback, predicted = trained(model, tmp_path)
+    assert callback.why_no_filter is None
+    assert predicted > 0
+    assert all("language_model" in site.name for site in callback.recipe.sites)
+
+
+def test_lora_that_no_text_goes_through_is_refused_with_what_to_exclude() -> None:
+    with pytest.raises(ModelError, match=r"9 of them, such as model\.vision_tower") as caught:
+        fit_curvature(seeing(), rows(4, 8, seed=1), progress=False)
+    assert 'exclude_modules=r".*vision_tower.*"' in str(caught.value)
+
+
+def test_rows_with_images_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    def with_images(count: int, length: int, seed: int) -> list[dict[str, Any]]:
+        some = rows(count, length, seed)
+        images = {"pixel_values": torch.zeros(3, 28, 28)} if seed == 2 else {}
+        return [row | images for row in some]
+
+    model = seeing(exclude_modules=r".*vision_tower.*")
+    with pytest.raises(SourceError, match="hold more than text; got: pixel_values"):
+        trained(model, tmp_path, with_images)

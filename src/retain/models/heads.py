@@ -29,10 +29,13 @@ __all__ = [
     "is_regression",
     "row_label",
     "several_labels",
+    "text_part",
     "writes",
 ]
 
 Head = Literal["causal", "classes", "regression"]
+
+_TOWERS = ("vision_config", "audio_config")
 
 _LOADED = "AutoModelForSequenceClassification.from_pretrained(name, num_labels=...)"
 
@@ -52,6 +55,12 @@ _OTHERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
 )  # fmt: skip
 """Ends of the names of heads that are none of ours; what such a model does; what to do instead."""
 
+_TEXT_TOO = frozenset(
+    name for name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if name in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+)  # fmt: skip
+"""Classes that read images too, and are what AutoModelForCausalLM loads of their checkpoints."""
+
 
 def head_kind(model: nn.Module) -> Head:
     """What a model's head predicts; a class that is derived from one of transformers is that one.
@@ -68,6 +77,8 @@ def head_kind(model: nn.Module) -> Head:
         if name.endswith(("ForCausalLM", "LMHeadModel")) and "WithLMHead" not in name:
             _check_order(name, config)
             return "causal"
+        if name in _TEXT_TOO:
+            return "causal"
         if name == "PreTrainedModel":
             break
     _refuse(names, config)
@@ -76,6 +87,14 @@ def head_kind(model: nn.Module) -> Head:
 def is_causal(model: nn.Module) -> bool:
     """True for a causal language model, false for a classifier or a regression; see `head_kind`."""
     return head_kind(model) == "causal"
+
+
+def text_part(model: nn.Module) -> Any:
+    """The part of a model that reads text: its decoder, where it has towers for images or sound."""
+    inner: Any = inner_model(model)
+    config = getattr(inner, "config", None)
+    towers = any(hasattr(config, part) for part in _TOWERS)
+    return inner.get_decoder() if towers else inner
 
 
 def is_regression(model: nn.Module) -> bool:
@@ -146,7 +165,7 @@ def _refuse(names: list[str], config: Any) -> NoReturn:
              if any(name.endswith(ends) for name in names)]  # fmt: skip
     if found:
         what, fix = found[0]
-    elif any(hasattr(config, part) for part in ("vision_config", "audio_config")):
+    elif any(hasattr(config, part) for part in _TOWERS):
         what, fix = "the model reads more than text", "use a model of text alone"
     elif getattr(config, "is_encoder_decoder", False):
         what = "the model is an encoder-decoder"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from retain.errors import ModelError
-from retain.models.names import canonical, of_head, unwrap
+from retain.models.heads import text_part
+from retain.models.names import canonical, inner_model, of_head, unwrap
 from retain.models.shards import gather, is_sharded, reshard, shard_made, whole
 
 __all__ = [
@@ -163,11 +165,11 @@ def lora_sites(model: nn.Module, *, sharded: bool = False) -> list[LoraSite]:
             )
         if not active:
             if any(a in layer.lora_embedding_A for a in layer.active_adapters):
-                raise _unsupported(name, "an embedding")
+                raise _unsupported(inner, name, "an embedding")
             continue
         site = LoraSite(canonical(name), layer, active[0], float(layer.scaling[active[0]]))
         if layer is head:
-            raise _unsupported(name, "the output head")
+            raise _unsupported(inner, name, "the output head")
         variant = type(getattr(layer, "lora_variant", {}).get(active[0])).__name__
         if variant not in _VARIANTS:
             raise ModelError(
@@ -177,11 +179,11 @@ def lora_sites(model: nn.Module, *, sharded: bool = False) -> list[LoraSite]:
                 fix="peft.LoraConfig without that option",
             )
         if isinstance(layer, ParamWrapper):
-            raise _unsupported(name, f"a bare parameter ({layer.parameter_name})")
+            raise _unsupported(inner, name, f"a bare parameter ({layer.parameter_name})")
         if not isinstance(site.lora_a, nn.Linear):
             if _other_kinds(inner):
                 raise _no_lora(inner)
-            raise _unsupported(name, type(site.lora_a).__name__)
+            raise _unsupported(inner, name, type(site.lora_a).__name__)
         if any(_sharded(weight) for weight in (site.a, site.b)):
             if not (sharded and is_sharded(site.a) and is_sharded(site.b)):
                 raise _no_shards(site.name)
@@ -191,8 +193,31 @@ def lora_sites(model: nn.Module, *, sharded: bool = False) -> list[LoraSite]:
         sites.append(site)
     if not sites:
         raise _no_lora(inner)
+    _check_towers(inner, sites)
     gather(weight for site in sites for weight in (site.a, site.b))
     return sites
+
+
+def _check_towers(model: nn.Module, sites: Sequence[LoraSite]) -> None:
+    """Refuses layers of a tower for images or sound, which no text goes through."""
+    whole, text = inner_model(model), text_part(model)
+    if text is whole:
+        return
+    found = {id(module) for module in text.modules()}
+    odd = [site.name for site in sites if id(site.layer) not in found]
+    if not odd:
+        return
+    part, tower = whole, ""
+    for tower in odd[0].split("."):
+        part = getattr(part, tower)
+        if all(module is not text for module in part.modules()):
+            break
+    raise ModelError(
+        "LoRA is on layers that no text goes through",
+        got=f"{len(odd)} of them, such as {odd[0]}",
+        allowed="layers of the part that reads text",
+        fix=f'LoraConfig(exclude_modules=r".*{tower}.*", ...)',
+    )
 
 
 def _no_shards(name: str) -> ModelError:
@@ -255,12 +280,26 @@ def _no_lora(model: nn.Module) -> ModelError:
     )
 
 
-def _unsupported(name: str, kind: str) -> ModelError:
+def _unsupported(model: nn.Module, name: str, kind: str) -> ModelError:
+    """The error for a LoRA layer that is not linear, with the names of those that are.
+
+    PEFT makes bare parameters of a mixture's experts and router of the names of its other layers
+    too, whatever is excluded, so of one only what lies outside its block is named.
+    """
+    block = f".{canonical(name).split('.')[-2]}." if "parameter" in kind else None
+    linear = {
+        canonical(other).rpartition(".")[2]: None for other, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and layer is not output_head(model)
+        and all(isinstance(a, nn.Linear) for a in layer.lora_A.values()) and layer.lora_A
+        and not isinstance(layer, ParamWrapper)
+        and (block is None or block not in f".{canonical(other)}.")
+    }  # fmt: skip
+    names = list(linear) or ["q_proj", "v_proj"]
     return ModelError(
         "a LoRA layer is of a kind that has no curvature here",
         got=f"{kind} at {canonical(name)}",
         allowed="plain LoRA on linear layers",
-        fix='leave it out: target_modules=["q_proj", "v_proj"], or --targets q_proj,v_proj',
+        fix=f"leave it out: target_modules={json.dumps(names)}, or --targets {','.join(names)}",
     )
 
 

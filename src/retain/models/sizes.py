@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from retain.data.batches import Example
 from retain.errors import ModelError, RetainWarning, SourceError
-from retain.models.heads import check_labels, head_kind, writes
+from retain.models.heads import check_labels, head_kind, text_part, writes
 from retain.models.names import inner_model
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def positions(model: nn.Module) -> int | None:
     if kind == "tapas":  # its positions begin again in each cell
         return None
     found = [config.max_seq_len] if config and kind == "mpt" else []  # biases are made in forward
-    for module in inner.modules():
+    for module in text_part(model).modules():
         here = vars(module) | module._buffers
         found += [len(t) for key in _TENSORS if isinstance(t := here.get(key), Tensor)]
         tables = [

@@ -35,6 +35,9 @@ AT_ONCE = 1000
 TOKENS, LABELS = "input_ids", ("label", "labels", "label_ids")
 """Names of columns, as the collators of transformers read them."""
 
+MORE = ("pixel_values", "input_features", "input_values")
+"""How the names of a batch's images and sounds begin."""
+
 
 def check_loader(model: nn.Module, loader: Any, seed: int) -> None:
     """Looks at a trainer's data, before the first step, for what could not be learned or held.
@@ -85,6 +88,12 @@ def _collated(collate: Callable[[list[Any]], Any], rows: list[Any]) -> list[Any]
 
 
 def _check_batch(model: nn.Module, kind: Head, batch: Mapping[str, Any]) -> None:
+    more = [key for key in batch if key.startswith(MORE)]
+    if more:
+        raise SourceError(
+            "the rows hold more than text", got=", ".join(more), allowed="rows of text alone",
+            fix="leave the images and sounds out",
+        )  # fmt: skip
     causal, places = kind == "causal", batch.get("position_ids")
     examples = [
         Example(row, row if causal else (0,), (True,) * len(row) if causal else ())

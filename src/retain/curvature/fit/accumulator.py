@@ -255,7 +255,8 @@ def _rows(name: str, t: Tensor, mask: Tensor) -> Tensor:
             "a layer does not read one row for each token",
             got=f"{name}: {list(t.shape)} for tokens of shape {list(mask.shape)}",
             allowed="[batch, tokens, features], or the same without a division into sequences",
-            fix='leave it out of the targets, such as target_modules=["value_proj", "dense"]',
+            fix=f"leave {name.rpartition('.')[2]} out of target_modules; of DeBERTa "
+            'target_modules=["value_proj", "dense"] are held',
         )
     t = t.reshape(*mask.shape, -1).to(wide)
     return t if bool(mask.all()) else t * mask[..., None].to(t.device)
