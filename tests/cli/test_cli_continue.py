@@ -207,6 +207,33 @@ def test_it_is_held_as_the_run_before_was(months: list[Path], june: Run, tmp_pat
     assert (other["budget"], other["strength"]) == (None, 3.0)
 
 
+@pytest.mark.parametrize("later", [("--budget", BUDGET), ("--kl", 1)])
+def test_later_months_are_measured_on_the_same_source(
+    model: Path,
+    source: Path,
+    june: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    later: Any,
+) -> None:
+    """The budget of the first month, and one or a KL that a later month brings."""
+    from retain.training import probes
+
+    read, whole = list[Any](), probes.source_examples
+    monkeypatch.setattr(
+        probes, "source_examples", lambda v, text, *a: (read.append(text), whole(v, text, *a))[1]
+    )
+    monkeypatch.chdir(source.parent)
+    argv = ("--model", model, "--source", source.name, "--rank", 2, "--keep-state")
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    june(*argv, *(later if "--budget" in later else ()), "-o", one).done()
+    monkeypatch.chdir(tmp_path)
+    june("--continue-from", one, "-o", two).done()
+    june("--continue-from", two, *later, "-o", three).done()
+    assert read == [str(source)] * (3 if "--budget" in later else 1)
+    assert [told(run / "run.json")["source"] for run in (one, two, three)] == [str(source)] * 3
+
+
 def test_a_state_goes_with_its_adapter(months: list[Path], june: Run, tmp_path: Path) -> None:
     run = Path(shutil.copytree(months[0], tmp_path / "run"))
     for name in ("adapter_model.safetensors", "adapter_config.json"):

@@ -36,8 +36,9 @@ from retain.runs.records import (
 
 __all__ = ["HELD", "Previous", "keep_state", "previous_run", "settings_of"]
 
-HELD = ("method", "strength", "budget", "parts", "kl", "gain", "weight", "max_rank")
-"""What a run that continues another has from it."""
+HELD = ("method", "strength", "budget", "source", "parts", "kl", "gain", "weight", "max_rank")
+"""What a run that continues another has from it; the source is what a budget or a KL, which may be
+new, is measured on."""
 
 _KEPT = "the --out of a run with --keep-state that has ended"
 

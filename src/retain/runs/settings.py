@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from retain.config import RunConfig, names_of, read_config, read_settings, validate
+from retain.config import RunConfig, read_config, read_settings, validate
 from retain.errors import ConfigError, unknown
 from retain.runs.months import HELD, previous_run, settings_of
 from retain.runs.named import OWN, check_named, check_same
@@ -149,8 +149,6 @@ def _continued(given: dict[str, Any], folder: str) -> RunConfig:
     held = {name: getattr(before, name) for name in HELD if before.method != "none"}
     if given.get("strength") is not None:
         del held["budget"]
-    if before.kl or names_of(before.budget):
-        held["source"] = before.source
     held |= {"model": before.model, "num_labels": before.num_labels}
     said = {name: value for name, value in given.items() if value is not None}
     found = read_config("", held | said | mine | {"keep_state": True}, RunConfig)
@@ -183,15 +181,12 @@ def _place(name: str) -> str:
 
 
 def _with_sources(config: RunConfig) -> RunConfig:
-    """The settings with absolute paths of named sources, which later months read too."""
-    if not isinstance(config.source, Mapping):
+    """The settings with absolute paths of sources, which later months read too."""
+    if config.source is None:
         return config
-    found = {
-        name: str(path.absolute()) if text != OWN and (path := Path(text).expanduser()).exists()
-        else text
-        for name, text in config.source.items()
-    }  # fmt: skip
-    return config.model_copy(update={"source": found})
+    texts = config.source if isinstance(config.source, Mapping) else {"": config.source}
+    found = {name: text if text == OWN else _place(text) for name, text in texts.items()}
+    return config.model_copy(update={"source": found.get("", found)})
 
 
 def unused(config: RunConfig) -> list[str]:
