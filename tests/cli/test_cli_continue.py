@@ -127,6 +127,12 @@ def test_months_of_sketched_factors_and_proximal_steps(
     june("--continue-from", first, "--keep-state", "--update", "proximal", "--kl", 1).done()
     run = told(tmp_path / "out" / "run.json")
     assert (run["training"]["update"], run["kl"], run["factor_rank"]) == ("proximal", 1.0, "auto")
+    third, other = tmp_path / "third", tmp_path / "other"
+    june("--continue-from", tmp_path / "out", "--strength", 3, "-o", third).done()
+    june("--continue-from", tmp_path / "out", "--update", "gradient", "-o", other).done()
+    updates = [told(run / "run.json")["training"]["update"] for run in (third, other)]
+    assert updates == ["proximal", "gradient"]
+    assert "- Update: proximal" in (third / "adapter" / "README.md").read_text()
     for run in (first, tmp_path / "out"):
         for name in ("source", "past"):
             held = load_curvature(run / "state" / f"{name}.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def _continued(given: dict[str, Any], folder: str) -> RunConfig:
                 allowed="none",
                 fix=f"leave {name} out",
             )
-    held = {name: getattr(before, name) for name in HELD if before.method != "none"}
+    held = {name: attrgetter(name)(before) for name in HELD if before.method != "none"}
     if given.get("strength") is not None:
         del held["budget"]
     held |= {"model": before.model, "num_labels": before.num_labels}
