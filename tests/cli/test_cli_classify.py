@@ -170,6 +170,20 @@ def test_it_is_held_on_the_source_that_is_given(
     assert nats[1] < 0.5 * nats[0]
 
 
+def test_a_budget_is_of_predicted_nats(
+    train: Run, retain: Run, source: Path, tmp_path: Path
+) -> None:
+    """In the first month, with its new head, and in the next."""
+    rows, june = write(tmp_path / "r.jsonl", LABELS["names"][0]), tmp_path / "june"
+    argv = ("--source", source, "--budget", 0.002, "--keep-state", "--epochs", 3, "--json")
+    first = train(rows, *argv).json
+    more = ("--continue-from", tmp_path / "run", "--data", rows, "--out", june, *SHORT[:4])
+    for found in (first, retain("train", *more, "--json").json):
+        assert 0 < found["predicted_nats"] <= 0.002 * (1 + 1e-6)
+        assert found["measured_nats"] is None
+        assert [n for n in found["notes"] if n.startswith("the budget is of predicted nats")]
+
+
 def test_a_cut_classifier_is_not_for_eval(train: Run, retain: Run, tmp_path: Path) -> None:
     train(write(tmp_path / "r.jsonl", LABELS["whole"][0]), "-q").done()
     said = retain("compact", tmp_path / "run", "--rank", 2, "--out", tmp_path / "cut").done().out

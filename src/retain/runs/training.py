@@ -213,7 +213,9 @@ class Training:
         )  # fmt: skip
 
     def _text(self) -> Any:
-        """On which a budget or a KL is measured."""
+        """On which a budget or a KL is measured; a classifier's budget is of predicted nats."""
+        if self.labels is not None:
+            return "auto"
         if names_of(self.config.budget):
             return named.probes(self.config, self.model, self.tokenizer, self.messages)
         return self.config.source or "auto"

@@ -68,7 +68,10 @@ def _rows(view: ModelView, source: Any) -> Sequence[Example]:
         return ()
     if isinstance(source, str) and source == "auto":
         if not view.causal:
-            warn("the budget is of predicted nats: a classifier writes no text to measure on")
+            warn(
+                "the budget is of predicted nats: a classifier writes no text to measure on, and "
+                "a new head has nothing to be measured from"
+            )
             return ()
         if view.tokenizer is None:
             warn(
