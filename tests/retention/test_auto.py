@@ -109,6 +109,17 @@ def test_an_adapter_that_would_be_too_large_is_cut() -> None:
     assert ranks == [2, 4, 4, 4]
 
 
+@pytest.mark.parametrize("most", [3, 2, -3, 4.5])
+def test_a_rank_without_room_for_what_was_learned_is_refused(most: Any) -> None:
+    """Before the source is measured, and where an adapter would grow."""
+    said = r"no room for what was learned before; got: max_rank .*, rank 2; .*fix: max_rank=8"
+    with pytest.raises(ConfigError, match=said):
+        begun(Auto(max_rank=most), "lora", "llama", tasks=2)
+    attached = begun(Auto(), "lora", "llama", tasks=2)
+    with pytest.raises(ConfigError, match=said):
+        Recipe().grow(attached.model, 2, max_rank=most)
+
+
 @pytest.mark.parametrize("model", ["llama", "bert"])
 def test_a_budget_is_measured_on_the_source_where_a_model_writes(model: str) -> None:
     method = Auto(budget=0.05, rows=8)

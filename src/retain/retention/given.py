@@ -13,7 +13,7 @@ from retain.retention.force import check_strength
 from retain.retention.named import Budgets, by_name, check_names
 from retain.types import STRENGTH, UPDATES
 
-__all__ = ["PARTS", "check_given", "check_parts", "no_curvature"]
+__all__ = ["PARTS", "check_given", "check_max_rank", "check_parts", "no_curvature"]
 
 PARTS = ("head", "rows", "filter", "force")
 """Of a recipe; see `retain.retention.recipe`."""
@@ -44,6 +44,26 @@ def check_parts(parts: Sequence[str] | None, budget: Budgets | None) -> None:
             got=f"a budget, and the parts {', '.join(parts) or 'none'}",
             allowed="force among the parts",
             fix="add force to the parts, or give a strength in place of the budget",
+        )
+
+
+def check_max_rank(most: int | None, rank: int, option: str = "") -> None:
+    """Checks the rank that an adapter with `rank` fresh rows a task is cut to.
+
+    Args:
+        most: the rank; None for the default.
+        rank: fresh rows.
+        option: what stands before its name where it is given.
+
+    Raises:
+        ConfigError: it is none, or leaves fewer rows to all earlier tasks than to the new one.
+    """
+    if most is not None and not (isinstance(most, int) and most >= 2 * rank):
+        raise ConfigError(
+            "max_rank leaves no room for what was learned before",
+            got=f"max_rank {shown(most, plain=True)}, rank {rank}",
+            allowed="a whole number, twice the rank at least",
+            fix=f"{option}max_rank={4 * rank}",
         )
 
 

@@ -57,7 +57,7 @@ from retain.retention.filter_checks import NO_STRENGTH, check_filter, why_no_fil
 from retain.retention.filter_rows import new_moments, old_moments
 from retain.retention.force import Force, Spent
 from retain.retention.fresh_rows import FrozenRows, fresh_rows
-from retain.retention.given import PARTS, check_given
+from retain.retention.given import PARTS, check_given, check_max_rank
 from retain.retention.head import HeadFit, fit_head
 from retain.retention.hooks import GradientHooks, check_backward
 from retain.retention.lengths import check_lengths
@@ -182,8 +182,12 @@ class Recipe:
             model: a PEFT model with LoRA; it is spent, its base is in the new one.
             rank: fresh rows.
             seed: of PEFT's draw.
-            max_rank: of the whole; four times `rank` by default.
+            max_rank: of the whole, twice `rank` at least; four times `rank` by default.
+
+        Raises:
+            ConfigError: a `max_rank` that leaves no room for what was learned before.
         """
+        check_max_rank(max_rank, rank)
         if (
             "rows" not in self.parts
             or not self._holds()

@@ -143,16 +143,10 @@ class Training:
                 allowed="auto or laplace; --strength 0 holds nothing",
                 fix="leave --keep-state or --method none out",
             )
-        if c.max_rank is not None and c.max_rank < 2 * c.adapter.rank:
-            raise ConfigError(
-                "max_rank leaves no room for what was learned before",
-                got=f"max_rank {c.max_rank}, rank {c.adapter.rank}",
-                allowed="twice the rank at least",
-                fix=f"--set max_rank={4 * c.adapter.rank}",
-            )
         if c.method != "none":
-            from retain.retention.given import check_parts
+            from retain.retention.given import check_max_rank, check_parts
 
+            check_max_rank(c.max_rank, c.adapter.rank, "--set ")
             check_parts(c.parts, c.budget)
         self.rows: Any = None
         self.given: Any = None

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from retain.data.batches import Example
 from retain.retention.filter import Filter
+from retain.retention.given import check_max_rank
 from retain.retention.growing import Growing
 from retain.retention.loader import reader_of
 from retain.retention.method import Context, Task
@@ -37,7 +38,8 @@ class Auto(Growing):
         gain: of A's start over PEFT's, before the filter; or ``matched``.
         answers: the share of predicting positions in the rows' second moments.
         rows: rows of the source text, and of each task, that are read at most.
-        max_rank: of the whole adapter, which is cut beyond it; four times a task's by default.
+        max_rank: of the whole adapter, which is cut beyond it: twice a task's at least, four
+            times by default.
         kl: nats of task loss that one nat of the true divergence on source rows weighs, on average
             over steps (`retain.retention.output_kl`); 0 for none.
         factor_rank: `rank` of `retain.fit_curvature`, for the tasks too. Sketches of rank 64 take a
@@ -81,6 +83,7 @@ class Auto(Growing):
 
     def begin(self, context: Context) -> None:
         super().begin(context)
+        check_max_rank(self.max_rank, self.rank)
         if self.recipe.kl.weight:
             context.check_source("the KL needs source text", "give a source, or kl: 0")
         self.recipe.curvature = self.recipe.past = None
