@@ -424,15 +424,17 @@ def test_curvatures_that_do_not_fit_are_refused() -> None:
 
 
 def test_adapters_that_are_more_than_lora_are_refused() -> None:
-    spoilt, extra, curvature = tuned(), tuned(), fitted("llama", "kfac")
+    spoilt, extra, tokens, curvature = tuned(), tuned(), tuned(), fitted("llama", "kfac")
     with torch.no_grad():
         lora_sites(spoilt)[2].a[0, 0] = float("nan")
     extra.peft_config["default"].modules_to_save = ["embed_tokens"]
+    tokens.peft_config["default"].trainable_token_indices = [3, 4]
     for model, what in (
         (dora("llama"), r"DoRA.*plain LoRA"),
         (spoilt, "not finite"),
         (base("llama"), "no LoRA adapter"),
         (extra, r"whole modules \(embed_tokens\)"),
+        (tokens, r"rows of tokens.*trainable_token_indices"),
     ):
         with pytest.raises(ModelError, match=what):
             soften(model, curvature)

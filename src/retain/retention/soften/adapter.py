@@ -159,6 +159,7 @@ def _check_adapter(view: ModelView) -> None:
         f"whole modules ({', '.join(saved)})": bool(saved),
         f"biases ({config.bias})": config.bias != "none",
         "biases of B": any(site.lora_b.bias is not None for site in sites),
+        "rows of tokens": bool(getattr(config, "trainable_token_indices", None)),
     }
     more = [what for what, there in extra.items() if there]
     left = None if more else left_on(view.model)
@@ -169,7 +170,8 @@ def _check_adapter(view: ModelView) -> None:
             "the adapter is more than an update B A of linear layers, so it cannot be softened",
             got=", ".join(more),
             allowed="plain LoRA",
-            fix="train plain LoRA: init_lora_weights=True, no use_dora, modules_to_save or bias",
+            fix="train plain LoRA: init_lora_weights=True, no use_dora, modules_to_save, bias or "
+            "trainable_token_indices",
         )
     odd = [s.name for s in sites if not bool(s.a.isfinite().all() and s.b.isfinite().all())]
     if odd:
