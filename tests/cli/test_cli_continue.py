@@ -81,6 +81,20 @@ def test_what_a_smaller_budget_takes_back_is_said(
     assert "scaled back" not in str(told(tmp_path / "out" / "train.json")["notes"])
 
 
+def test_a_month_that_is_resumed_says_what_was_taken_back(
+    retain: Run, june: Run, months: list[Path], tmp_path: Path
+) -> None:
+    argv = ("--continue-from", months[0], "--budget", BUDGET / 10, "--max-steps", 4)
+    june(*argv, "--save-steps", 2).done()
+    whole = told(tmp_path / "out" / "train.json")
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-4")
+    retain("train", "--resume", "--out", tmp_path / "out", "-q").done()
+    resumed = told(tmp_path / "out" / "train.json")
+    assert resumed["resumed_from"] == "checkpoint-2"
+    first, again = ([n for n in r["notes"] if "scaled back" in n] for r in (whole, resumed))
+    assert len(first) == 1 and again == first
+
+
 def test_the_card_tells_of_all_months(months: list[Path], model: Path) -> None:
     card = (months[2] / "adapter" / "README.md").read_text()
     record = told(months[2] / "train.json")

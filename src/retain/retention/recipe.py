@@ -113,6 +113,7 @@ class Recipe:
             fine-tuning, and those of ``trainable_token_indices``.
         from_adapter: after `begin`, whether the model is held to an adapter that had learned
             before, rather than to its base.
+        scaled_back: after `begin`, what is said where earlier training was scaled back to a budget.
 
     Raises:
         ConfigError: what is no curvature or filter, an unknown part, a value out of range, names
@@ -152,6 +153,7 @@ class Recipe:
         self.active = slice(None)
         self.unheld: list[str] = []
         self.from_adapter = False
+        self.scaled_back: str | None = None
         self.sites: list[LoraSite] = []
         self._shards: list[Tensor] = []  # whole copies of weights that are divided
         self._guarded = False
@@ -361,6 +363,9 @@ class Recipe:
                 self._make_room(self.force, self.frozen)
         if progress:
             self.force.restore(progress)
+            self.scaled_back = progress.get("scaled_back")
+        if self.scaled_back is not None:
+            warn(self.scaled_back)
 
     def _tell_unheld(self, model: nn.Module, force: Force) -> None:
         """What trains and is held by nothing, but for a new head: of full fine-tuning, and tokens.
@@ -386,14 +391,14 @@ class Recipe:
             )
 
     def _make_room(self, force: Force, frozen: FrozenRows) -> None:
-        """Earlier rows are scaled back to four fifths of the budget, and that is said."""
+        """Earlier rows are scaled back to four fifths of the budget, which is to be said."""
         if self.budget is None:
             return
         before = force.predicted()
         if force.make_room():
             frozen.renew()
             named = isinstance(self.budget, Mapping)
-            warn(
+            self.scaled_back = (
                 "what earlier training learned is scaled back to four fifths of "
                 f"{'each budget' if named else f'the budget of {self.budget:g}'}, from "
                 f"{before:.3g} to {force.predicted():.3g} predicted nats per token"
@@ -574,6 +579,8 @@ class Recipe:
         found: dict[str, Any] = {"filter": self.filter is not None, "first": self.active.start or 0}
         if self.why_no_filter is not None:
             found["why_no_filter"] = self.why_no_filter
+        if self.scaled_back is not None:
+            found["scaled_back"] = self.scaled_back
         if self.outputs is not None:
             found["steps"] = self.outputs.steps
         return found if self.force is None else found | self.force.state()
