@@ -321,6 +321,24 @@ class TestSaid:
         assert "structure diagonal" in found["why_no_filter"]
         assert [n for n in found["notes"] if found["why_no_filter"] in n]
 
+    @pytest.mark.parametrize(
+        ("fit", "said"),
+        [
+            (["--structure", "diagonal"], "structure diagonal"),
+            (["--space", "adapter", "--rank", 4], "not of the base model's weights"),
+        ],
+    )
+    def test_no_filter_in_later_months(
+        self, retain: Run, train: Run, data: Path, source: Path, model: Path, tmp_path: Path,
+        fit: list[object], said: str,
+    ) -> None:  # fmt: skip
+        held, out = tmp_path / "d.safetensors", tmp_path / "may"
+        retain("fit", model, source, "-o", held, *fit, "-q").done()
+        train(out, "--curvature", held, "--max-steps", 1, "--keep-state", "-q").done()
+        argv = ("--continue-from", out, "--data", data, "--out", tmp_path / "june")
+        found = retain("train", *argv, "--batch-size", 4, "--max-steps", 1, "--json").json
+        assert said in found["why_no_filter"]
+
     def test_our_own_warnings_alone_reach_the_screen(
         self, retain: Run, monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
     ) -> None:

@@ -21,6 +21,9 @@ __all__ = ["NO_STRENGTH", "check_filter", "why_no_filter", "why_no_inputs"]
 NO_STRENGTH = "the strength is 0"
 """Why there is no filter where nothing is to be held, which needs no warning."""
 
+STALE = "the adapter is not fresh"
+"""Why there is no filter for an adapter that has learned something, and has no fresh rows."""
+
 WIDEST = 8192
 """Values that a layer reads, up to which the recipe has a whole filter for it: 256 MiB each."""
 
@@ -85,9 +88,11 @@ def why_no_filter(
         return error.what
     if not all(site.a.requires_grad for site in sites):
         return "A does not train"
-    if fresh_rows(sites) is None:
-        return _why_not_fresh(model)
-    reason = why_no_inputs(curvature, past)
+    stale = None if fresh_rows(sites) is not None else _why_not_fresh(model)
+    whole = [h for h in by_name(curvature).values() if h.info.space == "weight"]
+    if stale is not None and (stale != STALE or any(h.around_adapter for h in whole)):
+        return stale
+    reason = why_no_inputs(curvature, past) or stale  # which may be why no rows were added
     if reason is not None:
         return reason
     if rows is None:
@@ -103,7 +108,7 @@ def _why_not_fresh(model: nn.Module) -> str:
         given = getattr(config, "init_lora_weights", True)
         if given is False or str(given).lower() not in ("true", "none", "gaussian", "eva"):
             return f"init_lora_weights={given!r} begins with a B that is not 0"
-    return "the adapter is not fresh"
+    return STALE
 
 
 def why_no_inputs(
