@@ -21,6 +21,7 @@ from retain.files import write_json
 from retain.models.generating import sample_rows
 from retain.models.load import load_model
 from retain.models.saved import load_adapter
+from retain.types import STRENGTH
 
 BUDGET = 0.002
 
@@ -225,6 +226,10 @@ def test_it_is_held_as_the_run_before_was(months: list[Path], june: Run, tmp_pat
     same, other = (told(tmp_path / name / "run.json") for name in ("same", "other"))
     assert same["budget"] == BUDGET
     assert (other["budget"], other["strength"]) == (None, 3.0)
+    back = ("--continue-from", tmp_path / "other", "--budget", BUDGET, "-o", tmp_path / "back")
+    assert not [n for n in june(*back, "--json").json["notes"] if "not used" in n]
+    run = told(tmp_path / "back" / "run.json")
+    assert (run["budget"], run["strength"]) == (BUDGET, STRENGTH)
 
 
 @pytest.mark.parametrize("later", [("--budget", BUDGET), ("--kl", 1)])

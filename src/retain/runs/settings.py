@@ -119,8 +119,9 @@ def _resumed(config: Mapping[str, Any] | str | Path | None, given: Mapping[str, 
 def _continued(given: dict[str, Any], folder: str) -> RunConfig:
     """The settings that are given, with the model and the adapter of the earlier run.
 
-    How it was held (`HELD`) goes on too, unless something else is given: a strength takes the place
-    of a budget. The model may lie elsewhere now; that it is the same is told by its fingerprint.
+    How it was held (`HELD`) goes on too, unless something else is given: a strength and a budget
+    take each other's place. The model may lie elsewhere now; that it is the same is told by its
+    fingerprint.
     """
     before = settings_of(previous_run(folder).folder)
     mine = {"dtype": before.dtype, **flat({"adapter": before.adapter.model_dump()})}
@@ -150,6 +151,8 @@ def _continued(given: dict[str, Any], folder: str) -> RunConfig:
     held = {name: attrgetter(name)(before) for name in HELD if before.method != "none"}
     if given.get("strength") is not None:
         del held["budget"]
+    elif (given.get("budget") or before.budget) is not None:
+        del held["strength"]
     held |= {"model": before.model, "num_labels": before.num_labels}
     said = {name: value for name, value in given.items() if value is not None}
     found = read_config("", held | said | mine | {"keep_state": True}, RunConfig)
