@@ -186,6 +186,7 @@ def check_number(
     positive: bool = False,
     least: float = 0,
     most: float = math.inf,
+    whole: bool = False,
 ) -> None:
     """Checks a value that is to be finite and 0 or above, or within bounds.
 
@@ -196,18 +197,19 @@ def check_number(
         positive: `least` itself is refused too.
         least: the smallest that is allowed.
         most: the largest that is allowed.
+        whole: whether it is a count.
 
     Raises:
         ConfigError: any other value.
     """
     number = math.nan
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int if whole else int | float) and not isinstance(value, bool):
         number = value
     if math.isfinite(number) and least <= number <= most and not (positive and number == least):
         return
     allowed = f"a finite number above {least:g}" if positive else f"{least:g} to {most:g}"
     if not positive and most == math.inf:
-        allowed = f"a finite number, {least:g} or above"
+        allowed = f"a {'whole' if whole else 'finite'} number, {least:g} or above"
     raise ConfigError(what, got=value, allowed=allowed, fix=fix)
 
 

@@ -21,7 +21,7 @@ __all__ = ["check_counts", "put", "writer"]
 def check_counts(**counts: int) -> None:
     """Raises `ConfigError` unless each, given by its name, is a whole number from 1 on."""
     for name, value in counts.items():
-        check_number(f"{name} is no count", value, f"{name}=32", least=1)
+        check_number(f"{name} is no count", value, f"{name}=32", least=1, whole=True)
 
 
 def writer(

@@ -31,7 +31,7 @@ from retain.curvature.curvature import Curvature
 from retain.curvature.fit.capture import shared_inputs
 from retain.curvature.fit.source import glance
 from retain.data.batches import Batch, Example
-from retain.errors import ConfigError, MismatchError, SourceError
+from retain.errors import ConfigError, MismatchError, SourceError, check_number
 from retain.models.forward import no_autocast
 from retain.models.sites import LoraSite
 from retain.models.view import ModelView
@@ -128,11 +128,10 @@ def check_reading(answers: float, rows: int = 1) -> None:
         rows: how many.
 
     Raises:
-        ConfigError: a share that is not from 0 to 1, or no rows.
+        ConfigError: a share that is not from 0 to 1, no rows, or no whole number of them.
     """
     share = answers
-    if rows < 1:
-        raise ConfigError("too few rows to read", got=rows, allowed="1 or more", fix="rows=64")
+    check_number("too few rows to read", rows, "rows=64", least=1, whole=True)
     if not (isinstance(share, int | float) and math.isfinite(share) and 0 <= share <= 1):
         raise ConfigError(
             "the answers' share is out of range",

@@ -46,7 +46,8 @@ class Replay(Method):
         super().__init__()
         check_number("the share is out of range", share, "share: 0.1", most=1)
         if per_task is not None:
-            check_number("per_task is negative", per_task, "per_task: 100")
+            what = "per_task is negative, or no whole number"
+            check_number(what, per_task, "per_task: 100", whole=True)
         self.share, self.per_task = share, per_task
         self.kept: list[StoredRow] = []
 
@@ -97,8 +98,8 @@ class SelfReplay(Method):
     ) -> None:
         super().__init__()
         check_number("the share is out of range", share, "share: 0.1")
-        check_number("rows is too small", rows, "rows: 128", least=1)
-        check_number("max_length is too small", max_length, "max_length: 64", least=2)
+        check_number("rows is too small", rows, "rows: 128", least=1, whole=True)
+        check_number("max_length is too small", max_length, "max_length: 64", least=2, whole=True)
         self.share, self.rows = share, rows
         self.max_length, self.temperature = max_length, temperature
         self.samples: list[StoredRow] = []

@@ -44,7 +44,7 @@ class Soften(CurvatureMethod):
         super().__init__()
         check_budget(budget)
         for name, count in (("rows", rows), ("probe", probe)):
-            check_number(f"{name} is too small", count, f"{name}: 16", least=1)
+            check_number(f"{name} is too small", count, f"{name}: 16", least=1, whole=True)
         self.budget, self.rows, self.probe = budget, rows, probe
 
     def begin(self, context: Context) -> None:
