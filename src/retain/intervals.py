@@ -75,7 +75,7 @@ def paired_shares(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[float, 
     return max(-1.0, (a - b) / n - down), min(1.0, (a - b) / n + up)
 
 
-def binomial_upper(hits: int, n: int, level: float = 0.95) -> float:
+def binomial_upper(hits: float, n: float, level: float = 0.95) -> float:
     """The exact one-sided upper bound of a probability (Clopper and Pearson 1934).
 
     It is the p with ``P(X <= hits) = 1 - level`` for X of n trials; 1 where every trial hit.
@@ -85,7 +85,7 @@ def binomial_upper(hits: int, n: int, level: float = 0.95) -> float:
     return 1.0 if hits >= n else float(beta.ppf(level, hits + 1, n - hits))
 
 
-def binomial_lower(hits: int, n: int, level: float = 0.95) -> float:
+def binomial_lower(hits: float, n: float, level: float = 0.95) -> float:
     """The exact one-sided lower bound, see `binomial_upper`; 0 where no trial hit."""
     return 1 - binomial_upper(n - hits, n, level)
 

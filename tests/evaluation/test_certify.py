@@ -59,6 +59,18 @@ def test_the_rule_of_three() -> None:
     assert loss_bound(0, math.floor(0.8 * (n - 1)), n - 1, 0.25, 0.95) > 0.02
 
 
+@pytest.mark.parametrize(
+    ("share", "allowed", "chance"), [(0.55, 0.1, 0.5), (1 / 3, 0.05, 0.25), (0.9, 0.02, 0.0)]
+)
+def test_so_many_items_and_more_are_enough(share: float, allowed: float, chance: float) -> None:
+    """Though with one item more the base may get no more of them right."""
+    n = items_needed(share, allowed, chance, 0.95)
+    assert n is not None
+    more = range(n - 1, n + 200)
+    bounds = [loss_bound(0, math.floor(share * m + 1e-9), m, chance, 0.95) for m in more]
+    assert bounds[0] > allowed >= max(bounds[1:])
+
+
 def test_a_bound_with_chance_is_made_of_two() -> None:
     q, p = by_bisection(3, 80, 0.955), 1 - by_bisection(20, 100, 0.995)
     assert loss_bound(3, 80, 100, 0.25, 0.95) == pytest.approx(q / (1 - 0.25 / p), rel=1e-9)

@@ -224,7 +224,7 @@ def _share(value: float | str, skill: str, example: str) -> float:
     return share
 
 
-def loss_bound(lost: int, before: int, items: int, chance: float, level: float) -> float:
+def loss_bound(lost: int, before: float, items: int, chance: float, level: float) -> float:
     """The upper bound of λ: see the module's docstring.
 
     Args:
@@ -245,6 +245,9 @@ def loss_bound(lost: int, before: int, items: int, chance: float, level: float) 
 def items_needed(share: float, allowed: float, chance: float, level: float) -> int | None:
     """How many items would keep the bound within what is allowed, with none lost.
 
+    It is the least number that does, as all larger ones do. Those that are right are whole items,
+    so a few of the numbers just below it may do too.
+
     Args:
         share: of the items, how many the base gets right.
         allowed: the loss that is allowed.
@@ -255,17 +258,19 @@ def items_needed(share: float, allowed: float, chance: float, level: float) -> i
         None where no number would do.
     """
 
-    def enough(n: int) -> bool:
-        return loss_bound(0, math.floor(share * n + 1e-9), n, chance, level) <= allowed
+    def enough(n: int, right: float) -> bool:
+        return loss_bound(0, right, n, chance, level) <= allowed
 
     low, high = 0, 1
-    while not enough(high):
+    while not enough(high, share * high - 1):  # fewer than there are, and no steps in it
         if high > _MOST or share <= chance:
             return None
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
+        low, high = (low, middle) if enough(middle, share * middle - 1) else (middle, high)
+    while enough(high - 1, math.floor(share * (high - 1) + 1e-9)):
+        high -= 1
     return high
 
 
