@@ -66,7 +66,8 @@ def curvatures_for(
 
     `given` is that of ``config.curvature``, already read. Those of the model's own text that an
     earlier run has left in the folder are used again, where they were fitted as this run would fit
-    them; of other text where the run goes on.
+    them, but for the model's precision, which their files do not tell; of other text where the run
+    goes on.
 
     Raises:
         MismatchError: the given curvature does not fit.
