@@ -8,10 +8,13 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import fits
-from retain import Curvature
+from families import FAMILIES, built
+from retain import Curvature, attach_lora
 from retain.models.sites import lora_sites
 from retain.types import FISHERS, SPACES
 from tiny import KINDS, ROWS, STRUCTURES, tiny
@@ -106,6 +109,24 @@ def test_dropout(kind: str, space: str) -> None:
     same(fit(model, kind, space=space), want, 1e-12)
     model.train()
     same(fit(model, kind, space=space), want, 1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", ["OPT", "Falcon"])
+def test_dropout_of_a_checkpointed_layer_itself(family: str, reentrant: bool) -> None:
+    # OPT's body skips layers at random, and Falcon's layers read the configuration.
+    drops = {"OPT": {"dropout": 0.5, "layerdrop": 0.5}, "Falcon": {"hidden_dropout": 0.5}}[family]
+
+    def model() -> PeftModel:
+        plain = built(AutoModelForCausalLM, family, **FAMILIES[family], **drops)
+        return attach_lora(plain.double(), rank=2)
+
+    want, recomputed = fit(model(), "llama"), model().train()
+    recomputed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    before = torch.get_rng_state()
+    same(fit(recomputed, "llama"), want, 1e-12)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(m.training for m in recomputed.modules())
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,7 @@ def evaluating(model: nn.Module, *, checkpoint: bool = False) -> Iterator[None]:
     4-bit layers of bitsandbytes stay in training mode, which is nothing to them but this: on a CPU
     their first evaluation repacks them for inference, and no gradient passes them any more.
 
-    With `checkpoint`, gradient checkpointing works: transformers checkpoints only layers that are
-    in training mode, so those alone, without the modules inside them, are put into it.
+    With `checkpoint`, gradient checkpointing works: see `_recomputing`.
 
     Raises:
         ModelError: the model runs under autocast alone, as its layers differ in precision.
@@ -130,10 +129,10 @@ def evaluating(model: nn.Module, *, checkpoint: bool = False) -> Iterator[None]:
     try:
         model.eval()
         for module in model.modules():
-            four_bit = type(module).__name__ == "Linear4bit"
-            if four_bit or (checkpoint and getattr(module, "gradient_checkpointing", False)):
+            if type(module).__name__ == "Linear4bit":
                 module.training = True
-        with no_autocast(), own_forwards(model), _not_compiled():
+        recomputing = _recomputing(model) if checkpoint else nullcontext()
+        with no_autocast(), own_forwards(model), _not_compiled(), recomputing:
             yield
     except RuntimeError as error:
         found = {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -148,6 +147,45 @@ def evaluating(model: nn.Module, *, checkpoint: bool = False) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _recomputing(model: nn.Module) -> Iterator[None]:
+    """Inside it gradient checkpointing works in evaluation mode.
+
+    transformers checkpoints only layers that are in training mode, so those alone, without the
+    modules inside them and the body around them (which may skip layers at random), are put into
+    it. Some of them drop values by themselves: what is checkpointed runs in evaluation mode.
+    """
+    marked = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    known = set(marked)
+    layers = [m for m in marked if known.isdisjoint(list(m.modules())[1:])]
+    own = [(m, f) for m in layers if (f := vars(m).get("_gradient_checkpointing_func"))]
+    try:
+        for layer in layers:
+            layer.training = True
+        for layer, recompute in own:
+            layer._gradient_checkpointing_func = _in_evaluation(layer, recompute)
+        yield
+    finally:
+        for layer, recompute in own:
+            layer._gradient_checkpointing_func = recompute
+
+
+def _in_evaluation(layer: nn.Module, recompute: Callable[..., Any]) -> Any:
+    """The checkpoint function of a layer, with the layer in evaluation mode in what it runs."""
+
+    def checkpointed(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        def quietly(*inputs: Any, **more: Any) -> Any:
+            layer.training = False
+            try:
+                return run(*inputs, **more)
+            finally:
+                layer.training = True
+
+        return recompute(quietly, *args, **options)
+
+    return checkpointed
 
 
 def overwrites(model: nn.Module) -> bool:
