@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from retain.errors import ModelError, OutputError
-from retain.models.adapters.registry import ADAPTERS
+from retain.models.adapters.registry import ADAPTERS, attach_adapter
 from retain.models.cards import CARD
 from retain.models.saved import HEAD
 
@@ -122,6 +122,33 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, how: str) -> None:
             continue  # PEFT passes over what it does not know
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         refused(folder, r"does not fit|damaged")
+
+
+@pytest.mark.parametrize("change", ["shape", "drop"])
+@kinds
+def test_a_refused_folder_leaves_the_base_alone(tmp_path: Path, how: str, change: str) -> None:
+    adapter, _ = saved(tmp_path / "a", "bert", how)
+    tensors = load_file(tmp_path / "a" / WEIGHTS)
+    last = max(n for n in tensors if "classifier" not in n)
+    if change == "drop":
+        del tensors[last]
+    else:
+        tensors[last] = torch.cat([tensors[last], tensors[last]])
+    save_file(tensors, tmp_path / "a" / WEIGHTS, metadata={"format": "pt"})
+
+    def state(model: torch.nn.Module) -> list[Any]:
+        flags = {n: m.training for n, m in model.named_modules()}
+        return [flags, {n: p.requires_grad for n, p in model.named_parameters()}]
+
+    base = plain("bert").train()
+    before, want = state(base), {n: p.detach().clone() for n, p in base.named_parameters()}
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"does not fit|damaged"):
+            type(adapter).load(base, tmp_path / "a")
+        assert state(base) == before
+        assert all(torch.equal(p, want[n]) for n, p in base.named_parameters())
+    fresh = attach_adapter(base, **OPTIONS[how])
+    assert set(fresh.parameters()) == set(adapter.parameters())
 
 
 @kinds

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from retain.models.cards import (
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import Tensor
+    from torch import Tensor, nn
 
 __all__ = [
     "FILES",
@@ -39,6 +40,7 @@ __all__ = [
     "refused",
     "save_adapter",
     "too_wide",
+    "undone",
     "write_tensors",
 ]
 
@@ -98,7 +100,8 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
     """Puts the LoRA adapter of a folder on a base model; it is not trainable.
 
     Weights of the base that the adapter brings along (embeddings, biases) or changes (PiSSA) are
-    kept as they were, for `retain.models.off.adapter_off`.
+    kept as they were, for `retain.models.off.adapter_off`. A base model whose adapter is refused is
+    what it was.
 
     Raises:
         ModelError: it is missing or damaged, or belongs to another model or vocabulary.
@@ -112,28 +115,29 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
     from retain.models.names import canonical
     from retain.models.off import BESIDE
 
-    try:
-        with safe_open(folder / _WEIGHTS, framework="pt") as file:
-            rows = {key: file.get_slice(key).get_shape()[:1] for key in file.keys()}  # noqa: SIM118
-        _check_vocabulary(model, rows, folder)
-        brought = {canonical(key) for key in rows}
-        in_place = str(config.get("init_lora_weights", True)).lower() not in BESIDE
-        before = {
-            name: p.detach().clone()
-            for name, p in model.named_parameters()
-            if in_place or canonical(name) in brought
-        }
-        peft = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
-        missing = set(get_peft_model_state_dict(peft, save_embedding_layers=False)) - set(rows)
-    except (OSError, SafetensorError) as error:
-        raise refused("the adapter is damaged", f"{folder} ({error})") from error
-    except ModelError:
-        raise
-    except Exception as error:  # whatever PEFT makes of settings that others wrote
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise misfit(f"{folder} ({text})") from error
-    if missing:
-        raise misfit(f"{folder} without {len(missing)} weights, such as {min(missing)}")
+    with undone(model) as before:
+        try:
+            with safe_open(folder / _WEIGHTS, framework="pt") as file:
+                rows = {key: file.get_slice(key).get_shape()[:1] for key in file.keys()}  # noqa: SIM118
+            _check_vocabulary(model, rows, folder)
+            brought = {canonical(key) for key in rows}
+            in_place = str(config.get("init_lora_weights", True)).lower() not in BESIDE
+            before |= {
+                name: p.detach().clone()
+                for name, p in model.named_parameters()
+                if in_place or canonical(name) in brought
+            }
+            peft = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+            missing = set(get_peft_model_state_dict(peft, save_embedding_layers=False)) - set(rows)
+        except (OSError, SafetensorError) as error:
+            raise refused("the adapter is damaged", f"{folder} ({error})") from error
+        except ModelError:
+            raise
+        except Exception as error:  # whatever PEFT makes of settings that others wrote
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise misfit(f"{folder} ({text})") from error
+        if missing:
+            raise misfit(f"{folder} without {len(missing)} weights, such as {min(missing)}")
     now = {canonical(name): p for name, p in peft.named_parameters()}
     if all(name in now and now[name].shape == value.shape for name, value in before.items()):
         peft.retain_originals = [  # type: ignore[assignment]
@@ -142,6 +146,36 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
             if not torch.equal(now[name].data, value.to(now[name].data))
         ]  # (4-bit weights that were packed anew are not there any more)
     return peft
+
+
+@contextmanager
+def undone(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Where putting an adapter on a model fails, the model is what it was.
+
+    Yields:
+        An empty dictionary. Copies of weights that may be written over, put into it by their names,
+        are written back.
+    """
+    tree = [(m, m.training, dict(m._modules), dict(m._parameters)) for m in model.modules()]
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    known, values = set(vars(model)), dict[str, Any]()
+    try:
+        yield values
+    except BaseException:
+        for module, mode, children, parameters in tree:
+            module.training = mode
+            for now, was in ((module._modules, children), (module._parameters, parameters)):
+                now.clear()
+                now.update(was)  # type: ignore[arg-type]
+        for parameter, mode in trained:
+            if parameter.requires_grad != mode:
+                parameter.requires_grad_(mode)
+        for name in {"peft_config", "retain_adapter"} & (set(vars(model)) - known):
+            delattr(model, name)
+        own = dict(model.named_parameters())
+        for name, value in values.items():
+            own[name].data.copy_(value)
+        raise
 
 
 def _check_vocabulary(model: Any, rows: Mapping[str, list[int]], folder: Path) -> None:

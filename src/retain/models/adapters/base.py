@@ -24,6 +24,7 @@ from retain.models.saved import (
     read_tensors,
     refused,
     save_adapter,
+    undone,
     write_tensors,
 )
 from retain.models.view import ModelView
@@ -118,7 +119,7 @@ class Adapter(ABC):
 
     @classmethod
     def load(cls, base: nn.Module, folder: Path) -> Self:
-        """Puts what `save` wrote on a base model, trainable.
+        """Puts what `save` wrote on a base model, trainable; one that refuses it is what it was.
 
         Raises:
             ModelError: it is missing or damaged, or belongs to another model or kind.
@@ -134,11 +135,12 @@ class Adapter(ABC):
             got = f"{folder}, trained on {config.get('base_model_name_or_path')}"
             raise refused("the adapter belongs to another base model", got, kind)
         tensors = read_tensors(folder, kind)
-        adapter = cls.attach(base, **options.model_dump())
-        try:
-            adapter.restore(tensors)
-        except ModelError as error:
-            raise misfit(f"{folder} ({error.got})", kind) from error
+        with undone(base):
+            adapter = cls.attach(base, **options.model_dump())
+            try:
+                adapter.restore(tensors)
+            except ModelError as error:
+                raise misfit(f"{folder} ({error.got})", kind) from error
         return adapter
 
     def stored(self) -> dict[str, Tensor]:
