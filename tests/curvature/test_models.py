@@ -345,6 +345,25 @@ def test_a_model_that_writes_into_a_layers_output() -> None:
         torch.testing.assert_close(a.to_dense(), b.to_dense())
 
 
+def test_a_layer_that_gradients_do_not_pass_is_named() -> None:
+    """As 4-bit weights on a CPU once they were evaluated."""
+
+    class Stopped(torch.autograd.Function):
+        @staticmethod
+        def forward(_: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(_: Any, *__: Tensor) -> None:
+            return None
+
+    model = tiny("llama")
+    norm = model.get_base_model().model.norm
+    norm.register_forward_pre_hook(lambda _, args: (Stopped.apply(args[0]),))
+    with pytest.raises(CurvatureError, match=r"no gradient passes the model.*down_proj"):
+        fit(model, "llama")
+
+
 def test_a_wrapped_model_is_measured() -> None:
     model = tiny("llama")
     same(fit(nn.DataParallel(model), "llama"), fit(model, "llama"))

@@ -68,6 +68,18 @@ def test_the_first_pass_of_an_8_bit_model_leaves_its_fingerprint(tmp_path: Path)
     assert fingerprint(model) == before
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_model_runs_as_before_once_its_signature_is_known(kind: str, tmp_path: Path) -> None:
+    model, ids = attach_lora(stored(folder(tmp_path / "here", 0), kind), rank=2), torch.ones(1, 3)
+    layers = base_layers(lora_sites(model))
+    weights = {name: layer.weight for name, layer in layers.items()}
+    with torch.no_grad():
+        before = model(ids.long()).logits
+        assert signature(model, layers)
+        assert all(layer.weight is weights[name] for name, layer in layers.items())
+        assert torch.equal(model(ids.long()).logits, before)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "twice", "int8"])
 def test_a_curvature_of_a_base_holds_it_in_other_storage(kind: str, tmp_path: Path) -> None:
     here, other = folder(tmp_path / "here", 0), folder(tmp_path / "other", 1)

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from retain.models.names import canonical, unwrap
 from retain.models.shards import whole
+from retain.models.sites import plain_weight
 
 __all__ = ["ALIKE", "alike", "fingerprint", "signature"]
 
@@ -76,7 +76,7 @@ def signature(model: nn.Module, layers: dict[str, nn.Module]) -> str:
     stored = storage(model)
     for _, layer in sorted(layers.items()):
         try:
-            weight: Tensor = whole(dequantize_module_weight(layer).detach())
+            weight = plain_weight(layer)
         except (AttributeError, TypeError, ValueError, RuntimeError, ImportError):
             return ""  # packed in a way that PEFT cannot read back
         values = _samples(weight).double().cpu()

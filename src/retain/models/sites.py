@@ -29,6 +29,7 @@ __all__ = [
     "is_idle",
     "lora_sites",
     "output_head",
+    "plain_weight",
     "row_scales",
 ]
 
@@ -343,7 +344,7 @@ def row_scales(sites: Sequence[Any]) -> dict[str, Tensor]:
     for site in sites:
         if getattr(site, "dora", False):
             magnitude = whole(site.layer.lora_magnitude_vector[site.adapter].weight.detach())
-            weight = whole(dequantize_module_weight(site.layer.get_base_layer()).detach())
+            weight = plain_weight(site.layer.get_base_layer())
             weight = weight.T if site.layer.fan_in_fan_out else weight  # GPT-2 keeps W transposed
             moved = weight + site.scaling * (site.b @ site.a).detach()
             scales[site.name] = magnitude / moved.norm(dim=1)
@@ -353,6 +354,20 @@ def row_scales(sites: Sequence[Any]) -> dict[str, Tensor]:
 def base_layers(sites: Sequence[Site]) -> dict[str, nn.Module]:
     """The layers by name, without the adapters around them."""
     return {s.name: s.layer.get_base_layer() if isinstance(s, LoraSite) else s.layer for s in sites}
+
+
+def plain_weight(layer: nn.Module) -> Tensor:
+    """What a linear layer's weights stand for, whole; the layer stays as it is.
+
+    On a CPU PEFT leaves a copy in the place of quantised weights, and that of 8-bit ones has lost
+    its scales.
+    """
+    stored = layer._parameters.get("weight")
+    try:
+        return whole(dequantize_module_weight(layer).detach())
+    finally:
+        if stored is not None and layer._parameters["weight"] is not stored:
+            layer._parameters["weight"] = stored
 
 
 def is_idle(sites: Sequence[Site]) -> bool:

@@ -117,7 +117,7 @@ def capture(model: nn.Module, layers: Mapping[str, nn.Module], receive: Receive)
             if not output.requires_grad:
                 # No leaf: the model may write into it, as Falcon adds attention to its MLP.
                 output = replaced = output.detach() + output.new_zeros(()).requires_grad_()
-            output.register_hook(lambda g: receive(name, x, g.detach()))
+            output.register_hook(lambda g: receive(name, x, _arrived(name, g).detach()))
             return replaced
 
         return forward
@@ -137,6 +137,18 @@ def capture(model: nn.Module, layers: Mapping[str, nn.Module], receive: Receive)
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
+
+
+def _arrived(name: str, gradient: Tensor | None) -> Tensor:
+    """The gradient that has come to a layer's output, or an error where there is none."""
+    if gradient is None:
+        raise CurvatureError(
+            "no gradient passes the model",
+            got=f"none at {name}",
+            allowed="a gradient at each layer that carries the adapter",
+            fix="load the model anew: on a CPU, 4-bit weights that were evaluated once pass none",
+        )
+    return gradient
 
 
 @contextmanager
