@@ -13,7 +13,7 @@ from retain.errors import ConfigError, ModelError
 from retain.models.lora import grow_lora
 from retain.models.off import adapter_off
 from retain.models.sites import lora_sites
-from tiny import KINDS, ROWS, base, tiny, weights
+from tiny import KINDS, ROWS, base, move, tiny, weights
 
 
 def answer(model: torch.nn.Module, kind: str) -> torch.Tensor:
@@ -55,6 +55,19 @@ def test_the_fresh_rows_come_from_the_seed() -> None:
     drawn = [lora_sites(grow_lora(tiny("llama"), 3, seed=s))[0].a[2:] for s in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_patterns_that_make_all_layers_alike_are_given_up() -> None:
+    config = LoraConfig(
+        r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM",
+        alpha_pattern={"q_proj": 8}, rank_pattern={"v_proj": 2},
+    )  # fmt: skip
+    model: Any = get_peft_model(base("llama"), config, autocast_adapter_dtype=False)
+    move(model, 3)
+    before = answer(model, "llama")
+    grown = grow_lora(model, 3)
+    assert {(s.rank, s.scaling) for s in lora_sites(grown)} == {(5, 4.0)}
+    torch.testing.assert_close(answer(grown, "llama"), before, rtol=1e-12, atol=1e-12)
 
 
 def test_other_factors_take_the_place_of_the_old() -> None:

@@ -142,6 +142,7 @@ def grow_lora(
             fix="merge it into the model, and attach a fresh one",
         )
     config.inference_mode, config.init_lora_weights = False, True  # B = 0, the base as it is
+    config.rank_pattern, config.alpha_pattern = {}, {}  # all layers are alike, and stay so
     config.r = kept + rank
     config.lora_alpha = scaling * (config.r**0.5 if config.use_rslora else config.r)
     dtype, places = sites[0].a.dtype, {site.name: site.a.device for site in sites}
