@@ -12,6 +12,7 @@ from oracles import How, activation, kfac
 from retain.curvature.blocks.activation import nats_of_noise, noisy_rows
 from retain.data.batches import Batch, Example, collate
 from retain.data.sources import encode
+from retain.errors import CurvatureError
 from retain.models.sites import lora_sites
 from retain.types import FISHERS, SPACES
 from tiny import KINDS, ROWS, move, relative, tiny
@@ -148,3 +149,29 @@ def test_no_gradient_is_asked_for() -> None:
     with torch.no_grad():
         found = fit(model, "llama", "activation")
     assert relative(found.to_dense(), known("llama", structure="activation").to_dense()) < 1e-15
+
+
+def test_a_token_that_the_model_rules_out_costs_nothing() -> None:
+    model = tiny("llama", dtype=torch.float32)
+    head = model.get_base_model().lm_head
+    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
+    gammas = {}
+    for low in (-50.0, -torch.inf):
+        with torch.no_grad():
+            head.bias[4] = low
+        blocks = fit(model, "llama", "activation").blocks
+        gammas[low] = sum(block.trace() for block in blocks.values())
+    assert gammas[-torch.inf] == pytest.approx(gammas[-50.0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("part", "size", "said"), [("lm_head", torch.inf, "predictions"), ("k_proj", 1e25, "k_proj")]
+)
+def test_outputs_that_are_not_finite_are_refused(part: str, size: float, said: str) -> None:
+    model = tiny("llama", dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if part in name and "lora" not in name:
+                parameter.mul_(size)  # of the keys the squares alone are too large
+    with pytest.raises(CurvatureError, match=f"outputs are not finite.*{said}"):
+        fit(model, "llama", "activation")

@@ -200,11 +200,13 @@ def overwrites(model: nn.Module) -> bool:
 def divergence(base: Tensor, tuned: Tensor, regression: bool) -> Tensor:
     """``KL(base || tuned)`` of each prediction in nats, [predictions].
 
-    Both are log-probabilities, or the outputs of a `regression`, [predictions, outputs].
+    Both are log-probabilities, or the outputs of a `regression`, [predictions, outputs]. A class
+    that the base rules out (a masked token) adds nothing.
     """
     if regression:
         return 0.5 * (base - tuned).square().sum(-1)
-    return (base.exp() * (base - tuned)).sum(-1)
+    ratio = (base - tuned).masked_fill_(base == -torch.inf, 0.0)
+    return (base.exp() * ratio).sum(-1)
 
 
 def forward_logits(model: nn.Module, batch: Batch) -> Tensor:

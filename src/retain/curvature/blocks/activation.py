@@ -21,6 +21,7 @@ In adapter space it is the pull-back through (A, B): ``s^2 B^T B (x) S`` for A a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -35,6 +36,7 @@ from retain.curvature.blocks.kronecker import KroneckerBlock
 from retain.curvature.blocks.observation import Observation
 from retain.curvature.blocks.structure import Ranks, Structure
 from retain.data.batches import Batch, Example
+from retain.errors import CurvatureError
 from retain.models.forward import divergence, forward_logits
 from retain.models.heads import are_values
 
@@ -67,11 +69,16 @@ class ActivationEstimator(Estimator):
         self.state.setdefault(f"width/{name}", torch.tensor(y.shape[-1]))
 
     def finish(self, predictions: int, traces: Mapping[str, float]) -> dict[str, Block]:
-        """The blocks; here `traces` holds gamma for each layer."""
+        """The blocks; here `traces` holds gamma for each layer.
+
+        Raises:
+            CurvatureError: a layer's outputs are not finite.
+        """
         state = self.state
         blocks: dict[str, Block] = {}
         for name, s in self.input_factors().items():
             energy = float(state[f"energy/{name}"]) / float(state[f"seen/{name}"])
+            _check_finite(energy, f"NaN or infinity from {name}")
             scale = traces[name] / energy if energy > 0 else 0.0
             like = next(iter(s.tensors().values()))
             if name in self.layout.adapters:
@@ -98,6 +105,9 @@ def nats_of_noise(
 
     The noise is eta times the root mean square of each layer's output; the model in evaluation
     mode.
+
+    Raises:
+        CurvatureError: the model's outputs are not finite.
     """
     with torch.no_grad():
         base = forward_logits(model, batch)
@@ -111,7 +121,18 @@ def nats_of_noise(
             if not regression:
                 p, q = p.log_softmax(-1), q.log_softmax(-1)
             total += float(divergence(p, q, regression).double().sum())
+    _check_finite(total, "NaN or infinity in its predictions")
     return max(2 * total / len(base), 0.0) / (eta**2 * len(layers))
+
+
+def _check_finite(value: float, got: str) -> None:
+    if not math.isfinite(value):
+        raise CurvatureError(
+            "the model's outputs are not finite",
+            got=got,
+            allowed="finite numbers",
+            fix="check the model's weights, or load it with dtype='float32'",
+        )
 
 
 def noisy_rows(examples: Sequence[Example], seed: int) -> list[int]:
