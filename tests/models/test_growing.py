@@ -106,3 +106,12 @@ def test_what_cannot_grow_is_refused(what: str, options: dict[str, Any]) -> None
         grow_lora(model, 2)
     with pytest.raises(ConfigError, match="too few rows to add"):
         grow_lora(tiny("llama"), 0)
+
+
+def test_other_adapters_are_not_lost_without_a_word() -> None:
+    model = tiny("llama", moved=True)
+    model.add_adapter("ref", LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match=r"several adapters.*default, ref.*delete_adapter"):
+        grow_lora(model, 2)
+    model.delete_adapter("ref")
+    assert lora_sites(grow_lora(model, 2))[0].rank == 4

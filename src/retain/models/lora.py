@@ -117,11 +117,18 @@ def grow_lora(
 
     Raises:
         ConfigError: no rows to add.
-        ModelError: layers of several ranks, DoRA, biases of B, or new tokens.
+        ModelError: layers of several ranks, DoRA, biases of B, new tokens, or several adapters.
     """
     if rank < 1:
         raise ConfigError("too few rows to add", got=rank, allowed="1 or more", fix="rank=16")
     sites = lora_sites(model)
+    if len(model.peft_config) > 1:
+        raise ModelError(
+            "the model carries several adapters, and only one can grow",
+            got=", ".join(model.peft_config),
+            allowed="one adapter",
+            fix="save the others and take them off: model.delete_adapter(name)",
+        )
     if len({(site.rank, site.scaling) for site in sites}) > 1:
         raise ModelError(
             "the adapter's layers are not of one rank",
