@@ -123,6 +123,24 @@ def test_its_precision_stays_and_what_fits_is_not_touched(
         assert gap < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("others", [(), ("default",)])
+def test_the_active_adapter_is_saved_whatever_its_name(
+    others: tuple[str, ...], tmp_path: Path
+) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(base("llama"), config, "mine", autocast_adapter_dtype=False)
+    for name in others:
+        model.add_adapter(name, config)
+    move(model, 1)
+    save_adapter(model, tmp_path / "a", "tiny")
+    files = {path.name for path in (tmp_path / "a").iterdir()}
+    assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    want = {s.name: s.scaling * (s.b @ s.a).detach() for s in lora_sites(model)}
+    for found in (served(tmp_path / "a"), updates(tmp_path / "a")):
+        assert found.keys() == want.keys()
+        assert all(torch.equal(found[name], want[name]) for name in want)
+
+
 def test_a_head_goes_along(tmp_path: Path) -> None:
     wide, out = tmp_path / "wide", tmp_path / "out" / "adapter"
     save_adapter(tiny("bert", moved=True, rank=4), wide, "b")

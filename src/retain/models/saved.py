@@ -204,9 +204,10 @@ def save_adapter(
 ) -> Path:
     """Writes a plain PEFT adapter; an older one stays until the new one is whole.
 
-    A classifier's comes with its head, and with the configuration that names its classes. Beside it
-    is a model card with PEFT's front matter and a section of ours, which alone is written anew in a
-    card that is there. Other files in the folder stay.
+    Of several adapters it is the active one, whatever its name. A classifier's comes with its head,
+    and with the configuration that names its classes. Beside it is a model card with PEFT's front
+    matter and a section of ours, which alone is written anew in a card that is there. Other files
+    in the folder stay.
 
     Args:
         model: the model with its adapter.
@@ -222,7 +223,12 @@ def save_adapter(
         config.base_model_name_or_path = base
     head = any(config.task_type == "SEQ_CLS" for config in model.peft_config.values())
     with whole_folder(folder, "the adapter", (*FILES, *([HEAD] if head else []))) as new:
-        model.save_pretrained(str(new), save_embedding_layers=False)
+        name = model.active_adapters[0]
+        model.save_pretrained(str(new), selected_adapters=[name], save_embedding_layers=False)
+        if name != "default":  # PEFT gives it a folder of its own
+            for file in FILES:
+                (new / name / file).replace(new / file)
+            shutil.rmtree(new / name)
         if head:
             inner: Any = model.get_base_model()
             inner.config.architectures = [type(inner).__name__]
