@@ -11,8 +11,9 @@ within a factor of 2.4 (one standard deviation over layers) where ``tr G_l = con
 
 gamma brings it to nats: noise of relative size eta is added to the outputs of all L layers on
 one in eight rows, the KL divergence that it causes is measured, and
-``KL = 0.5 eta^2 L gamma``. Two forward passes over these rows more, and still no gradient: it runs
-on any quantised base. Rows differ: on text that SmolLM2-135M samples, gamma of four rows has a
+``KL = 0.5 eta^2 L gamma``. Two forward passes over these rows more, each of all at once, as the
+noise is relative to what a layer puts out on all of them, and still no gradient: it runs on any
+quantised base. Rows differ: on text that SmolLM2-135M samples, gamma of four rows has a
 relative standard deviation of 0.55.
 
 In adapter space it is the pull-back through (A, B): ``s^2 B^T B (x) S`` for A and

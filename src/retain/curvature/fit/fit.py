@@ -101,7 +101,8 @@ def fit_curvature(
         rows: rows of the source that are read at most, drawn from all of them.
         max_length: tokens of a row that are read at most.
         batch_size: rows a pass. Memory and speed only: the result does not depend on it, but for
-            rounding.
+            rounding. The rows of ``activation``'s noise, an eighth of all, are read in one pass
+            whatever it is, without gradients: the noise is relative to all of a layer's outputs.
         seed: of the rows, of label draws, of noise (``activation``) and of the self-sampled text.
         prompts: of the model's own text (``"self"``), what users ask in all of its chats; the model
             answers. ``"general"`` for the source half of `retain.data.general_prompts`, a file, or
