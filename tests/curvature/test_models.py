@@ -364,6 +364,24 @@ def test_a_layer_that_gradients_do_not_pass_is_named() -> None:
         fit(model, "llama")
 
 
+@pytest.mark.parametrize("structure", [s for s in STRUCTURES if s != "activation"])
+def test_a_layer_that_the_predictions_do_not_read_is_named(structure: str) -> None:
+    class Twice(nn.Linear):
+        """A head with another one beside it."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.aux(x)
+            return super().forward(x)
+
+    model: Any = base("llama")
+    model.lm_head = Twice(8, 13, bias=False).double()
+    model.lm_head.aux = nn.Linear(8, 4).double()
+    for options in ({"target_modules": ["q_proj", "aux"]}, None):
+        chosen = model if options is None else peft("llama", deepcopy(model), **options)
+        with pytest.raises(CurvatureError, match=r"no gradient at all; got: 1 layers.*aux"):
+            fit(chosen, "llama", structure, fisher="mc")
+
+
 def test_a_wrapped_model_is_measured() -> None:
     model = tiny("llama")
     same(fit(nn.DataParallel(model), "llama"), fit(model, "llama"))

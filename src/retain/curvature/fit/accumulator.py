@@ -214,7 +214,7 @@ class Accumulator:
 
     def without_gradient(self) -> list[str]:
         """Layers that got no gradient at all."""
-        return [name for name, value in self.traces.items() if float(value) == 0.0]
+        return [n for n in self.offset if n not in self.traces or float(self.traces[n]) == 0.0]
 
     def state(self) -> dict[str, Tensor]:
         """All that has been gathered, for a file."""

@@ -70,7 +70,7 @@ def lora_factors(sites: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor, float
     return found
 
 
-def check_gradients(dead: list[str], sites: Sequence[Site], space: Space) -> None:
+def check_gradients(dead: list[str], sites: Sequence[Site], space: str) -> None:
     """A layer without any gradient is an error unless theory says so (A's block while B = 0).
 
     Raises:
@@ -86,7 +86,8 @@ def check_gradients(dead: list[str], sites: Sequence[Site], space: Space) -> Non
             "layers got no gradient at all",
             got=f"{len(dead)} layers, such as {dead[0]}",
             allowed="a gradient at each layer that carries the adapter",
-            fix="check that the adapter is active, and the gradient checkpointing settings",
+            fix="leave out layers that the predictions do not read, such as an auxiliary head; or "
+            "check that the adapter is active, and the gradient checkpointing settings",
         )
 
 

@@ -41,7 +41,7 @@ from retain.models import processes
 from retain.models.fingerprint import signature
 from retain.models.forward import no_autocast
 from retain.models.off import check_on, start_of
-from retain.models.sites import base_layers, bypassed, is_idle, row_scales
+from retain.models.sites import Site, base_layers, bypassed, is_idle, row_scales
 from retain.models.view import ModelView
 from retain.provenance import versions
 from retain.types import FactorRank, Fisher, Products, Space
@@ -179,9 +179,8 @@ def fit_curvature(
             with hooks:
                 cut = own_batches if apart else batches
                 pass_over = list(cut(examples, min(batch_size, len(examples)), pad))
-                _read(run, pass_over, unfinished, device, progress, apart)
+                _read(run, pass_over, unfinished, device, progress, apart, sites)
             if estimating.backward:
-                check_gradients(run.without_gradient(), sites, space)
                 # In the layers' order: a resumed fit has them in another, and sums would differ.
                 traces = {
                     n: float(run.traces[n]) / run.predictions for n in layers if n in run.traces
@@ -238,10 +237,12 @@ def _read(
     device: torch.device,
     progress: bool,
     apart: bool,
+    sites: Sequence[Site],
 ) -> None:
     """Reads the source as often as the estimator asks, from where an earlier run stopped.
 
-    Where each process reads rows `apart`, their sums are added up after each pass.
+    Where each process reads rows `apart`, their sums are added up after each pass. The first tells
+    whether each of the `sites` got a gradient.
     """
     done, known = unfinished.load(run, device), set[str]()
     bar = tqdm(
@@ -259,6 +260,8 @@ def _read(
                     bar.update()
                     if number + 1 < len(pass_over):
                         unfinished.save(run, number + 1)
+            if run.estimator.backward and not run.passes:
+                check_gradients(run.without_gradient(), sites, run.settings.space)
             done, summed = 0, set(run.estimator.state)
             run.end_pass()
             if apart:  # what was made of the sums is the first one's
