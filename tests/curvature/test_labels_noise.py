@@ -73,6 +73,26 @@ def test_stated_error_counts_the_texts_spread_however_many_draws(kind: str) -> N
     assert found.info.error > 0.8 * between
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_stated_error_of_all_labels_is_the_texts_spread(kind: str) -> None:
+    rows = Oracle(tiny(kind), ROWS[kind], causal=kind == "llama").traces("weight")
+    t = torch.tensor([r[0] for r in rows], dtype=torch.float64)
+    n = torch.tensor([r[1] for r in rows], dtype=torch.float64)
+    residual = t - t.sum() / n.sum() * n
+    between = float((residual.square().sum() * len(t) / (len(t) - 1)).sqrt() / t.sum())
+    for size in (1, 2):
+        found = fit_curvature(
+            tiny(kind), ROWS[kind], "diagonal", fisher="exact", batch_size=size, progress=False
+        )
+        assert found.info.error == pytest.approx(between, rel=1e-6)
+
+
+def test_the_error_of_a_fit_without_gradients_is_not_known() -> None:
+    found = fit_curvature(tiny("llama"), ROWS["llama"], "activation", progress=False)
+    assert math.isnan(found.info.error) and math.isnan((found + found).info.error)
+    assert found.info.to_dict()["error"] is None
+
+
 @pytest.mark.parametrize("fisher", ["mc", "empirical", "tempered", "reversed"])
 def test_stated_error_of_one_draw_of_one_row_is_unknown(fisher: str) -> None:
     assert math.isnan(fit("llama", 1, fisher=fisher).info.error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from shlex import quote
 
 from retain.cli.options import Screen, check_choices, check_file, command, name_list
@@ -25,9 +26,10 @@ def fit(config: FitConfig, screen: Screen) -> None:
     config = config.model_copy(update={"output": check_file(config.output)})
     done = fit_run(config, name_list(config.targets), screen)
     info, size = done.curvature.info, done.path.stat().st_size
+    error = "not known" if math.isnan(info.error) else f"{info.error:.1%}"
     screen.say(
         f"{info.structure} curvature of {len(info.sites)} layers from {info.tokens:,} tokens in "
-        f"{done.seconds:.1f} s, relative error {info.error:.1%}\n"
+        f"{done.seconds:.1f} s, relative error {error}\n"
         f"{done.path}: {size / 2**20:.1f} MiB"
     )
     from retain.models.load import is_decoder

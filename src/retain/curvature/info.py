@@ -86,8 +86,10 @@ class CurvatureInfo:
         samples: label draws for each prediction.
         max_length: longest row, in tokens.
         seed: of the label draws.
-        error: relative standard error of the whole trace, from text and label draws; NaN where one
-            draw of one row cannot tell.
+        error: relative standard error of the whole trace, from text and label draws; of a single
+            row from label draws alone. NaN where it is not known: of one draw of one row, and of
+            ``activation``, whose scale is measured on a few rows. Versions up to 0.2 wrote 0 for
+            ``activation`` and ``exact``.
         model: fingerprint of the base model.
         sites: layer -> [d_out, d_in, r, scaling].
         versions: of the libraries.

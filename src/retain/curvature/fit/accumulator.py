@@ -99,9 +99,10 @@ class Accumulator:
             size = torch.tensor(u.shape[1:], dtype=u.dtype)
             squares = torch.stack([u.square().sum(), u.sum(0).square().sum()])
             self.share += torch.cat([size, squares, u.sum(1)])
-        if self.settings.fisher != "exact":
-            each = zip(*draws, strict=True)
-            self.moments += [(list(d), n) for d, n in zip(each, batch.lengths, strict=True)]
+        if self.settings.fisher == "exact":  # all labels are one draw without noise
+            draws = [[sum(d) for d in zip(*draws, strict=True)]]
+        each = zip(*draws, strict=True)
+        self.moments += [(list(d), n) for d, n in zip(each, batch.lengths, strict=True)]
         self.predictions += sum(batch.lengths)
 
     def end_pass(self) -> None:
@@ -181,12 +182,14 @@ class Accumulator:
         """Relative standard error of the trace.
 
         Over sequences, each with the mean of its draws (the ratio estimator); with a single
-        sequence, over its draws. NaN where one draw of one sequence is all there is, and 0 where
-        nothing is drawn.
+        sequence, over its draws, and 0 where its labels are not drawn. NaN where one draw of one
+        sequence is all there is, and where there are no gradients.
         """
         if not self.moments:
-            return 0.0
+            return math.nan
         if len(self.moments) == 1:
+            if self.settings.fisher == "exact":
+                return 0.0
             draws = torch.tensor(self.moments[0][0], dtype=torch.float64)
             if len(draws) < 2:
                 return math.nan
