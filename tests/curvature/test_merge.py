@@ -14,8 +14,9 @@ from retain import Curvature, load_curvature, reanchored
 from retain.curvature.blocks.base import Block
 from retain.curvature.blocks.factor import SketchFactor
 from retain.errors import MismatchError
+from retain.models.lora import attach_lora
 from retain.types import SPACES
-from tiny import KINDS, STRUCTURES, move, relative, tiny
+from tiny import KINDS, STRUCTURES, base, move, relative, tiny
 
 F64 = torch.float64
 PRODUCTS = ("kfac", "shampoo", "activation", "tridiagonal")
@@ -62,6 +63,19 @@ def test_fits_of_other_models_do_not_add(structure: str) -> None:
     ):
         with pytest.raises(MismatchError, match=f"different {what} do not add"):
             a + measure(model, 1, structure)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_fits_of_a_and_b_in_other_scalings_do_not_add(space: str) -> None:
+    fits = [
+        measure(attach_lora(base("llama"), rank=2, alpha=alpha, seed=1), 1, "kfac", space=space)
+        for alpha in (2, 8)
+    ]
+    if space == "weight":  # of the update, however it is scaled
+        same(fits[0] + fits[1], fits[0] + fits[0], 1e-9)
+    else:
+        with pytest.raises(MismatchError, match="different scalings do not add"):
+            fits[0] + fits[1]
 
 
 @SOME

@@ -81,6 +81,7 @@ def _check(a: BlockOperator, b: BlockOperator) -> None:
         ("ranks of sketches", x.rank, y.rank),
         ("base models", x.model, y.model),
         ("layers", x.shapes(), y.shapes()),
+        ("scalings", _scalings(x), _scalings(y)),
         ("sharing of inputs", sorted(map(sorted, a.groups())), sorted(map(sorted, b.groups()))),
         ("links", sorted(a.links), sorted(b.links)),
     ):
@@ -99,6 +100,11 @@ def _check(a: BlockOperator, b: BlockOperator) -> None:
             allowed="one",
             fix="move the older one: retain.reanchored(curvature, model)",
         )
+
+
+def _scalings(info: CurvatureInfo) -> dict[str, float]:
+    """Layer -> the scaling that a curvature of A and B belongs to; one of weights is of any."""
+    return {n: site[3] for n, site in info.sites.items()} if info.space == "adapter" else {}
 
 
 def same_anchor(a: BlockOperator, b: BlockOperator) -> bool:
