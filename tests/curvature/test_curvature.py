@@ -118,6 +118,16 @@ def test_shared_inputs_are_kept_once(structure: str) -> None:
     assert curvature.memory() == every - 2 * 8 * (2 * 8 * 8 + 8 * 8)
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_displacements_may_be_of_any_precision(structure: str, dtype: torch.dtype) -> None:
+    curvature = fit(tiny("llama", dtype=torch.float32), "llama", structure)
+    moves = {n: torch.ones(b.shape) for n, b in curvature.blocks.items()}
+    found = curvature.quadratic({n: move.to(dtype) for n, move in moves.items()})
+    assert found == pytest.approx(curvature.quadratic(moves), rel=1e-5)
+    assert {t.dtype for t in curvature.matvec(moves).values()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("options", "hint"),
     [

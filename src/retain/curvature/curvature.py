@@ -80,7 +80,7 @@ class Curvature(BlockOperator):
         """Predicted ``KL(anchor || model)`` in nats per source token: ``0.5 d^T F d``.
 
         Args:
-            at: a model, or displacements by block name.
+            at: a model, or displacements by block name, in any precision.
 
         Raises:
             MismatchError: the curvature belongs to another base model or adapter.

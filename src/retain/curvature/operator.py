@@ -61,8 +61,9 @@ class BlockOperator:
 
     @no_autocast()
     def matvec(self, d: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """F d, for displacements by block name: each of its block's shape."""
+        """F d, for displacements by block name: each of its block's shape, in any precision."""
         self._check_names(d)
+        d = {name: d[name].to(self.dtype_of(name)) for name in self.blocks}
         out = {name: block.matvec(d[name]) for name, block in self.blocks.items()}
         for i, j, link in self.off_diagonal():
             out[i] = out[i] + link.matvec(d[j]).to(out[i].device)
