@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,14 @@ def test_activation_of_dora(kind: str, tmp_path: Path) -> None:
     again = load_curvature(curvature.save(tmp_path / "c"))
     same(again, curvature, 1e-15)
     same(curvature + curvature, 2.0 * curvature)
+
+
+def test_activation_of_dora_is_whole_where_its_factors_are() -> None:
+    auto, whole = (fit(dora("llama"), "llama", "activation", rank=n) for n in ("auto", None))
+    assert auto.info.rank is None
+    older = replace(whole.info, rank=0)
+    for other in (whole, Curvature(whole.blocks, whole.anchor, older, whole.links)):
+        same(auto + other, 2.0 * auto)
 
 
 def test_dora_has_no_adapter_space() -> None:

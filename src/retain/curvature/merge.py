@@ -78,7 +78,7 @@ def _check(a: BlockOperator, b: BlockOperator) -> None:
         ("spaces", x.space, y.space),
         ("Fishers", x.fisher, y.fisher),
         ("temperatures", x.temperature, y.temperature),
-        ("ranks of sketches", x.rank, y.rank),
+        ("ranks of sketches", x.rank or None, y.rank or None),  # of diagonals 0 in older files
         ("base models", x.model, y.model),
         ("layers", x.shapes(), y.shapes()),
         ("scalings", _scalings(x), _scalings(y)),

@@ -197,7 +197,10 @@ def _nearest(g: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 def rank_of(blocks: Iterable[Block]) -> int | None:
     """The rank of the sketches among the factors; None where all are whole."""
     sides = (s for b in blocks if isinstance(b, KroneckerBlock) for s in (b.inputs, b.outputs))
-    return next((s.vectors.shape[1] for s in sides if isinstance(s, SketchFactor)), None)
+    # Of a sketch without vectors nothing is left but its diagonal, which is whole.
+    return next(
+        (n for s in sides if isinstance(s, SketchFactor) and (n := s.vectors.shape[1])), None
+    )
 
 
 class KroneckerEstimator(Estimator):
