@@ -143,6 +143,11 @@ def test_displacements_may_be_of_any_precision(structure: str, dtype: torch.dtyp
             for name in ("samples", "rows", "batch_size", "rank")
         ),
         *(
+            ({name: 2.0}, f"{name} is no whole number; got: 2.0")
+            for name in ("samples", "rows", "rank")
+        ),
+        ({"share": "0.5"}, "the share is no share; got: '0.5'"),
+        *(
             ({"structure": s, "rank": 2}, f"got: structure='{s}' with rank=2; allowed: a rank with")
             for s in ("identity", "diagonal", "ekfac", "tridiagonal")
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from retain.curvature.blocks.registry import names, structure_of
-from retain.errors import ConfigError, check_number, unknown
+from retain.errors import ConfigError, check_number, shown, unknown
 from retain.types import FISHERS, PRODUCTS, SPACES, FactorRank, Products
 
 __all__ = ["FitSettings"]
@@ -44,17 +44,21 @@ class FitSettings:
                 raise unknown(kind, got, allowed)
         if isinstance(self.rank, str) and self.rank != "auto":
             raise unknown("rank", self.rank, ("auto",))
-        number = isinstance(self.rank, int)
+        number = self.rank is not None and self.rank != "auto"
         for label in ("samples", "rows", "batch_size", *(["rank"] if number else [])):
             got = getattr(self, label)
             if not isinstance(got, int) or got < 1:
+                wrong = "too small" if isinstance(got, int) else "no whole number"
                 raise ConfigError(
-                    f"{label} is too small", got=got, allowed="1 or more", fix="raise it"
+                    f"{label} is {wrong}",
+                    got=shown(got),
+                    allowed="a whole number, 1 or more",
+                    fix=f"{label}=8",
                 )
-        if not 0 < self.share <= 1:
+        if not (isinstance(self.share, int | float) and 0 < self.share <= 1):
             raise ConfigError(
                 "the share is no share",
-                got=self.share,
+                got=shown(self.share),
                 allowed="above 0, at most 1",
                 fix="share=0.25",
             )
