@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 import fits
 from families import FAMILIES, built
 from retain import Curvature, attach_lora
+from retain.data.batches import Example
+from retain.errors import RetainWarning, SourceError
 from retain.models.sites import lora_sites
 from retain.types import FISHERS, SPACES
 from tiny import KINDS, ROWS, STRUCTURES, tiny
@@ -58,6 +60,22 @@ def test_rows_of_one_token_beside_a_pooled_layer(structure: str) -> None:
     model = tiny("bert", moved=True)
     options = {"structure": structure, "fisher": "empirical", "source": rows}
     same(fit(model, "bert", 1, **options), fit(model, "bert", 6, **options))
+
+
+@pytest.mark.parametrize(
+    ("structure", "fisher"),
+    [("kfac", f) for f in FISHERS] + [(s, "mc") for s in STRUCTURES if s != "kfac"],
+)
+def test_rows_that_predict_nothing(structure: str, fisher: str) -> None:
+    some = Example((3, 4, 5, 7), (4, 5, 6, 1), (True, False, True, False))
+    none = [Example((3, 4, 5), (4, 5, 6), (False,) * 3), Example((3, 4), (4, 5), (False,) * 2)]
+    model, options = tiny("llama", moved=True), {"structure": structure, "fisher": fisher}
+    want = fit(model, "llama", 1, source=[some], **options)
+    for size in (1, 3):
+        with pytest.warns(RetainWarning, match="2 rows that ask for no prediction are left out"):
+            same(fit(model, "llama", size, source=[none[0], some, none[1]], **options), want)
+    with pytest.raises(SourceError, match="asks for no prediction; got: 2 rows"):
+        fit(model, "llama", 1, source=none, **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)

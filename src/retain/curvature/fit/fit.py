@@ -89,7 +89,8 @@ def fit_curvature(
             causal or sequence-classification head.
         source: ``"self"`` (text that the base model samples), a file, a folder, a data set, a
             table, a list or a stream; see `retain.data.sources.read_rows`, and docs/data.md for
-            the columns. A list of `Example` is taken as it is.
+            the columns. A list of `Example` is taken as it is, but for rows that ask for no
+            prediction.
         structure: its name; see docs/curvature.md.
         tokenizer: for text; not needed for rows with ``input_ids``. A model loaded from a name
             finds its own.
@@ -128,7 +129,7 @@ def fit_curvature(
     Raises:
         ConfigError: an unknown structure, space or Fisher, a number out of range, or settings that
             exclude each other.
-        SourceError: text that is missing or empty.
+        SourceError: text that is missing or empty, or that asks for no prediction.
         ModelError: a model without LoRA or without a head that predicts.
         CurvatureError: a layer that got no gradient where theory says it should.
         OutputError: the unfinished sums cannot be written.

@@ -11,7 +11,7 @@ from retain.curvature.fit.checkpoint import kept_rows
 from retain.data.batches import Batch, Example, collate
 from retain.data.general_prompts import Prompts, prompt_texts
 from retain.data.sources import Row
-from retain.errors import ConfigError, SourceError, shown
+from retain.errors import ConfigError, SourceError, shown, warn
 from retain.models.generating import sample_rows, sampled_form
 from retain.models.view import ModelView
 
@@ -32,12 +32,17 @@ def source_examples(
 ) -> Sequence[Example]:
     """Tokenised rows of a source, at most `rows` of them, drawn by `seed`; see `fit_curvature`.
 
-    A classifier's labels are `values`, or by default what its head answers.
+    A classifier's labels are `values`, or by default what its head answers. Rows that ask for no
+    prediction are left out.
 
     Raises:
         ConfigError: prompts for text that is given.
         SourceError: text that is missing or empty; or ``"self"`` for a
-            model that cannot write; or rows that its tables have no place for.
+            model that cannot write; or rows that its tables have no place for, or none of which
+            asks for a prediction.
+
+    Warns:
+        RetainWarning: rows were left out.
     """
     own = isinstance(source, str) and source == "self"
     if prompts is not None and not own:
@@ -63,9 +68,20 @@ def source_examples(
         source = kept_rows(
             partial, what, lambda: sample_rows(view.model, view.tokenizer, count=rows, **length)
         )
-    return view.read(
+    found = view.read(
         source, rows, max_length=max_length, seed=seed, values=values, labels=False
     )  # a text that is one row gives many
+    some = [example for example in found if example.predictions]
+    if not some:
+        raise SourceError(
+            "the source asks for no prediction",
+            got=f"{len(found)} rows, none with a target that counts",
+            allowed="at least one prediction",
+            fix="mark the targets that count in Example.predict",
+        )
+    if len(some) < len(found):
+        warn(f"{len(found) - len(some)} rows that ask for no prediction are left out")
+    return some
 
 
 def glance(example: Example, pad: int) -> Batch:
