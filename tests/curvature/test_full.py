@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from families import OLDER, built
 from fits import definite, dense_quadratic, fit, known, same, tensors, text
 from retain import reanchored
 from retain.errors import CurvatureError, MismatchError, ModelError
@@ -145,3 +147,8 @@ def test_tasks_add_up_around_the_trained_weights(structure: str) -> None:
         assert block.trace() == pytest.approx(traces[name], rel=1e-9)
     definite(total.to_dense())
     assert len(find_sites(tiny("llama"))) == len(total.blocks)
+
+
+def test_weights_that_are_kept_transposed_are_named() -> None:
+    with pytest.raises(ModelError, match=r"full fine-tuning; got: 8 layers.*Conv1D.*c_attn"):
+        fit(built(AutoModelForCausalLM, "GPT2", **OLDER), "llama")

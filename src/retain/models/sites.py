@@ -237,7 +237,8 @@ def find_sites(model: nn.Module, *, sharded: bool = False) -> list[LoraSite] | l
     does; embeddings, norms and biases have no curvature here. `sharded` is for `lora_sites`.
 
     Raises:
-        ModelError: neither; or what `lora_sites` refuses.
+        ModelError: neither; layers that keep their weights transposed (GPT-2) in full fine-tuning;
+            or what `lora_sites` refuses.
     """
     inner: Any = unwrap(model)
     if any(isinstance(m, LoraLayer) for m in inner.modules()) or hasattr(inner, "peft_config"):
@@ -254,7 +255,23 @@ def find_sites(model: nn.Module, *, sharded: bool = False) -> list[LoraSite] | l
     for site in sites:
         if _sharded(site.weight):
             raise _no_shards(site.name)
+    if not sites and (kept := _transposed(inner)):
+        raise ModelError(
+            "no layer of the model can be held in full fine-tuning",
+            got=f"{len(kept)} layers of the kind Conv1D, such as {kept[0]}",
+            allowed="torch.nn.Linear",
+            fix="train it with LoRA: peft.get_peft_model(model, LoraConfig(...))",
+        )
     return sites or lora_sites(inner)  # which says what is missing
+
+
+def _transposed(model: nn.Module) -> list[str]:
+    """The layers of a plain model that train and keep W as [d_in, d_out], as GPT-2's do."""
+    return [
+        canonical(name)
+        for name, layer in model.named_modules()
+        if type(layer).__name__ == "Conv1D" and any(p.requires_grad for p in layer.parameters())
+    ]
 
 
 def output_head(model: nn.Module) -> Any:
