@@ -40,6 +40,25 @@ def test_folders_files_and_single_runs_agree(tmp_path: Path) -> None:
     assert both[0].skipped[0].method == "O-LoRA"
 
 
+def test_unlike_runs_of_one_name_are_refused(tmp_path: Path) -> None:
+    """A first try with few rows beside the whole study: both were one cell."""
+    few, whole = (make_run(TASKS, METHODS[0], 0, study="s") for _ in range(2))
+    few["key"] = "a-limit"
+    for name, runs in (("try", [few]), ("whole", [whole]), ("copied", [whole])):
+        data = {"schema": "retain.study/1", "name": "s", "runs": runs}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "study.json").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(SourceError, match="two unlike runs of the study s") as caught:
+        read_studies([tmp_path])
+    assert "try/study.json" in str(caught.value) and "copied/study.json" in str(caught.value)
+    (study,) = read_studies([tmp_path / "whole", tmp_path / "copied"])
+    assert [run.key for run in study.runs] == [whole["key"]]
+    record = tmp_path / "run.json"
+    record.write_text(json.dumps(few), encoding="utf-8")
+    with pytest.raises(SourceError, match="of one of them alone"):
+        read_studies([record, tmp_path / "whole"])
+
+
 def _put(key: str, value: Any, *path: str | int) -> Callable[[dict[str, Any]], None]:
     def spoil(data: dict[str, Any]) -> None:
         for step in path:

@@ -139,17 +139,33 @@ def _joined(old: StudyRecord, new: StudyRecord) -> StudyRecord:
     )
 
 
+def _check_alike(study: StudyRecord, path: Path, seen: dict[str, tuple[str, Path]]) -> None:
+    """Refuses runs that have the title of one in another file, and unlike settings."""
+    for run in study.runs:
+        key, place = seen.setdefault(run.config.title, (run.key, path))
+        if place != path and key and run.key and run.key != key:
+            raise SourceError(
+                f"two unlike runs of the study {study.name} have one name",
+                got=f"{run.config.title} in {place} and, with other settings, in {path}",
+                allowed="one run for a model, adapter, method, order and seed",
+                fix="report the study.json of one of them alone",
+            )
+
+
 def read_studies(paths: Iterable[Path]) -> list[StudyRecord]:
     """Read studies from files and folders; runs of one study that lie apart are joined.
 
     Raises:
-        SourceError: a file is missing, is not JSON, is no result, or none holds a run.
+        SourceError: a file is missing, is not JSON, is no result, or none holds a run; or two runs
+            of one study would be one of its cells and seeds with unlike settings.
     """
     found: dict[str, StudyRecord] = {}
+    seen: dict[str, dict[str, tuple[str, Path]]] = {}
     for path in (file for given in paths for file in _files(given)):
         study = _read(path)
         if study.name in found and schema_of(path) in (RESULT, RESULT_SCHEMA):
             study = study.model_copy(update={"name": f"{study.name} ({path})"})
+        _check_alike(study, path, seen.setdefault(study.name, {}))
         old = found.get(study.name)
         found[study.name] = study if old is None else _joined(old, study)
     if not any(study.runs for study in found.values()):
