@@ -14,7 +14,7 @@ from retain.models.load import is_decoder
 from retain.records import digest_of
 from retain.study.grid import Grid, expand
 from retain.study.spec import parse_study, read_study
-from study_parts import PRETENDED, A, B
+from study_parts import PRETENDED, TASK, A, B
 
 CLAIM = {"claim": "it forgets less", "metric": "kl", "method": "held 10", "bound": 0.5}
 
@@ -239,6 +239,18 @@ def test_mistakes_are_one_line(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(RetainError, match=said) as caught:
         grid(**changes)
     assert "\n" not in str(caught.value)
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Tables and reports go by the name: one had the scores of the other."""
+    task = "name: {}\n" + TASK.format(name="t", first="a", second="b")
+    for file in ("x.yaml", "y.yaml"):
+        (tmp_path / file).write_text(task.replace("{}", "mine"), encoding="utf-8")
+    spec = parse_study(PRETENDED | {"orders": {"xy": ["x.yaml", "y.yaml"]}, "training": {}})
+    with pytest.raises(ConfigError, match=r"one name; got: mine, the name of x\.yaml and of y"):
+        expand(spec, tmp_path)
+    (tmp_path / "y.yaml").write_text(task.replace("{}", "yours"), encoding="utf-8")
+    assert expand(spec, tmp_path).runs[0].order.tasks == ["x.yaml", "y.yaml"]
 
 
 def test_limit_and_seeds_from_the_command_line(tmp_path: Path) -> None:

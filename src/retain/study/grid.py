@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -62,7 +62,8 @@ def expand(spec: StudySpec, base: Path) -> Grid:
     """The grid of a study, whose file lies in the folder `base`.
 
     Raises:
-        ConfigError: a name or option is not known, or two unlike runs would have one name.
+        ConfigError: a name or option is not known, or two unlike runs, or two tasks, would have one
+            name.
         SourceError: a file that the study names is missing.
     """
     return _Expansion(spec, base).grid()
@@ -94,7 +95,9 @@ class _Expansion:
         self.spec, self.base = spec, base
         self.orders = {name: _tasks(order) for name, order in spec.orders.items()}
         every = {task: None for tasks in self.orders.values() for task in tasks}
-        self.definitions = {task: _definition(task, base) for task in every}
+        tasks = {task: task_at(task, base) for task in every}
+        _check_names(tasks)
+        self.definitions = {task: _definition(task, found) for task, found in tasks.items()}
         for training in spec.trainings:
             for task in training.get("tasks") or {}:
                 if task not in every:
@@ -236,9 +239,22 @@ def _published(reference: str) -> list[str]:
     return list(orders[reference])
 
 
-def _definition(task: str, base: Path) -> str:
+def _check_names(tasks: Mapping[str, TaskSpec]) -> None:
+    """Refuses two tasks of one name, by which records and tables tell them apart."""
+    first: dict[str, str] = {}
+    for task, spec in tasks.items():
+        other = first.setdefault(spec.name, task)
+        if other != task:
+            raise ConfigError(
+                "two tasks of the study have one name",
+                got=f"{spec.name}, the name of {other} and of {task}",
+                allowed="a name for each task",
+                fix="write another name: into one of the files (by default it is the file's own)",
+            )
+
+
+def _definition(task: str, spec: TaskSpec) -> str:
     """Name and version of a task of the package; a digest of one in a file."""
-    spec = task_at(task, base)
     if not task.endswith((".yaml", ".yml")):
         return f"{spec.name}@{spec.version}"
     return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:16]
