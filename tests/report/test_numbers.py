@@ -311,6 +311,25 @@ class TestFinding:
         runs = [make_run(TASKS, way, seed) for seed in range(3) for way in same]
         assert "none forgets less" in finding(group_of({"name": "s", "runs": runs}))
 
+    def test_says_why_nothing_is_compared(self) -> None:
+        """It said that every setting learned clearly less."""
+        plain, held = [make_run(TASKS, METHODS[0], 0)], make_run(TASKS, METHODS[4], 0)
+        replay = make_run(TASKS, METHODS[9], 0)
+        for others in ([replay], [fail(held, "no memory"), replay]):
+            text = finding(group_of({"name": "s", "runs": plain + others}))
+            assert "points; no setting without stored data was measured. With stored" in text
+        far = [make_run(TASKS, METHODS[4], 1)]
+        text = finding(group_of({"name": "s", "runs": plain + far}))
+        assert "no setting without stored data has a seed of plain LoRA's" in text
+        less = make_run(TASKS, METHODS[5], 0)
+        less["metrics_summary"]["learning"] = 0.0
+        other = make_run(TASKS, METHODS[5], 1)
+        other["metrics_summary"]["learning"] = 0.01
+        plain.append(make_run(TASKS, METHODS[0], 1))
+        far = [make_run(TASKS, METHODS[3], 2)]
+        text = finding(group_of({"name": "s", "runs": [*plain, less, other, *far]}))
+        assert "that has a seed of plain LoRA's learns clearly less" in text
+
     def test_single_tasks_without_kl_have_scores_to_tell(self) -> None:
         """It said that plain LoRA was not done, beside its row in the table."""
         ways = [METHODS[0], METHODS[4]]

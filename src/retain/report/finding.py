@@ -40,19 +40,33 @@ def _doubt(found: Estimate | None) -> str:
     return "the 95 % interval of the paired difference leaves 0 out"
 
 
+def _storeless(group: Group, m: Metric) -> list[Cell]:
+    """The held cells that store no data and have a value of the metric."""
+    held = (cell for cell in group.cells if cell.held and not cell.stores)
+    return [cell for cell in held if cell.mean(m.key) is not None]
+
+
 def _best(group: Group, m: Metric) -> tuple[Cell | None, int]:
     """The held cell that stores no data, learns as much and forgets least; of how many.
 
     Cells of fewer seeds than the others wait for theirs: one lucky seed would win.
     """
-    fair = [
-        cell
-        for cell in group.cells
-        if cell.held and not cell.stores and cell.mean(m.key) is not None and _learns_as_much(cell)
-    ]
+    fair = [cell for cell in _storeless(group, m) if _learns_as_much(cell)]
     most = max((cell.seeds for cell in fair), default=0)
     fair = [cell for cell in fair if cell.seeds == most]
     return min(fair, key=lambda cell: _mean(cell, m), default=None), len(fair)
+
+
+def _why_none(group: Group, m: Metric) -> str:
+    """Why `_best` has no cell."""
+    measured = _storeless(group, m)
+    if not measured:
+        return "no setting without stored data was measured"
+    known = [cell for cell in measured if cell.diffs.get("learning") is not None]
+    if not known:
+        return "no setting without stored data has a seed of plain LoRA's to be compared on"
+    some = "" if len(known) == len(measured) else " that has a seed of plain LoRA's"
+    return f"every setting without stored data{some} learns clearly less than plain LoRA"
 
 
 def _mean(cell: Cell, m: Metric) -> float:
@@ -133,6 +147,27 @@ def _of_chosen(group: Group, ours: Cell) -> str:
     return f"On {group.title}, {name} {kept}, and {learned}."
 
 
+def _least(group: Group, m: Metric, lost: str) -> str:
+    """What `_best` found, or why there is none."""
+    best, count = _best(group, m)
+    if best is None:
+        return _why_none(group, m)
+    name, diff = names(group)[group.cells.index(best)], best.diffs.get(m.key)
+    ours = f"{_value(m, best.mean(m.key))} ({_doubt(diff)})"
+    if diff is None or diff.mean >= 0:
+        return f"of the settings without stored data that learn as much none {lost} less"
+    if count > 1:
+        run = f" and of {best.seeds} seeds" if best.seeds > 1 else ""
+        return (
+            f"of the {count} settings without stored data{run} that do not learn clearly less, "
+            f"{name} {lost} least: {ours}, picked after the fact"
+        )
+    return (
+        "the only setting without stored data that does not learn clearly less, "
+        f"{name}, {lost} {ours}"
+    )
+
+
 def finding(group: Group) -> str:
     """What forgets least at equal learning, how sure that is, and what replay does."""
     m, plain = _measure(group), group.plain
@@ -143,30 +178,15 @@ def finding(group: Group) -> str:
         return _adapters(group)  # of single tasks without KL there is nothing forgotten to tell
     if m is None or plain is None:
         return f"Plain LoRA is not done on {group.title}, so there is nothing to compare with."
-    named = dict(zip(map(id, group.cells), names(group), strict=True))
     unit = "points" if m.key == "forgetting" else "nats per token"
     lost = "forgets" if m.key == "forgetting" else "moves from the base"
     text = f"On {group.title}, plain LoRA {lost} {_value(m, plain.mean(m.key))} {unit}"
-    best, count = _best(group, m)
-    if best is None:
-        return f"{text}; every setting without stored data learns clearly less than plain LoRA."
-    name, diff = named[id(best)], best.diffs.get(m.key)
-    ours = f"{_value(m, best.mean(m.key))} ({_doubt(diff)})"
-    if diff is None or diff.mean >= 0:
-        text += f"; of the settings without stored data that learn as much none {lost} less"
-    elif count > 1:
-        run = f" and of {best.seeds} seeds" if best.seeds > 1 else ""
-        text += (
-            f"; of the {count} settings without stored data{run} that do not learn clearly less, "
-        )
-        text += f"{name} {lost} least: {ours}, picked after the fact"
-    else:
-        text += "; the only setting without stored data that does not learn clearly less, "
-        text += f"{name}, {lost} {ours}"
+    text += f"; {_least(group, m, lost)}"
     stored = [cell for cell in group.cells if cell.stores and cell.mean(m.key) is not None]
     if stored:
         least = min(stored, key=lambda cell: _mean(cell, m))
-        text += f". With stored data, {named[id(least)]} {lost} {_value(m, least.mean(m.key))}"
+        name = names(group)[group.cells.index(least)]
+        text += f". With stored data, {name} {lost} {_value(m, least.mean(m.key))}"
     return text + "."
 
 
