@@ -110,3 +110,29 @@ def test_claims_hold_by_their_numbers_alone(
     other = claim.model_copy(update={"relation": ">="})
     (found,) = judged([other], cells)
     assert found["holds"] is (None if value is None else value >= 0.5)
+
+
+@pytest.mark.parametrize(
+    ("relation", "a", "b", "value", "holds"),
+    [
+        ("<=", 0.1, 0.2, 0.5, True),
+        ("<=", 0.1, 1.2, 3.0, False),
+        (">=", 0.1, 1.2, 0.25, False),
+        (">=", 0.2, 1.2, 0.5, True),
+    ],
+)
+def test_a_claim_is_of_all_its_cells(
+    relation: Any, a: float, b: float, value: float, holds: bool
+) -> None:
+    """The first alone was judged."""
+    claim = ClaimSpec(claim="x", metric="kl", method="held", relation=relation, bound=0.5)
+    first = [cell("none", kl=0.4), cell("held", kl=a)]
+    second = [one | {"order": "p"} for one in (cell("none", kl=0.4), cell("held", kl=b))]
+    alone = cell("held", kl=9.0) | {"order": "without a reference"}
+    for cells in ([*first, *second, alone], [alone, *second, *first]):
+        (found,) = judged([claim], cells)
+        assert (found["value"], found["holds"]) == (pytest.approx(value), holds)
+    nothing = [one | {"order": "q"} for one in (cell("none", kl=0.0), cell("held", kl=1.0))]
+    (found,) = judged([claim], [*first, *second, *nothing])
+    assert found["holds"] is (None if holds else False)
+    assert found["value"] == (None if holds else pytest.approx(value))

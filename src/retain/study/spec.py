@@ -148,6 +148,8 @@ class SourceSpec(RunSource, extra="forbid"):
 class ClaimSpec(_Strict):
     """What a study is to show: a method's mean of a metric over that of another, and its bound.
 
+    Of several cells of the method all are to show it.
+
     Attributes:
         claim: in words.
         metric: of `retain.evaluation.continual.METRICS`, or ``score:TASK``.

@@ -63,36 +63,44 @@ def tables(records: Iterable[RunRecord]) -> dict[str, Any]:
 
 
 def judged(claims: Sequence[ClaimSpec], cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The claims of a study with their values, null where not told, and whether they hold."""
+    """The claims of a study with their values, null where not told, and whether they hold.
+
+    Each is judged in every cell of its method whose reference was run: the value is the one that is
+    farthest from holding. A claim that holds elsewhere is not told where one cell tells nothing.
+    """
     out = []
     for claim in claims:
-        value = _ratio(claim, cells)
+        least = claim.relation == "<="
+        ratios = _ratios(claim, cells)
+        known = [ratio for ratio in ratios if ratio is not None]
+        value = (max if least else min)(known, default=None)
         holds = None
         if value is not None:
-            holds = value <= claim.bound if claim.relation == "<=" else value >= claim.bound
+            holds = value <= claim.bound if least else value >= claim.bound
+        if holds and len(known) < len(ratios):
+            value = holds = None
         said = claim.model_dump(include={"claim", "relation", "bound"})
         out.append(said | {"value": value, "holds": holds})
     return out
 
 
-def _ratio(claim: ClaimSpec, cells: Sequence[dict[str, Any]]) -> float | None:
+def _ratios(claim: ClaimSpec, cells: Sequence[dict[str, Any]]) -> list[float | None]:
     """Of the means of two cells that differ in the method alone, on the seeds that both have.
 
-    A loss of ability is a change below 0.
+    None where the reference has nothing to lose; a loss of ability is a change below 0.
     """
-    found = next((cell for cell in cells if cell["method"] == claim.method), None)
-    if found is None:
-        return None
-    wanted = found | {"method": claim.reference}
-    place = ("model", "adapter", "method", "order")
-    other = next((c for c in cells if all(c[name] == wanted[name] for name in place)), None)
-    sides = [_by_seed(cell, claim.metric) for cell in (found, other)]
-    both = sides[0].keys() & sides[1].keys()
-    if not both:
-        return None
-    ours, theirs = (math.fsum(side[seed] for seed in both) / len(both) for side in sides)
+    place = ("model", "adapter", "order")
     lost = claim.metric in ("general", "backward_transfer")
-    return ours / theirs if (theirs < 0 if lost else theirs > 0) else None
+    found: list[float | None] = []
+    for cell in (cell for cell in cells if cell["method"] == claim.method):
+        others = (c for c in cells if all(c[name] == cell[name] for name in place))
+        other = next((c for c in others if c["method"] == claim.reference), None)
+        sides = [_by_seed(one, claim.metric) for one in (cell, other)]
+        both = sides[0].keys() & sides[1].keys()
+        if both:
+            ours, theirs = (math.fsum(side[seed] for seed in both) / len(both) for side in sides)
+            found.append(ours / theirs if (theirs < 0 if lost else theirs > 0) else None)
+    return found
 
 
 def _by_seed(cell: dict[str, Any] | None, metric: str) -> dict[int | None, float]:
