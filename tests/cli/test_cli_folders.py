@@ -84,9 +84,9 @@ class TestNotOurs:
         put(tmp_path, "study.json", content)
         put(tmp_path, "runs/mine.json", "{}")
         with pytest.raises(OutputError, match="did not write"):
-            check_study(tmp_path)
+            check_study(tmp_path, "s")
         put(tmp_path, "runs/a.json", '{"schema": "retain.run/1"}')
-        check_study(tmp_path)
+        check_study(tmp_path, "s")
 
     @pytest.mark.parametrize("content", ["text", '{"a": 1}'])
     def test_fit_and_eval(self, content: str, retain: Run, trained: Path, tmp_path: Path) -> None:

@@ -49,6 +49,26 @@ def test_run_status_and_run_again(retain: Any, model: Path, tmp_path: Path) -> N
     assert made["means"]["l2"]["seeds"] == [0] and made["means"]["l2"]["update_size"] < 0
 
 
+def test_what_is_not_asked_for_stays_in_the_table(retain: Any, model: Path, tmp_path: Path) -> None:
+    path = tiny_study(tmp_path / "s", model, **(SMALL | {"adapters": {"lora": {}}}))
+    path.write_text(path.read_text().replace("seeds:\n- 0\n", "seeds: [0, 1]\n"))
+    out = tmp_path / "out"
+    argv = ("study", path, "--out", out, "--data-dir", path.parent / "data")
+    retain(*argv).done()
+    again = retain(*argv, "--seeds", "1,2")
+    assert again.code == 0 and "leave study.json" not in again.out
+    study = json.loads((out / "study.json").read_text())
+    assert [run["seed"] for run in study["runs"]] == [1, 2, 0] and study["planned"] == 3
+    assert study["tables"]["cells"][0]["seeds"] == [0, 1, 2]
+    again = retain(*argv)
+    assert "finished runs of other settings, which leave study.json: 1;" in again.out
+    assert len(list((out / "runs").glob("*.json"))) == 3
+    path.write_text(path.read_text().replace("name: tiny", "name: another"))
+    before = (out / "study.json").read_bytes()
+    retain(*argv).refused("that of another study than another; got: tiny in", "another --out")
+    assert (out / "study.json").read_bytes() == before
+
+
 def test_matched_readings_and_the_best_settings(
     retain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

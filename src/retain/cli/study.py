@@ -54,7 +54,7 @@ class StatusConfig(Options):
     study: Path = Field(description="The study's YAML file")
     out: Path | None = Field(None, description="Folder of the results; runs/NAME by default")
     limit: int | None = Field(None, ge=1, description="At most so many train and test rows a task")
-    seeds: str | None = Field(None, description="Instead of the study's: 0,1,2")
+    seeds: str | None = Field(None, description="Runs of these in place of the study's: 0,1,2")
 
 
 class RunsConfig(StatusConfig):
@@ -80,13 +80,14 @@ def run(config: RunsConfig, screen: Screen) -> None:
     """
     spec, work = _open(config, config.data_dir)
     check_folder(work.out)
-    check_study(work.out)
+    check_study(work.out, spec.name)
     from dataclasses import replace
 
     from retain.provenance import cores
     from retain.study.engines import check_engine
     from retain.study.grid import expand
-    from retain.study.studies import run_study, take_known
+    from retain.study.spec import read_study
+    from retain.study.studies import left_out, run_study, take_known
 
     check_engine(config.engine)
     if spec.general is not None:
@@ -96,7 +97,16 @@ def run(config: RunsConfig, screen: Screen) -> None:
     threads = config.threads or (max(1, (cores() or 1) // config.jobs) if config.jobs > 1 else None)
     work = replace(work, retry_failed=config.retry_failed, threads=threads)
     grid = expand(spec, work.base)
+    if config.seeds is not None:
+        asked = {run.key for run in grid.runs}
+        whole = expand(read_study(config.study, limit=config.limit), work.base)
+        grid.others = [run for run in whole.runs if run.key not in asked]
     _say_skipped(grid.skipped, screen)
+    if count := left_out(grid, work):
+        screen.say(
+            f"finished runs of other settings, which leave study.json: {count}; "
+            f"their records stay in {work.out / 'runs'}"
+        )
     if config.known is not None:
         screen.say(f"{take_known(config.known, grid, work)} finished runs are from {config.known}")
     kept = f"what is done is kept in {work.out}; the same command goes on after the last finished"

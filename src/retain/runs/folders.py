@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retain.documents import read_json
+from retain.errors import OutputError
 from retain.files import (
     check_ours,
     clear_scratch,
@@ -138,14 +139,14 @@ def check_demo(out: Path) -> None:
     files = dict.fromkeys(("study.yaml", "word-problems.yaml"), (marked, "a file of a demo"))
     others = ("data", "adapters", "source", "report.html")
     _check(out, files | dict.fromkeys(others, (lambda _: mine, "a result of a demo")))
-    check_study(out)
+    check_study(out, "demo")
 
 
-def check_study(out: Path) -> None:
+def check_study(out: Path, name: str) -> None:
     """The same for ``retain study``, whose other files have names that nobody else gives.
 
     Raises:
-        OutputError: something in it is not of an earlier study.
+        OutputError: something in it is not of an earlier study, or is of one of another name.
     """
 
     def table(path: Path) -> bool:
@@ -158,6 +159,15 @@ def check_study(out: Path) -> None:
         "study.json": (table, "the table of a study"),
         **dict.fromkeys(folders, (Path.is_dir, "a folder of a study")),
     })  # fmt: skip
+    found = _json(out / "study.json")
+    other = found.get("name", name) if isinstance(found, dict) else name
+    if other != name:
+        raise OutputError(
+            f"the folder is that of another study than {name}",
+            got=f"{other} in {out}",
+            allowed="a new folder, or one of a study of this name",
+            fix=f"choose another --out (--known {out} takes over finished runs that are alike)",
+        )
 
 
 def check_record(path: Path, what: str, *schemas: str) -> None:

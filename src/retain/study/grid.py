@@ -33,10 +33,13 @@ class Grid:
     Attributes:
         runs: without repetition.
         skipped: what a method refuses: names, and the reason.
+        others: runs of the study that are not asked for now; those that were done before stay in
+            its tables.
     """
 
     runs: list[RunSpec] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
+    others: list[RunSpec] = field(default_factory=list)
 
     def matching(self, pattern: str | None) -> list[RunSpec]:
         """The runs whose title holds a pattern (``*`` and ``?`` stand for anything).

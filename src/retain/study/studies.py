@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from retain.documents import read_json, sealed
-from retain.errors import unknown
+from retain.errors import ConfigError, unknown
 from retain.files import check_folder, clear_scratch, first_rank, write_json
 from retain.records import STUDY_SCHEMA, RunSpec, StudyRecord, finite
 from retain.study.engines import ENGINES, check_engine, in_order, in_processes, on_ray
@@ -28,7 +28,7 @@ from retain.study.work import (
     write_shared,
 )
 
-__all__ = ["collect", "is_running", "run_study", "study_status", "take_known"]
+__all__ = ["collect", "is_running", "left_out", "run_study", "study_status", "take_known"]
 
 Tell = Callable[[RunSpec, Outcome], None]
 
@@ -116,8 +116,20 @@ def take_known(path: Path, grid: Grid, work: Work) -> int:
     return len(taken)
 
 
+def left_out(grid: Grid, work: Work) -> int:
+    """How many finished runs of the folder's ``study.json`` `collect` will not write again."""
+    try:
+        before = read_study_file(work.out).runs
+    except ConfigError:  # there is none, or it is damaged
+        return 0
+    keys = {run.key for run in (*grid.runs, *grid.others)}
+    return sum(run.done and run.key not in keys for run in before)
+
+
 def collect(spec: StudySpec, grid: Grid, work: Work) -> None:
     """Writes ``study.json`` from the records that are there, in the order of the grid.
+
+    Those of its other runs, which were not asked for now, come last.
 
     Raises:
         OutputError: it cannot be written.
@@ -131,8 +143,9 @@ def collect(spec: StudySpec, grid: Grid, work: Work) -> None:
 
 def _collected(spec: StudySpec, grid: Grid, work: Work) -> StudyRecord:
     kept = replace(work, retry_failed=False)  # what failed is shown until it is done
-    there = (standing(run, kept) for run in grid.runs)
+    there = [standing(run, kept) for run in (*grid.runs, *grid.others)]
     records = [record for record in there if record is not None]
+    more = sum(record is not None for record in there[len(grid.runs) :])
     found = tables(records)
     made: dict[str, Any] = {
         "schema": STUDY_SCHEMA,
@@ -140,7 +153,7 @@ def _collected(spec: StudySpec, grid: Grid, work: Work) -> StudyRecord:
         "description": spec.description,
         "spec": spec.model_dump(mode="json", exclude_none=True),
         "skipped": grid.skipped,
-        "planned": len(grid.runs),
+        "planned": len(grid.runs) + more,
         "runs": with_intransigence(records),
         "tables": finite(found),
     }
