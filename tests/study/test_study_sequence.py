@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import shutil
@@ -20,6 +21,7 @@ from retain.errors import ConfigError
 from retain.records import RunEvaluation, RunSpec, flags_of
 from retain.retention.method import Context
 from retain.retention.methods.auto import Wiener
+from retain.retention.registry import METHODS as REGISTRY
 from retain.study import state
 from retain.study.fits import forget_fits, sharing
 from retain.study.grid import Grid, expand
@@ -293,6 +295,44 @@ def test_a_state_of_other_versions_is_not_gone_on_from(tmp_path: Path) -> None:
     assert (tmp_path / "s").exists()
     kept.clear()
     assert not (tmp_path / "s").exists()
+
+
+OWN = """
+from retain.retention.method import Method
+
+class Own(Method):
+    name, broken, seen = "own", True, []
+
+    def before_task(self, task):
+        self.seen.append(task.index)
+        if task.index == 1 and self.broken:
+            raise ValueError("odd")
+        return task.examples
+"""
+
+
+def test_a_failed_run_goes_on_with_the_code_of_its_first_tasks_alone(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "own_method.py"
+    file.write_text(OWN, encoding="utf-8")
+    module = importlib.import_module("own_method")
+    monkeypatch.setitem(REGISTRY, "own", module.Own)
+    path = tiny_study(tmp_path / "study", tiny_folder, seeds=[0], methods={"own": {}})
+    for change, seen in (("", [0, 1, 1, 2]), ("    mended = True\n", [0, 1, 2])):
+        grid, work = opened(path, tmp_path / f"out-{len(seen)}")
+        module.Own.broken = True
+        assert execute(grid.runs[0], work).status == "failed"
+        if change:
+            file.write_text(OWN + change, encoding="utf-8")
+            module = importlib.reload(module)
+            monkeypatch.setitem(REGISTRY, "own", module.Own)
+        module.Own.broken = False
+        ended = execute(grid.runs[0], replace(work, retry_failed=True))
+        assert ended.status == "done" and module.Own.seen == seen
+        assert any("begins again" in note for note in ended.notes) == bool(change)
+        module.Own.seen.clear()
 
 
 def test_independent_runs_give_intransigence(tiny_folder: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from retain.study.work import (
     changed_inputs,
     holding,
     input_digests,
+    method_digest,
     read_record,
     standing,
 )
@@ -112,8 +113,8 @@ def _put_aside(run: RunSpec, work: Work) -> list[str]:
     return [f"done again, since {changed} changed; the earlier record: {place}"]
 
 
-def _state(key: str, work: Work, stamp: dict[str, Any]) -> SequenceState:
-    return SequenceState(work.state(key), stamp, writes=first_rank())
+def _state(key: str, work: Work, stamp: dict[str, Any], method: str = "") -> SequenceState:
+    return SequenceState(work.state(key), stamp, method=method, writes=first_rank())
 
 
 def _attempt(run: RunSpec, work: Work, say: Say | None) -> RunRecord:
@@ -127,8 +128,9 @@ def _attempt(run: RunSpec, work: Work, say: Say | None) -> RunRecord:
     where["hardware"]["threads"] = torch.get_num_threads()
     commit = (where["commit"] or "").rstrip("+")  # files beside the code may come while it runs
     inputs = input_digests(run, work)
-    stamp = {"versions": where["versions"], "commit": commit}
-    state = _state(run.key, work, stamp | ({"inputs": inputs} if inputs else {}))
+    stamp: dict[str, Any] = {"versions": where["versions"], "commit": commit}
+    stamp |= {"inputs": inputs} if inputs else {}
+    state = _state(run.key, work, stamp, method_digest(run.method.kind))
     messages = Messages(quiet=True)
 
     def record(status: str, error: str | None, body: dict[str, Any]) -> RunRecord:

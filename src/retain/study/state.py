@@ -47,12 +47,15 @@ class SequenceState:
     What no task changes is a file of its own, written with the first task and left alone.
 
     The JSON file is replaced last, as a whole: a kill at any moment leaves either the old state or
-    the new one. A state with another stamp is not gone on from. Of several processes that train
-    together the first one `writes`.
+    the new one. A state with another stamp, or of another `method`'s code, is not gone on from. Of
+    several processes that train together the first one `writes`.
     """
 
-    def __init__(self, folder: Path, stamp: Mapping[str, Any], *, writes: bool = True) -> None:
+    def __init__(
+        self, folder: Path, stamp: Mapping[str, Any], *, method: str = "", writes: bool = True
+    ) -> None:
         self.folder, self.stamp, self.writes = folder, dict(stamp), writes
+        self._made_by = self.stamp | ({"method": method} if method else {})
         self._fixed: dict[str, str] | None = None  # files that stay, with their digests
 
     def load(self) -> Kept | None:
@@ -65,7 +68,7 @@ class SequenceState:
             return None
         try:
             note = read_json(self.folder / "state.json", sealed=True)
-            if note["stamp"] != self.stamp:
+            if note["stamp"] != self._made_by:
                 _say_anew("is of other versions, code or data")
                 return None
             paths = [self._tensors(part, note["done"]) for part in _PARTS]
@@ -111,7 +114,7 @@ class SequenceState:
                 _write_tensors(path, tensors)
                 self._fixed = {path.name: file_digest(path)}
         files = [file_digest(path) for path in paths]
-        note = {"done": done, "stamp": self.stamp, "files": files, "fixed": self._fixed,
+        note = {"done": done, "stamp": self._made_by, "files": files, "fixed": self._fixed,
                 "data": dict(data)}  # fmt: skip
         write_json(self.folder / "state.json", sealed(note))
         for old in self.folder.glob("*.safetensors"):

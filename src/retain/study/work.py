@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from retain.documents import read_json
 from retain.errors import ConfigError, RetainError
 from retain.files import clear_scratch, file_digest, write_json, writing
 from retain.records import RUN_SCHEMA, RunRecord, RunSource, RunSpec, StudyRecord
+from retain.retention.method import Method
+from retain.retention.registry import METHODS
 from retain.study.grid import task_at
 
 __all__ = [
-    "RunFunction", "Work", "changed_inputs", "holding", "input_digests", "model_digest",
-    "read_record", "read_shared", "read_study_file", "source_file", "standing", "write_shared",
+    "RunFunction", "Work", "changed_inputs", "holding", "input_digests", "method_digest",
+    "model_digest", "read_record", "read_shared", "read_study_file", "source_file", "standing",
+    "write_shared",
 ]  # fmt: skip
 
 RunFunction = Callable[..., dict[str, Any]]
@@ -232,6 +236,23 @@ def model_digest(name: str) -> str | None:
         if path.suffix in (".safetensors", ".json", ".model", ".txt", ".jinja") and path.is_file():
             digest.update(f"{path.name}:{_pieces(path, _stamp(path))};".encode())
     return digest.hexdigest()[:32]
+
+
+def method_digest(kind: str) -> str:
+    """What tells a method's code from another: the files of its class and of those it is made of.
+
+    A class that was typed in has no file, and an unknown method no digest.
+    """
+    return _code(METHODS[kind]) if kind in METHODS else ""  # type: ignore[arg-type]
+
+
+@cache  # as it was when first asked for: later changes are not what runs
+def _code(method: type[Method]) -> str:
+    files = []
+    for part in method.__mro__:
+        with suppress(TypeError, OSError):
+            files.append(file_digest(Path(inspect.getfile(part))))
+    return hashlib.sha256("".join(files).encode()).hexdigest()[:16]
 
 
 def _stamp(path: Path) -> tuple[int, int]:
