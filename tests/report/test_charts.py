@@ -119,6 +119,22 @@ def test_scores_are_drawn_against_shares_where_these_differ(share: float) -> Non
     assert ("average-share" in keys) is (share == 0.02)
 
 
+@pytest.mark.parametrize("length", [2, 4])
+def test_each_task_has_one_tick_for_each_place(length: int) -> None:
+    """Vega has more ticks than there are whole numbers, and rounded their labels."""
+    runs = [make_run(TASKS[:length], METHODS[0], seed) for seed in range(2)]
+    drawn = {panel.key: panel for panel in panels(group_of({"name": "s", "runs": runs}))}
+    spec = drawn["task-1"].chart.to_dict(validate=False)
+    ticks = [layer["encoding"]["x"]["axis"]["values"] for layer in _layers(spec)]
+    assert ticks and all(values == list(range(length + 1)) for values in ticks)
+
+
+def _layers(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """The layers of a chart that have an axis below."""
+    inner = [one for layer in spec.get("layer", []) for one in _layers(layer)]
+    return inner or [spec] * ("axis" in spec.get("encoding", {}).get("x", {}))
+
+
 def test_the_numbers_that_are_drawn() -> None:
     group = group_of(make_study())
     drawn = {panel.key: panel.rows for panel in panels(group)}

@@ -227,7 +227,8 @@ def _each_task(group: Group, look: Look) -> list[Panel]:
         low = low if min(span) < 0 else max(0.0, low)  # no axis below a score of 0
         across = alt.Scale(domain=[0, group.length], padding=6)
         upright = alt.Scale(domain=[low, low + room], nice=False, zero=False)
-        x = alt.X("x:Q", title=None, axis=axis(grid=False, format="d", tickMinStep=1), scale=across)
+        places = axis(range(group.length + 1), grid=False, labelOverlap=True)
+        x = alt.X("x:Q", title=None, axis=places, scale=across)
         y = alt.Y("y:Q", title=None, axis=alt.Axis(tickCount=4), scale=upright)
         learned = data([{"x": j + 1}]).mark_rule(stroke=_MUTED, strokeDash=[2, 4]).encode(x=x)
         chart = alt.layer(learned, _lines(rows, look, x, y, task)).properties(height=150)
