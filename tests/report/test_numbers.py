@@ -177,6 +177,13 @@ def test_where_scores_tell_nothing_the_loss_tells_what_was_learned() -> None:
     assert group_of(alike).learned == "learning"
 
 
+def test_models_whose_folders_share_a_name_are_told_apart() -> None:
+    models = ["tiny", "other/tiny", "/a/x/last", "/a/y/last/", "someone/alone"]
+    runs = [make_run(TASKS, METHODS[0], 0, model=model) for model in models]
+    found = groups([StudyRecord.model_validate({"name": "s", "runs": runs})])
+    assert [g.model for g in found] == ["tiny", "other/tiny", "x/last", "y/last", "alone"]
+
+
 def test_sequences_come_before_tasks_alone() -> None:
     sequence = [make_run(TASKS, METHODS[0], 0)]
     alone = [make_run([task], METHODS[0], 0, order=task) for task in TASKS]

@@ -6,7 +6,7 @@ one more group holds the mean over them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -162,6 +162,17 @@ def short_name(model: str) -> str:
     return model.rstrip("/").rpartition("/")[2] or model
 
 
+def _short_names(models: Iterable[str]) -> dict[str, str]:
+    """Of each model as much of the end of its path as tells it from the others."""
+    parts = {model: model.rstrip("/").split("/") for model in models}
+    out: dict[str, str] = {}
+    for model, mine in parts.items():
+        others = [theirs for other, theirs in parts.items() if other != model]
+        alone = (n for n in range(1, len(mine)) if mine[-n:] not in [o[-n:] for o in others])
+        out[model] = "/".join(mine[-next(alone, len(mine)) :]) or model
+    return out
+
+
 def _cell(run: Run) -> Cell:
     method, adapter = run.config.method, run.config.adapter
     held = "none" not in (method.name, method.kind)
@@ -220,7 +231,7 @@ def _within(run: Run) -> dict[str, Interval]:
     return {key: ends for key, ends in known.items() if ends and ends[0] < ends[1]}
 
 
-def _group(study: StudyRecord, runs: list[Run]) -> Group:
+def _group(study: StudyRecord, runs: list[Run], model: str) -> Group:
     cells: dict[tuple[object, ...], Cell] = {}
     for run in runs:
         new = _cell(run)
@@ -235,8 +246,7 @@ def _group(study: StudyRecord, runs: list[Run]) -> Group:
             cell.within = _within(cell.runs[0])
     made = list(cells.values())
     _compare(made, runs)
-    order = first.config.order.name
-    model, choice = short_name(first.config.model), study.chosen
+    order, choice = first.config.order.name, study.chosen
     return Group(study.name, model, order, tasks, first.metrics, made, named, choice=choice)
 
 
@@ -280,18 +290,19 @@ def _pooled(parts: list[Group], runs: list[Run]) -> Group:
 def groups(studies: Sequence[StudyRecord]) -> list[Group]:
     """All groups of the studies: sequences, then tasks learned alone, their mean first."""
     out: list[Group] = []
+    names = _short_names(run.config.model for study in studies for run in study.runs)
     for study in studies:
         by_model: dict[str, dict[str, list[Run]]] = {}
         for run in study.runs:
             orders = by_model.setdefault(run.config.model, {})
             orders.setdefault(run.config.order.name, []).append(run)
-        for orders in by_model.values():
-            parts = [_group(study, runs) for runs in orders.values()]
+        for model, orders in by_model.items():
+            parts = [_group(study, runs, names[model]) for runs in orders.values()]
             alone = [part for part in parts if len(part.tasks) == 1]
             out += [part for part in parts if len(part.tasks) > 1]
             if len(alone) > 1:
-                names = {part.order for part in alone}
-                singles = [r for name, runs in orders.items() if name in names for r in runs]
+                kept = {part.order for part in alone}
+                singles = [r for name, runs in orders.items() if name in kept for r in runs]
                 out.append(_pooled(alone, singles))
             out += alone
     return out
