@@ -183,6 +183,13 @@ def test_published_orders_and_patterns() -> None:
         found.matching("nome")
 
 
+def test_a_pattern_takes_brackets_as_they_are() -> None:
+    found = grid(adapters={"lora [r=2]": {"kind": "lora", "rank": 2}})
+    assert len(found.matching("lora [r=2] none*seed 0")) == 2
+    with pytest.raises(ConfigError, match="no run matches"):
+        found.matching("lora [rx]r=2")
+
+
 def test_a_seed_draws_an_order() -> None:
     tasks = [f"cl15/{name}" for name in ("yahoo", "amazon", "agnews", "dbpedia", "imdb", "yelp")]
     runs = grid(orders={"six": {"drawn": tasks}}, training={}, seeds=[0, 1]).matching("none six")

@@ -49,7 +49,8 @@ class Grid:
         """
         if pattern is None:
             return self.runs
-        found = [r for r in self.runs if fnmatch.fnmatchcase(r.title, f"*{pattern}*")]
+        held = f"*{pattern.replace('[', '[[]')}*"
+        found = [r for r in self.runs if fnmatch.fnmatchcase(r.title, held)]
         if not found:
             some = "; ".join(run.title for run in self.runs[:3])
             raise ConfigError(
