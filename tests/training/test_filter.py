@@ -21,7 +21,7 @@ from retain.errors import ConfigError, MismatchError, ModelError, RetainWarning,
 from retain.models.lora import grow_lora
 from retain.models.off import adapter_off
 from retain.models.sites import lora_sites
-from retain.retention import recipe
+from retain.retention import filter_rows
 from retain.retention.filter import InputFilter
 from retain.retention.filter_checks import why_no_filter
 from retain.retention.force import Force
@@ -229,7 +229,7 @@ def test_rows_are_read_while_their_tokens_fit(
         seen.extend(examples)
         return input_moments(model, sites, examples, **options)
 
-    monkeypatch.setattr(recipe, "input_moments", read)
+    monkeypatch.setattr(filter_rows, "input_moments", read)
     held = Recipe(fit(model, structure="kfac"), filter=Filter(tokens=tokens))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
