@@ -144,6 +144,40 @@ def test_names_in_the_pictures_do_not_overlap(
     assert browser.js(_OVERLAPS) == []
 
 
+_CUT = """
+[...document.querySelectorAll('svg.marks')].flatMap((svg) => {
+  const whole = svg.getBoundingClientRect();
+  return [...svg.querySelectorAll('.role-legend text')].filter((t) =>
+    t.getBoundingClientRect().bottom > whole.bottom + 1).map((t) => t.textContent);
+})
+"""
+_TOUCHING = """
+[...document.querySelectorAll('svg.marks .role-axis-label')].flatMap((g) => {
+  const boxes = [...g.querySelectorAll('text')]
+    .filter((t) => getComputedStyle(t).opacity !== '0').map((t) => t.getBoundingClientRect());
+  return boxes.slice(1).map((b, i) => [boxes[i], b])
+    .filter(([a, b]) => Math.abs(a.top - b.top) < 1 && b.left < a.right + 4).map(([a]) => a.left);
+})
+"""
+
+
+@pytest.mark.parametrize("size", [5e-3, 3e-5])
+def test_long_numbers_leave_room_for_legends_and_ticks(
+    browser: Browser, tmp_path: Path, size: float
+) -> None:
+    """The axis of 0.000004 made the figure narrower after the legend's columns were counted."""
+    data = scoreless()
+    for i, run in enumerate(data["runs"]):
+        run["losses"] = [30.64 + 0.01 * (i % 8)]
+        run["retention"][-1]["kl"] *= size
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    _open(browser, write_report([path], tmp_path / "report.html")[0], 390)
+    assert browser.js("document.querySelectorAll('.role-legend text').length") >= 3
+    assert browser.js(_CUT) == []
+    assert browser.js(_TOUCHING) == []
+
+
 def _column(browser: Browser, at: int) -> list[str]:
     rows: list[str] = browser.js(
         "[...document.querySelector('table.sortable').tBodies[0].rows]"

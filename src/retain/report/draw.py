@@ -33,6 +33,7 @@ _CONFIG: dict[str, Any] = {
         "labelColor": "var(--muted)", "titleColor": "var(--ink)", "gridColor": "var(--grid)",
         "domainColor": "var(--axis)", "tickColor": "var(--axis)", "labelFontSize": 11.5,
         "titleFontSize": 12.5, "titleFontWeight": "normal", "labelPadding": 5,
+        "labelSeparation": 5,
     },
     "axisX": {"titleAnchor": "end", "titlePadding": 8},
     "axisY": {
@@ -60,13 +61,18 @@ def asset(name: str) -> str:
     return resources.files("retain.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _arrange(scope: dict[str, Any], width: str, height: str) -> None:
+_ROOM = "isFinite(containerSize()[0]) ? containerSize()[0] - 50 : width"
+"""Of a figure as wide as its container, without its axis: the same before its layout and after."""
+
+
+def _arrange(scope: dict[str, Any], width: str, height: str, room: str = "") -> None:
     """What Vega can do and Vega-Lite cannot ask for, in place.
 
     The marks called "names" find places of their own, each with an edge that parts it from a line
-    behind it, and a legend has the columns that fit.
+    behind it, and a legend has the columns that fit into the `room`, the width where none is said.
+    A width that the layout changes would give more rows than the layout has left a place for.
     """
-    fit = f"max(1, floor({width} / 132))"
+    fit = f"max(1, floor(({room or width}) / 132))"
     for legend in scope.get("legends", []):
         legend |= {"columns": {"signal": fit}, "labelLimit": {"signal": f"{width} / {fit} - 26"}}
     for place, mark in reversed(list(enumerate(scope.get("marks", [])))):
@@ -89,7 +95,7 @@ def compiled(chart: Any) -> dict[str, Any]:
     """The chart as Vega, its colours still by name."""
     spec = chart.to_dict(validate=False) | {"config": _CONFIG}
     vega: dict[str, Any] = vl_convert.vegalite_to_vega(spec)
-    _arrange(vega, "width", "height")
+    _arrange(vega, "width", "height", _ROOM if "fit" in str(vega.get("autosize")) else "")
     return vega
 
 
