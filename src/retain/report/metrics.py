@@ -107,7 +107,7 @@ class Metric:
         text = number(scaled) if places is None else f"{scaled:.{places}f}"
         if not text.strip("-0."):
             text = text.lstrip("-")
-        return text.replace("-", "\N{MINUS SIGN}") if "e" not in text else text
+        return f"\N{MINUS SIGN}{text[1:]}" if text.startswith("-") else text
 
 
 def _summary(key: str) -> Callable[[Run], float | None]:
