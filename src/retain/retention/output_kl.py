@@ -113,8 +113,8 @@ class Outputs:
                 fix="source='self' with the model's tokenizer, or rows of text",
             )
         self._base = view.off if base is None else base
-        try:
-            with self._base():
+        try:  # nothing else may train, wherever it is measured from
+            with view.off():
                 pass
         except ModelError as error:
             raise ModelError(
