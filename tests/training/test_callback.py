@@ -19,6 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from retain import OutputKL, Retention, RetentionCallback, fit_curvature
 from retain.errors import ConfigError, MismatchError, RetainWarning
+from retain.models.lora import attach_lora, grow_lora
+from retain.models.view import ModelView
 from retain.retention.facts import facts
 from retain.training.running import Running
 from retain.types import UPDATES
@@ -407,6 +409,23 @@ def test_it_is_said_what_an_adapter_that_had_learned_is_held_to(
     assert call.recipe.outputs is not None  # it is where it counts from, at the first step
     assert (float(call.recipe.outputs.last) < 1e-9) == (around == "adapter")
     assert not all(torch.equal(before[n], w) for n, w in weights(model).items())
+
+
+def test_the_kl_of_an_adapter_that_has_grown_counts_from_what_it_was() -> None:
+    model = tiny("llama", moved=True)
+    curvature = fit(model)
+    rows = ModelView(model).read(ROWS["llama"], 4, max_length=16, seed=0, labels=False)
+    other = attach_lora(base("llama"), rank=1)
+    with pytest.raises(MismatchError, match="belongs to one rank"), pytest.warns(RetainWarning):
+        Retention(other, curvature, kl=1.0, source=rows, parts=["force"])
+    grown = grow_lora(model, 3)
+    with pytest.warns(RetainWarning, match="the adapter had learned before"):
+        held = Retention(grown, curvature, kl=1.0, source=rows, parts=["force"])
+    before = weights(grown)
+    held.step(torch.optim.SGD([p for p in grown.parameters() if p.requires_grad], lr=0.0))
+    assert held.recipe.outputs is not None
+    assert float(held.recipe.outputs.last) < 1e-9
+    exactly(weights(grown), before)
 
 
 def test_trained_tokens_are_said_to_be_held_by_nothing(tmp_path: Path) -> None:

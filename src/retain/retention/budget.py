@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from retain.curvature.curvature import Curvature
 from retain.errors import ConfigError, MismatchError, check_number
@@ -299,8 +300,13 @@ class _Away:
         return share, left
 
 
-def _starts(curvature: Curvature, site: Site) -> list[tuple[nn.Parameter, Tensor | None]]:
-    """Each trained weight of a layer that counts, with its value at the anchor; None for 0."""
+def _starts(
+    curvature: Curvature, site: Site, *, grown: bool = False
+) -> list[tuple[nn.Parameter, Tensor | None]]:
+    """Each trained weight of a layer that counts, with its value at the anchor; None for 0.
+
+    With `grown`, rows of A beyond the anchor's are allowed: their columns of B are 0 there.
+    """
     kept = curvature.anchor.get(site.name, ())
     if isinstance(site, LinearSite):
         return [(site.weight, kept[0].to(site.weight.dtype))]
@@ -308,23 +314,34 @@ def _starts(curvature: Curvature, site: Site) -> list[tuple[nn.Parameter, Tensor
         return [(site.b, kept[0].to(site.b.dtype)), (site.a, kept[1].to(site.a.dtype))]
     if len(kept) != 2:  # B = 0, whatever A is
         return [(site.b, None)]
-    if kept[1].shape != site.a.shape:
+    more = site.rank - len(kept[1])
+    if more < 0 or (more and not grown):
         raise MismatchError(
-            "the budget of a curvature with an anchor belongs to one rank",
+            "the anchor that a budget or kl counts from belongs to one rank",
             got=f"r={site.rank} at {site.name}",
             allowed=f"r={kept[1].shape[0]}, the anchor's",
-            fix="use that rank, or give a strength in place of a budget",
+            fix="use that rank, or give a strength in place of a budget, and no kl",
         )
-    return [
-        (site.b, (kept[0] / site.scaling).to(site.b.dtype)),
-        (site.a, kept[1].to(site.a.dtype)),
-    ]
+    b, a = (kept[0] / site.scaling).to(site.b.dtype), kept[1].to(site.a.dtype)
+    if more:
+        b = pad(b, (0, more))
+        a = torch.cat([a, site.a.detach()[len(a) :]])
+    return [(site.b, b), (site.a, a)]
 
 
 @contextmanager
-def anchored(curvature: Curvature, sites: Sequence[Site]) -> Iterator[None]:
-    """Inside it the model is where the curvature's anchor is."""
-    pairs = [pair for site in sites for pair in _starts(curvature, site)]
+def anchored(curvature: Curvature, sites: Sequence[Site], *, grown: bool = False) -> Iterator[None]:
+    """Inside it the model is where the curvature's anchor is.
+
+    Args:
+        curvature: whose anchor.
+        sites: the model's layers.
+        grown: whether the adapter may have more rows than the anchor has.
+
+    Raises:
+        MismatchError: it has another rank than the anchor.
+    """
+    pairs = [pair for site in sites for pair in _starts(curvature, site, grown=grown)]
     before: list[tuple[nn.Parameter, Tensor | None]]
     before = [(parameter, parameter.detach().clone()) for parameter, _ in pairs]
     _copy(pairs)

@@ -321,7 +321,9 @@ class Recipe:
         if not self.from_adapter:
             return None
         first, sites = self._curvatures()[0], lora_sites(model, sharded=True)
-        return lambda: anchored(first, sites)
+        with anchored(first, sites, grown=True):  # refused before the first step, if at all
+            pass
+        return lambda: anchored(first, sites, grown=True)
 
     def _begin_rows(
         self, model: nn.Module, filters: bool, progress: Mapping[str, Any] | None
