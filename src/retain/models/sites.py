@@ -304,7 +304,8 @@ def _unsupported(model: nn.Module, name: str, kind: str) -> ModelError:
     PEFT makes bare parameters of a mixture's experts and router of the names of its other layers
     too, whatever is excluded, so of one only what lies outside its block is named.
     """
-    block = f".{canonical(name).split('.')[-2]}." if "parameter" in kind else None
+    bare = isinstance(model.get_submodule(name), ParamWrapper)
+    block = f".{canonical(name).split('.')[-2]}." if bare else None
     linear = {
         canonical(other).rpartition(".")[2]: None for other, layer in model.named_modules()
         if isinstance(layer, LoraLayer) and layer is not output_head(model)

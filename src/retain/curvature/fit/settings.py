@@ -47,14 +47,8 @@ class FitSettings:
         number = self.rank is not None and self.rank != "auto"
         for label in ("samples", "rows", "batch_size", *(["rank"] if number else [])):
             got = getattr(self, label)
-            if not isinstance(got, int) or got < 1:
-                wrong = "too small" if isinstance(got, int) else "no whole number"
-                raise ConfigError(
-                    f"{label} is {wrong}",
-                    got=shown(got),
-                    allowed="a whole number, 1 or more",
-                    fix=f"{label}=8",
-                )
+            wrong = "too small" if isinstance(got, int) else "no whole number"
+            check_number(f"{label} is {wrong}", got, f"{label}=8", least=1, whole=True)
         if not (isinstance(self.share, int | float) and 0 < self.share <= 1):
             raise ConfigError(
                 "the share is no share",
