@@ -11,7 +11,7 @@ from sequences import alone, attach, batch_of, begun, method_of, shaken, source,
 from retain.data.batches import Example
 from retain.errors import SourceError
 from retain.models.adapters.base import Adapter
-from retain.models.forward import forward_logits
+from retain.models.forward import divergence, forward_logits
 from retain.retention.method import Method, Task
 from retain.retention.methods.kl import _said, logit_divergence, masked_divergence
 from tiny import relative
@@ -55,6 +55,28 @@ def test_divergences_are_those_of_a_naive_loop() -> None:
     ):  # fmt: skip
         want = [naive_kl(b, t, y if masked else None) for b, t, y in rows]
         assert relative(found, torch.tensor(want, dtype=torch.float64)) < 1e-12
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-2, 1.0, 30.0])
+def test_a_divergence_keeps_its_digits_in_float32(size: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    base = torch.randn(300, 50, generator=random, dtype=torch.float64).log_softmax(-1)
+    tuned = (base + size * torch.randn(base.shape, generator=random)).log_softmax(-1)
+    want = divergence(base, tuned, False)
+    found = divergence(base.float(), tuned.float(), False)
+    assert float((found - want).abs().mean() / want.mean()) < max(3e-7 / size, 1e-6)
+    assert torch.allclose(want, divergence(base, tuned.clone().requires_grad_(), False))
+
+
+def test_a_class_that_is_ruled_out_adds_nothing_to_a_divergence() -> None:
+    none = -torch.inf
+    base = torch.tensor([[0.2, 0.8, 0.0, 0.0]]).log()
+    tuned = torch.tensor([[0.4, 0.4, 0.2, 0.0]]).log()
+    want = 0.2 * math.log(0.5) + 0.8 * math.log(2)
+    assert float(divergence(base, tuned, False)) == pytest.approx(want, rel=1e-6)
+    unlikely, likely = torch.tensor([[-0.01, -99.0]]), torch.tensor([[none, 0.0]])
+    assert float(divergence(unlikely, unlikely.flip(1), False)) == pytest.approx(98.0, rel=1e-3)
+    assert float(divergence(unlikely, likely, False)) == torch.inf
 
 
 def test_masked_kl_says_nothing_about_the_target() -> None:
