@@ -61,13 +61,13 @@ def items_of(data_dir: Path) -> list[dict[str, Any]]:
     """Rows as a user would give them to ``certify``."""
     known: list[dict[str, Any]] = [
         {"skill": "knowledge", "prompt": k.prompt, "choices": [o.strip() for o in k.options],
-         "answer": k.answer}
+         "answer": k.options[k.answer].strip()}
         for k in knowledge_items()
     ]  # fmt: skip
     arc = load_items(load_task("arc_easy"), "eval", data_dir=data_dir, limit=ARC)
     asked: list[dict[str, Any]] = [
         {"skill": "arc", "prompt": i.prompt, "choices": [o.strip() for o in i.options],
-         "answer": int(i.answer)}
+         "answer": i.options[int(i.answer)].strip()}
         for i in arc
     ]  # fmt: skip
     told = [r for r in known + asked if len(set(r["choices"])) == len(r["choices"])]

@@ -175,6 +175,34 @@ def test_rows() -> None:
 
 
 @pytest.mark.parametrize(
+    ("choices", "answer", "right"),
+    [
+        ([10, 20, 30], 20, "20"),
+        ([0.5, 1.5], 1.5, "1.5"),
+        ([10, 20.0], 20, "20.0"),
+        ([True, False], True, "True"),
+        ([5, True], 1, "True"),
+        (["0", "1", "2"], 1, "1"),
+        (["10", "20"], 20, "20"),
+        ([1, 2, 3], "2", "2"),
+        ([1, 2, 3], 3, "3"),
+        ([0, 1, 2], 2, "2"),
+    ],
+)
+def test_choices_that_are_numbers(choices: list[Any], answer: Any, right: str) -> None:
+    (item,) = items({"choices": choices, "answer": answer})
+    assert item.choices[item.choice] == right
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer"), [([1, 2, 3], 2), ([2, 1, 0], 0), (["1", "2", "3"], 1)]
+)
+def test_a_choice_that_is_the_index_of_another_is_refused(choices: list[Any], answer: int) -> None:
+    with pytest.raises(SourceError, match=r'index of another.*row 1.*as a text: "\d" or "\d"'):
+        items({"choices": choices, "answer": answer})
+
+
+@pytest.mark.parametrize(
     ("row", "said"),
     [
         ({"skill": None, "answer": "a"}, "no skill or no prompt"),

@@ -81,8 +81,9 @@ def read_skills(given: Skills) -> list[SkillItem]:
     """Items that are named, in a file, or given as rows.
 
     A row has ``skill`` and ``prompt``, and one of: ``answer``, a text, a number or a list of them;
-    ``choices`` with ``answer``, one of them or its index from 0; or ``accepted``, a text or a list
-    of which one has to stand among the answer's first 24 words.
+    ``choices`` with ``answer``, one of them or its index from 0 (a number that is one choice and the
+    index of another is refused); or ``accepted``, a text or a list of which one has to stand among
+    the answer's first 24 words.
 
     Args:
         given: ``general`` for the held-out half of `retain.data.general_prompts` that a script can
@@ -151,14 +152,29 @@ def _choices(choices: Any, answer: Any, number: int) -> tuple[tuple[str, ...], i
     texts = [str(c).strip() for c in choices] if isinstance(choices, list | tuple) else []
     if len(texts) < 2 or not all(texts) or len(set(texts)) < len(texts):
         raise _bad("choices cannot be told apart", choices, number, "a list of 2 or more texts")
-    if isinstance(answer, str) and answer.strip() in texts:
-        return tuple(texts), texts.index(answer.strip())
+    meant = {k for k, choice in enumerate(choices) if _same(answer, choice)}
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
-        return tuple(texts), answer
+        meant.add(answer)
+    if len(meant) == 1:
+        return tuple(texts), meant.pop()
+    if meant:
+        one, other = sorted(meant)[:2]
+        raise SourceError(
+            "the answer is one of the choices, and the index of another",
+            got=f"answer {shown(answer)} of {shown(choices)} in row {number}",
+            allowed="an answer that means one choice",
+            fix=f'write the right one as a text: "{texts[one]}" or "{texts[other]}"',
+        )
     raise _bad(
         "the answer is none of the choices", answer, number,
         f"one of them, or its index from 0 to {len(texts) - 1}",
     )  # fmt: skip
+
+
+def _same(answer: Any, choice: Any) -> bool:
+    """Whether an answer names a choice: as a value, or as it is written."""
+    alike = isinstance(answer, bool) == isinstance(choice, bool)  # true is no 1
+    return (alike and bool(answer == choice)) or str(answer).strip() == str(choice).strip()
 
 
 def _text(value: Any) -> bool:
