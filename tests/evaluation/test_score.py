@@ -93,6 +93,7 @@ def test_the_final_answer_in_a_text() -> None:
     assert _until(text, ["Question", "\n"]) == "3 * 4 = 12 apples"
     assert _until(text, []) == text
     assert (_number("about -3.5 or 4"), _number("x")) == (-3.5, None)
+    assert _number("about \u22123.5") == -3.5
 
 
 def test_an_encoder_answers_with_its_columns() -> None:

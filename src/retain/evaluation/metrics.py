@@ -30,7 +30,7 @@ from typing import Any, cast
 
 from retain.errors import ConfigError, unknown
 
-__all__ = ["METRICS", "TEXT_METRICS", "compute", "normalize", "same_text"]
+__all__ = ["METRICS", "TEXT_METRICS", "compute", "normalize", "plain_minus", "same_text"]
 
 Values = Sequence[Any]
 Metric = Callable[[Values, Values, Sequence[str]], float]
@@ -90,6 +90,11 @@ def compute(
     return METRICS[metric](predictions, answers, groups or ())
 
 
+def plain_minus(text: str) -> str:
+    """A text whose minus signs as they are typeset (U+2212) are those of a keyboard."""
+    return text.replace("\N{MINUS SIGN}", "-")
+
+
 def normalize(text: str) -> str:
     """A text as it is compared.
 
@@ -98,6 +103,7 @@ def normalize(text: str) -> str:
     without punctuation, articles (unless nothing else is there) and doubled spaces; but what
     belongs to a number within it stays ("-5 degrees", "1/2", "12:30", "2.5 kg").
     """
+    text = plain_minus(text)
     bare = _THOUSANDS.sub("", re.sub(r"[$€£%]", "", text)).strip().rstrip(".").rstrip()
     if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", bare):
         return format(_EXACT.plus(Decimal(bare).normalize(_EXACT)), "f")

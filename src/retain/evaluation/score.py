@@ -20,7 +20,7 @@ from retain.data.specs import Item, TaskSpec
 from retain.data.tokens import fit_prompt
 from retain.errors import ConfigError, SourceError, shown
 from retain.evaluation.generation import generate
-from retain.evaluation.metrics import TEXT_METRICS, compute
+from retain.evaluation.metrics import TEXT_METRICS, compute, plain_minus
 from retain.evaluation.ranking import score_options
 from retain.models.view import ModelView
 
@@ -237,5 +237,5 @@ def _until(text: str, stop: Sequence[str]) -> str:
 
 
 def _number(text: str) -> float | None:
-    match = re.search(r"[-+]?\d*\.?\d+", text)
+    match = re.search(r"[-+]?\d*\.?\d+", plain_minus(text))
     return float(match.group(0)) if match else None

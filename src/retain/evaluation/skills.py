@@ -15,7 +15,7 @@ from retain.data.general_prompts import GENERAL, GeneralPrompt, general_prompts
 from retain.data.problems import MARK
 from retain.data.sources import read_rows
 from retain.errors import SourceError, shown, warn
-from retain.evaluation.metrics import normalize, same_text
+from retain.evaluation.metrics import normalize, plain_minus, same_text
 
 __all__ = ["SkillItem", "Skills", "read_skills"]
 
@@ -61,6 +61,7 @@ class SkillItem:
         """
         if self.scripted is not None:
             return bool(self.scripted.right(said))
+        said = plain_minus(said)
         line = next((part for part in said.splitlines() if part.strip()), "")
         behind = _NUMBER.findall(said.partition(MARK)[2])[:1] or _NUMBER.findall(line)[-1:]
         number = behind[0].replace(",", "") if behind else None
