@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -241,6 +243,20 @@ def test_columns_that_say_nothing_to_the_model_are_counted() -> None:
             {"answer": "a", "hint": "b", "id": 7}, {"answer": "a", "hint": "c", "system": None}
         )
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv.gz"])
+def test_a_number_in_csv_is_a_number(suffix: str, tmp_path: Path) -> None:
+    cells = [("a", "2"), ("b", "-0.5"), ("c", "1,200"), ("d", "007"), ("e", "Two")]
+    text = "".join(f's;{prompt};"{answer}"\n' for prompt, answer in cells)
+    text = f"skill;prompt;answer\n{text}".replace(";", "," if suffix == ".csv" else "\t")
+    file = tmp_path / f"items{suffix}"
+    file.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
+    found = read_skills(file)
+    assert [i.answers for i in found] == [(2,), (-0.5,), ("1,200",), ("007",), ("Two",)]
+    assert found[0].right("It is 2.") and not found[0].right("It is 12.")
+    (item,) = items({"answer": "2"})
+    assert not item.right("It is 2.")  # a text, where texts can be told
 
 
 def test_an_item_counts_once() -> None:

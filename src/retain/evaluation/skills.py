@@ -13,6 +13,8 @@ from retain.data.columns import check_asked
 from retain.data.counts import RowCounts
 from retain.data.general_prompts import GENERAL, GeneralPrompt, general_prompts
 from retain.data.problems import MARK
+from retain.data.readers.paths import kind_of
+from retain.data.rows import PlacedRow
 from retain.data.sources import read_rows
 from retain.errors import SourceError, shown, warn
 from retain.evaluation.metrics import normalize, plain_minus, same_text
@@ -23,6 +25,10 @@ Skills = str | Path | Iterable["Mapping[str, Any] | SkillItem"]
 """``general``, a file of rows, rows, or items that were read."""
 
 _COLUMNS = {"skill", "prompt", "answer", "choices", "accepted"}
+_UNTYPED = {".csv", ".tsv"}
+"""Files whose cells are all texts."""
+
+_CELL = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?")  # a number as JSON has it
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
@@ -84,7 +90,8 @@ def read_skills(given: Skills) -> list[SkillItem]:
     A row has ``skill`` and ``prompt``, and one of: ``answer``, a text, a number or a list of them;
     ``choices`` with ``answer``, one of them or its index from 0 (a number that is one choice and the
     index of another is refused); or ``accepted``, a text or a list of which one has to stand among
-    the answer's first 24 words.
+    the answer's first 24 words. In CSV, whose cells are texts, an answer that is written as a
+    number is one.
 
     Args:
         given: ``general`` for the held-out half of `retain.data.general_prompts` that a script can
@@ -122,6 +129,8 @@ def _item(row: Any, number: int, counts: RowCounts) -> SkillItem:
     found = row if isinstance(row, Mapping) else {}
     skill, prompt, answer = (found.get(key) for key in ("skill", "prompt", "answer"))
     choices, accepted = found.get("choices"), found.get("accepted")
+    if isinstance(row, PlacedRow) and row.path is not None and kind_of(row.path) in _UNTYPED:
+        answer = _of_cell(answer)
     if not (_text(skill) and _text(prompt)):
         raise _bad("an item has no skill or no prompt", row, number, "texts as skill and prompt")
     check_asked(found, _COLUMNS, str(prompt), number, counts)
@@ -176,6 +185,14 @@ def _same(answer: Any, choice: Any) -> bool:
     """Whether an answer names a choice: as a value, or as it is written."""
     alike = isinstance(answer, bool) == isinstance(choice, bool)  # true is no 1
     return (alike and bool(answer == choice)) or str(answer).strip() == str(choice).strip()
+
+
+def _of_cell(text: Any) -> Any:
+    """What a cell of a file without types says: a number where it is written as one."""
+    number = _CELL.fullmatch(text.strip()) if isinstance(text, str) else None
+    if number is None:
+        return text
+    return float(number[0]) if number[1] else int(number[0])
 
 
 def _text(value: Any) -> bool:
