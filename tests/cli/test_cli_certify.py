@@ -227,14 +227,20 @@ def test_a_read_only_adapter_is_certified_beside_the_page(
     found = run(read_only, "--out", page, "--json").json
     assert sorted(p.name for p in read_only.iterdir()) == WRITTEN[:-1]
     assert "What was kept" not in (read_only / "README.md").read_text()
-    assert told(page.parent / "certify.json") == found and found["held"]
-    assert f"the record is {page.parent / 'certify.json'}" in found["notes"][0]
+    assert told(page.parent / "page.json") == found and found["held"]
+    assert f"the record is {page.parent / 'page.json'}" in found["notes"][0]
+    run(read_only, "--out", page.with_name("other.html")).done()
+    assert told(page.parent / "page.json") == found  # as that of another adapter would
+    names = ["other.html", "other.json", "page.html", "page.json"]
+    assert sorted(p.name for p in page.parent.iterdir()) == names
+    (page.parent / "other.json").write_text("{}")
+    run(read_only, "--out", page.with_name("other.html")).refused("other.json")
 
 
 @pytest.mark.usefixtures("unloaded")
 def test_a_read_only_adapter_wants_a_page(run: Any, read_only: Path) -> None:
     outcome = run(read_only)
-    assert outcome.code == 2 and "fix: --out certificate.html: certify.json" in outcome.err
+    assert outcome.code == 2 and "fix: --out certificate.html: certificate.json" in outcome.err
 
 
 def test_what_is_written_into_the_card_meanwhile_stays(

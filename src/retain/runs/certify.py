@@ -44,8 +44,8 @@ class CertifyConfig(Options):
     )
     out: Path | None = Field(
         None,
-        description=f"Also write a page to this HTML file; {RECORD} goes beside it where the "
-        "adapter's folder cannot be written",
+        description="Also write a page to this HTML file; the record goes beside it as .json where "
+        "the adapter's folder cannot be written",
     )
     model: Base = None
     new_tokens: int = Field(32, ge=1, description="Cut written answers at so many tokens")
@@ -61,7 +61,7 @@ def certify_run(config: CertifyConfig, messages: Messages) -> dict[str, Any]:
 
     Returns:
         The record, a `retain.certificate/1`, which is in the folder's ``certify.json``; beside the
-        page where the folder cannot be written.
+        page, under its name, where the folder cannot be written.
 
     Raises:
         RetainError: what is missing, damaged, or of another model, or cannot be written.
@@ -115,7 +115,8 @@ def certify_run(config: CertifyConfig, messages: Messages) -> dict[str, Any]:
 def _places(folder: Path, page: Path | None, messages: Messages) -> tuple[Path, Path | None]:
     """Where the record and the card's section go: to the adapter.
 
-    Where its folder cannot be written the record goes beside the page, and the card is let be.
+    Where its folder cannot be written the record goes beside the page, under the page's name, as
+    several adapters may have theirs there; and the card is let be.
 
     Raises:
         OutputError: neither can be written.
@@ -128,9 +129,10 @@ def _places(folder: Path, page: Path | None, messages: Messages) -> tuple[Path, 
                 error.what,
                 got=error.got,
                 allowed=error.allowed,
-                fix=f"--out certificate.html: {RECORD} goes beside it",
+                fix="--out certificate.html: certificate.json goes beside it",
             ) from error
-        file = check_folder(page.expanduser().parent) / RECORD
+        page = page.expanduser()
+        file = check_folder(page.parent) / page.with_suffix(".json").name
         messages.note(
             "the adapter's folder cannot be written: the card is as it was, and the record is "
             f"{file}"
