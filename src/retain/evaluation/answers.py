@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "Answer", "Answers", "TaskForm", "measure_answers", "repeats", "row_log_probabilities",
-    "task_form",
+    "Answer", "Answers", "TaskForm", "answered", "measure_answers", "repeats",
+    "row_log_probabilities", "task_form",
 ]  # fmt: skip
 
 TaskForm = str | Callable[[str], bool] | None
@@ -185,7 +185,7 @@ def measure_answers(
         )  # fmt: skip
 
     def likely(answers: list[list[int]], label: str) -> list[float]:
-        rows = [_example(p, a) for p, a in zip(ids, answers, strict=True)]
+        rows = [answered(p, a) for p, a in zip(ids, answers, strict=True)]
         return row_log_probabilities(view, rows, batch_size, progress, label)
 
     ours = written("tuned answers")
@@ -262,7 +262,7 @@ def _bad_pattern(pattern: str, error: PatternError) -> ConfigError:
     )  # fmt: skip
 
 
-def _example(prompt: Sequence[int], answer: Sequence[int]) -> Example:
+def answered(prompt: Sequence[int], answer: Sequence[int]) -> Example:
     """A prompt with its answer, of which the answer alone is predicted."""
     ids = (*prompt, *answer)
     predict = (False,) * (len(prompt) - 1) + (True,) * len(answer)

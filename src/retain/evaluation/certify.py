@@ -38,8 +38,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from retain.data.tokens import tokenize
 from retain.errors import ConfigError, not_finite, shown, unknown
-from retain.evaluation.generation import generate
+from retain.evaluation.answers import answered, row_log_probabilities
+from retain.evaluation.generation import generate_ids
 from retain.evaluation.prompts import check_counts, put, writer
 from retain.evaluation.ranking import score_options
 from retain.evaluation.skills import SkillItem, Skills, read_skills
@@ -306,7 +308,12 @@ def answers_of(
     progress: bool = False,
     label: str = "",
 ) -> list[tuple[str, bool]]:
-    """What the model as it is says to each item, and whether that is right; see `certify`."""
+    """What the model as it is says to each item, and whether that is right; see `certify`.
+
+    Raises:
+        ModelError: its predictions are not finite. A written answer is read once more for that, as
+            of such predictions the first token would be taken.
+    """
     prompts = [put(words, item.prompt) for item in items]
     said = [""] * len(items)
     ranked = [i for i, item in enumerate(items) if item.choices]
@@ -318,17 +325,23 @@ def answers_of(
         view.model, words, [prompts[i] for i in ranked], options, batch_size=batch_size,
         progress=progress, label=f"{label}, choices",
     )  # fmt: skip
-    if not all(map(math.isfinite, (value for row in scores.logp for value in row))):
-        raise not_finite()
+    likely = [value for row in scores.logp for value in row]
     for i, best in zip(ranked, scores.best(), strict=True):
         said[i] = items[i].choices[best]
     free = [i for i, item in enumerate(items) if not item.choices]
-    texts = generate(
-        view.model, words, [prompts[i] for i in free], max_new_tokens=new_tokens,
-        batch_size=batch_size, progress=progress, label=f"{label}, answers",
-    )  # fmt: skip
-    for i, text in zip(free, texts, strict=True):
-        said[i] = text
+    if free:
+        ids = [tokenize(words, prompts[i]) for i in free]
+        written = generate_ids(
+            view.model, words, ids, new_tokens=new_tokens, batch_size=batch_size,
+            progress=progress, label=f"{label}, answers",
+        )  # fmt: skip
+        pairs = [answered(p, a) for p, a in zip(ids, written, strict=True)]
+        likely += row_log_probabilities(view, pairs, batch_size, progress, f"{label}, read again")
+        texts = words.batch_decode(written, skip_special_tokens=True)
+        for i, text in zip(free, texts, strict=True):
+            said[i] = text
+    if not all(map(math.isfinite, likely)):
+        raise not_finite()
     return [
         (text, text == item.choices[item.choice] if item.choices else item.right(text))
         for text, item in zip(said, items, strict=True)
