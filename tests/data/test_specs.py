@@ -89,6 +89,16 @@ def test_groups_and_references() -> None:
     assert item is not None and item.references == ("Ann", "Bo") and item.group == "3-5"
 
 
+def test_one_text_is_one_reference(tmp_path: Path) -> None:
+    fields = {"description": "mine", "kind": "generate", "prompt": "{{text}}", "gold": "text"}
+    spec = load_task(write(tmp_path, **fields, metric="exact_match", references="right"))
+    for right, references in (("Paris", ("Paris",)), (7, ("7",)), (["a", "b"], ("a", "b"))):
+        item = spec.render({"text": "x", "right": right})
+        assert item is not None and item.references == references
+    with pytest.raises(SourceError, match="references: is an object"):
+        spec.render({"text": "x", "right": {"text": ["Paris"], "answer_start": [3]}})
+
+
 def test_hellaswag_without_the_parts_of_its_context() -> None:
     row = dict(HUB["hellaswag"][0])
     del row["ctx_a"], row["ctx_b"]

@@ -109,7 +109,8 @@ class TaskSpec(_Strict):
     # expression over the row, ``gold`` and ``options`` that gives the index of the true option, the
     # reference text, or the number
     answer: str = "gold"
-    references: str = ""  # expression for the list of all texts that count as right
+    # expression for the list of all texts that count as right, or for the one that does
+    references: str = ""
     texts: tuple[str, ...] = ()  # one or two templates for an encoder, where one makes sense
     group: str = ""  # expression for what rows are scored together
     metric: Metric = "accuracy"  # the primary metric, the official one where there is one
@@ -216,6 +217,10 @@ class TaskSpec(_Strict):
             choices = self._choices(row)
             fields = {**row, "options": choices}
             several = expression(self.references)(fields) if self.references else ()
+            if isinstance(several, str | int | float):
+                several = (several,)  # one text, whose characters are no references
+            elif isinstance(several, dict):
+                raise ValueError("references: is an object, and no text or list of texts")
             return Item(
                 prompt=template(self.prompt)(fields),
                 options=tuple(f" {choice}" for choice in choices),
