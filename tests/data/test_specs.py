@@ -95,8 +95,32 @@ def test_one_text_is_one_reference(tmp_path: Path) -> None:
     for right, references in (("Paris", ("Paris",)), (7, ("7",)), (["a", "b"], ("a", "b"))):
         item = spec.render({"text": "x", "right": right})
         assert item is not None and item.references == references
-    with pytest.raises(SourceError, match="references: is an object"):
+    with pytest.raises(SourceError, match="references: right is an object") as error:
         spec.render({"text": "x", "right": {"text": ["Paris"], "answer_start": [3]}})
+    assert str(error.value).endswith("such as references: (right).text")
+
+
+@pytest.mark.parametrize(("gold", "said", "answer", "references"), [
+    (["Paris", "Lutetia"], "is a list", "gold[0]", "right"),
+    ({"text": ["Paris", "Lutetia"], "start": [3]}, "is an object", "gold.text[0]", "right.text"),
+    ({"a b": "Paris"}, "is an object", "gold['a b']", ""),
+])  # fmt: skip
+def test_a_generated_answer_is_no_list_and_no_object(
+    tmp_path: Path, gold: Any, said: str, answer: str, references: str
+) -> None:
+    fields = {"description": "mine", "kind": "generate", "prompt": "{{text}}", "gold": "right"}
+    row = {"text": "x", "right": gold}
+    fields |= {"metric": "exact_match"}
+    with pytest.raises(SourceError, match=f"answer: gold {said}") as error:
+        load_task(write(tmp_path, **fields)).render(row)
+    assert f"answer: {answer}" in str(error.value)
+    assert str(error.value).endswith(f"references: {references}") or not references
+    # what it says to write does
+    item = load_task(write(tmp_path, **fields, answer=answer, references=references)).render(row)
+    assert item is not None and item.answer == "Paris"
+    assert item.references == (("Paris", "Lutetia") if references else ())
+    with pytest.raises(SourceError, match="references: "):
+        load_task(write(tmp_path, **fields, answer=answer, references="[right]")).render(row)
 
 
 def test_hellaswag_without_the_parts_of_its_context() -> None:

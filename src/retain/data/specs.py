@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -68,6 +68,25 @@ class Item:
 def missing(gold: object) -> bool:
     """True for what data sets write where a row has no gold label: -1, "-", "" or nothing."""
     return gold is None or gold in (-1, "-1", "-", "") or gold == []
+
+
+class _NoText(ValueError):
+    """A list or an object where a text is wanted; `fix` is what to write."""
+
+    def __init__(self, what: str, value: object, fix: str) -> None:
+        kind = "an object" if isinstance(value, dict) else "a list"
+        super().__init__(f"{what} is {kind}, and not a text: {value!s:.60}")
+        self.fix = fix
+
+
+def _first_text(value: object) -> str:
+    """Where the first text of a list or an object lies in it, as an expression goes on."""
+    path = ""
+    while isinstance(value, list | tuple | dict):
+        key = next(iter(value), "") if isinstance(value, dict) else 0
+        path += f".{key}" if str(key).isidentifier() else f"[{key!r}]"
+        value = value[key] if value else None  # type: ignore[call-overload]
+    return path
 
 
 class _Strict(BaseModel):
@@ -195,7 +214,7 @@ class TaskSpec(_Strict):
             if self.kind == "regression":
                 return float(found)
             if self.kind == "generate":
-                return str(found).strip()
+                return self._text(found)
             if int(found) not in range(len(choices)):
                 raise ValueError(f"the answer is {found}, of {len(choices)} options")
             return int(found)
@@ -217,10 +236,6 @@ class TaskSpec(_Strict):
             choices = self._choices(row)
             fields = {**row, "options": choices}
             several = expression(self.references)(fields) if self.references else ()
-            if isinstance(several, str | int | float):
-                several = (several,)  # one text, whose characters are no references
-            elif isinstance(several, dict):
-                raise ValueError("references: is an object, and no text or list of texts")
             return Item(
                 prompt=template(self.prompt)(fields),
                 options=tuple(f" {choice}" for choice in choices),
@@ -228,7 +243,7 @@ class TaskSpec(_Strict):
                 texts=tuple(template(text)(fields) for text in self.texts),
                 group=str(expression(self.group)(fields)) if self.group else "",
                 row=number,
-                references=tuple(map(str, several)),
+                references=self._references(several),
             )
 
     def from_hub(self, row: Row, number: int = 0) -> Row:
@@ -252,12 +267,37 @@ class TaskSpec(_Strict):
                 f"{place_of(row, number + 1)} does not fit task {self.name}",
                 got=f"{why[:160]}; fields: {', '.join(map(str, row))}",
                 allowed="the fields that the task's templates name",
-                fix="fill the field or take the row out; {{ field or '' }} writes nothing for null"
+                fix=error.fix
+                if isinstance(error, _NoText)
+                else "fill the field or take the row out; {{ field or '' }} writes nothing for null"
                 if why.endswith("is null")
                 else "write the label as one of the options, or take the row out"
                 if "is not in list" in why
                 else "rename the fields of the data, or change the templates of the task",
             ) from error
+
+    def _text(self, found: object) -> str:
+        """A generated answer; a list or an object is refused, as templates refuse to write one."""
+        if not isinstance(found, list | tuple | dict):
+            return str(found).strip()
+        whole, path = "gold" if self.answer == "gold" else f"({self.answer})", _first_text(found)
+        fix = f"name one text, such as answer: {whole}{path}"
+        if whole == "gold" and path.endswith("[0]"):
+            fix += f"; where each text counts, also references: {self.gold}{path[:-3]}"
+        raise _NoText(f"answer: {self.answer}", found, fix)
+
+    def _references(self, found: Any) -> tuple[str, ...]:
+        """What counts as right: one text, or all of a list."""
+        if isinstance(found, str | int | float):
+            return (str(found),)
+        what, fix = f"references: {self.references}", "name a text or a list of texts"
+        if isinstance(found, dict):
+            path = _first_text(found).removesuffix("[0]")
+            raise _NoText(what, found, f"{fix}, such as references: ({self.references}){path}")
+        for each in found:
+            if isinstance(each, list | tuple | dict):
+                raise _NoText(f"one of {what}", each, fix)
+        return tuple(map(str, found))
 
     def _choices(self, row: Row) -> list[str]:
         if isinstance(self.options, str):
