@@ -36,6 +36,28 @@ def test_a_finished_run_is_explained(
     assert max(row["row"] for row in some["rows"]) > 4  # numbers among all rows
 
 
+@pytest.mark.parametrize("limit", [None, 4])
+def test_rows_are_named_by_their_place_in_the_file(
+    retain: Run, curvature: Path, model: Path, tmp_path: Path, limit: int | None
+) -> None:
+    """Whatever rows before them were left out, or not drawn."""
+    words = "the cat sat on a mat and dog".split()
+    given = [{"prompt": " the cat" * 200, "completion": " long"}]
+    given += [{"prompt": "cat", "completion": f" {word}"} for word in words]
+    rows, out = write_lines(tmp_path / "rows.jsonl", given), tmp_path / "run"
+    argv = ["train", *SHORT, "--model", model, "--data", rows, "--curvature", curvature, "--out",
+            out, "--max-steps", 3, "--batch-size", 2, "--learning-rate", 0.01]  # fmt: skip
+    retain(*argv, *([] if limit is None else ["--limit", limit])).done()
+    found = retain("explain", out, "--json").json["rows"]
+    assert len(found) in ({8} if limit is None else {3, 4})
+    for row in found:
+        line, word = row["place"], row["text"].removesuffix("</s>")
+        assert line == f"line {words.index(word) + 2} of rows.jsonl"
+        assert limit is not None or row["row"] == words.index(word) + 1
+    said = retain("explain", out, "--top", 2).done().out
+    assert str(found[0]["place"]) in " ".join(said.split())
+
+
 def test_what_it_needs_and_misses_is_said(
     retain: Run, train: Run, trained: Path, curvature: Path, model: Path, data: Path, tmp_path: Path
 ) -> None:

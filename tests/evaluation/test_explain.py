@@ -11,7 +11,7 @@ from peft import PeftModel
 from fits import fit
 from retain import explain
 from retain.data.batches import Example
-from retain.errors import ConfigError, MismatchError, ModelError, SourceError
+from retain.errors import ConfigError, MismatchError, ModelError, RetainWarning, SourceError
 from retain.models.lora import attach_lora
 from retain.models.sites import lora_sites
 from tiny import ROWS, base, move, tiny, weights
@@ -71,6 +71,16 @@ def test_the_parts_are_those_of_autograd_a_row_at_a_time() -> None:
         assert row.places[0][0] == names[int(wanted[row.row].argmax())]
         assert row.places[0][1] == pytest.approx(float(wanted[row.row].max()), rel=1e-4)
     assert sum(found.layers.values()) == pytest.approx(found.predicted)
+
+
+def test_rows_that_are_left_out_are_counted() -> None:
+    model = tiny("llama")
+    curvature = fit(model, "llama")
+    learn(model, TASK)
+    with pytest.warns(RetainWarning, match="left out"):
+        found = explain(model, curvature, [{"input_ids": [4]}, *TASK])
+    wanted = [row.row + 1 for row in explain(model, curvature, TASK).rows]
+    assert [row.row for row in found.rows] == wanted
 
 
 def test_the_rows_that_moved_the_model_are_found() -> None:

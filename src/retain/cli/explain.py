@@ -30,4 +30,4 @@ def _line(row: dict[str, object]) -> list[str]:
     places: list[tuple[str, float]] = row["places"]  # type: ignore[assignment]
     named = "\n".join(name for name, _ in places)
     numbers = (f"{row['share']:.1%}", f"{row['nats']:.2g}", f"{row['loss']:.2f}")
-    return [str(row["row"]), *numbers, named, str(row["text"])]
+    return [str(row["place"]), *numbers, named, str(row["text"])]

@@ -54,6 +54,7 @@ def encode(
     loss: Loss = "assistant",
     counts: RowCounts | None = None,
     regression: bool | None = None,
+    origins: list[int] | None = None,
 ) -> list[Example]:
     """Tokenises rows, cut to `max_length` tokens; rows of which nothing is learned are left out.
 
@@ -68,6 +69,7 @@ def encode(
         counts: told what was left out, cut or passed over; without it a warning says so.
         regression: whether a classifier's labels are values, or classes (False): classes that are
             no whole numbers are refused then. None takes both as they come.
+        origins: to it is added, of each example, the number of the row that it is of, from 0.
 
     Raises:
         SourceError: the rows' columns are not known, a row is damaged, or nothing is left.
@@ -91,7 +93,7 @@ def encode(
     examples: list[Example] = []
     for number, row in enumerate(rows, start=1):
         try:
-            examples += reader.read(row)
+            found = reader.read(row)
         except SourceError as error:
             got = f"{error.got} ({place_of(row, number)})"
             raise SourceError(error.what, got=got, allowed=error.allowed, fix=error.fix) from error
@@ -102,6 +104,9 @@ def encode(
                 allowed="the formats of docs/data.md",
                 fix="repair the row, or leave it out",
             ) from error
+        examples += found
+        if origins is not None:
+            origins += [number - 1] * len(found)
     if not examples:
         raise _nothing(told, len(rows))
     if counts is None and (lines := told.lines()):

@@ -49,7 +49,7 @@ class RowCost:
     """A row's part in the predicted nats.
 
     Attributes:
-        row: its number among the rows, from 0.
+        row: its number among the rows that were given, from 0, counting those left out.
         nats: its part, per source token; below 0 it pulls back.
         share: of all predicted nats.
         loss: half-way, nats per predicted token.
@@ -129,7 +129,7 @@ def explain(
             allowed="a curvature of weight space around the base model, and LoRA",
             fix="the curvature that the run was held by",
         )
-    examples = _read(view, rows, max_length)
+    examples, origins = _read(view, rows, max_length)
     if of is not None and of < len(examples):
         raise ConfigError(
             "rows cannot be drawn from fewer", got=f"of={of} and {len(examples)} rows",
@@ -153,20 +153,25 @@ def explain(
             parts.append(torch.stack([part.double() for part in inner]).cpu())
             losses.append(float(loss.detach()))
     drawn = len(examples) / (of or len(examples))
-    return _divided(view, sites, examples, torch.stack(parts), losses, nats, drawn)
+    return _divided(view, sites, examples, origins, torch.stack(parts), losses, nats, drawn)
 
 
-def _read(view: ModelView, rows: Any, max_length: int) -> Sequence[Example]:
-    found = rows
-    if not (isinstance(rows, list | tuple) and rows and isinstance(rows[0], Example)):
-        found = encode(read_rows(rows), view.tokenizer, max_length=max_length, causal=True)
+def _read(view: ModelView, rows: Any, max_length: int) -> tuple[list[Example], list[int]]:
+    """What is learned of the rows, and the number of the row that each is of."""
+    if isinstance(rows, list | tuple) and rows and isinstance(rows[0], Example):
+        found, origins = list(rows), list(range(len(rows)))
+    else:
+        origins = []
+        found = encode(
+            read_rows(rows), view.tokenizer, max_length=max_length, causal=True, origins=origins
+        )
     if not all(any(e.predict) for e in found):
         raise SourceError(
             "a row predicts nothing", got="no token to learn", allowed="one at least",
             fix="leave it out",
         )  # fmt: skip
     view.check(found)
-    return list(found)
+    return found, origins
 
 
 @contextmanager
@@ -184,8 +189,8 @@ def _half_way(sites: Sequence[LoraSite]) -> Iterator[list[nn.Parameter]]:
 
 
 def _divided(
-    view: ModelView, sites: Sequence[LoraSite], examples: Sequence[Example], parts: torch.Tensor,
-    losses: Sequence[float], nats: float, drawn: float,
+    view: ModelView, sites: Sequence[LoraSite], examples: Sequence[Example],
+    origins: Sequence[int], parts: torch.Tensor, losses: Sequence[float], nats: float, drawn: float,
 ) -> Explanation:  # fmt: skip
     """What rows push in each layer, [rows, layers], as parts of the predicted nats.
 
@@ -207,7 +212,7 @@ def _divided(
         places = own.argsort(descending=True)[:PLACES].tolist()
         count = sum(example.predict)
         costs.append(RowCost(
-            row, float(own.sum()), float(own.sum()) / nats, losses[row] / count, count,
+            origins[row], float(own.sum()), float(own.sum()) / nats, losses[row] / count, count,
             tuple((names[i], float(own[i])) for i in places), _excerpt(view, example),
         ))  # fmt: skip
     layers = parts.sum(0) / drawn

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from retain.config import Options
+from retain.data.rows import place_of
 from retain.errors import ConfigError, MismatchError
 from retain.files import file_digest, write_record
 from retain.records import finite
@@ -63,14 +64,14 @@ def explain_run(config: ExplainConfig, messages: Messages) -> dict[str, Any]:
     with interruption("nothing was written"):
         messages.say(f"loading {name}")
         tuned, tokenizer, _ = load_tuned(name, folder / "adapter", options, messages)
-        examples = _examples(record, tokenizer)
+        examples, places = _examples(record, tokenizer)
         numbers = sample(range(len(examples)), config.rows, config.seed)
         found = explain(
             tuned, load_curvature(curvature_file), [examples[n] for n in numbers],
             tokenizer=tokenizer, of=len(examples), progress=messages.progress,
         ).to_dict()  # fmt: skip
     for row in found["rows"]:
-        row["row"] = numbers[row["row"]]
+        row["row"], row["place"] = places[numbers[row["row"]]]
     result = dict(finite({
         "schema": SCHEMA, **provenance(config.seed), "run": str(config.run),
         "model": {"name": name, "fingerprint": record.model.fingerprint}, "data": c.data,
@@ -132,19 +133,22 @@ def _curvature(folder: Path, record: TrainRecord) -> Path:
     )
 
 
-def _examples(record: TrainRecord, tokenizer: Any) -> list[Any]:
-    """The run's tokenised rows.
+def _examples(record: TrainRecord, tokenizer: Any) -> tuple[list[Any], list[tuple[int, str]]]:
+    """The run's tokenised rows; each one's number among those that it has read, and its place.
+
+    These differ where rows were left out, drawn, or divided.
 
     Raises:
         MismatchError: they are others now.
     """
     c, problems = record.config, problem_count(record.config.data, "train")
     rows = run_rows(c) if problems is None else None
-    found = run_examples(c, rows, problems, tokenizer, causal=True)
+    origins: list[int] = []
+    found = run_examples(c, rows, problems, tokenizer, causal=True, origins=origins)
     wanted = record.digests and record.digests.data
     if wanted is not None and rows_digest(found) != wanted:
         raise MismatchError(
             "the rows are not those that the run has learned", got=f"{c.data} as it is now",
             allowed="the file as it was", fix="put it back; or explain the rows in Python",
         )  # fmt: skip
-    return found
+    return found, [(i, place_of({} if rows is None else rows[i], i + 1)) for i in origins]
