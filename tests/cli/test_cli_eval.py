@@ -160,6 +160,21 @@ def test_a_long_prompt_takes_no_room_from_other_answers(model: Path) -> None:
     assert (alone.cut, beside.cut) == (3, 4)
 
 
+def test_a_prompt_of_one_token_is_asked(model: Path) -> None:
+    words = AutoTokenizer.from_pretrained(model)
+    view = ModelView(AutoModelForCausalLM.from_pretrained(model), words)
+    given: list[dict[str, Any]] = [
+        {"prompt": "a", "completion": "b"}, {"text": "ab"}, {"prompt": "", "completion": "ab"},
+        {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}, {"input_ids": [3, 4, 5]},
+    ]  # fmt: skip
+    rows = held_out(view, given, max_length=128)
+    assert len(words("a", add_special_tokens=False)["input_ids"]) == 1
+    assert rows.asked == [0, 3]
+    begun = words("a")["input_ids"]
+    assert rows.prompts[0] is not None and list(rows.prompts[0])[-1] == begun[-1]
+    assert rows.prompts[3] == (3,) and rows.answers[3] == (4, 5)
+
+
 def test_text_has_a_loss_and_no_answers(evaluate: Run, source: Path) -> None:
     found = evaluate("--data", source, "--limit", 4, "--json").json
     assert found["data"]["asked"] == 0 and "data.right" not in found["scores"]

@@ -30,12 +30,15 @@ class Example:
             or the value of a regression (NaN for none).
         predict: which positions' targets count; empty for classification.
         segments: BERT's token types, where the tokenizer gives them.
+        prompted: whether the first token is not learned but given, which `predict`, of the tokens
+            behind it, does not tell. Known of rows of text that were encoded for a decoder.
     """
 
     tokens: tuple[int, ...]
     targets: tuple[int | float, ...]
     predict: tuple[bool, ...] = ()
     segments: tuple[int, ...] = ()
+    prompted: bool = field(default=False, compare=False)
 
     @property
     def predictions(self) -> int:

@@ -254,4 +254,5 @@ class _CausalRows:
 
 
 def _example(ids: list[int], learned: list[bool]) -> Example:
-    return Example(tuple(ids[:-1]), tuple(ids[1:]), tuple(learned[1:]))
+    first, *rest = learned
+    return Example(tuple(ids[:-1]), tuple(ids[1:]), tuple(rest), prompted=not first)

@@ -8,7 +8,7 @@ learned from its first token on has no prompt, so its loss alone is measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +111,8 @@ def held_out(
     every = encode(rows, view.tokenizer, max_length=size, causal=True, counts=counts)
     examples = sample(every, limit, seed)
     view.check(examples)
-    parts = [_last(example) for example in examples]
+    begins = set(need(view.tokenizer).all_special_ids)
+    parts = [_last(example, begins) for example in examples]
     labelled = next((r for r in rows if "input_ids" not in r and row_label(r) is not None), None)
     if labelled is not None and not any(prompt for prompt, _ in parts):
         raise SourceError(
@@ -134,14 +135,18 @@ def held_out(
     )
 
 
-def _last(example: Example) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
-    """What stands before the last answer, and that answer."""
+def _last(example: Example, begins: Set[int]) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+    """What stands before the last answer, and that answer.
+
+    A token that begins every text, one of `begins`, is no prompt by itself.
+    """
     stop = len(example.predict) - example.predict[::-1].index(True)
     start = stop
     while start and example.predict[start - 1]:
         start -= 1
     targets: Any = example.targets
-    return (example.tokens[: start + 1] if start else None), targets[start:stop]
+    asked = start or (example.prompted and example.tokens[0] not in begins)
+    return (example.tokens[: start + 1] if asked else None), targets[start:stop]
 
 
 def measure_rows(
