@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,86 @@ def test_a_proximal_step_beside_an_unread_optimiser_is_refused_before_the_first(
             exactly(weights(model), before)
         else:
             run.train()
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """SGD as schedule-free: weights y while it trains, a mix of y and z to evaluate and save."""
+
+    def __init__(self, weights: Iterable[nn.Parameter]) -> None:
+        super().__init__(weights, {"lr": 0.01, "trains": True, "steps": 0})
+
+    def _mix(self, trains: bool, share: float) -> None:
+        for group in self.param_groups:
+            for weight in group["params"] if group["trains"] is not trains else ():
+                weight.data.lerp_(self.state[weight].get("z", weight.data), share)
+            group["trains"] = trains
+
+    def train(self) -> None:
+        self._mix(True, 0.1)
+
+    def eval(self) -> None:
+        self._mix(False, 1 - 1 / 0.9)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["steps"] += 1
+            share = 1 / group["steps"]
+            for y in group["params"]:
+                z = self.state[y].setdefault("z", y.clone())
+                y.lerp_(z, share).add_(y.grad, alpha=group["lr"] * (0.9 * (1 - share) - 1))
+                z.sub_(y.grad, alpha=group["lr"])
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"budget": 1e-3}, "a budget"),
+        ({"update": "proximal"}, "a proximal step"),
+        ({"parts": ("rows", "filter", "force")}, "the filter"),
+        ({}, "the filter"),
+    ],
+    ids=str,
+)
+def test_what_moves_weights_is_refused_beside_a_schedule_free_optimiser(
+    options: dict[str, Any], part: str, tmp_path: Path
+) -> None:
+    """Its second point would stay behind, so what is evaluated and saved would not be held."""
+    model = tiny("llama")
+    curvature, before = fit(model), weights(model)
+    optimizer = ScheduleFree(p for p in model.parameters() if p.requires_grad)
+    told = f"^{part} does not act on a schedule-free .* second point.*got: ScheduleFree;"
+    if options:  # else it is left out
+        run = trainer(model, tmp_path, [RetentionCallback(curvature, **options)])
+        run.optimizer = optimizer
+        with pytest.raises(ConfigError, match=told):
+            run.train()
+        exactly(weights(model), before)
+    held = Retention(model, curvature, rows=DATA, **options)
+    begun = weights(model)  # behind a filter A is another
+    with pytest.raises(ConfigError, match=told):
+        held.step(optimizer)
+    exactly(weights(model), begun)
+
+
+def test_beside_a_schedule_free_optimiser_a_strength_holds_what_is_evaluated(
+    tmp_path: Path,
+) -> None:
+    ends, told = [], []
+    for options in ({}, {"parts": ("rows", "force")}):
+        model = tiny("llama")
+        call = RetentionCallback(fit(model), 10.0, **options)
+        run = trainer(model, tmp_path, [call], max_steps=20)
+        run.optimizer = ScheduleFree(p for p in model.parameters() if p.requires_grad)
+        run.train()
+        trained = call.recipe.predicted()
+        run.optimizer.eval()
+        assert 0 < call.recipe.predicted() < 1.5 * trained
+        ends.append(weights(model))
+        told.append(call.why_no_filter)
+    exactly(*ends)
+    assert told == ["a schedule-free optimiser keeps a second point of A, which no filter acts on",
+                    None]  # fmt: skip
 
 
 def test_full_fine_tuning_says_what_is_held_by_nothing(tmp_path: Path) -> None:

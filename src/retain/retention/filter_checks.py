@@ -16,10 +16,13 @@ from retain.retention.fresh_rows import fresh_rows
 from retain.retention.loader import RowReader
 from retain.retention.named import Curvatures, by_name
 
-__all__ = ["NO_STRENGTH", "check_filter", "why_no_filter", "why_no_inputs"]
+__all__ = ["NO_STRENGTH", "SECOND_POINT", "check_filter", "why_no_filter", "why_no_inputs"]
 
 NO_STRENGTH = "the strength is 0"
 """Why there is no filter where nothing is to be held, which needs no warning."""
+
+SECOND_POINT = "a schedule-free optimiser keeps a second point of A, which no filter acts on"
+"""Why there is no filter beside such an optimiser (`retain.retention.lengths.keeps_two`)."""
 
 STALE = "the adapter is not fresh"
 """Why there is no filter for an adapter that has learned something, and has no fresh rows."""

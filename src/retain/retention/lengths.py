@@ -13,7 +13,34 @@ from retain.errors import ConfigError
 from retain.models.shards import whole
 from retain.retention.watch import read
 
-__all__ = ["check_lengths", "step_lengths"]
+__all__ = ["check_lengths", "check_points", "keeps_two", "step_lengths"]
+
+
+def keeps_two(optimizer: Optimizer) -> bool:
+    """Whether an optimiser is schedule-free, which its `train` and `eval` tell.
+
+    Such a one keeps a second point z beside the weights y that are trained, and puts a mix of both
+    in their place to evaluate and save (Defazio et al., arXiv 2405.15682). A gradient moves both; a
+    weight that is moved by another hand leaves z behind, and comes out on the other side.
+    """
+    inner, _ = _inner(optimizer)
+    return all(callable(getattr(inner, name, None)) for name in ("train", "eval"))
+
+
+def check_points(optimizer: Optimizer, part: str) -> None:
+    """Refuses a part that moves weights by itself beside a schedule-free optimiser.
+
+    Raises:
+        ConfigError: the optimiser is one; see `keeps_two`.
+    """
+    if keeps_two(optimizer):
+        raise ConfigError(
+            f"{part} does not act on a schedule-free optimiser's second point, which is mixed into "
+            "what is evaluated and saved",
+            got=_name(_inner(optimizer)[0]),
+            allowed="what acts on gradients: a strength, update='gradient', no filter",
+            fix="a strength and parts=['rows', 'force']; or another optimiser",
+        )
 
 
 def check_lengths(optimizer: Optimizer) -> None:
@@ -84,10 +111,15 @@ def _summed(group: dict[str, Any]) -> float:
 def _unread(optimizer: Any) -> ConfigError:
     return ConfigError(
         "the proximal update cannot read this optimiser's state",
-        got=getattr(optimizer, "stands_for", type(optimizer)).__name__,
+        got=_name(optimizer),
         allowed="torch.optim.SGD, Adam, AdamW and others with betas and exp_avg_sq",
         fix="update='gradient'",
     )
+
+
+def _name(optimizer: Any) -> str:
+    found: str = getattr(optimizer, "stands_for", type(optimizer)).__name__
+    return found
 
 
 def _lies_elsewhere(count: float | Tensor) -> bool:

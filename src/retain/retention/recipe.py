@@ -53,14 +53,20 @@ from retain.models.sites import LinearSite, LoraSite, Site, lora_sites
 from retain.models.view import ModelView
 from retain.retention.budget import anchored
 from retain.retention.filter import Filter, InputFilter
-from retain.retention.filter_checks import NO_STRENGTH, check_filter, why_no_filter, why_no_inputs
+from retain.retention.filter_checks import (
+    NO_STRENGTH,
+    SECOND_POINT,
+    check_filter,
+    why_no_filter,
+    why_no_inputs,
+)
 from retain.retention.filter_rows import new_moments, old_moments
 from retain.retention.force import Force, Spent
 from retain.retention.fresh_rows import FrozenRows, fresh_rows
 from retain.retention.given import PARTS, check_given, check_max_rank
 from retain.retention.head import HeadFit, fit_head
 from retain.retention.hooks import GradientHooks, check_backward
-from retain.retention.lengths import check_lengths
+from retain.retention.lengths import check_lengths, check_points, keeps_two
 from retain.retention.loader import RowReader
 from retain.retention.measure import fit_rows
 from retain.retention.named import Budgets, Curvatures, by_name, named
@@ -142,6 +148,7 @@ class Recipe:
         self.parts = frozenset(PARTS if parts is None else parts)
         self.options = Filter() if filter is None else filter
         self.kl = kl if isinstance(kl, OutputKL) else OutputKL(kl)
+        self._two_points = False  # of the optimiser, as far as it was seen
         self._clear()
 
     def _clear(self) -> None:
@@ -421,6 +428,8 @@ class Recipe:
         if progress is not None and not self.named:
             if not progress.get("filter"):
                 self.why_no_filter = progress.get("why_no_filter", "the training began without one")
+            elif self._two_points:
+                self.why_no_filter = SECOND_POINT
             elif rows is None:
                 raise ConfigError(
                     "the training that goes on had a filter, which is made of its rows again",
@@ -431,7 +440,9 @@ class Recipe:
             return self.why_no_filter is None
         if not self.named:
             self.why_no_filter = NO_STRENGTH
-            if self._holds():
+            if self._holds() and self._two_points:
+                self.why_no_filter = SECOND_POINT
+            elif self._holds():
                 self.why_no_filter = why_no_filter(model, self.curvature, self.past, rows)
             return self.why_no_filter is None
         fresh = "rows" in self.parts and progress is None
@@ -453,13 +464,29 @@ class Recipe:
     # While it trains.
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Refuses one beside whose steps no proximal step can be made; see `check_lengths`.
+        """Refuses one beside whose steps a part cannot act; see `check_lengths`, `check_points`.
+
+        Where it is known before `begin`, a filter that nobody has named is left out instead.
 
         Raises:
             ConfigError: it is one.
         """
-        if self.update == "proximal" and "force" in self.parts and self.weighs():
+        proximal = self.update == "proximal" and "force" in self.parts and self.weighs()
+        self._two_points = keeps_two(optimizer)
+        for part, acts in (
+            ("a budget", self.budget is not None),
+            ("a proximal step", proximal),
+            ("the filter", self._filters_now() or (self.named and "filter" in self.parts)),
+        ):
+            if acts:
+                check_points(optimizer, part)
+        if proximal:
             check_lengths(optimizer)
+
+    def _filters_now(self) -> bool:
+        """Whether a filter is on a model, from `begin` to `release`."""
+        marks = [getattr(site.a, _MARK, None) for site in self.sites]
+        return self.filter is not None and any(m and m.recipe is self for m in marks)
 
     def guard(self, live: Callable[[], bool]) -> None:
         """From now on hooks act from `before_step` to `before_optimizer`, while `live` says so."""

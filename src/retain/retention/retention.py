@@ -133,7 +133,8 @@ class Retention:
 
         Raises:
             ModelError: an optimiser of DeepSpeed.
-            ConfigError: with ``proximal``, an optimiser that is neither torch's SGD nor like Adam.
+            ConfigError: with ``proximal``, an optimiser that is neither torch's SGD nor like Adam;
+                a schedule-free one, but beside a strength without a filter.
             TrainingError: the weights have left the finite numbers.
         """
         check_steps(optimizer)
