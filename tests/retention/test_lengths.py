@@ -88,6 +88,17 @@ def test_a_state_that_says_nothing_of_it_is_refused() -> None:
     assert math.isfinite(sum(step_lengths(stepped(torch.optim.Adam, lr=0.1)).values()))
 
 
+def test_a_state_that_is_kept_elsewhere_is_refused() -> None:
+    """As PEFT's LoRA-FA keeps its own, by the names of layers; what has no gradient has none."""
+    optimizer = stepped(torch.optim.AdamW, lr=0.1)
+    weight = optimizer.param_groups[1]["params"][0]
+    optimizer.state["layer"] = optimizer.state.pop(weight)  # type: ignore[index]
+    with pytest.raises(ConfigError, match="cannot read this optimiser's state; got: AdamW"):
+        step_lengths(optimizer)
+    weight.grad = None
+    assert step_lengths(optimizer)[id(weight)] == 0.3
+
+
 @pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.Adagrad, Adafactor])
 def test_those_that_adapt_in_another_way_are_refused(kind: type[torch.optim.Optimizer]) -> None:
     told = f"cannot read this optimiser's state; got: {kind.__name__}"

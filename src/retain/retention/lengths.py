@@ -65,7 +65,8 @@ def step_lengths(optimizer: Optimizer) -> dict[int, float]:
     fused or capturable optimiser).
 
     Raises:
-        ConfigError: an optimiser that is neither torch's SGD nor has Adam's ``exp_avg_sq``.
+        ConfigError: an optimiser that is neither torch's SGD nor has Adam's ``exp_avg_sq``, or has
+            stepped a parameter and keeps its state elsewhere.
     """
     check_lengths(optimizer)
     inner, sgd = _inner(optimizer)
@@ -81,7 +82,7 @@ def step_lengths(optimizer: Optimizer) -> dict[int, float]:
             state = inner.state.get(parameter, {})
             second, count = state.get("exp_avg_sq"), state.get("step")
             if second is None or count is None:
-                if state:
+                if state or parameter.grad is not None:  # with one, Adam would have a state
                     raise _unread(inner)
                 rates[id(parameter)] = lr
                 continue
