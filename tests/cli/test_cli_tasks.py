@@ -80,6 +80,15 @@ def test_rows_as_json(retain: Any, folder: Path, model: Path) -> None:
         assert row["option_tokens"] == [9, 9]
 
 
+def test_rows_without_a_label_are_said(retain: Any, folder: Path) -> None:
+    path = folder / "glue" / "sst2" / "train.jsonl"
+    path.write_text(path.read_text() + '{"sentence": "film 8", "label": -1}\n')
+    asked = ("tasks", "glue/sst2", "--data-dir", folder, "--split", "train")
+    said = "1 of 9 train rows have no gold label in 'label'; they are left out"
+    assert said in retain(*asked).out
+    assert said in retain(*asked, "--json").json["notes"][0]
+
+
 def test_a_file_of_ones_own(retain: Any, tmp_path: Path) -> None:
     printed = retain("tasks", "--template")
     path = tmp_path / "moods.yaml"

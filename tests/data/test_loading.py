@@ -20,7 +20,7 @@ from retain.data.batches import collate
 from retain.data.loading import encode_items, inside, load_items
 from retain.data.specs import Item, TaskSpec, list_tasks, load_task
 from retain.data.tokens import fit_prompt, tokenize
-from retain.errors import ConfigError, SourceError
+from retain.errors import ConfigError, RetainWarning, SourceError
 
 SST2 = load_task("glue/sst2")
 DATA = Path(os.environ.get("RETAIN_DATA_DIR", Path(__file__).parents[2] / "../shared/data"))
@@ -76,6 +76,16 @@ class TestRows:
         assert [i.row for i in items] == [0, 1, 3]  # the one without a gold label is left out
         assert [i.completion for i in items] == [" positive", " negative", " positive"]
         assert len(load_items(SST2, "eval", data_dir=str(tmp_path))) == 1
+
+    @pytest.mark.filterwarnings("error")
+    def test_rows_without_a_label_are_counted(self, tmp_path: Path) -> None:
+        put(tmp_path, SST2, sentences([1, 0, -1, None]), "train.jsonl")
+        put(tmp_path, SST2, sentences([0, 1]), "validation.jsonl")
+        said = r"task glue/sst2: 2 of 4 train rows have no gold label in 'label'; they are left out"
+        for split in ("train", "validation"):
+            with pytest.warns(RetainWarning, match=said):
+                load_items(SST2, split, data_dir=tmp_path)  # type: ignore[arg-type]
+        assert len(load_items(SST2, "eval", data_dir=tmp_path)) == 2
 
     def test_balanced_classes_in_training(self, tmp_path: Path) -> None:
         spec = load_task("super_glue/cb")

@@ -137,6 +137,35 @@ def test_rows_without_a_gold_label_are_none(gold: Any) -> None:
     assert load_task("glue/sst2").render({"sentence": "a", "label": gold}) is None
 
 
+def test_hidden_labels_of_the_published_tasks_are_none() -> None:
+    for name in list_tasks():
+        spec, row = load_task(name), HUB[name][0]
+        if spec.gold in row and spec.kind != "generate":
+            assert spec.solution(spec.from_hub({**row, spec.gold: -1})) is None, name
+
+
+@pytest.mark.parametrize(("fields", "golds", "answers"), [
+    ({"kind": "generate", "metric": "exact_match"}, ["-1", -1, "-", ""], ["-1", "-1", "-", None]),
+    ({"kind": "regression", "metric": "pearson"}, [-1.0, 0, "-1", None], [-1.0, 0.0, -1.0, None]),
+    ({"options": ["+", "-"], "answer": "options.index(gold)"}, ["+", "-", -1], [0, 1, None]),
+    ({"options": ["-1", "1"], "answer": "options.index(gold | string)"}, [1, -1, "-"],
+     [1, 0, None]),
+    ({"options": "signs", "answer": "signs.index(gold)"}, ["+", "-", ""], [0, 1, None]),
+    ({"options": ["no", "yes"], "answer": "{-1: 0, 1: 1}[gold]"}, [1, -1, "-"], [1, 0, None]),
+    ({"options": ["no", "yes"], "answer": "(gold + 1) // 2"}, [1, -1], [1, None]),
+    ({"options": ["no", "yes"], "answer": "none if gold == 9 else gold"}, [1, 9, -1],
+     [1, None, None]),
+])  # fmt: skip
+def test_a_label_of_minus_one(
+    tmp_path: Path, fields: dict[str, Any], golds: list[Any], answers: list[Any]
+) -> None:
+    spec = load_task(
+        write(tmp_path, **{"kind": "choice", "description": "", "prompt": "{{text}}"} | fields)
+    )
+    rows = [{"text": "a", "signs": ["+", "-"], "label": gold} for gold in golds]
+    assert [spec.solution(row) for row in rows] == answers
+
+
 def test_the_published_orders() -> None:
     orders = load_orders()
     assert orders["order1"] == ("cl15/dbpedia", "cl15/amazon", "cl15/yahoo", "cl15/agnews")

@@ -118,7 +118,7 @@ def _show(name: str, config: TasksConfig, screen: Screen) -> None:
     if not wanted:
         screen.say("To see rows: --data-dir DIR for local copies, or --limit N from the hub.")
     facts = spec.model_dump(mode="json") | {"classes": spec.classes}
-    screen.emit({"task": facts, "split": split, "rows": rows})
+    screen.emit({"task": facts, "split": split, "rows": rows, "notes": screen.notes})
 
 
 def _facts(spec: TaskSpec) -> list[str]:

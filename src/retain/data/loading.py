@@ -13,7 +13,7 @@ from retain.data.rows import Row
 from retain.data.sources import load_hub, read_rows
 from retain.data.specs import Item, TaskSpec
 from retain.data.tokens import fit_prompt, plain, tokenize
-from retain.errors import ConfigError, SourceError, unknown
+from retain.errors import ConfigError, SourceError, unknown, warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,9 @@ def load_items(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
 ) -> list[Item]:
-    """The rows of a split, rendered, in the order of the file. Rows without a gold label are out.
+    """The rows of a split, rendered, in the order of the file.
+
+    Rows without a gold label are left out, and a warning says how many.
 
     With a `limit` it is a random subset, which depends on `seed`, the task's name and the split
     alone; a smaller limit gives a subset of a larger one's rows.
@@ -69,6 +71,9 @@ def load_items(
     Raises:
         SourceError: the data is not there, cannot be read, or does not fit the task.
         ConfigError: an unknown split.
+
+    Warns:
+        RetainWarning: rows have no gold label.
     """
     if split not in get_args(Split):
         raise unknown("split", str(split), get_args(Split))
@@ -83,6 +88,12 @@ def load_items(
             got=f"{len(rows)} rows without one in the field {spec.gold!r}",
             allowed="at least one labelled row",
             fix="name a split with labels in the task's file",
+        )
+    if len(answers) < len(rows):
+        warn(
+            f"task {spec.name}: {len(rows) - len(answers)} of {len(rows)} {file} rows have no gold "
+            f"label in {spec.gold!r}; they are left out"
+            + (' (-1 and "-" are none, where they are no option)' if spec.kind == "choice" else "")
         )
     if split == "train" and held:
         answers = _without(spec, rows, answers, _validation(spec, rows, answers, held))

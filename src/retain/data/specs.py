@@ -6,7 +6,7 @@ from that file; FILE is looked for beside it, then among the tasks of the packag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -20,7 +20,7 @@ from retain.config import validate
 from retain.data.layers import read_layers
 from retain.data.patterns import PatternError, compile_pattern
 from retain.data.rows import Row, place_of
-from retain.data.templates import expression, template
+from retain.data.templates import constants, expression, template
 from retain.errors import ConfigError, SourceError, shown, unknown
 
 __all__ = [
@@ -66,8 +66,8 @@ class Item:
 
 
 def missing(gold: object) -> bool:
-    """True for what data sets write where a row has no gold label: -1, "-", "" or nothing."""
-    return gold is None or gold in (-1, "-1", "-", "") or gold == []
+    """True for what data sets of any kind write where a row has no gold label."""
+    return gold is None or gold in ("", [])
 
 
 class _NoText(ValueError):
@@ -124,9 +124,11 @@ class TaskSpec(_Strict):
     # label words, or templates over the row; or one expression that gives the row's own list. In
     # the prompt the list is called ``options``
     options: tuple[str, ...] | str = ()
-    gold: str = "label"  # field of the gold label; rows where it is missing, -1, "-", "" are out
+    # field of the gold label; rows where it is null, "" or [] are out; of a choice also those
+    # where it is -1 or "-", unless that is an option or stands in ``answer``
+    gold: str = "label"
     # expression over the row, ``gold`` and ``options`` that gives the index of the true option, the
-    # reference text, or the number
+    # reference text, or the number; none for a row without one
     answer: str = "gold"
     # expression for the list of all texts that count as right, or for the one that does
     references: str = ""
@@ -210,7 +212,11 @@ class TaskSpec(_Strict):
             if missing(gold):
                 return None
             choices = self._choices(row)
+            if self._hidden(gold, choices):
+                return None
             found = expression(self.answer)({**row, "gold": gold, "options": choices})
+            if found is None:
+                return None
             if self.kind == "regression":
                 return float(found)
             if self.kind == "generate":
@@ -252,7 +258,8 @@ class TaskSpec(_Strict):
         Raises:
             SourceError: the row lacks a field that they are made of.
         """
-        if not self.hub.fields or (self.gold in row and missing(row[self.gold])):
+        gold = row.get(self.gold, 0)
+        if not self.hub.fields or missing(gold) or self._hidden(gold, self.labels):
             return dict(row)
         with self._fitting(row, number):
             return {**row} | {f: template(text)(row) for f, text in self.hub.fields.items()}
@@ -275,6 +282,12 @@ class TaskSpec(_Strict):
                 if "is not in list" in why
                 else "rename the fields of the data, or change the templates of the task",
             ) from error
+
+    def _hidden(self, gold: object, options: Sequence[str]) -> bool:
+        """Whether a gold label stands for none: -1 or "-" where a choice has no such label."""
+        if self.kind != "choice" or gold not in (-1, "-1", "-"):
+            return False
+        return ("-" if gold == "-" else "-1") not in {*options, *constants(self.answer)}
 
     def _text(self, found: object) -> str:
         """A generated answer; a list or an object is refused, as templates refuse to write one."""

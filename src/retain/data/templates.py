@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeGuard
 
 from jinja2 import (
     StrictUndefined,
@@ -31,7 +31,7 @@ from jinja2.visitor import NodeTransformer
 from retain.data.metering import METER, Meter, check_call, check_number, check_widths
 from retain.data.patterns import replace_all
 
-__all__ = ["expression", "template"]
+__all__ = ["constants", "expression", "template"]
 
 LENGTH, NODES = 100_000, 5_000
 """Characters, and parts in braces, of one template, at most."""
@@ -81,6 +81,20 @@ def expression(text: str) -> Callable[[Mapping[str, Any]], Any]:
             return list(found) if isinstance(found, Iterator) else found
 
     return value
+
+
+@lru_cache(maxsize=4096)
+def constants(text: str) -> frozenset[str]:
+    """The numbers, with their sign, and the texts that stand in an expression, as texts."""
+    tree = _JINJA.parse(f"{{{{ {text} }}}}")
+    found = {f"{n.value:g}" if isinstance(n.value, int | float) else str(n.value)
+             for n in tree.find_all(nodes.Const)}  # fmt: skip
+    signed = (node.node for node in tree.find_all(nodes.Neg))
+    return frozenset(found | {f"-{n.value:g}" for n in signed if _is_number(n)})
+
+
+def _is_number(node: nodes.Node) -> TypeGuard[nodes.Const]:
+    return isinstance(node, nodes.Const) and isinstance(node.value, int | float)
 
 
 def _check_length(text: str) -> None:
