@@ -144,6 +144,16 @@ def test_hidden_labels_of_the_published_tasks_are_none() -> None:
             assert spec.solution(spec.from_hub({**row, spec.gold: -1})) is None, name
 
 
+@pytest.mark.parametrize("answer", ["gold", "gold | float"])
+def test_a_number_that_is_none(tmp_path: Path, answer: str) -> None:
+    fields = {"description": "", "kind": "regression", "prompt": "{{text}}", "metric": "pearson"}
+    spec = load_task(write(tmp_path, **fields, answer=answer))
+    for gold in (float("nan"), "nan"):  # as computed, and as a table of text has it
+        assert spec.solution({"text": "a", "label": gold}) is None
+    with pytest.raises(SourceError, match="the answer is inf, and no finite number"):
+        spec.solution({"text": "a", "label": float("inf")})
+
+
 @pytest.mark.parametrize(("fields", "golds", "answers"), [
     ({"kind": "generate", "metric": "exact_match"}, ["-1", -1, "-", ""], ["-1", "-1", "-", None]),
     ({"kind": "regression", "metric": "pearson"}, [-1.0, 0, "-1", None], [-1.0, 0.0, -1.0, None]),

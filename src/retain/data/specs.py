@@ -6,6 +6,7 @@ from that file; FILE is looked for beside it, then among the tasks of the packag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,7 +68,15 @@ class Item:
 
 def missing(gold: object) -> bool:
     """True for what data sets of any kind write where a row has no gold label."""
-    return gold is None or gold in ("", [])
+    nan = isinstance(gold, float) and math.isnan(gold)
+    return gold is None or nan or gold in ("", [])
+
+
+def _number(found: float) -> float | None:
+    """The answer of a regression; None for NaN. An infinite one would make every score 0."""
+    if math.isinf(found):
+        raise ValueError(f"the answer is {found}, and no finite number")
+    return None if math.isnan(found) else found
 
 
 class _NoText(ValueError):
@@ -124,11 +133,11 @@ class TaskSpec(_Strict):
     # label words, or templates over the row; or one expression that gives the row's own list. In
     # the prompt the list is called ``options``
     options: tuple[str, ...] | str = ()
-    # field of the gold label; rows where it is null, "" or [] are out; of a choice also those
+    # field of the gold label; rows where it is null, NaN, "" or [] are out; of a choice also those
     # where it is -1 or "-", unless that is an option or stands in ``answer``
     gold: str = "label"
     # expression over the row, ``gold`` and ``options`` that gives the index of the true option, the
-    # reference text, or the number; none for a row without one
+    # reference text, or the number; none (or NaN) for a row without one
     answer: str = "gold"
     # expression for the list of all texts that count as right, or for the one that does
     references: str = ""
@@ -218,7 +227,7 @@ class TaskSpec(_Strict):
             if found is None:
                 return None
             if self.kind == "regression":
-                return float(found)
+                return _number(float(found))
             if self.kind == "generate":
                 return self._text(found)
             if int(found) not in range(len(choices)):
