@@ -307,12 +307,17 @@ class TestMistakes:
         ({"label": 0}, "'text' is undefined"), ({"text": "a"}, "no field 'label'"),
         ({"text": "a", "label": 2}, "the answer is 2, of 2 options"),
         ({"text": "a", "label": -2}, "the answer is -2"),
+        ({"text": "a", "label": 0.7}, "the answer is 0.7, of 2 options"),
         ({"text": "a", "label": "good"}, "'good'"),
     ])  # fmt: skip
     def test_rows_that_do_not_fit(self, tmp_path: Path, row: dict[str, Any], said: str) -> None:
         with pytest.raises(SourceError, match="row 8 does not fit task mine") as error:
             load_task(write(tmp_path, **MINE)).render(row, 7)
         assert said in str(error.value)
+        assert ("write the label as one of the options" in str(error.value)) == ("answer" in said)
+
+    def test_a_whole_number_with_a_point_is_one(self, tmp_path: Path) -> None:
+        assert load_task(write(tmp_path, **MINE)).solution({"text": "a", "label": 1.0}) == 1
 
     def test_templates_run_no_code(self, tmp_path: Path) -> None:
         prompt = "{{ ''.__class__.__mro__[1].__subclasses__() }}"

@@ -230,7 +230,8 @@ class TaskSpec(_Strict):
                 return _number(float(found))
             if self.kind == "generate":
                 return self._text(found)
-            if int(found) not in range(len(choices)):
+            whole = not isinstance(found, float) or found.is_integer()
+            if not whole or int(found) not in range(len(choices)):
                 raise ValueError(f"the answer is {found}, of {len(choices)} options")
             return int(found)
 
@@ -288,7 +289,7 @@ class TaskSpec(_Strict):
                 else "fill the field or take the row out; {{ field or '' }} writes nothing for null"
                 if why.endswith("is null")
                 else "write the label as one of the options, or take the row out"
-                if "is not in list" in why
+                if "is not in list" in why or why.endswith(" options")
                 else "rename the fields of the data, or change the templates of the task",
             ) from error
 
