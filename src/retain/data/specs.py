@@ -88,13 +88,13 @@ class _NoText(ValueError):
         self.fix = fix
 
 
-def _first_text(value: object) -> str:
+def _first_text(value: Any) -> str:
     """Where the first text of a list or an object lies in it, as an expression goes on."""
     path = ""
     while isinstance(value, list | tuple | dict):
-        key = next(iter(value), "") if isinstance(value, dict) else 0
+        key: Any = next(iter(value), "") if isinstance(value, dict) else 0
         path += f".{key}" if str(key).isidentifier() else f"[{key!r}]"
-        value = value[key] if value else None  # type: ignore[call-overload]
+        value = value[key] if value else None
     return path
 
 
