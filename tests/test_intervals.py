@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 
 from retain.errors import ConfigError
@@ -100,11 +101,33 @@ def test_bootstrap_of_a_ratio() -> None:
 
 
 def test_bootstrap_where_rows_do_not_count() -> None:
-    assert bootstrap([1, 1, 0], [1, 1, 0]) == (1.0, 1.0)
+    assert bootstrap([1, 1, 0], [1, 1, 0]) is None  # all alike
+    assert bootstrap([0.1, 0.2, 0.3], [1, 2, 3]) is None
+    assert bootstrap([0.4], [1]) is None and bootstrap([0.4, 0], [1, 0]) is None
     assert bootstrap([0.0, 0.0], [0, 0]) is None
     assert bootstrap([], []) is None
     low, high = bootstrap([1, 0, 5, 7], [1, 1, 0, 0], draws=150) or (0, 0)
     assert 0 <= low <= 0.5 < high  # rows of size 0 have no part
+
+
+@pytest.mark.parametrize("rows", [2, 3, 5, 10])
+def test_bootstrap_covers_with_few_rows(rows: int) -> None:
+    draw, hits = random.Random(0), 0
+    for _ in range(300):
+        found = bootstrap([draw.gauss(1, 2) for _ in range(rows)], [1] * rows, draws=300)
+        assert found is not None
+        hits += found[0] <= 1 <= found[1]
+    assert 0.9 < hits / 300 < 0.98
+
+
+def test_bootstrap_of_many_rows_is_hardly_widened_and_a_share_stays_one() -> None:
+    parts = [float(i % 7) for i in range(140)]
+    low, high = bootstrap(parts, [1] * 140) or (0, 0)
+    random_ = np.random.default_rng(0)
+    rows = np.concatenate([random_.integers(0, 140, (100, 140)) for _ in range(10)])
+    ends = np.quantile(np.asarray(parts)[rows].mean(1), [0.025, 0.975])
+    assert high - low == pytest.approx((ends[1] - ends[0]) * 1.0125, rel=1e-3)
+    assert bootstrap([1, 0, 0, 0], [1] * 4) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(

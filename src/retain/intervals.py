@@ -141,22 +141,26 @@ def bootstrap(
 ) -> tuple[float, float] | None:
     """The 95 % interval of ``sum(parts) / sum(sizes)`` over rows, from rows drawn with repetition.
 
-    The ends are percentiles (Efron 1979). Of a share whose rows are all alike the interval has no
-    width.
+    The ends are percentiles (Efron 1979), moved away from the value by ``t(n - 1) / 1.96 · √(n /
+    (n - 1))``: as they are they cover 52 % of the time with two rows and 85 % with five (Hesterberg 2015, The
+    American Statistician 69). Those of a share stay within 0 and 1.
 
     Args:
         parts: one a row, such as its nats, or 1 for a hit.
-        sizes: one a row, such as its tokens, or 1. A draw whose sizes are 0 in all does not count.
+        sizes: one a row, such as its tokens, or 1. A row of size 0 does not count, nor does a draw
+            whose sizes are 0 in all.
         seed: of the draws.
         draws: how many.
 
     Returns:
-        None where the sizes are 0 in all.
+        None of fewer than two rows that count, or where all are alike: these tell no spread.
     """
     import numpy as np
 
-    above, below = np.asarray(parts, dtype=float), np.asarray(sizes, dtype=float)
-    if not below.sum():
+    below = np.asarray(sizes, dtype=float)
+    above = np.where(below > 0, np.asarray(parts, dtype=float), 0)
+    n = np.count_nonzero(below)
+    if n < 2:
         return None
     random, count = np.random.default_rng(seed), len(above)
     found = []
@@ -165,4 +169,11 @@ def bootstrap(
         total = below[rows].sum(1)
         found.append(above[rows].sum(1)[total > 0] / total[total > 0])
     low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
-    return float(low), float(high)
+    if math.isclose(low, high, rel_tol=1e-9):
+        return None
+    value = above.sum() / below.sum()
+    wider = t_quantile(int(n) - 1) / 1.96 * math.sqrt(n / (n - 1))
+    low, high = (float(value + wider * (end - value)) for end in (low, high))
+    if np.isin(above, (0, 1)).all() and np.isin(below, (0, 1)).all():
+        return max(0.0, low), min(1.0, high)
+    return low, high

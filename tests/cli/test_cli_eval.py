@@ -160,6 +160,17 @@ def test_a_long_prompt_takes_no_room_from_other_answers(model: Path) -> None:
     assert (alone.cut, beside.cut) == (3, 4)
 
 
+def test_one_row_tells_no_interval(evaluate: Run, tmp_path: Path) -> None:
+    data, out = write_lines(tmp_path / "row.jsonl", ROWS[:1]), tmp_path / "one.html"
+    said = evaluate("--data", data, "--rows", 1, "--out", out).done().out
+    scores = told(out.with_suffix(".json"))["scores"]
+    loss = scores["data.loss"]
+    assert all(m["interval"] is None for m in (loss["base"], *loss["tuned"], *loss["changes"]))
+    assert scores["source.kl"]["tuned"][0]["interval"] is None
+    assert not re.search(r"loss of the rows[^│]*│[^%]*\[", said.replace("┃", "│"))
+    assert ", which may be chance)" in out.read_text()
+
+
 def test_a_prompt_of_one_token_is_asked(model: Path) -> None:
     words = AutoTokenizer.from_pretrained(model)
     view = ModelView(AutoModelForCausalLM.from_pretrained(model), words)

@@ -126,6 +126,13 @@ def test_says_what_an_eval_found(put: Put) -> None:
     assert "<i>Prompt" not in html and html.count('<span class="mark right">right</span>') > 20
 
 
+@pytest.mark.parametrize("interval", [None, [-0.1, -0.1]])
+def test_a_change_without_an_interval_may_be_chance(put: Put, interval: Any) -> None:
+    one = make_eval(1)
+    one["scores"]["data.loss"]["changes"][0] = {"value": -0.1, "interval": interval, "n": 1}
+    assert "against 0.200 (−0.100, which may be chance)" in _page(put(one))
+
+
 def test_a_result_is_told_honestly(put: Put, result: dict[str, Any]) -> None:
     chosen = result["rows"][3]
     chosen["forgetting"]["kl"] = 0.5

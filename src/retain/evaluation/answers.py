@@ -116,7 +116,8 @@ class Answers:
     def summary(self) -> dict[str, Any]:
         """All measures, ``overall`` and by ``skills``, each ``{"value", "interval", "n"}``.
 
-        The intervals are 95 % bootstrap intervals over prompts. `n` is what a value is of: tokens
+        The intervals are 95 % bootstrap intervals over prompts, None where fewer than two count or
+        all are alike. `n` is what a value is of: tokens
         of ``log_ratio``, prompts right before of ``kept``, else prompts.
         """
         skills: dict[str, list[Answer]] = {}

@@ -20,7 +20,8 @@ def measured(values: Values, sizes: Values | None = None, *, seed: int = 0) -> d
     Args:
         values: one an item: nats, or whether it is a hit.
         sizes: one an item, such as its tokens; None counts items. The interval of a share of hits
-            is Wilson's then, any other a bootstrap's over items.
+            is Wilson's then, any other a bootstrap's over items: none of one item, or of items that
+            are all alike.
         seed: of the bootstrap.
     """
     ones = sizes or [1] * len(values)

@@ -112,13 +112,17 @@ def _metric(score: EvalScore) -> Metric:
     return Metric("", score.label, score.unit, score.better, lambda _: None)
 
 
+def _ends(measure: Measure) -> tuple[float, float] | None:
+    """The interval; one without a width, of rows that were all alike, is none."""
+    ends = measure.interval
+    return None if ends is None or ends[0] == ends[1] else ends
+
+
 def _entry(score: EvalScore, measure: Measure | None, *, signed: bool = False) -> Entry:
     """A value with the ends of its interval below it."""
     if measure is None or measure.value is None:
         return Entry()
-    m, ends, value = _metric(score), measure.interval, measure.value
-    if ends and ends[0] == ends[1]:  # a bootstrap of rows that are all alike
-        ends = None
+    m, ends, value = _metric(score), _ends(measure), measure.value
     if not value and not ends:
         return Entry("0", value=0.0)
     widest = max(abs(v) for v in (value, *(ends or ())))
@@ -237,14 +241,14 @@ def _pair(score: EvalScore, i: int) -> str:
 
 def _sided(score: EvalScore, i: int) -> int:
     """-1 or 1 where the interval of the change lies on that side of 0, else 0."""
-    ends = score.changes[i].interval if i < len(score.changes) else None
+    ends = _ends(score.changes[i]) if i < len(score.changes) else None
     return 0 if ends is None else (ends[0] > 0) - (ends[1] < 0)
 
 
 def _doubt(score: EvalScore, i: int) -> str:
-    """The change with its interval, and whether that is more than chance."""
+    """The change with its interval, if there is one, and whether that is more than chance."""
     change = score.changes[i] if i < len(score.changes) else None
-    if change is None or change.interval is None:
+    if change is None or change.value is None:
         return "no interval"
     lead = "" if _sided(score, i) else ", which may be chance"
     return f"{_said(score, change, signed=True)}{lead}"

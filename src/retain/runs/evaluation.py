@@ -198,7 +198,8 @@ class Evaluation:
         moved = [[nats for nats, _ in each.sequences] for each in found]
         kl = compared(None, moved, tokens, seed=self.config.seed, **_told("source.kl"))
         for one, each in zip(kl["tuned"], found, strict=True):
-            one["interval"] = list(each.kl_interval)
+            low, high = each.kl_interval
+            one["interval"] = [low, high] if low < high else None  # of one passage there is none
         n = first.tokens
         perplexity = _alone(
             first.ppl_base, *(each.ppl for each in found), n=n, **_told("source.perplexity")
