@@ -320,6 +320,8 @@ def test_rows_that_cannot_be_asked(evaluate: Run, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     evaluate("--data", empty, "--out", out).refused("empty")
     evaluate("--data", labels, "--out", out).refused("the rows are a classifier's", "completion")
+    (twice := tmp_path / "prompts.txt").write_text("hello\nhi\nhello\n")
+    evaluate("--prompts", twice, "--out", out).refused("'hello' as given-01 and given-03")
     assert not out.exists()
 
 

@@ -30,7 +30,7 @@ from retain.errors import SourceError, shown, unknown, warn
 
 __all__ = [
     "GENERAL", "HALVES", "SKILLS", "GeneralPrompt", "GivenPrompts", "Half", "Prompts",
-    "general_prompts", "mixed_prompts", "prompt_texts", "read_prompts", "spread_prompts",
+    "check_distinct", "general_prompts", "mixed_prompts", "prompt_texts", "read_prompts", "spread_prompts",
 ]  # fmt: skip
 
 Half = Literal["source", "held-out"]
@@ -182,6 +182,19 @@ def read_prompts(
             allowed="at least 1", fix="give some, or 'general' for those of retain",
         )  # fmt: skip
     return found
+
+
+def check_distinct(prompts: Sequence[GeneralPrompt]) -> None:
+    """Raises `SourceError` where a prompt is there twice: what is measured counts it once."""
+    seen: dict[str, str] = {}
+    for item in prompts:
+        if item.prompt in seen:
+            raise SourceError(
+                "a prompt is there twice, and would count twice",
+                got=f"{shown(item.prompt)} as {seen[item.prompt]} and {item.id}",
+                allowed="each prompt once", fix="leave one out",
+            )  # fmt: skip
+        seen[item.prompt] = item.id
 
 
 def prompt_texts(prompts: GivenPrompts, half: Half = "source") -> list[str]:

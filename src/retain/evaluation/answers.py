@@ -19,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from retain.data.batches import Example, batches
-from retain.data.general_prompts import GENERAL, Prompts, read_prompts
+from retain.data.general_prompts import GENERAL, Prompts, check_distinct, read_prompts
 from retain.data.patterns import PatternError, compile_pattern, first_match
 from retain.data.problems import MARK
 from retain.data.tokens import tokenize
@@ -165,8 +165,8 @@ def measure_answers(
         progress: show bars.
 
     Raises:
-        SourceError: prompts that are missing or damaged, longer than the model can read, or no
-            tokenizer.
+        SourceError: prompts that are missing or damaged, there twice, or longer than the model can
+            read, or no tokenizer.
         ModelError: the model writes no text, or has no adapter that can be switched off so that
             the base is what it was.
         ConfigError: a number out of range, or a pattern that does not compile.
@@ -174,6 +174,7 @@ def measure_answers(
     check_counts(new_tokens=new_tokens, batch_size=batch_size)
     looks = _form_of(task_form)
     asked = read_prompts(GENERAL if prompts is None else prompts)
+    check_distinct(asked)
     view, words = writer(model, tokenizer)
     ids = [tokenize(words, put(words, p.prompt)) for p in asked]
     with adapter_off(model):  # a model without an adapter is refused before anything is written

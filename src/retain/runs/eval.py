@@ -138,7 +138,7 @@ def _run(config: EvalConfig, messages: Messages) -> dict[str, Any]:
     name = _one_base(config)
     messages.libraries()
     from retain.data.draws import HELD_OUT
-    from retain.data.general_prompts import read_prompts
+    from retain.data.general_prompts import check_distinct, read_prompts
     from retain.data.sources import read_rows
     from retain.evaluation.general import check_general
     from retain.models.saved import adapter_digest
@@ -150,6 +150,7 @@ def _run(config: EvalConfig, messages: Messages) -> dict[str, Any]:
     if config.data is not None:
         rows = read_rows(config.data, config.limit, seed=seed, max_length=config.data_length)
     asked = None if config.prompts is None else read_prompts(config.prompts)
+    check_distinct(asked or [])
     found = Evaluation(config, Given(text, rows, asked, problems, general), messages)
     adapters: list[dict[str, Any]] = []
     model: dict[str, Any] = {}
