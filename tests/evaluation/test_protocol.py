@@ -141,6 +141,32 @@ def test_the_spread_is_that_of_two_way_clusters(rows: int, seeds: int, tasks: in
     assert got.std() == pytest.approx(want)
 
 
+def runs_of(hits: list[list[int]], method: str, rows: int = 12) -> dict[int, RunRecord]:
+    """Runs of two tasks with so many right rows, the first ones, [seeds, tasks]."""
+    found = {}
+    for seed, (a, b) in enumerate(hits):
+        first, second = (bits_of([i < k for i in range(rows)]) for k in (a, b))
+        found[seed] = RunRecord.model_validate({
+            "config": {"model": "m", "adapter": {"name": "lora"}, "method": {"name": method},
+                       "order": {"name": "o", "tasks": ["a", "b"]}, "seed": seed},
+            "tasks": ["a", "b"], "right": [[first, None], [first, second]],
+            "matrix": [[a / rows, None], [a / rows, b / rows]],
+        })  # fmt: skip
+    return found
+
+
+def test_cells_that_differ_alike_have_the_spread_of_their_rows() -> None:
+    """One row in each of four cells: the clusters tell of no spread, the rows do."""
+    ours, theirs = runs_of([[7, 8], [9, 6]], "ours"), runs_of([[6, 7], [8, 5]], "theirs")
+    average = compare(ours, theirs, draws=1000)[0][0]
+    assert average.difference == pytest.approx(1 / 12)
+    assert average.interval[0] <= 0 < average.interval[1] and average.p > 0.05
+    assert average.ratio_interval is not None
+    assert average.ratio_interval[0] <= 1 < average.ratio_interval[1]
+    same, _ = compare(ours, runs_of([[7, 8], [9, 6]], "theirs"), draws=200)
+    assert (same[0].interval, same[0].p) == ((0.0, 0.0), 1.0)
+
+
 def test_a_task_that_never_counts_is_no_task() -> None:
     random = np.random.default_rng(6)
     known = random.normal(0.1, 1, (6, 3))

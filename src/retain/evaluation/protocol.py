@@ -7,7 +7,9 @@ factor (Owen 2007, The pigeonhole bootstrap, Annals of Applied Statistics 1). Th
 the estimate until their standard deviation is that of two-way clusters, ``V_tasks + V_seeds
 - V_cells`` and no less than the larger of the first two (Cameron, Gelbach and Miller 2011, Journal
 of Business & Economic Statistics 29), times ``t / 1.96`` for Student's t with one degree of freedom
-less than there are tasks, or seeds, whichever are fewer. The intervals are their percentiles.
+less than there are tasks, or seeds, whichever are fewer. Where that is less than the spread of draws
+of rows alone, as where by chance every cell differs alike, they stay as they are. The intervals are
+their percentiles.
 
 A row counts as right or wrong, whatever the task's metric; of a task without such rows (a
 regression, records of earlier versions), in either method, the score is taken as it is. Metrics are
@@ -139,18 +141,23 @@ def compare(
     weights = [drawn(n) for n in tables[0].sizes]
     chosen = drawn(shape[1]), drawn(shape[0])
     many = [table.measures(weights, *chosen) for table in tables]
+    fixed = np.ones((draws, shape[1])), np.ones((draws, shape[0]))
+    by_rows = [table.measures(weights, *fixed) for table in tables]
     found, learning = [], np.empty(0)
     for name in MEASURES:
         a, b = (float(table[name][0]) for table in whole)
         known = np.isfinite(many[0][name]) & np.isfinite(many[1][name])
         x, y = many[0][name][known], many[1][name][known]
         ours_cells, theirs_cells = (cell[name] for cell in cells)
-        gap = _drawn_together(x - y, a - b, ours_cells - theirs_cells)
+        x_rows, y_rows = (drawn[name] for drawn in by_rows)
+        least = float((x_rows - y_rows).std())
+        gap = _drawn_together(x - y, a - b, ours_cells - theirs_cells, least)
         ratio = ratio_interval = None
         if b > 0 and np.quantile(y, 0.025) > 0:
             ratio, sure = a / b, y > 0
             spread = (ours_cells - a / b * theirs_cells) / b
-            ratios = _drawn_together(x[sure] / y[sure], ratio, spread)
+            least = float((x_rows - ratio * y_rows).std()) / b
+            ratios = _drawn_together(x[sure] / y[sure], ratio, spread, least)
             ratio_interval = _interval(ratios)
             if name == "learning":
                 learning = ratios
@@ -167,16 +174,17 @@ def compare(
     return found, {"margin": margin, "bound": bound, "p": p, "holds": bound > 1 - margin}
 
 
-def _drawn_together(draws: Array, centre: float, cells: Array) -> Array:
+def _drawn_together(draws: Array, centre: float, cells: Array, least: float = 0.0) -> Array:
     """Draws around a value, with the spread that the module tells.
 
     Args:
         draws: of the bootstrap.
         centre: the value.
         cells: [seeds, tasks], whose mean the value is; NaN where a cell does not count.
+        least: the standard deviation of draws of rows alone.
     """
     wanted, spread = half_width(cells), float(draws.std())
-    if wanted is None:
+    if wanted is None or wanted / 1.96 < least:
         return draws
     return centre + (draws - centre) * (wanted / 1.96 / spread if spread else 1.0)
 
