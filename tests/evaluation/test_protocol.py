@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,8 @@ def test_a_task_that_never_counts_is_no_task() -> None:
     known = random.normal(0.1, 1, (6, 3))
     with_last = np.concatenate([known, np.full((6, 1), np.nan)], 1)  # nothing to forget in it
     assert half_width(with_last) == half_width(known)
+    with warnings.catch_warnings(action="error"):
+        assert half_width(np.full((2, 2), np.nan)) is None
     two = np.concatenate([known[:, :1], np.full((6, 1), np.nan)], 1)
     assert half_width(two) == half_width(known[:, :1])
 

@@ -197,14 +197,15 @@ def half_width(cells: Array) -> float | None:
 
     Returns:
         Student's t times the standard deviation of two-way clusters; of one factor with a single
-        level, that of the other alone. A level without any cell is none. None for a single cell.
+        level, that of the other alone. A level without any cell is none. None for a single cell,
+        or none.
     """
     known = np.isfinite(cells)
     cells = cells[known.any(1)][:, known.any(0)]
-    parts = np.nan_to_num((cells - np.nanmean(cells)) / np.isfinite(cells).sum())
     several = [n for n in cells.shape if n > 1]
     if not several:
         return None
+    parts = np.nan_to_num((cells - np.nanmean(cells)) / np.isfinite(cells).sum())
     by_task, by_seed = ((parts.sum(axis) ** 2).sum() for axis in (0, 1))
     seeds, tasks = cells.shape
     by_task *= tasks / max(1, tasks - 1)
