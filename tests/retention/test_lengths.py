@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +98,38 @@ def test_a_state_that_is_kept_elsewhere_is_refused() -> None:
         step_lengths(optimizer)
     weight.grad = None
     assert step_lengths(optimizer)[id(weight)] == 0.3
+
+
+class Halved(torch.optim.AdamW):
+    """Changes gradients inside its step, as PEFT's Riemannian optimiser does."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.grad.mul_(0.5)
+        return super().step()
+
+
+class Renamed(torch.optim.AdamW):
+    """Steps as torch's does."""
+
+
+def test_gradients_that_change_inside_a_step_are_refused() -> None:
+    hooked = stepped(torch.optim.AdamW, lr=0.1)
+    handle = hooked.register_step_pre_hook(lambda *_: None)
+    for optimizer, told in (
+        (stepped(Halved, lr=0.1), "Halved, which steps in another way than torch.optim.AdamW"),
+        (hooked, "1 hooks of others before a step of AdamW"),
+    ):
+        for ask in (step_lengths, check_lengths):
+            with pytest.raises(ConfigError, match=f"gradients may be changed; got: {told}"):
+                ask(optimizer)
+    handle.remove()
+    plain = stepped(Renamed, lr=0.1)
+    torch.optim.lr_scheduler.ConstantLR(plain)  # which wraps its step
+    for optimizer in (hooked, plain):
+        check_lengths(optimizer)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.Adagrad, Adafactor])

@@ -47,11 +47,21 @@ def check_lengths(optimizer: Optimizer) -> None:
     """Refuses an optimiser whose step lengths are not known, as far as it shows before a step.
 
     Raises:
-        ConfigError: it is neither torch's SGD nor one with betas, as Adam's kin have.
+        ConfigError: it is neither torch's SGD nor one with betas, as Adam's kin have; or gradients
+            are changed inside its step, by a hook or around that of torch's, as PEFT's Riemannian
+            one does: what Adam keeps is of those then, and tells nothing of a step of the force.
     """
     inner, sgd = _inner(optimizer)
     if not sgd and not all("betas" in group for group in inner.param_groups):
         raise _unread(inner)
+    changed = _changed(inner)
+    if changed is not None:
+        raise ConfigError(
+            "the proximal update cannot tell the lengths of steps whose gradients may be changed",
+            got=changed,
+            allowed="an optimiser with a step of its own, or torch's as it is",
+            fix="update='gradient'",
+        )
 
 
 def step_lengths(optimizer: Optimizer) -> dict[int, float]:
@@ -101,6 +111,18 @@ def _inner(optimizer: Any) -> tuple[Any, bool]:
     """The optimiser without accelerate's wrapper, and whether it is torch's SGD."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner, issubclass(getattr(inner, "stands_for", type(inner)), torch.optim.SGD)
+
+
+def _changed(optimizer: Any) -> str | None:
+    """What may change the gradients inside an optimiser's step; None where nothing does."""
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", ())
+    if hooks:
+        return f"{len(hooks)} hooks of others before a step of {_name(optimizer)}"
+    kind = getattr(optimizer, "stands_for", type(optimizer))
+    near = next((k for k in kind.__mro__ if k.__module__.startswith("torch.optim.")), None)
+    if near in (None, Optimizer) or kind.step.__module__.startswith("torch."):
+        return None
+    return f"{_name(optimizer)}, which steps in another way than torch.optim.{near.__name__}"
 
 
 def _summed(group: dict[str, Any]) -> float:
