@@ -492,6 +492,26 @@ def test_it_is_said_what_an_adapter_that_had_learned_is_held_to(
     assert not all(torch.equal(before[n], w) for n, w in weights(model).items())
 
 
+@pytest.mark.parametrize("init", ["orthogonal", "mica"])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_an_adapter_that_begins_with_a_b_and_no_update_is_the_base(
+    init: Any, rounded: bool, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=init)
+    model = get_peft_model(base("llama", dtype=torch.float32), config)
+    if rounded:  # as of a base in bfloat16, whose adapter PEFT has in float32
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.data.copy_(weight.data.bfloat16())
+    call = RetentionCallback(fit(model), budget=0.5, kl=1.0, source=ROWS["llama"])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer(model, tmp_path, [call], max_steps=1).train()
+    assert not any("had learned" in str(w.message) for w in told)
+    assert "Held to" not in facts(call.recipe)
+    assert facts(call.recipe)["Budget"].endswith("KL divergence to the base")
+
+
 def test_the_kl_of_an_adapter_that_has_grown_counts_from_what_it_was() -> None:
     model = tiny("llama", moved=True)
     curvature = fit(model)

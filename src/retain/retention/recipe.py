@@ -37,6 +37,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -309,10 +310,11 @@ class Recipe:
     def _tell_begun_from(self, model: nn.Module) -> None:
         """Whether a curvature is around an adapter that had learned, to which the model is held.
 
-        An initialisation that takes its start out of the base's weights is the base.
+        An initialisation that takes its start out of the base's weights is the base, and one whose
+        B A is 0.
         """
         learned = any(
-            each.around_adapter and any(bool(kept[0].any()) for kept in each.anchor.values())
+            each.around_adapter and any(map(_learned, each.anchor.values()))
             for each in by_name(self.curvature).values()
         )
         self.from_adapter = learned and start_of(model) is None
@@ -732,6 +734,17 @@ def release_left(model: nn.Module, *, resuming: bool = False) -> None:
         if held.filter is not None and idle and not resuming:
             held.filter.undo()
             scatter(held._shards)
+
+
+def _learned(kept: tuple[Tensor, ...]) -> bool:
+    """Whether an anchor's B A is more than 0, as it begins but for a rounding to bfloat16.
+
+    PEFT's ``orthogonal`` has a B that is not 0 and an A whose rows cancel it, ``mica`` an A of 0.
+    """
+    b, a = (t.double() for t in kept[:2])
+    left, right = b.T @ b, a @ a.T
+    size = float(left.trace() * right.trace())
+    return float((left * right).sum()) > torch.finfo(torch.bfloat16).eps ** 2 * size
 
 
 def _weights(sites: Sequence[Site]) -> list[nn.Parameter]:
