@@ -187,6 +187,14 @@ def test_a_model_of_ones_own() -> None:
         head_kind(AutoModelForCausalLMWithValueHead())
 
 
+@pytest.mark.parametrize("call", [head_kind, *DOORS.values()], ids=["head_kind", *DOORS])
+def test_a_mixed_model_is_refused_by_name(call: Any) -> None:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**COMMON))
+    mixed = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]), mixed=True)
+    with pytest.raises(ModelError, match=r"mixed model.*got: PeftMixedModel.*without mixed=True"):
+        call(mixed)
+
+
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize(
     ("problem", "outputs", "what"),
