@@ -156,6 +156,31 @@ def test_the_reloaded_adapter_answers_as_the_trained_one(
     assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.json"}
 
 
+def test_what_no_checkpoint_has_is_trained_and_saved_with_the_head(
+    train: Run, retain: Run, encoder: Path, source: Path, tmp_path: Path
+) -> None:
+    """An encoder that was saved without its pooler, which each loading draws anew."""
+    base, out, june = tmp_path / "base", tmp_path / "run", tmp_path / "june"
+    shutil.copytree(encoder, base)
+    BertModel.from_pretrained(encoder, add_pooling_layer=False).save_pretrained(base)
+    rows = write(tmp_path / "r.jsonl", LABELS["names"][0])
+    train(rows, "--model", base, "--source", source, "--keep-state", "-q").done()
+    weights = adapter(out)
+    pooler = {n for n in weights if ".pooler." in n}
+    assert pooler == {f"base_model.model.bert.pooler.dense.{n}" for n in ("weight", "bias")}
+    more = ("--continue-from", out, "--data", rows, "--out", june, "--seed", 1, *SHORT[:4], "-q")
+    retain("train", *more).done()
+    for run in (out, june):
+        said = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            said.append(answers(run, base, rows))
+        assert torch.equal(*said)
+    first, last = (load_file(run / "state" / "head.safetensors") for run in (out, june))
+    assert first.keys() == last.keys() and all(torch.equal(first[n], last[n]) for n in first)
+    assert any(".pooler." in name for name in first)
+
+
 @pytest.mark.parametrize("method", ["auto", "laplace"])
 def test_it_is_held_on_the_source_that_is_given(
     train: Run, source: Path, tmp_path: Path, method: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,15 +22,19 @@ from adapter_cases import (
     step,
 )
 from torch import nn
+from transformers import BertModel
 
 from retain.errors import ConfigError, ModelError
 from retain.evaluation.forgetting import Reference
-from retain.models.adapters.base import new_heads
+from retain.models.adapters.base import new_heads, same_base
 from retain.models.adapters.registry import ADAPTERS, adapter_kind, attach_adapter
+from retain.models.fingerprint import fingerprint
 from retain.models.forward import forward_logits
+from retain.models.load import load_model
 from retain.models.lora import attach_lora
+from retain.models.names import drawn_layers, inner_model
 from retain.models.off import adapter_off
-from tiny import relative
+from tiny import relative, save_tiny
 
 every = pytest.mark.parametrize("name", MODELS)
 wide = pytest.mark.parametrize("name", MODELS + MORE)
@@ -333,3 +338,30 @@ def test_all_linear_leaves_out_every_layer_that_peft_trains_whole() -> None:
         if p.requires_grad and "lora" not in n
     }
     assert {n.rsplit(".", 1)[-1] for n in trained} == {"pre_classifier", "classifier"}
+
+
+@pytest.mark.parametrize("how", [*OPTIONS, "osf"])
+def test_what_no_checkpoint_has_trains_whole_in_every_kind(tmp_path: Path, how: str) -> None:
+    """As the head does: transformers draws such a pooler anew at each loading."""
+    bare = BertModel.from_pretrained(save_tiny(tmp_path, kind="bert"), add_pooling_layer=False)
+    bare.save_pretrained(tmp_path)
+    made: list[Any] = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        made.append(load_model(tmp_path, num_labels=3).model)
+    assert drawn_layers(made[0]) == {"bert.pooler.dense"}
+    assert same_base(made[0]) == same_base(made[1])
+    assert fingerprint(made[0]) != fingerprint(made[1])
+    pooler = made[0].bert.pooler.dense.weight.detach().clone()
+    adapter = attach_adapter(made[0], seed=5, **OPTIONS.get(how, {"kind": how}))
+    trained = {n: p for n, p in adapter.parameters().items() if "pooler" in n}
+    assert {p.shape for p in trained.values()} == {(16, 16), (16,)}
+    assert not any("lora" in n or "osf" in n for n in trained)
+    counted = sum(p.numel() for n, p in adapter.parameters().items() if "pooler" not in n)
+    assert adapter.count()[0] == counted - 3 * 17
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(1.0)
+    with adapter.off() as off:
+        inner: Any = inner_model(off).bert.pooler.dense
+        assert torch.equal(getattr(inner, "original_module", inner).weight, pooler)

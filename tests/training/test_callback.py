@@ -12,11 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BertForSequenceClassification,
+    BertModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from retain import OutputKL, Retention, RetentionCallback, fit_curvature
 from retain.errors import ConfigError, MismatchError, RetainWarning
@@ -25,7 +32,7 @@ from retain.models.view import ModelView
 from retain.retention.facts import facts
 from retain.training.running import Running
 from retain.types import UPDATES
-from tiny import ROWS, base, exactly, move, tiny, weights
+from tiny import ROWS, base, exactly, move, save_tiny, tiny, weights
 
 DATA = [
     {"input_ids": [1 + i, 2 + i % 3, 12 - i, 5], "labels": [-100, 2 + i % 3, 12 - i, 5]}
@@ -527,6 +534,29 @@ def test_the_kl_of_an_adapter_that_has_grown_counts_from_what_it_was() -> None:
     assert held.recipe.outputs is not None
     assert float(held.recipe.outputs.last) < 1e-9
     exactly(weights(grown), before)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 leaves no marks")
+@pytest.mark.parametrize("trains", [True, False])
+def test_what_no_checkpoint_has_is_said_where_it_does_not_train(
+    trains: bool, tmp_path: Path
+) -> None:
+    """Of a model that `retain.load_model` has not loaded, by the marks of transformers 5."""
+    plain = BertModel.from_pretrained(save_tiny(tmp_path, kind="bert"), add_pooling_layer=False)
+    plain.save_pretrained(tmp_path)
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    saved = ["bert.pooler.dense"] if trains else None
+    config = LoraConfig(
+        r=2, task_type="SEQ_CLS", target_modules=["query", "value"], modules_to_save=saved
+    )
+    model = get_peft_model(loaded, config)
+    curvature = fit_curvature(model, ROWS["bert"], progress=False)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        Retention(model, curvature, parts=["force"])
+    said = [str(w.message) for w in told if "no checkpoint has" in str(w.message)]
+    assert len(said) == (not trains)
+    assert all("LoraConfig(modules_to_save=['bert.pooler.dense'], ...)" in s for s in said)
 
 
 def test_trained_tokens_are_said_to_be_held_by_nothing(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from retain.models.names import canonical, unwrap
+from retain.models.names import ADAPTERS, canonical, unwrap
 from retain.models.shards import whole
 from retain.models.sites import plain_weight
 
@@ -35,18 +35,18 @@ more; of two models that have nothing in common it is about 0, give or take one 
 four times the number of layers."""
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
     """A short hash of the base model under a model's adapter.
 
     It covers each frozen parameter's name, shape and 64 of its values, rounded to bfloat16 (so
     that the same checkpoint loaded in float32 or bfloat16 has the same fingerprint), and of packed
     weights 64 of their codes, scales and zero points. Adapter weights, trained copies of modules
-    (PEFT's ``modules_to_save``) and new tokens are left out.
+    (PEFT's ``modules_to_save``) and new tokens are left out, and the layers named in `without`.
     """
     digest = hashlib.sha256()
-    bare = unwrap(model)
+    bare, left = unwrap(model), tuple(f"{name}." for name in without)
     for name, parameter in sorted(bare.named_parameters(), key=lambda kv: canonical(kv[0])):
-        if any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_")):
+        if any(part in name for part in ADAPTERS) or canonical(name).startswith(left):
             continue
         digest.update(f"{canonical(name)}:{tuple(parameter.shape)};".encode())
         if parameter.numel():

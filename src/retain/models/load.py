@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from retain.compat import config_class
 from retain.errors import ModelError, unknown
 from retain.models.builtin import BUILTIN, locate, offline, quiet, unknown_model
+from retain.models.names import layers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,7 +87,12 @@ def load_model(
             elif has_causal_head(config.architectures or []):
                 auto = tf.AutoModelForCausalLM
             kwargs |= {"dtype": dtype, "use_safetensors": True, **common}
-            model = auto.from_pretrained(where, **kwargs)
+            if num_labels is None:
+                model = auto.from_pretrained(where, **kwargs)
+            else:
+                model, told = auto.from_pretrained(where, **kwargs | {"output_loading_info": True})
+                lacking = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}
+                model.retain_drawn = layers_of(model, lacking)
             tokenizer = tf.AutoTokenizer.from_pretrained(where, **common)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise unknown_model(str(name), error) from error

@@ -12,7 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from retain.errors import ConfigError, ModelError
-from retain.models.names import of_head
+from retain.models.names import drawn_layers, of_head
 from retain.models.off import left_on
 from retain.models.sites import lora_sites
 
@@ -58,12 +58,15 @@ def attach_lora(
     # PEFT trains some layers of a classifier whole, by the ends of their names: no LoRA on them.
     # DistilBERT's pre_classifier is one, though it is not the last layer.
     heads = [name for name in names if of_head(name.rsplit(".", 1)[-1])]
+    # What was drawn beside the classifier is as new, and trained and saved as it is.
+    new = sorted(drawn_layers(model)) if kind == "SEQ_CLS" else []
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha if alpha is not None else 2 * rank,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        exclude_modules=heads if kind == "SEQ_CLS" and targets == "all-linear" else None,
+        exclude_modules=heads + new if kind == "SEQ_CLS" and targets == "all-linear" else None,
+        modules_to_save=new or None,
         task_type=kind,
     )
     try:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from retain.compat import marked_off
 from retain.errors import ModelError
-from retain.models.names import canonical, of_head, unwrap
+from retain.models.names import canonical, head_of, unwrap
 from retain.models.sites import disabled
 
 __all__ = [
@@ -211,6 +211,7 @@ def left_on(model: nn.Module, kept: Collection[int] | None = None) -> tuple[str,
             return f"weights of the base that came with it, such as {names[0]}", _TO_LOAD
     biased = any((getattr(c, "bias", None) or "none") != "none" for c in configs)
     ours, prefix = _adapters_own(inner), getattr(getattr(inner, "base_model", None), "prefix", "")
+    of_head = head_of(inner)
     trained = [
         canonical(name)
         for name, p in inner.named_parameters()

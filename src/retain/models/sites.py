@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from retain.errors import ModelError
 from retain.models.heads import text_part
-from retain.models.names import canonical, inner_model, of_head, unwrap
+from retain.models.names import canonical, head_of, inner_model, unwrap
 from retain.models.shards import gather, is_sharded, reshard, shard_made, whole
 
 __all__ = [
@@ -243,7 +243,7 @@ def find_sites(model: nn.Module, *, sharded: bool = False) -> list[LoraSite] | l
     inner: Any = unwrap(model)
     if any(isinstance(m, LoraLayer) for m in inner.modules()) or hasattr(inner, "peft_config"):
         return lora_sites(inner, sharded=sharded)
-    head = output_head(inner)
+    head, of_head = output_head(inner), head_of(inner)
     sites = [
         LinearSite(canonical(name), layer)
         for name, layer in inner.named_modules()
@@ -334,6 +334,7 @@ def check_held(model: nn.Module) -> None:
     Raises:
         ModelError: such weights, as PEFT's ``modules_to_save``, ``bias`` and ``lora_bias`` make.
     """
+    of_head = head_of(model)
     odd = [
         canonical(name)
         for name, p in unwrap(model).named_parameters()

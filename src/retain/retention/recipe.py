@@ -46,7 +46,7 @@ from retain.data.batches import Example
 from retain.errors import ConfigError, ModelError, warn
 from retain.models.heads import head_kind, is_causal
 from retain.models.lora import grow_lora
-from retain.models.names import canonical, of_head
+from retain.models.names import canonical, drawn_layers, head_of, unwrap
 from retain.models.off import start_of
 from retain.models.processes import check_same, several, share
 from retain.models.shards import check_divided, gather, scatter, shard_of
@@ -274,6 +274,7 @@ class Recipe:
         check_divided(model)
         check_backward(model)
         head_kind(model)  # refuses one that is not known
+        self._tell_drawn(model)
         for each in self._curvatures():
             each.bind(model)  # it is of this model, and on its device
             _share(each)
@@ -323,6 +324,21 @@ class Recipe:
                 "the adapter had learned before its curvature was fitted: the model is held to "
                 "what it was then and not to its base, and a budget and kl count from there; a "
                 "curvature that was fitted on the plain model holds to the base"
+            )
+
+    def _tell_drawn(self, model: nn.Module) -> None:
+        """What was drawn when a classifier was loaded, and does not train as its head does."""
+        parameters = unwrap(model).named_parameters()
+        trained = [canonical(n) for n, p in parameters if p.requires_grad and ".lora_" not in n]
+        layers = [
+            layer for layer in sorted(drawn_layers(model))
+            if not any(name.startswith(f"{layer}.") for name in trained)
+        ]  # fmt: skip
+        if layers:
+            warn(
+                f"no checkpoint has the weights of {', '.join(layers)}: each loading draws them "
+                "anew, and the adapter is saved without them, so that it will not be this model; "
+                f"train them with the head: LoraConfig(modules_to_save={layers}, ...)"
             )
 
     def _kl_base(self, model: nn.Module) -> Callable[[], AbstractContextManager[Any]] | None:
@@ -383,7 +399,7 @@ class Recipe:
 
         Whether a token is new cannot be told from its number.
         """
-        whole = isinstance(force.sites[0], LinearSite)
+        whole, of_head = isinstance(force.sites[0], LinearSite), head_of(model)
         self.unheld = [
             canonical(name) for name in force.unheld(model)
             if not of_head(name) and (whole or "trainable_tokens" in name)

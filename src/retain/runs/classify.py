@@ -1,8 +1,10 @@
 """``retain train`` of a classifier: its labels, its new head, and what it can be held by.
 
 A new head is fitted to the model as it is before anything else (`retain.retention.head`): a
-curvature that is measured before would be that of a head that says nothing. A classifier writes no
-text of its own, so it is held on text that is given (``--source``), and on none without it.
+curvature that is measured before would be that of a head that says nothing. What else the base's
+checkpoint lacks trains and is saved with it, such as a pooler (`retain.models.names`).
+A classifier writes no text of its own, so it is held on text that is given (``--source``), and on
+none without it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from retain.config import validate
 from retain.errors import ConfigError, ModelError
 from retain.models.fingerprint import fingerprint
-from retain.models.names import inner_model, of_head
+from retain.models.names import drawn_layers, head_of, inner_model, of_head
 from retain.models.off import Swap, swapped, switched_off
 from retain.models.saved import (
     check_adapter,
@@ -154,9 +154,9 @@ class Adapter(ABC):
 
     def count(self) -> tuple[int, int]:
         """(trainable parameters, parameters of the base model), both without a new head."""
-        headed = bool(new_heads(inner_model(self.model)))
+        headed, new = bool(new_heads(inner_model(self.model))), head_of(self.model)
         found = self.parameters().items()
-        return sum(p.numel() for n, p in found if not (headed and of_head(n))), self.size
+        return sum(p.numel() for n, p in found if not (headed and new(n))), self.size
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters, by name."""
@@ -190,10 +190,14 @@ def check_state(mine: dict[str, Any], state: dict[str, Tensor]) -> None:
 
 
 def new_heads(base: nn.Module) -> dict[str, nn.Module]:
-    """The classification heads of a ``...ForSequenceClassification`` model, by name."""
+    """The new layers of a ``...ForSequenceClassification`` model, by name.
+
+    They are its classification heads, and what was drawn beside them (`drawn_layers`).
+    """
     if "SequenceClassification" not in type(base).__name__:
         return {}
-    return {n: m for n, m in base.named_children() if of_head(n)}
+    heads = {n: m for n, m in base.named_children() if of_head(n)}
+    return heads | {n: base.get_submodule(n) for n in sorted(drawn_layers(base))}
 
 
 def size_of(base: nn.Module) -> int:
@@ -206,7 +210,7 @@ def same_base(base: nn.Module) -> str:
     """The `fingerprint` of a base model without a new head, which each loading draws anew."""
     heads = new_heads(base)
     rest = {n: m for n, m in base.named_children() if n not in heads}
-    return fingerprint(nn.ModuleDict(rest))
+    return fingerprint(nn.ModuleDict(rest), without=heads)
 
 
 def check_plain(base: nn.Module) -> None:

@@ -22,7 +22,7 @@ from retain.compat import osf_config
 from retain.errors import ConfigError
 from retain.models.adapters.base import Adapter, Options, check_state
 from retain.models.lora import drawn, task_of
-from retain.models.names import canonical
+from retain.models.names import canonical, drawn_layers
 
 __all__ = ["OSF", "OSFOptions"]
 
@@ -62,6 +62,7 @@ class OSF(Adapter):
             effective_rank=options.preserve,
             target_modules=targets,
             task_type=task_of(base) or "CAUSAL_LM",
+            modules_to_save=sorted(drawn_layers(base)) or None,
         )
         try:
             return drawn(base, config, seed, _NAME).train(training)

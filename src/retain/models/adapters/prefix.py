@@ -21,6 +21,7 @@ from retain.errors import ModelError
 from retain.models.adapters.base import Adapter, Options, check_plain, size_of
 from retain.models.forward import evaluating
 from retain.models.heads import is_causal
+from retain.models.names import drawn_layers
 from retain.models.saved import check_adapter, misfit, refused
 
 __all__ = ["Prefix", "PrefixOptions"]
@@ -71,6 +72,7 @@ class Prefix(Adapter):
             num_virtual_tokens=options.num_virtual_tokens,
             prefix_projection=options.projection,
             encoder_hidden_size=options.projection_size or shape.hidden_size,
+            modules_to_save=sorted(drawn_layers(base)) or None,
         )
         random, start = torch.Generator().manual_seed(seed), None
         if options.init == "tokens" and not options.projection:

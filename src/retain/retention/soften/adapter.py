@@ -22,7 +22,7 @@ from retain.curvature.curvature import Curvature
 from retain.curvature.merge import square
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError, check_number
 from retain.models.forward import no_autocast
-from retain.models.names import of_head
+from retain.models.names import head_of
 from retain.models.off import left_on
 from retain.models.sites import LoraSite
 from retain.models.view import ModelView
@@ -153,6 +153,7 @@ def _check_adapter(view: ModelView) -> None:
     """Refuses an adapter that is more than s B A (but for a new head), or not finite."""
     sites = view.lora
     config = view.model.peft_config[sites[0].adapter]
+    of_head = head_of(view.model)
     saved = [n for n in config.modules_to_save or [] if not of_head(n)]
     extra = {
         "DoRA": any(site.dora for site in sites),
