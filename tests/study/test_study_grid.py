@@ -90,6 +90,16 @@ def test_the_recipe_begins_with_a_fitted_head_unless_told(head: str | None, fitt
     assert ("head" in run.plain()) is fitted
 
 
+@pytest.mark.parametrize(
+    "method", [{"kind": "joint"}, {"kind": "auto", "parts": ["rows", "force"]}, {"kind": "wiener"}]
+)
+def test_a_head_that_a_method_does_not_fit_is_refused(method: dict[str, Any]) -> None:
+    found = several({"none": None, "mine": method}).runs  # as it is drawn
+    assert {r.method.name for r in found} == {"none", "mine"}
+    with pytest.raises(ConfigError, match=r"the method mine fits no head; got: head: fitted"):
+        several({"none": None, "mine": method | {"head": "fitted"}})
+
+
 def test_the_run_is_whole() -> None:
     run = next(r for r in grid().runs if r.adapter.name == "prefix").plain()
     assert run["adapter"] == {

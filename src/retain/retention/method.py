@@ -115,7 +115,7 @@ class Method:
         why_not: for a kind of adapter that it does not compose with, the reason; under
             ``classifier``, why it needs a causal model, where it does.
         weighted: whether it has a `strength`; else it takes none.
-        fits_head: whether a study's ``head: fitted`` is for it.
+        fits_head: whether a study's ``head: fitted`` is for it; where not, it is refused.
         head: how the outputs of a classifier's task begin: ``drawn`` at random, or ``fitted`` to
             the model as it is (`retain.retention.head`). What runs the method sees to it.
         later: options that came after runs had been kept, with what those had: runs with it are

@@ -12,7 +12,7 @@ from typing import Any
 
 from retain.config import TrainConfig, validate
 from retain.data.specs import TaskSpec, load_orders, load_task
-from retain.errors import ConfigError, RetainError, unknown
+from retain.errors import ConfigError, RetainError, shown, unknown
 from retain.files import file_digest
 from retain.models.adapters.registry import adapter_kind
 from retain.models.load import is_decoder
@@ -117,6 +117,8 @@ class _Expansion:
             for label, method in spec.methods.items()
             for strength in method.strengths
         }
+        for (label, _), made in self.methods.items():
+            _check_head(label, spec.methods[label], made)
         self.source = spec.source.model_dump(mode="json", exclude_none=True)
         if spec.source.kind == "none":
             self.source = {"kind": "none"}
@@ -214,6 +216,18 @@ class _Expansion:
                 ) from error  # fmt: skip
         whole = validate(common, TrainConfig).model_dump(mode="json", exclude=set(RUNNERS_OWN))
         return whole | {"tasks": {task: part for task, part in own.items() if part}}
+
+
+def _check_head(label: str, spec: MethodSpec, method: Method) -> None:
+    """Refuses ``head: fitted`` of a method that fits none."""
+    if spec.head == "fitted" and not method.fits_head:
+        raise ConfigError(
+            f"the method {label} fits no head",
+            got=f"head: fitted, and kind: {spec.kind}"
+            + (f" with parts: {shown(spec.options['parts'])}" if "parts" in spec.options else ""),
+            allowed="a head as it is drawn, or a method that fits it before each task",
+            fix="leave head out" + (", or put head into parts" if "parts" in spec.options else ""),
+        )
 
 
 def _method(label: str, spec: MethodSpec, method: Method) -> dict[str, Any]:
