@@ -13,18 +13,20 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from transformers import BartConfig, BartModel
 
 from retain import files
 from retain.data.general_prompts import SKILLS, general_prompts
 from retain.documents import sealed
-from retain.errors import ConfigError
+from retain.errors import ConfigError, ModelError
 from retain.records import RunEvaluation, RunSpec, flags_of
 from retain.retention.method import Context
 from retain.retention.methods.auto import Wiener
 from retain.retention.registry import METHODS as REGISTRY
 from retain.study import state
 from retain.study.fits import forget_fits, sharing
-from retain.study.grid import Grid, expand
+from retain.study.grid import Grid, expand, task_at
+from retain.study.material import load_base
 from retain.study.runner import execute
 from retain.study.sequence import run_sequence
 from retain.study.spec import read_study
@@ -410,6 +412,17 @@ def test_an_encoder_holds_all_tasks_side_by_side(tmp_path: Path) -> None:
     asked = grid.runs[0].model_copy(update={"evaluation": RunEvaluation(own_answers=8)})
     with pytest.raises(ConfigError, match="the model writes no answers"):
         run_sequence(asked, state=Keep(tmp_path / "asked", {}), work=work)
+
+
+def test_an_encoder_decoder_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bart"
+    shutil.copytree(tiny_folder, folder)
+    size: dict[str, Any] = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 8,
+                            "encoder_attention_heads": 2, "decoder_attention_heads": 2}  # fmt: skip
+    BartModel(BartConfig(vocab_size=258, **size)).save_pretrained(folder)
+    grid, work = opened(tiny_study(tmp_path / "study", folder), tmp_path / "out")
+    with pytest.raises(ModelError, match="is an encoder-decoder"):
+        load_base(grid.runs[0], [task_at(t, work.base) for t in grid.runs[0].order.tasks])
 
 
 def test_a_default_that_changes_is_another_run(

@@ -85,7 +85,7 @@ def load_base(run: RunSpec, specs: Sequence[TaskSpec]) -> Base:
     """The base model; a new head's weights depend on the seed of the run alone.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: it cannot be loaded, or is an encoder-decoder.
         ConfigError: a task cannot be asked of an encoder.
     """
     from transformers import set_seed
@@ -98,6 +98,8 @@ def load_base(run: RunSpec, specs: Sequence[TaskSpec]) -> Base:
     try:
         causal = is_causal(found.model)
     except ModelError:  # an encoder without a head
+        if getattr(found.model.config, "is_encoder_decoder", False):
+            raise
         causal = False
     if causal:
         return Base(found.model, found.tokenizer, True, None)
