@@ -339,7 +339,7 @@ class General(Part):
 
 
 class Parameters(Part):
-    """How many parameters were trained."""
+    """How many parameters a task trains (the first, where it matters), without a new head."""
 
     trainable: int | None = None
     base: int | None = None

@@ -36,6 +36,14 @@ def test_olora_trains_one_block_at_a_time(decay: float) -> None:
         assert bool((site.b.grad == 1).all())
 
 
+def test_oloras_parameters_are_counted_as_those_of_the_others_are() -> None:
+    counts = []
+    for method in (OLoRA(), make_method("none")):
+        attached = begun(method, "lora", "llama", tasks=3)
+        counts.append(method.trained(attached.count()[0], 3))
+    assert counts[0] == counts[1] == sum(s.a.numel() + s.b.numel() for s in attached.view.lora)
+
+
 def test_olora_gives_other_blocks_no_gradient() -> None:
     """So that clipping sees the block alone."""
     method = OLoRA(strength=0.3)

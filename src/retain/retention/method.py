@@ -160,6 +160,10 @@ class Method:
         """Options of the adapter, before it is attached."""
         return options
 
+    def trained(self, count: int, tasks: int) -> int:
+        """Of the trainable parameters of the adapter as it is attached, those of the first task."""
+        return count
+
     def begin(self, context: Context) -> None:
         """Once, with the adapter fresh: what the base model relies on is measured here.
 

@@ -101,7 +101,8 @@ class _Sequence:
         return SharedFits(self.config, self.work, self.adapter, self.state.stamp, self.clock)
 
     def run(self) -> dict[str, Any]:
-        trainable, size = self.adapter.count()
+        attached, size = self.adapter.count()
+        trainable = self.method.trained(attached, len(self.tasks))
         with self.clock.on("evaluate"):
             self.measures = Measures(
                 self.config, self.work, self.base, self.adapter, self.tasks, self.held, self.say

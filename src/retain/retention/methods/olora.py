@@ -54,6 +54,10 @@ class OLoRA(Method):
         alpha = 2.0 * rank if alpha is None else float(alpha)
         return {**options, "rank": rank * tasks, "alpha": alpha * tasks}
 
+    def trained(self, count: int, tasks: int) -> int:
+        """Of one block."""
+        return count // tasks
+
     def before_task(self, task: Task) -> Sequence[Example]:
         self._release()
         sites = lora_sites(self.context.adapter.model)
