@@ -48,7 +48,7 @@ _OTHERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
      f"for a label of each pair of texts, {_LOADED}"),
     (("MaskedLM", "PreTraining", "NextSentencePrediction", "WithLMHeadModel"),
      "the model fills gaps in a text", f"for classes, {_LOADED}; --num-labels on the command line"),
-    (("PeftMixedModel",), "a mixed model of PEFT's has adapters of several kinds, which is not held",
+    (("PeftMixedModel",), "a mixed model of PEFT's may have adapters of several kinds",
      "get_peft_model(model, LoraConfig(...)) without mixed=True"),
     (("WithValueHead",), "the model has a value head beside its own",
      "give the model inside it: model.pretrained_model"),
