@@ -176,7 +176,11 @@ def test_rows() -> None:
     general = read_skills("general")
     assert [i.prompt for i in general] == [p.prompt for p in general_prompts() if p.scored]
     assert {i.skill for i in general} >= {"facts", "arithmetic"}
-    assert read_skills(general) == general
+    assert read_skills(general) == read_skills(tuple(general)) == read_skills(iter(general))
+    rows = [{"skill": "s", "prompt": "p", "answer": "a"}]
+    assert read_skills(iter(rows)) == read_skills(rows) and read_skills(general) == general
+    with pytest.raises(SourceError, match="an iterator gives its rows once"):
+        read_skills(iter(()))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -105,10 +105,11 @@ def read_skills(given: Skills) -> list[SkillItem]:
     if isinstance(given, str) and given == GENERAL:
         return [SkillItem(p.id, p.skill, p.prompt, scripted=p) for p in general_prompts()
                 if p.scored]  # fmt: skip
-    if isinstance(given, list) and given and all(isinstance(i, SkillItem) for i in given):
-        items: list[SkillItem] = given
+    listed = list(given) if isinstance(given, list | tuple | Iterator) else []
+    if listed and all(isinstance(item, SkillItem) for item in listed):
+        items: list[SkillItem] = listed
     else:
-        rows, counts = read_rows(given), RowCounts()  # type: ignore[arg-type]
+        rows, counts = read_rows(listed or given), RowCounts()  # type: ignore[arg-type]
         items = [_item(row, number, counts) for number, row in enumerate(rows, start=1)]
         for line in counts.lines():
             warn(line)
