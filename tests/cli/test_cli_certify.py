@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -131,6 +132,17 @@ def test_the_card_is_added_to_and_never_twice(run: Any, adapter: Path) -> None:
     other = card.read_bytes()
     assert other != once + b"\nBelow it.\n" and other.endswith(b"\nBelow it.\n")
     assert other.count(b"## What was kept") == 1
+
+
+def test_a_name_of_several_lines_is_one_in_the_card(run: Any, adapter: Path, asked: Path) -> None:
+    rows = [json.loads(line) for line in asked.read_text().splitlines()]
+    name = "pi\n## ck|ed"
+    rows = [row | {"skill": name} for row in rows if row["skill"] == "pick"]
+    skills = write_lines(adapter.parent / "named.jsonl", rows)
+    run(adapter, "--skills", skills, "--allow", f"{name}=40%").done()
+    card = (adapter / "README.md").read_text()
+    assert "| pi ## ck/ed | 60 |" in card and "confidence: pi ## ck|ed. Of what" in card
+    assert "\n## ck" not in card
 
 
 def test_a_section_whose_end_is_gone_takes_nothing_along() -> None:

@@ -159,13 +159,18 @@ def _section(record: CertificateRecord) -> str:
     """The certificate as Markdown."""
     lines = [SkillRecord.HEAD, [":--", *["--:"] * (len(SkillRecord.HEAD) - 1)]]
     lines += [skill.cells() for skill in record.skills]
-    table = [f"| {' | '.join(c.replace('|', '/') for c in line)} |" for line in lines]
-    notes = [f"- {s.skill}: {s.reason}" for s in record.skills if s.reason]
+    table = [f"| {' | '.join(_plain(c).replace('|', '/') for c in line)} |" for line in lines]
+    notes = [f"- {_plain(s.skill)}: {s.reason}" for s in record.skills if s.reason]
     digest = (record.digests["adapter"] or "")[:12]
     return "\n".join([
         "## What was kept", "",
-        f"{record.sentence()}. Of what the base model could do, this share is lost, adjusted for "
+        f"{_plain(record.sentence())}. Of what the base model could do, this share is lost, adjusted for "
         "chance, and so much at most:", "", *table, "", *notes, *[""] * bool(notes),
         f"By `retain certify` {record.versions.get('retain', '?')}, of the weights with digest "
         f"`{digest}`; every item is in `{RECORD}`.",
     ])  # fmt: skip
+
+
+def _plain(text: str) -> str:
+    """A text, such as a skill's name, in one line."""
+    return " ".join(text.split())
