@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from retain.errors import ModelError, OutputError
 from retain.models.adapters.registry import ADAPTERS, attach_adapter
 from retain.models.cards import CARD
-from retain.models.saved import HEAD
+from retain.models.saved import HEAD, check_adapter
 
 kinds = pytest.mark.parametrize("how", OPTIONS)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -86,6 +86,17 @@ def test_plain_peft_reads_lora_and_prefix(tmp_path: Path) -> None:
             model = PeftModel.from_pretrained(plain(name), folder, autocast_adapter_dtype=False)
             got = logits(model, name)
             assert torch.allclose(got, want, atol=1e-6 if "pr" in how else 0, rtol=0)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_file_that_may_not_be_read_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As far as the check can tell: root may read any."""
+    saved(tmp_path / "a", "bert", "lora")
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != name)
+    with pytest.raises(ModelError, match=rf"may not be read; got: .*{name}.*fix: chmod u\+r"):
+        check_adapter(tmp_path / "a")
 
 
 @kinds

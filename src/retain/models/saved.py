@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,6 +73,9 @@ def check_adapter(folder: Path, kind: str = "LORA") -> dict[str, Any]:
         raise refused("no such adapter folder", folder, kind)
     for name in FILES:
         if (folder / name).is_file():
+            if not os.access(folder / name, os.R_OK):  # safetensors would say that there is none
+                fix = f"chmod u+r {quote(str(folder / name))}, or ask its owner"
+                raise refused("the adapter may not be read", folder / name, kind, fix)
             continue
         if name == _WEIGHTS and (folder / _PICKLE).is_file():
             raise ModelError(
