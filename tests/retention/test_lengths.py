@@ -100,6 +100,14 @@ def test_a_state_that_is_kept_elsewhere_is_refused() -> None:
     assert step_lengths(optimizer)[id(weight)] == 0.3
 
 
+def test_of_bitsandbytes_it_is_refused_before_a_step() -> None:
+    """Its AdamW has betas, and the name of torch's."""
+    kind = type("AdamW", (torch.optim.Optimizer,), {"__module__": "bitsandbytes.optim.adamw"})
+    optimizer = kind([nn.Parameter(torch.zeros(2))], {"lr": 0.1, "betas": (0.9, 0.999)})
+    with pytest.raises(ConfigError, match="this optimiser's state; got: AdamW of bitsandbytes;"):
+        check_lengths(optimizer)
+
+
 class Halved(torch.optim.AdamW):
     """Changes gradients inside its step, as PEFT's Riemannian optimiser does."""
 
@@ -119,7 +127,10 @@ def test_gradients_that_change_inside_a_step_are_refused() -> None:
     hooked = stepped(torch.optim.AdamW, lr=0.1)
     handle = hooked.register_step_pre_hook(lambda *_: None)
     for optimizer, told in (
-        (stepped(Halved, lr=0.1), "Halved, which steps in another way than torch.optim.AdamW"),
+        (
+            stepped(Halved, lr=0.1),
+            "Halved of test_lengths, which steps in another way than torch.optim.AdamW",
+        ),
         (hooked, "1 hooks of others before a step of AdamW"),
     ):
         for ask in (step_lengths, check_lengths):

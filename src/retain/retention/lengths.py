@@ -52,8 +52,10 @@ def check_lengths(optimizer: Optimizer) -> None:
             one does: what Adam keeps is of those then, and tells nothing of a step of the force.
     """
     inner, sgd = _inner(optimizer)
-    if not sgd and not all("betas" in group for group in inner.param_groups):
-        raise _unread(inner)
+    kind = getattr(inner, "stands_for", type(inner))
+    known = all("betas" in group for group in inner.param_groups)
+    if not sgd and not (known and all(_package(k) != "bitsandbytes" for k in kind.__mro__)):
+        raise _unread(inner)  # that of bitsandbytes has betas, and other names for what it keeps
     changed = _changed(inner)
     if changed is not None:
         raise ConfigError(
@@ -141,8 +143,14 @@ def _unread(optimizer: Any) -> ConfigError:
 
 
 def _name(optimizer: Any) -> str:
-    found: str = getattr(optimizer, "stands_for", type(optimizer)).__name__
-    return found
+    """For errors: its class, and of which package where it is not torch's, for names are alike."""
+    kind: type = getattr(optimizer, "stands_for", type(optimizer))
+    package = _package(kind)
+    return kind.__name__ if package == "torch" else f"{kind.__name__} of {package}"
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
 
 
 def _lies_elsewhere(count: float | Tensor) -> bool:
