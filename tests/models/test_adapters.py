@@ -22,8 +22,9 @@ from adapter_cases import (
     step,
 )
 from torch import nn
-from transformers import BertModel
+from transformers import AutoModelForSequenceClassification, BertModel
 
+from families import ENCODERS, built
 from retain.errors import ConfigError, ModelError
 from retain.evaluation.forgetting import Reference
 from retain.models.adapters.base import new_heads, same_base
@@ -338,6 +339,18 @@ def test_all_linear_leaves_out_every_layer_that_peft_trains_whole() -> None:
         if p.requires_grad and "lora" not in n
     }
     assert {n.rsplit(".", 1)[-1] for n in trained} == {"pre_classifier", "classifier"}
+
+
+def test_osf_leaves_out_every_layer_that_peft_trains_whole() -> None:
+    """PEFT itself breaks off on DistilBERT, whose ``pre_classifier`` it both splits and keeps."""
+    base: Any = built(AutoModelForSequenceClassification, "DistilBert", **ENCODERS["DistilBert"])
+    adapter: Any = attach_adapter(deepcopy(base), "osf")
+    split = {name.rsplit(".", 1)[-1] for name in adapter.layers()}
+    assert split == {"q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"}
+    whole = {n for n in adapter.parameters() if "classifier" in n}
+    assert len(whole) == 4 and all("modules_to_save" in n for n in whole)
+    with pytest.raises(ConfigError, match="OSF cannot split these layers"):
+        attach_adapter(base, "osf", targets=["pre_classifier"])
 
 
 @pytest.mark.parametrize("how", [*OPTIONS, "osf"])

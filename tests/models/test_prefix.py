@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from adapter_cases import attached, logits, plain, step
-from transformers import DynamicCache
+from transformers import AutoModelForSequenceClassification, DynamicCache
 
+from families import DEBERTA, ENCODERS, built
 from retain.errors import ModelError
 from retain.models.adapters.registry import attach_adapter
 from tiny import relative
@@ -116,3 +117,13 @@ def test_gradient_checkpointing_is_refused_at_once_and_later() -> None:
     model.eval()(IDS)  # evaluation does not checkpoint
     with pytest.raises(ModelError, match="gradient checkpointing"):
         model.train()(IDS)
+
+
+@pytest.mark.parametrize("family", ["DistilBert", "ModernBert", "MPNet", "DebertaV2", "Albert"])
+@pytest.mark.parametrize("projection", [False, True])
+def test_an_encoder_that_takes_no_cache_is_refused(family: str, projection: bool) -> None:
+    more = ENCODERS.get(family, DEBERTA if family == "DebertaV2" else {"embedding_size": 16})
+    base = built(AutoModelForSequenceClassification, family, **more)
+    with pytest.raises(ModelError, match=f"keys and values of past tokens.*got: {family}For"):
+        attach_adapter(base, "prefix", projection=projection)
+    attach_adapter(base, "lora", rank=2)  # it is what it was

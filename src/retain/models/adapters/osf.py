@@ -17,12 +17,13 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from retain.compat import osf_config
 from retain.errors import ConfigError
 from retain.models.adapters.base import Adapter, Options, check_state
 from retain.models.lora import drawn, task_of
-from retain.models.names import canonical, drawn_layers
+from retain.models.names import canonical, drawn_layers, head_of
 
 __all__ = ["OSF", "OSFOptions"]
 
@@ -55,18 +56,22 @@ class OSF(Adapter):
     @classmethod
     def put_on(cls, base: nn.Module, options: OSFOptions, seed: int) -> nn.Module:
         """See `Adapter.put_on`; ConfigError for weights too small to split."""
-        targets, training = options.targets, base.training
+        targets, training, task = options.targets, base.training, task_of(base)
         if isinstance(targets, str) and targets.isidentifier():
             targets = [targets]  # a name; PEFT would read it as a pattern of whole paths
+        elif targets == "all-linear" and task == "SEQ_CLS":  # PEFT would have some heads in it
+            new, linear = head_of(base), (nn.Linear, Conv1D)
+            layers = [n for n, m in base.named_modules() if isinstance(m, linear) and not new(n)]
+            targets = layers or targets
         config = osf_config()(
             effective_rank=options.preserve,
             target_modules=targets,
-            task_type=task_of(base) or "CAUSAL_LM",
+            task_type=task or "CAUSAL_LM",
             modules_to_save=sorted(drawn_layers(base)) or None,
         )
         try:
             return drawn(base, config, seed, _NAME).train(training)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ConfigError(
                 "OSF cannot split these layers",
                 got=f"targets {options.targets} with preserve {options.preserve:g}: {error}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -56,7 +57,8 @@ class Prefix(Adapter):
     a text may be that much shorter). On SmolLM2 with 12 virtual tokens KL(base || fresh) is about
     0.4 nats a token with ``init="tokens"``, and 5 with ``normal``. The prefix is kept in float32
     at least: in bfloat16 a value near 1 would not feel a step below 0.004. Each layer gets it as
-    a cache of past tokens, so gradient checkpointing, which drops such caches, is refused.
+    a cache of past tokens, so gradient checkpointing, which drops such caches, is refused, and so
+    are models that take none (of encoders all but BERT, RoBERTa, ELECTRA and their kin).
     """
 
     kind: ClassVar[str] = "prefix"
@@ -65,7 +67,8 @@ class Prefix(Adapter):
 
     @classmethod
     def put_on(cls, base: nn.Module, options: PrefixOptions, seed: int) -> nn.Module:
-        """See `Adapter.put_on`."""
+        """See `Adapter.put_on`; ModelError for a model that takes no cache of past tokens."""
+        _check_cache(base)
         shape: Any = base.config
         config = PrefixTuningConfig(
             task_type="CAUSAL_LM" if is_causal(base) else "SEQ_CLS",
@@ -142,6 +145,17 @@ def _wrap(base: nn.Module, config: PrefixTuningConfig) -> PeftModel:
     model: PeftModel = kind(base, config, autocast_adapter_dtype=False)
     model.prompt_encoder.to(torch.promote_types(dtype, torch.float32))
     return model.train(mode)
+
+
+def _check_cache(base: Any) -> None:
+    """Refuses a model whose layers take no keys and values of past tokens."""
+    if "past_key_values" not in inspect.signature(base.base_model.forward).parameters:
+        raise ModelError(
+            "prefix tuning needs a model that takes keys and values of past tokens",
+            got=type(base).__name__,
+            allowed="a decoder, or an encoder such as BERT, RoBERTa and ELECTRA",
+            fix="take another kind of adapter, such as lora",
+        )
 
 
 def _read_tokens(base: Any, tokens: int, random: torch.Generator) -> Tensor:
