@@ -142,8 +142,8 @@ def bootstrap(
     """The 95 % interval of ``sum(parts) / sum(sizes)`` over rows, from rows drawn with repetition.
 
     The ends are percentiles (Efron 1979), moved away from the value by ``t(n - 1) / 1.96 · √(n /
-    (n - 1))``: as they are they cover 52 % of the time with two rows and 85 % with five (Hesterberg 2015, The
-    American Statistician 69). Those of a share stay within 0 and 1.
+    (n - 1))`` (Hesterberg 2015, The American Statistician 69): as they are they cover 52 % of the
+    time with two rows and 85 % with five. Those of a share stay within 0 and 1.
 
     Args:
         parts: one a row, such as its nats, or 1 for a hit.

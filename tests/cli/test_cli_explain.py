@@ -41,7 +41,7 @@ def test_rows_are_named_by_their_place_in_the_file(
     retain: Run, curvature: Path, model: Path, tmp_path: Path, limit: int | None
 ) -> None:
     """Whatever rows before them were left out, or not drawn."""
-    words = "the cat sat on a mat and dog".split()
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "dog"]
     given = [{"prompt": " the cat" * 200, "completion": " long"}]
     given += [{"prompt": "cat", "completion": f" {word}"} for word in words]
     rows, out = write_lines(tmp_path / "rows.jsonl", given), tmp_path / "run"

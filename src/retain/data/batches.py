@@ -38,7 +38,7 @@ class Example:
     targets: tuple[int | float, ...]
     predict: tuple[bool, ...] = ()
     segments: tuple[int, ...] = ()
-    prompted: bool = field(default=False, compare=False)
+    prompted: bool = field(default=False, compare=False, kw_only=True)
 
     @property
     def predictions(self) -> int:

@@ -30,7 +30,8 @@ from retain.errors import SourceError, shown, unknown, warn
 
 __all__ = [
     "GENERAL", "HALVES", "SKILLS", "GeneralPrompt", "GivenPrompts", "Half", "Prompts",
-    "check_distinct", "general_prompts", "mixed_prompts", "prompt_texts", "read_prompts", "spread_prompts",
+    "check_distinct", "general_prompts", "mixed_prompts", "prompt_texts", "read_prompts",
+    "spread_prompts",
 ]  # fmt: skip
 
 Half = Literal["source", "held-out"]

@@ -7,9 +7,9 @@ factor (Owen 2007, The pigeonhole bootstrap, Annals of Applied Statistics 1). Th
 the estimate until their standard deviation is that of two-way clusters, ``V_tasks + V_seeds
 - V_cells`` and no less than the larger of the first two (Cameron, Gelbach and Miller 2011, Journal
 of Business & Economic Statistics 29), times ``t / 1.96`` for Student's t with one degree of freedom
-less than there are tasks, or seeds, whichever are fewer. Where that is less than the spread of draws
-of rows alone, as where by chance every cell differs alike, they stay as they are. The intervals are
-their percentiles.
+less than there are tasks, or seeds, whichever are fewer. Where that is less than the spread of
+draws of rows alone, as where by chance every cell differs alike, they stay as they are. The
+intervals are their percentiles.
 
 A row counts as right or wrong, whatever the task's metric; of a task without such rows (a
 regression, records of earlier versions), in either method, the score is taken as it is. Metrics are

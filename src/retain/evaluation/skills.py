@@ -88,9 +88,9 @@ def read_skills(given: Skills) -> list[SkillItem]:
     """Items that are named, in a file, or given as rows.
 
     A row has ``skill`` and ``prompt``, and one of: ``answer``, a text, a number or a list of them;
-    ``choices`` with ``answer``, one of them or its index from 0 (a number that is one choice and the
-    index of another is refused); or ``accepted``, a text or a list of which one has to stand among
-    the answer's first 24 words. In CSV, whose cells are texts, an answer that is written as a
+    ``choices`` with ``answer``, one of them or its index from 0 (a number that is one choice and
+    the index of another is refused); or ``accepted``, a text or a list of which one has to stand
+    among the answer's first 24 words. In CSV, whose cells are texts, an answer that is written as a
     number is one.
 
     Args:

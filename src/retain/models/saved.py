@@ -74,8 +74,10 @@ def check_adapter(folder: Path, kind: str = "LORA") -> dict[str, Any]:
     for name in FILES:
         if (folder / name).is_file():
             if not os.access(folder / name, os.R_OK):  # safetensors would say that there is none
-                fix = f"chmod u+r {quote(str(folder / name))}, or ask its owner"
-                raise refused("the adapter may not be read", folder / name, kind, fix)
+                raise refused(
+                    "the adapter may not be read", folder / name, kind,
+                    fix=f"chmod u+r {quote(str(folder / name))}, or ask its owner",
+                )  # fmt: skip
             continue
         if name == _WEIGHTS and (folder / _PICKLE).is_file():
             raise ModelError(

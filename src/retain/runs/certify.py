@@ -164,8 +164,8 @@ def _section(record: CertificateRecord) -> str:
     digest = (record.digests["adapter"] or "")[:12]
     return "\n".join([
         "## What was kept", "",
-        f"{_plain(record.sentence())}. Of what the base model could do, this share is lost, adjusted for "
-        "chance, and so much at most:", "", *table, "", *notes, *[""] * bool(notes),
+        f"{_plain(record.sentence())}. Of what the base model could do, this share is lost, "
+        "adjusted for chance, and so much at most:", "", *table, "", *notes, *[""] * bool(notes),
         f"By `retain certify` {record.versions.get('retain', '?')}, of the weights with digest "
         f"`{digest}`; every item is in `{RECORD}`.",
     ])  # fmt: skip
