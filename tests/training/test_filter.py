@@ -471,6 +471,40 @@ def test_a_training_that_broke_off_leaves_no_filter(again: str, tmp_path: Path) 
     assert not any(site.a._backward_hooks for site in lora_sites(model))
 
 
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize(
+    ("parts", "space"), [(None, "weight"), (NAMED, "weight"), (("force",), "adapter")], ids=str
+)
+def test_smaller_batches_go_on_as_they_were_held(
+    parts: Any, space: Any, attached: bool, tmp_path: Path
+) -> None:
+    """Where a trainer runs out of memory after its first step, and begins once more by itself."""
+    model = tiny("llama")
+    call = RetentionCallback(fit(model, space=space), budget=1e-3, parts=parts, source=None)
+    run = trainer(
+        model, tmp_path, [] if attached else [call], auto_find_batch_size=True, max_steps=4
+    )
+    if attached:
+        call.attach(run)
+    sizes, step = [], run.training_step
+
+    def full(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] == 4 and run.state.global_step:
+            raise RuntimeError("CUDA out of memory.")
+        return step(model, inputs, *args, **kwargs)
+
+    run.training_step = full  # type: ignore[method-assign]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RetainWarning)
+        run.train()
+    assert sizes[:2] == [4, 4] and len(sizes) == 6 and max(sizes[2:]) < 4
+    assert call.why_no_filter is None and (call.recipe.filter is None) == (parts == ("force",))
+    assert call.force is not None and call.force.budget is not None
+    assert call.force.budget.steps == 5  # one before, four after
+    assert not any(site.a._backward_hooks for site in lora_sites(model))
+
+
 def test_a_callback_may_train_twice(tmp_path: Path) -> None:
     """The second time the adapter is not fresh: held by the force alone, as by a new callback."""
     found = []

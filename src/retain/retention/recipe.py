@@ -32,6 +32,7 @@ step has been made. Every door drives this one object: `retain.RetentionCallback
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import reduce
@@ -163,6 +164,7 @@ class Recipe:
         self.from_adapter = False
         self.scaled_back: str | None = None
         self.sites: list[LoraSite] = []
+        self._held: weakref.ref[nn.Module] | None = None
         self._shards: list[Tensor] = []  # whole copies of weights that are divided
         self._guarded = False
         self._by_hand = False
@@ -260,6 +262,7 @@ class Recipe:
                     steps=int((progress or {}).get("steps", 0)), base=self._kl_base(model),
                 )  # fmt: skip
             self._begin(model, rows, seed, probe, progress)
+            self._held = weakref.ref(model)
             if self.filter is not None and progress is not None:
                 self.filter.restore(kept or {})
         except BaseException:  # nothing is left half held
@@ -490,21 +493,21 @@ class Recipe:
             ConfigError: it is one.
         """
         proximal = self.update == "proximal" and "force" in self.parts and self.weighs()
+        held = self.filter if self._held is not None else None
         self._two_points = keeps_two(optimizer)
         for part, acts in (
             ("a budget", self.budget is not None),
             ("a proximal step", proximal),
-            ("the filter", self._filters_now() or (self.named and "filter" in self.parts)),
+            ("the filter", held is not None or (self.named and "filter" in self.parts)),
         ):
             if acts:
                 check_points(optimizer, part)
         if proximal:
             check_lengths(optimizer)
 
-    def _filters_now(self) -> bool:
-        """Whether a filter is on a model, from `begin` to `release`."""
-        marks = [getattr(site.a, _MARK, None) for site in self.sites]
-        return self.filter is not None and any(m and m.recipe is self for m in marks)
+    def holds(self, model: nn.Module) -> bool:
+        """Whether it is this model that is held, from `begin` to `release`."""
+        return self._held is not None and self._held() is model
 
     def guard(self, live: Callable[[], bool]) -> None:
         """From now on hooks act from `before_step` to `before_optimizer`, while `live` says so."""
@@ -598,6 +601,7 @@ class Recipe:
 
     def release(self) -> None:
         """Lets the model train freely again."""
+        self._held = None
         for hooks in self._hooks():
             hooks.detach()
         for site in self.sites:

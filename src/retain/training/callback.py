@@ -292,6 +292,10 @@ class RetentionCallback(TrainerCallback):
 
         zero = zero_of(kwargs.get("optimizer"))
         kept = kept_in(state, needed) if resuming else None
+        tensors = kept_tensors(resumed_from()) if resuming else None
+        if args.auto_find_batch_size and not resuming and recipe.holds(model):
+            # It begins once more, with smaller batches and what the model has learned.
+            kept, tensors = recipe.progress(), recipe.kept()
         self._settings = settings_of(recipe)
         then = (kept or {}).get("held")
         if isinstance(then, dict) and (other := changed(then, self._settings)):
@@ -311,7 +315,7 @@ class RetentionCallback(TrainerCallback):
                 source=kl_rows(recipe, view, self.source),
                 tokenizer=view.tokenizer,
                 progress=kept,
-                kept=kept_tensors(resumed_from()) if resuming else None,
+                kept=tensors,
             )
         if self._zero is not None:
             recipe.by_hand()
