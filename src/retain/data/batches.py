@@ -54,7 +54,9 @@ class Example:
         """Its first tokens; a row of classification keeps its label."""
         n, causal = tokens, bool(self.predict)
         targets = self.targets[:n] if causal else self.targets
-        return Example(self.tokens[:n], targets, self.predict[:n], self.segments[:n])
+        return Example(
+            self.tokens[:n], targets, self.predict[:n], self.segments[:n], prompted=self.prompted
+        )
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,9 @@ def choose(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
 
 
 def pack_rows(rows: Sequence[StoredRow]) -> Tensor:
-    """Rows as JSON, in a tensor of bytes."""
-    text = json.dumps([asdict(row) for row in rows], separators=(",", ":"))
+    """Rows as JSON, in a tensor of bytes; what counts in training of them."""
+    kept = [{k: v for k, v in asdict(row).items() if k != "prompted"} for row in rows]
+    text = json.dumps(kept, separators=(",", ":"))
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
