@@ -91,6 +91,11 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--fits", nargs="+", choices=FITS, default=list(FITS))
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument(
+        "--in-a-row", type=int, default=0, metavar="N",
+        help="time N steps after another in each turn, as training makes them; by default one, which "
+        "has to ask the system for its memory again",
+    )  # fmt: skip
     args = parser.parse_args()
     base, tokenizer, _ = retain.load_model(args.model, dtype=args.dtype)
     model = retain.attach_lora(base, rank=RANK)
@@ -106,7 +111,7 @@ def main() -> None:
     }
     parts: dict[str, Callable[[], Any]] = {
         "fit": lambda: _fits(model, tokens, args.repeats, args.fits, not args.no_peers),
-        "step": lambda: _steps(model, tokens, args.repeats, args.steps),
+        "step": lambda: _steps(model, tokens, args.repeats, args.steps, args.in_a_row),
         "error": lambda: _errors(model, tokens),
     }
     if len(args.parts) < len(PARTS):  # goes on with a result whose other parts are there
@@ -169,7 +174,9 @@ def _fits(
     return _measure(ways, repeats, tokens, SLOW)
 
 
-def _steps(model: nn.Module, tokens: Tensor, repeats: int, names: Sequence[str]) -> dict[str, Any]:
+def _steps(
+    model: nn.Module, tokens: Tensor, repeats: int, names: Sequence[str], in_a_row: int
+) -> dict[str, Any]:
     """A training step of 512 tokens with AdamW, without and with the force.
 
     Each way has its own plain steps beside it, so ways may be measured at different times.
@@ -209,6 +216,7 @@ def _steps(model: nn.Module, tokens: Tensor, repeats: int, names: Sequence[str])
             },
             2 * repeats + 1,
             batch,
+            in_a_row=in_a_row,
         )
         pair[name] |= {"factors": curvature.memory(), "fitted": fitted}
         found.setdefault("plain LoRA", pair["plain LoRA"])
@@ -224,9 +232,16 @@ def _collated(rows: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
 
 
 def _measure(
-    ways: dict[str, tuple[str, Run]], repeats: int, tokens: Tensor, slow: Container[str] = ()
+    ways: dict[str, tuple[str, Run]],
+    repeats: int,
+    tokens: Tensor,
+    slow: Container[str] = (),
+    in_a_row: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Seconds, their ratio to the first way's, and the most memory beyond what was held before."""
+    """Seconds, their ratio to the first way's, and the most memory beyond what was held before.
+
+    With `in_a_row` the seconds are of that many runs behind the one whose memory is measured.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     peaks: dict[str, list[int]] = {name: [] for name in ways}
     bar = tqdm(total=(repeats + 1) * len(ways))
@@ -244,6 +259,11 @@ def _measure(
                 kept = run(tokens if repeat else tokens[:8])
                 took = time.perf_counter() - start
             del kept
+            if repeat and in_a_row:
+                start = time.perf_counter()
+                for _ in range(in_a_row):
+                    run(tokens)
+                took = (time.perf_counter() - start) / in_a_row
             if repeat:  # the first, on one batch, is for warming up
                 seconds[name].append(took)
                 peaks[name].append(peak.bytes)

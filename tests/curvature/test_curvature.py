@@ -12,6 +12,8 @@ import torch
 
 from fits import FIT, dense_quadratic, fit, known, same, tensors
 from retain import fit_curvature, load_curvature
+from retain.curvature.blocks.factor import DenseFactor
+from retain.curvature.stack import _Factors
 from retain.data.sources import encode
 from retain.errors import ConfigError, CurvatureError, MismatchError, ModelError
 from retain.models.sites import lora_sites
@@ -227,6 +229,25 @@ def test_rounded_factors_pull_nearly_as_whole_ones(kind: str, structure: str) ->
     exact, other = (torch.cat([p.gradient.flatten() for p in found]) for found in (pulls, near))
     assert 0 < relative(other, exact) < 2e-2
     assert curvature.pulls(sites)[0] == nats  # the factors themselves are as they were
+
+
+@pytest.mark.parametrize("size", [40, 1100])
+def test_large_directions_do_not_round_away_what_is_small(size: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    draw = torch.randn(2, size, size, generator=random) / size**0.5
+    heavy = 30 * torch.randn(2, size, 4, generator=random)
+    whole = [DenseFactor(d @ d.T + h @ h.T) for d, h in zip(draw, heavy, strict=True)]
+    rows = torch.randn(2, 3, size, generator=random)
+    away = torch.linalg.qr(heavy)[0]
+    rows -= rows @ away @ away.mT  # as behind a filter
+    exact = torch.stack([r.double() @ f.matrix.double() for r, f in zip(rows, whole, strict=True)])
+    factors = _Factors(whole)
+    light = factors.rounded()
+    plain = (rows.bfloat16() @ factors.tensors[""].bfloat16()).double()
+    assert relative(light.matmul(rows).double(), exact) < 0.05 < 1 < relative(plain, exact)
+    assert light.tensors[""].dtype == torch.bfloat16
+    assert factors.largest is None
+    torch.testing.assert_close(factors.matmul(rows).double(), exact, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
