@@ -40,6 +40,7 @@ from retain.study.resources import trim_memory
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "overhead.json"
 AGAIN = RESULT.with_name("overhead-zen4.json")
+THIRD = RESULT.with_name("overhead-zen5.json")
 FIGURE = ROOT / "docs" / "images" / "overhead.png"
 PAGE = ROOT / "docs" / "overhead.md"
 LENGTH, RANK, STEP_ROWS = 128, 8, 4
@@ -436,6 +437,23 @@ def _again() -> list[str]:
         *_table(found["fit"], "fit"),
         "",
         "A step:",
+        "",
+        *_table(found["step"], "step"),
+        "",
+        *_third(),
+    ]
+
+
+def _third() -> list[str]:
+    """A step on a third processor, before and after its factors stayed in bfloat16."""
+    found = json.loads(THIRD.read_text(encoding="utf-8"))
+    turns = ", ".join(str(len(row["seconds"])) for row in found["step"].values())
+    commits = ", ".join(row["commit"] for row in found["step"].values())
+    return [
+        f"{found['processor']}, {found['hardware']['cores']} cores (`benchmarks/results/{THIRD.name}`; "
+        f"{turns} turns; commits {commits}). Behind a filter the force had read its factors in float32 "
+        "from the second step on, for their bfloat16 copies told it little but rounding; these keep "
+        "their eight largest directions in float32 now, and serve to the end. A step:",
         "",
         *_table(found["step"], "step"),
         "",
