@@ -22,6 +22,7 @@ from torch import Tensor
 from retain.curvature.blocks.base import Block
 from retain.curvature.blocks.factor import DenseFactor, Factor, ScalarFactor, SketchFactor
 from retain.curvature.blocks.kronecker import KroneckerBlock
+from retain.curvature.blocks.linalg import eigh
 
 __all__ = ["Image", "Move", "Stack", "stacks", "total"]
 
@@ -282,7 +283,7 @@ def _largest(matrices: Tensor) -> Tensor:
     basis = draw.to(matrices).expand(len(matrices), -1, -1)
     for _ in range(TIMES):
         basis = torch.linalg.qr(matrices @ basis)[0]
-    values, vectors = torch.linalg.eigh(basis.mT @ matrices @ basis)
+    values, vectors = eigh(basis.mT @ matrices @ basis)
     roots = values[:, None, -LARGEST:].clamp(min=0).sqrt()
     return basis @ vectors[..., -LARGEST:] * roots
 
