@@ -117,9 +117,10 @@ class Stack:
 
     def copies(self) -> list[Tensor]:
         """What a rounded stack does not share."""
-        made = [factors for factors in (self._inputs, *self._outputs) if factors.made]
-        own = [t for factors in made for t in (factors.tensors[""], factors.largest)]
-        return [t for t in own if t is not None]
+        every = (self._inputs, *self._outputs)
+        found = [f.tensors.get("") for f in every]
+        copies = [t for t in found if t is not None and t.dtype == torch.bfloat16]
+        return copies + [f.largest for f in every if f.largest is not None]
 
     def fits(self, moves: Moves) -> bool:
         """Whether the displacements are of about one rank, so that little of a stack is padding."""
@@ -236,7 +237,6 @@ class _Factors:
 
     def __init__(self, factors: Sequence[Factor]) -> None:
         self.kind = type(factors[0])
-        self.made = False  # rounded, from another
         self.largest: Tensor | None = None  # L, [count, size, LARGEST]: the rounded lack L L^T
         self.tensors = {
             key: torch.stack([f.tensors()[key] for f in factors]) for key in factors[0].tensors()
@@ -249,7 +249,7 @@ class _Factors:
         if self.kind is not DenseFactor or matrix is None or matrix.dtype != torch.float32:
             return self
         found = copy.copy(self)
-        found.made, found.tensors = True, {"": matrix.to(torch.bfloat16)}
+        found.tensors = {"": matrix.to(torch.bfloat16)}
         if matrix.shape[1] > 4 * LARGEST:
             found.largest = _largest(matrix)
             for rest, one, large in zip(found.tensors[""], matrix, found.largest, strict=True):

@@ -38,7 +38,6 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -47,11 +46,9 @@ from retain.data.batches import Example
 from retain.errors import ConfigError, ModelError, warn
 from retain.models.heads import head_kind, is_causal
 from retain.models.lora import grow_lora
-from retain.models.names import canonical, drawn_layers, head_of, unwrap
-from retain.models.off import start_of
 from retain.models.processes import check_same, several, share
 from retain.models.shards import check_divided, gather, scatter, shard_of
-from retain.models.sites import LinearSite, LoraSite, Site, lora_sites
+from retain.models.sites import LoraSite, Site, lora_sites
 from retain.models.view import ModelView
 from retain.retention.budget import anchored
 from retain.retention.filter import Filter, InputFilter
@@ -75,6 +72,7 @@ from retain.retention.named import Budgets, Curvatures, by_name, named
 from retain.retention.output_kl import OutputKL, Outputs
 from retain.retention.soften.truncate import truncated
 from retain.retention.state import choose, pack_curvature, unpack_curvature
+from retain.retention.telling import tell_begun_from, tell_drawn, tell_unheld
 from retain.retention.watch import Watched
 from retain.types import STRENGTH, FactorRank, Structure, Update
 
@@ -255,7 +253,8 @@ class Recipe:
         release_left(model, resuming=progress is not None)
         self._clear()
         try:
-            self._tell_begun_from(model)
+            told = self.weighs() or bool(self.kl.weight)
+            self.from_adapter = tell_begun_from(model, self.curvature, told=told)
             if self.kl.weight:
                 self.outputs = Outputs(
                     ModelView(model, tokenizer), source, self.kl, seed=seed,
@@ -277,7 +276,7 @@ class Recipe:
         check_divided(model)
         check_backward(model)
         head_kind(model)  # refuses one that is not known
-        self._tell_drawn(model)
+        tell_drawn(model)
         for each in self._curvatures():
             each.bind(model)  # it is of this model, and on its device
             _share(each)
@@ -310,39 +309,6 @@ class Recipe:
         if self.why_no_filter not in (None, NO_STRENGTH):
             alone = "the force alone" if self.force is not None else "nothing"
             warn(f"held by {alone}, without a filter: {self.why_no_filter}")
-
-    def _tell_begun_from(self, model: nn.Module) -> None:
-        """Whether a curvature is around an adapter that had learned, to which the model is held.
-
-        An initialisation that takes its start out of the base's weights is the base, and one whose
-        B A is 0.
-        """
-        learned = any(
-            each.around_adapter and any(map(_learned, each.anchor.values()))
-            for each in by_name(self.curvature).values()
-        )
-        self.from_adapter = learned and start_of(model) is None
-        if self.from_adapter and (self.weighs() or self.kl.weight):
-            warn(
-                "the adapter had learned before its curvature was fitted: the model is held to "
-                "what it was then and not to its base, and a budget and kl count from there; a "
-                "curvature that was fitted on the plain model holds to the base"
-            )
-
-    def _tell_drawn(self, model: nn.Module) -> None:
-        """What was drawn when a classifier was loaded, and does not train as its head does."""
-        parameters = unwrap(model).named_parameters()
-        trained = [canonical(n) for n, p in parameters if p.requires_grad and ".lora_" not in n]
-        layers = [
-            layer for layer in sorted(drawn_layers(model))
-            if not any(name.startswith(f"{layer}.") for name in trained)
-        ]  # fmt: skip
-        if layers:
-            warn(
-                f"no checkpoint has the weights of {', '.join(layers)}: each loading draws them "
-                "anew, and the adapter is saved without them, so that it will not be this model; "
-                f"train them with the head: LoraConfig(modules_to_save={layers}, ...)"
-            )
 
     def _kl_base(self, model: nn.Module) -> Callable[[], AbstractContextManager[Any]] | None:
         """Where the KL counts from: the adapter that the curvature is around, None for the base."""
@@ -386,7 +352,7 @@ class Recipe:
             update=self.update, resuming=progress is not None or held is self.past,
         )  # fmt: skip
         if self.weighs():
-            self._tell_unheld(model, self.force)
+            self.unheld = tell_unheld(model, self.force)
         if self.frozen is not None:
             self.force.only(self.active)
             if progress is None:
@@ -396,29 +362,6 @@ class Recipe:
             self.scaled_back = progress.get("scaled_back")
         if self.scaled_back is not None:
             warn(self.scaled_back)
-
-    def _tell_unheld(self, model: nn.Module, force: Force) -> None:
-        """What trains and is held by nothing, but for a new head: of full fine-tuning, and tokens.
-
-        Whether a token is new cannot be told from its number.
-        """
-        whole, of_head = isinstance(force.sites[0], LinearSite), head_of(model)
-        self.unheld = [
-            canonical(name) for name in force.unheld(model)
-            if not of_head(name) and (whole or "trainable_tokens" in name)
-        ]  # fmt: skip
-        if self.unheld and whole:
-            warn(
-                f"{len(self.unheld)} weights train, and are held by nothing, such as "
-                f"{', '.join(self.unheld[:3])}: the force knows the weights of linear layers, and "
-                "no embeddings, output head, norms, biases or bare parameters of a mixture's "
-                "experts; requires_grad_(False) for them, or LoRA"
-            )
-        elif self.unheld:
-            warn(
-                "the tokens of trainable_token_indices are held by nothing, and no budget counts "
-                "them: new ones have nothing to keep, but leave out those that the base knows"
-            )
 
     def _make_room(self, force: Force, frozen: FrozenRows) -> None:
         """Earlier rows are scaled back to four fifths of the budget, which is to be said."""
@@ -754,17 +697,6 @@ def release_left(model: nn.Module, *, resuming: bool = False) -> None:
         if held.filter is not None and idle and not resuming:
             held.filter.undo()
             scatter(held._shards)
-
-
-def _learned(kept: tuple[Tensor, ...]) -> bool:
-    """Whether an anchor's B A is more than 0, as it begins but for a rounding to bfloat16.
-
-    PEFT's ``orthogonal`` has a B that is not 0 and an A whose rows cancel it, ``mica`` an A of 0.
-    """
-    b, a = (t.double() for t in kept[:2])
-    left, right = b.T @ b, a @ a.T
-    size = float(left.trace() * right.trace())
-    return float((left * right).sum()) > torch.finfo(torch.bfloat16).eps ** 2 * size
 
 
 def _weights(sites: Sequence[Site]) -> list[nn.Parameter]:

@@ -1,0 +1,95 @@
+"""What a recipe says when training begins: what it holds to, and what trains without being held."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from retain.errors import warn
+from retain.models.names import canonical, drawn_layers, head_of, unwrap
+from retain.models.off import start_of
+from retain.models.sites import LinearSite
+from retain.retention.force import Force
+from retain.retention.named import Curvatures, by_name
+
+__all__ = ["tell_begun_from", "tell_drawn", "tell_unheld"]
+
+
+def tell_begun_from(model: nn.Module, curvature: Curvatures | None, *, told: bool) -> bool:
+    """Whether a curvature is around an adapter that had learned, to which the model is held.
+
+    An initialisation that takes its start out of the base's weights is the base, and one whose B A
+    is 0.
+
+    Args:
+        model: with its adapter.
+        curvature: of the source, or several by name.
+        told: say so.
+    """
+    learned = any(
+        each.around_adapter and any(map(_learned, each.anchor.values()))
+        for each in by_name(curvature).values()
+    )
+    found = learned and start_of(model) is None
+    if found and told:
+        warn(
+            "the adapter had learned before its curvature was fitted: the model is held to "
+            "what it was then and not to its base, and a budget and kl count from there; a "
+            "curvature that was fitted on the plain model holds to the base"
+        )
+    return found
+
+
+def tell_drawn(model: nn.Module) -> None:
+    """Says what was drawn when a classifier was loaded, and does not train as its head does."""
+    parameters = unwrap(model).named_parameters()
+    trained = [canonical(n) for n, p in parameters if p.requires_grad and ".lora_" not in n]
+    layers = [
+        layer for layer in sorted(drawn_layers(model))
+        if not any(name.startswith(f"{layer}.") for name in trained)
+    ]  # fmt: skip
+    if layers:
+        warn(
+            f"no checkpoint has the weights of {', '.join(layers)}: each loading draws them "
+            "anew, and the adapter is saved without them, so that it will not be this model; "
+            f"train them with the head: LoraConfig(modules_to_save={layers}, ...)"
+        )
+
+
+def tell_unheld(model: nn.Module, force: Force) -> list[str]:
+    """What trains and is held by nothing, but for a new head: of full fine-tuning, and tokens.
+
+    Whether a token is new cannot be told from its number.
+
+    Returns:
+        The names of those weights.
+    """
+    whole, of_head = isinstance(force.sites[0], LinearSite), head_of(model)
+    unheld = [
+        canonical(name) for name in force.unheld(model)
+        if not of_head(name) and (whole or "trainable_tokens" in name)
+    ]  # fmt: skip
+    if unheld and whole:
+        warn(
+            f"{len(unheld)} weights train, and are held by nothing, such as "
+            f"{', '.join(unheld[:3])}: the force knows the weights of linear layers, and "
+            "no embeddings, output head, norms, biases or bare parameters of a mixture's "
+            "experts; requires_grad_(False) for them, or LoRA"
+        )
+    elif unheld:
+        warn(
+            "the tokens of trainable_token_indices are held by nothing, and no budget counts "
+            "them: new ones have nothing to keep, but leave out those that the base knows"
+        )
+    return unheld
+
+
+def _learned(kept: tuple[Tensor, ...]) -> bool:
+    """Whether an anchor's B A is more than 0, as it begins but for a rounding to bfloat16.
+
+    PEFT's ``orthogonal`` has a B that is not 0 and an A whose rows cancel it, ``mica`` an A of 0.
+    """
+    b, a = (t.double() for t in kept[:2])
+    left, right = b.T @ b, a @ a.T
+    size = float(left.trace() * right.trace())
+    return float((left * right).sum()) > torch.finfo(torch.bfloat16).eps ** 2 * size
