@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from retain.curvature.fit.labels import _draw
+from retain.curvature.fit.labels import _draw, _levels
 
 
 class How(NamedTuple):
@@ -278,7 +278,8 @@ def passes(sequence: _Sequence, how: How) -> Iterator[tuple[float, Tensor]]:
         heat = how.temperature if how.fisher == "tempered" else 1.0
         q = (sequence.logits / heat).softmax(-1) if how.fisher == "tempered" else p
         for sample in range(how.samples):
-            drawn = one[_draw(q, f"{how.seed}:{sequence.row}:{sample}")]
+            levels = _levels(len(q), f"{how.seed}:{sequence.row}:{sample}")
+            drawn = one[_draw(q, levels)]
             yield 1.0 / how.samples, (drawn - q) / heat if how.fisher == "tempered" else drawn
     else:
         raise ValueError(how.fisher)

@@ -11,6 +11,7 @@ import torch
 from oracles import Oracle
 from retain import fit_curvature
 from retain.curvature.curvature import Curvature
+from retain.curvature.fit import labels
 from retain.curvature.fit.labels import EXACT_LIMIT
 from retain.errors import CurvatureError
 from tiny import KINDS, ROWS, STRUCTURES, tiny
@@ -108,6 +109,17 @@ def test_seed_alone_fixes_the_draws(structure: str) -> None:
     for name, block in a.blocks.items():
         assert torch.equal(block.to_dense(), b.blocks[name].to_dense())
     assert any(not torch.equal(x.to_dense(), c.blocks[n].to_dense()) for n, x in a.blocks.items())
+
+
+@pytest.mark.parametrize("fisher", ["mc", "tempered"])
+def test_how_many_predictions_are_worked_on_at_a_time_changes_nothing(
+    fisher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = fit("llama", 2, fisher=fisher)
+    monkeypatch.setattr(labels, "_ROWS", 1)
+    got = fit("llama", 2, fisher=fisher)
+    for name, block in want.blocks.items():
+        assert torch.equal(block.to_dense(), got.blocks[name].to_dense())
 
 
 def test_exact_fisher_refuses_too_many_passes() -> None:

@@ -235,7 +235,7 @@ def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
         return logits
     with head_reads(model, lambda hidden: hidden[predict.to(hidden.device)][None]):
         logits = model(**batch.inputs, use_cache=False).logits
-    return logits[0]
+    return logits.squeeze(0)  # an index would be a copy of all of them in the backward pass
 
 
 def forward_body(model: nn.Module, batch: Batch) -> None:

@@ -109,7 +109,7 @@ class Estimator(ABC):
         """Adds ``weight * rows^T rows``, to a sketch where the side is wide."""
         rank = sketch_rank(rows.shape[1], self.layout.rank)
         if rank is not None:
-            sketch_update(self.state, key, rows * weight**0.5, rank)
+            sketch_update(self.state, key, rows if weight == 1 else rows * weight**0.5, rank)
         else:
             gram_update(self.state, key, rows, weight)
 

@@ -59,38 +59,48 @@ def cotangents(
 
     Yields:
         (cotangent [predictions, classes], weight, whether it is the last). The last one may lie in
-        the memory of the logits, which a model's backward pass does not read.
+        the memory of the logits, which a model's backward pass does not read, and in their
+        precision.
 
     Raises:
         CurvatureError: ``exact`` would need more than `EXACT_LIMIT` passes, or labels of a
             regression are asked for.
         SourceError: ``empirical`` or ``reversed`` where a row has no label, or one of no class.
     """
-    fisher, samples = settings.fisher, settings.samples
+    fisher = settings.fisher
     heat = settings.temperature if fisher == "tempered" else 1.0
     if regression:
         yield from _of_values(logits.detach(), batch, settings, heat)
         return
+    if fisher in ("mc", "tempered"):
+        yield from _of_draws(logits.detach(), batch, settings, heat)
+        return
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-    if fisher == "reversed":
-        wide = wide.neg_()
-    elif heat != 1.0:
-        wide = wide.div_(heat)
-    p = _softmax_(wide)
-    if fisher in ("empirical", "reversed"):
-        _check_labels(batch.targets, p.shape[-1], fisher)
-        yield _minus_(p, batch.targets), 1.0, True
-    elif fisher == "exact":
+    p = _softmax_(wide.neg_() if fisher == "reversed" else wide)
+    if fisher == "exact":
         yield from _every_label(p, batch.lengths)
     else:
-        for sample in range(samples):
-            parts = [
-                _draw(part, f"{settings.seed}:{row}:{sample}")
-                for part, row in zip(p.split(batch.lengths), batch.rows, strict=True)
-            ]
-            last = sample == samples - 1
-            way = _minus_(p if last else p.clone(), torch.cat(parts))
-            yield way if heat == 1.0 else way.div_(heat), 1.0 / samples, last
+        _check_labels(batch.targets, p.shape[-1], fisher)
+        yield _minus_(p, batch.targets), 1.0, True
+
+
+def _of_draws(logits: Tensor, batch: Batch, settings: FitSettings, heat: float) -> Cotangents:
+    """``(e_y - p) / T`` of drawn labels, a few predictions at a time.
+
+    Of a decoder the logits are the largest tensor there is, and no second one of their size is made
+    but for the draws before the last.
+    """
+    for sample in range(settings.samples):
+        last = sample == settings.samples - 1
+        way = logits if last else torch.empty_like(logits)
+        pieces = zip(logits.split(batch.lengths), way.split(batch.lengths), batch.rows, strict=True)
+        for own, into, row in pieces:
+            levels, step = _levels(len(own), f"{settings.seed}:{row}:{sample}"), _step(own)
+            for i in range(0, len(own), step):
+                p = _probabilities(own[i : i + step], heat)
+                found = _minus_(p, _draw(p, levels[i : i + step]))
+                into[i : i + step] = found if heat == 1.0 else found.div_(heat)
+        yield way, 1.0 / settings.samples, last
 
 
 def _every_label(p: Tensor, lengths: list[int]) -> Cotangents:
@@ -153,16 +163,21 @@ _ROWS = 1 << 20
 """Probabilities that are worked on at a time, so that they stay in the processor's cache."""
 
 
-def _chunks(p: Tensor) -> tuple[Tensor, ...]:
-    parts: tuple[Tensor, ...] = p.split(max(1, _ROWS // p.shape[-1]))
-    return parts
+def _step(p: Tensor) -> int:
+    return max(1, _ROWS // p.shape[-1])
 
 
 def _softmax_(logits: Tensor) -> Tensor:
     """The softmax of each row, in its own memory."""
-    for part in _chunks(logits):
+    for part in logits.split(_step(logits)):
         part.copy_(part.softmax(-1))
     return logits
+
+
+def _probabilities(logits: Tensor, heat: float) -> Tensor:
+    """The softmax of each row over T, in float32 at least, in memory of its own."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (wide if heat == 1.0 else wide / heat).softmax(-1)
 
 
 def _minus_(p: Tensor, labels: Tensor) -> Tensor:
@@ -178,12 +193,13 @@ def _random(key: str) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
-def _draw(p: Tensor, key: str) -> Tensor:
-    """One label for each row of p, by the inverse of the distribution function."""
-    u = torch.rand(len(p), 1, dtype=torch.float64, generator=_random(key))
-    u = u.to(p.device, p.dtype)
-    found = []
-    for part, level in zip(_chunks(p), u.split(len(_chunks(p)[0])), strict=True):
-        steps = part.cumsum(-1)
-        found.append(torch.searchsorted(steps, level * steps[:, -1:]))
-    return torch.cat(found).clamp(max=p.shape[-1] - 1)[:, 0]
+def _levels(count: int, key: str) -> Tensor:
+    """Where each of the draws of a name falls, from 0 to 1, [count, 1]."""
+    return torch.rand(count, 1, dtype=torch.float64, generator=_random(key))
+
+
+def _draw(p: Tensor, levels: Tensor) -> Tensor:
+    """One label for each row of p, by the inverse of the distribution function at its level."""
+    steps = p.cumsum(-1)
+    level = levels.to(p.device, p.dtype) * steps[:, -1:]
+    return torch.searchsorted(steps, level).clamp(max=p.shape[-1] - 1)[:, 0]
