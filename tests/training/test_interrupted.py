@@ -187,6 +187,37 @@ def test_before_anything_was_learned_a_is_put_back(attached: bool, tmp_path: Pat
     assert hooks(model) == 0
 
 
+@pytest.mark.parametrize("how", ["budget", "grown"])
+@pytest.mark.parametrize("idle", [{"learning_rate": 0.0}, {"num_train_epochs": 0, "max_steps": -1}])
+def test_an_end_at_which_nothing_was_learned_puts_a_back(
+    how: str, idle: dict[str, Any], tmp_path: Path
+) -> None:
+    """So the next training filters it once, as if this one had not been."""
+    model, fresh = model_for(how), model_for(how)
+    drawn = weights(model)
+    for _ in range(2):
+        call = call_for(how, model)
+        trainer(model, tmp_path, [call], **idle).train()
+        assert call.recipe.filter is not None and hooks(model) == 0
+        exactly(weights(model), drawn)
+    for each in (model, fresh):
+        trainer(each, tmp_path, [call_for(how, each)]).train()
+    exactly(weights(model), weights(fresh))
+
+
+def test_what_goes_on_from_a_checkpoint_without_a_step_is_filtered_once(tmp_path: Path) -> None:
+    """The checkpoint has A behind its filter, which the end of an idle training does not change."""
+    options = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1, "save_steps": 1}
+    whole, part = tiny("llama"), tiny("llama")
+    trainer(whole, tmp_path / "whole", [call_for("budget", whole)], **options).train()
+    options |= {"save_strategy": "steps"}
+    call = call_for("budget", part)
+    trainer(part, tmp_path / "part", [call], max_steps=1, **options).train()
+    run = trainer(part, tmp_path / "part", [call], **options)
+    run.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-1"))
+    torch.testing.assert_close(weights(part), weights(whole))
+
+
 def test_a_model_goes_when_its_last_name_does(tmp_path: Path) -> None:
     """While the function that trained it still runs, as a loop over budgets does."""
     model = tiny("llama")

@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "budget": {"rows": ROWS, "budget": 1e-3, "probe": ROWS[:2], "rate": 0.03, "anew": 4},
     "proximal": {"update": "proximal", "parts": ["force"], "strength": 100.0},
     "fresh rows": {"rows": ROWS, "strength": 300.0, "grown": True},
+    "nothing learned": {"rows": ROWS, "strength": 300.0, "rate": 0.0},
     "kl": {
         "rows": ROWS, "strength": 300.0, "kl": retain.OutputKL(1e4, every=2), "source": ROWS[:6],
         "micro": 2, "clip": 0.05, "anew": 5,

@@ -538,9 +538,26 @@ class Recipe:
                 self.force.finish()
 
     def end(self) -> None:
-        """When training has ended: `finish`, and the model trains freely again."""
+        """When training has ended: `finish`, and the model trains freely again.
+
+        Where it has learned nothing, A is what it was before its filter again.
+        """
         self.finish()
+        if self._held is not None:
+            self.undo_idle()
         self.release()
+
+    def undo_idle(self) -> None:
+        """Puts A back as it was before its filter, where nothing has been learned behind it.
+
+        An A of a training that goes on was filtered before, and stays.
+        """
+        if self.filter is None:
+            return
+        gather(self._shards)
+        if not any(bool(site.b[:, self.active].any()) for site in self.sites):
+            self.filter.undo()
+            scatter(self._shards)
 
     def release(self) -> None:
         """Lets the model train freely again."""
@@ -692,11 +709,8 @@ def release_left(model: nn.Module, *, resuming: bool = False) -> None:
     marks = [mark for p in weights if (mark := getattr(p, _MARK, None)) is not None]
     for held in {id(mark.recipe): mark.recipe for mark in marks}.values():
         held.release()
-        gather(held._shards)
-        idle = not any(bool(site.b[:, held.active].any()) for site in held.sites)
-        if held.filter is not None and idle and not resuming:
-            held.filter.undo()
-            scatter(held._shards)
+        if not resuming:
+            held.undo_idle()
 
 
 def _weights(sites: Sequence[Site]) -> list[nn.Parameter]:

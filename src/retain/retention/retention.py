@@ -173,6 +173,9 @@ class Retention:
     def finish(self) -> None:
         """When training has ended: takes back what is above a budget, and lets the model go.
 
+        Where nothing was learned, A is what it was before its filter again; so a checkpoint to go
+        on from is written before.
+
         Warns:
             RetainWarning: `step` was never called.
         """

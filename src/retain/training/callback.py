@@ -78,9 +78,10 @@ class RetentionCallback(TrainerCallback):
 
     A training that breaks off (Ctrl-C, an exception) leaves nothing that acts on the model: what
     holds A acts while the training runs alone, and a plain trainer afterwards is plain. Before the
-    first step A has been filtered, which may make it longer or shorter: where nothing was learned,
-    it is put back as it was when the next training with a callback begins, and, if the callback is
-    attached (`attach`) and the process alone, at once.
+    first step A has been filtered, which may make it longer or shorter. Where nothing was learned,
+    it is put back as it was: when the training ends; of one that broke off, when the next training
+    with a callback begins, and, if the callback is attached (`attach`) and the process alone, at
+    once.
 
     Args:
         curvature: fitted on the trainer's model; or several by name, each on its own source, with
