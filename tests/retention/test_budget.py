@@ -16,7 +16,7 @@ from retain import fit_curvature
 from retain.curvature.curvature import Curvature, reanchored
 from retain.data.batches import Example
 from retain.data.sources import encode
-from retain.errors import ConfigError, MismatchError
+from retain.errors import ConfigError, MismatchError, RetainWarning, TrainingError
 from retain.models.lora import attach_lora
 from retain.models.sites import lora_sites
 from retain.retention.budget import Budget, anchored, largest_share, scale_back, settle
@@ -186,6 +186,45 @@ def test_the_largest_share_of_a_budget_is_found(divergence: Any, share: float) -
 
 def test_a_budget_that_no_share_keeps_leaves_nothing() -> None:
     assert largest_share(0.1, 1.0, lambda t: 0.5 + t) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_a_divergence_that_is_not_finite_is_above_the_budget(odd: float) -> None:
+    found, left = largest_share(0.01, odd, lambda t: t**2 if t < 0.3 else odd)
+    assert 0.0098 <= left == found**2 <= 0.01
+    assert largest_share(0.01, odd, lambda _: odd) == (0.0, 0.0)
+    assert 0 < largest_share(0.1, odd, lambda t: 0.05 + t)[0] < 0.05  # noise at the anchor
+
+    model = tiny("llama")
+    curvature = fit(model, "llama")
+    move(model, seed=9)
+    sites, b = curvature.bind(model), lora_sites(model)[0].b
+    whole = float(b.detach().norm())
+
+    def measure() -> float:
+        share = float(b.detach().norm()) / whole
+        return share**2 if share < 0.3 else odd
+
+    with pytest.warns(RetainWarning, match="predictions on the probe were not finite"):
+        assert settle(curvature, sites, 0.01, measure) == pytest.approx(measure())
+    assert float(b.detach().norm()) == pytest.approx(0.1 * whole, rel=0.02)
+
+    budget = Budget(0.05)
+    with pytest.raises(TrainingError, match="probe are no longer finite"):
+        budget.correct(odd, 1.0)
+    assert budget == Budget(0.05)
+
+
+def test_weights_that_are_not_finite_have_no_way_back() -> None:
+    model = tiny("llama")
+    retention = Force(model, fit(model, "llama"), budget=NATS, probe=probe("llama"))
+    move(model, seed=9)
+    site = lora_sites(model)[0]
+    site.b.data[0, 0] = math.nan
+    before = site.b.detach().clone()
+    with pytest.raises(TrainingError, match="weights are no longer finite"):
+        retention.finish()
+    torch.testing.assert_close(site.b.detach(), before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_settling_on_a_divergence_that_is_no_quadratic() -> None:

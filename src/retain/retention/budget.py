@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from retain.curvature.curvature import Curvature
-from retain.errors import ConfigError, MismatchError, check_number
+from retain.errors import ConfigError, MismatchError, TrainingError, check_number, warn
 from retain.models.shards import scatter
 from retain.models.sites import LinearSite, LoraSite, Site
 
@@ -129,7 +129,19 @@ class Budget:
         return n % EVERY == 0 or n & (n - 1) == 0
 
     def correct(self, measured: float, predicted: float) -> None:
-        """Learns how far the prediction is off."""
+        """Learns how far the prediction is off.
+
+        Raises:
+            TrainingError: what was measured is not finite.
+        """
+        if not math.isfinite(measured):
+            raise TrainingError(
+                "the model's predictions on the probe are no longer finite",
+                got=f"{measured} measured nats",
+                allowed="finite numbers",
+                fix="lower the learning rate, or train in bfloat16 or float32; the weights are "
+                "left as they are",
+            )
         measured, predicted = measured - self.spent[0], predicted - self.spent[1]
         if predicted <= 0 or measured < TELLING * self.nats:
             return
@@ -206,7 +218,8 @@ def settle(
 ) -> float:
     """Moves the weights straight back until the divergence that `measure` gives is within nats.
 
-    See `scale_back`.
+    See `scale_back`. One that is not finite, as where float16 overflows, is above any budget; that
+    it was is warned of.
 
     Returns:
         The measured nats that are left.
@@ -214,7 +227,13 @@ def settle(
     now = measure()
     if now <= nats:
         return now
-    return _Away(curvature, sites, rows).shorten(nats, now, measure, SLACK)[1]
+    share, left = _Away(curvature, sites, rows).shorten(nats, now, measure, SLACK)
+    if not math.isfinite(now):
+        warn(
+            f"the model's predictions on the probe were not finite ({now} measured nats): the "
+            f"weights were moved back until they were, to {share:.3g} of their way from the anchor"
+        )
+    return left
 
 
 def largest_share(
@@ -224,8 +243,8 @@ def largest_share(
 
     Args:
         nats: of the budget.
-        now: the divergence of the whole displacement, more than that.
-        measure: gives the divergence of a share.
+        now: the divergence of the whole displacement, more than that or not finite.
+        measure: gives the divergence of a share; one that is not finite is above the budget.
         slack: how far below the budget is near enough, relative to it.
 
     Returns:
@@ -234,21 +253,22 @@ def largest_share(
     """
     low, high, left = 0.0, 1.0, 0.0
     wanted = nats * (1 - slack / 2)
-    last, before, power = 1.0, now, 2.0  # the divergence is about quadratic in the share
-    share = math.sqrt(wanted / now)
+    last, power = 1.0, 2.0  # the divergence is about quadratic in the share
+    share = math.sqrt(wanted / now) if math.isfinite(now) else 0.5
     for attempt in range(TRIES):
-        now = measure(share)
-        if now > nats:
+        before, now = now, measure(share)
+        if not now <= nats:
             high = share
         else:
             low, left = share, now
             if now >= nats * (1 - slack):
                 break
-        if now > 0 and before > 0 and share != last:  # and what it is shows in two of them
+        known = 0 < now < math.inf
+        if known and 0 < before < math.inf and share != last:  # what it is shows in two of them
             found = math.log(now / before) / math.log(share / last)
             power = min(max(found, POWERS[0]), POWERS[1])
-        last, before = share, now
-        guess = share * (wanted / now) ** (1 / power) if now > 0 else 0.0
+        last = share
+        guess = share * (wanted / now) ** (1 / power) if known else 0.0
         sound = low < guess < high and attempt % 4 < 3  # halving gets there whatever it is
         share = guess if sound else 0.5 * (low + high)
     return low, left

@@ -344,8 +344,12 @@ class Force:
 
         Returns:
             Of each source the nats that are left: measured, or without a probe predicted.
+
+        Raises:
+            TrainingError: the weights have left the finite numbers; they are left as they are.
         """
         self._forget()
+        _check_finite(self.predicted())
         for hold in self.holds:
             assert hold.budget is not None
             if hold.probe is None:
@@ -529,6 +533,9 @@ class Force:
         Returns:
             The measured nats (without a probe, the predicted ones), of several budgets their mean;
             None without a budget.
+
+        Raises:
+            TrainingError: the weights have left the finite numbers; they are left as they are.
         """
         if self.budget is None:
             return None
