@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -17,7 +18,7 @@ from retain.errors import MismatchError, RetainWarning
 from retain.models.fingerprint import alike, fingerprint, signature, storage
 from retain.models.lora import attach_lora
 from retain.models.sites import base_layers, lora_sites
-from tiny import deep
+from tiny import base, deep
 
 ROWS = [{"input_ids": torch.arange(1 + i, 17 + i).tolist()} for i in range(8)]
 
@@ -128,6 +129,22 @@ def test_a_tuned_base_in_the_same_storage_is_another(tmp_path: Path) -> None:
             p.mul_(1.05)
     with pytest.raises(MismatchError, match="another base model"):
         curvature.bind(attach_lora(tuned, rank=2))
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_that_an_adapter_trained_are_named(bias: Any) -> None:
+    rows = [{"input_ids": [3, 7, 1, 12, 5]}, {"input_ids": [2, 9]}]
+    plain = get_peft_model(base("bert"), LoraConfig(r=2, target_modules=["query"]))
+    curvature = retain.fit_curvature(plain, rows, progress=False)
+    config = LoraConfig(r=2, target_modules=["query"], bias=bias)
+    model = get_peft_model(base("bert"), config)
+    curvature.bind(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and name.endswith("bias"):
+                p.add_(0.1)
+    with pytest.raises(MismatchError, match=f"its biases; .*bias='{bias}'.*with bias='none'"):
+        curvature.bind(model)
 
 
 class Packed(nn.Module):

@@ -15,7 +15,8 @@ from retain.curvature.info import describe, part
 from retain.curvature.operator import BlockOperator
 from retain.curvature.stack import Move, total
 from retain.errors import MismatchError, RetainWarning
-from retain.models.fingerprint import alike, fingerprint, signature
+from retain.models.fingerprint import alike, fingerprint, near, signature
+from retain.models.names import unwrap
 from retain.models.sites import LinearSite, LoraSite, Site, base_layers
 
 __all__ = [
@@ -46,13 +47,10 @@ def check_sites(curvature: BlockOperator, model: nn.Module, sites: Sequence[Site
     found, want = describe(sites), info.sites
     whole = isinstance(sites[0], LinearSite)  # whose base weights are those that train
     mine, theirs = fingerprint(model), info.model
-    if mine != theirs and not whole and not _stored_otherwise(curvature, model, sites):
-        raise MismatchError(
-            "the curvature belongs to another base model",
-            got=f"a model with fingerprint {mine}",
-            allowed=theirs,
-            fix="fit the curvature on this model",
-        )
+    if mine != theirs and not whole:
+        own = signature(model, base_layers(sites)) if info.weights else ""
+        if not _stored_otherwise(info.weights, own):
+            raise _another_base(model, mine, theirs, near(info.weights, own))
     if set(found) != set(want) or any(found[n][:2] != want[n][:2] for n in want):
         odd = sorted(set(found) ^ set(want)) or [n for n in want if found[n][:2] != want[n][:2]]
         raise MismatchError(
@@ -79,10 +77,8 @@ def check_sites(curvature: BlockOperator, model: nn.Module, sites: Sequence[Site
                 )
 
 
-def _stored_otherwise(curvature: BlockOperator, model: nn.Module, sites: Sequence[Site]) -> bool:
-    """Whether the model has the curvature's own weights, quantised or not, which it says."""
-    theirs = curvature.info.weights
-    mine = signature(model, base_layers(sites)) if theirs else ""
+def _stored_otherwise(theirs: str, mine: str) -> bool:
+    """Whether the signatures are of the same weights, quantised or not, which it says."""
     if not alike(theirs, mine):
         return False
     stored, here = (text.partition(":")[0] for text in (theirs, mine))
@@ -93,6 +89,19 @@ def _stored_otherwise(curvature: BlockOperator, model: nn.Module, sites: Sequenc
         stacklevel=4,
     )
     return True
+
+
+def _another_base(model: nn.Module, mine: str, theirs: str, close: bool) -> MismatchError:
+    """What to say of a model with another fingerprint; its linear layers may be close by."""
+    what, fix = "the curvature belongs to another base model", "fit the curvature on this model"
+    got = f"a model with fingerprint {mine}"
+    configs = getattr(unwrap(model), "peft_config", None) or {}
+    biases = {getattr(config, "bias", None) or "none" for config in configs.values()} - {"none"}
+    if close and biases:
+        what += ", or to this one before an adapter trained its biases"
+        got += f", and an adapter of bias={sorted(biases)[0]!r}"
+        fix = "train LoRA with bias='none'"
+    return MismatchError(what, got=got, allowed=theirs, fix=fix)
 
 
 def whole_weights(curvature: BlockOperator, site: Site) -> list[tuple[str, nn.Parameter, Tensor]]:

@@ -22,7 +22,7 @@ from retain.models.names import ADAPTERS, canonical, unwrap
 from retain.models.shards import whole
 from retain.models.sites import plain_weight
 
-__all__ = ["ALIKE", "alike", "fingerprint", "signature"]
+__all__ = ["ALIKE", "alike", "fingerprint", "near", "signature"]
 
 _SAMPLES, _SUMS = 64, 4
 
@@ -39,8 +39,8 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
     """A short hash of the base model under a model's adapter.
 
     It covers each frozen parameter's name, shape and 64 of its values, rounded to bfloat16 (so
-    that the same checkpoint loaded in float32 or bfloat16 has the same fingerprint), and of packed
-    weights 64 of their codes, scales and zero points. Adapter weights, trained copies of modules
+    that the same checkpoint loaded in float32 or bfloat16 has the same fingerprint), and of packed weights 64 of their codes, scales and zero points.
+    What an adapter made of the base's biases (PEFT's ``bias``) counts as the base's. Adapter weights, trained copies of modules
     (PEFT's ``modules_to_save``) and new tokens are left out, and the layers named in `without`.
     """
     digest = hashlib.sha256()
@@ -92,18 +92,34 @@ def alike(one: str, other: str) -> bool:
 
     Of two models that are stored in one way the fingerprint alone tells whether they are the same.
     """
-    stored, _, a = one.partition(":")
-    also, _, b = other.partition(":")
-    if stored == also or not a or not b:
+    sums = _sums(one, other)
+    if sums is None or one.partition(":")[0] == other.partition(":")[0]:
         return False
+    x, y = sums
+    return float(x @ y) >= ALIKE * float(x.norm() * y.norm()) > 0
+
+
+def near(one: str, other: str) -> bool:
+    """Whether two signatures differ by no more than rounding may make of the same weights.
+
+    It says no more than that: a tuned model may be as near.
+    """
+    sums = _sums(one, other)
+    return sums is not None and bool(((sums[0] - sums[1]).abs() <= 1).all())
+
+
+def _sums(one: str, other: str) -> tuple[Tensor, Tensor] | None:
+    """Those of two signatures; None where one is not known, or they are of other layers."""
+    a, b = (text.partition(":")[2] for text in (one, other))
+    if not a or not b:
+        return None
     try:
         x, y = (torch.tensor(list(base64.b64decode(s)), dtype=torch.uint8) for s in (a, b))
     except ValueError:
-        return False
+        return None
     if len(x) != len(y):
-        return False
-    x, y = x.view(torch.int8).double(), y.view(torch.int8).double()
-    return float(x @ y) >= ALIKE * float(x.norm() * y.norm()) > 0
+        return None
+    return x.view(torch.int8).double(), y.view(torch.int8).double()
 
 
 def storage(model: nn.Module) -> str:
