@@ -131,6 +131,26 @@ def test_a_tuned_base_in_the_same_storage_is_another(tmp_path: Path) -> None:
         curvature.bind(attach_lora(tuned, rank=2))
 
 
+@pytest.mark.parametrize("fitted", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loaded", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_base_in_float16_is_said_to_be_in_another_precision(
+    fitted: torch.dtype, loaded: torch.dtype
+) -> None:
+    curvature = retain.fit_curvature(attach_lora(deep(2).to(fitted), rank=2), ROWS, progress=False)
+    model = attach_lora(deep(2).to(loaded), rank=2)
+    if torch.float16 not in (fitted, loaded) or fitted == loaded:
+        curvature.bind(model)
+        return
+    name = str(loaded).removeprefix("torch.")
+    with pytest.raises(MismatchError, match=f"in another precision; .*, in {name}; .*load the"):
+        curvature.bind(model)
+    other = attach_lora(deep(2).to(loaded), rank=2)
+    for layer in base_layers(lora_sites(other)).values():
+        layer.reset_parameters()  # type: ignore[operator]
+    with pytest.raises(MismatchError, match="another base model; .*fix: fit the curvature on"):
+        curvature.bind(other)
+
+
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_biases_that_an_adapter_trained_are_named(bias: Any) -> None:
     rows = [{"input_ids": [3, 7, 1, 12, 5]}, {"input_ids": [2, 9]}]

@@ -101,6 +101,13 @@ def _another_base(model: nn.Module, mine: str, theirs: str, close: bool) -> Mism
         what += ", or to this one before an adapter trained its biases"
         got += f", and an adapter of bias={sorted(biases)[0]!r}"
         fix = "train LoRA with bias='none'"
+    elif close:
+        what += ", or to this one in another precision"
+        got += f", in {str(next(model.parameters()).dtype).removeprefix('torch.')}"
+        fix = (
+            "load the model in the precision the curvature was fitted in (of one checkpoint "
+            f"float16 is another base than float32 and bfloat16), or {fix}"
+        )
     return MismatchError(what, got=got, allowed=theirs, fix=fix)
 
 
