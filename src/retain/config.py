@@ -145,7 +145,8 @@ class RunConfig(_Strict):
     source: str | dict[str, str] | None = Field(
         None,
         description="Text to measure the curvature on, in place of the model's own: a file, as for "
-        "retain fit; of a named budget NAME=FILE. May be repeated",
+        "retain fit; beside --curvature, what a budget and the KL read; of a named budget "
+        "NAME=FILE. May be repeated",
     )
     factor_rank: Annotated[int, Field(ge=1, le=_WIDE)] | Literal["auto"] = Field(
         "auto",

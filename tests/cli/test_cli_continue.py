@@ -44,6 +44,7 @@ def months(model: Path, curvature: Path, tmp_path_factory: pytest.TempPathFactor
             argv += ["--continue-from", runs[-1]]
         else:
             argv += ["--model", model, "--rank", 4, "--curvature", curvature, "--keep-state"]
+            argv += ["--source", "self"]  # what the budget is measured on
         assert main([str(a) for a in argv]) == 0
         runs.append(out)
     return runs
@@ -173,6 +174,17 @@ def test_the_model_stays_inside_its_budget(months: list[Path], model: Path) -> N
         text = sample_rows(base.model, base.tokenizer, count=32, max_length=16, seed=5)
         spent = measure_forgetting(tuned, text, tokenizer=base.tokenizer, max_length=16).kl
         assert spent <= 1.5 * BUDGET  # other samples than those that it was kept on
+
+
+def test_a_month_measures_on_a_source_that_the_first_one_did_not_have(
+    model: Path, curvature: Path, source: Path, june: Run, tmp_path: Path
+) -> None:
+    one, argv = tmp_path / "one", ("--rank", 2, "--keep-state", "--budget", BUDGET)
+    june("--model", model, "--curvature", curvature, *argv, "-o", one).done()
+    june("--continue-from", one, "-o", tmp_path / "two").done()
+    june("--continue-from", one, "--source", source, "-o", tmp_path / "three").done()
+    found = [told(tmp_path / name / "train.json") for name in ("one", "two", "three")]
+    assert [record["measured_nats"] is not None for record in found] == [False, False, True]
 
 
 def test_the_state_does_not_grow(months: list[Path]) -> None:

@@ -41,7 +41,9 @@ class FittingCallback(RetentionCallback):
         source: text of what is to be kept; see `retain.fit_curvature`. With a budget, the true
             divergence is measured on it too; of a classifier, whose new head has nothing to be
             measured from, the prediction is believed, and a warning says so.
-        curvature: in place of `source`, a curvature of this base model, or its file.
+        curvature: in place of `source`, a curvature of this base model, or its file. A `source`
+            beside it that is not ``"self"`` is what a budget or `kl` is measured on; without one
+            see `retain.RetentionCallback`.
         fit: options of `retain.fit_curvature`, such as ``{"structure": "kfac", "rows": 64}``.
         strength: see `retain.RetentionCallback`; so are `update`, `budget`, `parts` and `filter`.
         update: how the force acts.
@@ -74,6 +76,8 @@ class FittingCallback(RetentionCallback):
         recipe = Recipe(
             None, strength, budget=budget, parts=parts, update=update, filter=filter, kl=kl
         )
+        if curvature is not None and isinstance(source, str) and source == "self":
+            source = "auto"
         self._drive(recipe, source, tokenizer)
         self.given, self.fit = curvature, dict(fit or {})
 

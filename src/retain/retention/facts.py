@@ -12,7 +12,7 @@ from retain.models.cards import plain_name
 from retain.retention.named import by_name
 from retain.retention.recipe import Recipe
 
-__all__ = ["changed", "facts", "settings_of", "source_of", "trained"]
+__all__ = ["changed", "facts", "settings_of", "source_of", "texts_of", "trained"]
 
 
 def facts(recipe: Recipe) -> dict[str, str]:
@@ -31,7 +31,8 @@ def facts(recipe: Recipe) -> dict[str, str]:
     if recipe.from_adapter:
         found["Held to"] = "the adapter that training began from, which had learned before"
     if recipe.outputs is not None:
-        found["KL on source rows"] = (
+        rows = "rows that the base model wrote" if recipe.kl_elsewhere else "source rows"
+        found[f"KL on {rows}"] = (
             f"weight {recipe.kl.weight:g}, {recipe.kl.batch} of {len(recipe.outputs.rows)} rows "
             f"every {recipe.kl.every} steps"
         )
@@ -81,11 +82,15 @@ def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def source_of(info: CurvatureInfo) -> str:
     """What a curvature was fitted on, and how."""
-    texts = (_text(note) for note in info.note.split(" + "))
     return (
-        f"{', '.join(texts)}: {info.sequences} rows, {info.tokens} tokens "
+        f"{texts_of(info)}: {info.sequences} rows, {info.tokens} tokens "
         f"({info.structure}, {info.fisher} Fisher)"
     )
+
+
+def texts_of(info: CurvatureInfo) -> str:
+    """The names of what a curvature was fitted on, without their folders."""
+    return ", ".join(_text(note) for note in info.note.split(" + "))
 
 
 def _text(note: str) -> str:

@@ -40,8 +40,8 @@ HELD = (
     "method", "strength", "budget", "training.update", "source", "parts", "kl", "gain", "weight",
     "max_rank",
 )  # fmt: skip
-"""What a run that continues another has from it; the source is what a budget or a KL, which may be
-new, is measured on."""
+"""What a run that continues another has from it; the source, which may be given where there was
+none, is what a budget or a KL, which may be new, is measured on."""
 
 _KEPT = "the --out of a run with --keep-state that has ended"
 

@@ -7,7 +7,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from retain.config import RunConfig, read_config, read_settings, validate
+from retain.config import RunConfig, names_of, read_config, read_settings, validate
 from retain.errors import ConfigError, unknown
 from retain.runs.months import HELD, previous_run, settings_of
 from retain.runs.named import OWN, check_named, check_same
@@ -140,7 +140,9 @@ def _continued(given: dict[str, Any], folder: str) -> RunConfig:
             allowed="auto or laplace; --strength 0 holds nothing",
             fix="leave method out",
         )
-    for name in ("curvature", "source"):
+    # none is told: a budget may be measured on one that is given now
+    untold = before.source is None and not names_of(before.budget)
+    for name in ("curvature",) if untold else ("curvature", "source"):
         if given.get(name) is not None:
             raise ConfigError(
                 "the run to continue from has a curvature of its own",

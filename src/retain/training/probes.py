@@ -6,14 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from retain.curvature.curvature import Curvature
 from retain.curvature.fit.source import source_examples
 from retain.data.batches import Example
 from retain.data.sources import Row
 from retain.errors import warn
 from retain.models.view import ModelView
+from retain.retention.facts import texts_of
+from retain.retention.named import by_name
 from retain.retention.recipe import Probe, Recipe
 
-__all__ = ["KL_ROWS", "PROBE_ROWS", "PROBE_SEED", "Sources", "kl_rows", "probe_of"]
+__all__ = [
+    "KL_ROWS", "PROBE_ROWS", "PROBE_SEED", "Sources", "kl_is_elsewhere", "kl_rows", "probe_of",
+]  # fmt: skip
 
 Source = str | Path | Iterable[Row]
 Sources = Source | Mapping[str, Source | None] | None
@@ -36,10 +41,17 @@ def probe_of(recipe: Recipe, view: ModelView, source: Any) -> Probe:
     if recipe.budget is None:
         return ()
     if not isinstance(recipe.budget, Mapping) or not isinstance(recipe.curvature, Mapping):
+        others = _others(recipe)
+        if _is_auto(source) and view.causal and others:
+            warn(
+                f"the budget is of predicted nats: the curvature is of other text ({others}) than "
+                "the model's own, and none is given to measure on (--source FILE, or source=...)"
+            )
+            return ()
         return _rows(view, source)
     given: dict[str, Any] = dict(source) if isinstance(source, Mapping) else {}
     if isinstance(source, str):  # auto
-        given = {n: "auto" for n, each in recipe.curvature.items() if each.info.note == "self"}
+        given = {n: "auto" for n, each in recipe.curvature.items() if _is_own(each)}
     missing = [name for name in recipe.curvature if name not in given]
     if missing and source is not None:
         warn(
@@ -50,23 +62,50 @@ def probe_of(recipe: Recipe, view: ModelView, source: Any) -> Probe:
 
 
 def kl_rows(recipe: Recipe, view: ModelView, source: Any) -> Sequence[Example]:
-    """Rows of the source, of named ones of all, for `kl`; none of an encoder."""
+    """Rows of the source, of named ones of all, for `kl`; none of an encoder.
+
+    Without a source the model writes them, and a warning says so where the curvature is of others.
+    """
     if not recipe.kl.weight or not view.causal:
         return ()
+    if kl_is_elsewhere(recipe, source) and view.tokenizer is not None:
+        warn(
+            "the KL is on text that the model writes, and the curvature is of other text "
+            f"({_others(recipe)}): --source FILE, or source=..., gives the KL that text"
+        )
     found: list[Example] = []
     for each in source.values() if isinstance(source, Mapping) else [source]:
-        own = each is None or (isinstance(each, str) and each == "auto")
+        own = each is None or _is_auto(each)
         if not own or view.tokenizer is not None:
             text: Any = "self" if own else each
             found += source_examples(view, text, KL_ROWS, PROBE_TOKENS, KL_SEED)
     return found
 
 
+def kl_is_elsewhere(recipe: Recipe, source: Any) -> bool:
+    """Whether the rows of `kl_rows` are the model's own, though a curvature is of other text."""
+    return (source is None or _is_auto(source)) and bool(_others(recipe))
+
+
+def _others(recipe: Recipe) -> str:
+    """The texts of the curvatures that are not of what the model wrote by itself."""
+    each = by_name(recipe.curvature).values()
+    return ", ".join(dict.fromkeys(texts_of(one.info) for one in each if not _is_own(one)))
+
+
+def _is_own(curvature: Curvature) -> bool:
+    return curvature.info.note == "self"
+
+
+def _is_auto(source: Any) -> bool:
+    return isinstance(source, str) and source == "auto"
+
+
 def _rows(view: ModelView, source: Any) -> Sequence[Example]:
     """A few rows of a source."""
     if source is None:
         return ()
-    if isinstance(source, str) and source == "auto":
+    if _is_auto(source):
         if not view.causal:
             warn(
                 "the budget is of predicted nats: a classifier writes no text to measure on, and "
