@@ -163,8 +163,8 @@ class RunConfig(_Strict):
     )  # fmt: skip
     budget: Annotated[float, Field(gt=0)] | dict[str, float] | None = Field(
         None,
-        description="In its place: nats per source token that may be spent, such as 0.05; or of "
-        "each skill its own: facts=0.02. May be repeated",
+        description="In its place: nats per source token (of a classifier per row) that may be "
+        "spent, such as 0.05; or of each skill its own: facts=0.02. May be repeated",
     )
     parts: list[Literal["head", "rows", "filter", "force"]] | None = Field(
         None,

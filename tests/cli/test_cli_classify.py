@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -202,8 +203,13 @@ def test_a_budget_is_of_predicted_nats(
     rows, june = write(tmp_path / "r.jsonl", LABELS["names"][0]), tmp_path / "june"
     argv = ("--source", source, "--budget", 0.002, "--keep-state", "--epochs", 3, "--json")
     first = train(rows, *argv).json
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "- Budget: 0.002 nats per row of predicted KL divergence to the base\n" in card
+    assert re.search(r"- Predicted forgetting: \S+ nats per row\n", card)
     more = ("--continue-from", tmp_path / "run", "--data", rows, "--out", june, *SHORT[:4])
-    for found in (first, retain("train", *more, "--json").json):
+    done = retain("train", *more).done()
+    assert re.search(r"predicted forgetting\W+\S+ nats per row", done.out)
+    for found in (first, told(june / "train.json")):
         assert 0 < found["predicted_nats"] <= 0.002 * (1 + 1e-6)
         assert found["measured_nats"] is None
         assert [n for n in found["notes"] if n.startswith("the budget is of predicted nats")]

@@ -18,18 +18,20 @@ def compact(config: CompactConfig, screen: Screen) -> None:
     result = compact_run(config, screen)
     written = config.out.expanduser() / "adapter"
     lost, rank = result["lost"], result["rank"]
+    from retain.models.saved import check_adapter
+
+    classifies = check_adapter(written).get("task_type") == "SEQ_CLS"
+    per = "row" if classifies else "token"
     lines = [["rank", str(rank["before"]), str(rank["after"]), f"{lost['share']:.2%} of |dW|^2"]]
     for key, name in (("nats", "predicted nats"), ("kl", "measured KL")):
         if result[key]:
             found = (result[key][part] for part in ("before", "after", "cut"))
             values = (part if key == "nats" else part["kl"] for part in found)
-            lines.append([f"{name} per token", *(f"{value:.3g}" for value in values)])
+            lines.append([f"{name} per {per}", *(f"{value:.3g}" for value in values)])
     screen.table("cut", ["", "before", "after", "lost"], lines)
     worst = lost["worst"]
     said = f"most is lost at {worst['layer']}: {worst['share']:.2%}\n{written}\nnext: "
-    from retain.models.saved import check_adapter
-
-    if check_adapter(written).get("task_type") == "SEQ_CLS":
+    if classifies:
         screen.say(f"{said}load it as docs/classifiers.md says")
     else:
         screen.say(f"{said}retain eval --adapter {quote(str(written))} --general knowledge")

@@ -96,7 +96,8 @@ def _tell(done: RunResult, screen: Screen) -> None:
     if losses:
         lines.append(["loss, first to last step", f"{losses[0]:.3f} to {losses[-1]:.3f}"])
     if record.predicted_nats is not None:
-        lines.append(["predicted forgetting", f"{record.predicted_nats:.3g} nats per token"])
+        per = "row" if record.labels else "token"
+        lines.append(["predicted forgetting", f"{record.predicted_nats:.3g} nats per {per}"])
     budget = record.config.budget
     if record.measured_nats is not None and isinstance(budget, float):
         nats = f"{record.measured_nats:.3g} nats per token, of a budget of {budget:g}"

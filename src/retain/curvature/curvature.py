@@ -63,7 +63,7 @@ class Still(NamedTuple):
 
 
 class Curvature(BlockOperator):
-    """``quadratic(model)``: how many nats per token the model is predicted to have moved.
+    """``quadratic(model)``: how many nats a prediction the model is predicted to have moved.
 
     See `BlockOperator` for the arguments.
     """
@@ -77,7 +77,7 @@ class Curvature(BlockOperator):
 
     @no_autocast()
     def quadratic(self, at: nn.Module | Mapping[str, Tensor]) -> float:
-        """Predicted ``KL(anchor || model)`` in nats per source token: ``0.5 d^T F d``.
+        """Predicted ``KL(anchor || model)`` in nats a prediction: ``0.5 d^T F d``.
 
         Args:
             at: a model, or displacements by block name, in any precision.

@@ -47,7 +47,7 @@ class FittingCallback(RetentionCallback):
         fit: options of `retain.fit_curvature`, such as ``{"structure": "kfac", "rows": 64}``.
         strength: see `retain.RetentionCallback`; so are `update`, `budget`, `parts` and `filter`.
         update: how the force acts.
-        budget: nats per source token that may be spent.
+        budget: nats per source token (of a classifier per row) that may be spent.
         parts: of the recipe.
         filter: options of the filter.
         kl: nats of task loss that one nat of the true divergence on the source weighs.

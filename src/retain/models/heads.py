@@ -27,6 +27,7 @@ __all__ = [
     "head_kind",
     "is_causal",
     "is_regression",
+    "predicts_per",
     "row_label",
     "several_labels",
     "text_part",
@@ -89,6 +90,11 @@ def head_kind(model: nn.Module) -> Head:
 def is_causal(model: nn.Module) -> bool:
     """True for a causal language model, false for a classifier or a regression; see `head_kind`."""
     return head_kind(model) == "causal"
+
+
+def predicts_per(model: nn.Module) -> Literal["token", "row"]:
+    """What one prediction is of: a token, or of a classifier or a regression a row."""
+    return "token" if is_causal(model) else "row"
 
 
 def text_part(model: nn.Module) -> Any:

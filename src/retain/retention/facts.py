@@ -9,6 +9,7 @@ from typing import Any
 
 from retain.curvature.info import CurvatureInfo
 from retain.models.cards import plain_name
+from retain.models.heads import predicts_per
 from retain.retention.named import by_name
 from retain.retention.recipe import Recipe
 
@@ -19,6 +20,8 @@ def facts(recipe: Recipe) -> dict[str, str]:
     """What a recipe held a model by, on what, and how far it moved, once training has begun."""
     budgets, force = by_name(recipe.budget), recipe.force
     holds, sites = ([], []) if force is None else (force.holds, force.sites)
+    per = "token" if force is None else predicts_per(force.model)
+    measured = {hold.name for hold in holds if hold.probe is not None}
     none = "none, so nothing held" if recipe.outputs is None else "none"
     near = "the adapter that training began from" if recipe.from_adapter else "the base"
     found = {"Parts that acted": ", ".join(_parts(recipe)) or none}
@@ -41,15 +44,16 @@ def facts(recipe: Recipe) -> dict[str, str]:
     if recipe.update != "gradient":
         found["Update"] = recipe.update
     for name, nats in budgets.items():
-        found[_of("Budget", name)] = f"{nats:g} nats per token of KL divergence to {near}"
+        kl = "KL divergence" if name in measured else "predicted KL divergence"
+        found[_of("Budget", name)] = f"{nats:g} nats per {per} of {kl} to {near}"
     for hold in holds:
         if hold.budget is not None:
             found[_of("Strength in the end", hold.name)] = f"{hold.budget.strength:.3g}"
         nats = hold.curvature.pulls(sites)[0]
-        found[_of("Predicted forgetting", hold.name)] = f"{nats:.3g} nats per token"
+        found[_of("Predicted forgetting", hold.name)] = f"{nats:.3g} nats per {per}"
         if hold.measured is not None:
             found[_of("Measured KL divergence", hold.name)] = (
-                f"{hold.measured:.3g} nats per token, on a few rows of source text"
+                f"{hold.measured:.3g} nats per {per}, on a few rows of source text"
             )
     if recipe.past is not None:
         found["Tasks before"] = f"{recipe.past.info.merged}, held too"

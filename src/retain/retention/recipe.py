@@ -44,7 +44,7 @@ from torch.optim import Optimizer
 from retain.curvature.curvature import Curvature, reanchored
 from retain.data.batches import Example
 from retain.errors import ConfigError, ModelError, warn
-from retain.models.heads import head_kind, is_causal
+from retain.models.heads import head_kind, is_causal, predicts_per
 from retain.models.lora import grow_lora
 from retain.models.processes import check_same, several, share
 from retain.models.shards import check_divided, gather, scatter, shard_of
@@ -100,8 +100,9 @@ class Recipe:
         strength: how many nats of task loss one nat of predicted forgetting weighs.
         parts: those that act; by default all, the filter wherever it is possible (`why_no_filter`
             tells why it is not). One that is named and impossible is refused.
-        budget: in place of the strength, nats of KL divergence per source token that may be spent;
-            of several curvatures by the same names. The force alone keeps it.
+        budget: in place of the strength, nats of KL divergence per source token (of a classifier
+            per row) that may be spent; of several curvatures by the same names. The force alone
+            keeps it.
         past: the curvature of the tasks before, around the model's present weights.
         update: ``gradient`` or ``proximal``; see `retain.retention.force`.
         filter: options of the filter.
@@ -376,11 +377,11 @@ class Recipe:
         before = force.predicted()
         if force.make_room():
             frozen.renew()
-            named = isinstance(self.budget, Mapping)
+            named, per = isinstance(self.budget, Mapping), predicts_per(force.model)
             self.scaled_back = (
                 "what earlier training learned is scaled back to four fifths of "
                 f"{'each budget' if named else f'the budget of {self.budget:g}'}, from "
-                f"{before:.3g} to {force.predicted():.3g} predicted nats per token"
+                f"{before:.3g} to {force.predicted():.3g} predicted nats per {per}"
             )
 
     def _filters(

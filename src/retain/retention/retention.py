@@ -49,8 +49,8 @@ class Retention:
             have ``input_ids``, or tokenised rows: dictionaries with ``input_ids``, a list of
             numbers, and ``labels`` where they have some. Without it there is no filter.
         parts: of the recipe; all by default.
-        budget: in place of the strength, nats per source token that may be spent; of several
-            curvatures by the same names.
+        budget: in place of the strength, nats per source token (of a classifier per row) that may
+            be spent; of several curvatures by the same names.
         past: the curvature of the tasks before, around the model's present weights.
         probe: tokenised source text, on which a budget is measured, by name where budgets have
             names; without it the prediction is believed.

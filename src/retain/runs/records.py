@@ -104,8 +104,8 @@ class TrainRecord(Part):
         curvature: what the run was held by; None for plain LoRA, and for named budgets.
         held_to: of named budgets, what each allowed and what was spent of it.
         resumed_from: the checkpoint that it went on from.
-        predicted_nats: predicted forgetting at its end, nats per source token; of named budgets
-            the mean.
+        predicted_nats: predicted forgetting at its end, nats per source token, of a classifier per
+            row; of named budgets the mean.
         measured_nats: with a budget, the KL divergence at its end on a few rows of source text; of
             named budgets see ``held_to``.
         examples: rows that were learned; ``rows`` counts what was left out or cut.

@@ -88,9 +88,10 @@ class RetentionCallback(TrainerCallback):
             a budget each.
         strength: how many nats of task loss one nat of predicted forgetting weighs.
         update: ``gradient`` or ``proximal``; see `retain.retention.force`.
-        budget: in place of a strength: nats of KL divergence per source token that may be spent.
-            The strength is found in training, see `retain.retention.budget`. With
-            ``{"facts": 0.02, "code": 0.01}`` each source has its own bound and strength.
+        budget: in place of a strength: nats of KL divergence per source token (of a classifier per
+            row) that may be spent. The strength is found in training, see
+            `retain.retention.budget`. With ``{"facts": 0.02, "code": 0.01}`` each source has its
+            own bound and strength.
         past: the curvature of the tasks before; see `retain.retention.recipe.Recipe`.
         parts: of the recipe (`retain.retention.recipe`), those that act: ``rows``, ``filter``,
             ``force``. By default all, the filter wherever a fresh LoRA and the curvature allow it

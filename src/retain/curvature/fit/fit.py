@@ -81,8 +81,8 @@ def fit_curvature(
 
     The Fisher information at the model's present adapter, which becomes the anchor, for the
     layers that carry LoRA (of a plain model: its trainable linear layers). It is a mean over
-    predicted tokens, so ``curvature.quadratic(model)`` predicts ``KL(anchor || model)`` in nats
-    per token of the source.
+    predictions, so ``curvature.quadratic(model)`` predicts ``KL(anchor || model)`` in nats per
+    token of the source, of a classifier per row.
 
     Args:
         model: a PEFT model with LoRA on linear layers, or a plain one to be trained in full; a
