@@ -160,7 +160,7 @@ def test_a_target_and_a_measurement(
     card = (written / "README.md").read_text()
     assert f"- Budget: {budget:g} measured nats per token\n- Predicted" in card
     assert f"- Measured KL divergence: {chosen['measured']['kl']:.3g} nats per token\n" in card
-    assert "- Softened from: adapter, digest " in card and str(trained) not in card
+    assert f"- Softened from: {trained.name}, digest " in card and str(trained) not in card
     measured = retain(
         "eval", "--model", model, "--adapter", written, "--source", source, "--rows", 16, "--json"
     ).json["scores"]["source.kl"]["tuned"][0]  # fmt: skip

@@ -21,7 +21,7 @@ from retain.runs.records import TRAIN, TrainRecord, read_record
 
 __all__ = [
     "EvalConfig", "check_base", "check_finite", "eval_run", "general_tasks", "held_out",
-    "load_tuned", "own_text", "place_for", "source_rows",
+    "load_tuned", "name_of", "own_text", "place_for", "source_rows",
 ]  # fmt: skip
 
 
@@ -223,12 +223,17 @@ def _one_base(config: EvalConfig) -> str:
     return names[0]
 
 
+def name_of(folder: Path) -> str:
+    """What to call an adapter: its folder, or the folder above where that is ``adapter``."""
+    place = folder.expanduser().resolve()
+    return (place.parent.name if place.name == "adapter" else "") or place.name or "adapter"
+
+
 def _names(folders: Sequence[Path]) -> list[str]:
-    """What to call adapters: their folder, or the folder above where that is ``adapter``."""
+    """What to call adapters, each by another name."""
     found: list[str] = []
     for folder in folders:
-        place = folder.expanduser().resolve()
-        name = (place.parent.name if place.name == "adapter" else "") or place.name or "adapter"
+        name = name_of(folder)
         more = sum(other == name or other.startswith(f"{name} (") for other in found)
         found.append(f"{name} ({more + 1})" if more else name)
     return found

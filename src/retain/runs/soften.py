@@ -13,7 +13,7 @@ from retain.config import Measured
 from retain.files import file_digest, locked, whole_file
 from retain.records import finite
 from retain.runs.bases import Base, base_of, load_base
-from retain.runs.eval import check_finite, held_out, place_for, source_rows
+from retain.runs.eval import check_finite, held_out, name_of, place_for, source_rows
 from retain.runs.folders import SOFTEN_PICTURES, check_made, recorded
 from retain.runs.messages import Messages, interruption
 from retain.runs.settings import placed_model
@@ -135,10 +135,9 @@ def soften_run(config: SoftenConfig, pictures: Pictures, messages: Messages) -> 
 def _facts(record: Mapping[str, Any]) -> dict[str, str]:
     """What the adapter's card says."""
     from retain.curvature.info import CurvatureInfo
-    from retain.models.cards import plain_name
     from retain.retention.facts import source_of
 
-    chosen, start = record["chosen"], plain_name(record["start"])
+    chosen, start = record["chosen"], name_of(Path(record["start"]))
     found = {
         "Softened from": f"{start}, digest {record['digests']['start'][:12]}",
         "Source text": source_of(CurvatureInfo.from_dict(record["info"])),
