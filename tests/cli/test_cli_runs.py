@@ -105,9 +105,9 @@ class TestTrain:
         files = {p.name for p in trained.iterdir()}
         assert files == {"adapter", "checkpoints", "run.json", "train.json"}
 
-    def test_a_budget(self, train: Run, source: Path, out: Path) -> None:
+    def test_a_budget(self, train: Run, out: Path) -> None:
         argv = ("--budget", 0.0005, "--max-length", 16, "--learning-rate", 0.05, "--epochs", 4)
-        done = train(out, *argv, "--source", source).done()
+        done = train(out, *argv).done()
         record = told(out / "train.json")
         assert record["config"]["budget"] == 0.0005
         assert len({entry["strength"] for entry in record["history"]}) > 1
@@ -122,17 +122,22 @@ class TestTrain:
     def test_a_budget_and_a_kl_beside_a_curvature_without_its_text(
         self, train: Run, curvature: Path, out: Path, own: bool
     ) -> None:
-        """They are on the model's own text where the curvature is; elsewhere that is said."""
+        """They are on the model's own text; where the curvature is of other text, that is said."""
         given, fitted = out.parent / "given", load_curvature(curvature)
         fitted.info = replace(fitted.info, note="self" if own else fitted.info.note)
         fitted.save(given)
         argv = ("--budget", 0.01, "--kl", 1, "--max-steps", 2)
         train(out, *argv, "--curvature", given).done()
         record, card = told(out / "train.json"), (out / "adapter" / "README.md").read_text()
-        assert (record["measured_nats"] is not None) == own == ("Measured KL" in card)
+        assert record["measured_nats"] is not None
+        assert ("on a few rows of source text" in card) == own
+        assert ("on a few rows that the base model wrote" in card) != own
         assert ("- KL on source rows: " in card) == own
         assert ("- KL on rows that the base model wrote: " in card) != own
-        for said in ("the budget is of predicted nats: ", "the KL is on text that the model "):
+        for said in (
+            "the budget is measured on text that the ",
+            "the KL is taken on text that the ",
+        ):
             notes = [note for note in record["notes"] if note.startswith(said)]
             assert len(notes) == (not own)
             assert all("(source.jsonl)" in n and "--source FILE" in n for n in notes)

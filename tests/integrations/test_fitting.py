@@ -83,10 +83,12 @@ def test_a_budget_of_a_classifier_is_of_predicted_nats(tmp_path: Path) -> None:
     assert 0 < spent.predicted <= 1e-4 and spent.measured is None
 
 
-def test_a_budget_beside_a_curvature_of_other_text_is_of_predicted_nats(tmp_path: Path) -> None:
+def test_a_budget_beside_a_curvature_of_other_text_is_of_predicted_nats_without_a_tokenizer(
+    tmp_path: Path,
+) -> None:
     fitted = fit_curvature(tiny("llama"), ROWS["llama"], **FIT)
     callback = FittingCallback(curvature=fitted, budget=1e-4)
-    with pytest.warns(RetainWarning, match=r"of predicted nats.*other text \(list\).*source="):
+    with pytest.warns(RetainWarning, match=r"of predicted nats: without a tokenizer.*source="):
         trained(tmp_path, callback)
     assert callback.recipe.spent()[""].measured is None
 

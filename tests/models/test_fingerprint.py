@@ -142,12 +142,12 @@ def test_a_base_in_float16_is_said_to_be_in_another_precision(
         curvature.bind(model)
         return
     name = str(loaded).removeprefix("torch.")
-    with pytest.raises(MismatchError, match=f"in another precision; .*, in {name}; .*load the"):
+    with pytest.raises(MismatchError, match=rf"in another precision; .*, in {name}; .*load the"):
         curvature.bind(model)
     other = attach_lora(deep(2).to(loaded), rank=2)
     for layer in base_layers(lora_sites(other)).values():
         layer.reset_parameters()  # type: ignore[operator]
-    with pytest.raises(MismatchError, match="another base model; .*fix: fit the curvature on"):
+    with pytest.raises(MismatchError, match=r"another base model; .*fix: fit the curvature on"):
         curvature.bind(other)
 
 
@@ -163,7 +163,7 @@ def test_biases_that_an_adapter_trained_are_named(bias: Any) -> None:
         for name, p in model.named_parameters():
             if p.requires_grad and name.endswith("bias"):
                 p.add_(0.1)
-    with pytest.raises(MismatchError, match=f"its biases; .*bias='{bias}'.*with bias='none'"):
+    with pytest.raises(MismatchError, match=rf"its biases; .*bias='{bias}'.*with bias='none'"):
         curvature.bind(model)
 
 

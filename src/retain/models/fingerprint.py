@@ -41,8 +41,9 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
     It covers each frozen parameter's name, shape and 64 of its values, rounded to bfloat16 (so
     that the same checkpoint loaded in float32 or bfloat16 has the same fingerprint; in float16 it
     has another where that rounds), and of packed weights 64 of their codes, scales and zero points.
-    What an adapter made of the base's biases (PEFT's ``bias``) counts as the base's. Adapter weights, trained copies of modules
-    (PEFT's ``modules_to_save``) and new tokens are left out, and the layers named in `without`.
+    What an adapter made of the base's biases (PEFT's ``bias``) counts as the base's. Adapter
+    weights, trained copies of modules (PEFT's ``modules_to_save``) and new tokens are left out, and
+    the layers named in `without`.
     """
     digest = hashlib.sha256()
     bare, left = unwrap(model), tuple(f"{name}." for name in without)

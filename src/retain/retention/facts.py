@@ -34,8 +34,9 @@ def facts(recipe: Recipe) -> dict[str, str]:
     if recipe.from_adapter:
         found["Held to"] = "the adapter that training began from, which had learned before"
     if recipe.outputs is not None:
-        rows = "rows that the base model wrote" if recipe.kl_elsewhere else "source rows"
-        found[f"KL on {rows}"] = (
+        found[
+            "KL on rows that the base model wrote" if recipe.elsewhere else "KL on source rows"
+        ] = (
             f"weight {recipe.kl.weight:g}, {recipe.kl.batch} of {len(recipe.outputs.rows)} rows "
             f"every {recipe.kl.every} steps"
         )
@@ -53,7 +54,8 @@ def facts(recipe: Recipe) -> dict[str, str]:
         found[_of("Predicted forgetting", hold.name)] = f"{nats:.3g} nats per {per}"
         if hold.measured is not None:
             found[_of("Measured KL divergence", hold.name)] = (
-                f"{hold.measured:.3g} nats per {per}, on a few rows of source text"
+                f"{hold.measured:.3g} nats per {per}, on a few rows "
+                + ("that the base model wrote" if recipe.elsewhere else "of source text")
             )
     if recipe.past is not None:
         found["Tasks before"] = f"{recipe.past.info.merged}, held too"

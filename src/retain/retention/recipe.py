@@ -116,8 +116,8 @@ class Recipe:
         filter: after `begin`, what filters; None without it.
         active: after `begin`, the rows of A and columns of B that train.
         outputs: after `begin`, what adds the divergence; None without it.
-        kl_elsewhere: after `begin`, whether the divergence is on the model's own text, though the
-            curvature is of other text.
+        elsewhere: after `begin`, whether divergences are measured on the model's own text, though
+            the curvature is of other text.
         unheld: after `begin`, the weights that nothing holds: pre-trained ones of full
             fine-tuning, and those of ``trainable_token_indices``.
         from_adapter: after `begin`, whether the model is held to an adapter that had learned
@@ -159,7 +159,7 @@ class Recipe:
         self.force: Force | None = None
         self.filter: InputFilter | None = None
         self.outputs: Outputs | None = None
-        self.kl_elsewhere = False
+        self.elsewhere = False
         self.frozen: FrozenRows | None = None
         self.active = slice(None)
         self.unheld: list[str] = []
@@ -244,7 +244,8 @@ class Recipe:
             probe: tokenised source text, on which a budget is measured, of several by name; see
                 `Force`.
             source: tokenised source text, for `kl`.
-            elsewhere: whether that is the model's own, and the curvature of other text.
+            elsewhere: whether `probe` and `source` are the model's own text, and the curvature is
+                of other.
             tokenizer: tells where its answers begin; the model's own by default.
             progress: of a training that goes on, what `progress` gave for its checkpoint.
             kept: of one, what `kept` gave; without it A begins as rounded as the checkpoint has it.
@@ -261,8 +262,8 @@ class Recipe:
         try:
             told = self.weighs() or bool(self.kl.weight)
             self.from_adapter = tell_begun_from(model, self.curvature, told=told)
+            self.elsewhere = elsewhere
             if self.kl.weight:
-                self.kl_elsewhere = elsewhere
                 self.outputs = Outputs(
                     ModelView(model, tokenizer), source, self.kl, seed=seed,
                     steps=int((progress or {}).get("steps", 0)), base=self._kl_base(model),

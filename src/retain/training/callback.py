@@ -39,7 +39,7 @@ from retain.training.handling import (
     watched_gradients,
 )
 from retain.training.keeping import keep, keep_tensors, kept_in, kept_tensors
-from retain.training.probes import Sources, kl_is_elsewhere, kl_rows, probe_of
+from retain.training.probes import Sources, is_elsewhere, kl_rows, probe_of
 from retain.training.reading import check_loader
 from retain.training.renamed import parts_of
 from retain.training.running import Running, calling_handler, resumed_from
@@ -104,9 +104,9 @@ class RetentionCallback(TrainerCallback):
         start: before 0.2, in place of `parts`: ``"wiener"`` or None.
         source: with a budget or `kl`, text on which the true divergence is measured: rows, a data
             set or a file as for `retain.fit_curvature`, ``"self"`` (the model samples it), or
-            None to believe the prediction. By default ``"self"`` where the curvature was fitted on
-            it; elsewhere a budget is of predicted nats, a KL on ``"self"`` all the same, and a
-            warning says so. Of named budgets by name.
+            None to believe the prediction. By default ``"self"`` for a causal model; where the
+            curvature was fitted on other text a warning says so. Of named budgets by name; by
+            default ``"self"`` for those whose curvature was fitted on it.
         tokenizer: for text; by default the trainer's or the model's own.
 
     Raises:
@@ -316,7 +316,7 @@ class RetentionCallback(TrainerCallback):
                 seed=args.seed,
                 probe=probe_of(recipe, view, self.source),
                 source=kl_rows(recipe, view, self.source),
-                elsewhere=kl_is_elsewhere(recipe, self.source),
+                elsewhere=is_elsewhere(recipe, self.source),
                 tokenizer=view.tokenizer,
                 progress=kept,
                 kept=tensors,

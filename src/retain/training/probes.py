@@ -17,7 +17,7 @@ from retain.retention.named import by_name
 from retain.retention.recipe import Probe, Recipe
 
 __all__ = [
-    "KL_ROWS", "PROBE_ROWS", "PROBE_SEED", "Sources", "kl_is_elsewhere", "kl_rows", "probe_of",
+    "KL_ROWS", "PROBE_ROWS", "PROBE_SEED", "Sources", "is_elsewhere", "kl_rows", "probe_of",
 ]  # fmt: skip
 
 Source = str | Path | Iterable[Row]
@@ -41,13 +41,8 @@ def probe_of(recipe: Recipe, view: ModelView, source: Any) -> Probe:
     if recipe.budget is None:
         return ()
     if not isinstance(recipe.budget, Mapping) or not isinstance(recipe.curvature, Mapping):
-        others = _others(recipe)
-        if _is_auto(source) and view.causal and others:
-            warn(
-                f"the budget is of predicted nats: the curvature is of other text ({others}) than "
-                "the model's own, and none is given to measure on (--source FILE, or source=...)"
-            )
-            return ()
+        if _is_auto(source) and is_elsewhere(recipe, source):
+            _tell_elsewhere(recipe, view, "the budget is measured")
         return _rows(view, source)
     given: dict[str, Any] = dict(source) if isinstance(source, Mapping) else {}
     if isinstance(source, str):  # auto
@@ -68,11 +63,8 @@ def kl_rows(recipe: Recipe, view: ModelView, source: Any) -> Sequence[Example]:
     """
     if not recipe.kl.weight or not view.causal:
         return ()
-    if kl_is_elsewhere(recipe, source) and view.tokenizer is not None:
-        warn(
-            "the KL is on text that the model writes, and the curvature is of other text "
-            f"({_others(recipe)}): --source FILE, or source=..., gives the KL that text"
-        )
+    if is_elsewhere(recipe, source):
+        _tell_elsewhere(recipe, view, "the KL is taken")
     found: list[Example] = []
     for each in source.values() if isinstance(source, Mapping) else [source]:
         own = each is None or _is_auto(each)
@@ -82,9 +74,17 @@ def kl_rows(recipe: Recipe, view: ModelView, source: Any) -> Sequence[Example]:
     return found
 
 
-def kl_is_elsewhere(recipe: Recipe, source: Any) -> bool:
-    """Whether the rows of `kl_rows` are the model's own, though a curvature is of other text."""
+def is_elsewhere(recipe: Recipe, source: Any) -> bool:
+    """Whether what is measured on is the model's own text, though a curvature is of other."""
     return (source is None or _is_auto(source)) and bool(_others(recipe))
+
+
+def _tell_elsewhere(recipe: Recipe, view: ModelView, what: str) -> None:
+    if view.causal and view.tokenizer is not None:  # else nothing is measured, which is said too
+        warn(
+            f"{what} on text that the model writes, and the curvature is of other text "
+            f"({_others(recipe)}): --source FILE, or source=..., is that text"
+        )
 
 
 def _others(recipe: Recipe) -> str:
