@@ -143,6 +143,16 @@ def test_a_sum_commutes_and_keeps_traces(kind: str, space: str, structure: str) 
     assert abs(parts[0] - parts[1] - parts[2]) <= bound + 1e-9 * parts[0]
 
 
+def test_the_error_of_a_sum_is_that_of_its_trace() -> None:
+    a, b = pair("llama", "weight", "diagonal")
+    assert a.info.error != b.info.error
+    assert (a + 1e6 * b).info.error == pytest.approx(b.info.error, rel=1e-3)
+    assert (1e6 * a + b).info.error == pytest.approx(a.info.error, rel=1e-3)
+    x, y = (sum(block.trace() for block in c.blocks.values()) for c in (a, b))
+    wanted = ((a.info.error * x) ** 2 + (b.info.error * y) ** 2) ** 0.5 / (x + y)
+    assert (a + b).info.error == pytest.approx(wanted)
+
+
 @SOME
 def test_a_sum_takes_the_memory_of_a_part(
     kind: str, space: str, structure: str, tmp_path: Path

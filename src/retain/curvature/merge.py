@@ -46,18 +46,25 @@ def merge(a: _Operator, b: _Operator) -> _Operator:
         (i, j): link.plus(b.links[i, j], (blocks[i], blocks[j]), (weights[i], weights[j]))
         for (i, j), link in a.links.items()
     }
-    info = _info(a.info, b.info, (lost / norm) ** 0.5 if norm > 0 else 0.0)
+    loss = (lost / norm) ** 0.5 if norm > 0 else 0.0
+    info = _info(a.info, b.info, loss, _error(a, b))
     return type(a)(blocks, a.anchor, info, links)
 
 
-def _info(a: CurvatureInfo, b: CurvatureInfo, loss: float) -> CurvatureInfo:
+def _error(a: BlockOperator, b: BlockOperator) -> float:
+    """Relative standard error of the sum's trace: both are measured apart, and their traces add."""
+    x, y = (sum(block.trace() for block in c.blocks.values()) for c in (a, b))
+    if not x + y > 0:
+        return max(a.info.error, b.info.error)
+    return float(((a.info.error * x) ** 2 + (b.info.error * y) ** 2) ** 0.5 / (x + y))
+
+
+def _info(a: CurvatureInfo, b: CurvatureInfo, loss: float, error: float) -> CurvatureInfo:
     notes = sorted({*a.note.split(" + "), *b.note.split(" + ")})
-    total = a.predictions + b.predictions
-    error = ((a.error * a.predictions) ** 2 + (b.error * b.predictions) ** 2) ** 0.5 / total
     return replace(
         a,
         tokens=a.tokens + b.tokens,
-        predictions=total,
+        predictions=a.predictions + b.predictions,
         sequences=a.sequences + b.sequences,
         seed=min(a.seed, b.seed),
         samples=min(a.samples, b.samples),
