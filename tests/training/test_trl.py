@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 
@@ -74,6 +75,36 @@ def test_dpo_is_filtered_and_held(tiny_folder: Path, tmp_path: Path) -> None:
     assert len(tokens) == 16  # both answers of all rows, each by itself
     say = trainer.processing_class("say").input_ids
     assert all(list(row[: len(say)]) == say for row in tokens)
+
+
+@pytest.mark.parametrize("name", ["ORPO", "CPO"])
+def test_pairs_in_columns_of_their_own_are_filtered(
+    name: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    found = pytest.importorskip(f"trl.experimental.{name.lower()}")
+    rows = [{"prompt": f"say {i}", "chosen": " ok", "rejected": f" no {i}"} for i in range(8)]
+    arguments = common(tiny_folder, tmp_path, rows, getattr(found, f"{name}Config"))
+    trainer = getattr(found, f"{name}Trainer")(**arguments)
+    callback = held(trainer)
+    trainer.train()
+    assert callback.why_no_filter is None
+    assert predicted(trainer) > 0
+    read = loader_examples(trainer.get_train_dataloader(), 16, 0, causal=True)
+    assert len(read) == 16  # both answers of all rows, each by itself
+    say = trainer.processing_class("say").input_ids
+    for row in read:
+        assert say in [list(row.tokens[at : at + len(say)]) for at in (0, 1)]  # a BOS comes first
+        assert any(row.predict) and not row.predict[0]  # the answer alone is predicted
+
+
+def test_an_answer_without_its_prompt_is_no_row() -> None:
+    """As in DPO's batches of before, whose prompt is a column of its own."""
+    ids = torch.tensor([[3, 4, 5]])
+    bare = {"prompt_input_ids": ids, "chosen_input_ids": ids, "rejected_input_ids": ids}
+    data = torch.utils.data.DataLoader([bare], collate_fn=lambda rows: rows[0])  # type: ignore[arg-type]
+    assert loader_examples(data, 4, 0, causal=True) == []
+    bare |= {"chosen_labels": ids, "rejected_labels": ids}
+    assert len(loader_examples(data, 4, 0, causal=True)) == 2
 
 
 def rewards(completions: list[str], **_: Any) -> list[float]:

@@ -32,6 +32,9 @@ RowReader = Callable[[int, int], Sequence[Example]]
 SEARCHED = 16
 """Rows that are looked at for each that is wanted."""
 
+SIDES = ("chosen_", "rejected_")
+"""How the names of a pair's two answers begin, each with its prompt, in TRL's ORPO and CPO."""
+
 
 def is_readable(loader: Any) -> bool:
     """Whether rows can be read by a loader: one of a user's own may have batches alone."""
@@ -102,8 +105,10 @@ def _rows(batch: Any, causal: bool) -> list[list[Example]]:
     """What a collator made of one row: a sequence, or several, as of a pair of answers; of each the
     documents in it.
     """
-    if not isinstance(batch, Mapping) or not batch.keys() & {"batch", "input_ids"}:
+    if not isinstance(batch, Mapping):
         return []
+    if not batch.keys() & {"batch", "input_ids"}:
+        return [row for side in _sides(batch) for row in _rows(side, causal)]
     ours = batch.get("batch")  # of this package's own trainer
     inputs = batch if ours is None else ours.inputs
     ids = torch.atleast_2d(inputs["input_ids"])
@@ -136,6 +141,15 @@ def _rows(batch: Any, causal: bool) -> list[list[Example]]:
             examples = _documents(kept, predict, begins[keep].nonzero().flatten().tolist())
         found.append([example for example in examples if example.tokens])
     return [examples for examples in found if examples]
+
+
+def _sides(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A batch for each answer of a pair. One without labels is left out: it lacks its prompt."""
+    return [
+        {key.removeprefix(side): value for key, value in batch.items() if key.startswith(side)}
+        for side in SIDES
+        if {f"{side}input_ids", f"{side}labels"} <= batch.keys()
+    ]
 
 
 def _begins(inputs: Mapping[str, Any], ids: Tensor, pairs: Tensor | None) -> Tensor:
