@@ -27,7 +27,7 @@ from oracles import (
     total,
     tridiagonal,
 )
-from retain.curvature.fit.labels import _draw
+from retain.curvature.fit.labels import _draw, _levels
 from retain.models.sites import lora_sites
 from retain.types import FISHERS, SPACES
 from tiny import KINDS, ROWS, relative, tiny
@@ -80,7 +80,8 @@ def test_gradients_by_finite_differences(kind: str, how: How) -> None:
         return (found[0] if kind == "llama" else found) / heat
 
     if how.fisher == "tempered":
-        labels = _draw(logits().softmax(-1), "5:0:1")  # seed, row, sample
+        p = logits().softmax(-1)
+        labels = _draw(p, _levels(len(p), "5:0:1"))  # seed, row, sample
     elif how.fisher == "exact":
         labels = torch.zeros(1, dtype=torch.long)
     else:
