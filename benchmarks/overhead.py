@@ -445,7 +445,7 @@ def _again() -> list[str]:
 
 
 def _third() -> list[str]:
-    """A step on a third processor, before and after its factors stayed in bfloat16."""
+    """On a third processor: a step, before and after its factors stayed in bfloat16, and fits."""
     found = json.loads(THIRD.read_text(encoding="utf-8"))
     turns = ", ".join(str(len(row["seconds"])) for row in found["step"].values())
     commits = ", ".join(row["commit"] for row in found["step"].values())
@@ -456,6 +456,10 @@ def _third() -> list[str]:
         "their eight largest directions in float32 now, and serve to the end. A step:",
         "",
         *_table(found["step"], "step"),
+        "",
+        f"Fits, {found['fit_turns']} turns, commit {found['fit_commit']}:",
+        "",
+        *_table(found["fit"], "fit"),
         "",
     ]
 
