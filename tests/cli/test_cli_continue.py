@@ -183,6 +183,8 @@ def test_a_month_measures_on_a_source_that_the_first_one_did_not_have(
     june("--model", model, "--curvature", curvature, *argv, "-o", one).done()
     june("--continue-from", one, "-o", tmp_path / "two").done()
     june("--continue-from", one, "--source", source, "-o", tmp_path / "three").done()
+    strong = ("--continue-from", one, "--strength", 10, "--source", source)
+    june(*strong, "-o", tmp_path / "four").refused("has a curvature of its own")  # nothing reads it
     for name, other in (("one", True), ("two", True), ("three", False)):
         notes = " ".join(told(tmp_path / name / "train.json")["notes"])
         assert ("the budget is measured on text that the model writes" in notes) == other

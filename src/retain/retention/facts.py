@@ -23,6 +23,7 @@ def facts(recipe: Recipe) -> dict[str, str]:
     per = "token" if force is None else predicts_per(force.model)
     measured = {hold.name for hold in holds if hold.probe is not None}
     none = "none, so nothing held" if recipe.outputs is None else "none"
+    wrote = "rows that the base model wrote" if recipe.elsewhere else ""
     near = "the adapter that training began from" if recipe.from_adapter else "the base"
     found = {"Parts that acted": ", ".join(_parts(recipe)) or none}
     if recipe.unheld:
@@ -34,9 +35,7 @@ def facts(recipe: Recipe) -> dict[str, str]:
     if recipe.from_adapter:
         found["Held to"] = "the adapter that training began from, which had learned before"
     if recipe.outputs is not None:
-        found[
-            "KL on rows that the base model wrote" if recipe.elsewhere else "KL on source rows"
-        ] = (
+        found[f"KL on {wrote or 'source rows'}"] = (
             f"weight {recipe.kl.weight:g}, {recipe.kl.batch} of {len(recipe.outputs.rows)} rows "
             f"every {recipe.kl.every} steps"
         )
@@ -54,8 +53,7 @@ def facts(recipe: Recipe) -> dict[str, str]:
         found[_of("Predicted forgetting", hold.name)] = f"{nats:.3g} nats per {per}"
         if hold.measured is not None:
             found[_of("Measured KL divergence", hold.name)] = (
-                f"{hold.measured:.3g} nats per {per}, on a few rows "
-                + ("that the base model wrote" if recipe.elsewhere else "of source text")
+                f"{hold.measured:.3g} nats per {per}, on a few {wrote or 'rows of source text'}"
             )
     if recipe.past is not None:
         found["Tasks before"] = f"{recipe.past.info.merged}, held too"

@@ -140,9 +140,15 @@ def _continued(given: dict[str, Any], folder: str) -> RunConfig:
             allowed="auto or laplace; --strength 0 holds nothing",
             fix="leave method out",
         )
-    # none is told: a budget may be measured on one that is given now
-    untold = before.source is None and not names_of(before.budget)
-    for name in ("curvature",) if untold else ("curvature", "source"):
+    held = {name: attrgetter(name)(before) for name in HELD if before.method != "none"}
+    if given.get("strength") is not None:
+        del held["budget"]
+    elif (given.get("budget") or before.budget) is not None:
+        del held["strength"]
+    # Where none was told, a budget or a KL may be measured on one that is given now.
+    measures = any(given.get(name) or held.get(name) for name in ("budget", "kl"))
+    may = measures and before.source is None and not names_of(before.budget)
+    for name in ("curvature",) if may else ("curvature", "source"):
         if given.get(name) is not None:
             raise ConfigError(
                 "the run to continue from has a curvature of its own",
@@ -150,11 +156,6 @@ def _continued(given: dict[str, Any], folder: str) -> RunConfig:
                 allowed="none",
                 fix=f"leave {name} out",
             )
-    held = {name: attrgetter(name)(before) for name in HELD if before.method != "none"}
-    if given.get("strength") is not None:
-        del held["budget"]
-    elif (given.get("budget") or before.budget) is not None:
-        del held["strength"]
     held |= {"model": before.model, "num_labels": before.num_labels}
     said = {name: value for name, value in given.items() if value is not None}
     found = read_config("", held | said | mine | {"keep_state": True}, RunConfig)
