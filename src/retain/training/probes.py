@@ -59,7 +59,8 @@ def probe_of(recipe: Recipe, view: ModelView, source: Any) -> Probe:
 def kl_rows(recipe: Recipe, view: ModelView, source: Any) -> Sequence[Example]:
     """Rows of the source, of named ones of all, for `kl`; none of an encoder.
 
-    Without a source the model writes them, and a warning says so where the curvature is of others.
+    Without a source the model writes them; where the curvature was fitted on other text, a warning
+    says so.
     """
     if not recipe.kl.weight or not view.causal:
         return ()
@@ -75,15 +76,17 @@ def kl_rows(recipe: Recipe, view: ModelView, source: Any) -> Sequence[Example]:
 
 
 def is_elsewhere(recipe: Recipe, source: Any) -> bool:
-    """Whether what is measured on is the model's own text, though a curvature is of other."""
+    """Whether divergences are measured on text that the model writes, though a curvature was fitted
+    on other text.
+    """
     return (source is None or _is_auto(source)) and bool(_others(recipe))
 
 
 def _tell_elsewhere(recipe: Recipe, view: ModelView, what: str) -> None:
     if view.causal and view.tokenizer is not None:  # else nothing is measured, which is said too
         warn(
-            f"{what} on text that the model writes, and the curvature is of other text "
-            f"({_others(recipe)}): --source FILE, or source=..., is that text"
+            f"{what} on text that the model writes, but the curvature was fitted on other text "
+            f"({_others(recipe)}); to measure on that, give it: --source FILE, or source=..."
         )
 
 
