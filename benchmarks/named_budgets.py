@@ -3,7 +3,9 @@
     python benchmarks/named_budgets.py --arm single --seed 0 >> benchmarks/results/named-budgets.jsonl
 
 Writes one JSON line a run. The sources are the model's own answers to general prompts of a skill
-(the half ``source``), and each KL is measured on its answers to other prompts (``held-out``).
+(the half ``source``), and each KL is measured on its answers to other prompts (``held-out``). With
+``--confidence`` a budget is measured on eight other answers than those that its curvature was
+fitted on, as ``retain train`` does; without it on eight of them, as the first runs were.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ FIT: dict[str, Any] = {"rank": 64, "progress": False}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arm", choices=("plain", "single", "named"), required=True)
+    parser.add_argument("--confidence", type=float, help="0.5 is that of what is measured")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="smollm2-135m")
     args = parser.parse_args()
@@ -60,8 +63,10 @@ def main() -> None:
         )
         return rows[DOCUMENTS:]
 
+    sure = args.confidence is not None
     sources = {skill: written(skill, "source", args.seed) for skill in NATS}
-    probes = {skill: encoded(rows[:PROBE]) for skill, rows in sources.items()}
+    others = {s: written(s, "source", 200 + args.seed)[:PROBE] for s in NATS}
+    probes = {s: encoded(rows[:PROBE]) for s, rows in (others if sure else sources).items()}
     held_out = {s: Reference(model, encoded(written(s, "held-out", 100 + args.seed))) for s in NATS}
     problems = (
         word_problems("train", STEPS * BATCH, args.seed), word_problems("test", 64, args.seed)
@@ -73,13 +78,16 @@ def main() -> None:
     held: Retention | None = None
     if args.arm == "named":
         curvature = {s: fit_curvature(model, rows, **FIT) for s, rows in sources.items()}
-        held = Retention(model, curvature, budget=NATS, probe=probes, rows=tasks[0])
+        held = Retention(
+            model, curvature, budget=NATS, confidence=args.confidence, probe=probes, rows=tasks[0]
+        )
     elif args.arm == "single":
         rows = [row for some in sources.values() for row in some]
         probe = [e for some in probes.values() for e in some]
         held = Retention(
-            model, fit_curvature(model, rows, **FIT), budget=ONE, probe=probe, rows=tasks[0]
-        )
+            model, fit_curvature(model, rows, **FIT), budget=ONE, confidence=args.confidence,
+            probe=probe, rows=tasks[0],
+        )  # fmt: skip
     fitted, spans = time.process_time(), [0.0, 0.0]
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0
@@ -102,6 +110,7 @@ def main() -> None:
     if held is not None:
         held.finish()
     force = None if held is None else held.recipe.force
+    spent = {} if force is None else force.spent()
     with torch.no_grad():
         model.eval()
         total = count = 0.0
@@ -110,9 +119,11 @@ def main() -> None:
             count += len(batch.targets)
     print(json.dumps({
         "schema": "retain.named-budgets/1", **provenance(args.seed), "arm": args.arm,
+        "confidence": args.confidence,
         "budget": None if held is None else NATS if args.arm == "named" else ONE,
         "kl": {s: r.measure(model).kl for s, r in held_out.items()},
-        "probe_kl": None if force is None else {h.name: force._measure(h) for h in force.holds},
+        "probe_kl": None if force is None else {n: one.measured for n, one in spent.items()},
+        "probe_bound": None if force is None else {n: one.bound for n, one in spent.items()},
         "strength": None if force is None else force.strengths,
         "answer_loss": total / count,
         "seconds": {"fit": fitted - began, "backward": spans[0], "step": spans[1]},

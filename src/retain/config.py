@@ -166,6 +166,11 @@ class RunConfig(_Strict):
         description="In its place: nats per source token (of a classifier per row) that may be "
         "spent, such as 0.05; or of each skill its own: facts=0.02. May be repeated",
     )
+    confidence: Annotated[float, Field(ge=0.5, le=0.999)] | None = Field(
+        None,
+        description="With which a budget is to hold on other text like the one measured: 0.95. By "
+        "default what is measured counts itself",
+    )
     parts: list[Literal["head", "rows", "filter", "force"]] | None = Field(
         None,
         description="Of the recipe, those that act: head, rows, filter and force, all by default",

@@ -310,6 +310,8 @@ def test_what_does_not_go_together(
     retain(*argv).done()
     train(rows, "--curvature", file).refused("before the head was fitted", "--source")
     train("word-problems:8").refused("learns rows with a label")
+    sure = ("--source", source, "--budget", 0.1, "--confidence", 0.9)
+    train(rows, *sure).refused("a classifier, whose budget is predicted", "--confidence out")
     long = tmp_path / "long.jsonl"
     long.write_text(rows.read_text().replace("red red", "red " * 200))
     said = ("longer than the model can read", "--max-length 300")

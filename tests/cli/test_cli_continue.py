@@ -245,6 +245,12 @@ def test_it_is_held_as_the_run_before_was(months: list[Path], june: Run, tmp_pat
     assert not [n for n in june(*back, "--json").json["notes"] if "not used" in n]
     run = told(tmp_path / "back" / "run.json")
     assert (run["budget"], run["strength"]) == (BUDGET, STRENGTH)
+    sure = ("--continue-from", months[0], "--confidence", 0.9)
+    june(*sure, "-o", tmp_path / "sure").done()
+    june("--continue-from", tmp_path / "sure", "-o", tmp_path / "on").done()
+    june("--continue-from", tmp_path / "sure", "--strength", 3, "-o", tmp_path / "off").done()
+    known = [told(tmp_path / n / "run.json")["confidence"] for n in ("sure", "on", "off")]
+    assert known == [0.9, 0.9, None]
 
 
 @pytest.mark.parametrize("later", [("--budget", BUDGET), ("--kl", 1)])

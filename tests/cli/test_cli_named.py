@@ -229,6 +229,22 @@ def test_the_last_line_of_the_trainer_s_log(
         assert last[f"measured_nats/{name}"] == held.measured_nats
 
 
+def test_with_a_confidence_the_bounds_are_within_the_budgets(
+    retain: Run, first: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    done = package.train_run(**first, confidence=0.95, out=tmp_path / "may")
+    june = retain(
+        "train", "--continue-from", done.out, "--data", data, "--out", tmp_path / "june",
+        "--max-steps", 2, "--batch-size", 4,
+    )  # fmt: skip
+    assert "at most" in june.done().out
+    for out in (done.out, tmp_path / "june"):
+        record = told(out / "train.json")
+        assert record["config"]["confidence"] == 0.95
+        for name, held in record["held_to"].items():
+            assert 0 < held["measured_nats"] < held["bound_nats"] <= NATS[name]
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -244,6 +260,8 @@ def test_the_last_line_of_the_trainer_s_log(
         (["--budget", "facts=0.02,code=0.1", "--update", "proximal"], ["leave --update out"]),
         (["--budget", "mine=0.02", "--source", "mine=none.txt"], ["no such source", "none.txt"]),
         (["--budget", "facts=0.02", "--num-labels", "3"], ["named budgets are of a model"]),
+        (["--confidence", "0.95"], ["a confidence without one", "budget=0.05, confidence=0.95"]),
+        (["--budget", "0.02", "--confidence", "95"], ["confidence", "0.999"]),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("unloaded")

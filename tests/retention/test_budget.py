@@ -290,6 +290,49 @@ def test_what_is_no_budget_is_refused(nats: Any) -> None:
         Force(model, fit(model, "llama"), budget=nats)
 
 
+@pytest.mark.parametrize("update", UPDATES)
+def test_with_a_confidence_the_bound_is_what_is_kept_and_spent(update: str) -> None:
+    """The bound is what a budget without a confidence does with the mean."""
+    model = model_of("llama")
+    ids = [[(i * k) % 13 for k in range(1, 7)] for i in range(1, 9)]
+    rows = encode([{"input_ids": some} for some in ids], None, max_length=16, causal=True)
+    held = Force(
+        model, fit_curvature(model, rows, fisher="exact", progress=False), budget=0.004,
+        confidence=0.9, probe=rows, update=update,
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(held.parameters(), lr=1e-2)
+    for _ in range(80):
+        loss_of(model, "llama").backward()
+        held.step(optimizer)
+        optimizer.zero_grad()
+    held.finish()
+    found = Reference(model, rows).measure(model)
+    mean = found.kl
+    spent = held.spent()[""]
+    assert spent.bound == pytest.approx(found.bound(0.9), rel=1e-6)
+    assert spent.measured == held.measured() == pytest.approx(mean, rel=1e-6)
+    assert 0.85 * 0.004 <= found.bound(0.9) <= 0.004
+    assert mean < 0.85 * 0.004
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"confidence": 0.95}, "a confidence without one.*budget=0.05, confidence=0.95"),
+        ({"confidence": 0.4, "budget": NATS}, "confidence is out of range"),
+        ({"confidence": 1.0, "budget": NATS}, "confidence is out of range"),
+        ({"confidence": "sure", "budget": NATS}, "confidence is out of range"),
+        ({"confidence": 0.95, "budget": NATS}, "spread over measured rows.*0 of them"),
+        ({"confidence": 0.95, "budget": NATS, "probe": 1}, "spread over measured rows.*1 of them"),
+    ],
+)
+def test_a_confidence_wants_a_budget_and_measured_rows(given: Any, said: str) -> None:
+    model = tiny("llama")
+    given = given | {"probe": probe("llama")[: given.get("probe", 0)]}
+    with pytest.raises(ConfigError, match=said):
+        Force(model, fit(model, "llama"), **given)
+
+
 def test_an_anchor_of_another_rank_has_no_budget() -> None:
     model = tiny("llama", moved=True)
     curvature = fit(model, "llama")

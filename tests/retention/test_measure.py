@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from retain import measure_forgetting
 from retain.errors import ModelError, SourceError
+from retain.retention.measure import Forgetting
 from tiny import KINDS, ROWS, base, tiny
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -66,6 +69,29 @@ def test_a_moved_adapter_measures_the_kl_from_the_base(kind: str, size: int) -> 
     assert found.ppl_base == pytest.approx(math.exp(loss_base / n), rel=1e-9)
     assert found.ppl == pytest.approx(math.exp(loss / n), rel=1e-9)
     assert found.kl_interval[0] <= found.kl <= found.kl_interval[1]
+
+
+def test_the_bound_is_student_s_t_over_sequences() -> None:
+    def bound(nats: list[float], sizes: list[int], confidence: float) -> float:
+        kl = sum(nats) / sum(sizes)
+        pairs = tuple(zip(nats, sizes, strict=True))
+        return Forgetting(kl, (0, 0), 1, 1, 0, sum(sizes), pairs).bound(confidence)
+
+    values = np.array([0.3, 0.1, 0.7, 0.2, 0.4])
+    by_hand = values.mean() + stats.t.ppf(0.9, 4) * values.std(ddof=1) / math.sqrt(5)
+    assert bound(list(values), [1] * 5, 0.9) == pytest.approx(by_hand)
+    assert bound(list(values * 3), [3] * 5, 0.9) == pytest.approx(by_hand)
+    assert bound(list(values), [1] * 5, 0.5) == pytest.approx(values.mean())
+    assert bound([0.3], [4], 0.9) == math.inf
+    # Of sequences that differ in length and in their nats per token, the bound is as often above
+    # the true mean as it says.
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        sizes = random.integers(16, 129, 8)
+        nats = sizes * random.gamma(6.0, 1.0 / 6.0, 8)  # of mean 1 a token
+        covered += bound(list(nats), list(sizes), 0.95) >= 1.0
+    assert covered / 2000 == pytest.approx(0.92, abs=0.03)  # somewhat less, for they are skewed
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

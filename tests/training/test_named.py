@@ -102,6 +102,22 @@ def test_each_stays_within_its_own_budget(measured: bool) -> None:
     assert any(found[name] >= 0.8 * NATS[name] for name in NATS)
 
 
+def test_with_a_confidence_each_bound_is_within_its_own_budget(tmp_path: Path) -> None:
+    model, backend = tiny("llama"), Backend()
+    keep = RetentionCallback(both(model), budget=NATS, confidence=0.75, source=SOURCES)
+    run = trainer(model, tmp_path, [keep], max_steps=8, learning_rate=0.05)
+    run.add_callback(backend)
+    run.train()
+    for name, rows in probes().items():
+        found, last = Reference(model, rows).measure(model), run.state.log_history[-1]
+        assert last[f"bound_nats/{name}"] == pytest.approx(found.bound(0.75), rel=1e-6)
+        assert last[f"measured_nats/{name}"] == pytest.approx(found.kl, rel=1e-6)
+        assert found.kl < found.bound(0.75) <= NATS[name]
+    card = (tmp_path / "README.md").read_text()
+    assert "- Budget of high: 0.01 nats per token of KL divergence to the base, with 0.75" in card
+    assert f"nats per token (at most {last['bound_nats/high']:.3g}), on a few" in card
+
+
 def test_a_budget_that_binds_pulls_and_one_that_does_not_lets_go() -> None:
     for tight, loose in (("low", "high"), ("high", "low")):
         model = tiny("llama")

@@ -84,7 +84,7 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
 
 def _spent(name: str, held: HeldTo) -> list[str]:
     """What a named budget allowed, and what was spent of it; an en dash is nothing."""
-    nats = (held.budget, held.predicted_nats, held.measured_nats)
+    nats = (held.budget, held.predicted_nats, held.measured_nats, held.bound_nats)
     return [name, *("–" if value is None else f"{value:.3g}" for value in nats)]
 
 
@@ -100,12 +100,15 @@ def _tell(done: RunResult, screen: Screen) -> None:
         lines.append(["predicted forgetting", f"{record.predicted_nats:.3g} nats per {per}"])
     budget = record.config.budget
     if record.measured_nats is not None and isinstance(budget, float):
-        nats = f"{record.measured_nats:.3g} nats per token, of a budget of {budget:g}"
+        most = "" if record.bound_nats is None else f" (at most {record.bound_nats:.3g})"
+        nats = f"{record.measured_nats:.3g} nats per token{most}, of a budget of {budget:g}"
         lines.append(["measured KL to the base", nats])
     screen.table("trained", ["", ""], [*lines, ["adapter", str(done.adapter)]])
     if record.held_to:
-        head = ["nats per token", "budget", "predicted", "measured"]
-        screen.table("held to", head, [_spent(*item) for item in record.held_to.items()])
+        head = ["nats per token", "budget", "predicted", "measured", "at most"]
+        width = len(head) if record.config.confidence is not None else len(head) - 1
+        rows = [_spent(*item)[:width] for item in record.held_to.items()]
+        screen.table("held to", head[:width], rows)
     if record.steps < FEW and record.config.training.max_steps < 0:
         screen.say(f"{record.steps} steps are few: --epochs reads the rows more often, a smaller "
                    "--batch-size makes more steps of them")  # fmt: skip

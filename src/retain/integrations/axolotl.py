@@ -35,6 +35,7 @@ class RetentionOptions(BaseModel):
     strength: float = STRENGTH
     update: Literal["gradient", "proximal"] = "gradient"
     budget: float | None = None
+    confidence: float | None = None
     parts: list[str] | None = None
     kl: float = 0.0
 

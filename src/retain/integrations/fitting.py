@@ -48,6 +48,7 @@ class FittingCallback(RetentionCallback):
         strength: see `retain.RetentionCallback`; so are `update`, `budget`, `parts` and `filter`.
         update: how the force acts.
         budget: nats per source token (of a classifier per row) that may be spent.
+        confidence: with which it is to hold on text like that which is measured.
         parts: of the recipe.
         filter: options of the filter.
         kl: nats of task loss that one nat of the true divergence on the source weighs.
@@ -68,14 +69,16 @@ class FittingCallback(RetentionCallback):
         strength: float = STRENGTH,
         update: Update = "gradient",
         budget: float | None = None,
+        confidence: float | None = None,
         parts: Sequence[str] | None = None,
         filter: Filter | None = None,
         kl: float | OutputKL = 0.0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         recipe = Recipe(
-            None, strength, budget=budget, parts=parts, update=update, filter=filter, kl=kl
-        )
+            None, strength, budget=budget, confidence=confidence, parts=parts, update=update,
+            filter=filter, kl=kl,
+        )  # fmt: skip
         if curvature is not None and isinstance(source, str) and source == "self":
             source = "auto"
         self._drive(recipe, source, tokenizer)

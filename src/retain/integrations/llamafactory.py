@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--curvature", help="in place of a source, a curvature's file")
     parser.add_argument("--strength", type=float, default=STRENGTH)
     parser.add_argument("--budget", type=float, help="nats per token that may be spent")
+    parser.add_argument("--confidence", type=float, help="with which the budget is to hold")
     parser.add_argument("--kl", type=float, default=0.0, help="what a nat of divergence weighs")
     parser.add_argument("--update", choices=UPDATES, default="gradient", help="how the force acts")
     parser.add_argument("--parts", action="append", help="a part of the recipe; may be repeated")
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     callback = FittingCallback(
         options.source, curvature=options.curvature, strength=options.strength,
-        budget=options.budget, kl=options.kl, update=options.update, parts=options.parts,
+        budget=options.budget, confidence=options.confidence, kl=options.kl,
+        update=options.update, parts=options.parts,
     )  # fmt: skip
     sys.argv = [sys.argv[0], *rest]  # where it reads its own
     run_exp(callbacks=[callback])

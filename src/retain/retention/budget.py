@@ -34,7 +34,10 @@ from retain.errors import ConfigError, MismatchError, TrainingError, check_numbe
 from retain.models.shards import scatter
 from retain.models.sites import LinearSite, LoraSite, Site
 
-__all__ = ["Budget", "anchored", "check_budget", "largest_share", "scale_back", "settle"]
+__all__ = [
+    "Budget", "anchored", "check_budget", "check_confidence", "largest_share", "scale_back",
+    "settle",
+]  # fmt: skip
 
 START = 0.2
 """The first strength times the budget: a strength of 4 for 0.05 nats."""
@@ -71,6 +74,28 @@ POWERS = 1.0, 8.0
 def check_budget(nats: float) -> None:
     """Raises `ConfigError` unless the budget is a finite number above 0."""
     check_number("the budget is no budget", nats, "budget=0.05 nats per token", positive=True)
+
+
+def check_confidence(confidence: float | None, budget: object) -> None:
+    """Checks with which confidence a budget is kept.
+
+    Args:
+        confidence: None for the mean of what is measured.
+        budget: what it is of; None without one.
+
+    Raises:
+        ConfigError: it is not from 0.5 to 0.999, or there is no budget.
+    """
+    if confidence is None:
+        return
+    if budget is None:
+        raise ConfigError(
+            "a confidence is that of a budget", got="a confidence without one",
+            allowed="both, or neither", fix="budget=0.05, confidence=0.95",
+        )  # fmt: skip
+    check_number(
+        "the confidence is out of range", confidence, "confidence=0.95", least=0.5, most=0.999
+    )
 
 
 @dataclass

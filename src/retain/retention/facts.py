@@ -43,17 +43,20 @@ def facts(recipe: Recipe) -> dict[str, str]:
         found["Strength"] = f"{recipe.strength:g}"
     if recipe.update != "gradient":
         found["Update"] = recipe.update
+    sure = "" if recipe.confidence is None else f", with {recipe.confidence:.4g} confidence"
     for name, nats in budgets.items():
         kl = "KL divergence" if name in measured else "predicted KL divergence"
-        found[_of("Budget", name)] = f"{nats:g} nats per {per} of {kl} to {near}"
+        found[_of("Budget", name)] = f"{nats:g} nats per {per} of {kl} to {near}{sure}"
     for hold in holds:
         if hold.budget is not None:
             found[_of("Strength in the end", hold.name)] = f"{hold.budget.strength:.3g}"
         nats = hold.curvature.pulls(sites)[0]
         found[_of("Predicted forgetting", hold.name)] = f"{nats:.3g} nats per {per}"
         if hold.measured is not None:
+            most = "" if hold.bound is None else f" (at most {hold.bound:.3g})"
             found[_of("Measured KL divergence", hold.name)] = (
-                f"{hold.measured:.3g} nats per {per}, on a few {wrote or 'rows of source text'}"
+                f"{hold.measured:.3g} nats per {per}{most}, on a few "
+                f"{wrote or 'rows of source text'}"
             )
     if recipe.past is not None:
         found["Tasks before"] = f"{recipe.past.info.merged}, held too"
@@ -71,6 +74,8 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
         "strength": recipe.strength, "update": recipe.update, "kl": recipe.kl.weight,
     }  # fmt: skip
     found |= {_of("budget", name): nats for name, nats in by_name(recipe.budget).items()}
+    if recipe.confidence is not None:
+        found["confidence"] = recipe.confidence
     for name, curvature in by_name(recipe.curvature).items():
         told = curvature.info.to_dict() | {"versions": None}
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

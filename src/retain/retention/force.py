@@ -36,7 +36,7 @@ from retain.models.heads import head_kind
 from retain.models.processes import of_first
 from retain.models.shards import own, reshard, scatter
 from retain.models.sites import LinearSite, check_held
-from retain.retention.budget import Budget, anchored, scale_back, settle
+from retain.retention.budget import Budget, anchored, check_confidence, scale_back, settle
 from retain.retention.lengths import step_lengths
 from retain.retention.measure import Reference
 from retain.retention.named import (
@@ -75,6 +75,7 @@ class Hold:
         looks: how often they may have been looked at.
         nats: predicted at the last step.
         measured: nats that were left at the end, on the probe.
+        bound: with a confidence, the upper bound of these on text like it.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Hold:
     looks: int = 0
     nats: float = 0.0
     measured: float | None = None
+    bound: float | None = None
 
 
 class Felt(NamedTuple):
@@ -103,12 +105,14 @@ class Spent(NamedTuple):
         predicted: at the present weights.
         measured: at the end, on the probe; None without one.
         strength: nats of task loss that one nat weighs now.
+        bound: with a confidence, the upper bound of the measured nats on text like the probe.
     """
 
     budget: float | None
     predicted: float
     measured: float | None
     strength: float
+    bound: float | None = None
 
 
 class Force:
@@ -123,6 +127,9 @@ class Force:
             found by itself, and `finish` is to be called when training ends. Of several curvatures
             each has its own, by the same names: the force is then
             ``sum over k of strength_k dq_k``.
+        confidence: with which a budget is to hold on text like the probe, such as 0.95: what counts
+            against it is then the one-sided upper bound of what is measured
+            (`retain.retention.measure.Forgetting.bound`). None: what is measured itself.
         past: a second curvature, held with the same strength: that of the tasks before, around the
             model's present weights (`retain.reanchored`). The budget is that of the first alone,
             which stays where the base model is. Beside several it has the largest strength.
@@ -141,8 +148,8 @@ class Force:
         ModelError: pre-trained weights train beside the LoRA that nothing would hold; or a head
             that is not known.
         ConfigError: a strength that is negative or not finite, a budget that is not above 0 or
-            beside DoRA's magnitudes, a probe beside other trained weights, an unknown update, or
-            names that differ.
+            beside DoRA's magnitudes, a probe beside other trained weights, an unknown update,
+            names that differ, or a confidence without a probe of two rows.
     """
 
     @no_autocast()
@@ -153,6 +160,7 @@ class Force:
         strength: float = STRENGTH,
         *,
         budget: Budgets | None = None,
+        confidence: float | None = None,
         past: Curvature | None = None,
         probe: Sequence[Example] | Mapping[str, Sequence[Example]] = (),
         update: Update = "gradient",
@@ -161,11 +169,12 @@ class Force:
         if update not in UPDATES:
             raise unknown("update", update, UPDATES)
         check_strength(strength)
+        check_confidence(confidence, budget)
         head_kind(model)
         probes = by_name(probe or None)
         check_names(curvature, budget, **({"probes": probe} if probe else {}))
         nats = by_name(budget)
-        self.update, self._strength = update, strength
+        self.update, self._strength, self._confidence = update, strength, confidence
         rounded = all(map(has_bf16, {p.device for p in model.parameters() if p.requires_grad}))
         known = by_name(curvature)
         self.holds = [
@@ -200,6 +209,8 @@ class Force:
             self._check_magnitudes(model)
         if nats and probes:
             self._measure_on(model, probes)
+        if confidence is not None:
+            self._check_measured()
         self.model, self.rows, self.past = model, slice(None), past
         self._active: dict[int, Any] = {}
         self._forget()
@@ -232,6 +243,19 @@ class Force:
             if rows:
                 hold.probe = Reference(
                     model, rows, batch_size=len(rows), base=lambda _: anchored(first, self.sites)
+                )
+
+    def _check_measured(self) -> None:
+        """Refuses a confidence in what is not measured, or has no spread."""
+        for hold in self.holds:
+            rows = 0 if hold.probe is None else hold.probe.rows
+            if rows < 2:
+                of = f" of {hold.name}" if hold.name else ""
+                raise ConfigError(
+                    f"the confidence in a budget{of} comes of the spread over measured rows",
+                    got=f"{rows} of them",
+                    allowed="two at least; a classifier's budget, which is predicted, has none",
+                    fix="source=rows, of two or more, or leave confidence out",
                 )
 
     @property
@@ -273,7 +297,7 @@ class Force:
         return {
             hold.name: Spent(
                 None if hold.budget is None else hold.budget.nats, self._predicted(hold),
-                hold.measured, strengths[hold.name],
+                hold.measured, strengths[hold.name], hold.bound,
             )
             for hold in self.holds
         }  # fmt: skip
@@ -343,7 +367,8 @@ class Force:
             rows: see `scale_back`.
 
         Returns:
-            Of each source the nats that are left: measured, or without a probe predicted.
+            Of each source the nats that are left: measured (with a confidence, their bound), or
+            without a probe predicted.
 
         Raises:
             TrainingError: the weights have left the finite numbers; they are left as they are.
@@ -517,14 +542,22 @@ class Force:
 
     def measured(self) -> float | None:
         """The true KL divergence from the anchor on the probe; None without one."""
-        return None if self.probe is None else self._measure(self.holds[0])
+        return None if self.probe is None else self._found(self.holds[0])[0]
 
     def _measure(self, hold: Hold) -> float:
+        """What counts against a budget of what is measured: with a confidence, its bound."""
+        return self._found(hold)[-1]
+
+    def _found(self, hold: Hold) -> list[float]:
+        """The true divergence on a probe and, with a confidence, its upper bound."""
         assert hold.probe is not None
         scatter(self.parameters())
-        kl = hold.probe.measure(self.model).kl
+        found = hold.probe.measure(self.model)
         reshard(self.model)
-        return of_first([kl], next(self.model.parameters()).device)[0]
+        nats = [found.kl]
+        if self._confidence is not None:
+            nats.append(found.bound(self._confidence))
+        return of_first(nats, next(self.model.parameters()).device)
 
     @no_autocast()
     def finish(self) -> float | None:
@@ -540,6 +573,11 @@ class Force:
         if self.budget is None:
             return None
         left = self._take_back(rows=self.rows)
+        if self._confidence is not None:
+            found = [self._found(hold) for hold in self.holds]
+            left = [nats for nats, _ in found]
+            for hold, (_, bound) in zip(self.holds, found, strict=True):
+                hold.bound = bound
         for hold, nats in zip(self.holds, left, strict=True):
             hold.measured = None if hold.probe is None else nats
         return _mean(left)

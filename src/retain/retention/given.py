@@ -7,7 +7,7 @@ from typing import Any
 
 from retain.curvature.curvature import Curvature
 from retain.errors import ConfigError, shown, unknown, warn
-from retain.retention.budget import check_budget
+from retain.retention.budget import check_budget, check_confidence
 from retain.retention.filter import Filter
 from retain.retention.force import check_strength
 from retain.retention.named import Budgets, by_name, check_names
@@ -73,6 +73,7 @@ def check_given(
     *,
     parts: Sequence[str] | None,
     budget: Budgets | None,
+    confidence: float | None,
     past: Any,
     update: str,
     filter: Any,
@@ -99,6 +100,7 @@ def check_given(
         check_names(curvature, budget)
     for nats in by_name(budget).values():
         check_budget(nats)
+    check_confidence(confidence, budget)
     if update not in UPDATES:
         raise unknown("update", update, UPDATES)
     if budget is not None and strength != STRENGTH:

@@ -20,6 +20,7 @@ from retain.curvature.curvature import Curvature
 from retain.curvature.fit.fit import fit_curvature
 from retain.data.batches import Batch, Example
 from retain.errors import ConfigError
+from retain.intervals import t_quantile
 from retain.models.forward import divergence
 from retain.models.off import adapter_off
 from retain.models.view import ModelView
@@ -49,6 +50,23 @@ class Forgetting:
     flips: float
     tokens: int
     sequences: tuple[tuple[float, int], ...] = field(default=(), repr=False)
+
+    def bound(self, confidence: float) -> float:
+        """The one-sided upper bound of the divergence on text like this, in nats per token.
+
+        Student's t over the sequences: ``kl + t(n - 1) · s / sqrt(n)``, where a sequence counts by
+        its predictions. Few sequences that are skewed hold it somewhat less often than it says.
+
+        Args:
+            confidence: with which the divergence is below it, from 0.5.
+
+        Returns:
+            Infinity of a single sequence, which has no spread.
+        """
+        count = len(self.sequences)
+        if count < 2:
+            return math.inf
+        return self.kl + t_quantile(count - 1, 2 * confidence - 1) * _error(self.kl, self.sequences)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON, without the single sequences."""
@@ -85,6 +103,11 @@ class Reference:
         self._bar: dict[str, Any] = {"desc": label, "unit": "batch", "disable": not progress}
         self._kept = list(self._pairs(model)) if keep else []
 
+    @property
+    def rows(self) -> int:
+        """How many rows it measures on."""
+        return sum(len(batch.lengths) for batch in self.batches)
+
     def measure(self, model: nn.Module) -> Forgetting:
         """Compares the tuned model (the adapter on) with the base."""
         regression = ModelView(model).regression
@@ -105,10 +128,9 @@ class Reference:
             loss -= float(tuned[where].double().sum())
             flips += float((base.argmax(-1) != tuned.argmax(-1)).sum())
         sizes = [n for batch in self.batches for n in batch.lengths]
-        tokens, count = sum(sizes), len(sizes)
+        tokens, sequences = sum(sizes), tuple(zip(kl, sizes, strict=True))
         mean = sum(kl) / tokens
-        spread = sum((k - mean * n) ** 2 for k, n in zip(kl, sizes, strict=True))
-        half = 1.96 * math.sqrt(spread * count / max(1, count - 1)) / tokens
+        half = 1.96 * _error(mean, sequences)
         return Forgetting(
             kl=mean,
             kl_interval=(max(0.0, mean - half), mean + half),
@@ -116,7 +138,7 @@ class Reference:
             ppl=_perplexity(loss, labelled),
             flips=math.nan if regression else flips / tokens,
             tokens=tokens,
-            sequences=tuple(zip(kl, sizes, strict=True)),
+            sequences=sequences,
         )
 
     def _pairs(self, model: nn.Module) -> Iterator[tuple[Batch, Tensor]]:
@@ -125,6 +147,13 @@ class Reference:
             with self._base(model):
                 base = _predictions(model, batch)
             yield batch, base
+
+
+def _error(mean: float, sequences: Sequence[tuple[float, int]]) -> float:
+    """The standard error of the nats per prediction of some sequences."""
+    count = len(sequences)
+    spread = sum((nats - mean * n) ** 2 for nats, n in sequences)
+    return math.sqrt(spread * count / max(1, count - 1)) / sum(n for _, n in sequences)
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

@@ -103,6 +103,7 @@ class Recipe:
         budget: in place of the strength, nats of KL divergence per source token (of a classifier
             per row) that may be spent; of several curvatures by the same names. The force alone
             keeps it.
+        confidence: with which it is to hold on text like that which is measured; see `Force`.
         past: the curvature of the tasks before, around the model's present weights.
         update: ``gradient`` or ``proximal``; see `retain.retention.force`.
         filter: options of the filter.
@@ -136,17 +137,19 @@ class Recipe:
         *,
         parts: Sequence[str] | None = None,
         budget: Budgets | None = None,
+        confidence: float | None = None,
         past: Curvature | None = None,
         update: Update = "gradient",
         filter: Filter | None = None,
         kl: float | OutputKL = 0.0,
     ) -> None:
         check_given(
-            curvature, strength, parts=parts, budget=budget, past=past, update=update,
-            filter=filter,
+            curvature, strength, parts=parts, budget=budget, confidence=confidence, past=past,
+            update=update, filter=filter,
         )  # fmt: skip
         self.curvature, self.past = curvature, past
-        self.strength, self.budget, self.update = strength, budget, update
+        self.strength, self.update = strength, update
+        self.budget, self.confidence = budget, confidence
         self.named = parts is not None
         self.parts = frozenset(PARTS if parts is None else parts)
         self.options = Filter() if filter is None else filter
@@ -356,8 +359,8 @@ class Recipe:
             )
         past = None if held is self.past else self.past
         self.force = Force(
-            model, held, self.strength, budget=self.budget, past=past, probe=probe,
-            update=self.update, resuming=progress is not None or held is self.past,
+            model, held, self.strength, budget=self.budget, confidence=self.confidence, past=past,
+            probe=probe, update=self.update, resuming=progress is not None or held is self.past,
         )  # fmt: skip
         if self.weighs():
             self.unheld = tell_unheld(model, self.force)

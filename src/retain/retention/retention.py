@@ -51,6 +51,8 @@ class Retention:
         parts: of the recipe; all by default.
         budget: in place of the strength, nats per source token (of a classifier per row) that may
             be spent; of several curvatures by the same names.
+        confidence: with which a budget is to hold on text like the probe, such as 0.95; see
+            `retain.RetentionCallback`.
         past: the curvature of the tasks before, around the model's present weights.
         probe: tokenised source text, on which a budget is measured, by name where budgets have
             names; without it the prediction is believed.
@@ -80,6 +82,7 @@ class Retention:
         rows: Any = None,
         parts: Sequence[str] | None = None,
         budget: Budgets | None = None,
+        confidence: float | None = None,
         past: Curvature | None = None,
         probe: Probe = (),
         update: Update = "gradient",
@@ -93,8 +96,8 @@ class Retention:
         check_steps(model)
         self._stepped = progress is not None
         self.recipe = Recipe(
-            curvature, strength, parts=parts, budget=budget, past=past, update=update,
-            filter=filter, kl=kl,
+            curvature, strength, parts=parts, budget=budget, confidence=confidence, past=past,
+            update=update, filter=filter, kl=kl,
         )  # fmt: skip
         reader = _reader(model, rows, filters="filter" in self.recipe.parts)
         self.recipe.begin(

@@ -51,6 +51,12 @@ def check_settings(config: RunConfig, problems: int | None) -> None:
             allowed="one budget and one --source for a classifier, or a decoder",
             fix="--budget 0.05 --source texts.jsonl",
         )  # fmt: skip
+    if config.confidence is not None and config.method != "none":
+        raise ConfigError(
+            "the confidence in a budget comes of the spread over measured rows",
+            got="a classifier, whose budget is predicted", allowed="none of a classifier",
+            fix="leave --confidence out",
+        )  # fmt: skip
     held = config.method == "laplace" or config.budget is not None or config.parts is not None
     sources = (config.source, config.curvature, config.continue_from)
     if (held or config.keep_state) and sources == (None, None, None):

@@ -206,7 +206,7 @@ def recipe_for(config: RunConfig, sources: Mapping[str, Any], past: Any) -> Any:
 
     parts = ["force"] if config.method == "laplace" and config.parts is None else config.parts
     return Recipe(
-        alone(sources), config.strength, parts=parts, budget=config.budget, past=past,
-        update=config.training.update, filter=Filter(gain=config.gain, weight=config.weight),
-        kl=config.kl,
+        alone(sources), config.strength, parts=parts, budget=config.budget,
+        confidence=config.confidence, past=past, update=config.training.update,
+        filter=Filter(gain=config.gain, weight=config.weight), kl=config.kl,
     )  # fmt: skip

@@ -37,8 +37,8 @@ from retain.runs.records import (
 __all__ = ["HELD", "Previous", "keep_state", "previous_run", "settings_of"]
 
 HELD = (
-    "method", "strength", "budget", "training.update", "source", "parts", "kl", "gain", "weight",
-    "max_rank",
+    "method", "strength", "budget", "confidence", "training.update", "source", "parts", "kl",
+    "gain", "weight", "max_rank",
 )  # fmt: skip
 """What a run that continues another has from it; the source, which may be given where there was
 none, is what a budget or a KL, which may be new, is measured on."""

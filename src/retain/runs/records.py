@@ -54,6 +54,7 @@ class HeldTo(Part):
         budget: that may be spent.
         predicted_nats: at the end, by its curvature.
         measured_nats: at the end, the KL divergence on a few rows of its text; None without any.
+        bound_nats: with a confidence, the upper bound of these on other text like it.
         strength: that was found for it.
         curvature: of its source.
     """
@@ -61,6 +62,7 @@ class HeldTo(Part):
     budget: float
     predicted_nats: float | None = None
     measured_nats: float | None = None
+    bound_nats: float | None = None
     strength: float | None = None
     curvature: CurvatureOf
 
@@ -108,6 +110,7 @@ class TrainRecord(Part):
             row; of named budgets the mean.
         measured_nats: with a budget, the KL divergence at its end on a few rows of source text; of
             named budgets see ``held_to``.
+        bound_nats: with a confidence, the upper bound of these on other text like it.
         examples: rows that were learned; ``rows`` counts what was left out or cut.
         notes: what was done in a lesser way than was asked for.
         seconds: of training; ``steps``: optimiser steps.
@@ -126,6 +129,7 @@ class TrainRecord(Part):
     resumed_from: str | None = None
     predicted_nats: float | None = None
     measured_nats: float | None = None
+    bound_nats: float | None = None
     examples: int | None = None
     rows: dict[str, Any] | None = None
     labels: Labels | None = None

@@ -22,7 +22,7 @@ OPTIONS = {
     key.rpartition(".")[2] if key != "adapter.seed" else "adapter_seed": key
     for key in (
         "model", "data", "out", "curvature", "source", "factor_rank", "num_labels", "strength",
-        "budget", "training.update", "kl", "parts", "continue_from", "keep_state",
+        "budget", "confidence", "training.update", "kl", "parts", "continue_from", "keep_state",
         "method", "training.learning_rate", "training.epochs", "training.max_steps",
         "training.batch_size", "training.max_length", "adapter.rank",
         "adapter.alpha", "adapter.targets", "adapter.seed", "training.seed", "dtype", "limit",
@@ -36,6 +36,9 @@ _FREE = {"training.save_steps", "training.report_to", "out"}
 
 _NAMED = {"budget", "source"}
 """May be by name."""
+
+_OF_METHODS = ("curvature", "source", "budget", "confidence", "parts", "kl")
+"""Nothing without a method."""
 
 _PLACES = {"model", "data", "curvature", "continue_from"}
 """May lie elsewhere when a run is resumed: the checkpoint's digests tell whether they changed."""
@@ -68,6 +71,10 @@ def read_run(config: Settings, given: Mapping[str, Any], *, resume: bool = False
         config = config.model_dump(exclude_unset=True)
     found = _read_run(config, given, resume)
     check_named(found)
+    if found.confidence is not None and found.method != "none":
+        from retain.retention.budget import check_confidence
+
+        check_confidence(found.confidence, found.budget)
     return found
 
 
@@ -142,7 +149,7 @@ def _continued(given: dict[str, Any], folder: str) -> RunConfig:
         )
     held = {name: attrgetter(name)(before) for name in HELD if before.method != "none"}
     if given.get("strength") is not None:
-        del held["budget"]
+        del held["budget"], held["confidence"]
     elif (given.get("budget") or before.budget) is not None:
         del held["strength"]
     # Where none was told, a budget or a KL may be measured on one that is given now.
@@ -200,7 +207,7 @@ def unused(config: RunConfig) -> list[str]:
     """Lines for settings that a run of this kind does not read."""
     lines = []
     if config.method == "none":
-        given = [n for n in ("curvature", "source", "budget", "parts", "kl") if getattr(config, n)]
+        given = [n for n in _OF_METHODS if getattr(config, n)]
         lines += [f"method none holds nothing: not used: {', '.join(given)}"] if given else []
     acts = config.strength or config.budget is not None or config.kl
     if config.method != "none" and not acts and not {"rows", "filter"} & {*(config.parts or ())}:

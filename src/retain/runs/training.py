@@ -301,17 +301,19 @@ class Training:
         budgets = self.config.budget
         spent = {} if self.recipe is None else self.recipe.spent()
         if not isinstance(budgets, Mapping):
-            measured = spent[""].measured if "" in spent else None
+            one = spent.get("")
             return {
                 "curvature": found.get(""),
                 "predicted_nats": mean,
-                "measured_nats": finite(measured),
+                "measured_nats": finite(one and one.measured),
+                "bound_nats": finite(one and one.bound),
             }
         to = {
             name: HeldTo(
                 budget=budgets[name], predicted_nats=finite(nats[name]), curvature=one,
                 **({} if name not in spent else finite({
-                    "measured_nats": spent[name].measured, "strength": spent[name].strength,
+                    "measured_nats": spent[name].measured, "bound_nats": spent[name].bound,
+                    "strength": spent[name].strength,
                 })),
             )
             for name, one in found.items()

@@ -92,6 +92,11 @@ class RetentionCallback(TrainerCallback):
             row) that may be spent. The strength is found in training, see
             `retain.retention.budget`. With ``{"facts": 0.02, "code": 0.01}`` each source has its
             own bound and strength.
+        confidence: with which a budget is to hold on text like that which is measured, such as
+            0.95: what counts is then the one-sided upper bound of the measured nats, from the
+            spread over the measured rows (Student's t), and less is spent. By default what is
+            measured counts, which on other text like it is above the budget about every second
+            time.
         past: the curvature of the tasks before; see `retain.retention.recipe.Recipe`.
         parts: of the recipe (`retain.retention.recipe`), those that act: ``rows``, ``filter``,
             ``force``. By default all, the filter wherever a fresh LoRA and the curvature allow it
@@ -129,6 +134,7 @@ class RetentionCallback(TrainerCallback):
         update: Update = "gradient",
         *,
         budget: Budgets | None = None,
+        confidence: float | None = None,
         past: Curvature | None = None,
         parts: Sequence[str] | None = None,
         filter: Filter | None = None,
@@ -142,8 +148,8 @@ class RetentionCallback(TrainerCallback):
         if start is None or start != "auto":
             parts, filter = parts_of(start, filter)
         recipe = Recipe(
-            curvature, strength, parts=parts, budget=budget, past=past, update=update,
-            filter=filter, kl=kl,
+            curvature, strength, parts=parts, budget=budget, confidence=confidence, past=past,
+            update=update, filter=filter, kl=kl,
         )  # fmt: skip
         auto = isinstance(source, str) and source == "auto"
         if budget is None and not recipe.kl.weight and source is not None and not auto:
@@ -410,8 +416,11 @@ class RetentionCallback(TrainerCallback):
     def _told(self) -> dict[str, float]:
         """What the last line of the log says of each named budget."""
         found: dict[str, float] = {}
-        for name, (budget, predicted, measured, _) in self.recipe.spent().items():
-            values = {"budget": budget, "predicted_nats": predicted, "measured_nats": measured}
+        for name, spent in self.recipe.spent().items():
+            values = {
+                "budget": spent.budget, "predicted_nats": spent.predicted,
+                "measured_nats": spent.measured, "bound_nats": spent.bound,
+            }  # fmt: skip
             found |= {named(k, name): value for k, value in values.items() if value is not None}
         return found
 
