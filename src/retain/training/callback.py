@@ -66,12 +66,12 @@ class RetentionCallback(TrainerCallback):
     ``retention_strength``, so every ``report_to`` backend gets them; with a budget also
     ``retention_correction``, and with named ones ``predicted_nats``, ``strength`` and
     ``correction`` of each, such as ``strength/facts``, and in its last line ``budget``,
-    ``predicted_nats`` and ``measured_nats`` of each; with `kl` also ``source_kl``, once it has been
-    measured. What a budget has learned, and whether there is a filter, is kept in
-    ``trainer_state.json`` of each checkpoint, and read from the one that is resumed, wherever it
-    lies; of a filtered A in bfloat16, or that proximal steps move, ``filtered.safetensors`` beside
-    it has the rest. A budget is settled by measuring before the last checkpoint and when training
-    ends; earlier checkpoints may be above it.
+    ``predicted_nats`` and ``measured_nats`` of each (and ``bound_nats``); with `kl` also
+    ``source_kl``, once it has been measured. What a budget has learned, and whether there is a
+    filter, is kept in ``trainer_state.json`` of each checkpoint, and read from the one that is
+    resumed, wherever it lies; of a filtered A in bfloat16, or that proximal steps move,
+    ``filtered.safetensors`` beside it has the rest. A budget is settled by measuring before the
+    last checkpoint and when training ends; earlier checkpoints may be above it.
 
     Checkpoints and the output folder have a section in their ``README.md``, the model card, which
     says what held the model; see `write_card` for other folders.
