@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from retain import Filter, RetentionCallback, grow_lora, measure_forgetting
 from retain.errors import ModelError
 from retain.models.sites import lora_sites
-from retain.retention.recipe import release_left
+from retain.retention.marks import release_left
 from tiny import ROWS, exactly, move, tiny, weights
 
 STARTS: dict[str, dict[str, Any]] = {

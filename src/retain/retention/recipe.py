@@ -67,6 +67,7 @@ from retain.retention.head import HeadFit, fit_head
 from retain.retention.hooks import GradientHooks, check_backward
 from retain.retention.lengths import check_lengths, check_points, keeps_two
 from retain.retention.loader import RowReader
+from retain.retention.marks import mark, release_left, unmark
 from retain.retention.measure import fit_rows
 from retain.retention.named import Budgets, Curvatures, by_name, named
 from retain.retention.output_kl import OutputKL, Outputs
@@ -79,14 +80,11 @@ from retain.types import STRENGTH, FactorRank, Structure, Update
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Recipe", "release_left"]
+__all__ = ["Recipe"]
 
 TASK_ROWS, LABELLED = 32, 128
 """Rows of a task on which its own curvature is measured: of a decoder, which predicts at many
 positions of a row, and of a classifier, which predicts once (docs/log.md, "What a task costs")."""
-
-_MARK = "_retain_held"
-"""The attribute of an A for its `_Mark`."""
 
 Probe = Sequence[Example] | Mapping[str, Sequence[Example]]
 
@@ -306,8 +304,7 @@ class Recipe:
         if self.active != slice(None):
             self.frozen = FrozenRows(self.sites, self.active)
         if self.filter is not None or self.frozen is not None:
-            for site in self.sites:
-                setattr(site.a, _MARK, _Mark(self))
+            mark([site.a for site in self.sites], self)
         scatter(_weights(self.sites))  # before anyone gathers them again
         held = self.past if self.curvature is None else self.curvature
         if "force" in self.parts and held is not None:
@@ -575,10 +572,7 @@ class Recipe:
         self._held = None
         for hooks in self._hooks():
             hooks.detach()
-        for site in self.sites:
-            mark = getattr(site.a, _MARK, None)
-            if mark is not None and mark.recipe is self:
-                delattr(site.a, _MARK)
+        unmark([site.a for site in self.sites], self)
 
     def weight(self) -> float:
         """What one predicted nat weighs now."""
@@ -690,38 +684,6 @@ class Recipe:
     def memory(self) -> int:
         """Bytes that are kept between tasks."""
         return sum(held.memory() for held in self._curvatures())
-
-
-class _Mark:
-    """On an A: the recipe that holds it. Of a model that is pickled or copied it does not go along.
-
-    Args:
-        recipe: the one.
-    """
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
-
-
-def release_left(model: nn.Module, *, resuming: bool = False) -> None:
-    """Releases what a training that broke off has left on A.
-
-    Where it has learned nothing yet, A is what it was before its filter again.
-
-    Args:
-        model: with its adapter.
-        resuming: A is from a checkpoint, and is right as it is.
-    """
-    copies = [s.whole for s in map(shard_of, model.modules()) if s is not None]
-    weights = [*model.parameters(), *copies]
-    marks = [mark for p in weights if (mark := getattr(p, _MARK, None)) is not None]
-    for held in {id(mark.recipe): mark.recipe for mark in marks}.values():
-        held.release()
-        if not resuming:
-            held.undo_idle()
 
 
 def _weights(sites: Sequence[Site]) -> list[nn.Parameter]:

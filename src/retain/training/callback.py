@@ -25,9 +25,10 @@ from retain.retention.filter import Filter
 from retain.retention.force import Force
 from retain.retention.given import no_curvature
 from retain.retention.loader import is_readable, loader_examples
+from retain.retention.marks import release_left
 from retain.retention.named import Budgets, Curvatures, check_names, named
 from retain.retention.output_kl import OutputKL
-from retain.retention.recipe import Recipe, release_left
+from retain.retention.recipe import Recipe
 from retain.retention.watch import Watched
 from retain.training.handling import (
     check_alone,
