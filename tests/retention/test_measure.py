@@ -68,7 +68,8 @@ def test_a_moved_adapter_measures_the_kl_from_the_base(kind: str, size: int) -> 
     assert found.flips == flips / n
     assert found.ppl_base == pytest.approx(math.exp(loss_base / n), rel=1e-9)
     assert found.ppl == pytest.approx(math.exp(loss / n), rel=1e-9)
-    assert found.kl_interval[0] <= found.kl <= found.kl_interval[1]
+    assert found.kl_interval[1] == pytest.approx(found.bound(0.975))
+    assert found.kl_interval[0] == pytest.approx(max(0.0, 2 * found.kl - found.kl_interval[1]))
 
 
 def test_the_bound_is_student_s_t_over_sequences() -> None:

@@ -35,7 +35,8 @@ class Forgetting:
 
     Attributes:
         kl: ``KL(base || tuned)`` in nats per token.
-        kl_interval: its 95 % interval, from the spread over sequences.
+        kl_interval: its 95 % interval, from the spread over sequences (Student's t); of a single
+            sequence it has no width.
         ppl_base: perplexity of the base on labelled predictions; NaN of none, and of a regression.
         ppl: perplexity of the tuned model.
         flips: share of predictions whose most likely label changed; NaN of a regression.
@@ -130,7 +131,7 @@ class Reference:
         sizes = [n for batch in self.batches for n in batch.lengths]
         tokens, sequences = sum(sizes), tuple(zip(kl, sizes, strict=True))
         mean = sum(kl) / tokens
-        half = 1.96 * _error(mean, sequences)
+        half = t_quantile(max(1, len(sequences) - 1)) * _error(mean, sequences)
         return Forgetting(
             kl=mean,
             kl_interval=(max(0.0, mean - half), mean + half),
