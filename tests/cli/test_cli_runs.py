@@ -193,6 +193,16 @@ class TestTrain:
                 assert torch.equal(parameter, weights[name.replace(".default", "")])
                 assert bool(parameter.any())
 
+    def test_a_source_that_is_told_to_be_the_model_s_own_needs_no_warning(
+        self, train: Run, curvature: Path, out: Path
+    ) -> None:
+        argv = ("--budget", 0.01, "--kl", 1, "--max-steps", 2, "--source", "self")
+        train(out, *argv, "--curvature", curvature).done()
+        card = (out / "adapter" / "README.md").read_text()
+        assert "on a few rows that the base model wrote" in card
+        assert "- KL on rows that the base model wrote: " in card
+        assert not [n for n in told(out / "train.json")["notes"] if "the model writes" in n]
+
     def test_a_curvature_of_its_own_is_kept_while_it_fits(
         self, retain: Run, model: Path, data: Path, source: Path, out: Path,
         monkeypatch: pytest.MonkeyPatch,

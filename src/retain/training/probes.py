@@ -64,7 +64,7 @@ def kl_rows(recipe: Recipe, view: ModelView, source: Any) -> Sequence[Example]:
     """
     if not recipe.kl.weight or not view.causal:
         return ()
-    if is_elsewhere(recipe, source):
+    if (source is None or _is_auto(source)) and is_elsewhere(recipe, source):
         _tell_elsewhere(recipe, view, "the KL is taken")
     found: list[Example] = []
     for each in source.values() if isinstance(source, Mapping) else [source]:
@@ -79,7 +79,8 @@ def is_elsewhere(recipe: Recipe, source: Any) -> bool:
     """Whether divergences are measured on text that the model writes, though a curvature was fitted
     on other text.
     """
-    return (source is None or _is_auto(source)) and bool(_others(recipe))
+    own = source is None or (isinstance(source, str) and source in ("auto", "self"))
+    return own and bool(_others(recipe))
 
 
 def _tell_elsewhere(recipe: Recipe, view: ModelView, what: str) -> None:
