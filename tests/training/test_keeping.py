@@ -14,7 +14,7 @@ import test_callback
 from torch import nn
 from transformers import Trainer
 
-from retain import RetentionCallback, fit_curvature
+from retain import Filter, OutputKL, RetentionCallback, fit_curvature
 from retain.errors import RetainWarning, TrainingError
 from tiny import ROWS, exactly, tiny, weights
 
@@ -86,6 +86,39 @@ def test_another_curvature_or_strength_is_said(whole: Any, tmp_path: Path) -> No
     assert other.endswith("goes on in this: update gradient then, proximal now")
     (other,) = goes_on(source=None)
     assert "curvature " in other and ("budget 0.02 then, None now" in other) == bool(options)
+
+
+def test_a_past_parts_and_options_that_change_are_said(tmp_path: Path) -> None:
+    """Of an older checkpoint, which says nothing of them, nothing is said."""
+    past = fit_curvature(tiny("llama"), ROWS["llama"][:3], progress=False)
+    first = {"past": past, "kl": OutputKL(every=1), "source": ROWS["llama"]}
+    model, call = held(**first)
+    trainer(tmp_path, model, [call]).train()
+
+    def goes_on(place: Path, **more: Any) -> list[str]:
+        model, call = held(**first | more)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RetainWarning)
+            run = trainer(tmp_path / "o", model, [call], max_steps=HALF + 1)
+            run.train(resume_from_checkpoint=str(place))
+        return [text for w in caught if "another way" in (text := str(w.message))]
+
+    place = tmp_path / f"checkpoint-{HALF}"
+    assert goes_on(place) == []
+    assert goes_on(place, parts=("rows", "filter", "force")) == []  # as by default
+    (other,) = goes_on(place, past=None, filter=Filter(weight=0.0), kl=OutputKL(every=2))
+    assert ": filter.weight 1.0 then, 0.0 now, kl.every 1 then, 2 now, past " in other
+    assert other.endswith(" then, None now") and "parts" not in other
+    (other,) = goes_on(place, parts=("rows", "force"), kl=0.0, source="auto")
+    told = "kl 1.0 then, 0.0 now, parts ['filter', 'force', 'rows'] then, ['force', 'rows'] now"
+    assert other.endswith(told)
+
+    state = json.loads((place / "trainer_state.json").read_text())
+    kept = state["stateful_callbacks"]["retain"]
+    new = ("parts", "past", "filter.", "kl.")
+    kept["held"] = {n: v for n, v in kept["held"].items() if not n.startswith(new)}
+    (place / "trainer_state.json").write_text(json.dumps(state))
+    assert goes_on(place) == []
 
 
 def test_an_entry_of_0_1_is_read_too(whole: Any, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+from retain.curvature.curvature import Curvature
 from retain.curvature.info import CurvatureInfo
 from retain.models.cards import plain_name
 from retain.models.heads import predicts_per
@@ -14,6 +16,10 @@ from retain.retention.named import by_name
 from retain.retention.recipe import Recipe
 
 __all__ = ["changed", "facts", "settings_of", "source_of", "texts_of", "trained"]
+
+_WHERE_GIVEN = ("budget", "confidence", "curvature")
+"""What `settings_of` has only where it is given. What else one of two lacks is not compared: a
+checkpoint is older, or a part that is told of does not act."""
 
 
 def facts(recipe: Recipe) -> dict[str, str]:
@@ -72,20 +78,27 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     """What a recipe holds by, as plain data that a checkpoint keeps; a curvature by a digest."""
     found: dict[str, Any] = {
         "strength": recipe.strength, "update": recipe.update, "kl": recipe.kl.weight,
+        "parts": sorted(recipe.parts - {"head"}),  # which is fitted before a training
+        "past": None if recipe.past is None else _digest(recipe.past),
     }  # fmt: skip
     found |= {_of("budget", name): nats for name, nats in by_name(recipe.budget).items()}
     if recipe.confidence is not None:
         found["confidence"] = recipe.confidence
     for name, curvature in by_name(recipe.curvature).items():
-        told = curvature.info.to_dict() | {"versions": None}
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-        found[_of("curvature", name)] = digest[:12]
+        found[_of("curvature", name)] = _digest(curvature)
+    if "filter" in recipe.parts:
+        found |= {f"filter.{name}": value for name, value in asdict(recipe.options).items()}
+    if recipe.kl.weight:
+        found |= {f"kl.{name}": value for name, value in asdict(recipe.kl).items()}
+        del found["kl.weight"]  # which is there already
     return found
 
 
 def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """In which of its `settings_of` a training that goes on differs; nothing where in none."""
-    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    both = then.keys() & now.keys()
+    told = [name for name in {**then, **now} if name in both or name.startswith(_WHERE_GIVEN)]
+    names = [name for name in told if then.get(name) != now.get(name)]
     return ", ".join(f"{name} {then.get(name)} then, {now.get(name)} now" for name in names)
 
 
@@ -100,6 +113,11 @@ def source_of(info: CurvatureInfo) -> str:
 def texts_of(info: CurvatureInfo) -> str:
     """The names of what a curvature was fitted on, without their folders."""
     return ", ".join(_text(note) for note in info.note.split(" + "))
+
+
+def _digest(curvature: Curvature) -> str:
+    told = curvature.info.to_dict() | {"versions": None}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _text(note: str) -> str:
