@@ -547,6 +547,23 @@ def test_a_run_that_goes_on_says_again_why_it_has_no_filter(tmp_path: Path) -> N
     assert [call.why_no_filter for call in calls] == ["the adapter is not fresh"] * 2
 
 
+def test_a_run_that_goes_on_with_a_strength_says_that_it_began_without_a_filter(
+    tmp_path: Path,
+) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2}
+    curvature, said = fit(tiny("llama"), structure="kfac"), []
+    for steps, strength in ((2, 0.0), (4, 0.0), (6, 1.0)):
+        call = RetentionCallback(curvature, strength)
+        run = trainer(tiny("llama"), tmp_path, [call], max_steps=steps, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RetainWarning)
+            run.train(resume_from_checkpoint=steps > 2)
+        said.append([text for w in caught if "without a filter" in (text := str(w.message))])
+    why = "the training began without one, for its strength was 0"
+    assert said == [[], [], [f"held by the force alone, without a filter: {why}"]]
+    assert call.why_no_filter == why
+
+
 def test_room_is_made_of_what_is_measured(tmp_path: Path) -> None:
     """Months later too: the old rows are scaled once, before the first step, and then stay."""
     model, probe = tiny("llama"), [{"input_ids": row["input_ids"]} for row in ROWS["llama"]]

@@ -16,7 +16,13 @@ from retain.retention.fresh_rows import fresh_rows
 from retain.retention.loader import RowReader
 from retain.retention.named import Curvatures, by_name
 
-__all__ = ["NO_STRENGTH", "SECOND_POINT", "check_filter", "why_no_filter", "why_no_inputs"]
+__all__ = [
+    "BEGAN_WITHOUT", "NO_STRENGTH", "SECOND_POINT", "check_filter", "why_no_filter",
+    "why_no_inputs",
+]  # fmt: skip
+
+BEGAN_WITHOUT = "the training began without one"
+"""Why a training that goes on has no filter, which cannot be made any more."""
 
 NO_STRENGTH = "the strength is 0"
 """Why there is no filter where nothing is to be held, which needs no warning."""

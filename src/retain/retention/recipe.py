@@ -53,6 +53,7 @@ from retain.models.view import ModelView
 from retain.retention.budget import anchored
 from retain.retention.filter import Filter, InputFilter
 from retain.retention.filter_checks import (
+    BEGAN_WITHOUT,
     NO_STRENGTH,
     SECOND_POINT,
     check_filter,
@@ -399,7 +400,9 @@ class Recipe:
             return False
         if progress is not None and not self.named:
             if not progress.get("filter"):
-                self.why_no_filter = progress.get("why_no_filter", "the training began without one")
+                self.why_no_filter = progress.get("why_no_filter", BEGAN_WITHOUT)
+                if self.why_no_filter == NO_STRENGTH and self._holds():  # now it has one
+                    self.why_no_filter = f"{BEGAN_WITHOUT}, for its strength was 0"
             elif self._two_points:
                 self.why_no_filter = SECOND_POINT
             elif rows is None:
