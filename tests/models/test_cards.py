@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +80,19 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert yaml.safe_load(with_base(peft, "/a/b").split("---")[1]) == {"tags": ["lora"]}
 
 
-def trained(folder: Path, **options: Any) -> tuple[retain.RetentionCallback, Trainer]:
+def trained(
+    folder: Path, arguments: Mapping[str, Any] | None = None, **options: Any
+) -> tuple[retain.RetentionCallback, Trainer]:
     model = tiny("llama")
     curvature = retain.fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
     callback = retain.RetentionCallback(curvature, **{"strength": 7.0, **options})
-    arguments = TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(folder), max_steps=2, save_steps=1, learning_rate=0.1, report_to="none",
-        use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+        use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, **(arguments or {}),
     )  # fmt: skip
-    trainer = Trainer(model=model, args=arguments, train_dataset=DATA, callbacks=[callback])
+    trainer = Trainer(
+        model=model, args=args, train_dataset=DATA, eval_dataset=DATA, callbacks=[callback]
+    )
     trainer.train()
     return callback, trainer
 
@@ -120,6 +125,18 @@ def test_a_trainer_s_checkpoints_and_folder_say_what_held(tmp_path: Path) -> Non
     trainer.save_model(str(tmp_path / "other"))
     callback.write_card(tmp_path / "other")
     assert str(card_of(tmp_path / "other")).count(BEGIN) == 1
+
+
+def test_the_card_says_that_the_best_checkpoint_was_loaded(tmp_path: Path) -> None:
+    best = {
+        "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss", "greater_is_better": True,  # so that it is the first
+    }  # fmt: skip
+    _, trainer = trained(tmp_path, best)
+    assert str(trainer.state.best_model_checkpoint).endswith("checkpoint-1")
+    told = "- Trained: 2 steps at a learning rate of 0.1, seed 42"
+    assert f"{told}; then the best checkpoint, checkpoint-1, was loaded\n" in card_of(tmp_path).text
+    assert f"{told}\n" in card_of(tmp_path / "checkpoint-2").text
 
 
 def test_a_card_stops_no_training(tmp_path: Path) -> None:

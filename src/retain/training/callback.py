@@ -268,9 +268,15 @@ class RetentionCallback(TrainerCallback):
         text = section({"Base model": plain_name(name), **self._trained, **facts(self.recipe)})
         extend_card(Path(folder).expanduser(), name, text, library)
 
-    def _card(self, folder: Path, args: TrainingArguments, state: TrainerState) -> None:
+    def _card(
+        self, folder: Path, args: TrainingArguments, state: TrainerState, *, ended: bool = False
+    ) -> None:
         """`write_card` where a trainer writes, which is no reason for a training to fail."""
-        self._trained["Trained"] = trained(state.global_step, args.learning_rate, args.seed)
+        told = trained(state.global_step, args.learning_rate, args.seed)
+        best = state.best_model_checkpoint if ended and args.load_best_model_at_end else None
+        if best is not None:
+            told += f"; then the best checkpoint, {Path(best).name}, was loaded"
+        self._trained["Trained"] = told
         if not (self._writes and folder.is_dir()):
             return
         try:
@@ -412,7 +418,7 @@ class RetentionCallback(TrainerCallback):
                 "as predicted: evaluate and save it anew, for its checkpoints are above the budget"
             )
         if args.should_save:
-            self._card(Path(str(args.output_dir)), args, state)
+            self._card(Path(str(args.output_dir)), args, state, ended=True)
 
     def _told(self) -> dict[str, float]:
         """What the last line of the log says of each named budget."""
