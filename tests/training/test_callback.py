@@ -566,6 +566,11 @@ def test_trained_tokens_are_said_to_be_held_by_nothing(tmp_path: Path) -> None:
         for name, parameter in model.named_parameters():
             if "trainable_tokens" in name:
                 parameter.requires_grad_(trains)
+        if trains:
+            call = RetentionCallback(fit(model), budget=0.1, source=ROWS["llama"])
+            fix = r"without trainable_token_indices; or, where .* are new, .* \(source=None\)"
+            with pytest.raises(ConfigError, match=f"while other weights train; .*{fix}"):
+                trainer(model, tmp_path, [call]).train()
         call = RetentionCallback(fit(model), budget=0.1, source=None, parts=("force",))
         run = trainer(model, tmp_path / str(trains), [call])
         with warnings.catch_warnings(record=True) as told:

@@ -230,12 +230,16 @@ class Force:
         """Keeps what the base predicts on each probe; refuses other weights that train."""
         other = self.unheld(model)
         if other:
+            kinds = "a new head has nothing to keep"
+            fix = "requires_grad_(False) for what is pre-trained; of a new head"
+            if all("trainable_tokens" in name for name in other):
+                kinds = "no prediction counts tokens of trainable_token_indices"
+                fix = "LoRA without trainable_token_indices; or, where those tokens are new,"
             raise ConfigError(
                 "what a budget spends cannot be measured while other weights train",
                 got=f"{len(other)} of them, such as {other[0]}",
-                allowed="weights that the curvature holds; a new head has nothing to keep",
-                fix="requires_grad_(False) for what is pre-trained; of a new head leave the probe "
-                "out (source=None), so that the prediction is believed",
+                allowed=f"weights that the curvature holds; {kinds}",
+                fix=f"{fix} leave the probe out (source=None), so that the prediction is believed",
             )
         first = self.holds[0].curvature
         for hold in self.holds:
