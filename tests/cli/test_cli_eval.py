@@ -249,6 +249,31 @@ def test_two_adapters_are_compared(page: Path) -> None:
     assert found["scores"]["data.row_loss"]["between"][0]["value"] == pytest.approx(sum(nats) / 8)
 
 
+def test_all_that_an_adapter_brings_is_its_own(
+    retain: Run, model: Path, source: Path, tmp_path: Path
+) -> None:
+    """LoRA on the tables of tokens has no curvature, and is measured as any other."""
+    cases: list[dict[str, Any]] = [
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        {"modules_to_save": ["lm_head"]},
+        {"use_dora": True, "trainable_token_indices": [3, 4]},
+        {"lora_bias": True},
+    ]
+    argv: list[object] = ["eval", "--source", source, "--rows", 2, "--max-length", 12]
+    want = []
+    for i, options in enumerate(cases):
+        given = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | options
+        base = AutoModelForCausalLM.from_pretrained(model)
+        size = base.num_parameters()
+        tuned = get_peft_model(base, LoraConfig(**given))
+        want.append(tuned.get_nb_trainable_parameters()[0])
+        tuned.save_pretrained(tmp_path / str(i))
+        argv += ["--adapter", tmp_path / str(i)]
+    found = retain(*argv, "--json").json
+    assert [one["trainable"] for one in found["adapters"]] == want
+    assert found["model"]["parameters"] == size
+
+
 def test_the_page_shows_answers_side_by_side(page: Path, retain: Run) -> None:
     html = page.read_text(encoding="utf-8")
     body = html.split("<body>")[1].split("</main>")[0]

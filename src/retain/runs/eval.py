@@ -240,11 +240,14 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _sizes(model: Any) -> tuple[int, int]:
-    """The base's parameters, and the adapter's."""
-    from retain.models.sites import lora_sites
+    """The base's parameters, and the adapter's: all that PEFT saves, such as a copy of a head."""
+    from peft import get_peft_model_state_dict
 
-    frozen = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
-    return frozen, sum(s.a.numel() + s.b.numel() for s in lora_sites(model))
+    from retain.models.names import ADAPTERS
+
+    base = (p for n, p in model.named_parameters() if not any(part in n for part in ADAPTERS))
+    own = get_peft_model_state_dict(model, save_embedding_layers=False).values()
+    return sum(p.numel() for p in base), sum(p.numel() for p in own)
 
 
 def load_tuned(
