@@ -11,7 +11,7 @@ from letters import Letters, logp
 
 import tiny
 from retain.data.specs import Item, TaskSpec
-from retain.errors import ConfigError, SourceError
+from retain.errors import ConfigError, ModelError, SourceError
 from retain.evaluation import general
 from retain.evaluation.generation import generate
 from retain.evaluation.score import Score, _extract, _number, _until, score_task
@@ -167,6 +167,25 @@ def test_mistakes_are_named(decoder: torch.nn.Module) -> None:
         score(decoder, [Item("a", (), "b")], kind="generate", metric="exact_match",
               max_new_tokens=300)  # fmt: skip
     assert math.isfinite(logp(decoder, "a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "metric"),
+    [
+        ("llama", "choice", "accuracy"), ("llama", "generate", "exact_match"),
+        ("bert", "choice", "accuracy"), ("bert", "regression", "pearson"),
+    ],
+)  # fmt: skip
+def test_predictions_that_are_not_finite_are_no_score(model: str, kind: str, metric: str) -> None:
+    broken, items = tiny.base(model), CHOICES
+    if kind != "choice":
+        answers = [i.prompt if kind == "generate" else float(len(i.prompt)) for i in CHOICES]
+        items = [Item(i.prompt, (), a, i.texts) for i, a in zip(CHOICES, answers, strict=True)]
+    assert score(broken, items, kind=kind, metric=metric, max_new_tokens=2).count == 5
+    with torch.no_grad():
+        list(broken.parameters())[-1].fill_(math.nan)
+    with pytest.raises(ModelError, match="not finite"):
+        score(broken, items, kind=kind, metric=metric, max_new_tokens=2)
 
 
 def test_a_limit_is_for_common_knowledge_too(monkeypatch: pytest.MonkeyPatch) -> None:

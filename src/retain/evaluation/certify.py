@@ -325,7 +325,6 @@ def answers_of(
         view.model, words, [prompts[i] for i in ranked], options, batch_size=batch_size,
         progress=progress, label=f"{label}, choices",
     )  # fmt: skip
-    likely = [value for row in scores.logp for value in row]
     for i, best in zip(ranked, scores.best(), strict=True):
         said[i] = items[i].choices[best]
     free = [i for i, item in enumerate(items) if not item.choices]
@@ -336,12 +335,12 @@ def answers_of(
             progress=progress, label=f"{label}, answers",
         )  # fmt: skip
         pairs = [answered(p, a) for p, a in zip(ids, written, strict=True)]
-        likely += row_log_probabilities(view, pairs, batch_size, progress, f"{label}, read again")
+        likely = row_log_probabilities(view, pairs, batch_size, progress, f"{label}, read again")
+        if not all(map(math.isfinite, likely)):
+            raise not_finite()
         texts = words.batch_decode(written, skip_special_tokens=True)
         for i, text in zip(free, texts, strict=True):
             said[i] = text
-    if not all(map(math.isfinite, likely)):
-        raise not_finite()
     return [
         (text, text == item.choices[item.choice] if item.choices else item.right(text))
         for text, item in zip(said, items, strict=True)

@@ -10,6 +10,7 @@ prompts begin with, a system's words or examples, is run once a batch in the sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 
 from retain.data.batches import Example
 from retain.data.tokens import tokenize
-from retain.errors import ConfigError
+from retain.errors import ConfigError, not_finite
 from retain.models.reuse import branch_logits, can_reuse, shared_tokens
 from retain.models.sizes import check_length, pad_multiple
 from retain.models.view import ModelView
@@ -79,6 +80,7 @@ def score_options(
 
     Raises:
         ConfigError: a prompt or an option without tokens, or a prompt without options.
+        ModelError: predictions that are not finite, of which the first option would be the best.
     """
     view = ModelView.of(model, tokenizer)
     asked = _questions(tokenizer, prompts, options, max_length)
@@ -118,6 +120,8 @@ def score_options(
                     start += len(leaf)
             picks.collect(torch.cat([first, rest]))
             bar.update(len(chunk))
+    if not all(math.isfinite(score) for q in unique for score in q.scores):
+        raise not_finite()
     return Ranking([list(q.scores) for q in asked])
 
 

@@ -18,7 +18,7 @@ from retain.data.batches import Example
 from retain.data.patterns import PatternError, first_match
 from retain.data.specs import Item, TaskSpec
 from retain.data.tokens import fit_prompt
-from retain.errors import ConfigError, SourceError, shown
+from retain.errors import ConfigError, SourceError, not_finite, shown
 from retain.evaluation.generation import generate
 from retain.evaluation.metrics import TEXT_METRICS, compute, plain_minus
 from retain.evaluation.ranking import score_options
@@ -89,6 +89,7 @@ def score_task(
     Raises:
         ConfigError: a task that this model cannot be asked.
         SourceError: no items.
+        ModelError: predictions that are not finite, whose scores would look like any others.
     """
     if not items:
         raise SourceError(
@@ -194,6 +195,8 @@ def _encoder(
             for row, part in zip(batch.rows, logits.double().cpu(), strict=True):
                 rows[row] = part
     outputs = torch.stack(rows)
+    if not bool(outputs.isfinite().all()):
+        raise not_finite()
     if kind == "regression":
         return outputs[:, 0].tolist(), None
     answers = torch.tensor([int(i.answer) for i in items])
