@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import retain
 from retain.data.sources import encode
-from retain.errors import ConfigError, RetainWarning
+from retain.errors import ConfigError, ModelError, RetainWarning
 from retain.types import UPDATES, Update
 from tiny import ROWS, exactly, move, tiny, weights
 
@@ -164,6 +164,97 @@ def test_the_scaler_of_accelerates_optimiser_is_used(
         held.finish()
         ends.append(weights(model))
     exactly(*ends)
+
+
+def halves(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
+    """A and B, as two optimisers may have them."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return [[p for n, p in named if f"lora_{which}" in n] for which in "AB"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"update": "proximal"}, {"budget": 1e-4, "probe": ROWS["llama"]},
+     {"kl": 1.0, "source": ROWS["llama"]}], ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_several_optimisers_step_as_one_in_one_call(options: dict[str, Any], kind: Any) -> None:
+    ends, states = [], []
+    for several in (False, True):
+        model = tiny("llama")
+        curvature = retain.fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
+        parts = halves(model)
+        optimizers = [kind(p, lr=0.05) for p in (parts if several else [[*parts[0], *parts[1]]])]
+        held = retain.Retention(model, curvature, rows=TASK, **options)
+        for batch in batches_of(2):
+            model(**batch, labels=batch["input_ids"]).loss.backward()
+            nats = held.step(optimizers if several else optimizers[0])
+            for each in optimizers:
+                each.zero_grad()
+        states.append((nats, held.strength, held.progress()))
+        held.finish()
+        ends.append(weights(model))
+    exactly(*ends)
+    assert states[0] == states[1]
+
+
+def test_a_call_for_each_of_several_optimisers_is_refused() -> None:
+    model = tiny("llama")
+    curvature = retain.fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
+    first, second = (torch.optim.SGD(part, lr=0.05) for part in halves(model))
+    held = retain.Retention(model, curvature)
+    batch = torch.tensor([TASK[0]["input_ids"]])
+    model(input_ids=batch, labels=batch).loss.backward()
+    held.step(first)
+    gradients = [p.grad.clone() for part in halves(model) for p in part if p.grad is not None]
+    before = weights(model)
+    with pytest.raises(ConfigError, match=r"applies the force anew.*retention.step\(\[first, sec"):
+        held.step(second)
+    exactly(weights(model), before)
+    left = [p.grad for part in halves(model) for p in part if p.grad is not None]
+    assert all(map(torch.equal, left, gradients)) and len(left) == len(gradients)
+    held.step(torch.optim.SGD(halves(model)[0], lr=0.1))  # a new one of the same weights
+    held.step([first, second])
+
+
+def test_deepspeeds_optimiser_is_refused_among_several() -> None:
+    model = tiny("llama")
+    curvature = retain.fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
+    kind = type("DeepSpeedZeroOptimizer", (torch.optim.SGD,), {})
+    first, second = halves(model)
+    with pytest.raises(ModelError, match="DeepSpeed steps its optimiser behind"):
+        retain.Retention(model, curvature).step([torch.optim.SGD(first), kind(second)])
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_scaler_that_optimisers_share_unscales_once(
+    accelerated: None, update: Update, wrapped: bool
+) -> None:
+    """And is updated once, as for one optimiser; the first step is left out."""
+    ends, scales = [], []
+    for several in (False, True):
+        model = tiny("llama", dtype=torch.float32)
+        curvature = retain.fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
+        move(model, seed=3, size=0.05)
+        parts = halves(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-111)
+        groups = parts if several else [[*parts[0], *parts[1]]]
+        every: list[Any] = [torch.optim.SGD(part, lr=0.1) for part in groups]
+        if wrapped:
+            every = [AcceleratedOptimizer(o, device_placement=False, scaler=scaler) for o in every]
+        held = retain.Retention(model, curvature, 30.0, parts=["force"], update=update)
+        for batch in batches_of(2):
+            scaler.scale(model(**batch, labels=batch["input_ids"]).loss).backward()
+            held.step(every, None if wrapped else scaler)
+            for each in every:
+                each.zero_grad()
+        scales.append((scaler.get_scale(), scaler._get_growth_tracker()))
+        assert not wrapped or all(each.scaler is scaler for each in every)
+        held.finish()
+        ends.append(weights(model))
+    exactly(*ends)
+    assert scales == [(2.0**16, 3)] * 2
 
 
 def test_a_loop_with_a_filter_goes_on_with_its_rows() -> None:

@@ -523,11 +523,12 @@ class Force:
         return [_square(found) for found in zip(*pairs, strict=True)]
 
     @no_autocast()
-    def apply_proximal(self, optimizer: Optimizer) -> float:
-        """Pulls the adapter back after a step of `optimizer`; returns predicted nats."""
+    def apply_proximal(self, *optimizers: Optimizer) -> float:
+        """Pulls the adapter back after a step of the optimisers; returns predicted nats."""
         value: Tensor | None = None
         if self.strength:
-            rates = step_lengths(optimizer)
+            lengths = [step_lengths(each) for each in optimizers]
+            rates = {key: length for each in lengths for key, length in each.items()}
             held = [p for p in self.parameters() if id(own(p)) in rates]
             steps = {id(p): self.strength * rates[id(own(p))] for p in held}
             for curvature in [c for c in (self.past, self.curvature) if c is not None]:

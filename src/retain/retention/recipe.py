@@ -527,11 +527,11 @@ class Recipe:
         yield
         scatter(self._shards, gradients=gradients)
 
-    def after_step(self, optimizer: Optimizer, *, skipped: bool = False) -> float | None:
+    def after_step(self, *optimizers: Optimizer, skipped: bool = False) -> float | None:
         """After a step of the optimiser; returns predicted nats of a proximal one.
 
         Args:
-            optimizer: whose step it was.
+            optimizers: whose step it was; of several all, in one call.
             skipped: whether a gradient scaler left the step out.
         """
         with self._whole():
@@ -540,7 +540,7 @@ class Recipe:
                     held.after_step()
             if self.force is None or self.update != "proximal" or skipped:
                 return None
-            return self.force.apply_proximal(optimizer)
+            return self.force.apply_proximal(*optimizers)
 
     def finish(self) -> None:
         """After the last step: takes back what is above the budget."""

@@ -95,6 +95,7 @@ class Retention:
     ) -> None:
         check_steps(model)
         self._stepped = progress is not None
+        self._weights: set[int] = set()  # ``id`` of those that the first step's optimisers train
         self.recipe = Recipe(
             curvature, strength, parts=parts, budget=budget, confidence=confidence, past=past,
             update=update, filter=filter, kl=kl,
@@ -120,12 +121,15 @@ class Retention:
         return self.recipe.predicted()
 
     def step(
-        self, optimizer: Optimizer, scaler: torch.amp.GradScaler | None = None
+        self,
+        optimizer: Optimizer | Sequence[Optimizer],
+        scaler: torch.amp.GradScaler | None = None,
     ) -> float | None:
         """Steps the optimiser with the recipe applied, in place of ``optimizer.step()``.
 
         Args:
-            optimizer: that trains the model.
+            optimizer: that trains the model; where several do, all in one list, for each call
+                applies the recipe anew.
             scaler: of float16 gradients: it unscales them, unless it has for clipping, steps in
                 place of ``scaler.step`` and is updated. An optimiser of accelerate's has its own.
 
@@ -136,32 +140,43 @@ class Retention:
 
         Raises:
             ModelError: an optimiser of DeepSpeed.
-            ConfigError: with ``proximal``, an optimiser that is neither torch's SGD nor like Adam;
-                a schedule-free one, but beside a strength without a filter.
+            ConfigError: an optimiser that trains none of the weights of the first step's; with
+                ``proximal``, one that is neither torch's SGD nor like Adam; a schedule-free one,
+                but beside a strength without a filter.
             TrainingError: the weights have left the finite numbers.
         """
-        check_steps(optimizer)
-        self.recipe.check_optimizer(optimizer)
+        every: list[Any] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        for each in every:
+            check_steps(each)
+            self.recipe.check_optimizer(each)
+        self._check_together(every)
         self._stepped = True
-        if not getattr(getattr(optimizer, "gradient_state", None), "sync_gradients", True):
+        waits = [getattr(each, "gradient_state", None) for each in every]
+        if not all(getattr(state, "sync_gradients", True) for state in waits):
             return None
-        wrapped: Any = optimizer
-        own = getattr(optimizer, "scaler", None)  # of accelerate's, which it steps and updates
-        by, scaled = (scaler, wrapped) if own is None else (own, wrapped.optimizer)
-        if by is not None:
-            with suppress(RuntimeError):  # they are unscaled already
-                by.unscale_(scaled)
-        nats, skipped = self.recipe.before_optimizer(), False
-        if scaler is None or own is not None:
-            optimizer.step()
-            skipped = bool(getattr(optimizer, "step_was_skipped", False))
-        else:
-            scale = scaler.get_scale()
-            scaler.step(optimizer)
-            scaler.update()
-            skipped = scaler.get_scale() < scale
-        after = self.recipe.after_step(optimizer, skipped=skipped)
+        scaled = [(each, *_scaler_of(each, scaler)) for each in every]
+        for _, by, known in scaled:
+            if by is not None:
+                with suppress(RuntimeError):  # they are unscaled already
+                    by.unscale_(known)
+        nats = self.recipe.before_optimizer()
+        stepped = _step_each(scaled)
+        after = self.recipe.after_step(*stepped, skipped=not stepped)
         return nats if after is None else after
+
+    def _check_together(self, optimizers: Sequence[Any]) -> None:
+        """Refuses a call for each of several optimisers, which would apply the recipe to each."""
+        groups = (group for each in optimizers for group in each.param_groups)
+        trained = (id(weight) for group in groups for weight in group["params"])
+        if not self._weights:
+            self._weights.update(trained)
+        elif self._weights.isdisjoint(trained):
+            raise ConfigError(
+                "each call of retention.step applies the force anew",
+                got="an optimiser that trains none of the weights of the first step's",
+                allowed="one call a step, with all of its optimisers in a list",
+                fix="retention.step([first, second])",
+            )
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint of the loop is to keep, as plain data for JSON."""
@@ -190,6 +205,52 @@ class Retention:
                 stacklevel=2,
             )
         self.recipe.end()
+
+
+class _Stepping:
+    """A gradient scaler that steps one of several optimisers, and is updated after the last."""
+
+    def __init__(self, scaler: Any) -> None:
+        self.step = scaler.step
+
+    def update(self) -> None:
+        """Nothing yet: an update forgets whose gradients are unscaled already."""
+
+
+def _scaler_of(optimizer: Any, given: Any) -> tuple[Any, Any]:
+    """The gradient scaler of an optimiser, and the one that it steps: accelerate's has its own."""
+    own = getattr(optimizer, "scaler", None)
+    return (given, optimizer) if own is None else (own, optimizer.optimizer)
+
+
+def _step_each(scaled: Sequence[tuple[Any, Any, Any]]) -> list[Any]:
+    """Steps optimisers, each with what `_scaler_of` tells of it.
+
+    Returns:
+        Those that have stepped: a gradient scaler leaves steps out. One that was given does not
+        tell whose, so then none of those has.
+    """
+    given = next((by for each, by, known in scaled if by is not None and known is each), None)
+    scale = None if given is None else given.get_scale()
+    for each, by, known in scaled:
+        if by is None:
+            each.step()
+        elif known is each:
+            by.step(each)
+        else:
+            each.scaler = _Stepping(by)
+            try:
+                each.step()
+            finally:
+                each.scaler = by
+    for by in {id(by): by for _, by, _ in scaled if by is not None}.values():
+        by.update()
+    left_out = given is not None and given.get_scale() < scale
+    return [
+        each for each, by, known in scaled
+        if not (left_out if by is not None and known is each
+                else getattr(each, "step_was_skipped", False))
+    ]  # fmt: skip
 
 
 def check_steps(part: object) -> None:
