@@ -195,6 +195,37 @@ def test_a_proximal_step_beside_an_unread_optimiser_is_refused_before_the_first(
             run.train()
 
 
+@pytest.mark.parametrize(
+    ("options", "fine"),
+    [({}, False), ({"kl": 1.0, "update": "proximal"}, False), ({"update": "proximal"}, True),
+     ({"strength": 0.0}, True)], ids=str,
+)  # fmt: skip
+def test_what_is_added_to_gradients_is_refused_beside_one_that_maximises(
+    options: dict[str, Any], fine: bool, tmp_path: Path
+) -> None:
+    """It would push the model away; a proximal step pulls by itself."""
+    model = tiny("llama")
+    curvature, before = fit(model), weights(model)
+    given = {"source": DATA} if "kl" in options else {}
+    held = Retention(model, curvature, parts=("force",), **options, **given)
+    optimizer: Any = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=0.01, maximize=True
+    )
+    call = RetentionCallback(curvature, parts=("force",), **options, **given)
+    run = trainer(model, tmp_path, [call])
+    run.optimizer = optimizer
+    if fine:
+        held.step(optimizer)
+        run.train()
+        return
+    told = "turns the force round.*got: AdamW with maximize=True"
+    with pytest.raises(ConfigError, match=told):
+        held.step(optimizer)
+    with pytest.raises(ConfigError, match=told):
+        run.train()
+    exactly(weights(model), before)
+
+
 class ScheduleFree(torch.optim.Optimizer):
     """SGD as schedule-free: weights y while it trains, a mix of y and z to evaluate and save."""
 

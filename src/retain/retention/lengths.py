@@ -13,7 +13,7 @@ from retain.errors import ConfigError
 from retain.models.shards import whole
 from retain.retention.watch import read
 
-__all__ = ["check_lengths", "check_points", "keeps_two", "step_lengths"]
+__all__ = ["check_descends", "check_lengths", "check_points", "keeps_two", "step_lengths"]
 
 
 def keeps_two(optimizer: Optimizer) -> bool:
@@ -40,6 +40,21 @@ def check_points(optimizer: Optimizer, part: str) -> None:
             got=_name(_inner(optimizer)[0]),
             allowed="what acts on gradients: a strength, update='gradient', no filter",
             fix="a strength and parts=['rows', 'force']; or another optimiser",
+        )
+
+
+def check_descends(optimizer: Optimizer) -> None:
+    """Refuses an optimiser that climbs, so that what is added to gradients would push, not pull.
+
+    Raises:
+        ConfigError: it has ``maximize=True``.
+    """
+    if any(group.get("maximize") for group in _inner(optimizer)[0].param_groups):
+        raise ConfigError(
+            "an optimiser that maximises turns the force round, which is added to the gradients",
+            got=f"{_name(_inner(optimizer)[0])} with maximize=True",
+            allowed="an optimiser that minimises",
+            fix="maximize=False, and the negative of what is maximised as the loss",
         )
 
 

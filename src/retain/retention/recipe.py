@@ -66,7 +66,7 @@ from retain.retention.fresh_rows import FrozenRows, fresh_rows
 from retain.retention.given import PARTS, check_given, check_max_rank
 from retain.retention.head import HeadFit, fit_head
 from retain.retention.hooks import GradientHooks, check_backward
-from retain.retention.lengths import check_lengths, check_points, keeps_two
+from retain.retention.lengths import check_descends, check_lengths, check_points, keeps_two
 from retain.retention.loader import RowReader
 from retain.retention.marks import mark, release_left, unmark
 from retain.retention.measure import fit_rows
@@ -439,14 +439,16 @@ class Recipe:
     # While it trains.
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Refuses one beside whose steps a part cannot act; see `check_lengths`, `check_points`.
+        """Refuses one beside whose steps a part cannot act; see `check_lengths`, `check_points`
+        and `check_descends`.
 
         Where it is known before `begin`, a filter that nobody has named is left out instead.
 
         Raises:
             ConfigError: it is one.
         """
-        proximal = self.update == "proximal" and "force" in self.parts and self.weighs()
+        pulls = "force" in self.parts and self.weighs()
+        proximal = pulls and self.update == "proximal"
         held = self.filter if self._held is not None else None
         self._two_points = keeps_two(optimizer)
         for part, acts in (
@@ -458,6 +460,8 @@ class Recipe:
                 check_points(optimizer, part)
         if proximal:
             check_lengths(optimizer)
+        if self.kl.weight or (pulls and not proximal):
+            check_descends(optimizer)
 
     def holds(self, model: nn.Module) -> bool:
         """Whether it is this model that is held, from `begin` to `release`."""

@@ -142,7 +142,7 @@ class Retention:
             ModelError: an optimiser of DeepSpeed.
             ConfigError: an optimiser that trains none of the weights of the first step's; with
                 ``proximal``, one that is neither torch's SGD nor like Adam; a schedule-free one,
-                but beside a strength without a filter.
+                but beside a strength without a filter; one with ``maximize=True``.
             TrainingError: the weights have left the finite numbers.
         """
         every: list[Any] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
