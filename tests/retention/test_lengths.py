@@ -71,6 +71,12 @@ def test_of_momentum_it_is_what_a_gradient_moves_in_the_end(options: dict[str, f
     assert step_lengths(optimizer)[id(weight)] == pytest.approx(-float(weight.detach()))
 
 
+def test_a_momentum_that_never_fades_is_refused() -> None:
+    for ask in (step_lengths, check_lengths):
+        with pytest.raises(ConfigError, match="a momentum that never fades; got: momentum=1"):
+            ask(stepped(torch.optim.SGD, lr=0.1, momentum=1.0))
+
+
 def test_steps_that_were_all_skipped_move_nothing() -> None:
     optimizer = stepped(torch.optim.Adam, lr=0.1)
     for state in optimizer.state.values():

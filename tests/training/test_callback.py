@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import warnings
 from collections.abc import Iterable
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from retain import OutputKL, Retention, RetentionCallback, fit_curvature
-from retain.errors import ConfigError, MismatchError, RetainWarning
+from retain.errors import ConfigError, MismatchError, ModelError, RetainWarning
 from retain.models.lora import attach_lora, grow_lora
 from retain.models.view import ModelView
 from retain.retention.facts import facts
@@ -104,6 +105,31 @@ def test_strength_zero_is_plain_training_bit_for_bit(update: str, tmp_path: Path
     trainer(plain, tmp_path, []).train()
     trainer(held, tmp_path, [RetentionCallback(fit(held), 0.0, update)]).train()
     exactly(weights(held), weights(plain))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"budget": 1e-3, "source": DATA}, {"kl": 1.0, "source": DATA, "moved": True}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_callback_that_has_trained_can_be_pickled(
+    options: dict[str, Any], attached: bool, tmp_path: Path
+) -> None:
+    model, given = tiny("llama"), {k: v for k, v in options.items() if k != "moved"}
+    if "moved" in options:  # so that the KL is from the adapter it began with
+        move(model, seed=3, size=0.05)
+    call = RetentionCallback(fit(model), **given)
+    run = trainer(model, tmp_path, [] if attached else [call])
+    if attached:
+        call.attach(run)
+    run.train()
+    again = pickle.loads(pickle.dumps(call))
+    assert again.recipe.predicted() == call.recipe.predicted() > 0
+    other = tiny("llama")
+    if "moved" in options:
+        move(other, seed=3, size=0.05)
+    trainer(other, tmp_path, [again]).train()
+    exactly(weights(other), weights(model))
 
 
 class Drawn(Dataset[Any]):
@@ -224,6 +250,21 @@ def test_what_is_added_to_gradients_is_refused_beside_one_that_maximises(
     with pytest.raises(ConfigError, match=told):
         run.train()
     exactly(weights(model), before)
+
+
+def test_one_that_computes_gradients_inside_its_step_is_refused(tmp_path: Path) -> None:
+    model = tiny("llama")
+    curvature, before = fit(model), weights(model)
+    optimizer: Any = torch.optim.LBFGS(p for p in model.parameters() if p.requires_grad)
+    told = "computes gradients inside its step, where no force can act; got: LBFGS"
+    run = trainer(model, tmp_path, [RetentionCallback(curvature, parts=("force",))])
+    run.optimizer = optimizer
+    with pytest.raises(ModelError, match=told):
+        run.train()
+    with pytest.raises(ModelError, match=told):
+        Retention(model, curvature, parts=("force",)).step(optimizer)
+    exactly(weights(model), before)
+    assert all(p.grad is None for p in model.parameters())
 
 
 class ScheduleFree(torch.optim.Optimizer):

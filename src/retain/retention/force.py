@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from retain.models.forward import no_autocast
 from retain.models.heads import head_kind
 from retain.models.processes import of_first
 from retain.models.shards import own, reshard, scatter
-from retain.models.sites import LinearSite, check_held
+from retain.models.sites import LinearSite, Site, check_held
 from retain.retention.budget import Budget, anchored, check_confidence, scale_back, settle
 from retain.retention.lengths import step_lengths
 from retain.retention.measure import Reference
@@ -245,9 +246,8 @@ class Force:
         for hold in self.holds:
             rows = probes.get(hold.name)
             if rows:
-                hold.probe = Reference(
-                    model, rows, batch_size=len(rows), base=lambda _: anchored(first, self.sites)
-                )
+                base = partial(_anchored, first, self.sites)
+                hold.probe = Reference(model, rows, batch_size=len(rows), base=base)
 
     def _check_measured(self) -> None:
         """Refuses a confidence in what is not measured, or has no spread."""
@@ -635,6 +635,13 @@ def check_strength(strength: float) -> None:
             "the strength is too large", got=strength, allowed=f"0 to {STRONGEST:g}",
             fix=f"strength={STRENGTH:g}",
         )  # fmt: skip
+
+
+def _anchored(
+    curvature: Curvature, sites: Sequence[Site], model: nn.Module
+) -> AbstractContextManager[None]:
+    """Inside it the model, whose layers these are, is where the curvature's anchor is."""
+    return anchored(curvature, sites)
 
 
 def _square(tensors: Sequence[Tensor]) -> Tensor:

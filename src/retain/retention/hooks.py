@@ -16,7 +16,7 @@ from retain.errors import ModelError
 from retain.models.forward import no_autocast
 from retain.models.shards import gather_gradients, shard_of
 
-__all__ = ["IN_BACKWARD", "GradientHooks", "Work", "check_backward", "steps_in_backward"]
+__all__ = ["IN_BACKWARD", "GradientHooks", "Work", "always", "check_backward", "steps_in_backward"]
 
 IN_BACKWARD = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo")
 """Classes of optimisers that step inside the backward pass: what transformers has in place of one
@@ -104,7 +104,7 @@ class GradientHooks:
         self.weights, self.work = list(weights), work
         shards = {place: shard_of(weight) for place, weight in enumerate(self.weights)}
         self._sharded = {place: s for place, s in shards.items() if s is not None}
-        self.live: Callable[[], bool] = _always
+        self.live: Callable[[], bool] = always
         self.by_hand = False  # nothing hears a pass: `settle` changes what is there once a step
         self._due = False
         self._handles: list[Any] = []
@@ -199,5 +199,6 @@ def _at_end(call: Callable[[], None]) -> None:
     Variable._execution_engine.queue_callback(call)
 
 
-def _always() -> bool:
+def always() -> bool:
+    """Of a training of which it is told when it ends: it still runs."""
     return True

@@ -62,15 +62,24 @@ def check_lengths(optimizer: Optimizer) -> None:
     """Refuses an optimiser whose step lengths are not known, as far as it shows before a step.
 
     Raises:
-        ConfigError: it is neither torch's SGD nor one with betas, as Adam's kin have; or gradients
-            are changed inside its step, by a hook or around that of torch's, as PEFT's Riemannian
-            one does: what Adam keeps is of those then, and tells nothing of a step of the force.
+        ConfigError: it is neither torch's SGD nor one with betas, as Adam's kin have; SGD with a
+            momentum of 1, whose steps never end; or gradients are changed inside its step, by a
+            hook or around that of torch's, as PEFT's Riemannian one does: what Adam keeps is of
+            those then, and tells nothing of a step of the force.
     """
     inner, sgd = _inner(optimizer)
     kind = getattr(inner, "stands_for", type(inner))
     known = all("betas" in group for group in inner.param_groups)
     if not sgd and not (known and all(_package(k) != "bitsandbytes" for k in kind.__mro__)):
         raise _unread(inner)  # that of bitsandbytes has betas, and other names for what it keeps
+    endless = [g["momentum"] for g in inner.param_groups if sgd and g["momentum"] >= 1]
+    if endless:
+        raise ConfigError(
+            "a proximal step has no length beside a momentum that never fades",
+            got=f"momentum={endless[0]:g}",
+            allowed="below 1",
+            fix="momentum=0.9, or update='gradient'",
+        )
     changed = _changed(inner)
     if changed is not None:
         raise ConfigError(

@@ -35,7 +35,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -326,7 +326,7 @@ class Recipe:
         first, sites = self._curvatures()[0], lora_sites(model, sharded=True)
         with anchored(first, sites, grown=True):  # refused before the first step, if at all
             pass
-        return lambda: anchored(first, sites, grown=True)
+        return partial(anchored, first, sites, grown=True)
 
     def _begin_rows(
         self, model: nn.Module, filters: bool, progress: Mapping[str, Any] | None

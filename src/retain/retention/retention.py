@@ -139,7 +139,7 @@ class Retention:
             accumulates (``accelerator.accumulate``): then nothing is done.
 
         Raises:
-            ModelError: an optimiser of DeepSpeed.
+            ModelError: an optimiser of DeepSpeed, or one that computes gradients inside its step.
             ConfigError: an optimiser that trains none of the weights of the first step's; with
                 ``proximal``, one that is neither torch's SGD nor like Adam; a schedule-free one,
                 but beside a strength without a filter; one with ``maximize=True``.
@@ -254,9 +254,10 @@ def _step_each(scaled: Sequence[tuple[Any, Any, Any]]) -> list[Any]:
 
 
 def check_steps(part: object) -> None:
-    """Refuses a model or an optimiser of DeepSpeed, and optimisers that step as gradients come.
+    """Refuses a model or an optimiser of DeepSpeed, and optimisers that take their own gradients.
 
-    Those of accelerate's that are around them too. `check_backward` finds the hooks of others.
+    Those that step as gradients come, and those that compute them inside their step, as LBFGS does;
+    those of accelerate's that are around them too. `check_backward` finds the hooks of others.
 
     Raises:
         ModelError: it is one.
@@ -266,6 +267,13 @@ def check_steps(part: object) -> None:
             raise no_deepspeed()
         if kind.__name__ in IN_BACKWARD:
             raise steps_in_backward(kind.__name__, 'optim="adamw_torch", or another without it')
+        if issubclass(kind, torch.optim.LBFGS):
+            raise ModelError(
+                "the optimiser computes gradients inside its step, where no force can act",
+                got="LBFGS",
+                allowed="an optimiser whose step takes no closure",
+                fix="torch.optim.AdamW, or SGD",
+            )
 
 
 def no_deepspeed() -> ModelError:

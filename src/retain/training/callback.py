@@ -24,6 +24,7 @@ from retain.retention.facts import changed, facts, settings_of, trained
 from retain.retention.filter import Filter
 from retain.retention.force import Force
 from retain.retention.given import no_curvature
+from retain.retention.hooks import always
 from retain.retention.loader import is_readable, loader_examples
 from retain.retention.marks import release_left
 from retain.retention.named import Budgets, Curvatures, check_names, named
@@ -336,7 +337,7 @@ class RetentionCallback(TrainerCallback):
             )
         if self._zero is not None:
             recipe.by_hand()
-        recipe.guard(Running() if self._handler is None else lambda: True)
+        recipe.guard(Running() if self._handler is None else always)
         go_first(self, handler)
 
     def _let_go(self) -> None:

@@ -51,12 +51,22 @@ class Running:
         others = sys._current_frames().values()  # a GPU's gradients come in threads of their own
         return any(self._on_stack(frame, trainer) for frame in others)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, such as a pickled one, is of no training that goes on."""
+        if self._trainer is None:
+            return self.__dict__
+        return {"_trainer": _gone, "_state": _gone, "_code": None}
+
     def _on_stack(self, frame: FrameType | None, trainer: Any) -> bool:
         while frame is not None:
             if frame.f_code is self._code and frame.f_locals.get("self") is trainer:
                 return True
             frame = frame.f_back
         return False
+
+
+def _gone() -> None:
+    """In place of a weak reference, which cannot be pickled."""
 
 
 def calling_handler() -> CallbackHandler | None:
