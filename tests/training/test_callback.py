@@ -547,6 +547,24 @@ def test_moved_back_to_the_budget_after_the_last_evaluation_is_said(
     assert len(found) == best
 
 
+def test_weights_that_are_put_in_after_the_last_step_are_within_the_budget(tmp_path: Path) -> None:
+    """As those of an average are, of a callback that comes later."""
+
+    class Puts(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step >= state.max_steps:
+                move(kwargs["model"], 3)
+
+    model = tiny("llama")
+    call = RetentionCallback(fit(model), budget=1e-3, parts=("force",), source=ROWS["llama"])
+    with pytest.warns(RetainWarning, match="moved back to its budget"):
+        trainer(model, tmp_path, [call, Puts()]).train()
+    assert call.force is not None
+    (hold,) = call.force.holds
+    assert hold.probe is not None and hold.measured is not None and 5e-4 < hold.measured <= 1e-3
+    assert hold.probe.measure(model).kl == pytest.approx(hold.measured, rel=1e-4)
+
+
 @pytest.mark.parametrize("around", ["adapter", "base"])
 def test_it_is_said_what_an_adapter_that_had_learned_is_held_to(
     around: str, tmp_path: Path

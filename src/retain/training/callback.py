@@ -73,7 +73,8 @@ class RetentionCallback(TrainerCallback):
     filter, is kept in ``trainer_state.json`` of each checkpoint, and read from the one that is
     resumed, wherever it lies; of a filtered A in bfloat16, or that proximal steps move,
     ``filtered.safetensors`` beside it has the rest. A budget is settled by measuring before the
-    last checkpoint and when training ends; earlier checkpoints may be above it.
+    last checkpoint and when training ends; earlier checkpoints may be above it, and so may weights
+    that another callback puts in when training ends (docs/faq.md).
 
     Checkpoints and the output folder have a section in their ``README.md``, the model card, which
     says what held the model; see `write_card` for other folders.
