@@ -19,6 +19,7 @@ import retain
 import tiny
 from retain.errors import ConfigError, SourceError
 from retain.evaluation import lm_eval as bridge
+from retain.evaluation.general import general_scores
 from retain.evaluation.ranking import score_options
 
 DATA = Path(
@@ -226,6 +227,36 @@ def test_one_number_a_task() -> None:
         "d": {"alias": "d", "acc,none": "N/A"},
     }
     assert bridge.headline(results) == {"a": 0.6, "b": 0.25, "c": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "names"),
+    [
+        (["whole", "solo"], {"whole", "solo"}),
+        (["whole", "solo", "b"], {"whole", "solo", "b"}),
+        (["loose", "solo"], {"x", "y", "solo"}),  # without a number of its own
+        (["outer"], {"outer"}),
+        (["tag"], {"a", "b"}),
+    ],
+)
+def test_a_group_counts_once(
+    tasks: list[str], names: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = {"whole": ["a", "b"], "loose": ["x", "y"], "outer": ["loose", "whole"]}
+
+    def told(model: Any, tokenizer: Any, asked: list[str], *rest: Any) -> dict[str, Any]:
+        run, groups = list(asked), {}
+        for name in run:
+            if name in inside:
+                groups[name] = inside[name]
+            run += inside.get(name, ["a", "b"] if name == "tag" else [])
+        scored = set(run) - {"loose", "tag"}
+        results = {n: {"alias": n} | ({"acc,none": 0.5} if n in scored else {}) for n in run}
+        return {"results": results, "group_subtasks": groups}
+
+    monkeypatch.setattr(bridge, "_evaluated", told)
+    model: Any = object()
+    assert general_scores(model, model, tasks) == dict.fromkeys(names, 0.5)
 
 
 def test_the_begun_sentence_is_split_off(tmp_path: Path) -> None:

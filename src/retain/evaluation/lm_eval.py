@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "LOCAL", "GeneralItems", "check_tasks", "evaluate_general", "general_items", "headline",
-    "local_rows",
+    "LOCAL", "GeneralItems", "asked_scores", "check_tasks", "evaluate_general", "general_items",
+    "headline", "local_rows",
 ]  # fmt: skip
 
 LOCAL: dict[str, tuple[str, str]] = {
@@ -98,6 +98,31 @@ def evaluate_general(
     found = _evaluated(model, tokenizer, tasks, data_dir, limit, batch_size)
     results: dict[str, dict[str, Any]] = found["results"]
     return results
+
+
+def asked_scores(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, float]:
+    """`headline` of the tasks; see `evaluate_general`.
+
+    A group is one number: its members stand beside it only where they are asked for too, or where
+    lm-eval has none for the group.
+    """
+    found = _evaluated(model, tokenizer, tasks, data_dir, limit, batch_size)
+    scores, members = headline(found["results"]), found.get("group_subtasks") or {}
+    counted: set[str] = set()
+    groups = [name for name in members if name in scores]
+    while groups:
+        inside = members.get(groups.pop(), [])
+        counted.update(inside)
+        groups += inside
+    return {n: score for n, score in scores.items() if n in tasks or n not in counted}
 
 
 def general_items(
