@@ -9,7 +9,13 @@ import pytest
 import torch
 import transformers
 from doors import trainer
-from peft import LoraConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -193,6 +199,21 @@ def test_a_mixed_model_is_refused_by_name(call: Any) -> None:
     mixed = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]), mixed=True)
     with pytest.raises(ModelError, match=r"mixed model.*got: PeftMixedModel.*without mixed=True"):
         call(mixed)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig])
+def test_tokens_before_a_text_are_refused_where_each_is_predicted(kind: Any) -> None:
+    def prompted(base: Any, task: str, kind: Any = kind) -> Any:
+        return get_peft_model(base, kind(task_type=task, num_virtual_tokens=2)).eval()
+
+    tuned = prompted(built(AutoModelForCausalLM, "Llama"), "CAUSAL_LM")
+    for measure in (lambda: measure_forgetting(tuned, text_rows()),
+                    lambda: retain.measure_answers(tuned, ["a"])):  # fmt: skip
+        with pytest.raises(ModelError, match=r"tokens of its own.*got: .* P\w*_TUNING"):
+            measure()
+    cached = prompted(built(AutoModelForCausalLM, "Llama"), "CAUSAL_LM", PrefixTuningConfig)
+    assert measure_forgetting(cached, text_rows()).kl > 0
+    assert measure_forgetting(prompted(classifier(), "SEQ_CLS"), ROWS).kl > 0  # one label a text
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -4,7 +4,8 @@ Three kinds of heads are known here. A causal one and a classifier give logits, 
 what they predict. A regression (one output, or ``problem_type="regression"``) gives values: they
 are read as the means of normal distributions of variance 1, so that a change of d costs
 ``0.5 d^2`` nats and the Fisher in the outputs is the identity. All that reads a model's
-predictions asks `head_kind` first, which refuses every other head by name.
+predictions asks `head_kind` first, which refuses every other head by name, and an adapter by which
+a causal one predicts at other places than the text's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from retain.errors import ModelError, SourceError
-from retain.models.names import inner_model
+from retain.models.names import inner_model, unwrap
 
 __all__ = [
     "Head",
@@ -64,12 +65,16 @@ _TEXT_TOO = frozenset(
 )  # fmt: skip
 """Classes that read images too, and are what AutoModelForCausalLM loads of their checkpoints."""
 
+_CACHED = frozenset({"PREFIX_TUNING", "CARTRIDGE"})
+"""PEFT's kinds of prompts that are keys and values alone: the text stays as long as it is."""
+
 
 def head_kind(model: nn.Module) -> Head:
     """What a model's head predicts; a class that is derived from one of transformers is that one.
 
     Raises:
-        ModelError: a head that is not known here, or whose labels do not exclude each other.
+        ModelError: a head that is not known here, or whose labels do not exclude each other; or a
+            causal model whose adapter puts tokens before each text.
     """
     inner = inner_model(model)
     config: Any = getattr(inner, "config", None)
@@ -79,8 +84,10 @@ def head_kind(model: nn.Module) -> Head:
             return _of_classifier(config)
         if name.endswith(("ForCausalLM", "LMHeadModel")) and "WithLMHead" not in name:
             _check_order(name, config)
+            _check_length(model)
             return "causal"
         if name in _TEXT_TOO:
+            _check_length(model)
             return "causal"
         if name == "PreTrainedModel":
             break
@@ -164,6 +171,19 @@ def _check_order(name: str, config: Any) -> None:
             allowed="a decoder, which reads from left to right",
             fix=f"for classes, {_LOADED}; for text, load it with is_decoder=True",
         )
+
+
+def _check_length(model: nn.Module) -> None:
+    """Refuses prompt tuning and P-tuning, whose outputs are longer than the text."""
+    for config in (getattr(unwrap(model), "peft_config", None) or {}).values():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if config.is_prompt_learning and kind not in _CACHED:
+            raise ModelError(
+                "the adapter puts tokens of its own before each text",
+                got=f"an adapter of the kind {kind}",
+                allowed="an adapter that leaves a text as long as it is",
+                fix="use another kind, such as LoRA",
+            )
 
 
 def _refuse(names: list[str], config: Any) -> NoReturn:
