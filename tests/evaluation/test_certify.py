@@ -266,6 +266,10 @@ def test_a_number_in_csv_is_a_number(suffix: str, tmp_path: Path) -> None:
 def test_an_item_counts_once() -> None:
     with pytest.raises(SourceError, match="twice"):
         items({"answer": "a", "prompt": "p"}, {"answer": "b", "prompt": "p"})
+    read = items({"answer": "a", "prompt": "p"}, {"answer": "a", "prompt": "q"})
+    for again in (read[:1], items({"answer": "a", "prompt": "p"})):  # of the same number
+        with pytest.raises(SourceError, match=r"twice.*'p' of s as rows 1 and 3"):
+            read_skills([*read, *again])
 
 
 @pytest.mark.parametrize("share", ["2", "0%", "100%", "-1%", "x", 0, 1, True, float("nan"), None])

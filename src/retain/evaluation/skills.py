@@ -113,13 +113,13 @@ def read_skills(given: Skills) -> list[SkillItem]:
         items = [_item(row, number, counts) for number, row in enumerate(rows, start=1)]
         for line in counts.lines():
             warn(line)
-    seen: dict[tuple[str, str], str] = {}
-    for item in items:
-        first = seen.setdefault((item.skill, item.prompt), item.id)
-        if first != item.id:
+    seen: dict[tuple[str, str], int] = {}
+    for number, item in enumerate(items, start=1):
+        first = seen.setdefault((item.skill, item.prompt), number)
+        if first != number:
             raise SourceError(
                 "an item is there twice, and would count twice",
-                got=f"{shown(item.prompt)} of {item.skill} as rows {first} and {item.id}",
+                got=f"{shown(item.prompt)} of {item.skill} as rows {first} and {number}",
                 allowed="each prompt once in a skill", fix="leave one out",
             )  # fmt: skip
     return items
