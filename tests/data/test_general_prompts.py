@@ -152,6 +152,7 @@ def test_prompts_that_are_given(tmp_path: Path) -> None:
     ([{"text": "a"}], "a prompt is no text"), ([{"prompt": "a", "skill": 3}], "is no text; got"),
     ([{"prompt": "a", "accepted": [3]}], "what is told of a prompt is no text"),
     ([{"prompt": "a", "accepted": 3}], "what is told of a prompt is no text"),
+    ([{"prompt": "a", "accepted": ["b", ""]}], "what is told of a prompt is no text"),
     ([{"prompt": "a", "system": "b"}], "'system' would be lost: a prompt is asked alone; got"),
     ([{"prompt": "a", "context": "b"}], "context beside prompt in row 1"),
     ("nowhere/prompts", "the prompts cannot be read; got: nowhere/prompts: No such file"),

@@ -230,10 +230,12 @@ def _item(value: Any, number: int, half: Half, counts: RowCounts) -> GeneralProm
             "a prompt is no text", got=f"{shown(value)} as number {number}",
             allowed="text that is not empty, or a row with it as 'prompt'", fix="leave it out",
         )  # fmt: skip
-    if not isinstance(skill, str) or not all(isinstance(word, str) for word in accepted):
+    told = isinstance(skill, str) and all(isinstance(w, str) and w.strip() for w in accepted)
+    if not told:
         raise SourceError(
             "what is told of a prompt is no text", got=f"{shown(value)} as number {number}",
-            allowed="text as 'skill', a text or a list of texts as 'accepted'", fix="change it",
+            allowed="text as 'skill', a text or a list of texts that are not empty as 'accepted'",
+            fix="change it",
         )  # fmt: skip
     check_asked(row, {"prompt", "skill", "accepted"}, prompt, number, counts)
     return GeneralPrompt(f"given-{number:02d}", skill, half, prompt.strip(), accepted)
