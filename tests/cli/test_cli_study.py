@@ -154,6 +154,16 @@ def test_a_record_of_other_data_is_not_used_again(
     assert study["runs"] == [read_json(record, sealed=True)]
 
 
+def test_rows_of_a_general_task_are_missed_before_the_first_run(
+    retain: Any, model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    path = tiny_study(tmp_path / "s", model, **SMALL, general={"tasks": ["arc_easy"]})
+    argv = ("study", path, "--out", tmp_path / "o", "--data-dir", path.parent / "data")
+    retain(*argv).refused("the rows of arc_easy are not here", "arc_easy/test.jsonl.gz")
+    assert not (tmp_path / "o" / "study.json").exists()
+
+
 def test_refusals(
     retain: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,7 +93,7 @@ def run(config: RunsConfig, screen: Screen) -> None:
     if spec.general is not None:
         from retain.evaluation.general import check_general
 
-        check_general(spec.general.tasks)
+        check_general(spec.general.tasks, work.data_dir)
     threads = config.threads or (max(1, (cores() or 1) // config.jobs) if config.jobs > 1 else None)
     work = replace(work, retry_failed=config.retry_failed, threads=threads)
     grid = expand(spec, work.base)
