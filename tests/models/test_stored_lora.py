@@ -102,6 +102,20 @@ def test_it_is_the_shortest_cut_and_plain(name: str, rank: int, tmp_path: Path) 
     assert (worst > 1e-9) == (rank < widest)
 
 
+@pytest.mark.parametrize("start", ["orthogonal", "eva"])
+def test_how_it_began_is_not_kept(
+    start: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """PEFT draws an orthogonal start of even ranks alone, and warns of settings of another one."""
+    before = updates(saved(tmp_path / "wide", torch.float32, init_lora_weights=start))
+    retain.compact(tmp_path / "wide", tmp_path / "out", 3, quiet=True)
+    recwarn.clear()
+    after = updates(tmp_path / "out" / "adapter")
+    assert not [str(w.message) for w in recwarn if "eva" in str(w.message)]
+    for layer, found in after.items():
+        torch.testing.assert_close(found, cut(before[layer], 3), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_its_precision_stays_and_what_fits_is_not_touched(
     dtype: torch.dtype, tmp_path: Path

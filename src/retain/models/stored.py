@@ -2,7 +2,8 @@
 
 What is written has one rank and one alpha for all layers: PEFT's ``rank_pattern``,
 ``alpha_pattern`` and ``use_rslora`` are put into B and the alpha, since servers read ``r`` and
-``lora_alpha`` alone. Each layer's update ``s B A`` is what it was.
+``lora_alpha`` alone. Each layer's update ``s B A`` is what it was; ``init_lora_weights`` is PEFT's
+default, since the weights are there.
 """
 
 from __future__ import annotations
@@ -118,8 +119,11 @@ class StoredLora:
         rank = max(a.shape[0] for _, a in factors.values())
         alpha = self.layers[0].scaling * rank
         plain = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+        # The weights are whole, whatever they began as; PEFT would refuse "orthogonal" of odd rank.
+        plain |= {"init_lora_weights": True}
         near = abs(alpha - round(alpha)) < 1e-9 * alpha
         config = self.config | plain | {"r": rank, "lora_alpha": round(alpha) if near else alpha}
+        config.pop("eva_config", None)  # of a start that is not named any more
         tensors = dict(self.others)
         for name, (b, a) in factors.items():
             room = rank - a.shape[0]
