@@ -22,7 +22,12 @@ from adapter_cases import (
     step,
 )
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BertModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertModel,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from families import ENCODERS, built
 from retain.errors import ConfigError, ModelError
@@ -339,6 +344,14 @@ def test_all_linear_leaves_out_every_layer_that_peft_trains_whole() -> None:
         if p.requires_grad and "lora" not in n
     }
     assert {n.rsplit(".", 1)[-1] for n in trained} == {"pre_classifier", "classifier"}
+
+
+def test_what_peft_says_of_targets_that_are_there_is_passed_on() -> None:
+    config = MambaConfig(vocab_size=17, hidden_size=8, state_size=4, num_hidden_layers=1)
+    said = "not for LoRA; got: all-linear: .*'out_proj' is incompatible with Mamba.*; allowed: dt_"
+    with pytest.raises(ConfigError, match=said) as caught:
+        attach_lora(MambaForCausalLM(config), rank=2)
+    assert "out_proj" not in str(caught.value).partition("; allowed: ")[2]
 
 
 def test_osf_leaves_out_every_layer_that_peft_trains_whole() -> None:

@@ -69,17 +69,20 @@ def attach_lora(
         modules_to_save=new or None,
         task_type=kind,
     )
+    absent = "not found in the base model"  # in PEFT's words
     try:
         for target in [] if isinstance(targets, str) else targets:  # PEFT lets some be unknown
             if not any(f".{name}".endswith(f".{target}") for name in names):
-                raise ValueError(target)
+                raise ValueError(f"{target} {absent}")
         return drawn(model, config, seed)
     except (ValueError, TypeError) as error:
-        known = not isinstance(error, ValueError)
+        reason = " ".join(str(error).split())
+        lost = absent in reason
+        taken = sorted(name for name in linear if lost or f"'{name}'" not in reason)
         raise ConfigError(
-            f"the adapter's targets are not {'for LoRA' if known else 'in the model'}",
-            got=f"{targets}: {error}" if known else targets,
-            allowed=", ".join(["all-linear", *sorted(linear)]),
+            f"the adapter's targets are not {'in the model' if lost else 'for LoRA'}",
+            got=targets if lost else f"{targets}: {reason}",
+            allowed=", ".join(["all-linear", *taken] if targets != "all-linear" else taken),
             fix="name linear layers of this model",
         ) from error
 
