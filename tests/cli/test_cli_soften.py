@@ -11,13 +11,14 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from retain.curvature.curvature import load_curvature
 from retain.models.load import load_model
 from retain.models.saved import load_adapter
+from retain.models.sites import lora_sites
 from retain.report.metrics import number, short
 
 WRITTEN = ["adapter", "soften.json", "soften.png", "soften.svg"]
@@ -247,6 +248,22 @@ class TestRefusals:
             assert retain("fit", model, source, *options, "--rank", 4, "-q", "-o", path).code == 0
             refuse("--curvature", path).refused(said)
         refuse("--structure", "kfac").refused("unknown option")
+
+    def test_layers_that_no_last_name_tells(
+        self, soften: Any, retain: Any, model: Path, source: Path, tmp_path: Path
+    ) -> None:
+        """The refusal names what a curvature of an adapter on some blocks alone is fitted with."""
+        config = LoraConfig(
+            r=2, target_modules=["q_proj", "down_proj"], layers_to_transform=[1],
+            init_lora_weights=False, task_type="CAUSAL_LM",
+        )  # fmt: skip
+        tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+        tuned.save_pretrained(tmp_path / "some")
+        names = [site.name for site in lora_sites(tuned)]
+        soften(adapter=tmp_path / "some").refused("--targets takes whole names", names[0])
+        fitted = ("--targets", ",".join(names), "-q", "-o", tmp_path / "some.safetensors")
+        retain("fit", model, source, *fitted).done()
+        soften("--curvature", tmp_path / "some.safetensors", adapter=tmp_path / "some").done()
 
     def test_an_adapter_that_is_not_finite(
         self, refuse: Any, trained: Path, tmp_path: Path

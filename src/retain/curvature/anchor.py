@@ -57,7 +57,10 @@ def check_sites(curvature: BlockOperator, model: nn.Module, sites: Sequence[Site
             "the curvature belongs to an adapter on other layers",
             got=f"{len(found)} layers, the first that differs is {odd[0]}",
             allowed=f"the {len(want)} layers it was fitted on",
-            fix="use the same target_modules, or fit the curvature again",
+            fix="fit the curvature again"
+            if whole
+            else "use the same target_modules, or fit the curvature on the adapter's layers: "
+            f"--targets takes whole names too, with commas between, such as {next(iter(found))}",
         )
     if whole and any(len(curvature.anchor.get(name, ())) != 1 for name in want):
         raise MismatchError(
