@@ -280,12 +280,24 @@ class RunSpec(Part):
         return digest_of(self.plain())
 
     @property
+    def cell(self) -> str:
+        """In words, the cell that the run is averaged in with those of other seeds."""
+        return f"{self.model} {self.adapter.name} {self.method.title} {self.order.name}"
+
+    @property
     def title(self) -> str:
         """The run in words."""
-        return (
-            f"{self.model} {self.adapter.name} {self.method.title} {self.order.name}"
-            f" seed {self.seed}"
-        )
+        return f"{self.cell} seed {self.seed}"
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What all runs of a cell have in common: all but the seed, and the tasks in any order.
+
+        A seed may draw the order; what a file of an earlier version lacks has its default.
+        """
+        made = self.model_dump(mode="json", by_alias=True, exclude={"seed"})
+        made["order"]["tasks"] = sorted(self.order.tasks)
+        return made | {"definitions": sorted(self.definitions)}
 
     def settings(self, index: int, seed: int = 0) -> TrainConfig:
         """The training settings of one task, by its place in the order."""

@@ -59,6 +59,34 @@ def test_unlike_runs_of_one_name_are_refused(tmp_path: Path) -> None:
         read_studies([record, tmp_path / "whole"])
 
 
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        ({"training": {"epochs": 2}}, "s0.json"),
+        ({"data": {"train": 8, "test": 8}}, "s0.json"),
+        ({"order": {"name": "A", "tasks": TASKS[:3]}}, "s0.json"),
+        ({"order": {"name": "A", "tasks": TASKS[::-1]}}, None),  # as a seed may draw it
+        ({"evaluation": {"unseen": "all"}}, None),  # older records leave it out
+    ],
+)
+def test_unlike_runs_of_two_seeds_are_refused(
+    tmp_path: Path, part: dict[str, Any], other: str | None
+) -> None:
+    """They were averaged into one cell, with an interval over both settings."""
+    for seed in range(2):
+        tasks = part["order"]["tasks"] if seed and "order" in part else TASKS
+        run = make_run(tasks, METHODS[0], seed, study="s")
+        run["config"] |= part if seed else {}
+        (tmp_path / f"s{seed}.json").write_text(json.dumps(run), encoding="utf-8")
+    if other is None:
+        (group,) = groups(read_studies([tmp_path]))
+        assert group.cells[0].seeds == 2
+        return
+    with pytest.raises(SourceError, match=r"none A seed 1 in .*, with other settings, seed 0") as c:
+        read_studies([tmp_path])
+    assert other in str(c.value) and "\n" not in str(c.value)
+
+
 def _put(key: str, value: Any, *path: str | int) -> Callable[[dict[str, Any]], None]:
     def spoil(data: dict[str, Any]) -> None:
         for step in path:

@@ -250,6 +250,10 @@ def test_the_split_that_is_scored_is_in_the_key() -> None:
             {"runs": [{"method": "none"}, {"method": "none", "training": {"epochs": 2}}]},
             "two unlike runs of the study have one name; got: smollm2-135m lora none ab seed 0",
         ),
+        (  # no two have one seed, and all would be averaged
+            {"runs": [{"seeds": [0, 1]}, {"seeds": [2, 3], "training": {"learning_rate": 1.0}}]},
+            "lora none ab seed 2, and with other settings seed 0; allowed: the same settings",
+        ),
     ],
 )
 def test_mistakes_are_one_line(changes: dict[str, Any], said: str) -> None:

@@ -139,15 +139,24 @@ def _joined(old: StudyRecord, new: StudyRecord) -> StudyRecord:
     )
 
 
-def _check_alike(study: StudyRecord, path: Path, seen: dict[str, tuple[str, Path]]) -> None:
-    """Refuses runs that have the title of one in another file, and unlike settings."""
+def _check_alike(study: StudyRecord, path: Path, seen: dict[str, tuple[RunRecord, Path]]) -> None:
+    """Refuses unlike settings of runs in two files that have one title, or one cell and two seeds.
+
+    Runs of one file are those of one grid, or results.
+    """
     for run in study.runs:
-        key, place = seen.setdefault(run.config.title, (run.key, path))
-        if place != path and key and run.key and run.key != key:
+        same, there = seen.setdefault(run.config.title, (run, path))
+        first, place = seen.setdefault(run.config.cell, (run, path))
+        other = ""
+        if there != path and same.key and run.key and run.key != same.key:
+            other = f"in {there}"
+        elif place != path and run.config.shared != first.config.shared:
+            other = f"seed {first.config.seed} in {place}"
+        if other:
             raise SourceError(
                 f"two unlike runs of the study {study.name} have one name",
-                got=f"{run.config.title} in {place} and, with other settings, in {path}",
-                allowed="one run for a model, adapter, method, order and seed",
+                got=f"{run.config.title} in {path} and, with other settings, {other}",
+                allowed="the same settings for a model, adapter, method and order",
                 fix="report the study.json of one of them alone",
             )
 
@@ -157,10 +166,10 @@ def read_studies(paths: Iterable[Path]) -> list[StudyRecord]:
 
     Raises:
         SourceError: a file is missing, is not JSON, is no result, or none holds a run; or two runs
-            of one study would be one of its cells and seeds with unlike settings.
+            of one study, of one seed or of two, would be one of its cells with unlike settings.
     """
     found: dict[str, StudyRecord] = {}
-    seen: dict[str, dict[str, tuple[str, Path]]] = {}
+    seen: dict[str, dict[str, tuple[RunRecord, Path]]] = {}
     for path in (file for given in paths for file in _files(given)):
         study = _read(path)
         if study.name in found and schema_of(path) in (RESULT, RESULT_SCHEMA):

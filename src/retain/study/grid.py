@@ -66,8 +66,8 @@ def expand(spec: StudySpec, base: Path) -> Grid:
     """The grid of a study, whose file lies in the folder `base`.
 
     Raises:
-        ConfigError: a name or option is not known, or two unlike runs, or two tasks, would have one
-            name.
+        ConfigError: a name or option is not known, two unlike runs, of one seed or of two, would be
+            one cell, or two tasks would have one name.
         SourceError: a file that the study names is missing.
     """
     return _Expansion(spec, base).grid()
@@ -128,15 +128,16 @@ class _Expansion:
     def grid(self) -> Grid:
         made = Grid()
         found: dict[str, tuple[int, RunSpec]] = {}
-        titles: dict[str, str] = {}
+        cells: dict[str, tuple[dict[str, Any], int | None]] = {}
         for cell in self.spec.runs:
             for place, run in self._cell(cell, made.skipped):
                 key = run.key
-                if titles.setdefault(run.title, key) != key:
+                shared, seed = cells.setdefault(run.cell, (run.shared, run.seed))
+                if run.shared != shared:
                     raise ConfigError(
                         "two unlike runs of the study have one name",
-                        got=f"{run.title}, twice with other settings",
-                        allowed="one run for a model, adapter, method, order and seed",
+                        got=f"{run.title}, and with other settings seed {seed}",
+                        allowed="the same settings for a model, adapter, method and order",
                         fix="give one a name of its own, such as methods: {slow: {kind: none, "
                         "training: {learning_rate: 1.0e-4}}}",
                     )
