@@ -40,6 +40,7 @@ from retain.models.load import load_model
 from retain.models.lora import attach_lora
 from retain.models.names import drawn_layers, inner_model
 from retain.models.off import adapter_off
+from tiny import base as plain_base
 from tiny import relative, save_tiny
 
 every = pytest.mark.parametrize("name", MODELS)
@@ -352,6 +353,11 @@ def test_what_peft_says_of_targets_that_are_there_is_passed_on() -> None:
     with pytest.raises(ConfigError, match=said) as caught:
         attach_lora(MambaForCausalLM(config), rank=2)
     assert "out_proj" not in str(caught.value).partition("; allowed: ")[2]
+
+
+def test_a_pattern_of_targets_that_does_not_end_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"not for LoRA; got: \.\*\(q: .*unterminated"):
+        attach_lora(plain_base("llama"), rank=2, targets=".*(q")
 
 
 def test_osf_leaves_out_every_layer_that_peft_trains_whole() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,7 +76,7 @@ def attach_lora(
             if not any(f".{name}".endswith(f".{target}") for name in names):
                 raise ValueError(f"{target} {absent}")
         return drawn(model, config, seed)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, re.error) as error:
         reason = " ".join(str(error).split())
         lost = absent in reason
         taken = sorted(name for name in linear if lost or f"'{name}'" not in reason)
