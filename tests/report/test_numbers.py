@@ -194,6 +194,21 @@ def test_sequences_come_before_tasks_alone() -> None:
     assert all(group.plain is not None for group in found)
 
 
+def test_a_task_that_two_orders_learn_alone_counts_once() -> None:
+    """The table of scores ended in an IndexError, and the mean had the task twice."""
+    orders = {"solo": "sst2", "sst2": "sst2", "mnli": "mnli"}
+    runs = [make_run([task], METHODS[0], 0, order=name) for name, task in orders.items()]
+    found = groups([StudyRecord.model_validate({"name": "s", "runs": runs})])
+    assert [group.pooled for group in found] == [True] + [False] * 3
+    pooled, table = found[0], score_table(found[0])
+    assert pooled.tasks == ["sst2", "mnli"] and pooled.title.endswith("2 tasks, each alone")
+    assert table and len(table.rows[0].entries) == 2
+    both = [run["metrics_summary"]["average"] for run in runs[1:]]
+    assert pooled.cells[0].values["average"] == {0: pytest.approx(sum(both) / 2)}
+    found = groups([StudyRecord.model_validate({"name": "s", "runs": runs[:2]})])
+    assert not any(group.pooled for group in found)
+
+
 def test_a_seed_counts_only_where_every_task_has_it() -> None:
     data = make_adapters()
     for i, run in enumerate(data["runs"]):

@@ -1,7 +1,7 @@
 """Runs put together: a cell is one adapter and method over its seeds, a group is what compares.
 
-A group holds the cells of one study, model and order. Where several orders have a single task,
-one more group holds the mean over them.
+A group holds the cells of one study, model and order. Where orders of a single task have several
+tasks, one more group holds the mean over these.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def _group(study: StudyRecord, runs: list[Run], model: str) -> Group:
 
 
 def _pooled(parts: list[Group], runs: list[Run]) -> Group:
-    """The mean over groups of one task each; a seed counts where every task has it."""
+    """The mean over groups of one task each, no two the same; a seed counts where all have it."""
     cells: dict[tuple[object, ...], list[Cell]] = {}
     for part in parts:
         for cell in part.cells:
@@ -276,7 +276,7 @@ def _pooled(parts: list[Group], runs: list[Run]) -> Group:
                 known = [value for value in got if value is not None]
                 mean = sum(known) / len(known) if len(known) == len(got) else None
                 new.values[m.key][seed] = mean
-        for part in {part.tasks[0]: part for part in parts}.values():
+        for part in parts:
             mine = [cell for cell in found if any(cell is other for other in part.cells)]
             new.final.append(mine[0].final[0] if mine else {})
         made.append(new)
@@ -285,6 +285,15 @@ def _pooled(parts: list[Group], runs: list[Run]) -> Group:
     tasks = [part.tasks[0] for part in parts]
     metrics = [name for part in parts for name in part.metrics[:1]]
     return Group(first_part.study, first_part.model, "all", tasks, metrics, made, pooled=True)
+
+
+def _once_a_task(parts: list[Group], orders: dict[str, list[Run]]) -> list[Group]:
+    """Of groups of one task each, one for each task: the order that has its name, or the first."""
+    own = [part for part in parts if orders[part.order][0].config.order.tasks == [part.order]]
+    found: dict[str, Group] = {}
+    for part in (*own, *parts):
+        found.setdefault(part.tasks[0], part)
+    return [part for part in parts if found[part.tasks[0]] is part]
 
 
 def groups(studies: Sequence[StudyRecord]) -> list[Group]:
@@ -300,9 +309,10 @@ def groups(studies: Sequence[StudyRecord]) -> list[Group]:
             parts = [_group(study, runs, names[model]) for runs in orders.values()]
             alone = [part for part in parts if len(part.tasks) == 1]
             out += [part for part in parts if len(part.tasks) > 1]
-            if len(alone) > 1:
-                kept = {part.order for part in alone}
-                singles = [r for name, runs in orders.items() if name in kept for r in runs]
-                out.append(_pooled(alone, singles))
+            single = _once_a_task(alone, orders)
+            if len(single) > 1:
+                kept = {part.order for part in single}
+                runs = [r for name, runs in orders.items() if name in kept for r in runs]
+                out.append(_pooled(single, runs))
             out += alone
     return out
