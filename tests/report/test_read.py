@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from synthetic import METHODS, TASKS, group_of, make_run, make_study
 
-from retain.errors import SourceError
+from retain.errors import RetainWarning, SourceError
 from retain.records import Claim
 from retain.report.cells import groups
 from retain.report.names import names
@@ -85,6 +85,33 @@ def test_unlike_runs_of_two_seeds_are_refused(
     with pytest.raises(SourceError, match=r"none A seed 1 in .*, with other settings, seed 0") as c:
         read_studies([tmp_path])
     assert other in str(c.value) and "\n" not in str(c.value)
+
+
+def test_joined_claims_are_of_all_runs(tmp_path: Path) -> None:
+    """They were those of the first file that was given, and so was the number of runs planned."""
+    runs = [make_run(TASKS, METHODS[0], seed, study="s") for seed in range(3)]
+    claim = {"claim": "c", "bound": 1.0, "relation": "<="}
+
+    def file(name: str, seeds: list[int], value: float, planned: int, done: int) -> Path:
+        path = tmp_path / name
+        data = {"schema": "retain.study/1", "name": "s", "planned": planned,
+                "spec": {"seeds": seeds}, "claims": [claim | {"value": value}],
+                "runs": [runs[seed] for seed in seeds[:done]]}  # fmt: skip
+        path.write_text(json.dumps(data), encoding="utf-8")
+        return path
+
+    one, two = file("one.json", [0], 0.3, 1, 1), file("two.json", [1, 2], 1.2, 4, 2)
+    for paths in ([one, two], [two, one]):
+        with pytest.warns(RetainWarning, match="the claims of the study s are left out"):
+            (study,) = read_studies(paths)
+        assert not study.claims and (len(study.runs), study.planned) == (3, 5)
+    whole = file("whole.json", [0, 1, 2], 0.8, 3, 3)
+    for paths in ([one, whole, two], [whole, one]):
+        (study,) = read_studies(paths)
+        assert [c.value for c in study.claims] == [0.8]
+    half = file("half.json", [0, 1, 2], 0.7, 3, 1)  # another machine's part of the same grid
+    (study,) = read_studies([half, whole])
+    assert study.planned == 3
 
 
 def _put(key: str, value: Any, *path: str | int) -> Callable[[dict[str, Any]], None]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from retain.documents import read_json
-from retain.errors import SourceError, shown
+from retain.errors import SourceError, shown, warn
 from retain.records import (
     RESULT_SCHEMA,
     RUN_SCHEMA,
@@ -124,19 +124,53 @@ def _read(path: Path) -> StudyRecord:
 
 
 def _joined(old: StudyRecord, new: StudyRecord) -> StudyRecord:
-    """One study of two files: a run that is done stands for the same run that is not."""
+    """The runs of two files: one that is done stands for the same run that is not."""
     done = {run.key: run for run in new.runs if run.key and run.done}
     mine = [run if run.done else done.get(run.key, run) for run in old.runs]
     known = {run.key for run in mine if run.key}
     return StudyRecord(
         name=old.name,
         description=old.description or new.description,
-        planned=old.planned or new.planned,
         chosen=old.chosen or new.chosen,
-        claims=old.claims or new.claims,
         skipped=[*old.skipped, *(skip for skip in new.skipped if skip not in old.skipped)],
         runs=[*mine, *(run for run in new.runs if run.key not in known)],
     )
+
+
+def _whole(study: StudyRecord, parts: list[StudyRecord]) -> StudyRecord:
+    """A study with the claims and the planned runs of all its files."""
+    if len(parts) == 1:
+        return parts[0]
+    made: dict[str, Any] = {"planned": _planned(parts)}
+    done = _done(study)
+    judged = [part for part in parts if part.claims]
+    whole = next((part for part in judged if _done(part) == done), None)
+    if whole is not None:
+        made["claims"] = whole.claims
+    elif judged:
+        warn(
+            f"the claims of the study {study.name} are left out: no file has judged them on all "
+            "its runs; retain study --known takes another file's runs into a folder, and judges "
+            "again"
+        )
+    return study.model_copy(update=made)
+
+
+def _done(study: StudyRecord) -> set[str]:
+    return {run.key for run in study.runs if run.done}
+
+
+def _planned(parts: list[StudyRecord]) -> int | None:
+    """How many runs there are to be: of grids without a seed in common all, else the most."""
+    counts = [part.planned for part in parts if part.planned]
+    seeds = [_seeds(part) for part in parts if part.planned]
+    apart = all(seeds) and len(set().union(*seeds)) == sum(map(len, seeds))
+    return (sum(counts) if apart else max(counts)) if counts else None
+
+
+def _seeds(study: StudyRecord) -> set[int]:
+    cells = study.spec.get("runs") or []
+    return {seed for part in (study.spec, *cells) for seed in part.get("seeds") or []}
 
 
 def _check_alike(study: StudyRecord, path: Path, seen: dict[str, tuple[RunRecord, Path]]) -> None:
@@ -164,17 +198,21 @@ def _check_alike(study: StudyRecord, path: Path, seen: dict[str, tuple[RunRecord
 def read_studies(paths: Iterable[Path]) -> list[StudyRecord]:
     """Read studies from files and folders; runs of one study that lie apart are joined.
 
+    Claims that no file has judged on all runs are left out, with a warning.
+
     Raises:
         SourceError: a file is missing, is not JSON, is no result, or none holds a run; or two runs
             of one study, of one seed or of two, would be one of its cells with unlike settings.
     """
     found: dict[str, StudyRecord] = {}
+    parts: dict[str, list[StudyRecord]] = {}
     seen: dict[str, dict[str, tuple[RunRecord, Path]]] = {}
     for path in (file for given in paths for file in _files(given)):
         study = _read(path)
         if study.name in found and schema_of(path) in (RESULT, RESULT_SCHEMA):
             study = study.model_copy(update={"name": f"{study.name} ({path})"})
         _check_alike(study, path, seen.setdefault(study.name, {}))
+        parts.setdefault(study.name, []).append(study)
         old = found.get(study.name)
         found[study.name] = study if old is None else _joined(old, study)
     if not any(study.runs for study in found.values()):
@@ -184,4 +222,4 @@ def read_studies(paths: Iterable[Path]) -> list[StudyRecord]:
             allowed="at least one run that is done or has failed",
             fix="start it with retain study, then report again",
         )
-    return list(found.values())
+    return [_whole(study, parts[name]) for name, study in found.items()]
