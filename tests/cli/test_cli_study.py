@@ -43,7 +43,12 @@ def test_run_status_and_run_again(retain: Any, model: Path, tmp_path: Path) -> N
     assert "3 of 3" in told.out
     asked = ["study", "compare", out, "--method", "l2", "--draws", 100]
     retain(*asked, "--reference", "none").refused("several cells of the study have this name")
+    file = out / "study.json"
+    file.write_text(file.read_text().replace('"accuracy"', '"matthews"'))
+    told = retain(*asked, "--reference", "lora none").out
+    assert "shares of right rows; means and the study's tables have matthews of one" in told
     made = retain(*asked, "--reference", "lora none", "--json").json
+    assert made["other_metrics"] == {"one": "matthews", "two": "matthews"}
     assert [c["rows"] for c in made["methods"]["l2"]["comparisons"]] == [16] * 3
     assert json.loads((out / "compare.json").read_text()) == made
     assert made["means"]["l2"]["seeds"] == [0] and made["means"]["l2"]["update_size"] < 0

@@ -18,6 +18,7 @@ from retain.evaluation.protocol import (
     compare,
     half_width,
     holm,
+    other_metrics,
 )
 from retain.intervals import t_quantile
 from retain.records import RunRecord, bits_of, flags_of
@@ -187,6 +188,19 @@ def test_rows_of_one_method_alone_are_scores() -> None:
     mixed, whole = compare(ours, bare, draws=200), compare(*both, draws=200)
     assert mixed == whole and mixed[0][0].rows == 4
     assert compare(ours, theirs, draws=200)[0][0].rows == 48
+
+
+def test_tasks_of_other_metrics_are_told() -> None:
+    """Their right rows are compared, and the tables of the study have their metric."""
+    ours, theirs = cells(2, np.random.default_rng(8))
+    names = {"a": "matthews", "b": "accuracy", "c": "exact_match", "d": "f1"}
+    told = [
+        {s: r.model_copy(update={"metrics": [names[t] for t in r.tasks]}) for s, r in c.items()}
+        for c in (ours, theirs)
+    ]
+    assert other_metrics(*told) == {"a": "matthews", "d": "f1"}
+    told[1][0] = told[1][0].model_copy(update={"right": []})  # then all scores count as they are
+    assert other_metrics(*told) == {} == other_metrics(ours, theirs)
 
 
 def test_holm() -> None:

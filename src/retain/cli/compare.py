@@ -81,7 +81,7 @@ def _test(
 ) -> dict[str, Any]:
     """The tests against the reference, and the means of all."""
     from retain.evaluation.matched import means
-    from retain.evaluation.protocol import cell_of, compare, holm
+    from retain.evaluation.protocol import cell_of, compare, holm, other_metrics
 
     reference = cell_of(records, config.reference)
     cells = {name: cell_of(records, name) for name in names}
@@ -104,6 +104,10 @@ def _test(
             )  # fmt: skip
     heads = ["method", "metric", "its", config.reference, "difference, points", "ratio", "p (Holm)"]
     screen.table(f"{tests[0].seeds} seeds, {tests[0].tasks} tasks", heads, lines)
+    others = other_metrics(reference, *cells.values())
+    if others:
+        which = ", ".join(f"{metric.replace('_', ' ')} of {t}" for t, metric in others.items())
+        screen.say(f"compared in shares of right rows; means and the study's tables have {which}")
     for name, (_, learning) in found.items():
         shown = "learns as much" if learning["holds"] else "is not shown to learn as much"
         least = "" if learning["bound"] is None else f", {learning['bound']:.3f} at least"
@@ -113,7 +117,7 @@ def _test(
         for name, runs in ({config.reference: reference} | cells).items()
     }
     _say_means("method", values, screen)
-    return {"methods": methods, "means": values}
+    return {"methods": methods, "means": values, "other_metrics": others}
 
 
 def _match(

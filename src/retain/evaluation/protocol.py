@@ -11,9 +11,9 @@ less than there are tasks, or seeds, whichever are fewer. Where that is less tha
 draws of rows alone, as where by chance every cell differs alike, they stay as they are. The
 intervals are their percentiles.
 
-A row counts as right or wrong, whatever the task's metric; of a task without such rows (a
-regression, records of earlier versions), in either method, the score is taken as it is. Metrics are
-those of `retain.evaluation.continual`, a mean over seeds.
+A row counts as right or wrong, whatever the task's metric (`other_metrics`); of a task without such
+rows (a regression, records of earlier versions), in either method, the score is taken as it is.
+Metrics are those of `retain.evaluation.continual`, a mean over seeds.
 """
 
 from __future__ import annotations
@@ -29,9 +29,14 @@ from retain.errors import ConfigError
 from retain.intervals import t_quantile
 from retain.records import RunRecord, flags_of
 
-__all__ = ["MEASURES", "Comparison", "cell_of", "compare", "half_width", "holm"]
+__all__ = [
+    "MEASURES", "Comparison", "cell_of", "compare", "half_width", "holm", "other_metrics",
+]  # fmt: skip
 
 MEASURES = ("average", "learning", "forgetting")
+
+_SHARES = ("accuracy", "exact_match")
+"""Metrics that are the share of rows that are right."""
 
 Array = NDArray[np.float64]
 
@@ -172,6 +177,17 @@ def compare(
     p = float((1 + (learning <= 1 - margin).sum()) / (1 + len(learning)))
     bound = float(np.quantile(learning, 0.05))
     return found, {"margin": margin, "bound": bound, "p": p, "holds": bound > 1 - margin}
+
+
+def other_metrics(*cells: Mapping[int, RunRecord]) -> dict[str, str]:
+    """Tasks that `compare` counts right rows of, though their metric, the value, is another."""
+    runs = [run for cell in cells for run in cell.values()]
+    metrics = {t: m for run in runs for t, m in zip(run.tasks, run.metrics, strict=False)}
+    return {
+        task: metric
+        for task, metric in metrics.items()
+        if metric not in _SHARES and all(_has_flags(run, task) for run in runs)
+    }
 
 
 def _drawn_together(draws: Array, centre: float, cells: Array, least: float = 0.0) -> Array:
