@@ -29,6 +29,10 @@ from retain.report.finding import finding
 from retain.report.metrics import METRICS, metric
 from retain.report.names import names, series
 from retain.report.tables import (
+    Column,
+    Entry,
+    Row,
+    Table,
     difference_table,
     failures,
     results_table,
@@ -192,6 +196,13 @@ def test_sequences_come_before_tasks_alone() -> None:
         (1, False)
     ] * 4
     assert all(group.plain is not None for group in found)
+
+
+def test_a_name_in_latex_is_no_option_of_the_line_before() -> None:
+    rows = [Row(name, "", [Entry("1")]) for name in ("lora", "[ours]", "*x")]
+    text = Table("t", "T", "t", [Column("Method"), Column("Seeds")], rows).latex("t")
+    assert text.splitlines()[-5:-3] == [r"{}[ours] & 1 \\", r"{}*x & 1 \\"]
+    assert "\nlora & 1" in text
 
 
 def test_a_task_that_two_orders_learn_alone_counts_once() -> None:

@@ -139,6 +139,8 @@ class Table:
         out.append(r"\midrule")
         for row in self.rows:
             name = _latex(row.name) + (f" ({_latex(row.note)})" if row.note else "")
+            if name.startswith(("[", "*")):
+                name = "{}" + name  # else it is an option of the line's end before it
             cells = [
                 rf"\textbf{{{_latex(entry.line())}}}" if entry.verdict else _latex(entry.line())
                 for entry in row.entries
