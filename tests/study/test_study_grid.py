@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from retain.errors import ConfigError, RetainError
 from retain.models.load import is_decoder
 from retain.records import digest_of
+from retain.retention import registry
+from retain.retention.registry import METHODS
 from retain.study.grid import Grid, expand
 from retain.study.spec import parse_study, read_study
 from study_parts import PRETENDED, TASK, A, B
@@ -44,6 +47,19 @@ def several(methods: dict[str, Any]) -> Grid:
     study = {k: v for k, v in PRETENDED.items() if k not in ("model", "training")}
     study |= {"models": ["smollm2-135m", "minilm-22m", "nobody/has-this"], "adapters": {"lora": {}}}
     return expand(parse_study(study | {"orders": {"a": [A]}, "methods": methods}), Path())
+
+
+def test_a_default_that_no_record_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(METHODS["none"]):  # type: ignore[misc]
+        name = "own"
+
+        def __init__(self, *, dtype: Any = torch.float32) -> None:
+            super().__init__()
+
+    monkeypatch.setattr(registry, "METHODS", METHODS | {"own": Own})
+    with pytest.raises(ConfigError, match=r"a record; got: dtype=torch\.float32 of .* own"):
+        grid(methods={"own": {}})
+    assert grid(methods={"own": {"dtype": "float32"}}).runs  # as a name it can be written
 
 
 def test_what_wants_a_decoder_is_left_out_on_an_encoder() -> None:

@@ -10,6 +10,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import PydanticSerializationError, to_jsonable_python
+
 from retain.config import TrainConfig, validate
 from retain.data.specs import TaskSpec, load_orders, load_task
 from retain.errors import ConfigError, RetainError, shown, unknown
@@ -234,6 +236,17 @@ def _check_head(label: str, spec: MethodSpec, method: Method) -> None:
 def _method(label: str, spec: MethodSpec, method: Method) -> dict[str, Any]:
     strength, later = float(method.strength), type(method).later
     options = {**method_options(spec.kind), **spec.options}
+    for option, value in options.items():
+        try:
+            to_jsonable_python(value)
+        except PydanticSerializationError as error:
+            raise ConfigError(
+                "an option of a method cannot be written into a record",
+                got=f"{option}={shown(value)} of the method {spec.kind}",
+                allowed="numbers, texts, true or false, and lists of them",
+                fix="another default, such as a name, which the method reads; or a value in the "
+                "study",
+            ) from error
     return {
         "name": label,
         "label": f"{label} {strength:g}" if len(spec.strengths) > 1 else label,
