@@ -103,6 +103,8 @@ def test_matched_readings_and_the_best_settings(
     before = (tmp_path / "compare.json").read_bytes()
     write([*SETTINGS, setting_run("decay", "1e-3", 0, ".5 .6 .1 -2", split="test")])
     retain("study", "compare", tmp_path, "--choose").refused("validation rows alone")
+    write([setting_run("none", "1e-3", 0, ".5 .6 .1 -2") | {"status": "failed"}])
+    retain("study", "compare", tmp_path, "--choose").refused("there is nothing to choose from")
     assert (tmp_path / "compare.json").read_bytes() == before
 
 

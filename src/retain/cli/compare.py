@@ -160,11 +160,22 @@ def _line(line: Family, r: Reading) -> list[str]:
 
 
 def _choose(found: Sequence[Family], names: Sequence[str], screen: Screen) -> list[dict[str, Any]]:
-    """The best setting of each family."""
+    """The best setting of each family.
+
+    Raises:
+        ConfigError: there is none.
+    """
     from retain.evaluation.matched import choose, named
 
     asked = [named(found, name) for name in names] or found
     chosen = [choice for family in asked if (choice := choose(family)) is not None]
+    if not chosen:
+        raise ConfigError(
+            "there is nothing to choose from",
+            got=", ".join(names) or "no finished run of several tasks",
+            allowed="a setting whose finished runs learn several tasks, of all seeds of its method",
+            fix="finish the study's runs: retain study status STUDY.yaml",
+        )
     rows = [
         [c.family.name, c.setting.name, *_values(c.means), str(c.tried),
          ", ".join(f"{end} {name}" for name, end in c.ends.items())]
