@@ -9,7 +9,7 @@ without it, of one seed; with three parts that is four differences a seed. ``--p
 of a study less another, maybe of another study. Intervals are 95 %, those of `retain study compare`
 (`retain.evaluation.protocol.half_width`): over tasks and seeds, of own answers over prompts and
 seeds, of the KL over seeds. The effects on scores are in points; on the KL a factor; on own answers
-nats per token, and points of those that begin with the base's word.
+nats per token, and points of those that begin with the base's word, where a study asked for them.
 """
 
 from __future__ import annotations
@@ -46,21 +46,22 @@ def measures(run: RunRecord) -> dict[str, Array]:
 
     Nothing can be lost of the last task: it has no part in the mean.
     """
-    assert run.own_answers is not None
     assert run.retention[-1].kl
     places = [run.tasks.index(task) for task in sorted(run.tasks)]
     final = np.array([run.matrix[-1][j] for j in places], dtype=float)
     learned = np.array([run.matrix[j][j] for j in places], dtype=float)
     last = np.array([j == len(run.tasks) - 1 for j in places])
-    rows = run.own_answers.rows
-    return {
+    found = {
         "average": final,
         "learning": learned,
         "forgetting": np.where(last, np.nan, learned - final),
-        "log_ratio": np.array([row["log_ratio"] / row["tokens"] for row in rows]),
-        "first_word": np.array([row["first_word"] for row in rows], dtype=float),
         "kl": np.log([run.retention[-1].kl]),
     }
+    if run.own_answers is not None:
+        rows = run.own_answers.rows
+        found["log_ratio"] = np.array([row["log_ratio"] / row["tokens"] for row in rows])
+        found["first_word"] = np.array([row["first_word"] for row in rows], dtype=float)
+    return found
 
 
 def differences(pairs: Sequence[tuple[Runs, Runs]]) -> tuple[list[int], dict[str, str]]:
@@ -68,7 +69,8 @@ def differences(pairs: Sequence[tuple[Runs, Runs]]) -> tuple[list[int], dict[str
     seeds = sorted(set.intersection(*({*runs} for pair in pairs for runs in pair)))
     every = [[[measures(runs[s]) for s in seeds] for runs in pair] for pair in pairs]
     found = {}
-    for name in (*UNITS, "kl"):
+    asked = [n for n in (*UNITS, "kl") if all(n in run for p in every for c in p for run in c)]
+    for name in asked:
         ours, theirs = (
             np.array([[run[name] for run in pair[i]] for pair in every]) for i in (0, 1)
         )
@@ -116,8 +118,9 @@ def main() -> None:
     else:
         seeds, found = effects(runs)
     print(f"seeds {', '.join(map(str, seeds))}")
-    print("| | " + " | ".join((*UNITS, "kl")) + " |")
-    print("|---" * (len(UNITS) + 2) + "|")
+    known = list(next(iter(found.values())))
+    print("| | " + " | ".join(known) + " |")
+    print("|---" * (len(known) + 1) + "|")
     for name, one in found.items():
         print(f"| {name} | " + " | ".join(one.values()) + " |")
 
