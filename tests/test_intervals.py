@@ -76,6 +76,15 @@ def test_t_quantile(df: int, t: float) -> None:
     assert t_quantile(df) == pytest.approx(t, abs=6e-5)
 
 
+@pytest.mark.parametrize("level", [0.0, 0.5, 0.9, 0.95, 0.998])
+@pytest.mark.parametrize("df", [1, 2, 3, 4, 7, 8, 15, 100, 999, 2000, 2001, 50_000])
+def test_quantiles_of_t_are_scipy_s(df: int, level: float) -> None:
+    from scipy import stats
+
+    want = float(stats.t.ppf((1 + level) / 2, df))
+    assert t_quantile(df, level) == pytest.approx(want, rel=1e-9 if df <= 2000 else 2e-6, abs=1e-12)
+
+
 def test_t_interval_covers_as_often_as_it_says() -> None:
     draw, hits = random.Random(0), 0
     for _ in range(2000):
