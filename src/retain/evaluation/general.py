@@ -49,17 +49,19 @@ def general_scores(
     batch_size: int = 8,
     progress: bool = False,
 ) -> dict[str, float]:
-    """One number for each task; see `retain.evaluation.lm_eval.asked_scores`."""
+    """One number for each task; see `retain.evaluation.lm_eval.evaluate_general`."""
     found: dict[str, float] = {}
     if KNOWLEDGE in tasks:
         right = knowledge_right(model, tokenizer, limit, progress=progress)
         found[KNOWLEDGE] = sum(right) / len(right)
     others = [task for task in tasks if task != KNOWLEDGE]
     if others:
-        from retain.evaluation.lm_eval import asked_scores
+        from retain.evaluation.lm_eval import evaluate_general, headline
 
-        found |= asked_scores(
-            model, tokenizer, others, limit=limit, data_dir=data_dir, batch_size=batch_size
+        found |= headline(
+            evaluate_general(
+                model, tokenizer, others, limit=limit, data_dir=data_dir, batch_size=batch_size
+            )
         )
     return found
 

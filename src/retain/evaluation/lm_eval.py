@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "LOCAL", "GeneralItems", "asked_scores", "check_tasks", "evaluate_general", "general_items",
-    "headline", "local_rows",
+    "LOCAL", "GeneralItems", "check_tasks", "evaluate_general", "general_items", "headline",
+    "local_rows",
 ]  # fmt: skip
 
 LOCAL: dict[str, tuple[str, str]] = {
@@ -87,8 +87,9 @@ def evaluate_general(
         batch_size: rows a pass.
 
     Returns:
-        For each task (and each group and its members) its metrics by lm-eval's names, such as
-        ``acc,none`` and ``acc_norm,none``; see `headline`.
+        For each task (and each group) its metrics by lm-eval's names, such as ``acc,none`` and
+        ``acc_norm,none``; see `headline`. A group stands for its members: they are beside it only
+        where they are asked for too, or where lm-eval has no number for the group.
 
     Raises:
         ConfigError: lm-eval is not installed, a task is not known to it, or the model is not
@@ -97,32 +98,19 @@ def evaluate_general(
     """
     found = _evaluated(model, tokenizer, tasks, data_dir, limit, batch_size)
     results: dict[str, dict[str, Any]] = found["results"]
-    return results
+    counted = _counted(results, found.get("group_subtasks") or {}) - set(tasks)
+    return {name: result for name, result in results.items() if name not in counted}
 
 
-def asked_scores(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    *,
-    data_dir: str | Path | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-) -> dict[str, float]:
-    """`headline` of the tasks; see `evaluate_general`.
-
-    A group is one number: its members stand beside it only where they are asked for too, or where
-    lm-eval has none for the group.
-    """
-    found = _evaluated(model, tokenizer, tasks, data_dir, limit, batch_size)
-    scores, members = headline(found["results"]), found.get("group_subtasks") or {}
-    counted: set[str] = set()
-    groups = [name for name in members if name in scores]
+def _counted(results: Mapping[str, Any], members: Mapping[str, Sequence[str]]) -> set[str]:
+    """The members of groups that have a number, and of the groups among these."""
+    found: set[str] = set()
+    groups = [name for name in members if name in headline(results)]
     while groups:
         inside = members.get(groups.pop(), [])
-        counted.update(inside)
+        found.update(inside)
         groups += inside
-    return {n: score for n, score in scores.items() if n in tasks or n not in counted}
+    return found
 
 
 def general_items(
