@@ -65,8 +65,8 @@ def main() -> None:
 
     sure = args.confidence is not None
     sources = {skill: written(skill, "source", args.seed) for skill in NATS}
-    others = {s: written(s, "source", 200 + args.seed)[:PROBE] for s in NATS}
-    probes = {s: encoded(rows[:PROBE]) for s, rows in (others if sure else sources).items()}
+    read = {s: written(s, "source", 200 + args.seed) for s in NATS} if sure else sources
+    probes = {skill: encoded(rows[:PROBE]) for skill, rows in read.items()}
     held_out = {s: Reference(model, encoded(written(s, "held-out", 100 + args.seed))) for s in NATS}
     problems = (
         word_problems("train", STEPS * BATCH, args.seed), word_problems("test", 64, args.seed)
