@@ -168,8 +168,8 @@ class RunConfig(_Strict):
     )
     confidence: Annotated[float, Field(ge=0.5, le=0.999)] | None = Field(
         None,
-        description="With which a budget is to hold on other text like the one measured: 0.95. By "
-        "default what is measured counts itself",
+        description="How sure it is to be, such as 0.95, that the budget also holds on other text "
+        "like the rows that it is measured on; by default their mean counts",
     )
     parts: list[Literal["head", "rows", "filter", "force"]] | None = Field(
         None,

@@ -200,5 +200,5 @@ def _at_end(call: Callable[[], None]) -> None:
 
 
 def always() -> bool:
-    """Of a training of which it is told when it ends: it still runs."""
+    """For `GradientHooks.live` where the hooks are taken off when training ends: they act."""
     return True

@@ -95,11 +95,10 @@ class RetentionCallback(TrainerCallback):
             row) that may be spent. The strength is found in training, see
             `retain.retention.budget`. With ``{"facts": 0.02, "code": 0.01}`` each source has its
             own bound and strength.
-        confidence: with which a budget is to hold on text like that which is measured, such as
-            0.95: what counts is then the one-sided upper bound of the measured nats, from the
-            spread over the measured rows (Student's t), and less is spent. By default what is
-            measured counts, which on other text like it is above the budget about every second
-            time.
+        confidence: how sure it is to be, such as 0.95, that a budget also holds on other text like
+            the rows that it is measured on. What counts is then the one-sided upper bound of the
+            measured nats, from their spread over these rows (Student's t), and less is spent. By
+            default their mean counts, so about every second such text is above the budget.
         past: the curvature of the tasks before; see `retain.retention.recipe.Recipe`.
         parts: of the recipe (`retain.retention.recipe`), those that act: ``rows``, ``filter``,
             ``force``. By default all, the filter wherever a fresh LoRA and the curvature allow it
