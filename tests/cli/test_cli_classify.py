@@ -300,6 +300,13 @@ def test_what_the_labels_leave_open_is_said(
     assert any(said in note for note in found["notes"])
 
 
+def test_a_head_can_be_left_out(train: Run, tmp_path: Path, source: Path) -> None:
+    argv = ("--source", source, "--max-steps", 1, "--json", "--parts", "rows,force")
+    found = train(write(tmp_path / "r.jsonl", KINDS * 8), *argv).json
+    assert found["labels"]["head"] is None
+    assert any("stays as it was drawn: --parts leaves head out" in note for note in found["notes"])
+
+
 def test_what_does_not_go_together(
     train: Run, retain: Run, encoder: Path, model: Path, source: Path, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ from retain.models.lora import attach_lora
 from retain.models.sizes import pad_id
 from retain.records import RunSpec
 from retain.retention.given import PARTS
+from retain.retention.head import fit_head
 from retain.retention.loader import reader_of
 from retain.retention.methods.auto import Auto
 from retain.retention.recipe import Recipe
@@ -153,8 +154,8 @@ def _each(case: Case, folder: Path, learn: Callable[[Case, Any, Recipe, int, Pat
     known = []
     for index, rows in enumerate(case.rows):
         set_seed(case.seeds[index])
-        if case.columns[index] is not None:
-            recipe.fit_head(
+        if case.columns[index] is not None and "head" in recipe.parts:
+            fit_head(
                 model, rows, columns=case.columns[index], seed=case.seeds[index], batch_size=64,
                 progress=False,
             )  # fmt: skip

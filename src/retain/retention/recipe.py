@@ -2,8 +2,8 @@
 
 It is a chain of parts, each of which can be left out by name:
 
-- ``head``: the outputs of a classifier's task begin fitted to the model as it is
-  (`retain.retention.head`).
+- ``head``: the outputs of a classifier's task begin fitted to the model as it is, which whoever
+  drives the recipe sees to (`retain.retention.head`).
 - ``rows``: each task learns in rows of its own of LoRA's A and B; those of earlier tasks stay
   (`retain.retention.fresh_rows`).
 - ``filter``: A learns behind a filter that passes what the task's rows use, and stops what the
@@ -19,7 +19,7 @@ step has been made. Every door drives this one object: `retain.RetentionCallback
 `retain.Retention` in a plain loop, ``retain train`` and ``--continue-from``, and the study's method
 ``auto``. The order of calls, for each task::
 
-    recipe.fit_head(model, rows)       a classifier with new outputs, before its curvature
+    fit_head(model, rows)              a classifier with new outputs, before its curvature
     model = recipe.grow(model, rank)   fresh rows, where the adapter has learned something before
     recipe.begin(model, rows)          warns of what is held in a lesser way than asked for
     each step: before_step, backward, before_optimizer, the optimiser, after_step
@@ -64,7 +64,6 @@ from retain.retention.filter_rows import new_moments, old_moments
 from retain.retention.force import Force, Spent
 from retain.retention.fresh_rows import FrozenRows, fresh_rows
 from retain.retention.given import PARTS, check_given, check_max_rank
-from retain.retention.head import HeadFit, fit_head
 from retain.retention.hooks import GradientHooks, check_backward
 from retain.retention.lengths import check_descends, check_lengths, check_points, keeps_two
 from retain.retention.loader import RowReader
@@ -174,19 +173,6 @@ class Recipe:
         self._by_hand = False
 
     # Before training.
-
-    def fit_head(
-        self, model: nn.Module, rows: Sequence[Example], *, columns: slice | None = None,
-        seed: int = 0, **options: Any,
-    ) -> HeadFit | None:  # fmt: skip
-        """Fits a classifier's new outputs to the model as it is; see `retain.fit_head`.
-
-        Returns:
-            What was found; None without that part.
-        """
-        if "head" not in self.parts:
-            return None
-        return fit_head(model, rows, columns=columns, seed=seed, **options)
 
     def grow(self, model: Any, rank: int, *, seed: int = 0, max_rank: int | None = None) -> Any:
         """The model with fresh rows for its next task, where its LoRA has learned something.

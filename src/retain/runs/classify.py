@@ -292,6 +292,11 @@ def fit_new_head(
             f"the base model's own head of {labels.count} outputs goes on; none is fitted"
         )
         return labels
+    if config.parts is not None and "head" not in config.parts:
+        messages.note(
+            f"a new head of {labels.count} outputs stays as it was drawn: --parts leaves head out"
+        )
+        return labels
     from retain.retention.head import fit_head
 
     found = fit_head(model, list(examples), seed=config.training.seed, progress=messages.progress)
