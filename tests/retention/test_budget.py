@@ -19,7 +19,8 @@ from retain.data.sources import encode
 from retain.errors import ConfigError, MismatchError, RetainWarning, TrainingError
 from retain.models.lora import attach_lora
 from retain.models.sites import lora_sites
-from retain.retention.budget import Budget, anchored, largest_share, scale_back, settle
+from retain.retention.budget import Budget
+from retain.retention.displacement import anchored, largest_share, scale_back, settle
 from retain.retention.force import Force
 from retain.retention.measure import Reference
 from retain.retention.methods.penalty import KFAC

@@ -15,7 +15,8 @@ from retain.curvature.blocks.factor import DenseFactor, Factor, SketchFactor
 from retain.curvature.curvature import Curvature, reanchored
 from retain.data.batches import Example
 from retain.models.sites import LoraSite, lora_sites
-from retain.retention.budget import Budget, scale_back
+from retain.retention.budget import Budget
+from retain.retention.displacement import scale_back
 from retain.retention.filter import Filter, InputFilter
 from retain.retention.force import Force
 from retain.retention.fresh_rows import FrozenRows

@@ -26,7 +26,7 @@ from retain.models.forward import forward_logits
 from retain.models.lora import attach_lora
 from retain.models.sizes import pad_id
 from retain.records import RunSpec
-from retain.retention.given import PARTS
+from retain.retention.bounds import PARTS
 from retain.retention.head import fit_head
 from retain.retention.loader import reader_of
 from retain.retention.methods.auto import Auto

@@ -31,13 +31,15 @@ from retain.curvature.blocks.estimator import has_bf16
 from retain.curvature.curvature import Curvature, Pull, Still
 from retain.curvature.stack import total
 from retain.data.batches import Example
-from retain.errors import ConfigError, MismatchError, TrainingError, check_number, unknown
+from retain.errors import ConfigError, MismatchError, TrainingError, unknown
 from retain.models.forward import no_autocast
 from retain.models.heads import head_kind
 from retain.models.processes import of_first
 from retain.models.shards import own, reshard, scatter
 from retain.models.sites import LinearSite, Site, check_held
-from retain.retention.budget import Budget, anchored, check_confidence, scale_back, settle
+from retain.retention.bounds import check_confidence, check_strength
+from retain.retention.budget import Budget
+from retain.retention.displacement import anchored, scale_back, settle
 from retain.retention.lengths import step_lengths
 from retain.retention.measure import Reference
 from retain.retention.named import (
@@ -49,9 +51,9 @@ from retain.retention.named import (
     check_together,
 )
 from retain.retention.watch import Watched, read
-from retain.types import STRENGTH, STRONGEST, UPDATES, Update
+from retain.types import STRENGTH, UPDATES, Update
 
-__all__ = ["Force", "Hold", "Spent", "check_strength"]
+__all__ = ["Force", "Hold", "Spent"]
 
 ROOM = 0.8
 """Of a budget, the share that earlier tasks may have used when training begins."""
@@ -625,16 +627,6 @@ class Force:
                 scale_back(hold.curvature, self.sites, budget.allowed(), self.rows, now)
                 moved = True
         return moved
-
-
-def check_strength(strength: float) -> None:
-    """Raises `ConfigError` unless the strength is a number from 0 to `STRONGEST`."""
-    check_number("the strength is no strength", strength, f"strength={STRENGTH:g}")
-    if strength > STRONGEST:
-        raise ConfigError(
-            "the strength is too large", got=strength, allowed=f"0 to {STRONGEST:g}",
-            fix=f"strength={STRENGTH:g}",
-        )  # fmt: skip
 
 
 def _anchored(

@@ -50,7 +50,8 @@ from retain.models.processes import check_same, several, share
 from retain.models.shards import check_divided, gather, scatter, shard_of
 from retain.models.sites import LoraSite, Site, lora_sites
 from retain.models.view import ModelView
-from retain.retention.budget import anchored
+from retain.retention.bounds import PARTS, check_max_rank
+from retain.retention.displacement import anchored
 from retain.retention.filter import Filter, InputFilter
 from retain.retention.filter_checks import (
     BEGAN_WITHOUT,
@@ -63,7 +64,7 @@ from retain.retention.filter_checks import (
 from retain.retention.filter_rows import new_moments, old_moments
 from retain.retention.force import Force, Spent
 from retain.retention.fresh_rows import FrozenRows, fresh_rows
-from retain.retention.given import PARTS, check_given, check_max_rank
+from retain.retention.given import check_given
 from retain.retention.hooks import GradientHooks, check_backward
 from retain.retention.lengths import check_descends, check_lengths, check_points, keeps_two
 from retain.retention.loader import RowReader

@@ -9,6 +9,7 @@ from typing import Any
 
 from retain.config import RunConfig, names_of, read_config, read_settings, validate
 from retain.errors import ConfigError, unknown
+from retain.retention.bounds import check_confidence
 from retain.runs.months import HELD, previous_run, settings_of
 from retain.runs.named import OWN, check_named, check_same
 from retain.runs.records import RUN
@@ -72,8 +73,6 @@ def read_run(config: Settings, given: Mapping[str, Any], *, resume: bool = False
     found = _read_run(config, given, resume)
     check_named(found)
     if found.confidence is not None and found.method != "none":
-        from retain.retention.budget import check_confidence
-
         check_confidence(found.confidence, found.budget)
     return found
 

@@ -12,6 +12,7 @@ from pydantic import Field
 from retain.config import Measured
 from retain.files import file_digest, locked, whole_file
 from retain.records import finite
+from retain.retention.bounds import check_budget
 from retain.runs.bases import Base, base_of, load_base
 from retain.runs.eval import check_finite, held_out, name_of, place_for, source_rows
 from retain.runs.folders import SOFTEN_PICTURES, check_made, recorded
@@ -80,7 +81,6 @@ def soften_run(config: SoftenConfig, pictures: Pictures, messages: Messages) -> 
     from retain.models.saved import adapter_digest, load_adapter, save_adapter
     from retain.models.sites import lora_sites
     from retain.provenance import provenance
-    from retain.retention.budget import check_budget
     from retain.retention.soften.adapter import soften
 
     with locked(out):

@@ -13,6 +13,7 @@ from retain.documents import sealed
 from retain.errors import ConfigError, unknown
 from retain.files import file_digest, first_rank, write_json, writing
 from retain.records import Step, digest_of, finite
+from retain.retention.bounds import check_max_rank, check_parts
 from retain.runs import checkpoints, classify, named
 from retain.runs.bases import load_base, problem_count
 from retain.runs.folders import drop_state
@@ -144,8 +145,6 @@ class Training:
                 fix="leave --keep-state or --method none out",
             )
         if c.method != "none":
-            from retain.retention.given import check_max_rank, check_parts
-
             check_max_rank(c.max_rank, c.adapter.rank, "--set ")
             check_parts(c.parts, c.budget)
         self.rows: Any = None
@@ -153,6 +152,7 @@ class Training:
         self.digest: str | None = None
         if self.problems is None:
             self.rows = run_rows(c)
+        self.messages.libraries()
         if c.method != "none" and c.curvature is not None:
             from retain.curvature.curvature import load_curvature
 
@@ -162,7 +162,6 @@ class Training:
             named.check_texts(c)
         for line in unused(c):
             self.messages.note(line)
-        self.messages.libraries()
         if classify.wanted(c) or (self.before is not None and self.before.labels is not None):
             classify.check_settings(c, self.problems)
             self.rows, self.labels = classify.labels_of(self.rows, c, self.before)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retain.data.batches import Example
+from retain.retention.bounds import check_max_rank
 from retain.retention.filter import Filter
-from retain.retention.given import check_max_rank
 from retain.retention.growing import Growing
 from retain.retention.loader import reader_of
 from retain.retention.method import Context, Task

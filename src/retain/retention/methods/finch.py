@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from retain.data.batches import Batch, Example
 from retain.models.processes import several
-from retain.retention.force import check_strength
+from retain.retention.bounds import check_strength
 from retain.retention.method import Method, Task
 
 __all__ = ["Finch"]

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from retain.data.batches import Batch, Example, collate
 from retain.errors import unknown
 from retain.models.forward import divergence, evaluating, forward_logits
-from retain.retention.force import check_strength
+from retain.retention.bounds import check_strength
 from retain.retention.measure import log_probabilities
 from retain.retention.method import Context, Method, Task
 

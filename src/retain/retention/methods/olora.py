@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from retain.data.batches import Batch, Example
 from retain.models.sites import lora_sites
-from retain.retention.force import check_strength
+from retain.retention.bounds import check_strength
 from retain.retention.fresh_rows import FrozenRows, block_of
 from retain.retention.method import Method, Task
 

@@ -20,8 +20,8 @@ from retain.curvature.curvature import Curvature, reanchored
 from retain.curvature.fit.settings import FitSettings
 from retain.data.batches import Example
 from retain.errors import check_number, unknown
-from retain.retention.budget import check_budget
-from retain.retention.force import Force, check_strength
+from retain.retention.bounds import check_budget, check_strength
+from retain.retention.force import Force
 from retain.retention.method import Context, Method, Task
 from retain.retention.state import choose, pack_curvature, unpack_curvature
 from retain.types import UPDATES, Fisher, Space, Structure, Update

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from retain.errors import check_number
-from retain.retention.budget import check_budget
+from retain.retention.bounds import check_budget
 from retain.retention.measure import Reference
 from retain.retention.method import Context, Task
 from retain.retention.methods.penalty import CurvatureMethod

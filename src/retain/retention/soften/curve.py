@@ -11,7 +11,8 @@ from torch import Tensor
 
 from retain.errors import ConfigError, check_number
 from retain.models.sites import LoraSite
-from retain.retention.budget import check_budget, largest_share
+from retain.retention.bounds import check_budget
+from retain.retention.displacement import largest_share
 from retain.retention.soften.subspace import Subspace
 
 __all__ = ["Point", "SoftenedAdapter", "Softening"]

@@ -1,0 +1,240 @@
+"""The weights' way from an anchor: moving them straight back along it, and a look at its beginning.
+
+What is predicted goes with the square of the share of the way that is kept, where weights alone
+move; what is measured is searched for, as is a LoRA's whose product moved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from retain.curvature.curvature import Curvature
+from retain.errors import MismatchError, warn
+from retain.models.shards import scatter
+from retain.models.sites import LinearSite, LoraSite, Site
+
+__all__ = ["anchored", "largest_share", "scale_back", "settle"]
+
+TRIES, SLACK = 12, 0.02
+"""Measurements at the end, and how far below the budget is near enough."""
+
+NEAR = 0.01
+"""The same of predicted nats, which cost less."""
+
+ALL = slice(None)
+"""All rows of A."""
+
+POWERS = 1.0, 8.0
+"""The least and the highest power of the share that a divergence is taken to go with."""
+
+
+def scale_back(
+    curvature: Curvature,
+    sites: Sequence[Site],
+    nats: float,
+    rows: slice = ALL,
+    now: float | None = None,
+) -> float:
+    """Moves the weights straight back towards the anchor until so many nats are predicted.
+
+    Args:
+        curvature: whose prediction, and whose anchor.
+        sites: the layers, as `Curvature.bind` gives them.
+        nats: what may be left; a displacement below it is left alone.
+        rows: of LoRA's A, whose columns of B move; the others stay (weight space, no anchor).
+        now: nats that are predicted now, where they are known.
+
+    Returns:
+        The share of the displacement that is left.
+    """
+
+    def predicted() -> float:
+        return curvature.pulls(sites)[0]
+
+    now = predicted() if now is None else now
+    if now <= nats:
+        return 1.0
+    away = _Away(curvature, sites, rows)
+    if not away.linear:
+        return away.shorten(nats, now, predicted, NEAR)[0]
+    share = math.sqrt(nats / now)
+    away.keep(share)
+    return share
+
+
+def settle(
+    curvature: Curvature,
+    sites: Sequence[Site],
+    nats: float,
+    measure: Callable[[], float],
+    rows: slice = ALL,
+) -> float:
+    """Moves the weights straight back until the divergence that `measure` gives is within nats.
+
+    See `scale_back`. One that is not finite, as where float16 overflows, is above any budget; that
+    it was is warned of.
+
+    Returns:
+        The measured nats that are left.
+    """
+    now = measure()
+    if now <= nats:
+        return now
+    share, left = _Away(curvature, sites, rows).shorten(nats, now, measure, SLACK)
+    if not math.isfinite(now):
+        warn(
+            f"the model's predictions on the probe were not finite ({now} measured nats): the "
+            f"weights were moved back until they were, to {share:.3g} of their way from the anchor"
+        )
+    return left
+
+
+def largest_share(
+    nats: float, now: float, measure: Callable[[float], float], *, slack: float = SLACK
+) -> tuple[float, float]:
+    """The largest share of a displacement whose divergence is within a budget, nearly.
+
+    Args:
+        nats: of the budget.
+        now: the divergence of the whole displacement, more than that or not finite.
+        measure: gives the divergence of a share; one that is not finite is above the budget.
+        slack: how far below the budget is near enough, relative to it.
+
+    Returns:
+        The share and its divergence, at most `slack` below the budget unless 12 tries do not get
+        there; 0 and 0 if none of them is within it.
+    """
+    low, high, left = 0.0, 1.0, 0.0
+    wanted = nats * (1 - slack / 2)
+    last, power = 1.0, 2.0  # the divergence is about quadratic in the share
+    share = math.sqrt(wanted / now) if math.isfinite(now) else 0.5
+    for attempt in range(TRIES):
+        before, now = now, measure(share)
+        if not now <= nats:
+            high = share
+        else:
+            low, left = share, now
+            if now >= nats * (1 - slack):
+                break
+        known = 0 < now < math.inf
+        if known and 0 < before < math.inf and share != last:  # what it is shows in two of them
+            found = math.log(now / before) / math.log(share / last)
+            power = min(max(found, POWERS[0]), POWERS[1])
+        last = share
+        guess = share * (wanted / now) ** (1 / power) if known else 0.0
+        sound = low < guess < high and attempt % 4 < 3  # halving gets there whatever it is
+        share = guess if sound else 0.5 * (low + high)
+    return low, left
+
+
+class _Away:
+    """The displacement of all trained weights from the anchor, of which a share is kept."""
+
+    def __init__(self, curvature: Curvature, sites: Sequence[Site], rows: slice = ALL) -> None:
+        weights: list[Tensor] = []
+        starts: list[Tensor] = []
+        self.bare: list[Tensor] = []  # those that are 0 at the anchor
+        self.linear = rows == ALL  # then the prediction goes with the square of the share
+        for site in sites:
+            for parameter, start in _starts(curvature, site):
+                if not parameter.requires_grad:
+                    continue
+                now = parameter.detach() if rows == ALL else parameter.detach()[:, rows]
+                if start is None:
+                    self.bare.append(now)
+                    continue
+                weights.append(now)
+                starts.append(start.detach() if rows == ALL else start.detach()[:, rows])
+            bent = isinstance(site, LoraSite) and site.name in curvature.anchor
+            self.linear = self.linear and not (bent and curvature.info.space == "weight")
+        self.weights, self.starts = weights, starts
+        self.moved = torch._foreach_sub(weights, starts) if weights else ()
+        self.whole = torch._foreach_mul(self.bare, 1.0) if self.bare else ()
+
+    def keep(self, share: float) -> None:
+        if self.bare:
+            torch._foreach_copy_(self.bare, torch._foreach_mul(self.whole, share))
+        if self.weights:
+            found = torch._foreach_mul(self.moved, share)
+            torch._foreach_add_(found, self.starts)
+            torch._foreach_copy_(self.weights, found)
+
+    def shorten(
+        self, nats: float, now: float, measure: Callable[[], float], slack: float
+    ) -> tuple[float, float]:
+        """Keeps the largest share within a budget; see `largest_share`, which it returns."""
+
+        def at(share: float) -> float:
+            self.keep(share)
+            return measure()
+
+        share, left = largest_share(nats, now, at, slack=slack)
+        self.keep(share)
+        return share, left
+
+
+def _starts(
+    curvature: Curvature, site: Site, *, grown: bool = False
+) -> list[tuple[nn.Parameter, Tensor | None]]:
+    """Each trained weight of a layer that counts, with its value at the anchor; None for 0.
+
+    With `grown`, rows of A beyond the anchor's are allowed: their columns of B are 0 there.
+    """
+    kept = curvature.anchor.get(site.name, ())
+    if isinstance(site, LinearSite):
+        return [(site.weight, kept[0].to(site.weight.dtype))]
+    if curvature.info.space == "adapter":
+        return [(site.b, kept[0].to(site.b.dtype)), (site.a, kept[1].to(site.a.dtype))]
+    if len(kept) != 2:  # B = 0, whatever A is
+        return [(site.b, None)]
+    more = site.rank - len(kept[1])
+    if more < 0 or (more and not grown):
+        raise MismatchError(
+            "the anchor that a budget or kl counts from belongs to one rank",
+            got=f"r={site.rank} at {site.name}",
+            allowed=f"r={kept[1].shape[0]}, the anchor's",
+            fix="use that rank, or give a strength in place of a budget, and no kl",
+        )
+    b, a = (kept[0] / site.scaling).to(site.b.dtype), kept[1].to(site.a.dtype)
+    if more:
+        b = pad(b, (0, more))
+        a = torch.cat([a, site.a.detach()[len(a) :]])
+    return [(site.b, b), (site.a, a)]
+
+
+@contextmanager
+def anchored(curvature: Curvature, sites: Sequence[Site], *, grown: bool = False) -> Iterator[None]:
+    """Inside it the model is where the curvature's anchor is.
+
+    Args:
+        curvature: whose anchor.
+        sites: the model's layers.
+        grown: whether the adapter may have more rows than the anchor has.
+
+    Raises:
+        MismatchError: it has another rank than the anchor.
+    """
+    pairs = [pair for site in sites for pair in _starts(curvature, site, grown=grown)]
+    before: list[tuple[nn.Parameter, Tensor | None]]
+    before = [(parameter, parameter.detach().clone()) for parameter, _ in pairs]
+    _copy(pairs)
+    try:
+        yield
+    finally:
+        _copy(before)
+
+
+@torch.no_grad()
+def _copy(pairs: Sequence[tuple[nn.Parameter, Tensor | None]]) -> None:
+    for parameter, value in pairs:
+        if value is None:
+            parameter.zero_()
+        else:
+            parameter.copy_(value)
+    scatter(parameter for parameter, _ in pairs)  # for what runs the model
