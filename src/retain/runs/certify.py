@@ -21,9 +21,9 @@ from retain.files import (
 from retain.models.cards import CARD, read_card, with_section
 from retain.records import CERTIFICATE_SCHEMA, CertificateRecord, SkillRecord, finite
 from retain.runs.bases import Base, base_of
-from retain.runs.eval import load_tuned
 from retain.runs.folders import check_record
 from retain.runs.messages import Messages, interruption
+from retain.runs.tuned import load_tuned
 
 __all__ = ["RECORD", "CertifyConfig", "certify_run"]
 

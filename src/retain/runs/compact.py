@@ -15,10 +15,10 @@ from retain.config import Measured, validate
 from retain.files import file_digest, locked
 from retain.records import finite
 from retain.runs.bases import Base, base_of
-from retain.runs.eval import check_finite, held_out, load_tuned, place_for, source_rows
 from retain.runs.folders import check_made, recorded
 from retain.runs.messages import Messages, interruption
 from retain.runs.months import Previous, previous_run
+from retain.runs.tuned import check_finite, held_out, load_tuned, place_for, source_rows
 
 __all__ = ["SCHEMA", "CompactConfig", "compact", "compact_run"]
 

@@ -13,11 +13,11 @@ from retain.errors import ConfigError, MismatchError
 from retain.files import file_digest, write_record
 from retain.records import finite
 from retain.runs.bases import problem_count
-from retain.runs.eval import load_tuned
 from retain.runs.folders import check_record
 from retain.runs.messages import Messages, interruption
 from retain.runs.records import TRAIN, TrainRecord, read_record
-from retain.runs.training import rows_digest, run_examples, run_rows
+from retain.runs.rows import rows_digest, run_examples, run_rows
+from retain.runs.tuned import load_tuned
 
 __all__ = ["SCHEMA", "ExplainConfig", "explain_run"]
 

@@ -14,9 +14,9 @@ from retain.curvature.blocks.ranks import RANKS, factor_rank_of
 from retain.curvature.blocks.registry import names
 from retain.curvature.fit.settings import FitSettings
 from retain.files import check_ours, clear_scratch, locked
-from retain.runs.eval import check_base
 from retain.runs.folders import is_curvature
 from retain.runs.messages import Interrupted, Messages
+from retain.runs.tuned import check_base
 from retain.types import Fisher, Space
 
 __all__ = ["FitConfig", "Fitted", "fit_run"]

@@ -14,10 +14,10 @@ from retain.files import file_digest, locked, whole_file
 from retain.records import finite
 from retain.retention.bounds import check_budget
 from retain.runs.bases import Base, base_of, load_base
-from retain.runs.eval import check_finite, held_out, name_of, place_for, source_rows
 from retain.runs.folders import SOFTEN_PICTURES, check_made, recorded
 from retain.runs.messages import Messages, interruption
 from retain.runs.settings import placed_model
+from retain.runs.tuned import check_finite, held_out, name_of, place_for, source_rows
 
 __all__ = ["SoftenConfig", "soften_run"]
 
