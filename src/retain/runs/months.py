@@ -34,7 +34,7 @@ from retain.runs.records import (
     write_record,
 )
 
-__all__ = ["HELD", "Previous", "keep_state", "previous_run", "settings_of"]
+__all__ = ["HELD", "Previous", "keep_state", "previous_run"]
 
 HELD = (
     "method", "strength", "budget", "confidence", "training.update", "source", "parts", "kl",
@@ -53,14 +53,12 @@ class Previous:
     Attributes:
         folder: of the run.
         state: its record.
-        model: where its base model lay.
-        names: of its budgets; none where it was held to one source.
+        settings: of the run.
     """
 
     folder: Path
     state: StateRecord
-    model: str
-    names: tuple[str, ...] = ()
+    settings: RunConfig
 
     @property
     def adapter(self) -> Path:
@@ -70,8 +68,8 @@ class Previous:
     @property
     def sources(self) -> dict[str, Path]:
         """The files of the source texts' curvatures, by name; of one without names under ``""``."""
-        place = self.folder / "state"
-        return {name: place / by_file("source", name) for name in self.names or ("",)}
+        place, names = self.folder / "state", names_of(self.settings.budget) or ("",)
+        return {name: place / by_file("source", name) for name in names}
 
     @property
     def past(self) -> Path:
@@ -82,6 +80,10 @@ class Previous:
     def labels(self) -> Labels | None:
         """Of a classifier."""
         return self.state.labels
+
+    def digest(self, path: Path) -> str:
+        """Of one of the files above, which `previous_run` found to be what the run left."""
+        return self.state.digests.get(path.name) or file_digest(path)
 
     def curvatures(self) -> tuple[dict[str, Any], Any]:
         """Those of the source texts, as in `sources`, and of the earlier tasks, read."""
@@ -116,7 +118,7 @@ class Previous:
             raise MismatchError(
                 "the model is not the base of the run to continue from",
                 got=f"{name} with fingerprint {mine}",
-                allowed=f"{known}, which {self.model} had when {self.folder} was trained",
+                allowed=f"{known}, which {self.settings.model} had when {self.folder} was trained",
                 fix="say with --model where that model lies now",
             )
 
@@ -143,12 +145,9 @@ def previous_run(folder: str | Path) -> Previous:
         MismatchError: its state or its adapter has changed since.
     """
     run = Path(folder).expanduser()
-    settings = settings_of(run)
+    settings = _settings_of(run)
     try:
-        found = Previous(
-            run, read_record(run / "state" / "state.json", StateRecord), settings.model,
-            names_of(settings.budget),
-        )  # fmt: skip
+        found = Previous(run, read_record(run / "state" / "state.json", StateRecord), settings)
         parts = (found.adapter, *found.sources.values(), found.past)
         missing = [path.name for path in parts if not path.exists()]
         if missing:
@@ -174,7 +173,7 @@ def previous_run(folder: str | Path) -> Previous:
     return found
 
 
-def settings_of(run: Path) -> RunConfig:
+def _settings_of(run: Path) -> RunConfig:
     """The settings of an earlier run.
 
     Raises:

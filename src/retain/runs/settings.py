@@ -10,7 +10,7 @@ from typing import Any
 from retain.config import RunConfig, names_of, read_config, read_settings, validate
 from retain.errors import ConfigError, unknown
 from retain.retention.bounds import check_confidence
-from retain.runs.months import HELD, previous_run, settings_of
+from retain.runs.months import HELD, previous_run
 from retain.runs.named import OWN, check_named, check_same
 from retain.runs.records import RUN
 
@@ -129,7 +129,7 @@ def _continued(given: dict[str, Any], folder: str) -> RunConfig:
     take each other's place. The model may lie elsewhere now; that it is the same is told by its
     fingerprint.
     """
-    before = settings_of(previous_run(folder).folder)
+    before = previous_run(folder).settings
     mine = {"dtype": before.dtype, **flat({"adapter": before.adapter.model_dump()})}
     for name, value in mine.items():
         if given.get(name) not in (None, value):

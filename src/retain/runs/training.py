@@ -108,13 +108,14 @@ class Training:
             data=rows_digest(examples),
             base=fingerprint(self.model),
             source=self.digest,
-            past=self.before and _digest(self.before.past),
+            past=self.before and _digest(self.before.past, self.before),
         )
         if self.resume and (ended := checkpoints.ended(self.out, self.kept, digests)):
             self.messages.say("the run has ended: there is nothing to resume")
             return RunResult(self.out, ended)
         held = self._held()
-        digests = digests.model_copy(update={"source": self.digest or _digest_of(held)})
+        source = self.digest or _digest_of(held, self.before)
+        digests = digests.model_copy(update={"source": source})
         last = self._last(digests)
         if first_rank():
             write_json(self.out / RUN, sealed(finite(c.model_dump(mode="json"))))
@@ -180,7 +181,7 @@ class Training:
         c = self.config
         self.messages.say(f"loading {c.model}")
         of = "the run to resume" if self.resume else None
-        if self.before is not None and self.before.model == c.model:
+        if self.before is not None and self.before.settings.model == c.model:
             of = "the run to continue from"
         if self.labels is not None:
             base, self.tokenizer, _ = classify.load_classifier(c, self.labels, of)
@@ -375,12 +376,14 @@ def rose(losses: Sequence[float | None], config: TrainConfig) -> str | None:
     return f"the loss rose, from {first:.3g} to {last:.3g}: try {rate}"
 
 
-def _digest_of(held: Held) -> str | None:
-    """Of the files of one curvature, or of several; None of none."""
-    found = {name: _digest(one.path) for name, one in held.items()}
+def _digest_of(held: Held, before: Previous | None) -> str | None:
+    """Of the files of one curvature, or of several, maybe of a run before; None of none."""
+    found = {name: _digest(one.path, before) for name, one in held.items()}
     return found.get("") if "" in found or not found else digest_of(found)
 
 
-def _digest(path: Path) -> str | None:
-    """Of a file; the first process alone keeps it."""
-    return file_digest(path) if first_rank() else None
+def _digest(path: Path, before: Previous | None = None) -> str | None:
+    """Of a file, or of one of a run before, which knows it; the first process alone keeps it."""
+    if not first_rank():
+        return None
+    return file_digest(path) if before is None else before.digest(path)
