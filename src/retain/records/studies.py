@@ -1,112 +1,41 @@
-"""What a study writes of its runs, and the report reads: one set of classes for both.
-
-    StudyRecord  ``study.json``, schema ``retain.study/1``: a study with its runs
-    RunRecord    ``runs/KEY.json``, schema ``retain.run/1``: one run, what was done and came of it
-    RunSpec      ``config`` of a run: all that its result depends on, data files and versions aside
-    EvalRecord   ``result.json`` of ``retain eval``, schema ``retain.result/2``
-
-Fields that a class does not know are kept, so that a record survives being read and written, and a
-file of a newer version opens; what was not measured is null. `Part.plain` gives the fields that
-were set and no others, so a `RunSpec` is the same text again, and has the same key.
-"""
+"""`StudyRecord` and its `RunRecord`s: what a study writes of its runs."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
 from retain.config import TrainConfig, validate
+from retain.records.answers import AnswersRecord
+from retain.records.evals import EvalRecord
+from retain.records.parts import (
+    Hardware,
+    Interval,
+    Known,
+    Listed,
+    Part,
+    Score,
+    Step,
+    Values,
+    digest_of,
+)
 from retain.types import HeadStart
 
 __all__ = [
-    "CERTIFICATE_SCHEMA", "RESULT_SCHEMA", "RUN_SCHEMA", "STUDY_SCHEMA", "AnswerGroup",
-    "AnswersRecord", "Between", "CertificateRecord", "Claim", "EvalAdapter", "EvalAnswer",
-    "EvalData", "EvalItem", "EvalRecord", "EvalScore", "General", "Generation", "Hardware",
-    "Interval", "Measure",
-    "Parameters", "Part", "Retention", "RunAdapter", "RunData", "RunEvaluation", "RunGeneral",
-    "RunMethod", "RunOrder", "RunRecord", "RunSource", "RunSpec", "RunTraining", "Seconds", "Sizes",
-    "SkillRecord", "Skipped", "Step", "StudyRecord", "bits_of", "digest_of", "finite", "flags_of",
+    "RUN_SCHEMA", "STUDY_SCHEMA", "Claim", "General", "Generation", "Parameters", "Retention",
+    "RunAdapter", "RunData", "RunEvaluation", "RunGeneral", "RunMethod", "RunOrder",
+    "RunRecord", "RunSource", "RunSpec", "RunTraining", "Seconds", "Sizes", "Skipped",
+    "StudyRecord",
 ]  # fmt: skip
 
 RUN_SCHEMA: Final = "retain.run/1"
 STUDY_SCHEMA: Final = "retain.study/1"
-CERTIFICATE_SCHEMA: Final = "retain.certificate/1"
-RESULT_SCHEMA: Final = "retain.result/2"
-
-T = TypeVar("T")
-
 _RELATIONS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt, "==": operator.eq,
 }  # fmt: skip
-
-
-def digest_of(value: Any) -> str:
-    """16 hexadecimal digits of the SHA-256 of plain data as canonical JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def bits_of(flags: Sequence[bool]) -> str:
-    """Flags as text, ``count:hexadecimal digits``: the first flag is the highest bit."""
-    padded = [*flags, *[False] * (-len(flags) % 4)]
-    fours = (padded[i : i + 4] for i in range(0, len(padded), 4))
-    return f"{len(flags)}:" + "".join(f"{8 * a + 4 * b + 2 * c + d:x}" for a, b, c, d in fours)
-
-
-def flags_of(text: str) -> list[bool]:
-    """The flags of `bits_of`; raises ValueError for text of another form."""
-    count, digits = text.split(":")
-    if len(digits) != -(-int(count) // 4):
-        raise ValueError(f"{count} flags in {len(digits)} hexadecimal digits")
-    return [digit == "1" for one in digits for digit in f"{int(one, 16):04b}"][: int(count)]
-
-
-def finite(value: Any) -> Any:
-    """Plain data for JSON: null for a number that is not finite, text for a path."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
-
-
-class Part(BaseModel):
-    """A part of a record."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-
-    def plain(self) -> dict[str, Any]:
-        """As plain data for JSON: what was set, and nothing else."""
-        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The fields that the class does not name."""
-        return dict(self.model_extra or {})
-
-
-def _whole_interval(value: Any) -> Any:
-    """An interval with an unknown end is an unknown interval."""
-    if isinstance(value, list | tuple) and any(end is None for end in value):
-        return None
-    return value
-
-
-Interval = Annotated[tuple[float, float] | None, BeforeValidator(_whole_interval)]
-Listed = Annotated[list[T], BeforeValidator(lambda value: [] if value is None else value)]
-"""A list; empty where the file has null."""
-Score = float | None
-Known = BeforeValidator(lambda value: {} if value is None else value)
-Values = Annotated[dict[str, float | None], Known]
 
 
 # What a run was told.
@@ -307,16 +236,6 @@ class RunSpec(Part):
 # What came of it.
 
 
-class Hardware(Part):
-    """The machine of a run."""
-
-    cpu: str | None = None
-    cores: int | None = None
-    memory_gib: float | None = None
-    accelerator: str | None = None
-    threads: int | None = None
-
-
 class Sizes(Part):
     """Rows of each task."""
 
@@ -367,231 +286,12 @@ class Seconds(Part):
     total: float | None = None
 
 
-class Step(Part):
-    """A point of the training curve; KL in nats per token."""
-
-    step: int
-    loss: float | None = None
-    predicted: float | None = None
-    measured: float | None = None
-    strength: float | None = None
-
-
 class Generation(Part):
     """What the model answered, and what it answered before it learned anything, to be read."""
 
     prompt: str
     text: str | None = None
     before: str | None = None
-
-
-class Measure(Part):
-    """A number with its 95 % interval, and how many rows it is of; null where there were none."""
-
-    value: float | None = None
-    interval: Interval = None
-    n: int = 0
-
-
-class AnswerGroup(Part):
-    """What was measured of the answers to some prompts; see `retain.evaluation.answers`.
-
-    Attributes:
-        log_ratio: nats per token of the tuned model's own answers.
-        repeats, repeats_base, task_form, task_form_base: of the tuned model's, and of the base's.
-        right_before, right_after, kept: of the prompts that a script can score.
-    """
-
-    prompts: int
-    log_ratio: Measure
-    first_word: Measure
-    first_token: Measure
-    unlikely: Measure
-    repeats: Measure
-    repeats_base: Measure
-    task_form: Measure
-    task_form_base: Measure
-    right_before: Measure
-    right_after: Measure
-    kept: Measure
-
-
-class AnswersRecord(Part):
-    """What a tuned model and its base answered to general prompts.
-
-    Attributes:
-        threshold: nats per token; what the base finds less likely is `unlikely`.
-        rows: the answers; their fields are those of `retain.evaluation.answers.Answer`.
-    """
-
-    new_tokens: int
-    threshold: float | None = None
-    overall: AnswerGroup
-    skills: dict[str, AnswerGroup] = {}
-    rows: Listed[dict[str, Any]] = []
-
-
-class SkillRecord(Part):
-    """What is left of a skill; the fields are those of `retain.evaluation.certify.SkillLoss`."""
-
-    HEAD: ClassVar = (
-        "skill", "items", "right before", "right after", "lost", "won", "chance", "share lost",
-        "at most", "allowed", "verdict",
-    )  # fmt: skip
-
-    skill: str
-    items: int
-    before: int
-    after: int
-    lost: int
-    won: int
-    chance: float
-    share: float | None
-    bound: float
-    allowed: float | None
-    verdict: str
-    reason: str = ""
-
-    def cells(self) -> list[str]:
-        """One line of a table, under `HEAD`; bounds are rounded up, and an en dash is nothing."""
-        shares = [None if v is None else f"{v:.1%}" for v in (self.chance or None, self.share)]
-        allowed = None if self.allowed is None else f"{100 * self.allowed:.4g}%"
-        upper = f"{math.ceil(1e4 * self.bound - 1e-6) / 100:.2f}%"
-        counts = (self.items, self.before, self.after, self.lost, self.won)
-        told = [self.skill, *map(str, counts), *shares, upper, allowed, self.verdict or None]
-        return ["–" if text is None else text for text in told]
-
-
-class CertificateRecord(Part):
-    """What ``retain certify`` writes: ``certify.json``.
-
-    Attributes:
-        level: at which the bounds of all skills with an allowance hold together.
-        rows: one an item, with both answers and whether they are right.
-    """
-
-    schema_name: Literal["retain.certificate/1"] = Field(CERTIFICATE_SCHEMA, alias="schema")
-    created: str
-    versions: dict[str, str | None] = {}
-    commit: str | None = None
-    adapter: str
-    model: dict[str, Any]
-    source: str
-    digests: dict[str, str | None] = {}
-    held: bool
-    level: float
-    skills: list[SkillRecord]
-    rows: list[dict[str, Any]]
-
-    def sentence(self) -> str:
-        """What was found, in one line."""
-        found = [s.skill for s in self.skills if s.verdict == ("held" if self.held else "broken")]
-        verdict = "Held: kept" if self.held else "Broken: not shown to be kept"
-        return f"{verdict} at {self.level:.0%} confidence: {', '.join(found)}"
-
-
-class Between(Measure):
-    """A difference of two adapters: of the first of the pair less the second, by their places."""
-
-    pair: tuple[int, int]
-
-
-class EvalScore(Part):
-    """One number of a base model and of adapters on it, on the same items.
-
-    Attributes:
-        label: what was measured.
-        unit: of the values; those in % are shares from 0 to 1.
-        better: 1 where more is better, -1 where less is, 0 where neither.
-        tuned: an adapter each.
-        changes: of each adapter less the base, item by item; empty where the base is 0 anyway.
-        between: of each later adapter less each earlier one.
-    """
-
-    label: str
-    unit: str = ""
-    better: int = 0
-    base: Measure
-    tuned: list[Measure]
-    changes: Listed[Measure] = []
-    between: Listed[Between] = []
-
-
-class EvalAdapter(Part):
-    """An adapter that was measured.
-
-    Attributes:
-        name: its folder's, and another than that of every other adapter here.
-        label: how it was trained, as far as its ``train.json`` says.
-        digest: of its weights and settings.
-        history: of its training, where that is known.
-    """
-
-    name: str
-    path: str
-    label: str = "LoRA"
-    digest: str | None = None
-    trainable: int | None = None
-    history: Listed[Step] = []
-    answers: AnswersRecord | None = None
-
-
-class EvalAnswer(Part):
-    """A model's loss on a held-out row in nats, what it wrote, and whether that is right."""
-
-    nats: float
-    said: str | None = None
-    right: bool | None = None
-
-
-class EvalItem(Part):
-    """A held-out row; not asked where its prompt is null."""
-
-    prompt: str | None = None
-    answer: str
-    tokens: int
-    base: EvalAnswer
-    tuned: list[EvalAnswer]
-
-
-class EvalData(Part):
-    """Held-out rows of a task.
-
-    Attributes:
-        asked: rows whose answers the models wrote.
-        new_tokens: where those were cut; sooner where a model's positions ended.
-        counts: of `retain.data.counts.RowCounts`: what was left out, cut or not read.
-    """
-
-    name: str
-    digest: str | None = None
-    rows: int
-    asked: int
-    new_tokens: int
-    counts: dict[str, int] = {}
-    items: Listed[EvalItem] = []
-
-
-class EvalRecord(Part):
-    """What ``retain eval`` writes: ``result.json``. ``retain.result/1`` is that of 0.1.
-
-    Attributes:
-        scores: by their names, such as ``data.loss``, ``general.hellaswag`` and ``source.kl``.
-    """
-
-    schema_name: Literal["retain.result/2"] = Field(RESULT_SCHEMA, alias="schema")
-    created: str | None = None
-    seed: int | None = None
-    versions: dict[str, str | None] = {}
-    commit: str | None = None
-    hardware: Hardware | None = None
-    model: dict[str, Any]
-    source: dict[str, Any] = {}
-    adapters: list[EvalAdapter] = Field(min_length=1)
-    data: EvalData | None = None
-    general: dict[str, Any] | None = None
-    scores: dict[str, EvalScore]
-    notes: Listed[str] = []
 
 
 class RunRecord(Part):
