@@ -24,9 +24,9 @@ from retain.data.patterns import PatternError, compile_pattern, first_match
 from retain.data.problems import MARK
 from retain.data.tokens import tokenize
 from retain.errors import ConfigError, not_finite
+from retain.evaluation.compare import measured
 from retain.evaluation.generation import generate_ids
 from retain.evaluation.prompts import check_counts, put, writer
-from retain.intervals import bootstrap
 from retain.models.off import adapter_off
 from retain.models.view import ModelView
 from retain.retention.measure import log_probabilities
@@ -314,12 +314,5 @@ def _measures(rows: Sequence[Answer], seed: int) -> dict[str, Any]:
     }
     return {
         "prompts": len(rows),
-        **{name: _measure(*part, seed) for name, part in parts.items()},
+        **{name: measured(*part, seed=seed) for name, part in parts.items()},
     }
-
-
-def _measure(parts: Sequence[float], sizes: Sequence[float], seed: int) -> dict[str, Any]:
-    n = int(sum(sizes))
-    spread = bootstrap(parts, sizes, seed=seed)
-    value = math.fsum(parts) / n if n else None
-    return {"value": value, "interval": spread and list(spread), "n": n}
