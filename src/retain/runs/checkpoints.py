@@ -223,15 +223,7 @@ def tidy(out: Path, kept: Path) -> None:
 
 def history(checkpoint: Path) -> list[dict[str, Any]]:
     """The log up to a checkpoint, in the form of `retain.training.loop.TrainResult`."""
+    from retain.training.loop import history_entry
+
     log = read_json(checkpoint / "trainer_state.json", nan=True)["log_history"]
-    return [
-        {
-            "step": entry["step"],
-            "loss": float(entry["loss"]),
-            "predicted": entry.get("predicted_nats"),
-            "measured": None,
-            "strength": entry.get("retention_strength"),
-        }
-        for entry in log
-        if "loss" in entry
-    ]
+    return [history_entry(entry["step"], entry) for entry in log if "loss" in entry]

@@ -30,7 +30,7 @@ from retain.training.method import MethodCallback
 from retain.training.probes import Sources
 from retain.training.trainer import Rows, RowTrainer
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["TrainResult", "history_entry", "train"]
 
 Measure = Callable[[nn.Module], float]
 
@@ -52,6 +52,19 @@ class TrainResult:
     history: list[dict[str, float | None]] = field(default_factory=list)
 
 
+def history_entry(
+    step: int, logs: Mapping[str, Any], measured: float | None = None
+) -> dict[str, Any]:
+    """One entry of a `TrainResult.history`, of what the trainer has logged at a step."""
+    return {
+        "step": step,
+        "loss": float(logs["loss"]),
+        "predicted": logs.get("predicted_nats"),
+        "measured": measured,
+        "strength": logs.get("retention_strength"),
+    }
+
+
 class _Watch(TrainerCallback):
     """Keeps the history, and measures the true KL now and then."""
 
@@ -66,13 +79,8 @@ class _Watch(TrainerCallback):
         step = state.global_step
         last = step >= state.max_steps
         due = self.measure is not None and (last or step % self.every == 0)
-        entry = {
-            "step": step,
-            "loss": float(logs["loss"]),
-            "predicted": logs.get("predicted_nats"),
-            "measured": self.measure(kwargs["model"]) if due and self.measure else None,
-            "strength": logs.get("retention_strength"),
-        }
+        measured = self.measure(kwargs["model"]) if due and self.measure else None
+        entry = history_entry(step, logs, measured)
         if self.extra is not None:
             entry["extra"] = self.extra()
             entry["loss"] -= entry["extra"]
