@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from retain.config import RunConfig, names_of
+from retain.config import RunConfig
 from retain.errors import CurvatureError, MismatchError
 from retain.files import first_rank
 from retain.runs import named
@@ -78,18 +78,13 @@ def curvatures_for(
     if config.curvature is not None:
         return {"": HeldBy(_at_start(given, model), Path(config.curvature), None)}
     found: dict[str, HeldBy] = {}
-    for name in names_of(config.budget) or ("",):
-        path, note = out / by_file("curvature", name), _note(config, name)
+    for name in named.budget_names(config):
+        path, note = out / by_file("curvature", name), named.note_of(config, name)
         kept = None
         if resume or _is_own(note):
             kept = _kept(config, path, note, model, messages, resume=resume)
         found[name] = kept or _made(config, name, path, note, model, tokenizer, messages)
     return found
-
-
-def _note(config: RunConfig, name: str) -> str:
-    """What a curvature says that it was measured on."""
-    return named.note_of(config, name) if name else str(config.source or named.OWN)
 
 
 def _is_own(note: str) -> bool:
@@ -168,7 +163,7 @@ def _made(
         what = f"what the model answers on {skill}" if skill else "text that the model writes"
     messages.say(f"no curvature is given: measuring one on {what}")
     start = time.perf_counter()
-    text = named.text_of(config, name, model, tokenizer, messages) if name else note
+    text = named.text_of(config, name, model, tokenizer, messages)
     fitted = fit_curvature(
         model, text, tokenizer=tokenizer, seed=config.training.seed, progress=messages.progress,
         rank=config.factor_rank,

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retain.config import RunConfig, names_of, read_config
+from retain.config import RunConfig, read_config
 from retain.errors import ConfigError, MismatchError
 from retain.files import file_digest, whole_folder
 from retain.models.saved import adapter_digest
 from retain.runs.folders import STATE, by_file
 from retain.runs.messages import Messages
+from retain.runs.named import budget_names
 from retain.runs.records import (
     RUN,
     TRAIN,
@@ -68,7 +69,7 @@ class Previous:
     @property
     def sources(self) -> dict[str, Path]:
         """The files of the source texts' curvatures, by name; of one without names under ``""``."""
-        place, names = self.folder / "state", names_of(self.settings.budget) or ("",)
+        place, names = self.folder / "state", budget_names(self.settings)
         return {name: place / by_file("source", name) for name in names}
 
     @property

@@ -15,7 +15,8 @@ from retain.config import RunConfig, names_of
 from retain.errors import ConfigError, SourceError, shown
 
 __all__ = [
-    "OWN", "check_chat", "check_named", "check_same", "check_texts", "note_of", "probes", "text_of",
+    "OWN", "budget_names", "check_chat", "check_named", "check_same", "check_texts", "note_of",
+    "probes", "text_of",
 ]  # fmt: skip
 
 OWN = "self"
@@ -24,6 +25,11 @@ OWN = "self"
 ROWS, LENGTH = 128, 128
 """Answers of a skill that its curvature reads, and tokens of each with its question, at most: as
 many as `retain.fit_curvature` reads of any text."""
+
+
+def budget_names(config: RunConfig) -> tuple[str, ...]:
+    """The names of the budgets; ``""`` alone of one source without names."""
+    return names_of(config.budget) or ("",)
 
 
 def check_named(config: RunConfig) -> None:
@@ -133,14 +139,13 @@ def check_chat(config: RunConfig, tokenizer: Any) -> None:
 
 def note_of(config: RunConfig, name: str) -> str:
     """What a curvature of a name's text says that it was measured on."""
-    return config.source[name] if name in names_of(config.source) else f"{OWN}:{name}"  # type: ignore[index]
+    return _given(config, name) or f"{OWN}:{name}"
 
 
 def text_of(config: RunConfig, name: str, model: Any, tokenizer: Any, messages: Any) -> Any:
     """A name's text for its curvature: its file, ``"self"``, or rows of the base's answers."""
-    if name in names_of(config.source):
-        return config.source[name]  # type: ignore[index]
-    return _answers(name, model, tokenizer, ROWS, config.training.seed, messages)
+    given = _given(config, name)
+    return given or _answers(name, model, tokenizer, ROWS, config.training.seed, messages)
 
 
 def probes(config: RunConfig, model: Any, tokenizer: Any, messages: Any) -> dict[str, Any]:
@@ -152,11 +157,16 @@ def probes(config: RunConfig, model: Any, tokenizer: Any, messages: Any) -> dict
 
     rows, seed = (KL_ROWS if config.kl else PROBE_ROWS), config.training.seed + PROBE_SEED
     return {
-        name: config.source[name]  # type: ignore[index]
-        if name in names_of(config.source)
-        else _answers(name, model, tokenizer, rows, seed, messages)
+        name: _given(config, name) or _answers(name, model, tokenizer, rows, seed, messages)
         for name in names_of(config.budget)
     }
+
+
+def _given(config: RunConfig, name: str) -> str | None:
+    """The text that a name has of its own; None of a built-in skill."""
+    if isinstance(config.source, Mapping):
+        return config.source.get(name)
+    return None if name else config.source or OWN
 
 
 def _answers(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from retain.config import names_of
 from retain.errors import ConfigError
 from retain.files import check_folder, first_rank, locked
 from retain.runs import checkpoints
 from retain.runs.folders import by_file, check_run
 from retain.runs.messages import Interrupted, Messages
+from retain.runs.named import budget_names
 from retain.runs.records import TRAIN
 from retain.runs.settings import Settings, by_key, read_run
 from retain.runs.training import RunResult, Training
@@ -106,7 +106,7 @@ def run_training(
     own = settings.method != "none" and settings.curvature is None and before is None
     with locked(out):
         if first_rank():
-            names = (names_of(settings.budget) or ("",)) if own else ()
+            names = budget_names(settings) if own else ()
             check_run(out, curvatures=[by_file("curvature", name) for name in names])
         if not resume and not overwrite:
             checkpoints.refuse_leftovers(out, kept)
