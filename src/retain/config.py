@@ -24,8 +24,8 @@ from retain.errors import ConfigError, shown, unknown, with_point
 from retain.types import STRENGTH, STRONGEST, Update
 
 __all__ = [
-    "DTYPES", "AdapterConfig", "Measured", "Options", "Precision", "RunConfig", "TrainConfig",
-    "names_of", "read_config", "read_settings", "validate",
+    "DTYPES", "AdapterConfig", "Measured", "Options", "Precision", "RunConfig", "Strict",
+    "TrainConfig", "names_of", "read_config", "read_settings", "validate",
 ]  # fmt: skip
 
 Precision = Literal["float32", "bfloat16", "float64"]
@@ -40,9 +40,13 @@ _NAME = re.compile(r"[^\W_][\w-]{0,39}")
 """Of a budget: a part of a file's name, and of a dotted key."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Refuses unknown keys and numbers that are not finite, and stays as it is."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+
+class _Settings(Strict):
     @field_validator("*", mode="before")
     @classmethod
     def _no_cast(cls, value: Any, info: ValidationInfo) -> Any:
@@ -74,7 +78,7 @@ class Measured(Options):
     )
 
 
-class AdapterConfig(_Strict):
+class AdapterConfig(_Settings):
     """The LoRA adapter."""
 
     rank: int = Field(16, ge=1, le=_WIDE, description="Rank of the adapter")
@@ -86,7 +90,7 @@ class AdapterConfig(_Strict):
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the adapter's start")
 
 
-class TrainConfig(_Strict):
+class TrainConfig(_Settings):
     """The optimisation."""
 
     learning_rate: float = Field(5e-4, gt=0, description="Step size")
@@ -129,7 +133,7 @@ class TrainConfig(_Strict):
         return self.batch_size // self.accumulation
 
 
-class RunConfig(_Strict):
+class RunConfig(_Settings):
     """One training run: ``retain train``, `retain.train_run`, and a run's ``run.json``."""
 
     model: str = Field("smollm2-135m", description="A built-in name, hub id, folder or .gguf file")

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import TemplateError
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from retain.config import validate
+from retain.config import Strict, validate
 from retain.data.layers import read_layers
 from retain.data.patterns import PatternError, compile_pattern
 from retain.data.rows import Row, place_of
@@ -98,27 +98,23 @@ def _first_text(value: Any) -> str:
     return path
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Splits(_Strict):
+class Splits(Strict):
     """The names of the two splits of a task."""
 
     train: str = "train"
     eval: str = "validation"
 
 
-class Hub(_Strict):
+class Hub(Strict):
     """Where a task lies on the Hugging Face hub."""
 
     path: str = ""  # id of the data set; "" if it is not there
     name: str | None = None  # its configuration
     splits: Splits = Splits()
-    fields: dict[str, str] = {}  # templates that make the task's fields, where they differ
+    fields: dict[str, str] = Field({})  # templates that make the task's fields, where they differ
 
 
-class TaskSpec(_Strict):
+class TaskSpec(Strict):
     """One task."""
 
     name: str  # such as "glue/sst2"; by default from the file's own

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from retain.config import TrainConfig, validate
+from retain.config import Precision, Strict, TrainConfig, validate
 from retain.documents import read_mapping
 from retain.errors import ConfigError, shown, unknown
 from retain.evaluation.continual import METRICS
@@ -37,8 +37,6 @@ RUNNERS_OWN = {
 
 _SHORT = {"model": "models", "adapter": "adapters", "method": "methods", "order": "orders"}
 
-DType = Literal["float32", "bfloat16", "float64"]
-
 
 class AdapterSpec(Part):
     """One way to tune; keys that it does not name are the kind's `options`.
@@ -49,7 +47,7 @@ class AdapterSpec(Part):
     """
 
     kind: str = ""
-    dtype: DType | None = None
+    dtype: Precision | None = None
     training: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -88,11 +86,7 @@ class MethodSpec(Part):
         return self
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class CellSpec(_Strict):
+class CellSpec(Strict):
     """A part of the grid; what it does not name is all that the study has.
 
     Attributes:
@@ -104,11 +98,11 @@ class CellSpec(_Strict):
     methods: list[str] | None = None
     orders: list[str] | None = None
     seeds: list[int] | None = None
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field({})
     independent: bool = False
 
 
-class DrawnOrder(_Strict):
+class DrawnOrder(Strict):
     """Tasks in an order that the seed of a run draws.
 
     Attributes:
@@ -145,7 +139,7 @@ class SourceSpec(RunSource, extra="forbid"):
         return self
 
 
-class ClaimSpec(_Strict):
+class ClaimSpec(Strict):
     """What a study is to show: a method's mean of a metric over that of another, and its bound.
 
     Of several cells of the method all are to show it.
@@ -165,7 +159,7 @@ class ClaimSpec(_Strict):
     bound: float
 
 
-class StudySpec(_Strict):
+class StudySpec(Strict):
     """A whole study; see the module for an example.
 
     Attributes:
@@ -175,19 +169,19 @@ class StudySpec(_Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")
     description: str = ""
     models: list[str] = Field(min_length=1)
-    dtype: DType = "float32"
+    dtype: Precision = "float32"
     attention: str | None = None
     seeds: list[int] = Field([0], min_length=1)
     orders: dict[str, list[str] | str | DrawnOrder] = Field(min_length=1)
     adapters: dict[str, AdapterSpec] = Field(min_length=1)
     methods: dict[str, MethodSpec] = Field(min_length=1)
-    runs: list[CellSpec] = [CellSpec()]
-    training: dict[str, Any] = {}
+    runs: list[CellSpec] = Field([CellSpec()])
+    training: dict[str, Any] = Field({})
     data: DataSpec = DataSpec()
     source: SourceSpec = SourceSpec()
     general: GeneralSpec | None = None
     evaluation: EvaluationSpec = EvaluationSpec()
-    claims: list[ClaimSpec] = []
+    claims: list[ClaimSpec] = Field([])
 
     @property
     def trainings(self) -> list[dict[str, Any]]:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from peft import PeftModel
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from retain.config import validate
+from retain.config import Strict, validate
 from retain.errors import ConfigError, ModelError
 from retain.models.fingerprint import fingerprint
 from retain.models.names import drawn_layers, head_of, inner_model, of_head
@@ -32,10 +31,8 @@ from retain.models.view import ModelView
 __all__ = ["Adapter", "Options", "check_plain", "new_heads", "size_of"]
 
 
-class Options(BaseModel):
+class Options(Strict):
     """What a kind of adapter may be attached with; an unknown key is refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Adapter(ABC):
