@@ -50,6 +50,11 @@ class Example:
         """The targets that count."""
         return list(compress(self.targets, self.predict)) if self.predict else list(self.targets)
 
+    @property
+    def content(self) -> bytes:
+        """What tells it from other rows, for a digest."""
+        return repr((self.tokens, self.targets, self.predict, self.segments)).encode()
+
     def cut(self, tokens: int) -> Example:
         """Its first tokens; a row of classification keeps its label."""
         n, causal = tokens, bool(self.predict)

@@ -121,7 +121,7 @@ def fit_key(
     """A digest of everything that a fit's sums depend on."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for e in examples:
-        digest.update(repr((e.tokens, e.targets, e.predict, e.segments)).encode())
+        digest.update(e.content)
     for weight in weights:
         data = weight.detach().cpu().contiguous()
         digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
