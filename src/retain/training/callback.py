@@ -41,7 +41,7 @@ from retain.training.handling import (
     watched_gradients,
 )
 from retain.training.keeping import keep, keep_tensors, kept_in, kept_tensors
-from retain.training.probes import Sources, is_elsewhere, kl_rows, probe_of
+from retain.training.probes import Sources, is_auto, is_elsewhere, kl_rows, probe_of
 from retain.training.reading import check_loader
 from retain.training.renamed import parts_of
 from retain.training.running import Running, calling_handler, resumed_from
@@ -153,7 +153,7 @@ class RetentionCallback(TrainerCallback):
             curvature, strength, parts=parts, budget=budget, confidence=confidence, past=past,
             update=update, filter=filter, kl=kl,
         )  # fmt: skip
-        auto = isinstance(source, str) and source == "auto"
+        auto = is_auto(source)
         if budget is None and not recipe.kl.weight and source is not None and not auto:
             raise ConfigError(
                 "a source is there to measure what a budget spends, or a KL",

@@ -17,7 +17,8 @@ from retain.retention.named import by_name
 from retain.retention.recipe import Probe, Recipe
 
 __all__ = [
-    "KL_ROWS", "PROBE_ROWS", "PROBE_SEED", "Sources", "is_elsewhere", "kl_rows", "probe_of",
+    "KL_ROWS", "PROBE_ROWS", "PROBE_SEED", "Sources", "is_auto", "is_elsewhere", "kl_rows",
+    "probe_of",
 ]  # fmt: skip
 
 Source = str | Path | Iterable[Row]
@@ -41,7 +42,7 @@ def probe_of(recipe: Recipe, view: ModelView, source: Any) -> Probe:
     if recipe.budget is None:
         return ()
     if not isinstance(recipe.budget, Mapping) or not isinstance(recipe.curvature, Mapping):
-        if _is_auto(source) and is_elsewhere(recipe, source):
+        if is_auto(source) and is_elsewhere(recipe, source):
             _tell_elsewhere(recipe, view, "the budget is measured")
         return _rows(view, source)
     given: dict[str, Any] = dict(source) if isinstance(source, Mapping) else {}
@@ -64,11 +65,11 @@ def kl_rows(recipe: Recipe, view: ModelView, source: Any) -> Sequence[Example]:
     """
     if not recipe.kl.weight or not view.causal:
         return ()
-    if (source is None or _is_auto(source)) and is_elsewhere(recipe, source):
+    if (source is None or is_auto(source)) and is_elsewhere(recipe, source):
         _tell_elsewhere(recipe, view, "the KL is taken")
     found: list[Example] = []
     for each in source.values() if isinstance(source, Mapping) else [source]:
-        own = each is None or _is_auto(each)
+        own = each is None or is_auto(each)
         if not own or view.tokenizer is not None:
             text: Any = "self" if own else each
             found += source_examples(view, text, KL_ROWS, PROBE_TOKENS, KL_SEED)
@@ -101,7 +102,8 @@ def _is_own(curvature: Curvature) -> bool:
     return curvature.info.note == "self"
 
 
-def _is_auto(source: Any) -> bool:
+def is_auto(source: Any) -> bool:
+    """Whether what is measured on is left to the recipe."""
     return isinstance(source, str) and source == "auto"
 
 
@@ -109,7 +111,7 @@ def _rows(view: ModelView, source: Any) -> Sequence[Example]:
     """A few rows of a source."""
     if source is None:
         return ()
-    if _is_auto(source):
+    if is_auto(source):
         if not view.causal:
             warn(
                 "the budget is of predicted nats: a classifier writes no text to measure on, and "
