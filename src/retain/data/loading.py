@@ -102,7 +102,7 @@ def load_items(
         chosen = _validation(spec, rows, answers, limit or ALL)
     elif limit is not None and limit < len(chosen):
         chosen = _subset(spec, split, rows, answers, limit, seed)
-    items = [item for i in chosen if (item := spec.render(rows[i], i)) is not None]
+    items = [spec.item(rows[i], i, answers[i]) for i in chosen]
     if tokenizer is None:
         return items
     length = max_length or spec.max_length
@@ -122,8 +122,7 @@ def _without(
     """The answers of the other rows, but for those with the text of one that is held out."""
 
     def text(number: int) -> str:
-        item = spec.render(rows[number], number)
-        return "" if item is None else item.prompt
+        return spec.item(rows[number], number, answers[number]).prompt
 
     taken, out = {text(i) for i in held}, {*held}
     return {i: a for i, a in answers.items() if i not in out and text(i) not in taken}
@@ -150,8 +149,7 @@ def _subset(
     elif split == "eval" and spec.group:
         groups: dict[str, list[int]] = {}
         for i in shuffled:
-            item = spec.render(rows[i], i)
-            groups.setdefault(item.group if item else "", []).append(i)
+            groups.setdefault(spec.item(rows[i], i, answers[i]).group, []).append(i)
         taken: list[int] = []
         for group in groups.values():
             if len(taken) + len(group) <= limit:

@@ -242,8 +242,14 @@ class TaskSpec(Strict):
             SourceError: the row lacks a field, or its answer is none of its options.
         """
         answer = self.solution(row, number)
-        if answer is None:
-            return None
+        return None if answer is None else self.item(row, number, answer)
+
+    def item(self, row: Row, number: int, answer: int | str | float) -> Item:
+        """A row as an item, with the answer that `solution` gives.
+
+        Raises:
+            SourceError: the row lacks a field.
+        """
         with self._fitting(row, number):
             choices = self._choices(row)
             fields = {**row, "options": choices}
