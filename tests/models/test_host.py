@@ -162,7 +162,7 @@ def test_every_product_in_what_a_script_stands_in(where: str) -> None:
         held = InputFilter(lora_sites(model), new, None, Filter(weight=2.0))
         held.after_step()
         found += list(weights(model).values())
-        held.release()
+        held.hooks.detach()
         retention = Force(model, curvature, 3.0, resuming=True)
         found.append(retention.predicted())
         retention.add_force()

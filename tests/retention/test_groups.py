@@ -21,7 +21,7 @@ from retain.retention.filter import Filter, InputFilter
 from retain.retention.force import Force
 from retain.retention.fresh_rows import FrozenRows
 from retain.retention.moments import Moments, input_moments
-from retain.retention.wiener import filter_of
+from retain.retention.wiener import filters_of
 from tiny import base
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -70,8 +70,8 @@ def behind(model: Any, *, thin: bool = True, active: slice = slice(None)) -> tup
     sites, new, old = lora_sites(model), *(moments(model, s, thin=thin) for s in (1, 2))
     want = []
     for site in sites:
-        p = filter_of(new.factor(site.name), old.factor(site.name), weight=3.0, epsilon=0.01)
-        want.append(p.dense())
+        factors = new.factor(site.name), old.factor(site.name)
+        want.append(filters_of([factors], weight=3.0, epsilon=0.01)[0].dense())
     return InputFilter(sites, new, old, OPTIONS, active=active, resuming=True), want
 
 
@@ -139,7 +139,7 @@ def test_gradients_and_steps_are_filtered_one_by_one(kind: str, thin: bool, acti
                 torch.testing.assert_close(site.a.detach(), want, **TIGHT)
                 torch.testing.assert_close(held.kept[i], want[active], **TIGHT)
                 kept[i] = site.a.detach().clone()
-        held.release()
+        held.hooks.detach()
         assert not any(site.a._backward_hooks for site in sites)
 
 
@@ -169,7 +169,7 @@ def test_layers_that_a_pass_leaves_out_stay_as_they_are() -> None:
         for site, t, p in zip(sites, total, ps, strict=True):
             grad = torch.zeros_like(t) if site.a.grad is None else site.a.grad
             torch.testing.assert_close(grad, t @ p.T, **TIGHT)
-    held.release()
+    held.hooks.detach()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -187,7 +187,7 @@ def test_passes_inside_a_pass(reentrant: bool) -> None:
                 torch.testing.assert_close(site.a.grad, other.a.grad @ p.T, **TIGHT)
         model.zero_grad()
         twin.zero_grad()
-    held.release()
+    held.hooks.detach()
 
 
 def test_what_a_user_writes_into_a_gradient_stays() -> None:
@@ -206,7 +206,7 @@ def test_what_a_user_writes_into_a_gradient_stays() -> None:
             want = 0.5 * want
             want[1] += 1.0
         torch.testing.assert_close(site.a.grad, want + second[id(site.a)] @ p.T, **TIGHT)
-    held.release()
+    held.hooks.detach()
 
 
 def test_what_is_not_finite_stays_so() -> None:
@@ -220,7 +220,7 @@ def test_what_is_not_finite_stays_so() -> None:
     model.zero_grad()
     loss_of(model, 1).backward()
     assert all(bool(site.a.grad.isfinite().all()) for site in lora_sites(model))
-    held.release()
+    held.hooks.detach()
 
 
 def test_a_pass_that_breaks_off_is_made_good() -> None:
@@ -246,7 +246,7 @@ def test_a_pass_that_breaks_off_is_made_good() -> None:
     loss_of(model, 0).backward()
     for site, p in zip(sites, ps, strict=True):
         torch.testing.assert_close(site.a.grad, want[id(site.a)] @ p.T, **TIGHT)
-    held.release()
+    held.hooks.detach()
 
 
 def test_it_acts_after_what_averages_over_processes() -> None:
@@ -281,7 +281,7 @@ def test_it_acts_after_what_averages_over_processes() -> None:
     for site, t, p in zip(lora_sites(models[1]), total, ps[1], strict=True):
         torch.testing.assert_close(site.a.grad, t @ p.T, **TIGHT)
     for each in held:
-        each.release()
+        each.hooks.detach()
 
 
 @pytest.mark.parametrize("active", [slice(1, None), slice(0, 1), slice(1, 2)], ids=str)

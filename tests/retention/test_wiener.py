@@ -25,7 +25,6 @@ from retain.retention.wiener import (
     WIDE,
     Thin,
     Whole,
-    filter_of,
     filters_of,
     matched_gain,
     wiener,
@@ -75,7 +74,7 @@ def test_of_sketches_it_is_that_of_their_matrices(
 ) -> None:
     """In both directions, also where their directions are more than there are places."""
     new, old = sketch(12, ranks[0], 0), sketch(12, ranks[1], 2) if held else None
-    thin = filter_of(new, old, weight=weight, epsilon=1e-3)
+    thin = filters_of([(new, old)], weight=weight, epsilon=1e-3)[0]
     assert isinstance(thin, Thin)
     s_old = None if old is None else old.dense()
     want = wiener(new.dense(), s_old, weight=weight, epsilon=1e-3)
@@ -103,7 +102,7 @@ def test_filters_made_together_are_those_made_alone(monkeypatch: pytest.MonkeyPa
         (sketch(12, 3, 4), None),
         (dense[1], None),
     ]
-    want = [filter_of(*pair, weight=3.0, epsilon=1e-3) for pair in pairs]
+    want = [filters_of([pair], weight=3.0, epsilon=1e-3)[0] for pair in pairs]
     for most in (linalg.MOST, 1):
         monkeypatch.setattr(linalg, "MOST", most)
         got = filters_of(pairs, weight=3.0, epsilon=1e-3)
@@ -124,7 +123,7 @@ def test_in_float32_a_massive_direction_leaves_no_rounding_behind() -> None:
     def narrow(s: SketchFactor) -> SketchFactor:
         return SketchFactor(s.vectors.float(), s.diagonal.float(), s.bound.float())
 
-    thin = filter_of(narrow(new), narrow(old), weight=3.0, epsilon=1e-3)
+    thin = filters_of([(narrow(new), narrow(old))], weight=3.0, epsilon=1e-3)[0]
     a = rows_of(12, 5, 9)
     assert thin.dtype == torch.float32
     torch.testing.assert_close(thin.rows(a.float()).double(), a @ want, rtol=1e-4, atol=1e-5)
@@ -133,7 +132,7 @@ def test_in_float32_a_massive_direction_leaves_no_rounding_behind() -> None:
 
 def test_of_silence_a_sketch_learns_nothing() -> None:
     none = SketchFactor(torch.zeros(6, 2), torch.zeros(6), torch.zeros(()))
-    thin = filter_of(none, none, weight=3.0, epsilon=1e-3)
+    thin = filters_of([(none, none)], weight=3.0, epsilon=1e-3)[0]
     assert float(thin.dense().abs().max()) == 0
 
 
@@ -234,7 +233,7 @@ def test_training_is_that_of_a_row_behind_the_filter(kind: str, optimizer: str) 
                 step.zero_grad()
                 if each is model:
                     held.after_step()
-    held.release()
+    held.hooks.detach()
     moved = 0.0
     for site, other, first in zip(sites, others, begun_at, strict=True):
         torch.testing.assert_close(site.a.detach(), other.a.detach(), rtol=1e-7, atol=1e-9)
@@ -257,7 +256,8 @@ def test_a_wide_filter_is_read_in_bfloat16(
     old[:, 7] *= 1000
     turn = torch.linalg.qr(rows_of(WIDE, WIDE, 2, 0.0))[0].float()
     old = old + turned * old[:, :1] * turn[:1]
-    whole = filter_of(DenseFactor(moment(new)), DenseFactor(moment(old)), weight=1, epsilon=1e-3)
+    factors = DenseFactor(moment(new)), DenseFactor(moment(old))
+    whole = filters_of([factors], weight=1, epsilon=1e-3)[0]
     light = whole.rounded()
     assert isinstance(light, Whole) and isinstance(whole, Whole)
     assert light.p.dtype == (torch.bfloat16 if bf16 else torch.float32)
@@ -270,7 +270,8 @@ def test_a_wide_filter_is_read_in_bfloat16(
     chosen = whole.rounded(DenseFactor(moment(old)))
     assert (chosen is whole) is (turned > 0 or not bf16)  # rounded where that changes little
     assert read < more * kept < 1e-3 * (a @ old.T).square().mean()
-    narrow = filter_of(DenseFactor(moment(new[:, :64])), None, weight=1, epsilon=1e-3).rounded()
+    thinner = DenseFactor(moment(new[:, :64]))
+    narrow = filters_of([(thinner, None)], weight=1, epsilon=1e-3)[0].rounded()
     assert isinstance(narrow, Whole) and narrow.p.dtype == torch.float32
 
 
@@ -343,7 +344,7 @@ def test_a_matched_gain_reads_as_much_of_the_new_as_before(strong: float) -> Non
     """Against the rows themselves; a sketch like its matrix; and at most `MOST`."""
     new, old = rows_of(12, 40, 0), strong * rows_of(12, 30, 1)
     factors = DenseFactor(moment(new)), DenseFactor(moment(old))
-    p = filter_of(*factors, weight=1.0, epsilon=1e-3)
+    p = filters_of([factors], weight=1.0, epsilon=1e-3)[0]
     a = rows_of(12, 5, 9)
     gain = matched_gain(factors[0], a, p.rows(a))
     read = [float((new @ rows.T).norm()) for rows in (a, p.rows(a))]

@@ -207,7 +207,3 @@ class InputFilter:
         with torch.no_grad():
             for site, before in zip(self.sites, self._before, strict=False):
                 site.a[self.active] = before
-
-    def release(self) -> None:
-        """Lets A train freely again."""
-        self.hooks.detach()

@@ -21,7 +21,7 @@ Related: gradient projection (GPM, arXiv 2103.09762), InfLoRA (arXiv 2404.00228)
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -31,7 +31,7 @@ from retain.curvature.blocks.estimator import has_bf16
 from retain.curvature.blocks.factor import Factor, SketchFactor
 from retain.curvature.blocks.linalg import chunks, solve_positive
 
-__all__ = ["MOST", "WIDE", "Thin", "Whole", "filter_of", "filters_of", "matched_gain", "wiener"]
+__all__ = ["MOST", "WIDE", "Thin", "Whole", "filters_of", "matched_gain", "wiener"]
 
 MOST = 3.0
 """The largest gain that is matched: what a filter stops almost whole stays small."""
@@ -134,10 +134,8 @@ class Thin:
     which is Woodbury's identity without the difference of two large terms in it.
 
     Args:
-        new: S_new.
-        old: S_old; None where there is no old text.
-        weight: of the old.
-        epsilon: see `wiener`.
+        parts: Q, D^(1/2), v_new / D, C and H, by the names below.
+        dtype: of the parts.
     """
 
     basis: Tensor
@@ -147,10 +145,9 @@ class Thin:
     stopped: Tensor
     dtype: torch.dtype
 
-    def __init__(
-        self, new: SketchFactor, old: SketchFactor | None, *, weight: float, epsilon: float
-    ) -> None:
-        vars(self).update(vars(Thin.batch([new], [old], weight=weight, epsilon=epsilon)[0]))
+    def __init__(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        vars(self).update(parts)
+        self.dtype = dtype
 
     @classmethod
     def batch(
@@ -161,7 +158,14 @@ class Thin:
         weight: float,
         epsilon: float,
     ) -> list[Thin]:
-        """Those of sketches of one shape, with an old one each or none at all."""
+        """Those of sketches of one shape, with an old one each or none at all.
+
+        Args:
+            news: S_new of each.
+            olds: S_old of each.
+            weight: of the old.
+            epsilon: see `wiener`.
+        """
         kind = torch.promote_types(news[0].vectors.dtype, torch.float32)
         u = torch.stack([s.vectors for s in news]).double()
         v = torch.stack([s.diagonal for s in news]).double()
@@ -186,12 +190,7 @@ class Thin:
             "stopped": one - inverse,  # H
         }
         parts = {name: part.to(kind) for name, part in parts.items()}
-        found = []
-        for i in range(len(news)):
-            thin = cls.__new__(cls)
-            vars(thin).update({name: part[i] for name, part in parts.items()} | {"dtype": kind})
-            found.append(thin)
-        return found
+        return [cls({name: p[i] for name, p in parts.items()}, kind) for i in range(len(news))]
 
     def rows(self, a: Tensor) -> Tensor:
         """``a P``, for a [n, size]."""
@@ -228,15 +227,10 @@ class Thin:
         return moved
 
 
-def filter_of(new: Factor, old: Factor | None, *, weight: float, epsilon: float) -> Whole | Thin:
-    """P of whole matrices, or of sketches; see `wiener`."""
-    return filters_of([(new, old)], weight=weight, epsilon=epsilon)[0]
-
-
 def filters_of(
     pairs: Sequence[tuple[Factor, Factor | None]], *, weight: float, epsilon: float
 ) -> list[Whole | Thin]:
-    """P of each S_new and S_old. Those of one shape are made together."""
+    """P of each S_new and S_old, see `wiener`. Those of one shape are made together."""
 
     def like(i: int) -> tuple[object, ...]:
         return tuple(_like(s) for s in pairs[i])
