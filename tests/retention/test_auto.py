@@ -127,7 +127,7 @@ def test_a_budget_is_measured_on_the_source_where_a_model_writes(model: str) -> 
     method.before_task(tasks_of(model)[0])
     force = method.recipe.force
     assert force is not None and force.budget is not None
-    assert (force.measured() is not None) is (model == "llama")
+    assert (force.holds[0].probe is not None) is (model == "llama")
 
 
 @pytest.mark.parametrize("held", [True, False])

@@ -411,12 +411,12 @@ def test_a_budget_is_kept_in_a_trainer(source: Any, tmp_path: Path) -> None:
     retention = keep.force
     assert retention is not None and retention.budget is not None
     if source is None:
-        assert retention.probe is None
+        assert retention.holds[0].probe is None
         assert {r["retention_correction"] for r in records} == {1.0}
         assert curvature.quadratic(model) <= 0.02 * (1 + 1e-9)
     else:
         assert records[-1]["retention_correction"] != 1.0
-        assert 0.5 * 0.02 < retention.measured() <= 0.02
+        assert 0.5 * 0.02 < retention.holds[0].probe.measure(model).kl <= 0.02
     plain = tiny("llama")
     trainer(plain, tmp_path, [], max_steps=20, learning_rate=0.05).train()
     assert curvature.quadratic(plain) > 0.1
@@ -470,8 +470,8 @@ def test_the_last_checkpoint_is_inside_the_budget(tmp_path: Path) -> None:
     end = weights(model)
     saved = load_file(tmp_path / "checkpoint-20" / "adapter_model.safetensors")
     assert call.force is not None
-    measured = call.force.measured()
-    assert measured is not None and 0.03 < measured <= 0.05
+    measured = call.force.holds[0].probe.measure(model).kl
+    assert 0.03 < measured <= 0.05
     for name, tensor in end.items():
         assert torch.equal(saved[f"base_model.model.{name}.weight"], tensor)
 

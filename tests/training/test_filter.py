@@ -572,8 +572,8 @@ def test_room_is_made_of_what_is_measured(tmp_path: Path) -> None:
     first = RetentionCallback(source, budget=0.3, source=probe, parts=("force",))
     trainer(model, tmp_path, [first], learning_rate=1e-3).train()
     assert first.force is not None
-    spent = first.force.measured()
-    assert spent is not None and 0.25 < spent <= 0.3
+    spent = first.force.holds[0].probe.measure(model).kl
+    assert 0.25 < spent <= 0.3
     model = grow_lora(model, 2, seed=3)
     old, past = weights(model), fit(model, structure="kfac")
     call = RetentionCallback(source, past=past, budget=0.3, source=probe)
@@ -598,8 +598,8 @@ def test_room_is_made_of_what_is_measured(tmp_path: Path) -> None:
         assert float(site.b[:, 2:].detach().abs().max()) > 0
     left, predicted = call.force.budget.spent
     assert left <= 0.8 * 0.3 and predicted > 0
-    end = call.force.measured()
-    assert end is not None and left < end <= 0.3
+    end = call.force.holds[0].probe.measure(model).kl
+    assert left < end <= 0.3
 
 
 class Stream(IterableDataset):  # type: ignore[type-arg]

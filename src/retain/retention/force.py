@@ -275,11 +275,6 @@ class Force:
         return self.holds[0].budget
 
     @property
-    def probe(self) -> Reference | None:
-        """Of the source; the first of several."""
-        return self.holds[0].probe
-
-    @property
     def strengths(self) -> dict[str, float]:
         """By name: nats of task loss that one nat of predicted forgetting weighs now."""
         return {
@@ -546,10 +541,6 @@ class Force:
         if self._spend([Felt(nats, pulls, balance)]):
             nats = self.predicted()
         return nats
-
-    def measured(self) -> float | None:
-        """The true KL divergence from the anchor on the probe; None without one."""
-        return None if self.probe is None else self._found(self.holds[0])[0]
 
     def _measure(self, hold: Hold) -> float:
         """What counts against a budget of what is measured: with a confidence, its bound."""
