@@ -122,12 +122,11 @@ def _within_angle(df: int, theta: float) -> float:
     return 2 / math.pi * (theta + total) if odd else total
 
 
-def estimate(values: Sequence[float | None], level: float = 0.95) -> Estimate | None:
-    """Mean and Student's t-interval, ``mean ± t(n - 1) · s / √n``, of the values that are known.
+def estimate(values: Sequence[float | None]) -> Estimate | None:
+    """Mean and Student's 95 % interval, ``mean ± t(n - 1) · s / √n``, of the values that are known.
 
     Args:
         values: one a seed; `s` is their standard deviation with n - 1 in the denominator.
-        level: how much the interval covers.
 
     Returns:
         None where no value is known.
@@ -148,7 +147,7 @@ def estimate(values: Sequence[float | None], level: float = 0.95) -> Estimate | 
     if n == 1:
         return Estimate(mean, None, None, 1)
     spread = math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (n - 1))
-    half = t_quantile(n - 1, level) * spread / math.sqrt(n)
+    half = t_quantile(n - 1) * spread / math.sqrt(n)
     return Estimate(mean, mean - half, mean + half, n)
 
 
