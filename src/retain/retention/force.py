@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -36,12 +34,12 @@ from retain.models.forward import no_autocast
 from retain.models.heads import head_kind
 from retain.models.processes import of_first
 from retain.models.shards import own, reshard, scatter
-from retain.models.sites import LinearSite, Site, check_held
+from retain.models.sites import LinearSite, check_held
 from retain.retention.bounds import check_confidence, check_strength
 from retain.retention.budget import Budget
-from retain.retention.displacement import anchored, scale_back, settle
+from retain.retention.displacement import scale_back, settle
+from retain.retention.holds import Hold, Spent, check_magnitudes, check_measured, measure_on
 from retain.retention.lengths import step_lengths
-from retain.retention.measure import Reference
 from retain.retention.named import (
     ALONE,
     Budgets,
@@ -53,7 +51,7 @@ from retain.retention.named import (
 from retain.retention.watch import Watched, read
 from retain.types import STRENGTH, UPDATES, Update
 
-__all__ = ["Force", "Hold", "Spent"]
+__all__ = ["Force"]
 
 ROOM = 0.8
 """Of a budget, the share that earlier tasks may have used when training begins."""
@@ -65,57 +63,12 @@ LOOK = 64
 """Steps between two looks at that error; before, at steps 1, 2, 4 and so on."""
 
 
-@dataclass(eq=False)
-class Hold:
-    """What holds the model to one source.
-
-    Attributes:
-        name: of a named budget; empty for the one without a name.
-        curvature: fitted on it.
-        budget: of it; None where there is a strength.
-        probe: its text, with the base's predictions; None where the prediction is believed.
-        rounded: whether its factors are read in bfloat16 (`Force._feel`).
-        looks: how often they may have been looked at.
-        nats: predicted at the last step.
-        measured: nats that were left at the end, on the probe.
-        bound: with a confidence, the upper bound of these on text like it.
-    """
-
-    name: str
-    curvature: Curvature
-    budget: Budget | None = None
-    probe: Reference | None = None
-    rounded: bool = False
-    looks: int = 0
-    nats: float = 0.0
-    measured: float | None = None
-    bound: float | None = None
-
-
 class Felt(NamedTuple):
     """Of one source: predicted nats, the pulls, and what balances (`Force._squares`)."""
 
     nats: float
     pulls: list[Pull]
     balance: list[float]
-
-
-class Spent(NamedTuple):
-    """Of one source, in nats per source token: its budget, and what was spent of it.
-
-    Attributes:
-        budget: None where there is a strength.
-        predicted: at the present weights.
-        measured: at the end, on the probe; None without one.
-        strength: nats of task loss that one nat weighs now.
-        bound: with a confidence, the upper bound of the measured nats on text like the probe.
-    """
-
-    budget: float | None
-    predicted: float
-    measured: float | None
-    strength: float
-    bound: float | None = None
 
 
 class Force:
@@ -209,60 +162,14 @@ class Force:
                 fix="curvature.load_anchor(model)" + ("" if whole else ", or space='weight'"),
             )
         if nats:
-            self._check_magnitudes(model)
+            check_magnitudes(self.unheld(model))
         if nats and probes:
-            self._measure_on(model, probes)
+            measure_on(self.holds, probes, model, self.sites, self.unheld(model))
         if confidence is not None:
-            self._check_measured()
+            check_measured(self.holds)
         self.model, self.rows, self.past = model, slice(None), past
         self._active: dict[int, Any] = {}
         self._forget()
-
-    def _check_magnitudes(self, model: nn.Module) -> None:
-        """Refuses a budget beside DoRA's magnitudes: they move the model as no prediction sees."""
-        free = [name for name in self.unheld(model) if "lora_magnitude_vector" in name]
-        if free:
-            raise ConfigError(
-                "a budget cannot be kept while DoRA's magnitudes are free to learn",
-                got=f"{len(free)} that train, such as {free[0]}",
-                allowed="LoRA without use_dora, or magnitudes with requires_grad=False",
-                fix="use_dora=False, or a strength in place of the budget",
-            )
-
-    def _measure_on(self, model: nn.Module, probes: Mapping[str, Sequence[Example]]) -> None:
-        """Keeps what the base predicts on each probe; refuses other weights that train."""
-        other = self.unheld(model)
-        if other:
-            kinds = "a new head has nothing to keep"
-            fix = "requires_grad_(False) for what is pre-trained; of a new head"
-            if all("trainable_tokens" in name for name in other):
-                kinds = "no prediction counts tokens of trainable_token_indices"
-                fix = "LoRA without trainable_token_indices; or, where those tokens are new,"
-            raise ConfigError(
-                "what a budget spends cannot be measured while other weights train",
-                got=f"{len(other)} of them, such as {other[0]}",
-                allowed=f"weights that the curvature holds; {kinds}",
-                fix=f"{fix} leave the probe out (source=None), so that the prediction is believed",
-            )
-        first = self.holds[0].curvature
-        for hold in self.holds:
-            rows = probes.get(hold.name)
-            if rows:
-                base = partial(_anchored, first, self.sites)
-                hold.probe = Reference(model, rows, batch_size=len(rows), base=base)
-
-    def _check_measured(self) -> None:
-        """Refuses a confidence in what is not measured, or has no spread."""
-        for hold in self.holds:
-            rows = 0 if hold.probe is None else hold.probe.rows
-            if rows < 2:
-                of = f" of {hold.name}" if hold.name else ""
-                raise ConfigError(
-                    f"the confidence in a budget{of} comes of the spread over measured rows",
-                    got=f"{rows} of them",
-                    allowed="two at least; a classifier's budget, which is predicted, has none",
-                    fix="source=rows, of two or more, or leave confidence out",
-                )
 
     @property
     def curvature(self) -> Curvature:
@@ -618,13 +525,6 @@ class Force:
                 scale_back(hold.curvature, self.sites, budget.allowed(), self.rows, now)
                 moved = True
         return moved
-
-
-def _anchored(
-    curvature: Curvature, sites: Sequence[Site], model: nn.Module
-) -> AbstractContextManager[None]:
-    """Inside it the model, whose layers these are, is where the curvature's anchor is."""
-    return anchored(curvature, sites)
 
 
 def _square(tensors: Sequence[Tensor]) -> Tensor:

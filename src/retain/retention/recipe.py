@@ -62,9 +62,10 @@ from retain.retention.filter_checks import (
     why_no_inputs,
 )
 from retain.retention.filter_rows import new_moments, old_moments
-from retain.retention.force import Force, Spent
+from retain.retention.force import Force
 from retain.retention.fresh_rows import FrozenRows, fresh_rows
 from retain.retention.given import check_given
+from retain.retention.holds import Spent
 from retain.retention.hooks import GradientHooks, check_backward
 from retain.retention.lengths import check_descends, check_lengths, check_points, keeps_two
 from retain.retention.loader import RowReader
