@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.optimizers.lorafa import LoraFAOptimizer
 from torch import nn
 from transformers.optimization import Adafactor
 
@@ -35,6 +36,34 @@ def test_of_adam_it_is_the_rate_over_the_mean_denominator() -> None:
             wanted = group["lr"] / (float(corrected.sqrt().mean()) + 1e-3)
             assert found[id(weight)] == pytest.approx(wanted, rel=1e-6)
     assert len(found) == 3
+
+
+def test_what_never_had_a_gradient_has_none_of_it() -> None:
+    """Else its length would be the rate over eps, and a first step take A's rows away."""
+    weight = nn.Parameter(torch.ones(2, 4))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert step_lengths(optimizer) == {id(weight): 0.0}
+    weight.grad[:, 2:] = 1.0  # of the entries that train
+    optimizer.step()
+    columns = (slice(None), slice(2, None))
+    alone = step_lengths(optimizer, {id(weight): columns})[id(weight)]
+    root = float(optimizer.state[weight]["exp_avg_sq"][0, 2] / (1 - 0.999**2)) ** 0.5
+    assert alone == pytest.approx(0.1 / root)
+    assert step_lengths(optimizer)[id(weight)] == pytest.approx(2 * alone)
+
+
+def test_amsgrad_divides_by_the_largest() -> None:
+    weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = torch.optim.Adam([weight], lr=0.1, amsgrad=True)
+    for size in (1.0, *[1e-3] * 2000):
+        weight.grad = torch.full_like(weight, size)
+        optimizer.step()
+    state = optimizer.state[weight]
+    root = float(state["max_exp_avg_sq"] / (1 - 0.999**2001)) ** 0.5
+    assert root > 1.2 * float(state["exp_avg_sq"] / (1 - 0.999**2001)) ** 0.5
+    assert step_lengths(optimizer)[id(weight)] == pytest.approx(0.1 / root)
 
 
 def test_the_host_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +143,16 @@ def test_of_bitsandbytes_it_is_refused_before_a_step() -> None:
         check_lengths(optimizer)
 
 
+def test_what_keeps_no_second_moment_is_refused_before_a_step() -> None:
+    """PEFT's LoRA-FA keeps it by other names, and Lion, which has no eps, not at all."""
+    weight = nn.Parameter(torch.zeros(2))
+    lion = type("Lion", (torch.optim.Optimizer,), {})([weight], {"lr": 0.1, "betas": (0.9, 0.99)})
+    named = [{"params": [weight], "names": ["lora_A.weight"], "scaling_factor": 1.0}]
+    for optimizer, told in ((lion, "Lion of"), (LoraFAOptimizer(named), "LoraFAOptimizer of peft")):
+        with pytest.raises(ConfigError, match=f"this optimiser's state; got: {told}"):
+            check_lengths(optimizer)
+
+
 class Halved(torch.optim.AdamW):
     """Changes gradients inside its step, as PEFT's Riemannian optimiser does."""
 
@@ -149,7 +188,10 @@ def test_gradients_that_change_inside_a_step_are_refused() -> None:
         check_lengths(optimizer)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.Adagrad, Adafactor])
+@pytest.mark.parametrize(
+    "kind",
+    [torch.optim.RMSprop, torch.optim.Adagrad, Adafactor, torch.optim.RAdam, torch.optim.Adamax],
+)
 def test_those_that_adapt_in_another_way_are_refused(kind: type[torch.optim.Optimizer]) -> None:
     told = f"cannot read this optimiser's state; got: {kind.__name__}"
     for ask in (step_lengths, check_lengths):

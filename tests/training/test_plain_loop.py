@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 import retain
 from retain.data.sources import encode
 from retain.errors import ConfigError, ModelError, RetainWarning
+from retain.models.sites import lora_sites
+from retain.retention.lengths import step_lengths
 from retain.types import UPDATES, Update
 from tiny import ROWS, exactly, move, tiny, weights
 
@@ -276,3 +278,47 @@ def test_a_step_that_was_never_held_is_told() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RetainWarning)
         learned(rows=TASK)
+
+
+def test_a_first_proximal_step_leaves_a_as_adam_does() -> None:
+    """Its gradient is 0 while B is, and Adam's formula gives it the rate over eps for a length."""
+    model = tiny("llama")
+    before = weights(model)
+    curvature = retain.fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.0)
+    held = retain.Retention(model, curvature, 1000.0, parts=["force"], update="proximal")
+    batch = torch.tensor([TASK[0]["input_ids"]])
+    model(input_ids=batch, labels=batch).loss.backward()
+    held.step(optimizer)
+    moved = {n: float((w - before[n]).abs().max()) for n, w in weights(model).items()}
+    assert {far for n, far in moved.items() if "lora_A" in n} == {0.0}
+    assert min(far for n, far in moved.items() if "lora_B" in n) > 0
+    held.finish()
+
+
+def test_a_proximal_strength_weighs_as_much_in_fresh_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mean denominator is that of the rows that train; those that stay have none."""
+    model = tiny("llama")
+    curvature = retain.fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
+    move(model, 1)
+    model = retain.grow_lora(model, 2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    told: list[dict[int, float]] = []
+    monkeypatch.setattr(
+        "retain.retention.force.step_lengths", lambda *a: told.append(step_lengths(*a)) or told[-1]
+    )
+    held = retain.Retention(model, curvature, parts=["rows", "force"], update="proximal")
+    batch = torch.tensor([TASK[0]["input_ids"]])
+    for _ in range(2):
+        model(input_ids=batch, labels=batch).loss.backward()
+        held.step(optimizer)
+        optimizer.zero_grad()
+    columns = held.recipe.active
+    for site in lora_sites(model):
+        second = optimizer.state[site.b]["exp_avg_sq"][:, columns] / (1 - 0.999**2)
+        assert second.shape[1] == 2 < site.rank
+        assert told[-1][id(site.b)] == pytest.approx(0.01 / (float(second.sqrt().mean()) + 1e-8))
+    held.finish()

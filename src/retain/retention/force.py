@@ -431,7 +431,8 @@ class Force:
         """Pulls the adapter back after a step of the optimisers; returns predicted nats."""
         value: Tensor | None = None
         if self.strength:
-            lengths = [step_lengths(each) for each in optimizers]
+            active = {id(own(p)): self._active.get(id(p), ...) for p in self.parameters()}
+            lengths = [step_lengths(each, active) for each in optimizers]
             rates = {key: length for each in lengths for key, length in each.items()}
             held = [p for p in self.parameters() if id(own(p)) in rates]
             steps = {id(p): self.strength * rates[id(own(p))] for p in held}

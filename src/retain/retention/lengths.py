@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from torch.optim import Optimizer
 from retain.errors import ConfigError
 from retain.models.shards import whole
 from retain.retention.watch import read
+
+_OTHERS = torch.optim.RAdam, torch.optim.Adamax
+"""Of Adam's kin in torch, those that divide by something else: RAdam at first by nothing, so that
+for hundreds of steps Adam's length is several times its own, and Adamax by a largest gradient."""
 
 __all__ = ["check_descends", "check_lengths", "check_points", "keeps_two", "step_lengths"]
 
@@ -62,16 +67,18 @@ def check_lengths(optimizer: Optimizer) -> None:
     """Refuses an optimiser whose step lengths are not known, as far as it shows before a step.
 
     Raises:
-        ConfigError: it is neither torch's SGD nor one with betas, as Adam's kin have; SGD with a
+        ConfigError: it is neither torch's SGD nor one with betas and eps, as Adam's kin have, or is
+            one of them that divides by something else (RAdam, Adamax, PEFT's LoRA-FA); SGD with a
             momentum of 1, whose steps never end; or gradients are changed inside its step, by a
             hook or around that of torch's, as PEFT's Riemannian one does: what Adam keeps is of
             those then, and tells nothing of a step of the force.
     """
     inner, sgd = _inner(optimizer)
     kind = getattr(inner, "stands_for", type(inner))
-    known = all("betas" in group for group in inner.param_groups)
-    if not sgd and not (known and all(_package(k) != "bitsandbytes" for k in kind.__mro__)):
-        raise _unread(inner)  # that of bitsandbytes has betas, and other names for what it keeps
+    known = all("betas" in group and "eps" in group for group in inner.param_groups)
+    elsewhere = {"bitsandbytes", "peft"} & {_package(k) for k in kind.__mro__}  # by other names
+    if not sgd and (not known or elsewhere or issubclass(kind, _OTHERS)):
+        raise _unread(inner)
     endless = [g["momentum"] for g in inner.param_groups if sgd and g["momentum"] >= 1]
     if endless:
         raise ConfigError(
@@ -90,12 +97,19 @@ def check_lengths(optimizer: Optimizer) -> None:
         )
 
 
-def step_lengths(optimizer: Optimizer) -> dict[int, float]:
+def step_lengths(optimizer: Optimizer, active: Mapping[int, Any] | None = None) -> dict[int, float]:
     """The step length of each parameter: lr, over Adam's mean denominator where it has one.
 
     Of SGD with a momentum m it is lr / (1 - m): its buffer adds up gradients, so one of them, as
     the force would be, moves a parameter by lr, lr m, lr m^2 and so on. (Adam's are averaged.) A
-    dampening d takes 1 - d of each.
+    dampening d takes 1 - d of each. A parameter whose gradients have all been 0, as those of A are
+    in the first step of a fresh LoRA, has a length of 0: Adam would move it by the rate at most,
+    and its formula, without a limit.
+
+    Args:
+        optimizer: that has stepped.
+        active: by ``id``, the index of those entries of a parameter that train; the others, whose
+            gradients are always 0, do not count. All without it.
 
     The host waits for a device once, for all parameters (steps are counted on the CPU, but by a
     fused or capturable optimiser).
@@ -116,7 +130,8 @@ def step_lengths(optimizer: Optimizer) -> dict[int, float]:
             continue
         for parameter in group["params"]:
             state = inner.state.get(parameter, {})
-            second, count = state.get("exp_avg_sq"), state.get("step")
+            second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))  # with amsgrad the first
+            count = state.get("step")
             if second is None or count is None:
                 if state or parameter.grad is not None:  # with one, Adam would have a state
                     raise _unread(inner)
@@ -126,10 +141,11 @@ def step_lengths(optimizer: Optimizer) -> dict[int, float]:
             correction = 1.0 - group["betas"][1] ** steps  # 0 where there was no step
             exact = torch.promote_types(second.dtype, torch.float32)
             adapted.append((id(parameter), lr, group["eps"]))
-            roots.append((whole(second.detach()).to(exact) / correction).sqrt_().mean())
+            second = whole(second.detach())[(active or {}).get(id(parameter), ...)]
+            roots.append((second.to(exact) / correction).sqrt_().mean())
     for (key, lr, eps), root in zip(adapted, read(roots) if roots else [], strict=True):
-        # It is not where a gradient scaler has skipped every step so far.
-        rates[key] = lr / (root + eps) if math.isfinite(root) else 0.0
+        # It is not finite where a gradient scaler has skipped every step so far.
+        rates[key] = lr / (root + eps) if math.isfinite(root) and root > 0 else 0.0
     return rates
 
 
@@ -161,7 +177,7 @@ def _unread(optimizer: Any) -> ConfigError:
     return ConfigError(
         "the proximal update cannot read this optimiser's state",
         got=_name(optimizer),
-        allowed="torch.optim.SGD, Adam, AdamW and others with betas and exp_avg_sq",
+        allowed="torch.optim.SGD, Adam, AdamW, NAdam, and others with betas and exp_avg_sq",
         fix="update='gradient'",
     )
 

@@ -135,11 +135,12 @@ class ZeroStep:
         """What `retain.retention.lengths` asks of an optimiser, of whole weights."""
         master = self.zero.single_partition_of_fp32_groups[self.group]
         state = dict(optimizer.state.get(master, {}))
-        known: dict[str, Any] = {k: v for k, v in state.items() if k != "exp_avg_sq"}
+        second = {"exp_avg_sq", "max_exp_avg_sq"}
+        known: dict[str, Any] = {k: v for k, v in state.items() if k not in second}
         every = [known] * len(self.weights)
-        if self.recipe.update == "proximal" and "exp_avg_sq" in state:
-            squares = self._views(self._gathered(state["exp_avg_sq"]))
-            every = [known | {"exp_avg_sq": each} for each in squares]
+        for key in sorted(second & {*state}) if self.recipe.update == "proximal" else ():
+            squares = self._views(self._gathered(state[key]))
+            every = [each | {key: square} for each, square in zip(every, squares, strict=True)]
         groups = [{**optimizer.param_groups[0], "params": self.weights}]
         states = dict(zip(self.weights, every, strict=True))
         return SimpleNamespace(param_groups=groups, state=states, stands_for=type(optimizer))
