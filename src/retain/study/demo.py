@@ -35,7 +35,7 @@ FULL = {"train": 256, "test": 64, "source": 64, "heldout": 24, "length": 128, "a
 QUICK = {"train": 32, "test": 8, "source": 8, "heldout": 8, "length": 48, "answers": 1}
 """Numbers of rows; the quick ones show in a minute or two that all stages work, and no more."""
 
-STRENGTH, KL = 1000.0, 1.0
+STRENGTH, KL = 1000.0, 3.0
 """A hundred times the usual one, in a proximal step, and the KL on the beginnings of answers: for
 the sake of what general questions are answered with (docs/measured.md, docs/log.md)."""
 
