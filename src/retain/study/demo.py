@@ -36,7 +36,7 @@ QUICK = {"train": 32, "test": 8, "source": 8, "heldout": 8, "length": 48, "answe
 """Numbers of rows; the quick ones show in a minute or two that all stages work, and no more."""
 
 STRENGTH, KL = 1000.0, 3.0
-"""A hundred times the usual one, in a proximal step, and the KL on the beginnings of answers: for
+"""Ten times the default, in a proximal step, and the KL on the beginnings of answers: for
 the sake of what general questions are answered with (docs/measured.md, docs/log.md)."""
 
 LARGEST = 30
