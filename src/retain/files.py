@@ -29,6 +29,11 @@ __all__ = [
 LOCK = ".retain.lock"
 """The file in a folder that its writer has locked; it goes when the writer ends."""
 
+_MARK = ".retain-"
+"""In the name of a scratch folder, before what `tempfile` draws."""
+
+_DRAWN = "[a-z0-9_]" * 8
+
 _TORCH = ("inline_container", "PytorchStreamWriter", "iostream error", "basic_ios")
 _SIGNS = (  # of torch's and safetensors' writers, which raise no OSError
     "No space left", "File too large", "Disk quota", "Read-only file system", "Input/output error",
@@ -149,7 +154,7 @@ def _scratch(path: Path, what: str) -> Iterator[tuple[Path, Path]]:
             place = Path(os.path.realpath(path))
             place.parent.mkdir(parents=True, exist_ok=True)
             # In a folder of its own, so that what a killed process leaves is all in one place.
-            scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+            scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}{_MARK}", dir=place.parent))
             yield place, scratch
     finally:
         if scratch is not None:
@@ -205,19 +210,41 @@ def sync(path: Path) -> None:
 
 def recover(folder: Path) -> None:
     """Puts back a folder whose writer was killed between moving it aside and the new one in."""
-    if not folder.exists():
-        for old in folder.parent.glob(f".{glob.escape(folder.name)}-*/old"):
-            os.replace(old, folder)
-            return
+    place = Path(os.path.realpath(folder))
+    if not place.exists():
+        for old in (left / "old" for left in _left(place)):
+            if old.is_dir():
+                os.replace(old, place)
+                return
 
 
 def clear_scratch(path: Path) -> None:
     """Deletes what killed processes have left of writing a `whole_file`.
 
-    Of a `whole_folder` too, once `recover` has been called.
+    Of a `whole_folder` too, once `recover` has been called. What others have called alike stays.
     """
-    for left in path.parent.glob(f".{glob.escape(path.name)}-*"):
+    for left in _left(Path(os.path.realpath(path))):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _left(place: Path) -> list[Path]:
+    """Scratch folders of a place; as they were called before 0.2, those that are surely such."""
+    name = f".{glob.escape(place.name)}"
+    older = [p for p in place.parent.glob(f"{name}-{_DRAWN}") if _is_older(p, place.name)]
+    return [*place.parent.glob(f"{name}{_MARK}{_DRAWN}"), *older]
+
+
+def _is_older(folder: Path, name: str) -> bool:
+    """Whether a folder is as `tempfile` makes it, with nothing in it but what was written there."""
+    try:
+        mode, inside = folder.lstat().st_mode, list(folder.iterdir())
+    except OSError:
+        return False
+    return stat.S_ISDIR(mode) and stat.S_IMODE(mode) == 0o700 and all(
+        path.is_dir() if path.name in ("new", "old")
+        else path.name == name or fnmatchcase(path.name, ".tmp??????")  # by safetensors
+        for path in inside
+    )  # fmt: skip
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -125,6 +125,15 @@ class TestOurs:
         assert {name: found.get(name) for name in mine} == {name: name.encode() for name in mine}
         assert not {n for n in found if n.startswith("state/")} - {"state/why.md"}
 
+    def test_hidden_folders_of_others_stay(self, two: Run, tmp_path: Path) -> None:
+        mine = [".adapter-notes/old/x", ".adapter-cautions/old/x", ".state-of-the-art/x",
+                ".train.json-settings/x", ".run.json-cautions/run.json"]  # fmt: skip
+        for name in mine:
+            put(tmp_path, name, name)
+        two(tmp_path).done()
+        found = contents(tmp_path)
+        assert {name: found.get(name) for name in mine} == {name: name.encode() for name in mine}
+
     def test_an_empty_folder_is_nobody_s(self, two: Run, tmp_path: Path) -> None:
         for name in ("adapter", "state", "checkpoints"):
             (tmp_path / name).mkdir()
@@ -135,16 +144,16 @@ class TestOurs:
         out = tmp_path / "out"
         two(out).done()
         (out / "train.json").unlink()
-        (out / ".adapter-killed").mkdir()
-        (out / "adapter").rename(out / ".adapter-killed" / "old")
-        put(out, ".train.json-killed/train.json", "{")
+        (out / ".adapter.retain-a_killed").mkdir()
+        (out / "adapter").rename(out / ".adapter.retain-a_killed" / "old")
+        put(out, ".train.json.retain-a_killed/train.json", "{")
         two(out).done()
         assert sorted(p.name for p in out.iterdir()) == ["adapter", "run.json", "train.json"]
         curvature = told(trained / "run.json")["curvature"]
         argv = ("soften", trained / "adapter", "--curvature", curvature, "--budget", 1)
         soft = tmp_path / "soft"
         for name in ("soften.json", "soften.png", "soften.svg"):
-            put(soft, f".{name}-killed/{name}", "x")
+            put(soft, f".{name}.retain-a_killed/{name}", "x")
         retain(*argv, "--points", 2, "-o", soft, "-q").done()
         assert not [p.name for p in soft.iterdir() if p.name.startswith(".")]
 
