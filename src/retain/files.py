@@ -23,7 +23,7 @@ from retain.errors import OutputError
 __all__ = [
     "LOCK", "check_folder", "check_ours", "clear_scratch", "file_digest", "first_rank", "foreign",
     "has_schema", "locked", "recover", "remove_ours", "settle", "sync", "whole_file",
-    "whole_folder", "why_unwritable", "write_json", "write_record", "writing",
+    "whole_files", "whole_folder", "why_unwritable", "write_json", "write_record", "writing",
 ]  # fmt: skip
 
 LOCK = ".retain.lock"
@@ -93,7 +93,8 @@ def whole_file(path: Path, what: str) -> Iterator[Path]:
     """A scratch file beside `path` to write to; it takes that name when the block ends well.
 
     An older file stays until then, and nothing is left behind when the block fails. The contents
-    are on the disk before the name is, so that a power cut leaves the old file or the new one.
+    are on the disk before the name is, so that a power cut leaves the old file or the new one. The
+    new one has the older one's mode.
 
     Args:
         path: where the file shall be; where it is a link, what it points at is replaced.
@@ -107,8 +108,50 @@ def whole_file(path: Path, what: str) -> Iterator[Path]:
             raise OSError("not a plain file")
         yield scratch / place.name
         settle(scratch / place.name)
-        os.replace(scratch / place.name, place)
+        _replace(scratch / place.name, place)
         sync(place.parent)
+
+
+@contextmanager
+def whole_files(folder: Path, what: str, last: str) -> Iterator[Path]:
+    """A scratch folder to write to; its files go to `folder` when the block ends well.
+
+    A new folder comes whole. To one that is there, whoever else writes in it, they go one by one;
+    its other files are not touched. Where the file `last` is another than before, the old one goes
+    before the others come and the new one comes after them: what a kill leaves between is without
+    it, and never half of the one set and half of the other.
+
+    Args:
+        folder: where they shall be.
+        what: what is written, for the error.
+        last: the name of the file without which the others are nothing.
+
+    Raises:
+        OutputError: the place cannot be written, or the disk is full.
+    """
+    if not folder.is_dir():
+        with whole_folder(folder, what) as new:
+            yield new
+        return
+    with _scratch(folder, what, inside=True) as (place, new):
+        yield new
+        settle(new)
+        files = sorted(new.iterdir(), key=lambda path: path.name == last)
+        then, now = place / last, new / last
+        if then.is_file() and then.read_bytes() != now.read_bytes():
+            now.chmod(stat.S_IMODE(then.stat().st_mode))
+            then.unlink()
+            sync(place)
+        for path in files:
+            _replace(path, place / path.name)
+        sync(place)
+
+
+def _replace(new: Path, old: Path) -> None:
+    """Puts a file in the place of another, with its mode."""
+    if old.is_file():
+        new.chmod(stat.S_IMODE(old.stat().st_mode))
+    os.replace(new, old)
 
 
 @contextmanager
@@ -128,6 +171,8 @@ def whole_folder(folder: Path, what: str, ours: Sequence[str] = ()) -> Iterator[
     """
     with _scratch(folder, what) as (place, scratch):
         recover(place)
+        if place.exists() and not place.is_dir():
+            raise OSError("not a folder")
         new, old = scratch / "new", scratch / "old"
         new.mkdir()
         yield new
@@ -136,6 +181,7 @@ def whole_folder(folder: Path, what: str, ours: Sequence[str] = ()) -> Iterator[
                 _second_name(path, new / path.name)
         settle(new)
         if place.exists():
+            new.chmod(stat.S_IMODE(place.stat().st_mode))
             os.replace(place, old)
         try:
             os.replace(new, place)
@@ -146,15 +192,16 @@ def whole_folder(folder: Path, what: str, ours: Sequence[str] = ()) -> Iterator[
 
 
 @contextmanager
-def _scratch(path: Path, what: str) -> Iterator[tuple[Path, Path]]:
-    """Where a path really is, and a scratch folder beside it, which is removed at the end."""
+def _scratch(path: Path, what: str, inside: bool = False) -> Iterator[tuple[Path, Path]]:
+    """Where a path really is, and a scratch folder beside or in it, which is removed at the end."""
     scratch = None
     try:
         with writing(what, path):
             place = Path(os.path.realpath(path))
-            place.parent.mkdir(parents=True, exist_ok=True)
+            around = place if inside else place.parent
+            around.mkdir(parents=True, exist_ok=True)
             # In a folder of its own, so that what a killed process leaves is all in one place.
-            scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}{_MARK}", dir=place.parent))
+            scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}{_MARK}", dir=around))
             yield place, scratch
     finally:
         if scratch is not None:
@@ -221,7 +268,8 @@ def recover(folder: Path) -> None:
 def clear_scratch(path: Path) -> None:
     """Deletes what killed processes have left of writing a `whole_file`.
 
-    Of a `whole_folder` too, once `recover` has been called. What others have called alike stays.
+    Of a `whole_folder` or `whole_files` too, once `recover` has been called. What others have
+    called alike stays.
     """
     for left in _left(Path(os.path.realpath(path))):
         shutil.rmtree(left, ignore_errors=True)
@@ -231,7 +279,8 @@ def _left(place: Path) -> list[Path]:
     """Scratch folders of a place; as they were called before 0.2, those that are surely such."""
     name = f".{glob.escape(place.name)}"
     older = [p for p in place.parent.glob(f"{name}-{_DRAWN}") if _is_older(p, place.name)]
-    return [*place.parent.glob(f"{name}{_MARK}{_DRAWN}"), *older]
+    inside = place.glob(f"{name}{_MARK}{_DRAWN}")  # of `whole_files`
+    return [*place.parent.glob(f"{name}{_MARK}{_DRAWN}"), *inside, *older]
 
 
 def _is_older(folder: Path, name: str) -> bool:

@@ -147,7 +147,11 @@ class TestOurs:
         (out / ".adapter.retain-a_killed").mkdir()
         (out / "adapter").rename(out / ".adapter.retain-a_killed" / "old")
         put(out, ".train.json.retain-a_killed/train.json", "{")
+        left = out / ".adapter.retain-a_killed" / "old"  # by a writer into it
+        put(left, ".adapter.retain-a_killed/adapter_config.json", "{}")
+        (left / "adapter_config.json").unlink()
         two(out).done()
+        assert not [p.name for p in (out / "adapter").iterdir() if p.name.startswith(".")]
         assert sorted(p.name for p in out.iterdir()) == ["adapter", "run.json", "train.json"]
         curvature = told(trained / "run.json")["curvature"]
         argv = ("soften", trained / "adapter", "--curvature", curvature, "--budget", 1)

@@ -20,6 +20,7 @@ from retain.files import (
     recover,
     remove_ours,
     whole_file,
+    whole_files,
     whole_folder,
     why_unwritable,
     writing,
@@ -92,6 +93,61 @@ def test_others_files_in_a_folder_stay(tmp_path: Path) -> None:
     assert (folder / "notes.txt").stat().st_ino == inode
     assert (folder / "link").is_symlink()
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_that_is_there_is_added_to(tmp_path: Path) -> None:
+    """What others write meanwhile stays, and so do modes; a kill leaves no two halves."""
+    folder = tmp_path / "out"
+    folder.mkdir(mode=0o700)
+    for name in ("config", "weights"):
+        (folder / name).write_text("old")
+        (folder / name).chmod(0o640)
+    inode = folder.stat().st_ino
+    with pytest.raises(KeyError), whole_files(folder, "it", last="config"):
+        raise KeyError
+    with whole_files(folder, "it", last="config") as new:
+        for name in ("config", "weights", "more"):
+            (new / name).write_text("new")
+        (folder / "checkpoint-100").mkdir()
+        (folder / "checkpoint-100" / "log").write_text("theirs")
+    assert folder.stat().st_ino == inode and folder.stat().st_mode & 0o777 == 0o700
+    assert {p.name for p in folder.iterdir()} == {"config", "weights", "more", "checkpoint-100"}
+    for name in ("config", "weights"):
+        assert (folder / name).read_text() == "new"
+        assert (folder / name).stat().st_mode & 0o777 == 0o640
+    assert (folder / "checkpoint-100" / "log").read_text() == "theirs"
+
+
+def test_halves_of_two_sets_are_never_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config").write_text("old")
+    (tmp_path / "weights").write_text("old")
+    seen, replace = [], os.replace
+
+    def watched(old: Path, new: Path) -> None:
+        replace(old, new)
+        seen.append({p.name: p.read_text() for p in tmp_path.iterdir() if p.is_file()})
+
+    monkeypatch.setattr(os, "replace", watched)
+    with whole_files(tmp_path, "it", last="config") as new:
+        (new / "config").write_text("new")
+        (new / "weights").write_text("new")
+    assert seen == [{"weights": "new"}, {"weights": "new", "config": "new"}]
+
+
+def test_a_file_is_no_folder_to_replace(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("mine")
+    with pytest.raises(OutputError, match="not a folder"), whole_folder(tmp_path / "a", "it"):
+        pass
+    assert (tmp_path / "a").read_text() == "mine"
+
+
+def test_a_private_file_stays_private(tmp_path: Path) -> None:
+    (tmp_path / "a").touch(mode=0o600)
+    with whole_file(tmp_path / "a", "it") as scratch:
+        scratch.write_text("new")
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -55,6 +55,16 @@ def test_what_a_user_wrote_stays(tmp_path: Path) -> None:
     assert "my/first" not in text and text.count(BEGIN) == 1
 
 
+def test_the_folder_that_one_works_in_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    retain.save_adapter(tiny("llama"), ".", "my/first")
+    assert Path.cwd() == tmp_path
+    names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
 @pytest.mark.parametrize("bad", [b"\xff\xfe", b"---\n[1, 2]\n---\n", b"---\na: [\n---\n"])
 def test_a_card_that_cannot_be_read_stays_and_is_told(bad: bytes, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(bad)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from retain.documents import read_json
 from retain.errors import ModelError
-from retain.files import file_digest, whole_folder
+from retain.files import file_digest, whole_files, whole_folder
 from retain.models.cards import (
     CARD,
     fresh_card,
@@ -86,7 +86,7 @@ def check_adapter(folder: Path, kind: str = "LORA") -> dict[str, Any]:
                 allowed=_WEIGHTS,
                 fix="save it again with safetensors, where you trust it",
             )
-        inside = sorted(path.parent for path in folder.glob(f"*/{_CONFIG}"))
+        inside = sorted(path.parent for path in folder.glob(f"[!.]*/{_CONFIG}"))
         fix = f"did you mean {inside[0]}?" if inside else None
         raise refused("the folder holds no adapter", f"{folder} without {name}", kind, fix)
     try:
@@ -208,12 +208,13 @@ def _check_vocabulary(model: Any, rows: Mapping[str, list[int]], folder: Path) -
 def save_adapter(
     model: PeftModel, folder: str | Path, base: str, facts: Mapping[str, str] | None = None
 ) -> Path:
-    """Writes a plain PEFT adapter; an older one stays until the new one is whole.
+    """Writes a plain PEFT adapter; an older one stays until the new one is whole on the disk.
 
     Of several adapters it is the active one, whatever its name. A classifier's comes with its head,
     and with the configuration that names its classes. Beside it is a model card with PEFT's front
     matter and a section of ours, which alone is written anew in a card that is there. Other files
-    in the folder stay.
+    in the folder stay, and so do modes. A kill just while the files of an adapter with other
+    settings take their places leaves no adapter there, rather than one of two.
 
     Args:
         model: the model with its adapter.
@@ -228,7 +229,7 @@ def save_adapter(
     for config in model.peft_config.values():
         config.base_model_name_or_path = base
     head = any(config.task_type == "SEQ_CLS" for config in model.peft_config.values())
-    with whole_folder(folder, "the adapter", (*FILES, *([HEAD] if head else []))) as new:
+    with whole_files(folder, "the adapter", last=_CONFIG) as new:
         name = model.active_adapters[0]
         model.save_pretrained(str(new), selected_adapters=[name], save_embedding_layers=False)
         if name != "default":  # PEFT gives it a folder of its own

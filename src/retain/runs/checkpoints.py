@@ -186,7 +186,7 @@ def clear(folder: Path) -> None:
 def adapter_in(out: Path) -> int | None:
     """What tells the adapter in a run's folder from one that takes its place; None without one."""
     try:
-        return (out / "adapter").stat().st_ino
+        return (out / "adapter" / "adapter_model.safetensors").stat().st_ino
     except OSError:
         return None
 

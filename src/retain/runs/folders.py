@@ -226,8 +226,12 @@ def _put_back(out: Path, *names: str) -> None:
 
 
 def _is_adapter(path: Path) -> bool:
-    found = _json(path / "adapter_config.json")
-    return isinstance(found, dict) and "peft_type" in found
+    """Whether a folder holds an adapter; or the weights alone, which a killed writer may leave."""
+    config = path / "adapter_config.json"
+    found = _json(config)
+    if isinstance(found, dict) and "peft_type" in found:
+        return True
+    return not config.exists() and (path / "adapter_model.safetensors").is_file()
 
 
 def _json(path: Path) -> Any:
