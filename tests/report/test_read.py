@@ -40,6 +40,15 @@ def test_folders_files_and_single_runs_agree(tmp_path: Path) -> None:
     assert both[0].skipped[0].method == "O-LoRA"
 
 
+def test_scratch_of_killed_commands_is_not_read(tmp_path: Path) -> None:
+    text = json.dumps(make_study())
+    (tmp_path / "study.json").write_text(text, encoding="utf-8")
+    for name, content in ((".study.json.retain-a_killed", text[:4096]), (".earlier", text)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "study.json").write_text(content, encoding="utf-8")
+    assert [len(study.runs) for study in read_studies([tmp_path])] == [28]
+
+
 def test_unlike_runs_of_one_name_are_refused(tmp_path: Path) -> None:
     """A first try with few rows beside the whole study: both were one cell."""
     few, whole = (make_run(TASKS, METHODS[0], 0, study="s") for _ in range(2))

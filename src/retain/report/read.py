@@ -80,9 +80,17 @@ def check(path: Path, model: type[P], data: Any) -> P:
 
 
 def results_in(folder: Path) -> list[Path]:
-    """The files in a folder that `read_studies` reads: whole studies before single runs."""
-    whole = sorted(p for p in folder.rglob("study.json") if p.is_file())
-    return whole or [p for p in sorted(folder.rglob("*.json")) if schema_of(p) in _SCHEMAS]
+    """The files in a folder that `read_studies` reads: whole studies before single runs.
+
+    Hidden ones, and those in hidden folders, are what killed commands left half written.
+    """
+    found = sorted(p for p in folder.rglob("*.json") if not _hidden(p.relative_to(folder)))
+    whole = [p for p in found if p.name == "study.json" and p.is_file()]
+    return whole or [p for p in found if schema_of(p) in _SCHEMAS]
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _files(path: Path) -> list[Path]:
