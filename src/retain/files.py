@@ -159,7 +159,7 @@ def whole_folder(folder: Path, what: str, ours: Sequence[str] = ()) -> Iterator[
     """A scratch folder to write to; it takes the place of `folder` when the block ends well.
 
     Files of others in the older folder go along: what `ours` does not name and the new folder does
-    not hold.
+    not hold. What killed processes have left there does not.
 
     Args:
         folder: where it shall be; where it is a link, what it points at is replaced.
@@ -177,7 +177,7 @@ def whole_folder(folder: Path, what: str, ours: Sequence[str] = ()) -> Iterator[
         new.mkdir()
         yield new
         for path in foreign(place, ours):
-            if not (new / path.name).exists():
+            if not (new / path.name).exists() and not fnmatchcase(path.name, f".?*{_MARK}{_DRAWN}"):
                 _second_name(path, new / path.name)
         settle(new)
         if place.exists():

@@ -85,6 +85,7 @@ def test_others_files_in_a_folder_stay(tmp_path: Path) -> None:
         (folder / name).write_text(name)
     (folder / "link").symlink_to("notes.txt")
     inode = (folder / "notes.txt").stat().st_ino
+    (folder / ".README.md.retain-a_killed").mkdir()  # which is nobody's
     with whole_folder(folder, "it", ("*.safetensors", "new.json")) as new:
         (new / "new.json").write_text("new")
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))

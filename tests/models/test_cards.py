@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 import retain
 from retain.errors import ConfigError, RetainWarning
-from retain.models.cards import hub_name, plain_name, with_base
+from retain.models.cards import extend_card, hub_name, plain_name, with_base
 from tiny import ROWS, tiny
 
 DATA = [{"input_ids": row, "labels": row} for row in ([1, 5, 7, 2], [3, 5, 9, 4])]
@@ -53,6 +53,14 @@ def test_what_a_user_wrote_stays(tmp_path: Path) -> None:
     text = file.read_bytes().decode()
     assert "Above.\r\n" in text and text.endswith("\nÜber alles.\n") and "a: b" in text
     assert "my/first" not in text and text.count(BEGIN) == 1
+
+
+def test_what_a_killed_writer_of_a_card_left_is_cleared(tmp_path: Path) -> None:
+    for name in (".README.md.retain-a_killed", ".README.md-a_killed"):
+        (tmp_path / name).mkdir(mode=0o700)
+        (tmp_path / name / "README.md").touch()
+    extend_card(tmp_path, "my/first", "## More", name="more")
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
 def test_the_folder_that_one_works_in_stays(

@@ -15,7 +15,7 @@ from typing import Any
 
 from retain.documents import LARGE, Unreadable, read_text
 from retain.errors import OutputError, RetainError, RetainWarning
-from retain.files import whole_file
+from retain.files import clear_scratch, whole_file
 from retain.models.builtin import BUILTIN
 
 __all__ = [
@@ -79,6 +79,7 @@ def extend_card(
     card = folder / CARD
     old = read_card(card)
     known = with_base(old, base) if old.strip() else fresh_card(base, library)
+    clear_scratch(card)  # of a command that was killed here
     with whole_file(card, "the model card") as scratch:
         scratch.write_text(with_section(known, text, name), encoding="utf-8", newline="")
 

@@ -105,6 +105,7 @@ def certify_run(config: CertifyConfig, messages: Messages) -> dict[str, Any]:
         clear_scratch(file)
         write_json(file, record)
         if card is not None:
+            clear_scratch(card)
             with whole_file(card, "the model card") as scratch:
                 told = _section(CertificateRecord.model_validate(record))
                 text = with_section(read_card(card), told, "retain certify")
