@@ -168,23 +168,30 @@ class InputFilter:
         kept = zip(self.sites, self.kept, strict=True)
         return own | {site.name: rows.contiguous() for site, rows in kept}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Tensor]) -> int:
         """Takes up what A does not hold: bits that it has no place for, a proximal step.
 
         Args:
             state: `state` of a checkpoint. What belongs to another A is of another time, and A's
                 own is taken.
+
+        Returns:
+            Of how many layers it has nothing, or what is of another shape.
         """
+        lost = 0
         for group, mine in zip(self.groups, self._kept, strict=True):
             for place, rows in zip(group.whole.places, mine, strict=True):
                 site = self.sites[place]
                 a, found = site.a.detach()[self.active], state.get(site.name)
                 rows = rows[: len(a)]
-                if found is not None and found.shape == rows.shape:
+                if found is None or found.shape != rows.shape:
+                    lost += 1
+                else:
                     found = found.to(rows)
                     now = state.get(f"{site.name}{NOW}", found)  # before 0.2 it rounded to A
                     rows.copy_(found.where(now.to(a) == a, rows))
         share(self._kept)
+        return lost
 
     @no_autocast()
     def after_step(self) -> None:

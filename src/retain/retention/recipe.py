@@ -261,7 +261,13 @@ class Recipe:
             self._begin(model, rows, seed, probe, progress)
             self._held = weakref.ref(model)
             if self.filter is not None and progress is not None:
-                self.filter.restore(kept or {})
+                lost = self.filter.restore(kept or {})
+                if lost and progress.get("kept"):
+                    warn(
+                        f"what the checkpoint kept beside a filtered A is not there for {lost} of "
+                        f"{len(self.sites)} layers, or has other shapes: there the training goes "
+                        "on from A itself, and so otherwise than the one that was stopped"
+                    )
         except BaseException:  # nothing is left half held
             release_left(model, resuming=progress is not None)
             raise
@@ -588,6 +594,8 @@ class Recipe:
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of a training, as plain data for JSON."""
         found: dict[str, Any] = {"filter": self.filter is not None, "first": self.active.start or 0}
+        if self._keeps():
+            found["kept"] = True  # so that its lack is noticed
         if self.why_no_filter is not None:
             found["why_no_filter"] = self.why_no_filter
         if self.scaled_back is not None:
@@ -600,9 +608,11 @@ class Recipe:
         """What a checkpoint keeps as tensors: A behind its filter, where A itself is rounded, or
         where a proximal step has moved it since.
         """
-        if self.filter is None or not (self.filter.narrow or self.update == "proximal"):
-            return {}
-        return self.filter.state()
+        return {} if self.filter is None or not self._keeps() else self.filter.state()
+
+    def _keeps(self) -> bool:
+        """Whether a checkpoint needs more of a filtered A than A itself."""
+        return self.filter is not None and (self.filter.narrow or self.update == "proximal")
 
     # After a task.
 
