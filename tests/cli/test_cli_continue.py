@@ -14,13 +14,17 @@ from cli_parts import Run, told, write_lines
 from cli_parts import adapter as weights
 
 from retain.cli import main
+from retain.config import RunConfig
 from retain.curvature.blocks.kronecker import rank_of
 from retain.curvature.curvature import load_curvature
+from retain.errors import ConfigError
 from retain.evaluation.forgetting import measure_forgetting
 from retain.files import write_json
 from retain.models.generating import sample_rows
 from retain.models.load import load_model
 from retain.models.saved import load_adapter
+from retain.runs.months import previous_run
+from retain.runs.records import ModelOf, TrainRecord, write_record
 from retain.types import STRENGTH
 
 BUDGET = 0.002
@@ -299,6 +303,7 @@ def test_a_run_that_was_to_take_its_place_and_broke_off_changes_nothing(
     del begun["digest"]
     write_json(run / "run.json", begun)  # the settings of one that began, and never ended
     ended = told(run / "train.json")
+    del ended["digest"]  # as of an earlier version
     ended["history"] *= -(-8000 // len(ended["history"]))  # of a long training
     write_json(run / "train.json", ended)
     assert (run / "train.json").stat().st_size > 2**20
@@ -306,6 +311,26 @@ def test_a_run_that_was_to_take_its_place_and_broke_off_changes_nothing(
     assert found["config"]["budget"] == BUDGET
     write_json(run / "train.json", {k: v for k, v in ended.items() if k != "config"})
     june("--continue-from", run, "--overwrite").refused("nothing to continue from", "--keep-state")
+
+
+def test_a_changed_record_is_refused(tmp_path: Path) -> None:
+    """The settings of later months are read from it; those of before have no seal."""
+    config = RunConfig(model="m", data="rows.jsonl", out=str(tmp_path), budget=0.05)
+    base = ModelOf(name="m", fingerprint="f")
+    write_json(tmp_path / "run.json", config.model_dump(mode="json"))
+    write_record(tmp_path / "train.json", TrainRecord(config=config, model=base), seal=True)
+    with pytest.raises(ConfigError, match=r"nothing to continue from.*state\.json"):
+        previous_run(tmp_path)
+    ended = told(tmp_path / "train.json")
+    ended["config"]["budget"] = 5.0
+    write_json(tmp_path / "train.json", ended)
+    said = r"nothing to continue from; got: .*train.json: it has changed since it was written"
+    with pytest.raises(ConfigError, match=said):
+        previous_run(tmp_path)
+    del ended["digest"]
+    write_json(tmp_path / "train.json", ended)
+    with pytest.raises(ConfigError, match=r"nothing to continue from.*state\.json"):
+        previous_run(tmp_path)
 
 
 def test_what_cannot_be(months: list[Path], trained: Path, june: Run) -> None:

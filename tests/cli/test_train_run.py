@@ -239,7 +239,7 @@ def test_ctrl_c_while_the_state_is_measured(
 def test_records_of_earlier_versions_are_read(trained: Path, tmp_path: Path) -> None:
     """Without what later versions have added; and with what a newer one may add."""
     found = json.loads((trained / "train.json").read_text())
-    for name in ("digests", "labels", "rows", "notes", "why_no_filter", "resumed_from"):
+    for name in ("digest", "digests", "labels", "rows", "notes", "why_no_filter", "resumed_from"):
         del found[name]
     path = tmp_path / "train.json"
     path.write_text(json.dumps(found | {"new": 1}))

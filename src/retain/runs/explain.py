@@ -15,7 +15,7 @@ from retain.records import finite
 from retain.runs.bases import problem_count
 from retain.runs.folders import check_record
 from retain.runs.messages import Messages, interruption
-from retain.runs.records import TRAIN, TrainRecord, read_record
+from retain.runs.records import TRAIN, TrainRecord, read_record, why_unread
 from retain.runs.rows import rows_digest, run_examples, run_rows
 from retain.runs.tuned import load_tuned
 
@@ -95,7 +95,7 @@ def _record(folder: Path) -> TrainRecord:
         around = missing and (folder.parent / TRAIN).is_file()
         raise ConfigError(
             "there is no finished run to explain",
-            got=f"{folder} without {TRAIN}" if missing else f"{folder}: {type(error).__name__}",
+            got=f"{folder} without {TRAIN}" if missing else f"{folder}: {why_unread(error)}",
             allowed=f"the --out of retain train, with its {TRAIN}",
             fix=f"did you mean {folder.parent}?" if around else "check the folder",
         ) from error  # fmt: skip

@@ -32,6 +32,7 @@ from retain.runs.records import (
     StateRecord,
     TrainRecord,
     read_record,
+    why_unread,
     write_record,
 )
 
@@ -196,7 +197,7 @@ def _settings_of(run: Path) -> RunConfig:
         told = read_record(ended, TrainRecord).config.model_dump(mode="json")
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
-            "there is nothing to continue from", got=f"{ended}: {type(error).__name__}",
+            "there is nothing to continue from", got=f"{ended}: {why_unread(error)}",
             allowed=_KEPT, fix="train that run again with --keep-state",
         ) from error  # fmt: skip
     return read_config(told, {"out": str(run)}, RunConfig)

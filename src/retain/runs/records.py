@@ -1,9 +1,10 @@
 """What a run of ``retain train`` writes and later commands read: one class for both.
 
     TrainRecord   ``train.json``: what was trained, from what, and how it went
-    StateRecord   ``state/state.json``: what a run leaves for the next; sealed with a digest
+    StateRecord   ``state/state.json``: what a run leaves for the next
 
-``run.json``, the settings, is a `retain.config.RunConfig`.
+``run.json``, the settings, is a `retain.config.RunConfig`. All three are sealed with a digest;
+those of earlier versions may have none.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Any, Final, Literal, TypeVar
 from pydantic import BaseModel, Field
 
 from retain.config import RunConfig
-from retain.documents import read_json, sealed
+from retain.documents import Unreadable, read_json, sealed
 from retain.files import write_json
 from retain.records import Part, Step, finite
 
 __all__ = [
     "RUN", "STATE_SCHEMA", "TRAIN", "TRAIN_SCHEMA", "CurvatureOf", "Digests", "HeldTo", "Labels",
-    "ModelOf", "Month", "StateRecord", "TrainRecord", "read_record", "write_record",
+    "ModelOf", "Month", "StateRecord", "TrainRecord", "read_record", "why_unread",
+    "write_record",
 ]  # fmt: skip
 
 RUN, TRAIN = "run.json", "train.json"
@@ -186,9 +188,14 @@ def read_record(path: Path, kind: type[Record]) -> Record:
 
     Raises:
         OSError: it cannot be opened.
-        ValueError: it is damaged, or something else.
+        ValueError: it is damaged, was changed, or is something else.
     """
     return kind.model_validate(read_json(path, sealed=True))
+
+
+def why_unread(error: Exception) -> str:
+    """Why `read_record` failed, in a few words."""
+    return str(error) if isinstance(error, Unreadable) else type(error).__name__
 
 
 def write_record(path: Path, record: BaseModel, *, seal: bool = False) -> None:

@@ -333,7 +333,7 @@ class Training:
 
         def write() -> None:
             save_adapter(self.model, done.adapter, c.model, self._facts(record, month))
-            write_record(self.out / TRAIN, record)
+            write_record(self.out / TRAIN, record, seal=True)
 
         if held and c.keep_state:
             keep_state(
