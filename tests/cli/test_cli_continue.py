@@ -284,6 +284,20 @@ def test_later_months_are_measured_on_the_same_source(
     assert [told(run / "run.json")["source"] for run in (one, two, three)] == [str(source)] * 3
 
 
+def test_a_source_that_was_rewritten_is_told(
+    model: Path, source: Path, june: Run, tmp_path: Path
+) -> None:
+    text = Path(shutil.copy(source, tmp_path / source.name))
+    argv = ("--model", model, "--source", text, "--rank", 2, "--keep-state", "--budget", BUDGET)
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    june(*argv, "-o", one).done()
+    june("--continue-from", one, "-o", two).done()
+    text.write_text("".join(reversed(text.read_text().splitlines(keepends=True))))
+    june("--continue-from", one, "-o", three).done()
+    said = "measured on other text than the run before was: budget"
+    assert [told(run / "train.json")["notes"].count(said) for run in (two, three)] == [0, 1]
+
+
 def test_a_state_goes_with_its_adapter(months: list[Path], june: Run, tmp_path: Path) -> None:
     run = Path(shutil.copytree(months[0], tmp_path / "run"))
     for name in ("adapter_model.safetensors", "adapter_config.json"):

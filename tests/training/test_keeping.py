@@ -121,6 +121,18 @@ def test_a_past_parts_and_options_that_change_are_said(tmp_path: Path) -> None:
     assert goes_on(place) == []
 
 
+def test_other_text_to_measure_on_is_said(whole: Any, tmp_path: Path) -> None:
+    options, folder, _ = whole
+    for source, said in ((ROWS["llama"], 0), (ROWS["llama"][::-1], len(options) // 2)):
+        model, call = held(**options | ({"source": source} if options else {}))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RetainWarning)
+            run = trainer(tmp_path / "o", model, [call], max_steps=HALF + 1)
+            run.train(resume_from_checkpoint=str(folder / f"checkpoint-{HALF}"))
+        told = [str(w.message) for w in caught if "measured on other text" in str(w.message)]
+        assert [text.rpartition(": ")[2] for text in told] == ["budget"] * said
+
+
 def test_an_entry_of_0_1_is_read_too(whole: Any, tmp_path: Path) -> None:
     options, folder, want = whole
     place = Path(shutil.copytree(folder / f"checkpoint-{HALF}", tmp_path / "old"))

@@ -74,7 +74,7 @@ from retain.retention.measure import fit_rows
 from retain.retention.named import Budgets, Curvatures, by_name, named
 from retain.retention.output_kl import OutputKL, Outputs
 from retain.retention.soften.truncate import truncated
-from retain.retention.state import choose, pack_curvature, unpack_curvature
+from retain.retention.state import choose, digest_rows, pack_curvature, unpack_curvature
 from retain.retention.telling import tell_begun_from, tell_drawn, tell_unheld
 from retain.retention.watch import Watched
 from retain.types import STRENGTH, FactorRank, Structure, Update
@@ -123,6 +123,8 @@ class Recipe:
             fine-tuning, and those of ``trainable_token_indices``.
         from_adapter: after `begin`, whether the model is held to an adapter that had learned
             before, rather than to its base.
+        texts: after `begin`, digests of the rows that a budget (``budget``, ``budget/facts``) and
+            a KL (``kl``) are measured on.
         scaled_back: after `begin`, what is said where earlier training was scaled back to a budget.
 
     Raises:
@@ -167,6 +169,7 @@ class Recipe:
         self.active = slice(None)
         self.unheld: list[str] = []
         self.from_adapter = False
+        self.texts: dict[str, str] = {}
         self.scaled_back: str | None = None
         self.sites: list[LoraSite] = []
         self._held: weakref.ref[nn.Module] | None = None
@@ -253,6 +256,10 @@ class Recipe:
             told = self.weighs() or bool(self.kl.weight)
             self.from_adapter = tell_begun_from(model, self.curvature, told=told)
             self.elsewhere = elsewhere
+            read = {named("budget", n): r for n, r in by_name(probe).items()} | {"kl": source}
+            self.texts = {name: digest_rows(rows) for name, rows in read.items() if rows}
+            if other := self.other_texts((progress or {}).get("texts")):
+                warn(f"measured on other text than when the training was stopped: {other}")
             if self.kl.weight:
                 self.outputs = Outputs(
                     ModelView(model, tokenizer), source, self.kl, seed=seed,
@@ -596,6 +603,8 @@ class Recipe:
         found: dict[str, Any] = {"filter": self.filter is not None, "first": self.active.start or 0}
         if self._keeps():
             found["kept"] = True  # so that its lack is noticed
+        if self.texts:
+            found["texts"] = self.texts
         if self.why_no_filter is not None:
             found["why_no_filter"] = self.why_no_filter
         if self.scaled_back is not None:
@@ -603,6 +612,11 @@ class Recipe:
         if self.outputs is not None:
             found["steps"] = self.outputs.steps
         return found if self.force is None else found | self.force.state()
+
+    def other_texts(self, then: Any) -> str:
+        """What is measured on other rows than those of the `texts` of `then`, by name."""
+        known = then if isinstance(then, Mapping) else {}
+        return ", ".join(n for n, digest in self.texts.items() if known.get(n, digest) != digest)
 
     def kept(self) -> dict[str, Tensor]:
         """What a checkpoint keeps as tensors: A behind its filter, where A itself is rounded, or

@@ -244,7 +244,7 @@ def keep_state(
             write()
         digests["adapter"] = adapter_digest(out / "adapter")
         runs = [*(before.state.runs if before else []), month]
-        record = StateRecord(runs=runs, digests=digests, labels=labels)
+        record = StateRecord(runs=runs, digests=digests, labels=labels, texts=recipe.texts)
         write_record(new / "state.json", record, seal=True)
     return out / "state"
 

@@ -172,12 +172,14 @@ class StateRecord(Part):
 
     Attributes:
         labels: of a classifier; None for a language model.
+        texts: digests of the rows that the last run measured on (`retain.retention.recipe.Recipe`).
     """
 
     schema_name: Literal["retain.state/1"] = Field(STATE_SCHEMA, alias="schema")
     runs: list[Month]
     digests: dict[str, str] = Field({})
     labels: Labels | None = None
+    texts: dict[str, str] = Field({})
 
 
 Record = TypeVar("Record", bound=BaseModel)

@@ -122,6 +122,7 @@ class Training:
         self.messages.say(f"training on {len(examples)} rows")
         earlier = checkpoints.history(last) if last else []  # before newer ones replace it
         result = self._fit(examples, held, digests)
+        self._tell_texts()
         if told := rose([entry.get("loss") for entry in earlier + result.history], training):
             self.messages.note(told)
         record = self._record(held, last, digests) | {
@@ -262,6 +263,21 @@ class Training:
         finally:
             if first_rank():
                 checkpoints.drop_broken(self.kept)
+
+    def _tell_texts(self) -> None:
+        """Notes where a file that the run before measured on has other text now.
+
+        The base model's own text is sampled anew, by the run's seed.
+        """
+        if self.before is None or self.recipe is None:
+            return
+        source, then = self.config.source, self.before.state.texts
+        if isinstance(source, str):
+            given = {"budget", "kl"} if source != named.OWN else set()
+        else:
+            given = {f"budget/{name}" for name in names_of(source)}
+        if other := self.recipe.other_texts({n: d for n, d in then.items() if n in given}):
+            self.messages.note(f"measured on other text than the run before was: {other}")
 
     def _record(self, held: Held, last: Path | None, digests: Digests) -> dict[str, Any]:
         """What the finished model tells."""
