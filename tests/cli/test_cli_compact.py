@@ -11,6 +11,7 @@ import torch
 from cli_parts import Run, told, write_lines
 
 from retain.curvature.curvature import load_curvature, reanchored
+from retain.models.cards import with_section
 from retain.models.load import load_model
 from retain.models.saved import load_adapter
 from retain.models.sites import lora_sites
@@ -52,6 +53,21 @@ def test_without_a_curvature_no_base_is_loaded(retain: Run, trained: Path, tmp_p
         assert part in said
     assert "nats" not in said
     assert "no layer is wider than 16" in retain("compact", trained, "-o", out).done().out
+
+
+def test_a_certificate_of_the_wider_adapter_is_left_out(
+    retain: Run, trained: Path, tmp_path: Path
+) -> None:
+    certified, out = tmp_path / "certified", tmp_path / "out"
+    shutil.copytree(trained / "adapter", certified)
+    card = certified / "README.md"
+    before = card.read_text()
+    told = with_section(before, "## What was kept", "retain certify") + "\nMy own words.\n"
+    card.write_text(told)
+    retain("compact", certified, "--rank", 2, "--out", out).done()
+    text = (out / "adapter" / "README.md").read_text()
+    assert text.startswith(f"{before.rstrip()}\n\n\nMy own words.\n\n<!-- retain compact:")
+    assert "certify" not in text and card.read_text() == told
 
 
 def test_a_damaged_card_loses_no_adapter(retain: Run, trained: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from retain.models.builtin import BUILTIN
 
 __all__ = [
     "CARD", "extend_card", "fresh_card", "hub_name", "is_repo", "or_warned", "plain_name",
-    "read_card", "section", "with_base", "with_section",
+    "read_card", "section", "with_base", "with_section", "without_section",
 ]  # fmt: skip
 
 CARD = "README.md"
@@ -38,13 +38,30 @@ def with_section(card: str, text: str, name: str = "retain") -> str:
         text: of the section, in Markdown.
         name: of what writes it.
     """
-    begin, final = f"<!-- {name}: written by it anew -->", f"<!-- end of {name} -->"
+    begin, final = _marks(name)
+    whole = f"{begin}\n{text}\n{final}"
+    if found := _place(card, name):
+        return card[: found[0]] + whole + card[found[1] :]
+    return f"{card.rstrip()}\n\n{whole}\n" if card.strip() else f"{whole}\n"
+
+
+def without_section(card: str, name: str) -> str:
+    """A model card without the section by `name`, where it has one."""
+    if found := _place(card, name):
+        return f"{card[: found[0]].rstrip()}\n{card[found[1] :]}"
+    return card
+
+
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: written by it anew -->", f"<!-- end of {name} -->"
+
+
+def _place(card: str, name: str) -> tuple[int, int] | None:
+    """Where the section by `name` begins and ends."""
+    begin, final = _marks(name)
     start = card.rfind(begin)
     end = card.find(final, start)
-    whole = f"{begin}\n{text}\n{final}"
-    if start >= 0 and end >= 0:
-        return card[:start] + whole + card[end + len(final) :]
-    return f"{card.rstrip()}\n\n{whole}\n" if card.strip() else f"{whole}\n"
+    return (start, end + len(final)) if start >= 0 and end >= 0 else None
 
 
 def section(facts: Mapping[str, str], title: str = "How it was made") -> str:
@@ -66,18 +83,19 @@ def read_card(card: Path) -> str:
 
 
 def extend_card(
-    folder: Path, base: str, text: str, library: str = "peft", name: str = "retain"
-) -> None:
+    folder: Path, base: str, text: str, library: str = "peft", name: str = "retain",
+    without: str = "",
+) -> None:  # fmt: skip
     """Writes a section by `name` into the card of a folder; one is begun where there is none.
 
     `base` is the name of the base model, or where it lies here; `library` loads what is in the
-    folder.
+    folder; a section by `without` is left out.
 
     Raises:
         OutputError: the card is damaged, or cannot be written.
     """
     card = folder / CARD
-    old = read_card(card)
+    old = without_section(read_card(card), without) if without else read_card(card)
     known = with_base(old, base) if old.strip() else fresh_card(base, library)
     clear_scratch(card)  # of a command that was killed here
     with whole_file(card, "the model card") as scratch:

@@ -153,7 +153,9 @@ def compact_run(config: CompactConfig, messages: Messages) -> dict[str, Any]:
             }, "How it was narrowed")  # fmt: skip
             name = str(stored.config.get("base_model_name_or_path") or "")
             with or_warned():
-                extend_card(out / "adapter", name, card, name="retain compact")
+                extend_card(  # a certificate is of the adapter that was cut
+                    out / "adapter", name, card, name="retain compact", without="retain certify"
+                )
     return record
 
 
