@@ -28,6 +28,7 @@ from retain.cli import main
 from retain.config import RunConfig
 from retain.curvature.curvature import load_curvature
 from retain.errors import ConfigError
+from retain.retention.recipe import Recipe
 from retain.runs.classify import labels_of
 from retain.runs.records import Labels
 
@@ -457,3 +458,25 @@ class TestMonths:
         assert retain("train", "--resume", "--out", two, "-q").code == 0
         for name in ("adapter/adapter_model.safetensors", "state/past.safetensors"):
             assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
+def test_a_model_that_is_certain_in_the_end_keeps_no_state_and_says_so(
+    train: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consolidate = Recipe.consolidate
+
+    def surely(self: Recipe, model: Any, *args: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "classifier.modules_to_save" in name:
+                    weight.mul_(1e8)
+        return consolidate(self, model, *args, **options)
+
+    monkeypatch.setattr(Recipe, "consolidate", surely)
+    rows, out = write(tmp_path / "rows.jsonl", [i % 3 for i in range(24)]), tmp_path / "run"
+    argv = ("--source", source, "--keep-state", "--max-steps", 1, "--json")
+    found = train(rows, *argv).json
+    assert found["notes"][-1].startswith("no state is kept for later runs: the model is certain")
+    assert told(out / "train.json")["notes"] == found["notes"]
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (out / "state").exists()

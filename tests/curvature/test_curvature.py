@@ -190,6 +190,14 @@ def test_an_adapter_of_another_kind_is_named(kind: str, options: dict[str, Any])
         fit(model, "llama")
 
 
+def certain() -> torch.nn.Module:
+    """Its logits are so large that every probability is 0 or 1."""
+    model = llama(targets=["o_proj", "down_proj"])
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e8)
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "options", "error", "said"),
     [
@@ -200,8 +208,9 @@ def test_an_adapter_of_another_kind_is_named(kind: str, options: dict[str, Any])
             llama,
             {"source": [{"input_ids": [3, 7]}], "batch_size": 1},
             CurvatureError,
-            "no gradient at all",
+            "no gradient at all.*rows of several tokens",
         ),
+        (certain, {}, CurvatureError, r"certain of each prediction.*0 at all 4 layers.*less sure"),
     ],
 )
 def test_fits_that_cannot_be(model: Any, options: dict, error: Any, said: str) -> None:

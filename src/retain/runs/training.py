@@ -9,7 +9,7 @@ from typing import Any
 
 from retain.config import RunConfig, TrainConfig, names_of
 from retain.documents import sealed
-from retain.errors import ConfigError, unknown
+from retain.errors import ConfigError, CurvatureError, unknown
 from retain.files import file_digest, first_rank, write_json, writing
 from retain.records import Step, digest_of, finite
 from retain.retention.bounds import check_max_rank, check_parts
@@ -352,10 +352,16 @@ class Training:
             write_record(self.out / TRAIN, record, seal=True)
 
         if held and c.keep_state:
-            keep_state(
-                self.model, examples, self.recipe, self.out, month, self.before,
-                self.labels, self.messages, write,
-            )  # fmt: skip
+            try:
+                keep_state(
+                    self.model, examples, self.recipe, self.out, month, self.before,
+                    self.labels, self.messages, write,
+                )  # fmt: skip
+            except CurvatureError as error:  # no reason to lose what was learned
+                self.messages.note(f"no state is kept for later runs: {error.what}")
+                record.notes[:] = self.messages.notes
+                write()
+                drop_state(self.out)
         else:
             write()
             drop_state(self.out)

@@ -70,12 +70,24 @@ def lora_factors(sites: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor, float
     return found
 
 
-def check_gradients(dead: list[str], sites: Sequence[Site], space: str) -> None:
+def check_gradients(
+    dead: list[str], sites: Sequence[Site], space: str, *, certain: bool = False
+) -> None:
     """A layer without any gradient is an error unless theory says so (A's block while B = 0).
+
+    Where the model is `certain` of its predictions, gradients of 0 came to each layer.
 
     Raises:
         CurvatureError: it is.
     """
+    if certain and dead:
+        raise CurvatureError(
+            "the model is certain of each prediction, so that none relies on any weight",
+            got=f"gradients of 0 at all {len(dead)} layers",
+            allowed="text of which it is less sure",
+            fix="give other text, or more of it; a classifier's new head that is too sure stays as "
+            "it was drawn with parts that leave head out (--parts rows,filter,force)",
+        )
     if space == "adapter":
         lora = [s for s in sites if isinstance(s, LoraSite)]
         expected = {part(s.name, "lora_A") for s in lora if not bool(s.b.any())}
@@ -86,8 +98,9 @@ def check_gradients(dead: list[str], sites: Sequence[Site], space: str) -> None:
             "layers got no gradient at all",
             got=f"{len(dead)} layers, such as {dead[0]}",
             allowed="a gradient at each layer that carries the adapter",
-            fix="leave out layers that the predictions do not read, such as an auxiliary head; or "
-            "check that the adapter is active, and the gradient checkpointing settings",
+            fix="give rows of several tokens, since attention to a single one is fixed; leave out "
+            "layers that the predictions do not read, such as an auxiliary head; or check that the "
+            "adapter is active, and the gradient checkpointing settings",
         )
 
 
