@@ -74,6 +74,13 @@ def test_a_resumed_training_without_its_curvature_is_refused(tmp_path: Path) -> 
     assert whole.state.global_step == 4
 
 
+@pytest.mark.parametrize("source", ["", " "])
+def test_an_empty_source_is_refused(source: str) -> None:
+    """It is a shell's unset variable, and not the model's own text."""
+    with pytest.raises(ConfigError, match="the source is an empty text"):
+        FittingCallback(source, budget=0.05)
+
+
 def test_a_budget_of_a_classifier_is_of_predicted_nats(tmp_path: Path) -> None:
     rows = [{"input_ids": row["input_ids"], "labels": i % 3} for i, row in enumerate(DATA)]
     callback = FittingCallback(ROWS["bert"], fit=FIT, budget=1e-4)

@@ -75,6 +75,13 @@ class FittingCallback(RetentionCallback):
         kl: float | OutputKL = 0.0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        if isinstance(source, str) and not source.strip():  # a shell's unset variable
+            raise ConfigError(
+                "the source is an empty text",
+                got=repr(source),
+                allowed="a file, a folder, a data set, rows, or self",
+                fix="name the text that is to be kept; 'self' for text that the model writes",
+            )
         recipe = Recipe(
             None, strength, budget=budget, confidence=confidence, parts=parts, update=update,
             filter=filter, kl=kl,
@@ -116,7 +123,7 @@ class FittingCallback(RetentionCallback):
                     fix=f"curvature=PATH of a copy, or put it back as {kept}",
                 )
             return load_curvature(kept)
-        source: Any = self.source or "self"
+        source: Any = "self" if self.source is None else self.source
         found = fit_curvature(model, source, tokenizer=tokenizer, **self.fit)
         if args.should_save and args.save_strategy != "no":
             found.save(kept)
