@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from retain import RetentionCallback, fit_curvature
-from retain.errors import ConfigError, RetainWarning
+from retain.errors import ConfigError, RetainError, RetainWarning
 from retain.integrations import FittingCallback
 from retain.integrations.fitting import FILE
 from tiny import ROWS, tiny, weights
@@ -79,6 +79,24 @@ def test_an_empty_source_is_refused(source: str) -> None:
     """It is a shell's unset variable, and not the model's own text."""
     with pytest.raises(ConfigError, match="the source is an empty text"):
         FittingCallback(source, budget=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"fit": {"rowz": 3}}, "unknown option of fit.*did you mean 'rows'"),
+        ({"fit": {"source": "self"}}, "unknown option of fit"),
+        ({"fit": {"structure": "kfacc"}}, "unknown structure.*did you mean 'kfac'"),
+        ({"fit": {"structure": ["kfac"]}}, "unknown structure"),
+        ({"fit": {"rows": "8"}}, "rows is no whole number"),
+        ({"curvature": "none.safetensors"}, "no such curvature file"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused_before_there_is_a_model(
+    options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RetainError, match=said):
+        FittingCallback(**options)
 
 
 def test_a_budget_of_a_classifier_is_of_predicted_nats(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from retain.documents import parse_json
 from retain.errors import ArtifactError, shown
 from retain.files import whole_file
 
-__all__ = ["digest_of", "read_curvature", "save_curvature", "save_tensors"]
+__all__ = ["curvature_file", "digest_of", "read_curvature", "save_curvature", "save_tensors"]
 
 FORMAT = "retain.curvature/1"
 
@@ -105,12 +105,11 @@ def digest_of(text: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_curvature(path: str | Path) -> BlockOperator:
-    """Reads a curvature file; checks its digest, and that it can be a curvature.
+def curvature_file(path: str | Path) -> Path:
+    """The path of a curvature, which is there.
 
     Raises:
-        ArtifactError: no such file, not a curvature file, truncated, altered, or with contents
-            that no fit has.
+        ArtifactError: there is no such file.
     """
     path = Path(path).expanduser()
     if not _is_file(path):
@@ -120,6 +119,17 @@ def read_curvature(path: str | Path) -> BlockOperator:
             allowed="a file written by retain fit",
             fix="check the path, or run retain fit",
         )
+    return path
+
+
+def read_curvature(path: str | Path) -> BlockOperator:
+    """Reads a curvature file; checks its digest, and that it can be a curvature.
+
+    Raises:
+        ArtifactError: no such file, not a curvature file, truncated, altered, or with contents
+            that no fit has.
+    """
+    path = curvature_file(path)
     try:
         tensors, metadata = read_tensors(path)
         text = metadata["retain"]

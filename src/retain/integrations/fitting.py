@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from retain.curvature.artifact import curvature_file
 from retain.curvature.curvature import Curvature, load_curvature
 from retain.curvature.fit.fit import fit_curvature
+from retain.curvature.fit.settings import FitSettings
 from retain.data.sources import Row
-from retain.errors import ConfigError
+from retain.errors import ConfigError, unknown
 from retain.models.heads import is_causal
 from retain.models.names import unwrap
 from retain.retention.filter import Filter
@@ -55,8 +58,9 @@ class FittingCallback(RetentionCallback):
         tokenizer: for text; by default the trainer's own.
 
     Raises:
-        ConfigError: an option that there is not; or, when a training is resumed, a curvature that
-            is not where its first part has left it. What `retain.RetentionCallback` and
+        ConfigError: an option that there is not, of `fit` too, or a value that it does not take; or,
+            when a training is resumed, a curvature that is not where its first part has left it.
+        ArtifactError: no such file of a curvature. What `retain.RetentionCallback` and
             `retain.fit_curvature` raise, when training begins.
     """
 
@@ -89,7 +93,9 @@ class FittingCallback(RetentionCallback):
         if curvature is not None and isinstance(source, str) and source == "self":
             source = "auto"
         self._drive(recipe, source, tokenizer)
-        self.given, self.fit = curvature, dict(fit or {})
+        self.given, self.fit = curvature, _options(fit or {})
+        if isinstance(curvature, str | Path):
+            curvature_file(curvature)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -128,3 +134,18 @@ class FittingCallback(RetentionCallback):
         if args.should_save and args.save_strategy != "no":
             found.save(kept)
         return found
+
+
+def _options(fit: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `fit_curvature`, checked before there is a model.
+
+    Raises:
+        ConfigError: one that there is not, or that is given elsewhere; or a value out of range.
+    """
+    found = dict(fit)
+    names = inspect.signature(fit_curvature).parameters.keys() - {"model", "source", "tokenizer"}
+    for name in found.keys() - names:
+        raise unknown("option of fit", name, names)
+    known = inspect.signature(FitSettings).parameters
+    FitSettings(**{name: value for name, value in found.items() if name in known})
+    return found

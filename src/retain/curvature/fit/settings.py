@@ -41,7 +41,7 @@ class FitSettings:
             ("products", self.products, PRODUCTS),
         ):
             if got not in allowed:
-                raise unknown(kind, got, allowed)
+                raise unknown(kind, str(got), allowed)
         if isinstance(self.rank, str) and self.rank != "auto":
             raise unknown("rank", self.rank, ("auto",))
         number = self.rank is not None and self.rank != "auto"
