@@ -255,6 +255,8 @@ REFUSED: dict[str, tuple[list[Any], list[str], list[str]]] = {
     "no labels": ([None] * 24, [], ["the rows have no labels", "the columns text"]),
     "an empty one": ([0, 1, "", 1] * 6, [], ["row 3 of the data has no label"]),
     "GLUE's for none": ([0, 1, -1, 1] * 6, [], ["row 3 of the data has no label"]),
+    "of moods": ([0.0, 1.0, -1.0] * 8, [], ["row 3 of the data has no label", "from 0"]),
+    "of moods, asked for": (["1.0", "-1.0"] * 12, ["--num-labels", "3"], ["row 2", "from 0"]),
     "from 1": ([1, 2, 3] * 8, [], ["not counted from 0", "--num-labels 4"]),
     "one class": ([0] * 24, [], ["the labels are no classes"]),
     "a blank name": (["x", "  ", "y"] * 8, [], ["row 2 of the data has no label"]),
@@ -291,6 +293,11 @@ def test_what_is_refused(train: Run, tmp_path: Path, name: str) -> None:
     [
         ([0, 2, 5] * 8, [], "3 of 6 classes have no row to learn from: 1, 3, 4"),
         ([0, 1] * 12, ["--num-labels", 3], "1 of 3 classes have no row to learn from: 2"),
+        (
+            [-1.0, 1, 0.7] * 8,
+            [],
+            "a regression is learned, since the labels are values, such as 0.7",
+        ),
         ([0, 1, 0.7] * 8, [], "a regression is learned, since the labels are values, such as 0.7"),
     ],
 )

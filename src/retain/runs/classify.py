@@ -103,12 +103,7 @@ def labels_of(
     for number, label in enumerate(found, start=1):
         text = "" if label is None else str(label).strip()
         if not text or (text in ("-1", "-100") and asked != 1):
-            raise SourceError(
-                f"row {number} of the data has no label",
-                got=f"label {label!r}",
-                allowed="a label in each row",
-                fix="leave the row out",
-            )
+            raise _no_label(number, label)
     named = [isinstance(label, str) and not _is_number(label) for label in found]
     if before is not None and known is not None and any(named) != bool(known.names):
         raise _other_labels(f"labels such as {found[named.index(any(named))]!r}", before)
@@ -143,7 +138,7 @@ def _numbered(
     before: Previous | None,
 ) -> Labels:  # fmt: skip
     """What labels that are numbers are."""
-    from retain.data.classifier import target_of
+    from retain.data.classifier import UNLABELLED, target_of
 
     values: list[int | float] = []
     for number, label in enumerate(found, start=1):
@@ -155,6 +150,9 @@ def _numbered(
             ) from error
     if asked == 1 or (asked is None and any(isinstance(v, float) for v in values)):
         return Labels(count=1, known=own is not None and len(own) == 1)
+    if UNLABELLED in values:  # -1.0, which beside fractions is a value
+        number = values.index(UNLABELLED)
+        raise _no_label(number + 1, found[number])
     if asked is None:
         least, most = min(values), int(max(values))
         if least > 0:
@@ -176,6 +174,15 @@ def _numbered(
             )  # fmt: skip
     count = asked or int(max(values)) + 1
     return Labels(count=count, known=own is not None and len(own) == count)
+
+
+def _no_label(number: int, label: object) -> SourceError:
+    return SourceError(
+        f"row {number} of the data has no label",
+        got=f"label {label!r}",
+        allowed="a label in each row; -1 stands for none",
+        fix="leave the row out; or number the labels from 0, where -1 is one of them",
+    )
 
 
 def _other_labels(got: str, before: Previous) -> ConfigError:
