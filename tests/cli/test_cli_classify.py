@@ -214,6 +214,7 @@ def test_a_budget_is_of_predicted_nats(
         assert 0 < found["predicted_nats"] <= 0.002 * (1 + 1e-6)
         assert found["measured_nats"] is None
         assert [n for n in found["notes"] if n.startswith("the budget is of predicted nats")]
+    retain("explain", june).refused("got: a classifier", "the run of a decoder")
 
 
 def test_a_cut_classifier_is_not_for_eval(train: Run, retain: Run, tmp_path: Path) -> None:

@@ -293,3 +293,12 @@ def test_what_is_not_used_is_said(argv: list[str], said: str, train: Run, out: P
     done = train(out, "--max-steps", 1, *short, *argv).done()
     assert said in done.out
     assert any(said in note for note in told(out / "train.json")["notes"])
+
+
+def test_a_model_without_a_tokenizer(
+    retain: Run, model: Path, source: Path, tmp_path: Path
+) -> None:
+    bare, out = tmp_path / "bare", tmp_path / "c.safetensors"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("token*"))
+    said = ("has no tokenizer", f"got: '{bare}'", "tokenizer.json", "save_pretrained")
+    retain("fit", bare, source, "-o", out).refused(*said)

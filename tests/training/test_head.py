@@ -122,7 +122,9 @@ def test_what_it_refuses() -> None:
     with pytest.raises(SourceError, match="too little to fit a head on; got: 1 rows"):
         fit_head(model, labelled(1), progress=False)
     model.classifier = nn.Sequential(model.classifier, nn.Tanh())
-    with pytest.raises(ModelError, match="does not end in a linear layer"):
+    with pytest.raises(
+        ModelError, match="does not end in a linear layer.*--parts rows,filter,force"
+    ):
         fit_head(model, labelled(), progress=False)
 
 

@@ -93,7 +93,10 @@ def load_model(
                 model, told = auto.from_pretrained(where, **kwargs | {"output_loading_info": True})
                 lacking = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}
                 model.retain_drawn = layers_of(model, lacking)
-            tokenizer = tf.AutoTokenizer.from_pretrained(where, **common)
+            try:
+                tokenizer = tf.AutoTokenizer.from_pretrained(where, **common)
+            except (OSError, ValueError, ImportError) as error:
+                raise _no_tokenizer(str(name), error) from error
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise unknown_model(str(name), error) from error
     if tokenizer.pad_token_id is None:
@@ -107,6 +110,15 @@ def load_model(
     model.to(device).eval()
     model.retain_tokenizer = tokenizer  # so that text needs no tokenizer=...
     return LoadedModel(model, tokenizer, str(name))
+
+
+def _no_tokenizer(name: str, why: BaseException) -> ModelError:
+    return ModelError(
+        "the model has no tokenizer that can be loaded",
+        got=f"{name!r}: {' '.join(str(why).split())[:160]}",
+        allowed="its tokenizer's files beside the weights, such as tokenizer.json",
+        fix="save it there, as AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER) does",
+    )
 
 
 def has_causal_head(architectures: Sequence[str]) -> bool:

@@ -174,7 +174,7 @@ def _last(seen: Sequence[_Call], logits: Tensor) -> tuple[nn.Linear, Tensor]:
         "the head does not end in a linear layer",
         got=f"{len(seen)} linear layers as wide as the head, none of which gives the logits",
         allowed="a head whose last layer is torch.nn.Linear",
-        fix="leave fit_head out",
+        fix="leave fit_head out, or head out of the parts (--parts rows,filter,force)",
     )
 
 

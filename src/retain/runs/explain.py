@@ -100,19 +100,21 @@ def _record(folder: Path) -> TrainRecord:
             fix=f"did you mean {folder.parent}?" if around else "check the folder",
         ) from error  # fmt: skip
     reason = None
+    fix = "retain.explain(model, curvature, rows) in Python, where you have a curvature"
     if record.held_to:
         reason = f"a run with named budgets ({', '.join(record.held_to)}), each with a curvature"
     elif record.curvature is None:
         reason = "a run of plain LoRA, which no curvature held"
     elif record.labels is not None:
         reason = "a classifier"
+        fix = "give the run of a decoder; what a classifier forgets is predicted as a whole"
     elif record.config.continue_from is not None:
         reason = "a run that continues another, whose adapter other rows have made too"
     if reason is not None:
         raise ConfigError(
             "the run cannot be explained", got=reason,
             allowed="a run of a language model from a fresh adapter on, held by a curvature",
-            fix="retain.explain(model, curvature, rows) in Python, where you have a curvature",
+            fix=fix,
         )  # fmt: skip
     return record
 
