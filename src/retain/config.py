@@ -64,6 +64,12 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        """A path may stand where a file's name is text."""
+        return str(value) if isinstance(value, Path) else value
+
 
 class Measured(Options):
     """Text on which a model is measured."""

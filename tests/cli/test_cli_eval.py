@@ -299,7 +299,7 @@ def test_the_page_shows_answers_side_by_side(page: Path, retain: Run) -> None:
 
 def test_the_same_from_python(folders: list[Path], rows: Path, source: Path) -> None:
     given = {"source": str(source), "rows": 2, "max_length": 12, "batch_size": 2}
-    found = retain.eval_run(given, adapter=folders[0], data=str(rows), limit=4, quiet=True)
+    found = retain.eval_run(given, adapter=folders[0], data=rows, limit=4, quiet=True)
     assert found["data"]["rows"] == 4
     with pytest.raises(ConfigError, match="did you mean 'adapter'"):
         retain.eval_run(adaptr=folders[0])

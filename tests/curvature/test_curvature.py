@@ -202,6 +202,7 @@ def certain() -> torch.nn.Module:
     ("model", "options", "error", "said"),
     [
         (lambda: base("llama").requires_grad_(False), {}, ModelError, "no LoRA adapter"),
+        (llama, {"structure": ["kfac"]}, ConfigError, r"unknown structure; got: \"\['kfac'\]\""),
         (lambda: base("llama"), {"space": "adapter"}, CurvatureError, "plain LoRA factors"),
         # With one position, attention does not depend on its query and key.
         (

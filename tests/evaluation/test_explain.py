@@ -127,6 +127,9 @@ def test_rows_that_were_drawn_have_their_share_of_all() -> None:
 def test_what_cannot_be_explained_is_refused() -> None:
     model = tiny("llama")
     curvature = fit(model, "llama")
+    path: Any = "c.safetensors"
+    with pytest.raises(ConfigError, match=r"got: str 'c.safetensors'.*load_curvature"):
+        explain(model, path, TASK)
     with pytest.raises(ModelError, match="learned nothing"):
         explain(model, curvature, TASK)
     learn(model, TASK)

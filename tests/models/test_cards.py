@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from huggingface_hub import ModelCard
 from transformers import Trainer, TrainingArguments
 
 import retain
-from retain.errors import ConfigError, RetainWarning
+from retain.errors import ConfigError, ModelError, RetainWarning
 from retain.models.cards import extend_card, hub_name, plain_name, with_base
 from tiny import ROWS, tiny
 
@@ -38,6 +39,17 @@ def test_peft_s_front_matter_and_our_section(tmp_path: Path) -> None:
     assert "- Data: 96 rows of may.jsonl\n" in here.text and here.data.base_model is None
     assert hub.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert "base_model:adapter:HuggingFaceTB/SmolLM2-135M-Instruct" in hub.data.tags
+
+
+def test_a_base_s_folder_and_a_model_that_peft_does_not_know(tmp_path: Path) -> None:
+    model = tiny("llama")
+    retain.save_adapter(model, tmp_path / "here", tmp_path / "base")
+    told = json.loads((tmp_path / "here" / "adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == str(tmp_path / "base")
+    inner: Any = model.get_base_model()
+    with pytest.raises(ModelError, match=r"no peft.PeftModel; got: LlamaForCausalLM"):
+        retain.save_adapter(inner, tmp_path / "there", "tiny")
+    assert not (tmp_path / "there").exists()
 
 
 def test_what_a_user_wrote_stays(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -104,6 +104,8 @@ def test_what_cannot_grow_is_refused(what: str, options: dict[str, Any]) -> None
     model: Any = get_peft_model(base("llama"), config)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=what):
         grow_lora(model, 2)
+    with pytest.raises(ModelError, match=r"no peft.PeftModel; got: LlamaForCausalLM"):
+        grow_lora(cast("Any", tiny("llama").get_base_model()))
     with pytest.raises(ConfigError, match="too few rows to add"):
         grow_lora(tiny("llama"), 0)
 

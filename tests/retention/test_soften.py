@@ -13,7 +13,7 @@ from peft import PeftModel
 from sequences import begun, learn, method_of, run, source, tasks_of
 from torch import Tensor, nn
 
-from fits import dora, measure
+from fits import dora, known, measure
 from retain import Curvature, soften
 from retain.curvature.blocks.base import Block
 from retain.curvature.blocks.factor import SketchFactor
@@ -401,6 +401,14 @@ def test_sketches_in_float32() -> None:
     soft = soften(model, curvature, depth=2)
     soft.apply(soft.within(budget))
     assert curvature.quadratic(model) == pytest.approx(budget, rel=1e-4)
+
+
+def test_a_path_in_place_of_a_curvature_is_refused() -> None:
+    model, path = tiny("llama", moved=True), "c.safetensors"
+    for given, more in ((path, {}), (known("llama", "weight", moved=False), {"target": path})):
+        name = "target" if more else "curvature"
+        with pytest.raises(ConfigError, match=rf"{name}= takes a curvature; got: str '{path}'"):
+            soften(model, given, **more)
 
 
 def test_curvatures_that_do_not_fit_are_refused() -> None:

@@ -123,7 +123,7 @@ def test_what_it_refuses() -> None:
         fit_head(model, labelled(1), progress=False)
     model.classifier = nn.Sequential(model.classifier, nn.Tanh())
     with pytest.raises(
-        ModelError, match="does not end in a linear layer.*--parts rows,filter,force"
+        ModelError, match=r"does not end in a linear layer.*--parts rows,filter,force"
     ):
         fit_head(model, labelled(), progress=False)
 

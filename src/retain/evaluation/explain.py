@@ -33,6 +33,7 @@ from retain.data.sources import read_rows
 from retain.errors import ConfigError, MismatchError, ModelError, SourceError
 from retain.models.sites import LoraSite
 from retain.models.view import ModelView
+from retain.retention.given import check_curvature
 from retain.training.loss import task_loss
 
 if TYPE_CHECKING:
@@ -109,11 +110,12 @@ def explain(
         progress: show a bar.
 
     Raises:
-        ConfigError: `of` is less than there are rows.
+        ConfigError: `of` is less than there are rows, or what is no curvature.
         ModelError: no causal model, no LoRA, or one that has learned nothing, or not these rows.
         MismatchError: the curvature is of another model, or around another point.
         SourceError: rows that cannot be read, or predict nothing.
     """
+    check_curvature(curvature)
     view = ModelView.of(model, tokenizer)
     if not view.causal:
         raise ModelError(

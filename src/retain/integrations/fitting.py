@@ -58,8 +58,8 @@ class FittingCallback(RetentionCallback):
         tokenizer: for text; by default the trainer's own.
 
     Raises:
-        ConfigError: an option that there is not, of `fit` too, or a value that it does not take; or,
-            when a training is resumed, a curvature that is not where its first part has left it.
+        ConfigError: an option that there is not, of `fit` too, or a value out of range; or, when a
+            training is resumed, a curvature that is not where its first part has left it.
         ArtifactError: no such file of a curvature. What `retain.RetentionCallback` and
             `retain.fit_curvature` raise, when training begins.
     """

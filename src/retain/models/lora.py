@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from retain.errors import ConfigError, ModelError
 from retain.models.names import drawn_layers, of_head
 from retain.models.off import left_on
+from retain.models.saved import check_peft
 from retain.models.sites import lora_sites
 
 __all__ = ["attach_lora", "drawn", "grow_lora", "task_of"]
@@ -124,10 +125,12 @@ def grow_lora(
 
     Raises:
         ConfigError: no rows to add.
-        ModelError: layers of several ranks, DoRA, biases of B, new tokens, or several adapters.
+        ModelError: no PeftModel; layers of several ranks, DoRA, biases of B, new tokens, or several
+            adapters.
     """
     if rank < 1:
         raise ConfigError("too few rows to add", got=rank, allowed="1 or more", fix="rank=16")
+    check_peft(model)
     sites = lora_sites(model)
     if len(model.peft_config) > 1:
         raise ModelError(

@@ -205,8 +205,28 @@ def _check_vocabulary(model: Any, rows: Mapping[str, list[int]], folder: Path) -
             )
 
 
+def check_peft(model: object) -> None:
+    """Refuses a model whose adapter PEFT does not know of, such as the base inside of it.
+
+    Raises:
+        ModelError: it is no PeftModel.
+    """
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise ModelError(
+            "the model is no peft.PeftModel",
+            got=type(model).__name__,
+            allowed="what get_peft_model, PeftModel.from_pretrained or retain.attach_lora returned",
+            fix="give that, and not the model that was given to it",
+        )
+
+
 def save_adapter(
-    model: PeftModel, folder: str | Path, base: str, facts: Mapping[str, str] | None = None
+    model: PeftModel,
+    folder: str | Path,
+    base: str | Path,
+    facts: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes a plain PEFT adapter; an older one stays until the new one is whole on the disk.
 
@@ -219,13 +239,15 @@ def save_adapter(
     Args:
         model: the model with its adapter.
         folder: where it is to be.
-        base: the name of the base model that the adapter records.
+        base: the name of the base model that the adapter records, or its folder.
         facts: what the card says of how it was trained, line by line: ``{"Data": "96 rows"}``.
 
     Raises:
+        ModelError: no PeftModel.
         OutputError: the place cannot be written, or the disk is full.
     """
-    folder = Path(folder).expanduser()
+    check_peft(model)
+    folder, base = Path(folder).expanduser(), str(base)
     for config in model.peft_config.values():
         config.base_model_name_or_path = base
     head = any(config.task_type == "SEQ_CLS" for config in model.peft_config.values())

@@ -12,7 +12,7 @@ from retain.retention.filter import Filter
 from retain.retention.named import Budgets, by_name, check_names
 from retain.types import STRENGTH, UPDATES
 
-__all__ = ["check_given", "no_curvature"]
+__all__ = ["check_curvature", "check_given", "no_curvature"]
 
 
 def no_curvature(given: object, name: str = "curvature") -> ConfigError:
@@ -23,6 +23,16 @@ def no_curvature(given: object, name: str = "curvature") -> ConfigError:
         allowed="what retain.fit_curvature or retain.load_curvature gives",
         fix=f"{name}=retain.load_curvature(path)",
     )
+
+
+def check_curvature(given: object, name: str = "curvature") -> None:
+    """Refuses anything else, such as the path of a curvature.
+
+    Raises:
+        ConfigError: see `no_curvature`.
+    """
+    if not isinstance(given, Curvature):
+        raise no_curvature(given, name)
 
 
 def check_given(
@@ -43,10 +53,9 @@ def check_given(
             that differ, or a budget without the force.
     """
     for each in by_name(curvature).values():
-        if not isinstance(each, Curvature):
-            raise no_curvature(each)
-    if past is not None and not isinstance(past, Curvature):
-        raise no_curvature(past, "past")
+        check_curvature(each)
+    if past is not None:
+        check_curvature(past, "past")
     if filter is not None and not isinstance(filter, Filter):
         raise ConfigError(
             "filter= takes the options of a filter", got=shown(filter), allowed="retain.Filter",

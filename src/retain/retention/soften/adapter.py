@@ -26,6 +26,7 @@ from retain.models.names import head_of
 from retain.models.off import left_on
 from retain.models.sites import LoraSite
 from retain.models.view import ModelView
+from retain.retention.given import check_curvature
 from retain.retention.soften.curve import Softening
 from retain.retention.soften.subspace import AdapterSubspace, KroneckerSubspace, Subspace, sides
 
@@ -61,9 +62,12 @@ def soften(
         MismatchError: a curvature of another model, of adapter space, or around another point.
         ModelError: an adapter that is more than plain LoRA, or not finite.
         CurvatureError: a structure that ties layers to each other.
-        ConfigError: a depth or an epsilon out of range.
+        ConfigError: a depth or an epsilon out of range, or what is no curvature.
     """
     check_number("epsilon is out of range", epsilon, "1e-3", positive=True)
+    check_curvature(curvature)
+    if target is not None:
+        check_curvature(target, "target")
     view = ModelView.of(model)
     _check_adapter(view)
     given = [curvature] if target is None else [curvature, target]
