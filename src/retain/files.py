@@ -276,24 +276,9 @@ def clear_scratch(path: Path) -> None:
 
 
 def _left(place: Path) -> list[Path]:
-    """Scratch folders of a place; as they were called before 0.2, those that are surely such."""
-    name = f".{glob.escape(place.name)}"
-    older = [p for p in place.parent.glob(f"{name}-{_DRAWN}") if _is_older(p, place.name)]
-    inside = place.glob(f"{name}{_MARK}{_DRAWN}")  # of `whole_files`
-    return [*place.parent.glob(f"{name}{_MARK}{_DRAWN}"), *inside, *older]
-
-
-def _is_older(folder: Path, name: str) -> bool:
-    """Whether a folder is as `tempfile` makes it, with nothing in it but what was written there."""
-    try:
-        mode, inside = folder.lstat().st_mode, list(folder.iterdir())
-    except OSError:
-        return False
-    return stat.S_ISDIR(mode) and stat.S_IMODE(mode) == 0o700 and all(
-        path.is_dir() if path.name in ("new", "old")
-        else path.name == name or fnmatchcase(path.name, ".tmp??????")  # by safetensors
-        for path in inside
-    )  # fmt: skip
+    """Scratch folders that are left of a place, beside it and (of `whole_files`) in it."""
+    pattern = f".{glob.escape(place.name)}{_MARK}{_DRAWN}"
+    return [*place.parent.glob(pattern), *place.glob(pattern)]
 
 
 def write_json(path: Path, value: Any) -> None:

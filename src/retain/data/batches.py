@@ -8,6 +8,7 @@ its label (a class, or the value of a regression), and ``predict`` is empty.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from retain.errors import SourceError
 
-__all__ = ["Batch", "Example", "batches", "check_fills", "collate"]
+__all__ = ["Batch", "Example", "batches", "check_fills", "collate", "rows_digest"]
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,14 @@ def collate(
 def by_length(examples: Sequence[Example]) -> list[int]:
     """Their numbers, those of short ones first."""
     return sorted(range(len(examples)), key=lambda i: (len(examples[i].tokens), i))
+
+
+def rows_digest(examples: Iterable[Example]) -> str:
+    """What tells rows, and their order, from others."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(example.content)
+    return digest.hexdigest()
 
 
 def check_fills(count: int, size: int, option: str = "batch_size=") -> None:

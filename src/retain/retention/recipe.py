@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retain.curvature.curvature import Curvature, reanchored
-from retain.data.batches import Example
+from retain.data.batches import Example, rows_digest
 from retain.errors import ConfigError, ModelError, warn
 from retain.models.heads import head_kind, is_causal, predicts_per
 from retain.models.lora import grow_lora
@@ -74,7 +74,7 @@ from retain.retention.measure import fit_rows
 from retain.retention.named import Budgets, Curvatures, by_name, named
 from retain.retention.output_kl import OutputKL, Outputs
 from retain.retention.soften.truncate import truncated
-from retain.retention.state import choose, digest_rows, pack_curvature, unpack_curvature
+from retain.retention.state import choose, pack_curvature, unpack_curvature
 from retain.retention.telling import tell_begun_from, tell_drawn, tell_unheld
 from retain.retention.watch import Watched
 from retain.types import STRENGTH, FactorRank, Structure, Update
@@ -257,7 +257,7 @@ class Recipe:
             self.from_adapter = tell_begun_from(model, self.curvature, told=told)
             self.elsewhere = elsewhere
             read = {named("budget", n): r for n, r in by_name(probe).items()} | {"kl": source}
-            self.texts = {name: digest_rows(rows) for name, rows in read.items() if rows}
+            self.texts = {name: rows_digest(rows)[:12] for name, rows in read.items() if rows}
             if other := self.other_texts((progress or {}).get("texts")):
                 warn(f"measured on other text than when the training was stopped: {other}")
             if self.kl.weight:

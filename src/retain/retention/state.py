@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -18,8 +17,7 @@ from retain.curvature.curvature import Curvature, load_curvature
 from retain.data.batches import Example
 
 __all__ = [
-    "StoredRow", "choose", "digest_rows", "pack_curvature", "pack_rows", "unpack_curvature",
-    "unpack_rows",
+    "StoredRow", "choose", "pack_curvature", "pack_rows", "unpack_curvature", "unpack_rows",
 ]  # fmt: skip
 
 
@@ -48,12 +46,6 @@ def choose(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     random = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(examples), generator=random)[:count].sort().values
     return [examples[i] for i in order.tolist()]
-
-
-def digest_rows(examples: Sequence[Example]) -> str:
-    """What tells tokenised rows, and their order, from others."""
-    told = [(e.tokens, e.targets, e.predict, e.segments) for e in examples]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
 
 
 def pack_rows(rows: Sequence[StoredRow]) -> Tensor:

@@ -16,7 +16,7 @@ from retain.runs.bases import problem_count
 from retain.runs.folders import check_record
 from retain.runs.messages import Messages, interruption
 from retain.runs.records import TRAIN, TrainRecord, read_record, why_unread
-from retain.runs.rows import rows_digest, run_examples, run_rows
+from retain.runs.rows import run_examples, run_rows
 from retain.runs.tuned import load_tuned
 
 __all__ = ["SCHEMA", "ExplainConfig", "explain_run"]
@@ -143,6 +143,8 @@ def _examples(record: TrainRecord, tokenizer: Any) -> tuple[list[Any], list[tupl
     Raises:
         MismatchError: they are others now.
     """
+    from retain.data.batches import rows_digest
+
     c, problems = record.config, problem_count(record.config.data, "train")
     rows = run_rows(c) if problems is None else None
     origins: list[int] = []

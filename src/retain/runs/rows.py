@@ -1,14 +1,12 @@
-"""The rows that a run learns: as its file has them, tokenised, and what tells them from others."""
+"""The rows that a run learns: as its file has them, and tokenised."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 from retain.config import RunConfig
 
-__all__ = ["rows_digest", "run_examples", "run_rows"]
+__all__ = ["run_examples", "run_rows"]
 
 
 def run_rows(config: RunConfig) -> Any:
@@ -41,11 +39,3 @@ def run_examples(
     if origins is not None:
         origins[:] = sample(origins, config.limit, t.seed)
     return list(sample(every, config.limit, t.seed))  # a text that is one row gives many
-
-
-def rows_digest(examples: Sequence[Any]) -> str:
-    """What tells tokenised rows, and their order, from others."""
-    digest = hashlib.sha256()
-    for e in examples:
-        digest.update(e.content)
-    return digest.hexdigest()

@@ -31,7 +31,7 @@ from retain.runs.records import (
     TrainRecord,
     write_record,
 )
-from retain.runs.rows import rows_digest, run_examples, run_rows
+from retain.runs.rows import run_examples, run_rows
 from retain.runs.settings import placed, unused
 
 __all__ = ["RunResult", "Training"]
@@ -76,7 +76,7 @@ class Training:
 
     def run(self) -> RunResult:
         self._read()
-        from retain.data.batches import check_fills
+        from retain.data.batches import check_fills, rows_digest
         from retain.data.counts import RowCounts
         from retain.models.fingerprint import fingerprint
         from retain.models.heads import is_causal
