@@ -148,6 +148,12 @@ def test_bad_options_are_refused() -> None:
         Auto(gain=0.0)
     with pytest.raises(ConfigError, match=r"unknown part.*got: 'fliter'"):
         Auto(parts=["rows", "fliter"])
+    with pytest.raises(
+        ConfigError, match=r"a list of names; got: 'rows,force'.*\['rows', 'force'\]"
+    ):
+        Auto(parts="rows,force")
+    with pytest.warns(RetainWarning, match="nothing holds the model"):
+        Auto(parts=[])
     odd: dict[str, tuple[Any, str]] = {
         "strength": (True, "the strength is no strength; got: True"),
         "budget": (True, "the budget is no budget; got: True"),

@@ -56,8 +56,15 @@ def check_parts(parts: Sequence[str] | None, budget: object) -> None:
     """Checks the parts that are named, all of them for None.
 
     Raises:
-        ConfigError: an unknown one; or a budget without the force, which alone would keep it.
+        ConfigError: no list, or an unknown one; or a budget without the force, which alone would
+            keep it.
     """
+    if isinstance(parts, str):
+        given = [part.strip() for part in parts.split(",")]
+        raise ConfigError(
+            "parts= takes a list of names", got=shown(parts), allowed=", ".join(PARTS),
+            fix=f"parts={given}",
+        )  # fmt: skip
     for part in () if parts is None else parts:
         if part not in PARTS:
             raise unknown("part", part, PARTS)

@@ -156,6 +156,8 @@ class Recipe:
         self.parts = frozenset(PARTS if parts is None else parts)
         self.options = Filter() if filter is None else filter
         self.kl = kl if isinstance(kl, OutputKL) else OutputKL(kl)
+        if not self.parts and not self.kl.weight:
+            warn("parts is empty, so nothing holds the model; leave it out for all of them")
         self._two_points = False  # of the optimiser, as far as it was seen
         self._clear()
 
