@@ -68,9 +68,8 @@ def test_what_a_user_wrote_stays(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_of_a_card_left_is_cleared(tmp_path: Path) -> None:
-    for name in (".README.md.retain-a_killed", ".README.md-a_killed"):
-        (tmp_path / name).mkdir(mode=0o700)
-        (tmp_path / name / "README.md").touch()
+    (tmp_path / ".README.md.retain-a_killed").mkdir()
+    (tmp_path / ".README.md.retain-a_killed" / "README.md").touch()
     extend_card(tmp_path, "my/first", "## More", name="more")
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 

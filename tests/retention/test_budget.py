@@ -87,12 +87,15 @@ def freely(kind: str, rate: float) -> float:
 def test_the_budget_is_spent_and_kept_at_any_learning_rate(
     kind: str, update: str, rate: float
 ) -> None:
-    plain, model = freely(kind, rate), model_of(kind)
-    retention = Force(model, fit(model, kind), budget=NATS, probe=probe(kind), update=update)
-    spent = trained(model, kind, retention, rate)
-    assert spent <= NATS
+    # What a proximal run has spent swings between two measurements of the divergence, so two ends.
+    plain, spent = freely(kind, rate), []
+    for steps in (80, 100) if update == "proximal" else (80,):
+        model = model_of(kind)
+        retention = Force(model, fit(model, kind), budget=NATS, probe=probe(kind), update=update)
+        spent.append(trained(model, kind, retention, rate, steps=steps))
+    assert max(spent) <= NATS
     if plain > 2 * NATS:
-        assert spent >= 0.85 * NATS
+        assert max(spent) >= 0.85 * NATS
     if rate > 1e-3:
         assert plain > 2 * NATS
 
