@@ -1,7 +1,8 @@
-"""The weights' way from an anchor: moving them straight back along it, and a look at its beginning.
+"""How far the weights have moved from a curvature's anchor: moving them straight back towards it.
 
-What is predicted goes with the square of the share of the way that is kept, where weights alone
-move; what is measured is searched for, as is a LoRA's whose product moved.
+Where the predicted nats go with the square of the share of the displacement that is kept, that
+share is known at once. It is searched for where the divergence is measured, and for a LoRA whose
+anchor has values of A and B in weight space, where the product is not linear in the share.
 """
 
 from __future__ import annotations

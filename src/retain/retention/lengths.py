@@ -14,11 +14,11 @@ from retain.errors import ConfigError
 from retain.models.shards import whole
 from retain.retention.watch import read
 
+__all__ = ["check_descends", "check_lengths", "check_points", "keeps_two", "step_lengths"]
+
 _OTHERS = torch.optim.RAdam, torch.optim.Adamax
 """Of Adam's kin in torch, those that divide by something else: RAdam at first by nothing, so that
 for hundreds of steps Adam's length is several times its own, and Adamax by a largest gradient."""
-
-__all__ = ["check_descends", "check_lengths", "check_points", "keeps_two", "step_lengths"]
 
 
 def keeps_two(optimizer: Optimizer) -> bool:
@@ -103,16 +103,19 @@ def step_lengths(optimizer: Optimizer, active: Mapping[int, Any] | None = None) 
     Of SGD with a momentum m it is lr / (1 - m): its buffer adds up gradients, so one of them, as
     the force would be, moves a parameter by lr, lr m, lr m^2 and so on. (Adam's are averaged.) A
     dampening d takes 1 - d of each. A parameter whose gradients have all been 0, as those of A are
-    in the first step of a fresh LoRA, has a length of 0: Adam would move it by the rate at most,
-    and its formula, without a limit.
-
-    Args:
-        optimizer: that has stepped.
-        active: by ``id``, the index of those entries of a parameter that train; the others, whose
-            gradients are always 0, do not count. All without it.
+    in the first step of a fresh LoRA, has a length of 0. The formula would give lr / eps, and Adam
+    itself moves an entry by about lr at most.
 
     The host waits for a device once, for all parameters (steps are counted on the CPU, but by a
     fused or capturable optimiser).
+
+    Args:
+        optimizer: that has stepped.
+        active: by the ``id`` of a parameter, the index of its entries that train; the mean is over
+            these. All of them where it is left out.
+
+    Returns:
+        By the ``id`` of each parameter, its length.
 
     Raises:
         ConfigError: an optimiser that is neither torch's SGD nor has Adam's ``exp_avg_sq``, or has

@@ -72,7 +72,7 @@ def read_run(config: Settings, given: Mapping[str, Any], *, resume: bool = False
         config = config.model_dump(exclude_unset=True)
     found = _read_run(config, given, resume)
     check_named(found)
-    if found.confidence is not None and found.method != "none":
+    if found.method != "none":
         check_confidence(found.confidence, found.budget)
     return found
 
