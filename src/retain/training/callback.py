@@ -16,21 +16,21 @@ from transformers.trainer_callback import CallbackHandler
 from retain.curvature.curvature import Curvature
 from retain.data.batches import Example
 from retain.errors import ConfigError, warn
-from retain.models.cards import extend_card, plain_name, section
 from retain.models.names import unwrap
 from retain.models.processes import several
 from retain.models.view import ModelView
-from retain.retention.facts import changed, facts, settings_of, trained
+from retain.retention.facts import changed, settings_of
 from retain.retention.filter import Filter
 from retain.retention.force import Force
 from retain.retention.given import no_curvature
 from retain.retention.hooks import always
 from retain.retention.loader import is_readable, loader_examples
 from retain.retention.marks import release_left
-from retain.retention.named import Budgets, Curvatures, check_names, named
+from retain.retention.named import Budgets, Curvatures, check_names
 from retain.retention.output_kl import OutputKL
 from retain.retention.recipe import Recipe
 from retain.retention.watch import Watched
+from retain.training.card import Card
 from retain.training.handling import (
     check_alone,
     check_trainer,
@@ -41,6 +41,7 @@ from retain.training.handling import (
     watched_gradients,
 )
 from retain.training.keeping import keep, keep_tensors, kept_in, kept_tensors
+from retain.training.logged import last_line, step_line
 from retain.training.probes import Sources, is_auto, is_elsewhere, kl_rows, probe_of
 from retain.training.reading import check_loader
 from retain.training.renamed import parts_of
@@ -166,23 +167,21 @@ class RetentionCallback(TrainerCallback):
         self._drive(recipe, source, tokenizer)
 
     def _drive(
-        self, recipe: Recipe, source: Sources, tokenizer: PreTrainedTokenizerBase | None
-    ) -> None:
+        self, recipe: Recipe, source: Sources, tokenizer: PreTrainedTokenizerBase | None,
+        *, driven: bool = False,
+    ) -> None:  # fmt: skip
         self.recipe, self.source, self.tokenizer = recipe, source, tokenizer
         self._handler: CallbackHandler | None = None  # while a trainer it is attached to trains
         self._zero: ZeroStep | None = None
         self._settings: dict[str, Any] = {}
         self._nats: float | None = None
-        self._base: tuple[str, str] | None = None
-        self._trained: dict[str, str] = {}
-        self._writes = True
+        self._card = Card(recipe, alone=driven)
 
     @classmethod
     def driving(cls, recipe: Recipe, source: Sources = "auto") -> RetentionCallback:
         """A callback that drives a recipe which is there already."""
         found = cls.__new__(cls)
-        found._drive(recipe, source, None)
-        found._writes = False
+        found._drive(recipe, source, None, driven=True)
         return found
 
     @property
@@ -260,31 +259,7 @@ class RetentionCallback(TrainerCallback):
             ConfigError: training has not begun.
             OutputError: the card is damaged, or the folder cannot be written.
         """
-        if self._base is None:
-            raise ConfigError(
-                "nothing has held a model yet", got="a callback that has not trained",
-                allowed="one whose training has begun", fix="trainer.train() first",
-            )  # fmt: skip
-        name, library = self._base
-        text = section({"Base model": plain_name(name), **self._trained, **facts(self.recipe)})
-        extend_card(Path(folder).expanduser(), name, text, library)
-
-    def _card(
-        self, folder: Path, args: TrainingArguments, state: TrainerState, *, ended: bool = False
-    ) -> None:
-        """`write_card` where a trainer writes, which is no reason for a training to fail."""
-        told = trained(state.global_step, args.learning_rate, args.seed)
-        best = state.best_model_checkpoint if ended and args.load_best_model_at_end else None
-        if best is not None:
-            told += f"; then the best checkpoint, {Path(best).name}, was loaded"
-        self._trained["Trained"] = told
-        if not (self._writes and folder.is_dir()):
-            return
-        try:
-            self.write_card(folder)
-        except Exception as error:
-            self._writes = False
-            warn(f"the model card is not written: {error}")
+        self._card.write(folder)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -298,7 +273,7 @@ class RetentionCallback(TrainerCallback):
         check_loader(model, loader, args.seed)
         check_trains(model)
         self._nats = None
-        self._base = _base_of(model)
+        self._card.begin(model)
         recipe = self.recipe
         needed = recipe.budget is not None or "filter" in recipe.parts
         view = ModelView(model, self.tokenizer)
@@ -400,7 +375,7 @@ class RetentionCallback(TrainerCallback):
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if kept:
             keep_tensors(folder, kept)
-        self._card(folder, args, state)
+        self._card.written(folder, args, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -411,26 +386,15 @@ class RetentionCallback(TrainerCallback):
         self._let_go()
         left = self.recipe.predicted()
         last = state.log_history[-1] if state.log_history else {}
-        if "train_loss" in last and isinstance(self.recipe.budget, Mapping):
-            last.update(self._told())  # it was written before the end
+        if "train_loss" in last:  # it was written before the end
+            last.update(last_line(self.recipe))
         if left < NOTICED * before:  # it has stopped early, or its best checkpoint was an early one
             warn(
                 f"the model was moved back to its budget, from {before:.2g} to {left:.2g} nats "
                 "as predicted: evaluate and save it anew, for its checkpoints are above the budget"
             )
         if args.should_save:
-            self._card(Path(str(args.output_dir)), args, state, ended=True)
-
-    def _told(self) -> dict[str, float]:
-        """What the last line of the log says of each named budget."""
-        found: dict[str, float] = {}
-        for name, spent in self.recipe.spent().items():
-            values = {
-                "budget": spent.budget, "predicted_nats": spent.predicted,
-                "measured_nats": spent.measured, "bound_nats": spent.bound,
-            }  # fmt: skip
-            found |= {named(k, name): value for k, value in values.items() if value is not None}
-        return found
+            self._card.written(Path(str(args.output_dir)), args, state, ended=True)
 
     def on_log(
         self,
@@ -440,31 +404,7 @@ class RetentionCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is not None and "train_loss" in logs and isinstance(self.recipe.budget, Mapping):
-            record(state, logs, self._told())
-        if logs is None or "loss" not in logs or self._nats is None:
-            return
-        added = {
-            "task_loss": logs["loss"],
-            "predicted_nats": self._nats,
-            "retention_strength": self.strength,
-        }
-        if self.recipe.outputs is not None and not self.recipe.outputs.last.isnan():
-            added["source_kl"] = float(self.recipe.outputs.last)
-        for hold in () if self.force is None else self.force.holds:
-            if hold.budget is not None and not hold.name:
-                added["retention_correction"] = hold.budget.correction
-            elif hold.budget is not None:
-                added[named("predicted_nats", hold.name)] = hold.nats
-                added[named("strength", hold.name)] = hold.budget.strength
-                added[named("correction", hold.name)] = hold.budget.correction
-        record(state, logs, added)
-
-
-def _base_of(model: Any) -> tuple[str, str]:
-    """What a model calls its base, and the library that loads what is trained on it."""
-    configs = getattr(model, "peft_config", None) or {}
-    names = [config.base_model_name_or_path for config in configs.values()]
-    own = getattr(getattr(model, "config", None), "_name_or_path", None)
-    name = next((str(name) for name in (*names, own) if name), "")
-    return name, "peft" if configs else "transformers"
+        if logs is not None and "train_loss" in logs:
+            record(state, logs, last_line(self.recipe))
+        elif logs is not None and "loss" in logs and self._nats is not None:
+            record(state, logs, step_line(self.recipe, logs["loss"], self._nats))
