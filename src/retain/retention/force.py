@@ -17,17 +17,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial, reduce
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from retain.curvature.anchor import Anchors, anchors_for_steps, proximal
+from retain.curvature.anchor import proximal
 from retain.curvature.blocks.estimator import has_bf16
-from retain.curvature.curvature import Curvature, Pull, Still
-from retain.curvature.stack import total
+from retain.curvature.curvature import Curvature, Pull
 from retain.data.batches import Example
 from retain.errors import ConfigError, MismatchError, TrainingError, unknown
 from retain.models.forward import no_autocast
@@ -38,6 +37,7 @@ from retain.models.sites import LinearSite, check_held
 from retain.retention.bounds import check_confidence, check_strength
 from retain.retention.budget import Budget
 from retain.retention.displacement import scale_back, settle
+from retain.retention.feeling import Feeling, Felt
 from retain.retention.holds import Hold, Spent, check_magnitudes, check_measured, measure_on
 from retain.retention.lengths import step_lengths
 from retain.retention.named import (
@@ -55,20 +55,6 @@ __all__ = ["Force"]
 
 ROOM = 0.8
 """Of a budget, the share that earlier tasks may have used when training begins."""
-
-ROUNDING = 0.05
-"""The relative error of a pull up to which it is read from factors in bfloat16."""
-
-LOOK = 64
-"""Steps between two looks at that error; before, at steps 1, 2, 4 and so on."""
-
-
-class Felt(NamedTuple):
-    """Of one source: predicted nats, the pulls, and what balances (`Force._squares`)."""
-
-    nats: float
-    pulls: list[Pull]
-    balance: list[float]
 
 
 class Force:
@@ -167,9 +153,8 @@ class Force:
             measure_on(self.holds, probes, model, self.sites, self.unheld(model))
         if confidence is not None:
             check_measured(self.holds)
-        self.model, self.rows, self.past = model, slice(None), past
-        self._active: dict[int, Any] = {}
-        self._forget()
+        self.model, self.past = model, past
+        self.feeling = Feeling(self.sites, self.holds, past)
 
     @property
     def curvature(self) -> Curvature:
@@ -235,16 +220,7 @@ class Force:
         Args:
             rows: of every layer.
         """
-        self.rows, self._active = rows, {}
-        self._forget()
-        for site in self.sites:
-            if not isinstance(site, LinearSite):
-                self._active |= {id(site.a): rows, id(site.b): (slice(None), rows)}
-
-    def _forget(self) -> None:
-        """Forgets what was made of the rows that stay, which have moved."""
-        self._still: dict[int, Still | None] = {}
-        self._anchors: dict[int, Anchors] = {}
+        self.feeling.only(rows)
 
     @no_autocast()
     def make_room(self) -> bool:
@@ -281,7 +257,7 @@ class Force:
         Raises:
             TrainingError: the weights have left the finite numbers; they are left as they are.
         """
-        self._forget()
+        self.feeling.forget()  # whatever stays may have moved
         _check_finite(self.predicted())
         for hold in self.holds:
             assert hold.budget is not None
@@ -321,11 +297,11 @@ class Force:
         Raises:
             TrainingError: the weights have left the finite numbers.
         """
-        felt = self._feel(watched)
+        felt = self.feeling.all(watched)
         nats = _mean([each.nats for each in felt])
         _check_finite(nats)
         if self._spend(felt):
-            felt = self._feel(balanced=False)
+            felt = self.feeling.all(balanced=False)
             nats = _mean([each.nats for each in felt])
         for hold, each in zip(self.holds, felt, strict=True):
             hold.nats = each.nats
@@ -335,7 +311,7 @@ class Force:
             for parameter, _ in pulls:
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            pairs = self._pairs(pulls)
+            pairs = self.feeling.pairs(pulls)
             if pairs:
                 grads, forces = zip(*pairs, strict=True)
                 torch._foreach_add_(grads, forces, alpha=strength)
@@ -347,104 +323,25 @@ class Force:
         for hold, each in zip(self.holds, felt, strict=True):
             yield strengths[hold.name], each.pulls
         if len(felt) > 1 and self.past is not None:
-            yield max(strengths.values()), self._felt(self.past)[1]
-
-    def _feel(self, watched: Watched | None = None, *, balanced: bool = True) -> list[Felt]:
-        """Of each source predicted nats, the gradients, and what balances (`_squares`).
-
-        On hardware with bfloat16 products the source's is read from rounded factors, as long as
-        that does no harm: rounded factors are not positive semi-definite, and where the weights
-        have moved in directions that the curvature hardly sees, as behind a filter, what is left of
-        S may be less than what rounding has added.
-        """
-        owns, every, values = [], [], []
-        for hold in self.holds:
-            value, own = self._felt(hold.curvature, hold.rounded)
-            pulls = self._with_past(own)
-            values += [value, *(self._squares(pulls) if balanced else ())]
-            owns.append(own)
-            every.append(pulls)
-        numbers = read(values if watched is None else [*values, watched.value])
-        if watched is not None:
-            watched.judge(numbers.pop())
-        width, found = len(numbers) // len(self.holds), []
-        for i, (hold, own, pulls) in enumerate(zip(self.holds, owns, every, strict=True)):
-            nats, *balance = numbers[i * width : (i + 1) * width]
-            found.append(self._looked(hold, own, Felt(nats, pulls, balance)))
-        return found
-
-    def _felt(self, curvature: Curvature, rounded: bool = False) -> tuple[Tensor, list[Pull]]:
-        """The quadratic, and its pulls in the rows that train."""
-        key = id(curvature)
-        if key not in self._still:
-            self._still[key] = curvature.still(self.sites, self.rows)
-        still = self._still[key]
-        value, pulls = curvature.felt(self.sites, rounded=rounded, still=still)
-        if still is None:
-            pulls = [Pull(p, dq[self._active.get(id(p), ...)]) for p, dq in pulls]
-        return value, pulls
-
-    def _looked(self, hold: Hold, own: list[Pull], felt: Felt) -> Felt:
-        """What was felt; anew from exact factors where a look shows that rounding does harm."""
-        nats = felt.nats
-        if not hold.rounded or not nats:
-            return felt
-        hold.looks += 1
-        if nats >= 0 and hold.looks % LOOK and hold.looks & (hold.looks - 1):
-            return felt
-        value, wanted = self._felt(hold.curvature)
-        size = [w for _, w in wanted]
-        error = torch._foreach_sub([g for _, g in own], size)
-        exact, off, whole = read([value, _square(error), _square(size)])
-        if nats >= 0 and off <= ROUNDING**2 * whole:
-            return felt
-        hold.rounded = False  # from now on
-        hold.curvature.drop_rounded()
-        pulls = self._with_past(wanted)
-        squares = self._squares(pulls)
-        return Felt(exact, pulls, read(squares) if squares else [])
-
-    def _with_past(self, pulls: list[Pull]) -> list[Pull]:
-        """With the pulls of the tasks before, which stand alone beside several (`_terms`)."""
-        if self.past is None or len(self.holds) > 1:
-            return pulls
-        others = self._felt(self.past)[1]
-        both = torch._foreach_add([g for _, g in pulls], [g for _, g in others])
-        return [Pull(p, g) for (p, _), g in zip(pulls, both, strict=True)]
-
-    def _pairs(self, pulls: Sequence[Pull]) -> list[tuple[Tensor, Tensor]]:
-        """In the rows that train, a weight's gradient and its pull."""
-        pairs: list[tuple[Tensor, Tensor]] = []
-        for p, dq in pulls:
-            if p.requires_grad and p.grad is not None:
-                grad = p.grad[self._active.get(id(p), ...)]
-                pairs.append((grad, dq))
-        return pairs
-
-    def _squares(self, pulls: Sequence[Pull]) -> list[Tensor]:
-        """With a budget ``<g, g>`` and ``<dq, dq>``, over the weights that have a gradient g."""
-        pairs = [] if self.budget is None else self._pairs(pulls)
-        return [_square(found) for found in zip(*pairs, strict=True)]
+            yield max(strengths.values()), self.feeling.of(self.past)[1]
 
     @no_autocast()
     def apply_proximal(self, *optimizers: Optimizer) -> float:
         """Pulls the adapter back after a step of the optimisers; returns predicted nats."""
         value: Tensor | None = None
         if self.strength:
-            active = {id(own(p)): self._active.get(id(p), ...) for p in self.parameters()}
+            active = {id(own(p)): self.feeling.active.get(id(p), ...) for p in self.parameters()}
             lengths = [step_lengths(each, active) for each in optimizers]
             rates = {key: length for each in lengths for key, length in each.items()}
             held = [p for p in self.parameters() if id(own(p)) in rates]
             steps = {id(p): self.strength * rates[id(own(p))] for p in held}
             for curvature in [c for c in (self.past, self.curvature) if c is not None]:
-                key = id(curvature)
-                if key not in self._anchors:
-                    self._anchors[key] = anchors_for_steps(curvature, self.sites, self.rows)
-                value = proximal(curvature, self.sites, steps, self.rows, self._anchors[key])
+                anchors = self.feeling.anchors(curvature)
+                value = proximal(curvature, self.sites, steps, self.feeling.rows, anchors)
         pulls: list[Pull] = []
         if value is None or self.budget is not None:
-            value, pulls = self._felt(self.curvature)
-        nats, *balance = read([value, *self._squares(pulls)])
+            value, pulls = self.feeling.of(self.curvature)
+        nats, *balance = read([value, *self.feeling.balance(pulls)])
         _check_finite(nats)
         if self._spend([Felt(nats, pulls, balance)]):
             nats = self.predicted()
@@ -478,7 +375,7 @@ class Force:
         """
         if self.budget is None:
             return None
-        left = self._take_back(rows=self.rows)
+        left = self._take_back(rows=self.feeling.rows)
         if self._confidence is not None:
             found = [self._found(hold) for hold in self.holds]
             left = [nats for nats, _ in found]
@@ -523,18 +420,9 @@ class Force:
             budget.reached = reached  # where one binds, those that do not let go
             if each.nats > budget.allowed():  # of those that are left, the nats were before a move
                 now = None if moved else each.nats
-                scale_back(hold.curvature, self.sites, budget.allowed(), self.rows, now)
+                scale_back(hold.curvature, self.sites, budget.allowed(), self.feeling.rows, now)
                 moved = True
         return moved
-
-
-def _square(tensors: Sequence[Tensor]) -> Tensor:
-    """``<t, t>`` over all, in float32 at least."""
-    kinds = {t.dtype for t in tensors} | {torch.float32}
-    norms = torch._foreach_norm(list(tensors), 2.0, reduce(torch.promote_types, kinds))
-    if len({norm.device for norm in norms}) > 1:
-        return total([norm.square() for norm in norms])
-    return torch.stack(norms).square().sum()
 
 
 def _check_finite(nats: float) -> None:
