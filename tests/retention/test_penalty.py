@@ -13,9 +13,9 @@ from retain.data.batches import Example
 from retain.errors import ConfigError
 from retain.models.forward import forward_logits
 from retain.models.sites import LinearSite, find_sites, lora_sites
-from retain.retention.measure import answering
 from retain.retention.method import Task
 from retain.retention.methods.kl import KL
+from retain.retention.task_curvature import answering
 from tiny import relative
 
 

@@ -1,4 +1,4 @@
-"""What is measured of a model: how far it has moved from its base, and its curvature on rows.
+"""What is measured of a model: how far it has moved from its base.
 
 The base is always the same model with its adapter switched off, so an untouched adapter
 measures exactly zero: the two forward passes are then the same arithmetic.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,17 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from retain.curvature.curvature import Curvature
-from retain.curvature.fit.fit import fit_curvature
 from retain.data.batches import Batch, Example
-from retain.errors import ConfigError
 from retain.intervals import t_quantile
 from retain.models.forward import divergence
 from retain.models.off import adapter_off
 from retain.models.view import ModelView
-from retain.types import Structure
 
-__all__ = ["Forgetting", "Reference", "answering", "fit_rows", "log_probabilities"]
+__all__ = ["Forgetting", "Reference", "log_probabilities"]
 
 
 @dataclass(frozen=True)
@@ -176,59 +172,3 @@ def _perplexity(loss: float, count: int) -> float:
     if not count:
         return math.nan
     return math.exp(loss / count) if loss / count < 700 else math.inf
-
-
-def fit_rows(
-    model: nn.Module,
-    rows: Sequence[Example],
-    structure: Structure = "kfac",
-    *,
-    columns: slice | None = None,
-    batch_size: int = 8,
-    **options: Any,
-) -> Curvature:
-    """The curvature of all these rows at the model's present weights, in nats.
-
-    Args:
-        model: that answers them.
-        rows: tokenised.
-        structure: of the curvature.
-        columns: outputs of a classifier that answer them (one: a regression); None for all.
-        batch_size: rows a pass at most.
-        **options: of `retain.fit_curvature`.
-
-    Raises:
-        ConfigError: labels of a kind that a regression does not have.
-    """
-    regression = columns is not None and columns.stop - columns.start == 1
-    if regression and options.get("fisher") in ("empirical", "reversed"):
-        raise ConfigError(
-            "a regression has no labels of this kind", got=f"fisher={options['fisher']!r}",
-            allowed="mc, exact, tempered", fix="fisher: mc",
-        )  # fmt: skip
-    with answering(model, columns):
-        found = fit_curvature(
-            model, list(rows), structure, rows=len(rows), batch_size=min(batch_size, len(rows)),
-            max_length=max(len(e.tokens) for e in rows) + 1, **options,
-        )  # fmt: skip
-    # The loss (z - y)^2 is, in nats, that of a normal distribution of variance 1/2, whose Fisher
-    # is 2; the curvature of a regression is that of variance 1.
-    return 2 * found if regression else found
-
-
-@contextmanager
-def answering(model: nn.Module, columns: slice | None) -> Iterator[None]:
-    """Lets a classifier answer with a task's own columns alone, as it is trained on it."""
-    if columns is None:
-        yield
-        return
-
-    def narrow(_module: nn.Module, _args: Any, output: Any) -> Any:
-        output.logits = output.logits[:, columns]
-        return output
-
-    handle = model.register_forward_hook(narrow)
-    try:
-        yield
-    finally:
-        handle.remove()

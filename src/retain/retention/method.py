@@ -13,8 +13,8 @@ from retain.curvature.curvature import Curvature
 from retain.data.batches import Batch, Example
 from retain.errors import ConfigError, SourceError
 from retain.models.adapters.base import Adapter
-from retain.retention.measure import fit_rows
 from retain.retention.state import choose
+from retain.retention.task_curvature import fit_rows
 from retain.types import HeadStart, Structure
 
 if TYPE_CHECKING:

@@ -44,7 +44,7 @@ from torch.optim import Optimizer
 from retain.curvature.curvature import Curvature, reanchored
 from retain.data.batches import Example, rows_digest
 from retain.errors import ConfigError, ModelError, warn
-from retain.models.heads import head_kind, is_causal, predicts_per
+from retain.models.heads import head_kind, predicts_per
 from retain.models.lora import grow_lora
 from retain.models.processes import check_same, several, share
 from retain.models.shards import check_divided, gather, scatter, shard_of
@@ -70,23 +70,19 @@ from retain.retention.hooks import GradientHooks, check_backward
 from retain.retention.lengths import check_descends, check_lengths, check_points, keeps_two
 from retain.retention.loader import RowReader
 from retain.retention.marks import mark, release_left, unmark
-from retain.retention.measure import fit_rows
 from retain.retention.named import Budgets, Curvatures, by_name, named
 from retain.retention.output_kl import OutputKL, Outputs
 from retain.retention.soften.truncate import truncated
-from retain.retention.state import choose, pack_curvature, unpack_curvature
+from retain.retention.state import pack_curvature, unpack_curvature
+from retain.retention.task_curvature import task_curvature
 from retain.retention.telling import tell_begun_from, tell_drawn, tell_unheld
 from retain.retention.watch import Watched
-from retain.types import STRENGTH, FactorRank, Structure, Update
+from retain.types import STRENGTH, FactorRank, Update
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Recipe"]
-
-TASK_ROWS, LABELLED = 32, 128
-"""Rows of a task on which its own curvature is measured: of a decoder, which predicts at many
-positions of a row, and of a classifier, which predicts once (docs/log.md, "What a task costs")."""
 
 Probe = Sequence[Example] | Mapping[str, Sequence[Example]]
 
@@ -653,24 +649,11 @@ class Recipe:
             rank: of `retain.fit_curvature`, where there is no source, whose curvature tells it.
             progress: show a bar.
         """
-        most = TASK_ROWS if is_causal(model) else LABELLED
-        every: Any = rows
-        if not (rows and isinstance(rows[0], Example)):
-            every = ModelView.of(model).read(every, most, max_length=256, seed=seed)
-        chosen = choose(every, most, seed)
-        structure: Structure = "kfac"
-        options: dict[str, Any] = {"rank": rank}
-        if self.curvature is not None:
-            info = next(iter(by_name(self.curvature).values())).info
-            structure = info.structure
-            options = {
-                "space": info.space, "fisher": info.fisher, "rank": info.rank,
-                "samples": info.samples, "temperature": info.temperature,
-            }  # fmt: skip
-        options["divide"] = False  # a process that keeps the state may be alone with it
-        found = fit_rows(
-            model, chosen, structure, columns=columns, seed=seed, progress=progress, **options
-        )
+        source = next(iter(by_name(self.curvature).values()), None)
+        found = task_curvature(
+            model, rows, None if source is None else source.info,
+            columns=columns, seed=seed, rank=rank, progress=progress,
+        )  # fmt: skip
         self.past = found if self.past is None else reanchored(self.past, model) + found
         return self.past
 
