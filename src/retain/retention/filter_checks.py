@@ -1,7 +1,8 @@
-"""Whether the recipe's filter can be made: for a model, its curvatures and its rows."""
+"""Whether the recipe has its filter: for a model, its curvatures, its rows and its optimiser."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -9,17 +10,14 @@ from torch import nn
 from retain.curvature.blocks.factor import SketchFactor
 from retain.curvature.blocks.kronecker import KroneckerBlock
 from retain.curvature.curvature import Curvature
-from retain.errors import MismatchError, ModelError, SourceError
+from retain.errors import ConfigError, MismatchError, ModelError, SourceError
 from retain.models.names import unwrap
 from retain.models.sites import lora_sites
 from retain.retention.fresh_rows import fresh_rows
 from retain.retention.loader import RowReader
 from retain.retention.named import Curvatures, by_name
 
-__all__ = [
-    "BEGAN_WITHOUT", "NO_STRENGTH", "SECOND_POINT", "check_filter", "why_no_filter",
-    "why_no_inputs",
-]  # fmt: skip
+__all__ = ["NO_STRENGTH", "check_filter", "why_left_out", "why_no_filter", "why_no_inputs"]
 
 BEGAN_WITHOUT = "the training began without one"
 """Why a training that goes on has no filter, which cannot be made any more."""
@@ -35,6 +33,61 @@ STALE = "the adapter is not fresh"
 
 WIDEST = 8192
 """Values that a layer reads, up to which the recipe has a whole filter for it: 256 MiB each."""
+
+
+def why_left_out(
+    model: nn.Module,
+    curvature: Curvatures | None,
+    past: Curvature | None,
+    rows: RowReader | None,
+    progress: Mapping[str, Any] | None,
+    *,
+    named: bool,
+    acts: bool,
+    two_points: bool,
+    fresh: bool,
+) -> str | None:
+    """Why the recipe leaves out the filter that is among its parts; None where it acts.
+
+    Args:
+        model: with its adapter.
+        curvature: of the source, or several by name.
+        past: that of the tasks before.
+        rows: reads the training data; None where they cannot be read.
+        progress: of a training that goes on, which has a filter where it had one.
+        named: whether it is asked for by name, and so refused where it is not possible.
+        acts: whether the parts act at all.
+        two_points: whether the optimiser is schedule-free.
+        fresh: of one that is named, whether its rows have to be fresh.
+
+    Raises:
+        ConfigError: a training that goes on had one, and there are no rows to make it of.
+        ModelError: it is named, and the adapter does not allow it.
+        MismatchError: it is named, and the curvature does not allow it.
+        SourceError: it is named, and there are no rows.
+    """
+    if named:
+        check_filter(model, curvature, past, rows, fresh=fresh)
+        return None
+    if progress is None:
+        if not acts:
+            return NO_STRENGTH
+        return SECOND_POINT if two_points else why_no_filter(model, curvature, past, rows)
+    if not progress.get("filter"):
+        reason: str = progress.get("why_no_filter", BEGAN_WITHOUT)
+        if reason == NO_STRENGTH and acts:  # now it has one
+            return f"{BEGAN_WITHOUT}, for its strength was 0"
+        return reason
+    if two_points:
+        return SECOND_POINT
+    if rows is None:
+        raise ConfigError(
+            "the training that goes on had a filter, which is made of its rows again",
+            got="no rows",
+            allowed="the rows that it reads",
+            fix="rows=loader, as where it began; parts=['force'] goes on without a filter",
+        )
+    return None
 
 
 def check_filter(

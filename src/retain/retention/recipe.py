@@ -53,14 +53,7 @@ from retain.models.view import ModelView
 from retain.retention.bounds import PARTS, check_max_rank
 from retain.retention.displacement import anchored
 from retain.retention.filter import Filter, InputFilter
-from retain.retention.filter_checks import (
-    BEGAN_WITHOUT,
-    NO_STRENGTH,
-    SECOND_POINT,
-    check_filter,
-    why_no_filter,
-    why_no_inputs,
-)
+from retain.retention.filter_checks import NO_STRENGTH, why_left_out, why_no_inputs
 from retain.retention.filter_rows import new_moments, old_moments
 from retain.retention.force import Force
 from retain.retention.fresh_rows import FrozenRows, fresh_rows
@@ -289,7 +282,13 @@ class Recipe:
         for each in self._curvatures():
             each.bind(model)  # it is of this model, and on its device
             _share(each)
-        filters = self._filters(model, rows, progress)
+        if "filter" in self.parts:
+            self.why_no_filter = why_left_out(
+                model, self.curvature, self.past, rows, progress, named=self.named,
+                acts=self._holds(), two_points=self._two_points,
+                fresh="rows" in self.parts and not resuming,
+            )  # fmt: skip
+        filters = "filter" in self.parts and self.why_no_filter is None
         if filters or ("rows" in self.parts and self._holds()):
             self._begin_rows(model, filters, progress)
         if filters:
@@ -384,44 +383,6 @@ class Recipe:
                 f"{'each budget' if named else f'the budget of {self.budget:g}'}, from "
                 f"{before:.3g} to {force.predicted():.3g} predicted nats per {per}"
             )
-
-    def _filters(
-        self, model: nn.Module, rows: RowReader | None, progress: Mapping[str, Any] | None
-    ) -> bool:
-        """Whether A learns behind a filter; of a training that goes on, whether it did.
-
-        Raises:
-            ConfigError: it did, and there are no rows to make it of.
-            ModelError: it is named, and the adapter does not allow it.
-            MismatchError: it is named, and the curvature does not allow it.
-        """
-        if "filter" not in self.parts:
-            return False
-        if progress is not None and not self.named:
-            if not progress.get("filter"):
-                self.why_no_filter = progress.get("why_no_filter", BEGAN_WITHOUT)
-                if self.why_no_filter == NO_STRENGTH and self._holds():  # now it has one
-                    self.why_no_filter = f"{BEGAN_WITHOUT}, for its strength was 0"
-            elif self._two_points:
-                self.why_no_filter = SECOND_POINT
-            elif rows is None:
-                raise ConfigError(
-                    "the training that goes on had a filter, which is made of its rows again",
-                    got="no rows",
-                    allowed="the rows that it reads",
-                    fix="rows=loader, as where it began; parts=['force'] goes on without a filter",
-                )
-            return self.why_no_filter is None
-        if not self.named:
-            self.why_no_filter = NO_STRENGTH
-            if self._holds() and self._two_points:
-                self.why_no_filter = SECOND_POINT
-            elif self._holds():
-                self.why_no_filter = why_no_filter(model, self.curvature, self.past, rows)
-            return self.why_no_filter is None
-        fresh = "rows" in self.parts and progress is None
-        check_filter(model, self.curvature, self.past, rows, fresh=fresh)
-        return True
 
     def _holds(self) -> bool:
         """Whether the parts act: with none named, a strength of 0 is plain training."""
