@@ -14,8 +14,8 @@ from retain.data.batches import collate
 from retain.errors import ConfigError, ModelError
 from retain.models.adapters.base import Adapter
 from retain.models.adapters.osf import OSF
-from retain.models.forward import forward_logits
-from retain.retention.methods.kl import logit_divergence, masked_divergence
+from retain.models.forward import forward_logits, logit_divergence
+from retain.retention.methods.kl import masked_divergence
 from retain.retention.registry import make_method
 from tiny import base, relative
 

@@ -11,9 +11,9 @@ from sequences import alone, attach, batch_of, begun, method_of, shaken, source,
 from retain.data.batches import Example
 from retain.errors import SourceError
 from retain.models.adapters.base import Adapter
-from retain.models.forward import divergence, forward_logits
+from retain.models.forward import divergence, forward_logits, logit_divergence
 from retain.retention.method import Method, Task
-from retain.retention.methods.kl import _said, logit_divergence, masked_divergence
+from retain.retention.methods.kl import _said, masked_divergence
 from tiny import relative
 
 

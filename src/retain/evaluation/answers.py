@@ -27,9 +27,9 @@ from retain.errors import ConfigError, not_finite
 from retain.evaluation.compare import measured
 from retain.evaluation.generation import generate_ids
 from retain.evaluation.prompts import check_counts, put, writer
+from retain.models.forward import log_probabilities
 from retain.models.off import adapter_off
 from retain.models.view import ModelView
-from retain.retention.measure import log_probabilities
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -33,6 +33,8 @@ __all__ = [
     "forward_logits",
     "head_reads",
     "inputs_of",
+    "log_probabilities",
+    "logit_divergence",
     "no_autocast",
     "overwrites",
     "own_forwards",
@@ -198,6 +200,21 @@ def overwrites(model: nn.Module) -> bool:
     """
     forwards = (getattr(m.forward, "__func__", m.forward) for m in model.modules())
     return any(str(getattr(f, "__module__", "")).startswith("liger_kernel") for f in forwards)
+
+
+def log_probabilities(logits: Tensor, regression: bool = False) -> Tensor:
+    """Log-probabilities of logits [rows, classes], or a `regression`'s outputs as they are.
+
+    At least in float32.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide if regression else wide.log_softmax(-1)
+
+
+def logit_divergence(base: Tensor, tuned: Tensor, regression: bool = False) -> Tensor:
+    """`divergence` of what a model puts out, at least in float32."""
+    wide = log_probabilities(base, regression), log_probabilities(tuned, regression)
+    return divergence(*wide, regression)
 
 
 def divergence(base: Tensor, tuned: Tensor, regression: bool) -> Tensor:

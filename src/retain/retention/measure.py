@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 
 from retain.data.batches import Batch, Example
 from retain.intervals import t_quantile
-from retain.models.forward import divergence
+from retain.models.forward import divergence, log_probabilities
 from retain.models.off import adapter_off
 from retain.models.view import ModelView
 
-__all__ = ["Forgetting", "Reference", "log_probabilities"]
+__all__ = ["Forgetting", "Reference"]
 
 
 @dataclass(frozen=True)
@@ -153,19 +153,12 @@ def _error(mean: float, sequences: Sequence[tuple[float, int]]) -> float:
     return math.sqrt(spread * count / max(1, count - 1)) / sum(n for _, n in sequences)
 
 
-def log_probabilities(logits: Tensor) -> Tensor:
-    """Log-probabilities of logits [rows, classes], at least in float32."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-
 def _predictions(model: nn.Module, batch: Batch) -> Tensor:
     """Log-probabilities, or a regression's outputs: [predictions, classes], at least float32."""
     view = ModelView(model)
     with view.evaluating(), torch.no_grad():
         logits = view.logits(batch)
-    if view.regression:
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return log_probabilities(logits)
+    return log_probabilities(logits, view.regression)
 
 
 def _perplexity(loss: float, count: int) -> float:

@@ -27,11 +27,10 @@ from torch import Tensor
 
 from retain.data.batches import Example, collate
 from retain.errors import ConfigError, ModelError, SourceError, check_number
-from retain.models.forward import divergence, no_autocast
+from retain.models.forward import logit_divergence, no_autocast
 from retain.models.generating import chat_form
 from retain.models.shards import local, reshard, wholes
 from retain.models.view import ModelView
-from retain.retention.measure import log_probabilities
 
 __all__ = ["OutputKL", "Outputs", "beginnings"]
 
@@ -146,9 +145,8 @@ class Outputs:
             w.grad = None
         with self.view.evaluating(), torch.enable_grad():
             with torch.no_grad(), self._base():
-                base = log_probabilities(self.view.logits(batch))
-            tuned = log_probabilities(self.view.logits(batch))
-            kl = divergence(base, tuned, False).mean()
+                base = self.view.logits(batch)
+            kl = logit_divergence(base, self.view.logits(batch)).mean()
             weighed = self.options.every * self.options.weight * kl
             if apart:
                 found = torch.autograd.grad(weighed, weights, allow_unused=True)

@@ -38,7 +38,7 @@ from retain.curvature.blocks.observation import Observation
 from retain.curvature.blocks.structure import Ranks, Structure
 from retain.data.batches import Batch, Example
 from retain.errors import CurvatureError
-from retain.models.forward import divergence, forward_logits
+from retain.models.forward import forward_logits, logit_divergence
 from retain.models.heads import are_values
 
 if TYPE_CHECKING:
@@ -117,11 +117,7 @@ def nats_of_noise(
             moved = forward_logits(model, batch)
         total = 0.0
         for one, other in zip(base.split(_CHUNK), moved.split(_CHUNK), strict=True):
-            wide = torch.promote_types(one.dtype, torch.float32)
-            p, q = one.to(wide), other.to(wide)
-            if not regression:
-                p, q = p.log_softmax(-1), q.log_softmax(-1)
-            total += float(divergence(p, q, regression).double().sum())
+            total += float(logit_divergence(one, other, regression).double().sum())
     _check_finite(total, "NaN or infinity in its predictions")
     return max(2 * total / len(base), 0.0) / (eta**2 * len(layers))
 

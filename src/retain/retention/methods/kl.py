@@ -33,12 +33,11 @@ from torch import Tensor, nn
 
 from retain.data.batches import Batch, Example, collate
 from retain.errors import unknown
-from retain.models.forward import divergence, evaluating, forward_logits
+from retain.models.forward import evaluating, forward_logits, logit_divergence
 from retain.retention.bounds import check_strength
-from retain.retention.measure import log_probabilities
 from retain.retention.method import Context, Method, Task
 
-__all__ = ["KL", "MaskedKL", "logit_divergence", "masked_divergence"]
+__all__ = ["KL", "MaskedKL", "masked_divergence"]
 
 ON = ("task", "source")
 
@@ -142,11 +141,6 @@ class MaskedKL(KL):
 
     def compare(self, base: Tensor, tuned: Tensor, targets: Tensor) -> Tensor:
         return masked_divergence(base, tuned, targets)
-
-
-def logit_divergence(base: Tensor, tuned: Tensor) -> Tensor:
-    """``KL(softmax(base) || softmax(tuned))`` of each row of logits, at least in float32."""
-    return divergence(log_probabilities(base), log_probabilities(tuned), False)
 
 
 def masked_divergence(base: Tensor, tuned: Tensor, targets: Tensor) -> Tensor:
