@@ -13,7 +13,7 @@ from transformers.optimization import Adafactor
 
 from counting import Calls
 from retain.errors import ConfigError
-from retain.retention.lengths import check_lengths, step_lengths
+from retain.retention.optimizers import check_lengths, step_lengths
 
 
 def stepped(kind: type[torch.optim.Optimizer], **options: float) -> torch.optim.Optimizer:
@@ -73,7 +73,7 @@ def test_the_host_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found = step_lengths(optimizer)
     assert reads == [3]
     # As of a fused optimiser, which counts on the device.
-    monkeypatch.setattr("retain.retention.lengths._lies_elsewhere", lambda count: True)
+    monkeypatch.setattr("retain.retention.optimizers._lies_elsewhere", lambda count: True)
     with Calls(lambda name: name if name in ("_local_scalar_dense", "item") else None) as count:
         assert step_lengths(optimizer) == pytest.approx(found, rel=1e-6)
     assert (reads, dict(count.found)) == ([3, 3], {})

@@ -17,7 +17,7 @@ import retain
 from retain.data.sources import encode
 from retain.errors import ConfigError, ModelError, RetainWarning
 from retain.models.sites import lora_sites
-from retain.retention.lengths import step_lengths
+from retain.retention.optimizers import step_lengths
 from retain.types import UPDATES, Update
 from tiny import ROWS, exactly, move, tiny, weights
 

@@ -26,7 +26,7 @@ NO_STRENGTH = "the strength is 0"
 """Why there is no filter where nothing is to be held, which needs no warning."""
 
 SECOND_POINT = "a schedule-free optimiser keeps a second point of A, which no filter acts on"
-"""Why there is no filter beside such an optimiser (`retain.retention.lengths.keeps_two`)."""
+"""Why there is no filter beside such an optimiser (`retain.retention.optimizers.keeps_two`)."""
 
 STALE = "the adapter is not fresh"
 """Why there is no filter for an adapter that has learned something, and has no fresh rows."""

@@ -39,7 +39,6 @@ from retain.retention.budget import Budget
 from retain.retention.displacement import scale_back, settle
 from retain.retention.feeling import Feeling, Felt
 from retain.retention.holds import Hold, Spent, check_magnitudes, check_measured, measure_on
-from retain.retention.lengths import step_lengths
 from retain.retention.named import (
     ALONE,
     Budgets,
@@ -48,6 +47,7 @@ from retain.retention.named import (
     check_names,
     check_together,
 )
+from retain.retention.optimizers import step_lengths
 from retain.retention.watch import Watched, read
 from retain.types import STRENGTH, UPDATES, Update
 

@@ -12,15 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from retain.errors import ModelError
 from retain.models.forward import no_autocast
 from retain.models.shards import gather_gradients, shard_of
+from retain.retention.optimizers import steps_in_backward
 
-__all__ = ["IN_BACKWARD", "GradientHooks", "Work", "always", "check_backward", "steps_in_backward"]
-
-IN_BACKWARD = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo")
-"""Classes of optimisers that step inside the backward pass: what transformers has in place of one
-for GaLore and APOLLO layer by layer, and those of lomo_optim."""
+__all__ = ["GradientHooks", "Work", "always", "check_backward"]
 
 _AVERAGING = ("torch.", "transformers.trainer", "transformers.distributed.", "deepspeed.")
 """Where hooks come from that average gradients among processes, and step nothing."""
@@ -52,16 +48,6 @@ def _averages(hook: Any) -> bool:
     module = str(getattr(getattr(hook, "func", hook), "__module__", ""))
     return any(module == each or (each[-1] == "." and module.startswith(each))
                for each in _AVERAGING)  # fmt: skip
-
-
-def steps_in_backward(got: str, fix: str) -> ModelError:
-    """What an optimiser is refused with that steps while gradients come."""
-    return ModelError(
-        "the optimiser steps inside the backward pass, where no force can act",
-        got=got,
-        allowed="an optimiser that steps after it",
-        fix=fix,
-    )
 
 
 class Work:

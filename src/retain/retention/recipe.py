@@ -61,10 +61,10 @@ from retain.retention.force import Force
 from retain.retention.fresh_rows import FrozenRows, fresh_rows
 from retain.retention.given import check_given
 from retain.retention.hooks import check_backward
-from retain.retention.lengths import check_descends, check_lengths, check_points, keeps_two
 from retain.retention.loader import RowReader
 from retain.retention.marks import mark, release_left
 from retain.retention.named import Budgets, Curvatures, by_name, named
+from retain.retention.optimizers import check_descends, check_lengths, check_points, keeps_two
 from retain.retention.output_kl import OutputKL, Outputs
 from retain.retention.soften.truncate import truncated
 from retain.retention.state import pack_curvature, unpack_curvature

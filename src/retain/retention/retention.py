@@ -15,17 +15,18 @@ from retain.curvature.curvature import Curvature
 from retain.data.batches import Example
 from retain.data.encoding import Loss, encode
 from retain.data.messages import native
-from retain.errors import ConfigError, ModelError, RetainWarning
+from retain.errors import ConfigError, RetainWarning
 from retain.models.heads import is_causal
 from retain.retention.filter import Filter
-from retain.retention.hooks import IN_BACKWARD, steps_in_backward
 from retain.retention.loader import RowReader, loader_examples, reader_of
 from retain.retention.named import Budgets, Curvatures
+from retain.retention.optimizers import check_steps
 from retain.retention.output_kl import OutputKL
 from retain.retention.recipe import Probe, Recipe
+from retain.retention.stepping import scaler_of, step_each
 from retain.types import STRENGTH, Update
 
-__all__ = ["Retention", "check_steps", "no_deepspeed"]
+__all__ = ["Retention"]
 
 
 class Retention:
@@ -154,13 +155,13 @@ class Retention:
         waits = [getattr(each, "gradient_state", None) for each in every]
         if not all(getattr(state, "sync_gradients", True) for state in waits):
             return None
-        scaled = [(each, *_scaler_of(each, scaler)) for each in every]
+        scaled = [(each, *scaler_of(each, scaler)) for each in every]
         for _, by, known in scaled:
             if by is not None:
                 with suppress(RuntimeError):  # they are unscaled already
                     by.unscale_(known)
         nats = self.recipe.before_optimizer()
-        stepped = _step_each(scaled)
+        stepped = step_each(scaled)
         after = self.recipe.after_step(*stepped, skipped=not stepped)
         return nats if after is None else after
 
@@ -205,85 +206,6 @@ class Retention:
                 stacklevel=2,
             )
         self.recipe.end()
-
-
-class _Stepping:
-    """A gradient scaler that steps one of several optimisers, and is updated after the last."""
-
-    def __init__(self, scaler: Any) -> None:
-        self.step = scaler.step
-
-    def update(self) -> None:
-        """Nothing yet: an update forgets whose gradients are unscaled already."""
-
-
-def _scaler_of(optimizer: Any, given: Any) -> tuple[Any, Any]:
-    """The gradient scaler of an optimiser, and the one that it steps: accelerate's has its own."""
-    own = getattr(optimizer, "scaler", None)
-    return (given, optimizer) if own is None else (own, optimizer.optimizer)
-
-
-def _step_each(scaled: Sequence[tuple[Any, Any, Any]]) -> list[Any]:
-    """Steps optimisers, each with what `_scaler_of` tells of it.
-
-    Returns:
-        Those that have stepped: a gradient scaler leaves steps out. One that was given does not
-        tell whose, so then none of those has.
-    """
-    given = next((by for each, by, known in scaled if by is not None and known is each), None)
-    scale = None if given is None else given.get_scale()
-    for each, by, known in scaled:
-        if by is None:
-            each.step()
-        elif known is each:
-            by.step(each)
-        else:
-            each.scaler = _Stepping(by)
-            try:
-                each.step()
-            finally:
-                each.scaler = by
-    for by in {id(by): by for _, by, _ in scaled if by is not None}.values():
-        by.update()
-    left_out = given is not None and given.get_scale() < scale
-    return [
-        each for each, by, known in scaled
-        if not (left_out if by is not None and known is each
-                else getattr(each, "step_was_skipped", False))
-    ]  # fmt: skip
-
-
-def check_steps(part: object) -> None:
-    """Refuses a model or an optimiser of DeepSpeed, and optimisers that take their own gradients.
-
-    Those that step as gradients come, and those that compute them inside their step, as LBFGS does;
-    those of accelerate's that are around them too. `check_backward` finds the hooks of others.
-
-    Raises:
-        ModelError: it is one.
-    """
-    for kind in (*type(part).__mro__, *type(getattr(part, "optimizer", None)).__mro__):
-        if kind.__module__.startswith("deepspeed") or kind.__name__.startswith("DeepSpeed"):
-            raise no_deepspeed()
-        if kind.__name__ in IN_BACKWARD:
-            raise steps_in_backward(kind.__name__, 'optim="adamw_torch", or another without it')
-        if issubclass(kind, torch.optim.LBFGS):
-            raise ModelError(
-                "the optimiser computes gradients inside its step, where no force can act",
-                got="LBFGS",
-                allowed="an optimiser whose step takes no closure",
-                fix="torch.optim.AdamW, or SGD",
-            )
-
-
-def no_deepspeed() -> ModelError:
-    """What a run of DeepSpeed is refused with."""
-    return ModelError(
-        "DeepSpeed steps its optimiser behind the backward pass, where no force can act here",
-        got="a DeepSpeed run",
-        allowed="ZeRO stage 1 or 2 in a trainer with retain.RetentionCallback; FSDP2; DDP",
-        fix="zero_optimization.stage: 2 in DeepSpeed's settings, or train without it",
-    )
 
 
 def _reader(model: nn.Module, rows: Any, *, filters: bool) -> RowReader | None:

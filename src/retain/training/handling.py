@@ -12,7 +12,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from retain.errors import ConfigError, ModelError, TrainingError
 from retain.models.shards import is_sharded, local
-from retain.retention.retention import check_steps, no_deepspeed
+from retain.retention.optimizers import check_steps, no_deepspeed
 from retain.retention.watch import Watched
 from retain.training.zero import zero_of
 

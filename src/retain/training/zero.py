@@ -132,7 +132,7 @@ class ZeroStep:
         self._master.copy_(self._mine(full))
 
     def _as_whole(self, optimizer: Any) -> Any:
-        """What `retain.retention.lengths` asks of an optimiser, of whole weights."""
+        """What `retain.retention.optimizers` asks of an optimiser, of whole weights."""
         master = self.zero.single_partition_of_fp32_groups[self.group]
         state = dict(optimizer.state.get(master, {}))
         second = {"exp_avg_sq", "max_exp_avg_sq"}

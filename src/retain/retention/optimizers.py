@@ -1,4 +1,7 @@
-"""How far an optimiser moves a parameter a unit of gradient, which a proximal step has to match."""
+"""What is asked of an optimiser: whether a part can act beside its steps, and how far they go.
+
+How far it moves a parameter a unit of gradient is what a proximal step has to match.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,65 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from retain.errors import ConfigError
+from retain.errors import ConfigError, ModelError
 from retain.models.shards import whole
 from retain.retention.watch import read
 
-__all__ = ["check_descends", "check_lengths", "check_points", "keeps_two", "step_lengths"]
+__all__ = [
+    "check_descends", "check_lengths", "check_points", "check_steps", "keeps_two", "no_deepspeed",
+    "step_lengths", "steps_in_backward",
+]  # fmt: skip
+
+IN_BACKWARD = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo")
+"""Classes of optimisers that step inside the backward pass: what transformers has in place of one
+for GaLore and APOLLO layer by layer, and those of lomo_optim."""
 
 _OTHERS = torch.optim.RAdam, torch.optim.Adamax
 """Of Adam's kin in torch, those that divide by something else: RAdam at first by nothing, so that
 for hundreds of steps Adam's length is several times its own, and Adamax by a largest gradient."""
+
+
+def check_steps(part: object) -> None:
+    """Refuses a model or an optimiser of DeepSpeed, and optimisers that take their own gradients.
+
+    Those that step as gradients come, and those that compute them inside their step, as LBFGS does;
+    those of accelerate's that are around them too. `check_backward` finds the hooks of others.
+
+    Raises:
+        ModelError: it is one.
+    """
+    for kind in (*type(part).__mro__, *type(getattr(part, "optimizer", None)).__mro__):
+        if kind.__module__.startswith("deepspeed") or kind.__name__.startswith("DeepSpeed"):
+            raise no_deepspeed()
+        if kind.__name__ in IN_BACKWARD:
+            raise steps_in_backward(kind.__name__, 'optim="adamw_torch", or another without it')
+        if issubclass(kind, torch.optim.LBFGS):
+            raise ModelError(
+                "the optimiser computes gradients inside its step, where no force can act",
+                got="LBFGS",
+                allowed="an optimiser whose step takes no closure",
+                fix="torch.optim.AdamW, or SGD",
+            )
+
+
+def no_deepspeed() -> ModelError:
+    """What a run of DeepSpeed is refused with."""
+    return ModelError(
+        "DeepSpeed steps its optimiser behind the backward pass, where no force can act here",
+        got="a DeepSpeed run",
+        allowed="ZeRO stage 1 or 2 in a trainer with retain.RetentionCallback; FSDP2; DDP",
+        fix="zero_optimization.stage: 2 in DeepSpeed's settings, or train without it",
+    )
+
+
+def steps_in_backward(got: str, fix: str) -> ModelError:
+    """What an optimiser is refused with that steps while gradients come."""
+    return ModelError(
+        "the optimiser steps inside the backward pass, where no force can act",
+        got=got,
+        allowed="an optimiser that steps after it",
+        fix=fix,
+    )
 
 
 def keeps_two(optimizer: Optimizer) -> bool:
