@@ -22,7 +22,7 @@ from retain.errors import OutputError
 
 __all__ = [
     "LOCK", "check_folder", "check_ours", "clear_scratch", "file_digest", "first_rank", "foreign",
-    "has_schema", "locked", "recover", "remove_ours", "settle", "sync", "whole_file",
+    "has_schema", "locked", "recover", "remove_ours", "sync", "to_disk", "whole_file",
     "whole_files", "whole_folder", "why_unwritable", "write_json", "write_record", "writing",
 ]  # fmt: skip
 
@@ -107,7 +107,7 @@ def whole_file(path: Path, what: str) -> Iterator[Path]:
         if place.exists() and not place.is_file():
             raise OSError("not a plain file")
         yield scratch / place.name
-        settle(scratch / place.name)
+        to_disk(scratch / place.name)
         _replace(scratch / place.name, place)
         sync(place.parent)
 
@@ -135,7 +135,7 @@ def whole_files(folder: Path, what: str, last: str) -> Iterator[Path]:
         return
     with _scratch(folder, what, inside=True) as (place, new):
         yield new
-        settle(new)
+        to_disk(new)
         files = sorted(new.iterdir(), key=lambda path: path.name == last)
         then, now = place / last, new / last
         if then.is_file() and then.read_bytes() != now.read_bytes():
@@ -179,7 +179,7 @@ def whole_folder(folder: Path, what: str, ours: Sequence[str] = ()) -> Iterator[
         for path in foreign(place, ours):
             if not (new / path.name).exists() and not fnmatchcase(path.name, f".?*{_MARK}{_DRAWN}"):
                 _second_name(path, new / path.name)
-        settle(new)
+        to_disk(new)
         if place.exists():
             new.chmod(stat.S_IMODE(place.stat().st_mode))
             os.replace(place, old)
@@ -223,7 +223,7 @@ def _second_name(source: Path, target: Path) -> None:
         link(str(source), str(target))
 
 
-def settle(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Gives a file, or all files of a new folder, the mode of the umask, and waits for the disk.
 
     Raises:

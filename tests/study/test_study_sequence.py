@@ -233,13 +233,13 @@ def test_a_fit_outlives_another_command_that_forgets_its_seed(
     run, forgotten = grid.runs[0], []
 
     def late(file: Path) -> None:
-        settle(file)
+        to_disk(file)
         if "fits" in file.parts and not forgotten:  # before the file has its name
             forgotten.append(file.name)
             forget_fits(work, run, [])
 
-    settle = files.settle
-    monkeypatch.setattr(files, "settle", late)
+    to_disk = files.to_disk
+    monkeypatch.setattr(files, "to_disk", late)
     outcome = execute(run, replace(work, shares=sharing(grid.runs)))
     assert outcome.status == "done" and len(forgotten) == 1
     assert len(list((work.out / "fits").rglob("*.safetensors"))) == 1  # for its own other runs

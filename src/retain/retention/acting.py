@@ -75,7 +75,7 @@ class Acting:
         self._guarded = False
         self._by_hand = False
 
-    def holds(self, model: nn.Module) -> bool:
+    def is_on(self, model: nn.Module) -> bool:
         """Whether it is this model that is held, from `begin` to `release`."""
         return self._held is not None and self._held() is model
 

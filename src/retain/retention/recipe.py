@@ -125,7 +125,7 @@ class Recipe(Acting):
         self.curvature, self.past = curvature, past
         self.strength = strength
         self.budget, self.confidence = budget, confidence
-        self.named = parts is not None
+        self.parts_named = parts is not None
         self.parts = frozenset(PARTS if parts is None else parts)
         self.options = Filter() if filter is None else filter
         self.kl = kl if isinstance(kl, OutputKL) else OutputKL(kl)
@@ -153,7 +153,7 @@ class Recipe(Acting):
         check_max_rank(max_rank, rank)
         if (
             "rows" not in self.parts
-            or not self._holds()
+            or not self._acts()
             or why_no_inputs(self.curvature, self.past) is not None
         ):
             return model
@@ -249,12 +249,12 @@ class Recipe(Acting):
             _share(each)
         if "filter" in self.parts:
             self.why_no_filter = why_left_out(
-                model, self.curvature, self.past, rows, progress, named=self.named,
-                acts=self._holds(), two_points=self._two_points,
+                model, self.curvature, self.past, rows, progress, named=self.parts_named,
+                acts=self._acts(), two_points=self._two_points,
                 fresh="rows" in self.parts and not resuming,
             )  # fmt: skip
         filters = "filter" in self.parts and self.why_no_filter is None
-        if filters or ("rows" in self.parts and self._holds()):
+        if filters or ("rows" in self.parts and self._acts()):
             self._begin_rows(model, filters, progress)
         if filters:
             assert rows is not None
@@ -349,9 +349,9 @@ class Recipe(Acting):
                 f"{before:.3g} to {force.predicted():.3g} predicted nats per {per}"
             )
 
-    def _holds(self) -> bool:
+    def _acts(self) -> bool:
         """Whether the parts act: with none named, a strength of 0 is plain training."""
-        return self.named or self.weighs()
+        return self.parts_named or self.weighs()
 
     def weighs(self) -> bool:
         """Whether a force has a strength, or a budget that gives it one."""
@@ -379,7 +379,7 @@ class Recipe(Acting):
         for part, acts in (
             ("a budget", self.budget is not None),
             ("a proximal step", proximal),
-            ("the filter", held is not None or (self.named and "filter" in self.parts)),
+            ("the filter", held is not None or (self.parts_named and "filter" in self.parts)),
         ):
             if acts:
                 check_points(optimizer, part)

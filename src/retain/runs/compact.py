@@ -18,7 +18,7 @@ from retain.runs.bases import Base, base_of
 from retain.runs.folders import check_made, recorded
 from retain.runs.messages import Messages, interruption
 from retain.runs.months import Previous, previous_run
-from retain.runs.tuned import check_finite, held_out, load_tuned, place_for, source_rows
+from retain.runs.tuned import check_finite, load_tuned, place_for, source_rows, text_rows
 
 __all__ = ["SCHEMA", "CompactConfig", "compact", "compact_run"]
 
@@ -216,7 +216,7 @@ class _Base:
 
         c, references = self.config, {}
         if c.measure:
-            rows = held_out(self.tuned, self.tokenizer, text, c, self.messages)
+            rows = text_rows(self.tuned, self.tokenizer, text, c, self.messages)
             options: dict[str, Any] = {
                 "batch_size": c.batch_size,
                 "progress": self.messages.progress,

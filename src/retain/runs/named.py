@@ -15,8 +15,8 @@ from retain.config import RunConfig, names_of
 from retain.errors import ConfigError, SourceError, shown
 
 __all__ = [
-    "OWN", "budget_names", "check_chat", "check_named", "check_same", "check_texts", "note_of",
-    "probes", "text_of",
+    "OWN", "budget_names", "check_chat", "check_named", "check_same_names", "check_texts",
+    "note_of", "probes", "text_of",
 ]  # fmt: skip
 
 OWN = "self"
@@ -88,7 +88,7 @@ def _check_names(names: tuple[str, ...], sources: tuple[str, ...]) -> None:
         )  # fmt: skip
 
 
-def check_same(before: RunConfig, now: RunConfig) -> None:
+def check_same_names(before: RunConfig, now: RunConfig) -> None:
     """Refuses to continue a run with other names, or with a number in place of names.
 
     Raises:

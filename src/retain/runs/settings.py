@@ -11,7 +11,7 @@ from retain.config import RunConfig, names_of, read_config, read_settings, valid
 from retain.errors import ConfigError, unknown
 from retain.retention.bounds import check_confidence
 from retain.runs.months import HELD, previous_run
-from retain.runs.named import OWN, check_named, check_same
+from retain.runs.named import OWN, check_named, check_same_names
 from retain.runs.records import RUN
 
 __all__ = ["OPTIONS", "Settings", "by_key", "placed", "placed_model", "read_run", "unused"]
@@ -165,7 +165,7 @@ def _continued(given: dict[str, Any], folder: str) -> RunConfig:
     held |= {"model": before.model, "num_labels": before.num_labels}
     said = {name: value for name, value in given.items() if value is not None}
     found = read_config("", held | said | mine | {"keep_state": True}, RunConfig)
-    check_same(before, found)
+    check_same_names(before, found)
     return found
 
 

@@ -17,7 +17,7 @@ from retain.runs.bases import Base, base_of, load_base
 from retain.runs.folders import SOFTEN_PICTURES, check_made, recorded
 from retain.runs.messages import Messages, interruption
 from retain.runs.settings import placed_model
-from retain.runs.tuned import check_finite, held_out, name_of, place_for, source_rows
+from retain.runs.tuned import check_finite, name_of, place_for, source_rows, text_rows
 
 __all__ = ["SoftenConfig", "soften_run"]
 
@@ -155,7 +155,7 @@ def _held_out_kl(
     """Measures the model as it then is against the base; without rows on text of the base."""
     from retain.evaluation.forgetting import Reference
 
-    examples = held_out(model, tokenizer, rows, config, messages)
+    examples = text_rows(model, tokenizer, rows, config, messages)
     base = Reference(model, examples, batch_size=config.batch_size, progress=messages.progress)
 
     def measured() -> dict[str, Any]:

@@ -15,8 +15,8 @@ from retain.runs.messages import Messages
 from retain.runs.records import TRAIN, TrainRecord, read_record
 
 __all__ = [
-    "check_base", "check_finite", "held_out", "load_tuned", "name_of", "own_text", "place_for",
-    "source_rows",
+    "check_base", "check_finite", "load_tuned", "name_of", "own_text", "place_for", "source_rows",
+    "text_rows",
 ]  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def own_text(model: Any, tokenizer: Any, config: Measured, messages: Messages) -
     )  # fmt: skip
 
 
-def held_out(
+def text_rows(
     model: Any, tokenizer: Any, rows: Any, config: Measured, messages: Messages
 ) -> list[Any]:
     """Tokenised rows to measure on, as `retain.measure_forgetting` draws them; or `own_text`."""

@@ -285,7 +285,7 @@ class RetentionCallback(TrainerCallback):
         zero = zero_of(kwargs.get("optimizer"))
         kept = kept_in(state, needed) if resuming else None
         tensors = kept_tensors(resumed_from()) if resuming else None
-        if args.auto_find_batch_size and not resuming and recipe.holds(model):
+        if args.auto_find_batch_size and not resuming and recipe.is_on(model):
             # It begins once more, with smaller batches and what the model has learned.
             kept, tensors = recipe.progress(), recipe.kept()
         self._settings = settings_of(recipe)

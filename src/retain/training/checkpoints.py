@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from retain.documents import read_json, sealed
-from retain.files import clear_scratch, file_digest, remove_ours, settle, sync, write_json
+from retain.files import clear_scratch, file_digest, remove_ours, sync, to_disk, write_json
 from retain.training.keeping import TENSORS
 
 __all__ = [
@@ -60,7 +60,7 @@ class Seal(TrainerCallback):
             return
         folder = Path(str(args.output_dir))
         place = folder / f"checkpoint-{state.global_step}"
-        settle(place)
+        to_disk(place)
         files = {p.name: file_digest(p) for p in sorted(place.iterdir()) if p.is_file()}
         write_json(place / SEAL, sealed({"schema": SCHEMA, "of": self.of, "files": files}))
         sync(folder)

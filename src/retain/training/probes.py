@@ -28,7 +28,8 @@ PROBE_ROWS, PROBE_TOKENS, PROBE_SEED = 8, 128, 1
 """Of the text that a budget is measured on; another seed than the curvature's own samples."""
 
 KL_ROWS, KL_SEED = 64, 0
-"""Of the text that a KL is measured on: that of the curvature, where the model samples both."""
+"""Of the text that a KL is measured on: drawn as the curvature's own samples are, though another
+count may give other draws."""
 
 
 def probe_of(recipe: Recipe, view: ModelView, source: Any) -> Probe:
