@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from sequences import begun, learn, tasks_of
 from torch import nn
 
@@ -25,7 +26,7 @@ from retain.retention.force import Force
 from retain.retention.measure import Reference
 from retain.retention.methods.penalty import KFAC
 from retain.types import UPDATES
-from tiny import KINDS, ROWS, base, move, tiny
+from tiny import KINDS, ROWS, base, exactly, move, tiny, weights
 
 NATS = 0.05
 TARGETS = {"llama": [[5, 5, 5, 5, 5, 5], [8, 8, 8, 8, 8]], "bert": [[3, 4, 5], [9, 9, 2]]}
@@ -346,6 +347,51 @@ def test_an_anchor_of_another_rank_has_no_budget() -> None:
     move(other, seed=3)
     with pytest.raises(MismatchError, match="belongs to one rank"):
         retention.finish()
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("start", ["mica", "orthogonal", "learned"])
+def test_a_b_that_is_not_0_and_does_not_train_keeps_its_budget(start: str, measured: bool) -> None:
+    options = {"init_lora_weights": start} if start != "learned" else {}
+    config = LoraConfig(r=2, target_modules="all-linear", **options)
+    model = get_peft_model(base("llama", dtype=torch.float32), config).double().eval()
+    curvature, text = fit(tiny("llama"), "llama"), probe("llama")
+    reference = Reference(model, text, batch_size=4)
+    if start == "learned":
+        move(model, seed=4, size=0.2)
+    for site in lora_sites(model):
+        site.b.requires_grad_(False)
+    held = Force(model, curvature, budget=NATS, probe=text if measured else ())
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-1)
+    for _ in range(20):
+        loss_of(model, "llama").backward()
+        held.step(optimizer)
+        optimizer.zero_grad()
+    told, spent = held.finish(), held.spent()[""]
+    assert told is not None and 0.5 * NATS < told <= NATS * (1 + 1e-9)
+    assert told == pytest.approx(reference.measure(model).kl if measured else spent.predicted)
+    assert spent.measured == (told if measured else None)
+
+
+def test_a_budget_that_what_stays_has_spent_is_refused() -> None:
+    model = tiny("llama", moved=True)
+    for site in lora_sites(model)[:7]:
+        site.a.requires_grad_(False)
+        site.b.requires_grad_(False)
+    curvature, before = fit(tiny("llama"), "llama"), weights(model)
+    with pytest.raises(ConfigError, match="that do not train have spent the budget"):
+        Force(model, curvature, budget=1e-4)
+    exactly(weights(model), before)
+    sites, nats = curvature.bind(model), curvature.quadratic(model)
+    with anchored(curvature, sites[7:]):
+        stays = curvature.quadratic(model)
+    budget = stays + 0.2 * (nats - stays)
+    Force(model, curvature, budget=budget)
+    exactly(weights(model), before)
+    scale_back(curvature, sites, budget)
+    assert stays < curvature.quadratic(model) <= budget
+    with pytest.warns(RetainWarning, match="is not kept: 7 measured nats are left"):
+        assert settle(curvature, sites, 1.0, lambda: 7.0) == 7.0
 
 
 @pytest.mark.parametrize("measured", [False, True])

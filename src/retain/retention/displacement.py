@@ -16,17 +16,20 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from retain.curvature.curvature import Curvature
-from retain.errors import MismatchError, warn
+from retain.errors import ConfigError, MismatchError, warn
 from retain.models.shards import scatter
 from retain.models.sites import LinearSite, LoraSite, Site
 
-__all__ = ["anchored", "largest_share", "scale_back", "settle"]
+__all__ = ["anchored", "check_way_back", "largest_share", "scale_back", "settle"]
 
 TRIES, SLACK = 12, 0.02
 """Measurements at the end, and how far below the budget is near enough."""
 
 NEAR = 0.01
 """The same of predicted nats, which cost less."""
+
+ROUNDED = 1e-3
+"""How far above them a share that is known may end, rounded."""
 
 ALL = slice(None)
 """All rows of A."""
@@ -48,7 +51,7 @@ def scale_back(
         curvature: whose prediction, and whose anchor.
         sites: the layers, as `Curvature.bind` gives them.
         nats: what may be left; a displacement below it is left alone.
-        rows: of LoRA's A, whose columns of B move; the others stay (weight space, no anchor).
+        rows: of LoRA's A, and columns of B, that move; the others stay.
         now: nats that are predicted now, where they are known.
 
     Returns:
@@ -66,7 +69,36 @@ def scale_back(
         return away.shorten(nats, now, predicted, NEAR)[0]
     share = math.sqrt(nats / now)
     away.keep(share)
+    if away.partial and predicted() > nats * (1 + ROUNDED):
+        return away.shorten(nats, now, predicted, NEAR)[0]
     return share
+
+
+def check_way_back(curvature: Curvature, sites: Sequence[Site], nats: float) -> None:
+    """Refuses a budget that what does not train has spent: nothing would lead back to it.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    lora = [site for site in sites if isinstance(site, LoraSite)]
+    if all(site.a.requires_grad and site.b.requires_grad for site in lora):
+        return
+    away = _Away(curvature, sites)
+    if not away.partial:
+        return
+    moving = [*away.bare, *away.weights]
+    before = [weight.clone() for weight in moving]
+    away.keep(0.0)
+    left = curvature.pulls(sites)[0]
+    if moving:
+        torch._foreach_copy_(moving, before)
+    if left > nats:
+        raise ConfigError(
+            "weights of the adapter that do not train have spent the budget",
+            got=f"a budget of {nats:g}, and {left:.3g} predicted nats of A and B that stay",
+            allowed="a budget above that",
+            fix="let A or B of each layer train, or give a strength in place of the budget",
+        )
 
 
 def settle(
@@ -88,6 +120,12 @@ def settle(
     if now <= nats:
         return now
     share, left = _Away(curvature, sites, rows).shorten(nats, now, measure, SLACK)
+    if not left <= nats:
+        warn(
+            f"the budget of {nats:g} is not kept: {left:.3g} measured nats are left where all that "
+            "trains is back at the anchor"
+        )
+        return left
     if not math.isfinite(now):
         warn(
             f"the model's predictions on the probe were not finite ({now} measured nats): the "
@@ -142,16 +180,20 @@ class _Away:
         starts: list[Tensor] = []
         self.bare: list[Tensor] = []  # those that are 0 at the anchor
         self.linear = rows == ALL  # then the prediction goes with the square of the share
+        self.partial = False  # whether something does not train, which may be away and stays
         for site in sites:
             for parameter, start in _starts(curvature, site):
                 if not parameter.requires_grad:
+                    self.partial = True
                     continue
-                now = parameter.detach() if rows == ALL else parameter.detach()[:, rows]
+                of_a = isinstance(site, LoraSite) and parameter is site.a
+                part = (rows, ALL) if of_a else (ALL, rows)
+                now = parameter.detach()[part]
                 if start is None:
                     self.bare.append(now)
                     continue
                 weights.append(now)
-                starts.append(start.detach() if rows == ALL else start.detach()[:, rows])
+                starts.append(start.detach()[part])
             bent = isinstance(site, LoraSite) and site.name in curvature.anchor
             self.linear = self.linear and not (bent and curvature.info.space == "weight")
         self.weights, self.starts = weights, starts
@@ -169,7 +211,10 @@ class _Away:
     def shorten(
         self, nats: float, now: float, measure: Callable[[], float], slack: float
     ) -> tuple[float, float]:
-        """Keeps the largest share within a budget; see `largest_share`, which it returns."""
+        """Keeps the largest share within a budget, and returns it with what is left.
+
+        See `largest_share`. Where no share is within it, 0 is kept, and what is left is above it.
+        """
 
         def at(share: float) -> float:
             self.keep(share)
@@ -177,7 +222,7 @@ class _Away:
 
         share, left = largest_share(nats, now, at, slack=slack)
         self.keep(share)
-        return share, left
+        return share, left if share else measure()
 
 
 def _starts(
@@ -192,8 +237,8 @@ def _starts(
         return [(site.weight, kept[0].to(site.weight.dtype))]
     if curvature.info.space == "adapter":
         return [(site.b, kept[0].to(site.b.dtype)), (site.a, kept[1].to(site.a.dtype))]
-    if len(kept) != 2:  # B = 0, whatever A is
-        return [(site.b, None)]
+    if len(kept) != 2:  # B = 0, whatever A is; or A = 0, where B does not train
+        return [(site.b if site.b.requires_grad else site.a, None)]
     more = site.rank - len(kept[1])
     if more < 0 or (more and not grown):
         raise MismatchError(

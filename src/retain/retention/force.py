@@ -36,7 +36,7 @@ from retain.models.shards import own, reshard, scatter
 from retain.models.sites import LinearSite, check_held
 from retain.retention.bounds import check_confidence, check_strength
 from retain.retention.budget import Budget
-from retain.retention.displacement import scale_back, settle
+from retain.retention.displacement import check_way_back, scale_back, settle
 from retain.retention.feeling import Feeling, Felt
 from retain.retention.holds import Hold, Spent, check_magnitudes, check_measured, measure_on
 from retain.retention.named import (
@@ -149,6 +149,8 @@ class Force:
             )
         if nats:
             check_magnitudes(self.unheld(model))
+            for hold in self.holds:
+                check_way_back(hold.curvature, self.sites, nats[hold.name])
         if nats and probes:
             measure_on(self.holds, probes, model, self.sites, self.unheld(model))
         if confidence is not None:
