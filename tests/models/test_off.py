@@ -227,6 +227,28 @@ def test_a_start_that_was_trained_before_it_is_seen_is_refused(kind: str, tmp_pa
     assert abs(measure_forgetting(load_adapter(wide(), tmp_path), TEXT).kl) < 1e-4
 
 
+@pytest.mark.parametrize("deleted", [False, True])
+@pytest.mark.parametrize("seen", [False, True])
+def test_another_adapter_after_such_a_start_is_no_base(seen: bool, deleted: bool) -> None:
+    model = taker("pissa")
+    want = answer(model)
+    if seen:
+        assert measure_forgetting(model, TEXT).kl == 0.0
+    model.add_adapter("second", lora(r=4))
+    model.set_adapter("second")
+    moved(model)
+    if not deleted:
+        with pytest.raises(ModelError, match="beside one that has changed the base's weights"):
+            measure_forgetting(model, TEXT)
+        model.set_adapter("default")
+        if seen:
+            off_is(moved(model), want, near=True)
+    elif seen:  # otherwise nothing tells of it any more
+        model.delete_adapter("default")
+        with pytest.raises(ModelError, match=r"changed the base's weights.*as it is loaded"):
+            measure_forgetting(model, TEXT)
+
+
 def trained(part: str, model: Any) -> Any:
     for name, p in model.named_parameters():
         if part in name:

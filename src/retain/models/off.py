@@ -202,6 +202,12 @@ def left_on(model: nn.Module, kept: Collection[int] | None = None) -> tuple[str,
         if grown is not None:
             return grown
         taken = _taken_out(inner)
+        gone = taken is None and "retain_start" in vars(inner)  # with an adapter that was deleted
+        if gone or (taken is not None and len(configs) > 1):
+            return (
+                "an adapter beside one that has changed the base's weights, or after it",
+                "attach it to the base model as it is loaded, and alone",
+            )
         if taken is not None:
             fix = _TO_LOAD if taken.startswith(("pissa", "olora")) else _TO_SEE
             return f"init_lora_weights={taken!r}, which changes the base's weights", fix
@@ -262,19 +268,24 @@ def start_of(model: nn.Module) -> list[Swap] | None:
     for OLoRA, whose A_0 is triangular, and CorDA.
 
     Returns:
-        None for any other model, and where the adapter had been trained before it was seen.
+        None for any other model, where the adapter had been trained before it was seen, and where
+        another one is active.
     """
     inner: Any = unwrap(model)
     kept: list[Swap] | None = vars(inner).get("retain_start")
     kind = _taken_out(inner)
-    if kept is not None or kind is None or len(inner.peft_config) != 1:
-        return kept
-    name = next(iter(inner.peft_config))
-    layers: list[Any] = [
-        m for m in inner.modules() if isinstance(m, LoraLayer) and name in m.lora_A
-    ]
-    pairs = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers]
-    if not pairs or not all(_as_made(a.detach(), b.detach(), kind) for a, b in pairs):
+    if kind is None:
+        return None
+    layers: list[Any] = [m for m in inner.modules() if isinstance(m, LoraLayer)]
+    pairs = [
+        (layer.lora_A[name].weight, layer.lora_B[name].weight)
+        for layer in layers for name in layer.active_adapters if name in layer.lora_A
+    ]  # fmt: skip
+    if kept is not None:
+        return kept if {id(p) for pair in pairs for p in pair} == {id(p) for p, _ in kept} else None
+    if len(inner.peft_config) != 1 or not pairs:
+        return None
+    if not all(_as_made(a.detach(), b.detach(), kind) for a, b in pairs):
         return None
     inner.retain_start = [(p, p.detach().clone()) for pair in pairs for p in pair]
     return list(inner.retain_start)
