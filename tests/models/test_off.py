@@ -166,9 +166,9 @@ TRAINED_ALONE = ["corda", "lora_ga"]
 """PEFT cannot load them on the base: CorDA raises, LoRA-GA leaves the base's weights whole."""
 
 
-def taker(kind: str) -> Any:
+def taker(kind: str, **options: Any) -> Any:
     torch.manual_seed(1)
-    model, config = wide(), lora(r=4, init_lora_weights=kind)
+    model, config = wide(), lora(**{"r": 4, "init_lora_weights": kind, **options})
 
     def run() -> None:
         for row in torch.arange(3, 12).view(3, 3):
@@ -225,6 +225,30 @@ def test_a_start_that_was_trained_before_it_is_seen_is_refused(kind: str, tmp_pa
         return
     model.save_pretrained(tmp_path)  # what the error says
     assert abs(measure_forgetting(load_adapter(wide(), tmp_path), TEXT).kl) < 1e-4
+
+
+TOKENS = {"trainable_token_indices": {"embed_tokens": [3, 7]}}
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora", "corda"])
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"use_dora": True}, "magnitude"), ({"use_dora": True}, ""), (TOKENS, "tokens"),
+        (TOKENS, ""), ({"target_modules": ["q_proj", "embed_tokens"]}, ""),
+        ({"modules_to_save": ["norm"]}, ""),
+    ],
+)  # fmt: skip
+def test_what_is_trained_beside_such_a_start_is_off_too(
+    options: dict[str, Any], part: str, kind: str
+) -> None:
+    model, want = taker(kind, **options), answer(wide())
+    torch.testing.assert_close(answer(model), want, atol=1e-4, rtol=1e-3)
+    assert measure_forgetting(model, TEXT).kl == pytest.approx(0.0, abs=1e-9)
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and part in name)
+    assert not torch.allclose(answer(moved(model)), want, atol=1e-2)
+    off_is(model, want, near=True)
 
 
 @pytest.mark.parametrize("deleted", [False, True])

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from retain.compat import marked_off
 from retain.errors import ModelError
 from retain.models.names import canonical, head_of, unwrap
-from retain.models.sites import disabled
+from retain.models.sites import LoraSite, disabled, row_norms
 
 __all__ = [
     "BESIDE",
@@ -139,10 +139,11 @@ def swapped(pairs: Iterable[Swap]) -> Iterator[None]:
 def switched_off(model: nn.Module, *, all_of_it: bool = True) -> Iterator[None]:
     """Switches the adapter's layers off and nothing else; a prompt's model runs its base alone.
 
-    If not `all_of_it`, LoRA stays on, and what is trained whole beside it is off.
+    If not `all_of_it`, LoRA of linear layers stays on, and what is beside it is off: layers that
+    are trained whole, tokens, embeddings.
     """
     inner: Any = unwrap(model)
-    layers = [m for m in _switches(inner) if all_of_it or isinstance(m, AuxiliaryTrainingWrapper)]
+    layers = [m for m in _switches(inner) if all_of_it or not getattr(m, "lora_A", None)]
     whole = isinstance(inner, PeftModel)
     prompted = whole and inner.active_peft_config.is_prompt_learning
     names = [n for n in ("forward", "generate") if prompted and hasattr(inner.base_model, n)]
@@ -263,6 +264,8 @@ def _taken_out(model: nn.Module) -> str | None:
 def start_of(model: nn.Module) -> list[Swap] | None:
     """Of an adapter that took its start out of the base's weights, A and B as they began.
 
+    With DoRA, also the magnitudes with which they are the base: the norms of its rows.
+
     PEFT does not keep them. They are kept here the first time that the adapter is seen as it was
     made, which shows in its form: the columns of B_0 are orthogonal, and so are the rows of A_0 but
     for OLoRA, whose A_0 is triangular, and CorDA.
@@ -277,17 +280,21 @@ def start_of(model: nn.Module) -> list[Swap] | None:
     if kind is None:
         return None
     layers: list[Any] = [m for m in inner.modules() if isinstance(m, LoraLayer)]
-    pairs = [
-        (layer.lora_A[name].weight, layer.lora_B[name].weight)
+    sites = [
+        LoraSite("", layer, name, layer.scaling[name])
         for layer in layers for name in layer.active_adapters if name in layer.lora_A
     ]  # fmt: skip
+    own = [p for site in sites for p in (site.a, site.b)]
     if kept is not None:
-        return kept if {id(p) for pair in pairs for p in pair} == {id(p) for p, _ in kept} else None
-    if len(inner.peft_config) != 1 or not pairs:
+        return kept if {id(p) for p, _ in kept} >= {id(p) for p in own} and own else None
+    if len(inner.peft_config) != 1 or not sites:
         return None
-    if not all(_as_made(a.detach(), b.detach(), kind) for a, b in pairs):
+    if not all(_as_made(site.a.detach(), site.b.detach(), kind) for site in sites):
         return None
-    inner.retain_start = [(p, p.detach().clone()) for pair in pairs for p in pair]
+    inner.retain_start = [(p, p.detach().clone()) for p in own] + [
+        (site.layer.lora_magnitude_vector[site.adapter].weight, row_norms(site))
+        for site in sites if site.dora
+    ]  # fmt: skip
     return list(inner.retain_start)
 
 

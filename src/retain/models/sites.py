@@ -30,6 +30,7 @@ __all__ = [
     "lora_sites",
     "output_head",
     "plain_weight",
+    "row_norms",
     "row_scales",
 ]
 
@@ -363,11 +364,16 @@ def row_scales(sites: Sequence[Any]) -> dict[str, Tensor]:
     for site in sites:
         if getattr(site, "dora", False):
             magnitude = whole(site.layer.lora_magnitude_vector[site.adapter].weight.detach())
-            weight = plain_weight(site.layer.get_base_layer())
-            weight = weight.T if site.layer.fan_in_fan_out else weight  # GPT-2 keeps W transposed
-            moved = weight + site.scaling * (site.b @ site.a).detach()
-            scales[site.name] = magnitude / moved.norm(dim=1)
+            scales[site.name] = magnitude / row_norms(site)
     return scales
+
+
+def row_norms(site: Any) -> Tensor:
+    """``||W + s B A||`` of a LoRA layer's rows, [d_out]."""
+    weight = plain_weight(site.layer.get_base_layer())
+    weight = weight.T if site.layer.fan_in_fan_out else weight  # GPT-2 keeps W transposed
+    moved: Tensor = weight + site.scaling * (site.b @ site.a).detach()
+    return moved.norm(dim=1)
 
 
 def base_layers(sites: Sequence[Site]) -> dict[str, nn.Module]:
