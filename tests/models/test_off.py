@@ -152,10 +152,10 @@ def test_two_adapters_and_the_way_of_transformers() -> None:
     assert not torch.equal(answer(native), answer(plain()))
 
 
-def wide(seed: int = 0) -> Any:
+def wide(seed: int = 0, size: int = 16) -> Any:
     """Of layers that have r directions to spare, and biases."""
     torch.manual_seed(seed)
-    shape = {"vocab_size": 13, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    shape = {"vocab_size": 13, "hidden_size": size, "intermediate_size": 24, "num_hidden_layers": 2}
     return LlamaForCausalLM(
         LlamaConfig(**shape, num_attention_heads=2, pad_token_id=0, attention_bias=True)
     ).eval()
@@ -166,9 +166,9 @@ TRAINED_ALONE = ["corda", "lora_ga"]
 """PEFT cannot load them on the base: CorDA raises, LoRA-GA leaves the base's weights whole."""
 
 
-def taker(kind: str, **options: Any) -> Any:
+def taker(kind: str, inner: Any = None, autocast: bool = True, **options: Any) -> Any:
     torch.manual_seed(1)
-    model, config = wide(), lora(**{"r": 4, "init_lora_weights": kind, **options})
+    model, config = inner or wide(), lora(**{"r": 4, "init_lora_weights": kind, **options})
 
     def run() -> None:
         for row in torch.arange(3, 12).view(3, 3):
@@ -183,7 +183,7 @@ def taker(kind: str, **options: Any) -> Any:
         config.lora_ga_config = peft.tuners.lora.config.LoraGAConfig()
         preprocess_loraga(model, config, run)
     model.zero_grad()
-    return get_peft_model(model, config)
+    return get_peft_model(model, config, autocast_adapter_dtype=autocast)
 
 
 @pytest.mark.parametrize("kind", TAKERS)
@@ -225,6 +225,39 @@ def test_a_start_that_was_trained_before_it_is_seen_is_refused(kind: str, tmp_pa
         return
     model.save_pretrained(tmp_path)  # what the error says
     assert abs(measure_forgetting(load_adapter(wide(), tmp_path), TEXT).kl) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [16, 256])
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga"])
+def test_such_a_start_on_a_base_in_half_precision(
+    kind: str, size: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    if dtype == torch.float16 and kind == "lora_ga":
+        pytest.skip("its gradients are 0 there")
+    made = partial(taker, kind, r=8)
+    model = made(wide(size=size).to(dtype))
+    assert measure_forgetting(model, TEXT).kl == 0.0
+    for autocast in (True, False):  # of a fresh one that was not seen, and of one in half precision
+        model = made(wide(size=size).to(dtype), autocast)
+        opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        for _ in range(10 if autocast else 2):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            opt.step()
+            with pytest.raises(ModelError, match="which changes the base's weights"):
+                measure_forgetting(model, TEXT)
+    if kind in TRAINED_ALONE:
+        return
+    rounded = made(wide(size=size).to(dtype), False)
+    opt = torch.optim.AdamW([p for p in rounded.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(40):
+        rounded(input_ids=IDS, labels=IDS).loss.backward()
+        opt.step()
+    rounded.save_pretrained(tmp_path)  # on the grid, but no start any more
+    again = peft.PeftModel.from_pretrained(wide(size=size).to(dtype), str(tmp_path))
+    assert lora_sites(again)[0].a.dtype == torch.float32
+    with pytest.raises(ModelError, match="which changes the base's weights"):
+        measure_forgetting(again, TEXT)
 
 
 TOKENS = {"trainable_token_indices": {"embed_tokens": [3, 7]}}

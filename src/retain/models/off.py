@@ -67,7 +67,12 @@ _TO_LOAD = (
     "which keeps the base's weights (retain eval does)"
 )
 
-_TO_SEE = "fit the curvature, or measure once, before training: the adapter's start is kept then"
+_TO_SEE = (
+    "keep the adapter in float32, as PEFT does by default, and fit the curvature, or measure once, "
+    "before training: its start is kept then"
+)
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
@@ -268,7 +273,9 @@ def start_of(model: nn.Module) -> list[Swap] | None:
 
     PEFT does not keep them. They are kept here the first time that the adapter is seen as it was
     made, which shows in its form: the columns of B_0 are orthogonal, and so are the rows of A_0 but
-    for OLoRA, whose A_0 is triangular, and CorDA.
+    for OLoRA, whose A_0 is triangular, and CorDA. On a base in half precision PEFT has rounded them
+    to it and keeps them in float32, where the first step takes them off its grid. An adapter that
+    is itself in half precision is never taken for a start: training might not show in it.
 
     Returns:
         None for any other model, where the adapter had been trained before it was seen, and where
@@ -289,7 +296,7 @@ def start_of(model: nn.Module) -> list[Swap] | None:
         return kept if {id(p) for p, _ in kept} >= {id(p) for p in own} and own else None
     if len(inner.peft_config) != 1 or not sites:
         return None
-    if not all(_as_made(site.a.detach(), site.b.detach(), kind) for site in sites):
+    if not all(_as_made(site, kind) for site in sites):
         return None
     inner.retain_start = [(p, p.detach().clone()) for p in own] + [
         (site.layer.lora_magnitude_vector[site.adapter].weight, row_norms(site))
@@ -298,17 +305,31 @@ def start_of(model: nn.Module) -> list[Swap] | None:
     return list(inner.retain_start)
 
 
-def _as_made(a: Tensor, b: Tensor, kind: str) -> bool:
-    """Whether A [r, d_in] and B [d_out, r] have the form that they are made in."""
-    if kind == "olora":
-        return _orthogonal(b) and not bool(a.tril(-1).any())
-    return _orthogonal(b) and (kind.startswith("corda") or _orthogonal(a.T))
+def _as_made(site: LoraSite, kind: str) -> bool:
+    """Whether A [r, d_in] and B [d_out, r] of a layer have the form that they are made in."""
+    a, b, base = site.a.detach(), site.b.detach(), site.layer.get_base_layer().weight.dtype
+    if a.dtype in _HALF or b.dtype in _HALF:
+        return False
+    if kind == "olora" and bool(a.tril(-1).any()):
+        return False
+    sides = [b] if kind == "olora" or kind.startswith("corda") else [b, a.T]
+    if all(_orthogonal(side) for side in sides):
+        return True
+    on_grid = base in _HALF and all(torch.equal(t, t.to(base).to(t.dtype)) for t in (a, b))
+    return on_grid and all(_orthogonal(side, base) for side in sides)
 
 
-def _orthogonal(columns: Tensor) -> bool:
-    """Whether the columns of a matrix are orthogonal to each other, but for rounding."""
-    eps = torch.finfo(columns.dtype).eps
+def _orthogonal(columns: Tensor, rounded: torch.dtype = torch.float32) -> bool:
+    """Whether the columns of a matrix are orthogonal to each other, but for rounding.
+
+    What rounding to half precision adds to a product is random, and small beside a bound.
+    """
     wide = columns.double()
     unit = wide / wide.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
-    gram = unit.T @ unit
-    return float((gram - torch.diag(gram.diagonal())).abs().max()) <= 50 * eps
+    gram, allowed = unit.T @ unit, 50 * torch.finfo(torch.float32).eps
+    off = (gram - torch.diag(gram.diagonal())).abs()
+    if rounded in _HALF:  # each value by eps / 2 at most: six standard deviations of the sum
+        spread = (unit.square().T @ unit.square()).sqrt()
+        spread *= 6 * (2 / 3) ** 0.5 * torch.finfo(rounded).eps / 2
+        return bool((off <= allowed + spread).all())
+    return float(off.max()) <= allowed
