@@ -19,10 +19,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from retain import fit_curvature, grow_lora, measure_forgetting, soften
-from retain.errors import ModelError, RetainError
+from retain.errors import ModelError, RetainError, RetainWarning
 from retain.models import off
 from retain.models.off import KINDS, adapter_off, base_to_sample
-from retain.models.saved import load_adapter
+from retain.models.saved import load_adapter, save_adapter
 from retain.models.sites import lora_sites
 from tiny import ROWS, base, tiny
 
@@ -162,8 +162,9 @@ def wide(seed: int = 0, size: int = 16) -> Any:
 
 
 TAKERS = ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "lora_ga"]
-TRAINED_ALONE = ["corda", "lora_ga"]
-"""PEFT cannot load them on the base: CorDA raises, LoRA-GA leaves the base's weights whole."""
+TRAINED_ALONE = ["pissa_niter_4", "corda", "lora_ga"]
+"""PEFT cannot load them on the base: CorDA raises, LoRA-GA leaves the base's weights whole, and
+PiSSA's random decomposition is drawn anew."""
 
 
 def taker(kind: str, inner: Any = None, autocast: bool = True, **options: Any) -> Any:
@@ -207,6 +208,35 @@ def test_a_start_in_the_bases_weights_is_known_where_it_was_seen(kind: str, tmp_
     with pytest.raises(RetainError, match=f"init_lora_weights='{kind.lower()}'"):
         soften(loaded, fit_curvature(wide_lora(), TEXT, batch_size=4, progress=False))
     off_is(grow_lora(loaded, 2), want)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, {"alpha_pattern": {"v_proj": 3}, "lora_alpha": 5}],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", TRAINED_ALONE)
+def test_a_start_that_cannot_be_made_again_is_saved_as_plain_lora(
+    kind: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = taker(kind, wide(size=64), **options)
+    measure_forgetting(model, TEXT)
+    tuned, inside = answer(moved(model, 0.05)), measure_forgetting(model, TEXT).kl
+    before = state(model)
+    model.save_pretrained(tmp_path / "peft")
+    with pytest.raises(ModelError, match=rf"{kind}.*cannot be made|cannot be made.*{kind}"):
+        load_adapter(wide(size=64), tmp_path / "peft")
+    saved = save_adapter(model, tmp_path / "ours", "base")
+    assert state(model) == before and torch.equal(answer(model), tuned)
+    by_peft = peft.PeftModel.from_pretrained(wide(size=64), str(saved))
+    for loaded in (load_adapter(wide(size=64), saved), by_peft):
+        torch.testing.assert_close(answer(loaded), tuned, atol=1e-4, rtol=1e-3)
+        assert measure_forgetting(loaded, TEXT).kl == pytest.approx(inside, rel=1e-3)
+        off_is(loaded, answer(wide(size=64)))
+        assert loaded.peft_config["default"].r == lora_sites(loaded)[0].rank == 8
+    unseen = moved(taker(kind, wide(size=64)))
+    with pytest.warns(RetainWarning, match="will not be this model.*start was not seen"):
+        save_adapter(unseen, tmp_path / "unseen", "base")
 
 
 def wide_lora() -> Any:

@@ -13,7 +13,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from retain.documents import read_json
-from retain.errors import ModelError
+from retain.errors import ModelError, warn
 from retain.files import file_digest, whole_files, whole_folder
 from retain.models.cards import (
     CARD,
@@ -53,6 +53,9 @@ FILES = (_CONFIG, _WEIGHTS)
 
 _SERVED = (16, 32, 64, 128, 256, 320, 512)
 """What vLLM's ``--max-lora-rank`` may be from its default on."""
+
+_DRAWN = ("pissa_niter", "corda", "lora_ga")
+"""Starts in the base's weights that PEFT makes otherwise when it loads them, or not at all."""
 
 HEAD = "config.json"
 """Beside a classifier's adapter: the model's configuration, which names the classes of its head."""
@@ -110,10 +113,19 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
     what it was.
 
     Raises:
-        ModelError: it is missing or damaged, or belongs to another model or vocabulary.
+        ModelError: it is missing or damaged, or belongs to another model or vocabulary; or it began
+            in the base's weights as it cannot be made again.
     """
     folder = folder.expanduser()
     config = check_adapter(folder)
+    if _is_drawn(config.get("init_lora_weights")):
+        raise ModelError(
+            "the adapter's start in the base's weights cannot be made again",
+            got=f"{folder} with init_lora_weights={config['init_lora_weights']!r}",
+            allowed="an adapter that PEFT loads as it was trained, such as plain LoRA",
+            fix="save it from memory with retain.save_adapter, which writes it as plain LoRA where "
+            "its curvature was fitted before training; or train it with init_lora_weights='pissa'",
+        )
     import torch
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
@@ -152,6 +164,10 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
             if not torch.equal(now[name].data, value.to(now[name].data))
         ]  # (4-bit weights that were packed anew are not there any more)
     return peft
+
+
+def _is_drawn(start: Any) -> bool:
+    return str(start).lower().startswith(_DRAWN)
 
 
 @contextmanager
@@ -230,11 +246,13 @@ def save_adapter(
 ) -> Path:
     """Writes a plain PEFT adapter; an older one stays until the new one is whole on the disk.
 
-    Of several adapters it is the active one, whatever its name. A classifier's comes with its head,
-    and with the configuration that names its classes. Beside it is a model card with PEFT's front
-    matter and a section of ours, which alone is written anew in a card that is there. Other files
-    in the folder stay, and so do modes. A kill just while the files of an adapter with other
-    settings take their places leaves no adapter there, rather than one of two.
+    Of several adapters it is the active one, whatever its name. One that began in the base's
+    weights as PEFT cannot make it again (``pissa_niter_4``, ``corda``, ``lora_ga``) is written as
+    plain LoRA of twice its rank, ``B A - B_0 A_0``, where its start was seen. A classifier's comes
+    with its head, and with the configuration that names its classes. Beside it is a model card with
+    PEFT's front matter and a section of ours, which alone is written anew in a card that is there.
+    Other files in the folder stay, and so do modes. A kill just while the files of an adapter with
+    other settings take their places leaves no adapter there, rather than one of two.
 
     Args:
         model: the model with its adapter.
@@ -258,18 +276,64 @@ def save_adapter(
             for file in FILES:
                 (new / name / file).replace(new / file)
             shutil.rmtree(new / name)
+        plain = _as_plain(model, name, new / _WEIGHTS)
         if head:
             inner: Any = model.get_base_model()
             inner.config.architectures = [type(inner).__name__]
             inner.config.to_json_file(new / HEAD)
         _write_card(new / CARD, folder / CARD, base, facts or {})
-        written = read_json(new / _CONFIG)
+        written = read_json(new / _CONFIG) | plain
         for key in ("target_modules", "exclude_modules"):  # sets, which PEFT writes in any order
             if isinstance(written.get(key), list):
                 written[key] = sorted(written[key])
         text = json.dumps(written, indent=2, sort_keys=True)
         (new / _CONFIG).write_text(text, encoding="utf-8")
     return folder
+
+
+def _as_plain(model: PeftModel, name: str, weights: Path) -> dict[str, Any]:
+    """Makes plain LoRA of an adapter whose start PEFT cannot make again.
+
+    Args:
+        model: with the adapter.
+        name: of the adapter.
+        weights: the file with its own weights, which is written anew.
+
+    Returns:
+        What is other in its configuration; nothing of an adapter that may stay as it is.
+    """
+    config: Any = model.peft_config[name]
+    if not _is_drawn(getattr(config, "init_lora_weights", True)):
+        return {}
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from retain.models.off import start_of
+
+    start = start_of(model)
+    if start is None or config.use_dora:
+        why = "its start was not seen before training" if start is None else "it has use_dora"
+        warn(
+            f"the adapter is saved as it is, and will not be this model when it is loaded: PEFT "
+            f"makes init_lora_weights={config.init_lora_weights!r} otherwise then, and it cannot "
+            f"be written as plain LoRA, for {why}"
+        )
+        return {}
+    began = {id(p): value for p, value in start}
+    tensors = load_file(weights)
+    for own, parameter in model.named_parameters():
+        if id(parameter) in began:
+            key, value = own.replace(f".{name}.", "."), began[id(parameter)].cpu()
+            of_a = ".lora_A." in key
+            tensors[key] = torch.cat([tensors[key], value if of_a else -value], 0 if of_a else 1)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    more = 2**0.5 if config.use_rslora else 2  # so that the scaling stays
+    return {
+        "r": 2 * config.r, "lora_alpha": more * config.lora_alpha, "init_lora_weights": True,
+        "rank_pattern": {key: 2 * r for key, r in (config.rank_pattern or {}).items()},
+        "alpha_pattern": {key: more * a for key, a in (config.alpha_pattern or {}).items()},
+        "corda_config": None, "lora_ga_config": None,
+    }  # fmt: skip
 
 
 def _write_card(card: Path, old: Path, base: str, facts: Mapping[str, str]) -> None:
