@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 import fits
 from fits import dense_quadratic, dora, same
 from oracles import How, Oracle, ekfac_given, kfac, shampoo
-from retain import Curvature, fit_curvature, load_curvature
+from retain import Curvature, Retention, fit_curvature, load_curvature
 from retain.errors import CurvatureError, MismatchError, ModelError, SourceError
 from retain.models.sites import is_idle, lora_sites, row_scales
 from retain.retention.force import Force
@@ -278,6 +278,21 @@ def test_a_lora_that_is_silent_at_some_tokens_is_refused() -> None:
         lora_sites(model)
     with pytest.raises(ModelError, match="ALora"):
         fit_curvature(model, ROWS["llama"], progress=False)
+
+
+def test_a_merged_adapter_is_refused_before_anything_is_fitted_or_held() -> None:
+    model = tiny("llama", moved=True)
+    curvature = fit(model, "llama")
+    model.merge_adapter()
+    for call in (
+        lambda: fit_curvature(model, ROWS["llama"], progress=False),
+        lambda: curvature.quadratic(model),
+        lambda: Retention(model, curvature, parts=["force"]),
+    ):
+        with pytest.raises(ModelError, match=r"is merged into the base.*model.unmerge_adapter\(\)"):
+            call()
+    model.unmerge_adapter()
+    Retention(model, curvature, parts=["force"]).step(torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 # --- heads and layers of other kinds ---

@@ -239,11 +239,13 @@ def find_sites(model: nn.Module, *, sharded: bool = False) -> list[LoraSite] | l
 
     Raises:
         ModelError: neither; layers that keep their weights transposed (GPT-2) in full fine-tuning;
-            or what `lora_sites` refuses.
+            an adapter that is merged; or what `lora_sites` refuses.
     """
     inner: Any = unwrap(model)
     if any(isinstance(m, LoraLayer) for m in inner.modules()) or hasattr(inner, "peft_config"):
-        return lora_sites(inner, sharded=sharded)
+        found = lora_sites(inner, sharded=sharded)
+        _check_apart(found)
+        return found
     head, of_head = output_head(inner), head_of(inner)
     sites = [
         LinearSite(canonical(name), layer)
@@ -264,6 +266,17 @@ def find_sites(model: nn.Module, *, sharded: bool = False) -> list[LoraSite] | l
             fix="train it with LoRA: peft.get_peft_model(model, LoraConfig(...))",
         )
     return sites or lora_sites(inner)  # which says what is missing
+
+
+def _check_apart(sites: Sequence[LoraSite]) -> None:
+    """Refuses an adapter that is merged into the base."""
+    if any(site.layer.merged for site in sites):
+        raise ModelError(
+            "the adapter is merged into the base's weights, where nothing of it trains",
+            got=f"merged layers, such as {sites[0].name}",
+            allowed="an adapter beside its base",
+            fix="model.unmerge_adapter()",
+        )
 
 
 def _transposed(model: nn.Module) -> list[str]:
