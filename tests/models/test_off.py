@@ -336,6 +336,19 @@ def test_another_adapter_after_such_a_start_is_no_base(seen: bool, deleted: bool
             measure_forgetting(model, TEXT)
 
 
+def test_a_base_that_is_cut_is_refused(tmp_path: Path) -> None:
+    model = get_peft_model(wide(), lora(kasa_config=peft.tuners.lora.config.KasaConfig()))
+    with pytest.raises(ModelError, match="kasa_config, which cuts the base's weights"):
+        measure_forgetting(model, TEXT)
+    with pytest.raises(ModelError, match="in a way that no curvature knows; got: Kasa"):
+        fit_curvature(model, TEXT, batch_size=4, progress=False)
+    model.save_pretrained(tmp_path)
+    base_model, want = wide(), answer(wide())
+    with pytest.raises(ModelError, match="with kasa_config"):
+        load_adapter(base_model, tmp_path)
+    assert torch.equal(answer(base_model), want)
+
+
 def trained(part: str, model: Any) -> Any:
     for name, p in model.named_parameters():
         if part in name:

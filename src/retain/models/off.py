@@ -203,6 +203,8 @@ def left_on(model: nn.Module, kept: Collection[int] | None = None) -> tuple[str,
             return f"an adapter of the kind {kind}", f"take one of {', '.join(sorted(KINDS))}"
         if getattr(config, "layer_replication", None):
             return "layers that the adapter repeats", "leave layer_replication out"
+        if getattr(config, "kasa_config", None):
+            return "kasa_config, which cuts the base's weights", "leave kasa_config out"
     if kept is None:
         grown: tuple[str, str] | None = vars(inner).get("retain_left")
         if grown is not None:

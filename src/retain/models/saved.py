@@ -114,7 +114,7 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
 
     Raises:
         ModelError: it is missing or damaged, or belongs to another model or vocabulary; or it began
-            in the base's weights as it cannot be made again.
+            in the base's weights as it cannot be made again, or cuts them (KaSA).
     """
     folder = folder.expanduser()
     config = check_adapter(folder)
@@ -133,6 +133,13 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
     from retain.models.names import canonical
     from retain.models.off import BESIDE
 
+    if config.get("kasa_config"):
+        raise ModelError(
+            "the adapter cuts the base's weights as the model runs",
+            got=f"{folder} with kasa_config",
+            allowed="an adapter beside a base that stays as it is",
+            fix="train LoRA without kasa_config",
+        )
     with undone(model) as before:
         try:
             with safe_open(folder / _WEIGHTS, framework="pt") as file:
