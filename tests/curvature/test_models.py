@@ -295,6 +295,12 @@ def test_a_merged_adapter_is_refused_before_anything_is_fitted_or_held() -> None
     Retention(model, curvature, parts=["force"]).step(torch.optim.SGD(model.parameters(), lr=0.1))
 
 
+def test_repeated_layers_are_refused_before_a_fit() -> None:
+    model = peft("llama", layer_replication=[[0, 2], [1, 2]])
+    with pytest.raises(ModelError, match=r"repeats layers.*leave layer_replication out"):
+        fit_curvature(model, ROWS["llama"], progress=False)
+
+
 # --- heads and layers of other kinds ---
 
 

@@ -239,12 +239,12 @@ def find_sites(model: nn.Module, *, sharded: bool = False) -> list[LoraSite] | l
 
     Raises:
         ModelError: neither; layers that keep their weights transposed (GPT-2) in full fine-tuning;
-            an adapter that is merged; or what `lora_sites` refuses.
+            an adapter that is merged, or repeats layers; or what `lora_sites` refuses.
     """
     inner: Any = unwrap(model)
     if any(isinstance(m, LoraLayer) for m in inner.modules()) or hasattr(inner, "peft_config"):
         found = lora_sites(inner, sharded=sharded)
-        _check_apart(found)
+        _check_apart(inner, found)
         return found
     head, of_head = output_head(inner), head_of(inner)
     sites = [
@@ -268,14 +268,22 @@ def find_sites(model: nn.Module, *, sharded: bool = False) -> list[LoraSite] | l
     return sites or lora_sites(inner)  # which says what is missing
 
 
-def _check_apart(sites: Sequence[LoraSite]) -> None:
-    """Refuses an adapter that is merged into the base."""
+def _check_apart(model: Any, sites: Sequence[LoraSite]) -> None:
+    """Refuses an adapter that is merged into the base, or makes several layers of one."""
     if any(site.layer.merged for site in sites):
         raise ModelError(
             "the adapter is merged into the base's weights, where nothing of it trains",
             got=f"merged layers, such as {sites[0].name}",
             allowed="an adapter beside its base",
             fix="model.unmerge_adapter()",
+        )
+    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    if any(getattr(config, "layer_replication", None) for config in configs.values()):
+        raise ModelError(
+            "the adapter repeats layers of the base, which is another model without it",
+            got="layer_replication",
+            allowed="an adapter on the base's own layers",
+            fix="leave layer_replication out",
         )
 
 
