@@ -26,9 +26,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from retain import OutputKL, Retention, RetentionCallback, fit_curvature
+from retain import OutputKL, Retention, RetentionCallback, fit_curvature, load_curvature
 from retain.errors import ConfigError, MismatchError, ModelError, RetainWarning
 from retain.models.lora import attach_lora, grow_lora
+from retain.models.off import adapter_off
 from retain.models.view import ModelView
 from retain.retention.facts import facts
 from retain.training.running import Running
@@ -607,6 +608,38 @@ def test_an_adapter_that_begins_with_a_b_and_no_update_is_the_base(
     assert not any("had learned" in str(w.message) for w in told)
     assert "Held to" not in facts(call.recipe)
     assert facts(call.recipe)["Budget"].endswith("KL divergence to the base")
+
+
+@pytest.mark.parametrize("space", ["weight", "adapter"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_in_the_bases_weights_is_that_of_a_curvature_from_a_file(
+    init: Any, dtype: torch.dtype, space: str, tmp_path: Path
+) -> None:
+    """A training that is resumed in a new process has not seen the adapter as it was made."""
+
+    def made() -> Any:
+        config = LoraConfig(
+            r=2, lora_alpha=3, target_modules=["q_proj", "up_proj"], init_lora_weights=init
+        )
+        return get_peft_model(base("llama", dtype=dtype), config)
+
+    first = made()
+    fit(first, space=space).save(tmp_path / "curvature.safetensors")
+    move(first, 3)
+    model, curvature = made(), load_curvature(tmp_path / "curvature.safetensors")
+    fresh = weights(model)
+    move(model, 3)
+    rows = ModelView(model).read(ROWS["llama"], 4, max_length=16, seed=0, labels=False)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        held = Retention(model, curvature, kl=1.0, source=rows, parts=["force"], progress={})
+    assert not any("had learned" in str(w.message) for w in told)
+    for trained in (first, model):
+        with adapter_off(trained):
+            torch.testing.assert_close(weights(trained), fresh, atol=0.0, rtol=1e-6)
+    held.step(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0))
+    assert held.recipe.outputs is not None and float(held.recipe.outputs.last) > 1e-4
 
 
 def test_the_kl_of_an_adapter_that_has_grown_counts_from_what_it_was() -> None:

@@ -18,7 +18,7 @@ Off is not the model that was there before where
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -46,10 +46,14 @@ __all__ = [
     "start_of",
     "swapped",
     "switched_off",
+    "taken_out",
 ]
 
 Swap = tuple[nn.Parameter, Tensor]
 """A parameter, and what takes its place."""
+
+Pair = tuple[Tensor, Tensor]
+"""B and A of a layer."""
 
 KINDS = {
     "ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA",
@@ -209,7 +213,7 @@ def left_on(model: nn.Module, kept: Collection[int] | None = None) -> tuple[str,
         grown: tuple[str, str] | None = vars(inner).get("retain_left")
         if grown is not None:
             return grown
-        taken = _taken_out(inner)
+        taken = taken_out(inner)
         gone = taken is None and "retain_start" in vars(inner)  # with an adapter that was deleted
         if gone or (taken is not None and len(configs) > 1):
             return (
@@ -262,13 +266,13 @@ def _configs(model: nn.Module) -> list[Any]:
     return list((getattr(unwrap(model), "peft_config", None) or {}).values())
 
 
-def _taken_out(model: nn.Module) -> str | None:
+def taken_out(model: nn.Module) -> str | None:
     """The initialisation that has changed the base's weights; None where none has."""
     given = (str(getattr(c, "init_lora_weights", True)).lower() for c in _configs(model))
     return next((init for init in given if init not in BESIDE), None)
 
 
-def start_of(model: nn.Module) -> list[Swap] | None:
+def start_of(model: nn.Module, anchor: Mapping[str, Pair] | None = None) -> list[Swap] | None:
     """Of an adapter that took its start out of the base's weights, A and B as they began.
 
     With DoRA, also the magnitudes with which they are the base: the norms of its rows.
@@ -279,46 +283,64 @@ def start_of(model: nn.Module) -> list[Swap] | None:
     to it and keeps them in float32, where the first step takes them off its grid. An adapter that
     is itself in half precision is never taken for a start: training might not show in it.
 
+    Args:
+        model: with its adapter.
+        anchor: B and A by layer where a curvature of this model was fitted, which are kept if they
+            have that form.
+
     Returns:
         None for any other model, where the adapter had been trained before it was seen, and where
         another one is active.
     """
     inner: Any = unwrap(model)
     kept: list[Swap] | None = vars(inner).get("retain_start")
-    kind = _taken_out(inner)
+    kind = taken_out(inner)
     if kind is None:
         return None
-    layers: list[Any] = [m for m in inner.modules() if isinstance(m, LoraLayer)]
     sites = [
-        LoraSite("", layer, name, layer.scaling[name])
-        for layer in layers for name in layer.active_adapters if name in layer.lora_A
+        LoraSite(canonical(path), layer, name, layer.scaling[name])
+        for path, layer in inner.named_modules() if isinstance(layer, LoraLayer)
+        for name in layer.active_adapters if name in layer.lora_A
     ]  # fmt: skip
-    own = [p for site in sites for p in (site.a, site.b)]
+    own = [p for site in sites for p in (site.b, site.a)]
     if kept is not None:
         return kept if {id(p) for p, _ in kept} >= {id(p) for p in own} and own else None
     if len(inner.peft_config) != 1 or not sites:
         return None
-    if not all(_as_made(site, kind) for site in sites):
+    found: list[Tensor] = []
+    for site in sites:
+        began = (site.b, site.a) if anchor is None else anchor.get(site.name)
+        pair = began and _as_made(site, began[0].detach(), began[1].detach(), kind)
+        if pair is None:
+            return None
+        found += [value.clone() for value in pair]
+    start = list(zip(own, found, strict=True))
+    with swapped(start):
+        for site in sites:
+            if site.dora:
+                layer: Any = site.layer
+                start.append((layer.lora_magnitude_vector[site.adapter].weight, row_norms(site)))
+    inner.retain_start = start
+    return list(start)
+
+
+def _as_made(site: LoraSite, b: Tensor, a: Tensor, kind: str) -> Pair | None:
+    """B [d_out, r] and A [r, d_in] of a layer where they have the form that they are made in."""
+    layer: Any = site.layer
+    base: torch.dtype = layer.get_base_layer().weight.dtype
+    if a.dtype in _HALF or b.dtype in _HALF or a.shape != site.a.shape:
         return None
-    inner.retain_start = [(p, p.detach().clone()) for p in own] + [
-        (site.layer.lora_magnitude_vector[site.adapter].weight, row_norms(site))
-        for site in sites if site.dora
-    ]  # fmt: skip
-    return list(inner.retain_start)
-
-
-def _as_made(site: LoraSite, kind: str) -> bool:
-    """Whether A [r, d_in] and B [d_out, r] of a layer have the form that they are made in."""
-    a, b, base = site.a.detach(), site.b.detach(), site.layer.get_base_layer().weight.dtype
-    if a.dtype in _HALF or b.dtype in _HALF:
-        return False
     if kind == "olora" and bool(a.tril(-1).any()):
-        return False
-    sides = [b] if kind == "olora" or kind.startswith("corda") else [b, a.T]
-    if all(_orthogonal(side) for side in sides):
-        return True
-    on_grid = base in _HALF and all(torch.equal(t, t.to(base).to(t.dtype)) for t in (a, b))
-    return on_grid and all(_orthogonal(side, base) for side in sides)
+        return None
+    one = kind == "olora" or kind.startswith("corda")
+    if all(map(_orthogonal, [b] if one else [b, a.T])):
+        return b, a
+    if base not in _HALF:
+        return None
+    rounded = b.to(base).to(b.dtype), a.to(base).to(a.dtype)
+    near = (torch.allclose(t, r, rtol=1e-6, atol=0.0) for t, r in zip((b, a), rounded, strict=True))
+    made = all(near) and all(_orthogonal(t, base) for t in ([b] if one else [b, a.T]))
+    return rounded if made else None
 
 
 def _orthogonal(columns: Tensor, rounded: torch.dtype = torch.float32) -> bool:

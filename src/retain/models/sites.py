@@ -393,8 +393,8 @@ def row_norms(site: Any) -> Tensor:
     """``||W + s B A||`` of a LoRA layer's rows, [d_out]."""
     weight = plain_weight(site.layer.get_base_layer())
     weight = weight.T if site.layer.fan_in_fan_out else weight  # GPT-2 keeps W transposed
-    moved: Tensor = weight + site.scaling * (site.b @ site.a).detach()
-    return moved.norm(dim=1)
+    norms: Tensor = (weight + site.scaling * (site.b @ site.a).detach()).norm(dim=1)
+    return norms
 
 
 def base_layers(sites: Sequence[Site]) -> dict[str, nn.Module]:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from retain.errors import warn
 from retain.models.names import canonical, drawn_layers, head_of, unwrap
-from retain.models.off import start_of
-from retain.models.sites import LinearSite
+from retain.models.off import start_of, taken_out
+from retain.models.sites import LinearSite, lora_sites
 from retain.retention.force import Force
 from retain.retention.named import Curvatures, by_name
 
@@ -30,7 +30,7 @@ def tell_begun_from(model: nn.Module, curvature: Curvatures | None, *, told: boo
         each.around_adapter and any(map(_learned, each.anchor.values()))
         for each in by_name(curvature).values()
     )
-    found = learned and start_of(model) is None
+    found = learned and start_of(model) is None and _start_at(model, curvature) is None
     if found and told:
         warn(
             "the adapter had learned before its curvature was fitted: the model is held to "
@@ -38,6 +38,21 @@ def tell_begun_from(model: nn.Module, curvature: Curvatures | None, *, told: boo
             "curvature that was fitted on the plain model holds to the base"
         )
     return found
+
+
+def _start_at(model: nn.Module, curvature: Curvatures | None) -> object:
+    """The start of an adapter that has learned since, where its curvature was fitted fresh."""
+    if taken_out(model) is None:
+        return None
+    first = next(iter(by_name(curvature).values()))
+    first.bind(model)  # it is of this model
+    scales = {site.name: site.scaling for site in lora_sites(model, sharded=True)}
+    whole = first.info.space == "weight"  # where the anchor has the update's own size
+    anchor = {
+        name: (kept[0] / (scales[name] if whole else 1.0), kept[1])
+        for name, kept in first.anchor.items() if len(kept) == 2
+    }  # fmt: skip
+    return start_of(model, anchor)
 
 
 def tell_drawn(model: nn.Module) -> None:
