@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from retain.models import off
 from retain.models.off import KINDS, adapter_off, base_to_sample
 from retain.models.saved import load_adapter, save_adapter
 from retain.models.sites import lora_sites
+from retain.retention.telling import tell_begun_from
 from tiny import ROWS, base, tiny
 
 IDS = torch.tensor([[3, 7, 1, 12, 5]])
@@ -237,6 +239,30 @@ def test_a_start_that_cannot_be_made_again_is_saved_as_plain_lora(
     unseen = moved(taker(kind, wide(size=64)))
     with pytest.warns(RetainWarning, match="will not be this model.*start was not seen"):
         save_adapter(unseen, tmp_path / "unseen", "base")
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora", "lora_ga"])
+def test_such_a_start_that_has_grown(kind: str, tmp_path: Path) -> None:
+    model = taker(kind)
+    whole = answer(model)
+    curvature = fit_curvature(model, TEXT, batch_size=4, progress=False)
+    moved(model)
+    grown = moved(grow_lora(model, 2))
+    off_is(grown, whole, near=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RetainWarning)
+        assert not tell_begun_from(grown, curvature, told=True)
+        saved = save_adapter(grown, tmp_path / "grown", "base")
+    loaded = load_adapter(wide(), saved)
+    torch.testing.assert_close(answer(loaded), answer(grown), atol=1e-4, rtol=1e-3)
+    off_is(loaded, answer(wide()))
+    if kind == "lora_ga":
+        return
+    unseen = moved(taker(kind))
+    unseen.save_pretrained(tmp_path / "peft")
+    for other in (unseen, load_adapter(wide(), tmp_path / "peft")):
+        with pytest.warns(RetainWarning, match="will not be this model"):
+            save_adapter(grow_lora(other, 2), tmp_path / "unseen", "base")
 
 
 def wide_lora() -> Any:

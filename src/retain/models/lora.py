@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from retain.errors import ConfigError, ModelError
 from retain.models.names import drawn_layers, of_head
-from retain.models.off import left_on
+from retain.models.off import Pair, Swap, left_on, start_of
 from retain.models.saved import check_peft
-from retain.models.sites import lora_sites
+from retain.models.sites import LoraSite, lora_sites
 
 __all__ = ["attach_lora", "drawn", "grow_lora", "task_of"]
 
@@ -168,10 +168,14 @@ def grow_lora(
         for layer, module in _trained_whole(model).items()
     }  # unloading puts what was trained in their place
     known, left = vars(model).get("retain_originals"), left_on(model)
+    values = {id(p): value for p, value in start_of(model) or ()}
+    began: dict[str, Pair] = {
+        s.name: (values[id(s.b)], values[id(s.a)]) for s in sites if id(s.a) in values
+    }
     grown = drawn(model.unload(), config, seed, name)
     if known is not None:  # of a base that an adapter has changed, see `retain.models.off`
         grown.retain_originals = known
-    elif left is not None:
+    elif left is not None and (not began or sites[0].rank > config.r):
         grown.retain_left = left  # type: ignore[assignment]
     for layer, module in _trained_whole(grown).items():
         module.original_module.load_state_dict(whole[layer])
@@ -181,7 +185,20 @@ def grow_lora(
             site.lora_a.to(places[site.name], dtype)
             site.lora_b.to(places[site.name], dtype)
             site.a[:kept], site.b[:, :kept] = a.to(site.a), b.to(site.b)
+        if began and "retain_left" not in vars(grown):
+            grown.retain_start = _grown_start(lora_sites(grown), began)  # type: ignore[assignment]
     return grown
+
+
+def _grown_start(sites: Sequence[LoraSite], began: Mapping[str, Pair]) -> list[Swap]:
+    """Where an adapter that began in the base's weights is the base, with rows that are behind."""
+    start: list[Swap] = []
+    for site in sites:
+        b, a = torch.zeros_like(site.b), site.a.detach().clone()
+        for whole, part in ((b.T, began[site.name][0].T), (a, began[site.name][1])):
+            whole[: len(part)] = part.to(whole)
+        start += [(site.b, b), (site.a, a)]
+    return start
 
 
 def _trained_whole(model: PeftModel) -> dict[str, ModulesToSaveWrapper]:

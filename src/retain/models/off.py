@@ -295,7 +295,7 @@ def start_of(model: nn.Module, anchor: Mapping[str, Pair] | None = None) -> list
     inner: Any = unwrap(model)
     kept: list[Swap] | None = vars(inner).get("retain_start")
     kind = taken_out(inner)
-    if kind is None:
+    if kept is None and kind is None:
         return None
     sites = [
         LoraSite(canonical(path), layer, name, layer.scaling[name])
@@ -305,7 +305,7 @@ def start_of(model: nn.Module, anchor: Mapping[str, Pair] | None = None) -> list
     own = [p for site in sites for p in (site.b, site.a)]
     if kept is not None:
         return kept if {id(p) for p, _ in kept} >= {id(p) for p in own} and own else None
-    if len(inner.peft_config) != 1 or not sites:
+    if kind is None or len(inner.peft_config) != 1 or not sites:
         return None
     found: list[Tensor] = []
     for site in sites:

@@ -254,8 +254,9 @@ def save_adapter(
     """Writes a plain PEFT adapter; an older one stays until the new one is whole on the disk.
 
     Of several adapters it is the active one, whatever its name. One that began in the base's
-    weights as PEFT cannot make it again (``pissa_niter_4``, ``corda``, ``lora_ga``) is written as
-    plain LoRA of twice its rank, ``B A - B_0 A_0``, where its start was seen. A classifier's comes
+    weights as PEFT cannot make it again (``pissa_niter_4``, ``corda``, ``lora_ga``, and any that
+    has grown) is written as plain LoRA of twice its rank, ``B A - B_0 A_0``, where its start was
+    seen. A classifier's comes
     with its head, and with the configuration that names its classes. Beside it is a model card with
     PEFT's front matter and a section of ours, which alone is written anew in a card that is there.
     Other files in the folder stay, and so do modes. A kill just while the files of an adapter with
@@ -309,21 +310,22 @@ def _as_plain(model: PeftModel, name: str, weights: Path) -> dict[str, Any]:
     Returns:
         What is other in its configuration; nothing of an adapter that may stay as it is.
     """
-    config: Any = model.peft_config[name]
-    if not _is_drawn(getattr(config, "init_lora_weights", True)):
-        return {}
     import torch
     from safetensors.torch import load_file, save_file
 
-    from retain.models.off import start_of
+    from retain.models.off import BESIDE, start_of
 
-    start = start_of(model)
+    config: Any = model.peft_config[name]
+    init, start = str(getattr(config, "init_lora_weights", True)).lower(), start_of(model)
+    grown = init in BESIDE and (start is not None or _on_another(model))
+    if not (grown or _is_drawn(init)):
+        return {}
     if start is None or config.use_dora:
         why = "its start was not seen before training" if start is None else "it has use_dora"
         warn(
-            f"the adapter is saved as it is, and will not be this model when it is loaded: PEFT "
-            f"makes init_lora_weights={config.init_lora_weights!r} otherwise then, and it cannot "
-            f"be written as plain LoRA, for {why}"
+            "the adapter is saved as it is, and will not be this model when it is loaded: it began "
+            "in the base's weights, as PEFT does not make it again, and it cannot be written as "
+            f"plain LoRA, for {why}"
         )
         return {}
     began = {id(p): value for p, value in start}
@@ -341,6 +343,15 @@ def _as_plain(model: PeftModel, name: str, weights: Path) -> dict[str, Any]:
         "alpha_pattern": {key: more * a for key, a in (config.alpha_pattern or {}).items()},
         "corda_config": None, "lora_ga_config": None,
     }  # fmt: skip
+
+
+def _on_another(model: PeftModel) -> bool:
+    """Whether an adapter that has grown is on weights that an earlier start has changed."""
+    left: tuple[str, str] = vars(model).get("retain_left") or ("", "")
+    known = {id(p) for p, _ in vars(model).get("retain_originals") or ()}
+    layers: list[Any] = [m for m in model.modules() if getattr(m, "lora_A", None)]
+    changed = any(id(getattr(m.get_base_layer(), "weight", None)) in known for m in layers)
+    return changed or left[0].startswith("init_lora_weights")
 
 
 def _write_card(card: Path, old: Path, base: str, facts: Mapping[str, str]) -> None:
