@@ -70,11 +70,43 @@ def test_dpo_is_filtered_and_held(tiny_folder: Path, tmp_path: Path) -> None:
     trainer.train()
     assert callback.why_no_filter is None
     assert predicted(trainer) > 0
-    loader = trainer.get_train_dataloader()
-    tokens = [e.tokens for e in loader_examples(loader, 16, 0, causal=True)]
-    assert len(tokens) == 16  # both answers of all rows, each by itself
+    read = loader_examples(trainer.get_train_dataloader(), 16, 0, causal=True)
+    assert len(read) == 16  # both answers of all rows, each by itself
     say = trainer.processing_class("say").input_ids
-    assert all(list(row[: len(say)]) == say for row in tokens)
+    assert all(list(row.tokens[: len(say)]) == say for row in read)
+    ids = {row["prompt"]: trainer.processing_class(row["prompt"]).input_ids for row in rows}
+    for row in read:
+        (prompt,) = [p for p in ids.values() if list(row.tokens[: len(p)]) == p]
+        assert list(row.predict) == [at + 1 >= len(prompt) for at in range(len(row.predict))]
+
+
+@pytest.mark.parametrize("name", ["KTO", "TPO"])
+def test_a_mask_of_the_answer_tells_what_predicts(
+    name: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Where the batches have no labels."""
+    if name == "KTO":
+        config, kind = of_trl("KTOConfig", "KTOTrainer")
+        answers: dict[str, Any] = {"completion": " ok"}
+    else:
+        found = pytest.importorskip("trl.experimental.tpo")
+        config, kind = found.TPOConfig, found.TPOTrainer
+        answers = {"chosen": " ok", "rejected": " no", "reference": " yes"}
+    rows = [
+        {"prompt": f"say a rather long prompt {i}", **answers}
+        | ({"label": i % 2 == 0} if name == "KTO" else {})
+        for i in range(4)
+    ]
+    trainer = kind(**common(tiny_folder, tmp_path, rows, config))
+    if "completion_mask" not in next(iter(trainer.get_train_dataloader())):
+        pytest.skip("this TRL writes these rows in another way")
+    callback = held(trainer)
+    trainer.train()
+    assert callback.why_no_filter is None
+    read = loader_examples(trainer.get_train_dataloader(), 12, 0, causal=True)
+    assert len(read) == len(rows) * len(answers)
+    prompt = min(len(trainer.processing_class(row["prompt"]).input_ids) for row in rows)
+    assert all(any(row.predict) and not any(row.predict[: prompt - 1]) for row in read)
 
 
 @pytest.mark.parametrize("name", ["ORPO", "CPO"])

@@ -113,6 +113,7 @@ def _rows(batch: Any, causal: bool) -> list[list[Example]]:
     inputs = batch if ours is None else ours.inputs
     ids = torch.atleast_2d(inputs["input_ids"])
     mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+    answer = inputs.get("completion_mask")  # of TRL's DPO, KTO and TPO, in place of labels
     pairs = _pairs(mask, ids)
     if pairs is not None:
         mask = pairs.diagonal(dim1=1, dim2=2)
@@ -123,6 +124,8 @@ def _rows(batch: Any, causal: bool) -> list[list[Example]]:
         counts = ours.predict
     elif labels is not None and causal:
         counts = labels != -100
+    elif answer is not None and causal and answer.numel() == ids.numel():
+        counts = answer
     types = inputs.get("token_type_ids")
     if types is None or types.numel() != ids.numel():
         types = torch.zeros_like(ids)
