@@ -13,6 +13,7 @@ import pytest
 import test_callback
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import HPSearchBackend
 
 from retain import Filter, OutputKL, RetentionCallback, fit_curvature
 from retain.errors import RetainWarning, TrainingError
@@ -206,3 +207,39 @@ def test_only_the_model_saved_goes_on_too(tmp_path: Path) -> None:
     again, call = held()
     trainer(tmp_path / "o", again, [call]).train(resume_from_checkpoint=str(place))
     assert call.why_no_filter is None and call.recipe.filter is not None
+
+
+class Trial(dict[str, Any]):
+    """Of Optuna, as far as a trainer looks at it."""
+
+    number, params = 1, {}
+
+
+def test_a_search_writes_into_its_own_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.hp_params", dict)
+    model, call = held(update="proximal")
+    trainer(tmp_path, model, [call]).train()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    model, call = held(update="proximal", strength=3.0)
+    run = trainer(tmp_path, model, [call])
+    run.hp_search_backend, run.hp_name = HPSearchBackend.OPTUNA, None
+    run.hp_space = lambda trial: trial.params
+    run.train(trial=Trial())
+    assert {path: path.read_bytes() for path in before} == before
+    place = tmp_path / "run-1" / f"checkpoint-{HALF}"
+    assert "- Strength: 3\n" in (place / "README.md").read_text()
+    assert (place / "filtered.safetensors").is_file()
+
+
+def test_what_is_kept_of_another_a_is_said(tmp_path: Path) -> None:
+    """As where another run's files were copied into the checkpoint."""
+    for name, strength in (("one", 100.0), ("other", 3.0)):
+        model, call = held(update="proximal", strength=strength)
+        trainer(tmp_path / name, model, [call]).train()
+    place, kept = tmp_path / "one" / f"checkpoint-{HALF}", "filtered.safetensors"
+    shutil.copy(tmp_path / "other" / place.name / kept, place / kept)
+    model, call = held(update="proximal")
+    with pytest.warns(RetainWarning, match="of 14 layers, or is of another A or shape"):
+        trainer(tmp_path / "o", model, [call]).train(resume_from_checkpoint=str(place))

@@ -176,7 +176,7 @@ class InputFilter:
                 own is taken.
 
         Returns:
-            Of how many layers it has nothing, or what is of another shape.
+            Of how many layers it has nothing, or what is of another shape or belongs to another A.
         """
         lost = 0
         for group, mine in zip(self.groups, self._kept, strict=True):
@@ -189,7 +189,9 @@ class InputFilter:
                 else:
                     found = found.to(rows)
                     now = state.get(f"{site.name}{NOW}", found)  # before 0.2 it rounded to A
-                    rows.copy_(found.where(now.to(a) == a, rows))
+                    same = now.to(a) == a
+                    lost += not bool(same.all())
+                    rows.copy_(found.where(same, rows))
         share(self._kept)
         return lost
 

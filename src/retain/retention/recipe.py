@@ -228,8 +228,8 @@ class Recipe(Acting):
                 if lost and progress.get("kept"):
                     warn(
                         f"what the checkpoint kept beside a filtered A is not there for {lost} of "
-                        f"{len(self.sites)} layers, or has other shapes: there the training goes "
-                        "on from A itself, and so otherwise than the one that was stopped"
+                        f"{len(self.sites)} layers, or is of another A or shape: there the "
+                        "training goes on from A itself, and so otherwise than the stopped one"
                     )
         except BaseException:  # nothing is left half held
             release_left(model, resuming=progress is not None)

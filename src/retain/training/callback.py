@@ -45,7 +45,7 @@ from retain.training.logged import last_line, step_line
 from retain.training.probes import Sources, is_auto, is_elsewhere, kl_rows, probe_of
 from retain.training.reading import check_loader
 from retain.training.renamed import parts_of
-from retain.training.running import Running, calling_handler, resumed_from
+from retain.training.running import Running, calling_handler, resumed_from, saved_in
 from retain.training.zero import ZeroStep, zero_of
 from retain.types import STRENGTH, Update
 
@@ -372,7 +372,7 @@ class RetentionCallback(TrainerCallback):
             kept = self.recipe.kept()
         if not args.should_save:
             return
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        folder = saved_in(args) / f"checkpoint-{state.global_step}"
         if kept:
             keep_tensors(folder, kept)
         self._card.written(folder, args, state)
@@ -394,7 +394,7 @@ class RetentionCallback(TrainerCallback):
                 "as predicted: evaluate and save it anew, for its checkpoints are above the budget"
             )
         if args.should_save:
-            self._card.written(Path(str(args.output_dir)), args, state, ended=True)
+            self._card.written(saved_in(args), args, state, ended=True)
 
     def on_log(
         self,

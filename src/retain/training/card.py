@@ -57,7 +57,7 @@ class Card:
         """A trainer has written a folder; a card that cannot be is no reason to fail for it.
 
         Args:
-            folder: its checkpoint, or the output folder when training has ended.
+            folder: its checkpoint, or the folder of all of them when training has ended.
             args: of the trainer.
             state: of the trainer, at this step.
             ended: whether training has.

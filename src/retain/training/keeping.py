@@ -44,7 +44,7 @@ def keep_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OutputError: the disk is full, or the folder cannot be written.
     """
-    if tensors and not folder.is_dir():  # such as in a hyper-parameter search, which has its own
+    if tensors and not folder.is_dir():  # of a trainer that saves at a place of its own
         warnings.warn(
             f"the checkpoint is not in {folder.parent}: what is kept beside a filtered A (bits that"
             " bfloat16 cannot hold, or what it was before a proximal step) is not written, so a"

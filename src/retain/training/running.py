@@ -9,10 +9,10 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-__all__ = ["Running", "calling_handler", "resumed_from"]
+__all__ = ["Running", "calling_handler", "resumed_from", "saved_in"]
 
 
 _LOOPS = ("_inner_training_loop", "train")
@@ -80,6 +80,18 @@ def resumed_from() -> Path | None:
     frame = _loop_frame()
     found = None if frame is None else frame.f_locals.get("resume_from_checkpoint")
     return Path(found) if isinstance(found, str | os.PathLike) else None
+
+
+def saved_in(args: TrainingArguments) -> Path:
+    """The folder of the checkpoints of the trainer which is calling a callback now.
+
+    It is ``output_dir``, or, of a trial of a hyperparameter search, that trial's own in it.
+    """
+    frame = _loop_frame()
+    named = None if frame is None else getattr(_self_of(frame), "_get_output_dir", None)
+    if frame is None or named is None:
+        return Path(str(args.output_dir))
+    return Path(named(frame.f_locals.get("trial")))
 
 
 def _handler_frame() -> FrameType | None:
