@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -503,6 +504,48 @@ def test_smaller_batches_go_on_as_they_were_held(
     assert call.force is not None and call.force.budget is not None
     assert call.force.budget.steps == 5  # one before, four after
     assert not any(site.a._backward_hooks for site in lora_sites(model))
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("broken", ["memory", "by hand"])
+def test_smaller_batches_of_a_resumed_training_go_on_too(
+    broken: str, attached: bool, tmp_path: Path
+) -> None:
+    """Out of memory it goes on from the weights as they are; a new call reads the checkpoint's."""
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    options |= {"auto_find_batch_size": True}
+
+    def held(model: Any) -> RetentionCallback:
+        return RetentionCallback(
+            fit(model), budget=1e-5, update="proximal", source=ROWS["llama"], parts=NAMED
+        )
+
+    want, model = tiny("llama"), tiny("llama")
+    trainer(want, tmp_path, [held(want)], **options).train()
+    call, place = held(model), str(tmp_path / "checkpoint-2")
+    run = trainer(model, tmp_path / "o", [] if attached else [call], **options)
+    if attached:
+        call.attach(run)
+    step, seen = run.training_step, []
+
+    def full(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if run.state.global_step == 4 and not seen:
+            seen.append(([k.clone() for k in call.recipe.filter.kept], call.recipe.progress()))
+            raise RuntimeError("CUDA out of memory.") if broken == "memory" else KeyboardInterrupt
+        if run.state.global_step == 2 and len(seen) == 1:
+            seen.append((call.recipe.filter.kept, call.recipe.progress()))
+        return step(model, inputs, *args, **kwargs)
+
+    run.training_step = full  # type: ignore[method-assign]
+    with nullcontext() if broken == "memory" else pytest.raises(KeyboardInterrupt):
+        run.train(resume_from_checkpoint=place)
+    if broken == "memory":
+        (before, then), (after, now) = seen
+        exactly(dict(enumerate(after)), dict(enumerate(before)))
+        assert now == then and now["steps"] == 4
+    else:
+        run.train(resume_from_checkpoint=place)
+        exactly(weights(model), weights(want))
 
 
 def test_a_callback_may_train_twice(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
@@ -45,7 +46,7 @@ from retain.training.logged import last_line, step_line
 from retain.training.probes import Sources, is_auto, is_elsewhere, kl_rows, probe_of
 from retain.training.reading import check_loader
 from retain.training.renamed import parts_of
-from retain.training.running import Running, calling_handler, resumed_from, saved_in
+from retain.training.running import Running, calling_handler, resumed_from, saved_in, train_call
 from retain.training.zero import ZeroStep, zero_of
 from retain.types import STRENGTH, Update
 
@@ -172,6 +173,7 @@ class RetentionCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         self.recipe, self.source, self.tokenizer = recipe, source, tokenizer
         self._handler: CallbackHandler | None = None  # while a trainer it is attached to trains
+        self._call: weakref.ref[Any] | None = None  # of the trainer's `train` that goes on
         self._zero: ZeroStep | None = None
         self._settings: dict[str, Any] = {}
         self._nats: float | None = None
@@ -283,11 +285,16 @@ class RetentionCallback(TrainerCallback):
             return loader_examples(loader, count, seed, view.causal)
 
         zero = zero_of(kwargs.get("optimizer"))
-        kept = kept_in(state, needed) if resuming else None
-        tensors = kept_tensors(resumed_from()) if resuming else None
-        if args.auto_find_batch_size and not resuming and recipe.is_on(model):
+        kept: dict[str, Any] | None = None
+        tensors: dict[str, Tensor] | None = None
+        call = train_call()
+        same = self._call is not None and self._call() is call is not None
+        if args.auto_find_batch_size and (same or not resuming) and recipe.is_on(model):
             # It begins once more, with smaller batches and what the model has learned.
             kept, tensors = recipe.progress(), recipe.kept()
+        elif resuming:
+            kept, tensors = kept_in(state, needed), kept_tensors(resumed_from())
+        self._call = None if call is None else weakref.ref(call)
         self._settings = settings_of(recipe)
         then = (kept or {}).get("held")
         if isinstance(then, dict) and (other := changed(then, self._settings)):
@@ -384,6 +391,7 @@ class RetentionCallback(TrainerCallback):
         with self._whole():
             self.recipe.end()
         self._let_go()
+        self._call = None
         left = self.recipe.predicted()
         last = state.log_history[-1] if state.log_history else {}
         if "train_loss" in last:  # it was written before the end

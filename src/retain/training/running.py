@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-__all__ = ["Running", "calling_handler", "resumed_from", "saved_in"]
+__all__ = ["Running", "calling_handler", "resumed_from", "saved_in", "train_call"]
 
 
 _LOOPS = ("_inner_training_loop", "train")
@@ -80,6 +80,21 @@ def resumed_from() -> Path | None:
     frame = _loop_frame()
     found = None if frame is None else frame.f_locals.get("resume_from_checkpoint")
     return Path(found) if isinstance(found, str | os.PathLike) else None
+
+
+def train_call() -> Any:
+    """What stands for the call of ``train()`` which is calling a callback now: it is one object as
+    often as that call tries again with smaller batches, and another in the next call.
+
+    None where it is not known, and where each attempt loads a checkpoint's weights anew.
+    """
+    frame = _loop_frame()
+    trainer = None if frame is None else _self_of(frame)
+    if any(getattr(trainer, f"is_{kind}_enabled", False) for kind in ("deepspeed", "fsdp")):
+        return None
+    while frame is not None and (frame.f_code.co_name != "train" or _self_of(frame) is not trainer):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("inner_training_loop")
 
 
 def saved_in(args: TrainingArguments) -> Path:
