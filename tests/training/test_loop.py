@@ -158,6 +158,29 @@ def test_a_resumed_run_is_the_uninterrupted_one(space: str, update: str, tmp_pat
     exactly(got, want)
 
 
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"max_steps": -1, "epochs": 1.5}], ids=str)
+def test_a_run_that_goes_on_from_its_last_step_does_no_other(
+    length: dict[str, float], update: str, tmp_path: Path
+) -> None:
+    """Though that is amid an epoch, of two steps."""
+
+    def start() -> tuple[nn.Module, dict[str, Any]]:
+        model = tiny("llama", dtype=torch.float32)
+        return model, {"curvature": fit(model, "llama"), "update": update, **length}
+
+    options = {"schedule": "constant", "save_steps": 1, "out": tmp_path / "out"}
+    model, held = start()
+    want, _ = go(model, "llama", **held, **options)
+    for _ in range(2):
+        model, held = start()
+        got, result = go(model, "llama", resume=True, **held, **options)
+        assert (result.steps, result.history) == (3, [])
+        exactly(got, want)
+    kept = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert kept == ["checkpoint-2", "checkpoint-3"]
+
+
 def test_a_run_without_out_writes_nothing() -> None:
     go(tiny("llama"), "llama", max_steps=1)
     assert list(Path.cwd().iterdir()) == []

@@ -86,6 +86,17 @@ class RowTrainer(Trainer):
         extra, self.extra = self.extra, 0.0
         return extra
 
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Nothing once all steps are done, as where a training goes on from its last checkpoint.
+
+        The trainer looks whether they are only after a step.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         count = sum(len(b["batch"].targets) for b in batch_samples)
         if self.args.world_size == 1:
