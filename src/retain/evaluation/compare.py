@@ -36,8 +36,12 @@ def measured(values: Values, sizes: Values | None = None, *, seed: int = 0) -> d
 def difference(
     ours: Values, theirs: Values, sizes: Values | None = None, *, seed: int = 0
 ) -> dict[str, Any]:
-    """Ours less theirs of the same items, as `measured`; of shares of hits Newcombe's interval."""
-    found = measured([a - b for a, b in zip(ours, theirs, strict=True)], sizes, seed=seed)
+    """Ours less theirs of the same items, as `measured`; of shares of hits Newcombe's interval.
+
+    What is 0 or 1 item by item is no share for that: so are the differences of one model to itself.
+    """
+    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+    found = measured(gaps, sizes or [1] * len(gaps), seed=seed)
     if found["n"] and sizes is None and set(ours) | set(theirs) <= {0, 1}:
         pair = paired_shares([bool(v) for v in ours], [bool(v) for v in theirs])
         found["interval"] = list(pair)
