@@ -298,6 +298,30 @@ def test_a_source_that_was_rewritten_is_told(
     assert [told(run / "train.json")["notes"].count(said) for run in (two, three)] == [0, 1]
 
 
+def test_a_source_may_have_moved(model: Path, source: Path, june: Run, tmp_path: Path) -> None:
+    """Once nothing is at its place; that it has other text now is told."""
+    text, there = Path(shutil.copy(source, tmp_path / source.name)), tmp_path / "there.jsonl"
+    argv = ("--model", model, "--source", text, "--rank", 2, "--keep-state", "--budget", BUDGET)
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    june(*argv, "--max-steps", 2, "--save-steps", 1, "-o", one).done()
+    want, moved = weights(one), ("--source", there)
+    shutil.copy(text, there)
+    june("--continue-from", one, *moved, "-o", two).refused("has a curvature of its own")
+    june("--resume", "-o", one, *moved).refused("another source")
+    text.unlink()
+    june("--continue-from", one, "-o", two).refused("no such source")
+    june("--continue-from", one, *moved, "-o", two).done()
+    shutil.rmtree(one / "checkpoints" / "checkpoint-2")
+    june("--resume", "-o", one, *moved).done()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in weights(one).items())
+    there.write_text("".join(reversed(there.read_text().splitlines(keepends=True))))
+    june("--continue-from", one, "-o", three).done()
+    for run, told_of in ((one, 0), (two, 0), (three, 1)):
+        notes = " ".join(told(run / "train.json")["notes"])
+        assert notes.count("measured on other text than") == told_of
+        assert told(run / "run.json")["source"] == str(there)
+
+
 def test_a_state_goes_with_its_adapter(months: list[Path], june: Run, tmp_path: Path) -> None:
     run = Path(shutil.copytree(months[0], tmp_path / "run"))
     for name in ("adapter_model.safetensors", "adapter_config.json"):

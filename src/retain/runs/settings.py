@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
@@ -112,6 +113,7 @@ def _resumed(config: Mapping[str, Any] | str | Path | None, given: Mapping[str, 
     was, new = (flat(_with_sources(one).model_dump()) for one in (before, now))
     for key in sorted(was.keys() - _FREE):
         moved = key in _PLACES and None not in (was[key], new[key])
+        moved = moved or (key == "source" and _same_sources(before, now))
         if was[key] != new[key] and not moved:
             raise ConfigError(
                 f"the run to resume has another {key}",
@@ -127,7 +129,7 @@ def _continued(given: dict[str, Any], folder: str) -> RunConfig:
 
     How it was held (`HELD`) goes on too, unless something else is given: a strength and a budget
     take each other's place. The model may lie elsewhere now; that it is the same is told by its
-    fingerprint.
+    fingerprint. So may a source that is not at its place any more.
     """
     before = previous_run(folder).settings
     mine = {"dtype": before.dtype, **flat({"adapter": before.adapter.model_dump()})}
@@ -151,22 +153,52 @@ def _continued(given: dict[str, Any], folder: str) -> RunConfig:
         del held["budget"], held["confidence"]
     elif (given.get("budget") or before.budget) is not None:
         del held["strength"]
-    # Where none was told, a budget or a KL may be measured on one that is given now.
-    measures = any(given.get(name) or held.get(name) for name in ("budget", "kl"))
-    may = measures and before.source is None and not names_of(before.budget)
-    for name in ("curvature",) if may else ("curvature", "source"):
-        if given.get(name) is not None:
-            raise ConfigError(
-                "the run to continue from has a curvature of its own",
-                got=f"{name} {given[name]}",
-                allowed="none",
-                fix=f"leave {name} out",
-            )
+    if given.get("curvature") is not None:
+        raise _of_its_own("curvature", given)
     held |= {"model": before.model, "num_labels": before.num_labels}
     said = {name: value for name, value in given.items() if value is not None}
     found = read_config("", held | said | mine | {"keep_state": True}, RunConfig)
+    # Where none was told, a budget or a KL may be measured on one that is given now.
+    measures = any(given.get(name) or held.get(name) for name in ("budget", "kl"))
+    new = before.source is None and not names_of(before.budget)
+    may = measures and (new or _same_sources(before, found))
+    if given.get("source") is not None and not may:
+        raise _of_its_own("source", given)
     check_same_names(before, found)
     return found
+
+
+def _of_its_own(name: str, given: Mapping[str, Any]) -> ConfigError:
+    return ConfigError(
+        "the run to continue from has a curvature of its own",
+        got=f"{name} {given[name]}",
+        allowed="none",
+        fix=f"leave {name} out",
+    )
+
+
+def _same_sources(before: RunConfig, now: RunConfig) -> bool:
+    """Whether the sources are those of a run before, or lie elsewhere now.
+
+    That is where nothing is at their place any more. What is measured on other text than it was is
+    told of later (`Recipe.other_texts`), as of a file that was rewritten.
+    """
+    old, new = (_sources(_with_sources(one)) for one in (before, now))
+    return old.keys() == new.keys() and all(
+        text == new[name] or (new[name] != OWN and _is_gone(text)) for name, text in old.items()
+    )
+
+
+def _is_gone(text: str) -> bool:
+    """Whether nothing is at a source's absolute path, as `placed` gives it."""
+    path = Path(text)
+    return path.is_absolute() and not path.exists() and not glob.glob(text, recursive=True)
+
+
+def _sources(config: RunConfig) -> dict[str, str]:
+    """Texts of sources by name; of one without names under ``""``."""
+    source = {} if config.source is None else config.source
+    return {"": source} if isinstance(source, str) else dict(source)
 
 
 def placed(config: RunConfig) -> RunConfig:
@@ -197,8 +229,7 @@ def _with_sources(config: RunConfig) -> RunConfig:
     """The settings with absolute paths of sources, which later months read too."""
     if config.source is None:
         return config
-    texts = config.source if isinstance(config.source, Mapping) else {"": config.source}
-    found = {name: text if text == OWN else _place(text) for name, text in texts.items()}
+    found = {n: text if text == OWN else _place(text) for n, text in _sources(config).items()}
     return config.model_copy(update={"source": found.get("", found)})
 
 
