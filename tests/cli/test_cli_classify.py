@@ -223,6 +223,22 @@ def test_a_cut_classifier_is_not_for_eval(train: Run, retain: Run, tmp_path: Pat
     assert said.endswith("next: load it as docs/classifiers.md says\n")
 
 
+def test_a_classifier_is_cut_without_its_state_and_that_is_said(
+    train: Run, retain: Run, source: Path, tmp_path: Path
+) -> None:
+    rows, run = write(tmp_path / "r.jsonl", LABELS["whole"][0]), tmp_path / "run"
+    train(rows, "--source", source, "--keep-state", "--max-steps", 2, "-q").done()
+    plain, kept = tmp_path / "plain", tmp_path / "kept"
+    argv = ("--rank", 1, "--json", "--out")
+    notes = retain("compact", run / "adapter", *argv, plain).json["notes"]
+    found = retain("compact", run, *argv, kept).json
+    said = "a classifier's state is not used: each layer's shortest part is cut"
+    assert (found["notes"], found["curvature"]) == ([said, *notes], [])
+    assert said not in notes and told(kept / "compact.json")["notes"] == found["notes"]
+    files = [p / "adapter" / "adapter_model.safetensors" for p in (plain, kept)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_resuming_ends_at_the_same_bytes(train: Run, retain: Run, tmp_path: Path) -> None:
     rows, one, two = write(tmp_path / "r.jsonl", LABELS["names"][0]), tmp_path / "a", tmp_path / "b"
     for out in (one, two):

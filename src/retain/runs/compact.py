@@ -30,7 +30,7 @@ class CompactConfig(Measured):
 
     adapter: Path = Field(
         description="Folder of a PEFT adapter; or of a run of retain train, whose state/ then says "
-        "what to keep"
+        "what to keep (of a language model)"
     )
     rank: int = Field(16, ge=1, description="Rank to end at")
     out: Path = Field(description="Folder of the results")
@@ -96,6 +96,9 @@ def compact_run(config: CompactConfig, messages: Messages) -> dict[str, Any]:
     c = config
     folder, run = _adapter(c.adapter.expanduser())
     out = place_for(c, folder)
+    if run is not None and run.labels is not None:  # its base has another head each time
+        messages.note("a classifier's state is not used: each layer's shortest part is cut")
+        run = None
     messages.libraries()
     from retain.curvature.merge import square
     from retain.models.cards import extend_card, or_warned, section
@@ -170,8 +173,7 @@ def _adapter(folder: Path) -> tuple[Path, Previous | None]:
         return folder, None
     if not (folder / "state").is_dir():
         return inner, None
-    run = previous_run(folder)
-    return inner, run if run.labels is None else None
+    return inner, previous_run(folder)
 
 
 class _Base:
