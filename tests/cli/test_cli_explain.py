@@ -36,6 +36,18 @@ def test_a_finished_run_is_explained(
     assert max(row["row"] for row in some["rows"]) > 4  # numbers among all rows
 
 
+def test_its_file_may_lie_at_home(
+    retain: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for _ in range(2):  # and is replaced there
+        retain("explain", trained, "--rows", 2, "--out=~/dearest.json").done()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert len(told(tmp_path / "home" / "dearest.json")["rows"]) == 2
+
+
 @pytest.mark.parametrize("limit", [None, 4])
 def test_rows_are_named_by_their_place_in_the_file(
     retain: Run, curvature: Path, model: Path, tmp_path: Path, limit: int | None

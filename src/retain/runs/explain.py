@@ -47,11 +47,11 @@ def explain_run(config: ExplainConfig, messages: Messages) -> dict[str, Any]:
         RetainError: what is missing or has changed, or what `retain.explain` refuses.
         Interrupted: Ctrl-C.
     """
-    folder = config.run.expanduser()
+    folder, out = config.run.expanduser(), config.out and config.out.expanduser()
     record = _record(folder)
     curvature_file = _curvature(folder, record)
-    if config.out is not None:
-        check_record(config.out, "an explanation", SCHEMA)
+    if out is not None:
+        check_record(out, "an explanation", SCHEMA)
     messages.libraries()
     from retain.curvature.curvature import load_curvature
     from retain.data.draws import sample
@@ -77,8 +77,8 @@ def explain_run(config: ExplainConfig, messages: Messages) -> dict[str, Any]:
         "model": {"name": name, "fingerprint": record.model.fingerprint}, "data": c.data,
         "examples": len(examples), "notes": messages.notes, **found,
     }))  # fmt: skip
-    if config.out is not None:
-        write_record(config.out, result)
+    if out is not None:
+        write_record(out, result)
     return result
 
 
