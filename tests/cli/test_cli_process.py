@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -44,6 +45,31 @@ def test_a_pipe_that_nobody_reads() -> None:
     os.close(write)
     assert done.returncode == 1
     assert done.stderr == b""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_stdout_cannot_write_ends_no_command(encoding: str, as_json: bool) -> None:
+    """Text has a ? in its place, JSON an escape."""
+    probe = (
+        "import sys; from retain.cli import app; from retain.cli.options import Screen\n"
+        "def arrow():\n"
+        f"    screen = Screen({as_json}, False)\n"
+        "    screen.table('kept', ['', 'right'], [['caf\\xe9', '0\\u21920']])\n"
+        "    screen.emit({'caf\\xe9': '0\\u21920'})\n"
+        "app.app.command('arrow')(arrow)\n"
+        "sys.exit(app.main(['arrow']))"
+    )
+    env = QUIET | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, env=env)
+    out = done.stdout.decode(encoding)
+    assert (done.returncode, done.stderr) == (0, b"")
+    if as_json:
+        assert json.loads(out) == {"caf\xe9": "0\u21920"}
+        assert out.isascii() == (encoding == "ascii")
+    else:
+        words = ("caf?", "0?0") if encoding == "ascii" else ("caf\xe9", "0\u21920")
+        assert all(word in out for word in words)
 
 
 def test_an_error_is_one_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -28,6 +29,7 @@ from retain.cli import (
     train,
 )
 from retain.cli import eval as evaluation
+from retain.cli.options import has_all
 from retain.compat import usage_error
 from retain.errors import (
     ConfigError,
@@ -129,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     # bitsandbytes, where it is installed, says at its import which kernels of a hub it lacks.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _print_anything()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -152,6 +155,17 @@ def main(argv: list[str] | None = None) -> int:
         return known.exit_code
     finally:
         _let_go()
+
+
+def _print_anything() -> None:
+    """From now on stdout has a ``?`` for what its encoding lacks, as ASCII does an arrow.
+
+    Else it would end in an error, whose exit code says something else of ``retain certify``.
+    stderr escapes such characters by itself.
+    """
+    out = sys.stdout
+    if isinstance(out, io.TextIOWrapper) and (out.errors == "strict" or not has_all(out)):
+        out.reconfigure(errors="replace")
 
 
 def _let_go() -> None:

@@ -10,7 +10,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TextIO, TypeVar, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -22,8 +22,8 @@ from retain.files import check_folder, first_rank
 from retain.runs.messages import Messages
 
 __all__ = [
-    "COMMON", "Screen", "check_choices", "check_file", "command", "name_list", "option", "quieten",
-    "signed",
+    "COMMON", "Screen", "check_choices", "check_file", "command", "has_all", "name_list", "option",
+    "quieten", "signed",
 ]  # fmt: skip
 
 _SHORT = {"out": "-o", "output": "-o", "config": "-c"}
@@ -171,7 +171,13 @@ class Screen(Messages):
         if self.as_json:
             from retain.records import finite
 
-            print(json.dumps(finite(value), ensure_ascii=False, allow_nan=False), flush=True)
+            escape = not has_all(sys.stdout)
+            print(json.dumps(finite(value), ensure_ascii=escape, allow_nan=False), flush=True)
+
+
+def has_all(stream: TextIO) -> bool:
+    """Whether a stream's encoding has all characters."""
+    return (stream.encoding or "utf-8").lower().startswith("utf")
 
 
 def _widths(columns: Sequence[Sequence[str]], room: int | None) -> list[int]:
