@@ -235,6 +235,14 @@ class TestRefusals:
     def test_another_model(self, refuse: Any, other_model: Path) -> None:
         refuse("--model", other_model).refused("another base model", "fingerprint")
 
+    def test_another_model_and_its_curvature(
+        self, refuse: Any, retain: Any, other_model: Path, source: Path, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "other.safetensors"
+        assert retain("fit", other_model, source, "-q", "-o", path).code == 0
+        argv = ("--model", other_model, "--curvature", path)
+        refuse(*argv).refused("the adapter was trained on another base model")
+
     def test_curvatures(
         self, refuse: Any, retain: Any, model: Path, source: Path, trained: Path, tmp_path: Path
     ) -> None:

@@ -13,11 +13,13 @@ from retain.config import Measured
 from retain.files import file_digest, locked, whole_file
 from retain.records import finite
 from retain.retention.bounds import check_budget
-from retain.runs.bases import Base, base_of, load_base
+from retain.runs.bases import Base, base_of
 from retain.runs.folders import SOFTEN_PICTURES, check_made, recorded
 from retain.runs.messages import Messages, interruption
 from retain.runs.settings import placed_model
-from retain.runs.tuned import check_finite, name_of, place_for, source_rows, text_rows
+from retain.runs.tuned import (
+    check_finite, load_tuned, name_of, place_for, source_rows, text_rows,
+)  # fmt: skip
 
 __all__ = ["SoftenConfig", "soften_run"]
 
@@ -78,7 +80,7 @@ def soften_run(config: SoftenConfig, pictures: Pictures, messages: Messages) -> 
     messages.libraries()
     from retain.curvature.curvature import load_curvature
     from retain.models.fingerprint import fingerprint
-    from retain.models.saved import adapter_digest, load_adapter, save_adapter
+    from retain.models.saved import adapter_digest, save_adapter
     from retain.models.sites import lora_sites
     from retain.provenance import provenance
     from retain.retention.soften.adapter import soften
@@ -91,11 +93,7 @@ def soften_run(config: SoftenConfig, pictures: Pictures, messages: Messages) -> 
             far = load_curvature(c.curvature)
             near = None if target is None else load_curvature(target)
             messages.say(f"loading {name}")
-            base, tokenizer, _ = load_base(
-                name, None if c.model else "the adapter", dtype=c.dtype,
-                trust_remote_code=c.trust_remote_code,
-            )  # fmt: skip
-            tuned = load_adapter(base, adapter)
+            tuned, tokenizer, _ = load_tuned(name, adapter, c, messages)
             start = time.perf_counter()
             soft = soften(tuned, far, target=near, depth=c.depth, epsilon=c.epsilon)
             kl = _held_out_kl(tuned, tokenizer, text, c, messages) if measure else None
