@@ -162,6 +162,35 @@ class TestSources:
         train(out, "--data", other, "-q").refused("columns are not known", "got: body")
         assert not out.exists()
 
+    @pytest.mark.usefixtures("unloaded")
+    def test_of_what_is_held(
+        self, retain: Run, train: Run, model: Path, data: Path, out: Path, tmp_path: Path
+    ) -> None:
+        source = ("--source", tmp_path / "none.jsonl")
+        own = ("train", "--model", model, "--data", data, "--out", out, *source)
+        for given in ((), ("--budget", 0.05), ("--kl", 1)):
+            retain(*own, *given).refused("no such source", "none.jsonl")
+        for given in (("--budget", 0.05), ("--kl", 1)):
+            train(out, *source, *given).refused("no such source", "none.jsonl")
+
+    def test_that_is_not_needed(
+        self, train: Run, retain: Run, model: Path, data: Path, source: Path, out: Path,
+        tmp_path: Path,
+    ) -> None:  # fmt: skip
+        gone = tmp_path / "gone.jsonl"
+        for given in ((), ("--method", "none")):
+            train(out, "--source", gone, *given, "--max-steps", 1).done()
+        shutil.copy(source, gone)
+        own = ("train", "--model", model, "--data", data, "--source", gone, "--out", out, *SHORT)
+        retain(*own, "--max-steps", 2, "--save-steps", 1, "-q").done()
+        gone.unlink()
+        (out / "train.json").unlink()
+        shutil.rmtree(out / "checkpoints" / "checkpoint-2")
+        found = retain("train", "--resume", "--out", out, "--json").json  # its curvature is there
+        assert found["resumed_from"] == "checkpoint-1"
+        shutil.rmtree(out / "checkpoints")
+        assert "has ended" in retain("train", "--resume", "--out", out).done().out
+
     @pytest.mark.parametrize(
         ("row", "why"),
         [

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from cli_parts import Run, adapter, told, write_lines
+from cli_parts import SHORT, Run, adapter, told, write_lines
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +21,7 @@ from retain.curvature.curvature import load_curvature
 from retain.data import sources
 from retain.data.draws import HELD_OUT, draw
 from retain.errors import ConfigError
+from retain.models.load import load_model
 from retain.records import AnswersRecord, StudyRecord, finite
 from retain.runs.bases import problem_count
 
@@ -330,6 +331,28 @@ class TestRows:
         assert asked[0] == list(draw(16, 5, seed))
         assert found["info"]["note"] == str(source)
         assert found["info"]["sequences"] == 5
+
+    @pytest.mark.parametrize("command", ["fit", "train"])
+    def test_a_source_is_read_once(
+        self, command: str, retain: Run, model: Path, source: Path, data: Path, out: Path,
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """It is gone by the time the model is there."""
+        text = Path(shutil.copy(source, tmp_path / "text.jsonl"))
+        load = load_model
+
+        def loaded(*args: Any, **options: Any) -> Any:
+            text.unlink()
+            return load(*args, **options)
+
+        monkeypatch.setattr("retain.models.load.load_model", loaded)
+        argv = [command, model, text, "-o", out / "curvature.safetensors"]
+        if command == "train":
+            argv = [command, "--model", model, "--data", data, "--source", text, "--out", out]
+            argv += [*SHORT, "--max-steps", 1]
+        retain(*argv, "-q").done()
+        fitted = load_curvature(out / "curvature.safetensors")
+        assert (fitted.info.note, fitted.info.sequences) == (str(text), 16)
 
     def test_eval_measures_on_others(
         self, retain: Run, trained: Path, source: Path, asked: list[Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -102,8 +102,9 @@ def fit_run(config: FitConfig, targets: str | list[str], messages: Messages) -> 
     from retain.models.lora import attach_lora
     from retain.models.saved import load_adapter
 
-    if c.source != "self":  # a mistake in the source shows before the model loads
-        read_rows(c.source, c.rows, seed=c.seed, max_length=c.max_length)
+    text: Any = c.source
+    if text != "self":  # a mistake in the source shows before the model loads
+        text = read_rows(c.source, c.rows, seed=c.seed, max_length=c.max_length)
     with locked(output, file=True):
         clear_scratch(output)  # of a fit that was killed while it wrote
         try:
@@ -120,12 +121,13 @@ def fit_run(config: FitConfig, targets: str | list[str], messages: Messages) -> 
                 if c.num_labels is None:  # a classifier's base has another head each time
                     check_base(model, c.adapter, messages)
             curvature = fit_curvature(
-                model, c.source, c.structure, tokenizer=tokenizer, space=cast(Space, c.space),
+                model, text, c.structure, tokenizer=tokenizer, space=cast(Space, c.space),
                 fisher=cast(Fisher, c.fisher), samples=c.samples, rows=c.rows,
                 max_length=c.max_length, batch_size=c.batch_size, seed=c.seed, rank=sketches,
                 share=c.share, temperature=c.temperature, partial=partial,
                 save_every=c.save_every, progress=messages.progress,
             )  # fmt: skip
+            curvature.info = replace(curvature.info, note=c.source)
             seconds = time.perf_counter() - start
             curvature.save(output)
             forget(partial)

@@ -59,15 +59,15 @@ def adapter_for(
 
 
 def curvatures_for(
-    config: RunConfig, given: Any, out: Path, model: Any, tokenizer: Any, messages: Messages,
-    *, resume: bool = False,
+    config: RunConfig, given: Any, texts: Mapping[str, Any], out: Path, model: Any,
+    tokenizer: Any, messages: Messages, *, resume: bool = False,
 ) -> Held:  # fmt: skip
     """The curvatures for a run, checked to fit its model: one, or those of its named budgets.
 
-    `given` is that of ``config.curvature``, already read. Those of the model's own text that an
-    earlier run has left in the folder are used again, where they were fitted as this run would fit
-    them, but for the model's precision, which their files do not tell; of other text where the run
-    goes on.
+    `given` is that of ``config.curvature``, already read, and `texts` are the rows of names, as far
+    as they are. Those of the model's own text that an earlier run has left in the folder are used
+    again, where they were fitted as this run would fit them, but for the model's precision, which
+    their files do not tell; of other text where the run goes on.
 
     Raises:
         MismatchError: the given curvature does not fit.
@@ -83,7 +83,9 @@ def curvatures_for(
         kept = None
         if resume or _is_own(note):
             kept = _kept(config, path, note, model, messages, resume=resume)
-        found[name] = kept or _made(config, name, path, note, model, tokenizer, messages)
+        found[name] = kept or _made(
+            config, name, path, note, texts.get(name), model, tokenizer, messages
+        )
     return found
 
 
@@ -151,7 +153,7 @@ def _check_made_alike(found: Any, config: RunConfig) -> None:
 
 
 def _made(
-    config: RunConfig, name: str, path: Path, note: str, model: Any, tokenizer: Any,
+    config: RunConfig, name: str, path: Path, note: str, text: Any, model: Any, tokenizer: Any,
     messages: Messages,
 ) -> HeldBy:  # fmt: skip
     """A curvature that is measured now, and written."""
@@ -163,7 +165,8 @@ def _made(
         what = f"what the model answers on {skill}" if skill else "text that the model writes"
     messages.say(f"no curvature is given: measuring one on {what}")
     start = time.perf_counter()
-    text = named.text_of(config, name, model, tokenizer, messages)
+    if text is None:
+        text = named.text_of(config, name, model, tokenizer, messages)
     fitted = fit_curvature(
         model, text, tokenizer=tokenizer, seed=config.training.seed, progress=messages.progress,
         rank=config.factor_rank,

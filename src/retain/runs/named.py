@@ -8,15 +8,15 @@ budget is measured on answers of another. The half that is held out is never ask
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from retain.config import RunConfig, names_of
 from retain.errors import ConfigError, SourceError, shown
 
 __all__ = [
-    "OWN", "budget_names", "check_chat", "check_named", "check_same_names", "check_texts",
-    "note_of", "probes", "text_of",
+    "OWN", "budget_names", "check_chat", "check_named", "check_same_names", "note_of", "probes",
+    "read_texts", "text_of",
 ]  # fmt: skip
 
 OWN = "self"
@@ -107,17 +107,20 @@ def check_same_names(before: RunConfig, now: RunConfig) -> None:
     )  # fmt: skip
 
 
-def check_texts(config: RunConfig) -> None:
-    """Reads each name's own text once, so that a mistake in it shows before the model loads.
+def read_texts(config: RunConfig, names: Iterable[str]) -> dict[str, Any]:
+    """By name the rows of its own text for its curvature, of those that have one.
 
     Raises:
         SourceError: it cannot be read, or is empty.
     """
     from retain.data.sources import read_rows
 
-    for text in config.source.values() if isinstance(config.source, Mapping) else ():
-        if text != OWN:
-            read_rows(text, ROWS, seed=config.training.seed, max_length=LENGTH)
+    given = {name: _given(config, name) for name in names}
+    return {
+        name: read_rows(text, ROWS, seed=config.training.seed, max_length=LENGTH)
+        for name, text in given.items()
+        if text not in (None, OWN)
+    }
 
 
 def check_chat(config: RunConfig, tokenizer: Any) -> None:

@@ -18,7 +18,12 @@ from retain.runs.folders import SOFTEN_PICTURES, check_made, recorded
 from retain.runs.messages import Messages, interruption
 from retain.runs.settings import placed_model
 from retain.runs.tuned import (
-    check_finite, load_tuned, name_of, place_for, source_rows, text_rows,
+    check_finite,
+    load_tuned,
+    name_of,
+    place_for,
+    source_rows,
+    text_rows,
 )  # fmt: skip
 
 __all__ = ["SoftenConfig", "soften_run"]

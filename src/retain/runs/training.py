@@ -15,7 +15,7 @@ from retain.records import Step, digest_of, finite
 from retain.retention.bounds import check_max_rank, check_parts
 from retain.runs import checkpoints, classify, named
 from retain.runs.bases import load_base, problem_count
-from retain.runs.folders import drop_state
+from retain.runs.folders import by_file, drop_state
 from retain.runs.hold import Held, HeldBy, adapter_for, curvatures_for, recipe_for
 from retain.runs.messages import Messages
 from retain.runs.months import Previous, keep_state, previous_run
@@ -160,13 +160,25 @@ class Training:
 
             self.given = load_curvature(c.curvature)
             self.digest = _digest(Path(c.curvature).expanduser())
-        if c.method != "none":
-            named.check_texts(c)
         for line in unused(c):
             self.messages.note(line)
         if classify.wanted(c) or (self.before is not None and self.before.labels is not None):
             classify.check_settings(c, self.problems)
             self.rows, self.labels = classify.labels_of(self.rows, c, self.before)
+        names = [name for name in named.budget_names(c) if self._reads(name)]
+        self.texts = named.read_texts(c, names)
+
+    def _reads(self, name: str) -> bool:
+        """Whether a source is sure to be read: for its curvature, or to measure on it."""
+        c = self.config
+        ended = self.resume and (self.out / TRAIN).is_file()  # maybe: then nothing is read
+        if c.method == "none" or ended:
+            return False
+        known = c.curvature is not None or self.before is not None
+        if self.resume and not known:
+            known = (self.out / by_file("curvature", name)).is_file()
+        measured = self.labels is None and (c.budget is not None or c.kl > 0)
+        return measured or not known
 
     def _check_trackers(self) -> None:
         from transformers.integrations.integration_utils import (
@@ -203,8 +215,8 @@ class Training:
                 self.unheld = True
                 return {}
         return curvatures_for(
-            self.config, self.given, self.out, self.model, self.tokenizer, self.messages,
-            resume=self.resume,
+            self.config, self.given, self.texts, self.out, self.model, self.tokenizer,
+            self.messages, resume=self.resume,
         )  # fmt: skip
 
     def _text(self) -> Any:
