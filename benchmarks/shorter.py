@@ -49,7 +49,7 @@ def main() -> None:
         parser.error(f"--layers {args.layers}: the model has {len(layers)}")
     drawn = sample_rows(model, tokenizer, count=args.rows, max_length=128)
     rows = encode(drawn, tokenizer, max_length=128, causal=True)
-    reference = Reference(model, rows, base=lambda _: nullcontext())
+    reference = Reference(model, rows, base=nullcontext)
     found = {}
     for start in tqdm(range(1, args.layers + 1), unit="stretch"):
         body.layers = without(layers, start, drop)

@@ -61,7 +61,7 @@ def trained(
     model: nn.Module, kind: str, retention: Force | None, rate: float, steps: int = 80
 ) -> float:
     """Trains, and returns the measured divergence from where it began."""
-    reference = Reference(model, probe(kind), batch_size=4, base=lambda m: torch.no_grad())
+    reference = Reference(model, probe(kind), batch_size=4, base=torch.no_grad)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     for _ in range(steps):
         loss_of(model, kind).backward()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -120,7 +119,7 @@ def measure_on(
     for hold in holds:
         rows = probes.get(hold.name)
         if rows:
-            base = partial(_anchored, first, sites)
+            base = partial(anchored, first, sites)
             hold.probe = Reference(model, rows, batch_size=len(rows), base=base)
 
 
@@ -140,10 +139,3 @@ def check_measured(holds: Sequence[Hold]) -> None:
                 allowed="two at least; a classifier's budget, which is predicted, has none",
                 fix="source=rows, of two or more, or leave confidence out",
             )
-
-
-def _anchored(
-    curvature: Curvature, sites: Sequence[Site], model: nn.Module
-) -> AbstractContextManager[None]:
-    """Inside it the model, whose layers these are, is where the curvature's anchor is."""
-    return anchored(curvature, sites)

@@ -77,7 +77,7 @@ class Reference:
         model: the model with its adapter.
         examples: held-out examples.
         batch_size: rows a pass, at most.
-        base: inside it the model is the base; without its adapter, by default.
+        base: inside what it gives the model is the base; its adapter off by default.
         keep: the base's predictions, so that they are computed once: log-probabilities in float32,
             ``4 * vocabulary`` bytes a token (2,000 tokens of SmolLM2 take 400 MB).
         progress: show a bar.
@@ -90,7 +90,7 @@ class Reference:
         examples: Sequence[Example],
         *,
         batch_size: int = 8,
-        base: Callable[[nn.Module], AbstractContextManager[object]] = adapter_off,
+        base: Callable[[], AbstractContextManager[object]] | None = None,
         keep: bool = True,
         progress: bool = False,
         label: str = "base predictions",
@@ -141,7 +141,7 @@ class Reference:
     def _pairs(self, model: nn.Module) -> Iterator[tuple[Batch, Tensor]]:
         """Each batch with the base's predictions."""
         for batch in tqdm(self.batches, **self._bar):
-            with self._base(model):
+            with adapter_off(model) if self._base is None else self._base():
                 base = _predictions(model, batch)
             yield batch, base
 
