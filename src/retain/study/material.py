@@ -21,7 +21,7 @@ from retain.documents import sealed
 from retain.errors import ConfigError, ModelError, SourceError
 from retain.files import first_rank
 from retain.models.heads import is_causal
-from retain.models.load import load_model
+from retain.models.load import is_encoder, load_model
 from retain.records import RunSource, RunSpec
 from retain.study.grid import task_at
 from retain.study.work import Work, model_digest, read_shared, source_file, write_shared
@@ -94,15 +94,16 @@ def load_base(run: RunSpec, specs: Sequence[TaskSpec]) -> Base:
     kind: dict[str, Any] = {"dtype": run.dtype}
     if run.attention is not None:
         kind["attn_implementation"] = run.attention
-    found = load_model(name, **kind)
-    try:
-        causal = is_causal(found.model)
-    except ModelError:  # an encoder without a head
-        if getattr(found.model.config, "is_encoder_decoder", False):
-            raise
-        causal = False
-    if causal:
-        return Base(found.model, found.tokenizer, True, None)
+    if not is_encoder(name):
+        found = load_model(name, **kind)
+        try:
+            causal = is_causal(found.model)
+        except ModelError:  # an encoder whose configuration does not say so
+            if getattr(found.model.config, "is_encoder_decoder", False):
+                raise
+            causal = False
+        if causal:
+            return Base(found.model, found.tokenizer, True, None)
     columns, start = [], 0
     for spec in specs:
         width = 1 if spec.kind == "regression" else spec.classes
