@@ -1,14 +1,15 @@
-"""What strengths, budgets and parts may be; without torch, so that a wrong one is told at once."""
+"""What settings of a recipe may be; without torch, so that a wrong one is told at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from retain.errors import ConfigError, check_number, shown, unknown
-from retain.types import STRENGTH, STRONGEST
+from retain.types import STRENGTH, STRONGEST, UPDATES
 
 __all__ = [
     "PARTS", "check_budget", "check_confidence", "check_max_rank", "check_parts", "check_strength",
+    "check_update",
 ]  # fmt: skip
 
 PARTS = ("head", "rows", "filter", "force")
@@ -23,6 +24,12 @@ def check_strength(strength: float) -> None:
             "the strength is too large", got=strength, allowed=f"0 to {STRONGEST:g}",
             fix=f"strength={STRENGTH:g}",
         )  # fmt: skip
+
+
+def check_update(update: str) -> None:
+    """Raises `ConfigError` unless it is a way in which a force acts."""
+    if update not in UPDATES:
+        raise unknown("update", update, UPDATES)
 
 
 def check_budget(nats: float) -> None:

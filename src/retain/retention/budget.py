@@ -27,7 +27,10 @@ from typing import Any
 from retain.errors import ConfigError, TrainingError
 from retain.retention.bounds import check_budget
 
-__all__ = ["Budget"]
+__all__ = ["PROBE_ROWS", "Budget"]
+
+PROBE_ROWS = 8
+"""Of source text, on which the true divergence is measured."""
 
 START = 0.2
 """The first strength times the budget: a strength of 4 for 0.05 nats."""

@@ -24,7 +24,7 @@ from retain.models.processes import share
 from retain.models.sites import LoraSite
 from retain.retention.groups import Behind, grouped
 from retain.retention.hooks import GradientHooks
-from retain.retention.moments import Moments, check_reading, inputs_of
+from retain.retention.moments import Moments, check_answers, check_rows, inputs_of
 from retain.retention.wiener import Thin, Whole, filters_of, matched_gain
 from retain.types import Gain
 
@@ -63,7 +63,8 @@ class Filter:
     tokens: int = 16384
 
     def __post_init__(self) -> None:
-        check_reading(self.answers, self.rows)
+        check_rows(self.rows)
+        check_answers(self.answers)
         if self.tokens < 1:
             raise ConfigError(
                 "too few tokens to read", got=self.tokens, allowed="1 or more", fix="tokens=16384"

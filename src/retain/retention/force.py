@@ -28,13 +28,13 @@ from retain.curvature.anchor import proximal
 from retain.curvature.blocks.estimator import has_bf16
 from retain.curvature.curvature import Curvature, Pull
 from retain.data.batches import Example
-from retain.errors import ConfigError, MismatchError, TrainingError, unknown
+from retain.errors import ConfigError, MismatchError, TrainingError
 from retain.models.forward import no_autocast
 from retain.models.heads import head_kind
 from retain.models.processes import of_first
 from retain.models.shards import own, reshard, scatter
 from retain.models.sites import LinearSite, check_held
-from retain.retention.bounds import check_confidence, check_strength
+from retain.retention.bounds import check_confidence, check_strength, check_update
 from retain.retention.budget import Budget
 from retain.retention.displacement import check_way_back, scale_back, settle
 from retain.retention.feeling import Feeling, Felt
@@ -49,7 +49,7 @@ from retain.retention.named import (
 )
 from retain.retention.optimizers import step_lengths
 from retain.retention.watch import Watched, read
-from retain.types import STRENGTH, UPDATES, Update
+from retain.types import STRENGTH, Update
 
 __all__ = ["Force"]
 
@@ -108,8 +108,7 @@ class Force:
         update: Update = "gradient",
         resuming: bool = False,
     ) -> None:
-        if update not in UPDATES:
-            raise unknown("update", update, UPDATES)
+        check_update(update)
         check_strength(strength)
         check_confidence(confidence, budget)
         head_kind(model)

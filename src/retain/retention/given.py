@@ -6,11 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from retain.curvature.curvature import Curvature
-from retain.errors import ConfigError, shown, unknown, warn
-from retain.retention.bounds import check_budget, check_confidence, check_parts, check_strength
+from retain.errors import ConfigError, shown, warn
+from retain.retention.bounds import (
+    check_budget,
+    check_confidence,
+    check_parts,
+    check_strength,
+    check_update,
+)
 from retain.retention.filter import Filter
 from retain.retention.named import Budgets, by_name, check_names
-from retain.types import STRENGTH, UPDATES
+from retain.types import STRENGTH
 
 __all__ = ["check_curvature", "check_given", "no_curvature"]
 
@@ -68,7 +74,6 @@ def check_given(
     for nats in by_name(budget).values():
         check_budget(nats)
     check_confidence(confidence, budget)
-    if update not in UPDATES:
-        raise unknown("update", update, UPDATES)
+    check_update(update)
     if budget is not None and strength != STRENGTH:
         warn(f"the budget finds the strength: strength {strength:g} is not used")

@@ -13,6 +13,7 @@ from retain.curvature.curvature import Curvature
 from retain.data.batches import Batch, Example
 from retain.errors import ConfigError, SourceError
 from retain.models.adapters.base import Adapter
+from retain.retention.budget import PROBE_ROWS
 from retain.retention.state import choose
 from retain.retention.task_curvature import fit_rows
 from retain.types import HeadStart, Structure
@@ -40,10 +41,6 @@ class Task:
     examples: Sequence[Example]
     columns: slice | None = None
     seed: int = 0
-
-
-PROBE_ROWS = 8
-"""Of source text, on which a budget is measured."""
 
 
 @dataclass

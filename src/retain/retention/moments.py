@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from retain.curvature.blocks.estimator import products
 from retain.curvature.blocks.factor import DenseFactor, Factor, SketchFactor, diagonal_of
@@ -36,7 +35,7 @@ from retain.models.forward import no_autocast
 from retain.models.sites import LoraSite
 from retain.models.view import ModelView
 
-__all__ = ["Moments", "check_reading", "input_moments", "inputs_of", "moments_of"]
+__all__ = ["Moments", "check_answers", "check_rows", "input_moments", "inputs_of", "moments_of"]
 
 
 class Moments:
@@ -120,18 +119,13 @@ def moments_of(curvature: Curvature) -> Moments:
     return Moments(factors, readers)
 
 
-def check_reading(answers: float, rows: int = 1) -> None:
-    """Checks how rows are read.
-
-    Args:
-        answers: the share of the predicting positions.
-        rows: how many.
-
-    Raises:
-        ConfigError: a share that is not from 0 to 1, no rows, or no whole number of them.
-    """
-    share = answers
+def check_rows(rows: int) -> None:
+    """Raises `ConfigError` unless it is a whole number of rows to read, 1 or more."""
     check_number("too few rows to read", rows, "rows=64", least=1, whole=True)
+
+
+def check_answers(share: float) -> None:
+    """Raises `ConfigError` unless the predicting positions' share is from 0 to 1."""
     if not (isinstance(share, int | float) and math.isfinite(share) and 0 <= share <= 1):
         raise ConfigError(
             "the answers' share is out of range",
@@ -150,7 +144,6 @@ def input_moments(
     first: bool = True,
     ranks: Mapping[str, int] | None = None,
     batch_size: int = 8,
-    progress: bool = False,
 ) -> Moments:
     """S of all layers, from forward passes alone; see the module. In float32 at least.
 
@@ -163,13 +156,12 @@ def input_moments(
             that have no other, and for a classifier, whose first position may be the one it reads.
         ranks: of the sketches that are to be made of some layers' S in place of the whole.
         batch_size: rows a pass. Memory and speed only.
-        progress: show a bar.
 
     Raises:
         SourceError: no rows.
         ConfigError: a share out of range.
     """
-    check_reading(answers)
+    check_answers(answers)
     if not examples:
         raise SourceError(
             "there are no rows to see what the layers read",
@@ -209,8 +201,7 @@ def input_moments(
 
         for name in dict.fromkeys(readers.values()):
             hooks.enter_context(layers[name].register_forward_pre_hook(hear(name)))
-        every = view.batches(examples, batch_size)
-        for batch in tqdm(every, desc="inputs", unit="batch", disable=not progress):
+        for batch in view.batches(examples, batch_size):
             weights[:] = [_weights(batch, share, tokens, predictions, skip)]
             view.run(batch)
     kind = torch.promote_types(sites[0].a.dtype, torch.float32)

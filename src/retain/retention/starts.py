@@ -31,7 +31,7 @@ from retain.models.sites import LoraSite, lora_sites
 from retain.retention.fresh_rows import FrozenRows, fresh_rows
 from retain.retention.growing import Growing
 from retain.retention.method import Context, Task
-from retain.retention.moments import Moments, check_reading, input_moments
+from retain.retention.moments import Moments, check_rows, input_moments
 from retain.retention.state import choose
 
 __all__ = ["Start", "split"]
@@ -60,7 +60,7 @@ class Start(Growing):
 
     def __init__(self, *, rows: int = 64) -> None:
         super().__init__()
-        check_reading(0.0, rows)
+        check_rows(rows)
         self.rows = rows
         self.old: Moments | None = None
         self.sets = 0

@@ -246,15 +246,11 @@ def unused(config: RunConfig) -> list[str]:
     if config.method != "none" and config.curvature and config.source and not measures:
         lines.append(f"a curvature is given: source {config.source} is not used")
     made = config.curvature is None and config.continue_from is None and config.method != "none"
-    if config.factor_rank != _default("factor_rank") and not made:
+    if config.factor_rank != RunConfig.model_fields["factor_rank"].default and not made:
         lines.append(
             f"no curvature of the source is measured: factor_rank {config.factor_rank} is not used"
         )
     return lines
-
-
-def _default(name: str) -> object:
-    return RunConfig.model_fields[name].default
 
 
 def flat(tree: Mapping[str, Any], head: str = "") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from retain.data.batches import Example
 from retain.data.sources import Row
 from retain.errors import warn
 from retain.models.view import ModelView
+from retain.retention.budget import PROBE_ROWS
 from retain.retention.facts import texts_of
 from retain.retention.named import by_name
 from retain.retention.recipe import Probe, Recipe
@@ -24,7 +25,7 @@ __all__ = [
 Source = str | Path | Iterable[Row]
 Sources = Source | Mapping[str, Source | None] | None
 
-PROBE_ROWS, PROBE_TOKENS, PROBE_SEED = 8, 128, 1
+PROBE_TOKENS, PROBE_SEED = 128, 1
 """Of the text that a budget is measured on; another seed than the curvature's own samples."""
 
 KL_ROWS, KL_SEED = 64, 0

@@ -128,13 +128,13 @@ def _check_rows(model: nn.Module, loader: Any) -> None:
         SourceError: there is such a row; it is named by its number.
     """
     data, table = loader.dataset, rows_of_embedding(model)
-    for number, ids in _odd(_column(data, (TOKENS,)), 0, table):
+    for number, ids in _odd(_column(data, (TOKENS,)), table):
         if isinstance(ids, list | tuple) and ids and isinstance(ids[0], int):
             check_ids(ids, table, number)
     if head_kind(model) != "classes" or not _is_plain(loader.collate_fn):
         return
     classes = int(inner_model(model).config.num_labels)
-    for number, label in _odd(_column(data, LABELS), 0, classes):
+    for number, label in _odd(_column(data, LABELS), classes):
         if isinstance(label, str | bool):
             raise _no_class(f"label {label!r} in row {number}", classes)
         outside = isinstance(label, int) and not 0 <= label < classes and label != IGNORED
@@ -177,9 +177,9 @@ def _column(data: Any, names: Sequence[str]) -> Iterator[pa.ChunkedArray] | list
 
 
 def _odd(
-    column: Iterator[pa.ChunkedArray] | list[Any], least: int, end: int | None
+    column: Iterator[pa.ChunkedArray] | list[Any], end: int | None
 ) -> Iterator[tuple[int, Any]]:
-    """The rows, counted from 1, that may hold something else than numbers from least to below end.
+    """The rows, counted from 1, that may hold something else than numbers from 0 to below end.
 
     Data sets are looked at in pieces, without making Python's numbers of them.
     """
@@ -189,12 +189,12 @@ def _odd(
         return
     first = 1
     for piece in column:
-        if not _within(piece, least, end):
+        if not _within(piece, end):
             yield from enumerate(piece.to_pylist(), start=first)
         first += len(piece)
 
 
-def _within(piece: pa.ChunkedArray, least: int, end: int | None) -> bool:
+def _within(piece: pa.ChunkedArray, end: int | None) -> bool:
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -204,4 +204,4 @@ def _within(piece: pa.ChunkedArray, least: int, end: int | None) -> bool:
         return False
     span = pc.min_max(values).as_py()
     low, high = span["min"], span["max"]
-    return low is None or (low >= least and (end is None or high < end))
+    return low is None or (low >= 0 and (end is None or high < end))

@@ -20,11 +20,11 @@ from retain.curvature.curvature import Curvature, reanchored
 from retain.curvature.fit.settings import FitSettings
 from retain.data.batches import Example
 from retain.errors import check_number, unknown
-from retain.retention.bounds import check_budget, check_strength
+from retain.retention.bounds import check_budget, check_strength, check_update
 from retain.retention.force import Force
 from retain.retention.method import Context, Method, Task
 from retain.retention.state import choose, pack_curvature, unpack_curvature
-from retain.types import UPDATES, Fisher, Space, Structure, Update
+from retain.types import Fisher, Space, Structure, Update
 
 __all__ = [
     "KFAC", "Activation", "CurvatureMethod", "Diagonal", "FittedPenalty", "Penalty", "Tridiagonal",
@@ -84,8 +84,7 @@ class Penalty(CurvatureMethod, ABC):
         check_strength(strength)
         if budget is not None:
             check_budget(budget)
-        if update not in UPDATES:
-            raise unknown("update", update, UPDATES)
+        check_update(update)
         self.update, self.consolidate, self.budget = update, consolidate, budget
         self.force: Force | None = None
 
