@@ -610,6 +610,20 @@ def test_an_adapter_that_begins_with_a_b_and_no_update_is_the_base(
     assert facts(call.recipe)["Budget"].endswith("KL divergence to the base")
 
 
+@pytest.mark.parametrize("init", ["orthogonal", "mica"])
+def test_such_an_adapter_has_its_filter_once_it_has_grown(init: Any) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=init)
+    model = get_peft_model(base("llama", dtype=torch.float32), config)
+    curvature = fit(model)
+    assert not curvature.around_adapter and curvature.quadratic(model) < 1e-8
+    move(model, 3)
+    grown = grow_lora(model, 2)
+    held = Retention(grown, curvature, rows=DATA)
+    assert held.why_no_filter is None and held.recipe.active == slice(2, None)
+    held.step(torch.optim.SGD([p for p in grown.parameters() if p.requires_grad], lr=0.0))
+    held.finish()
+
+
 @pytest.mark.parametrize("space", ["weight", "adapter"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("init", ["pissa", "olora"])

@@ -26,6 +26,7 @@ __all__ = [
     "anchors_for_steps",
     "check_sites",
     "constants",
+    "has_update",
     "proximal",
     "site_tensor",
     "whole_weights",
@@ -179,7 +180,10 @@ def constants(
 
 
 def anchor_of(curvature: BlockOperator, sites: Sequence[Site]) -> dict[str, tuple[Tensor, ...]]:
-    """The present weights as an anchor. In weight space, LoRA layers with no update need none."""
+    """The present weights as an anchor. In weight space, LoRA layers with no update need none.
+
+    Nor do those whose B A is 0 but for rounding, as ``orthogonal`` and ``mica`` begin in float32.
+    """
     anchor: dict[str, tuple[Tensor, ...]] = {}
     for site in sites:
         dtype = _dtype_of(curvature, site)
@@ -189,9 +193,20 @@ def anchor_of(curvature: BlockOperator, sites: Sequence[Site]) -> dict[str, tupl
         a, b = site.a.detach().to(dtype, copy=True), site.b.detach().to(dtype, copy=True)
         if curvature.info.space == "adapter":
             anchor[site.name] = (b, a)
-        elif bool(b.any()):
+        elif has_update(b, a, 16 * torch.finfo(torch.float32).eps):
             anchor[site.name] = (site.scaling * b, a)
     return anchor
+
+
+def has_update(b: Tensor, a: Tensor, rounding: float) -> bool:
+    """Whether B A is more than 0 by more than its relative rounding.
+
+    PEFT's ``orthogonal`` has a B that is not 0 and an A whose rows cancel it, ``mica`` an A of 0.
+    """
+    b, a = b.double(), a.double()
+    left, right = b.T @ b, a @ a.T
+    size = float(left.trace() * right.trace())
+    return float((left * right).sum()) > rounding**2 * size
 
 
 def _dtype_of(curvature: BlockOperator, site: Site) -> torch.dtype:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from retain.curvature.anchor import has_update
 from retain.errors import warn
 from retain.models.names import canonical, drawn_layers, head_of, unwrap
 from retain.models.off import start_of, taken_out
@@ -26,8 +27,10 @@ def tell_begun_from(model: nn.Module, curvature: Curvatures | None, *, told: boo
         curvature: of the source, or several by name.
         told: say so.
     """
+    rounding = torch.finfo(torch.bfloat16).eps
     learned = any(
-        each.around_adapter and any(map(_learned, each.anchor.values()))
+        each.around_adapter
+        and any(has_update(kept[0], kept[1], rounding) for kept in each.anchor.values())
         for each in by_name(curvature).values()
     )
     found = learned and start_of(model) is None and _start_at(model, curvature) is None
@@ -97,14 +100,3 @@ def tell_unheld(model: nn.Module, force: Force) -> list[str]:
             "them: new ones have nothing to keep, but leave out those that the base knows"
         )
     return unheld
-
-
-def _learned(kept: tuple[Tensor, ...]) -> bool:
-    """Whether an anchor's B A is more than 0, as it begins but for a rounding to bfloat16.
-
-    PEFT's ``orthogonal`` has a B that is not 0 and an A whose rows cancel it, ``mica`` an A of 0.
-    """
-    b, a = (t.double() for t in kept[:2])
-    left, right = b.T @ b, a @ a.T
-    size = float(left.trace() * right.trace())
-    return float((left * right).sum()) > torch.finfo(torch.bfloat16).eps ** 2 * size
