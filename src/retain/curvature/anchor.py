@@ -193,7 +193,7 @@ def anchor_of(curvature: BlockOperator, sites: Sequence[Site]) -> dict[str, tupl
         a, b = site.a.detach().to(dtype, copy=True), site.b.detach().to(dtype, copy=True)
         if curvature.info.space == "adapter":
             anchor[site.name] = (b, a)
-        elif has_update(b, a, 16 * torch.finfo(torch.float32).eps):
+        elif bool(b.any()) and has_update(b, a, 16 * torch.finfo(torch.float32).eps):
             anchor[site.name] = (site.scaling * b, a)
     return anchor
 
@@ -203,7 +203,7 @@ def has_update(b: Tensor, a: Tensor, rounding: float) -> bool:
 
     PEFT's ``orthogonal`` has a B that is not 0 and an A whose rows cancel it, ``mica`` an A of 0.
     """
-    b, a = b.double(), a.double()
+    b, a = b.cpu().double(), a.cpu().double()
     left, right = b.T @ b, a @ a.T
     size = float(left.trace() * right.trace())
     return float((left * right).sum()) > rounding**2 * size
