@@ -322,3 +322,28 @@ def test_a_proximal_strength_weighs_as_much_in_fresh_rows(
         assert second.shape[1] == 2 < site.rank
         assert told[-1][id(site.b)] == pytest.approx(0.01 / (float(second.sqrt().mean()) + 1e-8))
     held.finish()
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("deleted", [False, True])
+def test_another_adapter_that_is_made_active_meanwhile_is_refused(
+    deleted: bool, update: Update
+) -> None:
+    model = tiny("llama")
+    curvature = retain.fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
+    model.add_adapter("other", model.peft_config["default"])
+    both = [p for name, p in model.named_parameters() if "lora_" in name]
+    optimizer = torch.optim.AdamW(both, lr=0.01)
+    held = retain.Retention(model, curvature, parts=["force"], update=update)
+    batch = torch.tensor([TASK[0]["input_ids"]])
+    for other in (False, True):
+        if other:
+            model.set_adapter("other")
+        if other and deleted:
+            model.delete_adapter("default")
+        model(input_ids=batch, labels=batch).loss.backward()
+        if other:
+            with pytest.raises(ModelError, match=r"another adapter.*got: other; allowed: default"):
+                held.step(optimizer)
+        else:
+            held.step(optimizer)

@@ -23,6 +23,7 @@ __all__ = [
     "Site",
     "base_layers",
     "bypassed",
+    "check_active",
     "check_held",
     "disabled",
     "find_sites",
@@ -229,6 +230,22 @@ def _no_shards(name: str) -> ModelError:
         allowed="whole weights on each process; or FSDP2 around a LoRA that the recipe holds",
         fix="fit and measure before fully_shard, use DDP, or exclude the LoRA weights",
     )
+
+
+def check_active(sites: Sequence[Site]) -> None:
+    """Refuses a model whose active adapter is another than when its layers were found.
+
+    Raises:
+        ModelError: it is.
+    """
+    site = sites[0] if sites else None  # PEFT switches all of them
+    if isinstance(site, LoraSite) and site.adapter not in site.layer.active_adapters:
+        raise ModelError(
+            "another adapter is active than the one that is held",
+            got=", ".join(site.layer.active_adapters) or "none",
+            allowed=site.adapter,
+            fix=f"model.set_adapter({site.adapter!r}), or finish, and begin anew with the other",
+        )
 
 
 def find_sites(model: nn.Module, *, sharded: bool = False) -> list[LoraSite] | list[LinearSite]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retain.models.shards import gather, scatter
-from retain.models.sites import LoraSite
+from retain.models.sites import LoraSite, check_active
 from retain.retention.filter import InputFilter
 from retain.retention.force import Force
 from retain.retention.fresh_rows import FrozenRows
@@ -106,7 +106,11 @@ class Acting:
 
         Args:
             watched: a number that is judged before anything is done.
+
+        Raises:
+            ModelError: another adapter was made active.
         """
+        check_active(self.sites if self.force is None else self.force.sites)
         self.settle()
         if self.outputs is not None:
             self.outputs.add(self._settle_anew, apart=self._by_hand)
