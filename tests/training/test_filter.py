@@ -18,7 +18,14 @@ from transformers import TrainerCallback
 
 from retain import Filter, RetentionCallback
 from retain.data.batches import Example, collate
-from retain.errors import ConfigError, MismatchError, ModelError, RetainWarning, SourceError
+from retain.errors import (
+    ConfigError,
+    MismatchError,
+    ModelError,
+    RetainWarning,
+    SourceError,
+    TrainingError,
+)
 from retain.models.lora import grow_lora
 from retain.models.off import adapter_off
 from retain.models.sites import lora_sites
@@ -504,6 +511,23 @@ def test_smaller_batches_go_on_as_they_were_held(
     assert call.force is not None and call.force.budget is not None
     assert call.force.budget.steps == 5  # one before, four after
     assert not any(site.a._backward_hooks for site in lora_sites(model))
+
+
+def test_what_is_read_before_training_is_not_read_again_for_smaller_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def full(*_: Any, **__: Any) -> Any:
+        calls.append(1)
+        raise RuntimeError("CUDA out of memory.")
+
+    monkeypatch.setattr("retain.retention.recipe.new_moments", full)
+    model = tiny("llama")
+    run = trainer(model, tmp_path, [keep(model)], auto_find_batch_size=True)
+    with pytest.raises(TrainingError, match=r"full before the first step.*Filter\(tokens="):
+        run.train()
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("attached", [False, True])

@@ -37,6 +37,7 @@ from retain.training.handling import (
     check_trainer,
     check_trains,
     go_first,
+    no_smaller_batches,
     not_finite,
     record,
     watched_gradients,
@@ -305,7 +306,7 @@ class RetentionCallback(TrainerCallback):
             recipe.check_optimizer(optimizer)
         if zero is not None:
             self._zero = ZeroStep(zero, recipe, model, lambda: self._watched(args, state, model))
-        with self._whole():
+        with no_smaller_batches(args), self._whole():
             recipe.begin(
                 model,
                 read if is_readable(loader) else None,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size  # type: ignore[import-untyped]
 from torch import distributed, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
@@ -22,6 +24,7 @@ __all__ = [
     "check_trainer",
     "check_trains",
     "go_first",
+    "no_smaller_batches",
     "not_finite",
     "record",
     "watched_gradients",
@@ -119,6 +122,27 @@ def check_trainer(args: TrainingArguments, optimizer: object, *, zero: bool = Fa
             allowed="clipping, which takes the scale out of the gradients first",
             fix="max_grad_norm=1e9 clips nothing; or bf16=True",
         )
+
+
+@contextmanager
+def no_smaller_batches(args: TrainingArguments) -> Iterator[None]:
+    """Inside it ``auto_find_batch_size`` tries no smaller batches: what is read before the first
+    step has nothing of their size.
+
+    Raises:
+        TrainingError: in place of what it would take for batches that are too large.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (args.auto_find_batch_size and should_reduce_batch_size(error)):
+            raise
+        raise TrainingError(
+            "memory is full before the first step, and smaller batches read no less",
+            got=str(error).splitlines()[0],
+            allowed="room for what the filter, a budget and a KL read before training",
+            fix="filter=Filter(tokens=2048, rows=16), or fewer source rows",
+        ) from error
 
 
 def check_trains(model: nn.Module) -> None:
