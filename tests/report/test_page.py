@@ -271,6 +271,24 @@ class TestCommand:
         assert html.count('<details class="part"') == 1 + 7 + 2 + 1 + 1
         assert "Softening of an adapter of fixture-135m" in html
 
+    def test_the_tables_of_a_softening(self, put: Put, tmp_path: Path) -> None:
+        made = make_softening()
+        page, md, tex = (tmp_path / f"t.{kind}" for kind in ("html", "md", "tex"))
+        write_report([put(made)], page, markdown_file=md, latex_file=tex)
+        text = md.read_text(encoding="utf-8")
+        assert text.startswith("## Softening of an adapter of fixture-135m\n\n| Point |")
+        assert "| written | 0.100 | 70 | " in text
+        assert "| 1 | 0.400 | 100 | 0.350 [0.300, 0.400] | 100 | 0.350 [0.300, 0.400] |\n" in text
+        code = tex.read_text(encoding="utf-8")
+        assert code.count(r"\toprule") == 1 and r"\label{tab:curve-soften-1}" in code
+        html = page.read_text(encoding="utf-8")
+        assert "curve-soften-1.csv" in html and '<th scope="row">written</th>' in html
+        assert "Learning is measured as nats per token." in html
+        for point in made["curve"]:
+            point |= {"measured": None, "scaled_measured": None}
+        write_report([put(made)], page, markdown_file=md)
+        assert "KL (" not in md.read_text(encoding="utf-8")
+
     @pytest.mark.parametrize("more", [False, True])
     def test_a_folder_of_a_softening(self, put: Put, tmp_path: Path, more: bool) -> None:
         place = tmp_path / "soft"

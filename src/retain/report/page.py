@@ -19,7 +19,7 @@ from markupsafe import Markup
 from retain.files import check_ours, whole_file
 from retain.records import EvalRecord, RunRecord, StudyRecord
 from retain.report.axes import Panel, Row
-from retain.report.cells import Group, groups, short_name
+from retain.report.cells import Group, groups
 from retain.report.charts import panels
 from retain.report.draw import MARK, asset, compiled, picture, png, svg
 from retain.report.evaluation import (
@@ -34,7 +34,7 @@ from retain.report.finding import claims_line, finding
 from retain.report.metrics import short
 from retain.report.names import names, slug
 from retain.report.read import check, load, read_studies, results_in, schema_of
-from retain.report.soften import SOFTEN, Softening, soften_panel
+from retain.report.soften import SOFTEN, Softening, soften_panel, soften_table, soften_title
 from retain.report.tables import failures, study_tables
 
 __all__ = [
@@ -79,9 +79,9 @@ def write_report(
     curves = [check(file, Softening, load(file)) for file in every]
     files: dict[Path, bytes] = {page: render(studies, curves).encode()}
     if markdown_file is not None:
-        files[markdown_file] = markdown(studies).encode()
+        files[markdown_file] = markdown(studies, curves).encode()
     if latex_file is not None:
-        files[latex_file] = latex(studies).encode()
+        files[latex_file] = latex(studies, curves).encode()
     if pictures is not None:
         found = groups(_grids(studies))
         drawn = [*zip(group_ids(found), map(panels, found), strict=True)]
@@ -295,11 +295,12 @@ def render(studies: Sequence[StudyRecord], curves: Sequence[Softening] = ()) -> 
         assert study.evaluated is not None
         parts.append(_eval_part(study, study.evaluated, f"eval-{i}"))
     for i, curve in enumerate(curves, 1):
-        of = short_name(str(curve.model.get("name", "?")))
+        table = soften_table(curve)
         parts.append({
-            "id": f"soften-{i}", "title": f"Softening of an adapter of {of}",
+            "id": f"soften-{i}", "title": soften_title(curve),
             "finding": "", "figures": _figures([soften_panel(curve)], f"{i}"),
-            "tables": [], "failures": [], "answers": [],
+            "tables": [(table, download(table.csv()), f"{table.key}-soften-{i}.csv")],
+            "failures": [], "answers": [],
         })  # fmt: skip
     runs = [run for study in studies for run in study.runs]
     grids = _grids(studies)
@@ -348,7 +349,7 @@ def section(group: Group, head: str, title: str) -> list[str]:
     return out
 
 
-def markdown(studies: Sequence[StudyRecord]) -> str:
+def markdown(studies: Sequence[StudyRecord], curves: Sequence[Softening] = ()) -> str:
     """All tables in Markdown, a heading each, and the mark of a report."""
     out = []
     for group in groups(_grids(studies)):
@@ -358,12 +359,15 @@ def markdown(studies: Sequence[StudyRecord]) -> str:
             out += [f"## {study.name}", eval_finding(found)]
             for table in eval_tables(found):
                 out += [f"### {table.title}", table.markdown().rstrip(), f"{table.about}."]
+    for curve in curves:
+        table = soften_table(curve)
+        out += [f"## {soften_title(curve)}", table.markdown().rstrip(), f"{table.about}."]
     if skipped := refused(studies):
         out += ["## Not run", "\n".join(f"- {line}" for line in skipped)]
     return "\n\n".join([*out, f"<!-- {MARK} -->"]) + "\n"
 
 
-def latex(studies: Sequence[StudyRecord]) -> str:
+def latex(studies: Sequence[StudyRecord], curves: Sequence[Softening] = ()) -> str:
     """All tables in LaTeX, which need the package booktabs, and the mark of a report."""
     found = groups(_grids(studies))
     out = ["% Needs \\usepackage{booktabs}.\n"]
@@ -371,4 +375,6 @@ def latex(studies: Sequence[StudyRecord]) -> str:
         out += [table.latex(f"{table.key}-{name}") for table in study_tables(group)]
     for i, one in enumerate(_evals(studies), 1):
         out += [table.latex(f"{table.key}-eval-{i}") for table in eval_tables(one)]
+    for i, table in enumerate(map(soften_table, curves), 1):
+        out.append(table.latex(f"{table.key}-soften-{i}"))
     return "\n".join([*out, f"% {MARK}\n"])

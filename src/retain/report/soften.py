@@ -1,4 +1,7 @@
-"""The curve of ``retain soften``: what is kept of the learning against what is forgotten."""
+"""The curve of ``retain soften``: what is kept of the learning against what is forgotten.
+
+As a picture, and as a table of its points.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,15 @@ from pydantic import Field
 from retain.intervals import Estimate
 from retain.records import Part, Retention
 from retain.report.axes import Panel, Row, axis, data, names_beside, scale_of, tips
+from retain.report.cells import short_name
 from retain.report.draw import picture, png, svg
 from retain.report.metrics import number, short
+from retain.report.tables import Column, Entry, Table
+from retain.report.tables import Row as Line
 
-__all__ = ["SOFTEN", "Softening", "soften_panel", "soften_pictures"]
+__all__ = [
+    "SOFTEN", "Softening", "soften_panel", "soften_pictures", "soften_table", "soften_title",
+]  # fmt: skip
 
 SOFTEN = "retain.soften/1"
 _KINDS: tuple[tuple[str, str, list[float]], ...] = (
@@ -88,8 +96,54 @@ def soften_panel(found: Softening) -> Panel:
     chosen = [{"x": one.nats, "y": 100 * one.learned, "name": text, "plain": False}]
     ring = data(chosen).mark_point(size=260, stroke="var(--s0)", strokeWidth=1.8)
     chart = alt.layer(line, rule, marks, ring.encode(x=x, y=y), names_beside(chosen, x, y))
-    caption = f"The adapter itself is at the upper right, ringed what was written. In {found.unit}."
+    caption = (
+        "The adapter itself is at the upper right, ringed what was written. Learning is measured "
+        f"as {found.unit}."
+    )
     return Panel("soften", "", "A finished adapter, softened", caption, chart, rows)
+
+
+def soften_title(found: Softening) -> str:
+    """What the part of a report about it is called."""
+    return f"Softening of an adapter of {short_name(str(found.model.get('name', '?')))}"
+
+
+def soften_table(found: Softening) -> Table:
+    """What was written, and the points of the curve; no KL where none was measured."""
+    named = [("written", found.chosen), *((f"{i}", p) for i, p in enumerate(found.curve, 1))]
+    rows = [
+        Line(name, "", [
+            Entry(number(p.nats), value=p.nats), _share(p.learned), _moved(p.measured),
+            _share(p.scaled), _moved(p.scaled_measured),
+        ])
+        for name, p in named
+    ]  # fmt: skip
+    nats = "nats per token"
+    head = [
+        Column("Point"), Column("Forgotten, predicted", nats), Column("Softened: kept", "%"),
+        Column("Softened: measured KL", nats), Column("Scaled: kept", "%"),
+        Column("Scaled: measured KL", nats),
+    ]  # fmt: skip
+    kept = [i for i in range(5) if any(row.entries[i].value is not None for row in rows)]
+    head = [head[0], *(head[i + 1] for i in kept)]
+    rows = [Line(row.name, "", [row.entries[i] for i in kept]) for row in rows]
+    about = (
+        "Kept: of the learning, as predicted. Scaled: the whole adapter times one number, to as "
+        "many predicted nats. Below a measured KL its 95 % interval"
+    )
+    return Table("curve", "The curve", about, head, rows)
+
+
+def _share(kept: float) -> Entry:
+    return Entry(short(100 * kept), value=100 * kept)
+
+
+def _moved(measured: Retention | None) -> Entry:
+    if measured is None or measured.kl is None:
+        return Entry()
+    low, high = measured.kl_interval or (None, None)
+    ends = "" if low is None or high is None else f"[{number(low)}, {number(high)}]"
+    return Entry(number(measured.kl), value=measured.kl, low=low, high=high, ends=ends)
 
 
 def soften_pictures(record: Mapping[str, Any]) -> dict[str, bytes]:
