@@ -99,6 +99,15 @@ def test_what_cannot_be_fitted_is_refused_before_there_is_a_model(
         FittingCallback(**options)
 
 
+@pytest.mark.parametrize("options", [{"budget": 0.1}, {"kl": 1.0}])
+def test_rows_that_come_once_are_not_measured_on_too(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"read more than once.*list_iterator.*list\(rows\)"):
+        FittingCallback(iter(ROWS["llama"]), **options)
+    curvature = fit_curvature(tiny("llama"), ROWS["llama"], **FIT)
+    FittingCallback(iter(ROWS["llama"]), curvature=curvature, **options)
+    FittingCallback(iter(ROWS["llama"]))
+
+
 def test_a_budget_of_a_classifier_is_of_predicted_nats(tmp_path: Path) -> None:
     rows = [{"input_ids": row["input_ids"], "labels": i % 3} for i, row in enumerate(DATA)]
     callback = FittingCallback(ROWS["bert"], fit=FIT, budget=1e-4)

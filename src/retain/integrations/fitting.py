@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +41,10 @@ class FittingCallback(RetentionCallback):
     written it is kept beside them (`FILE`), and a training that is resumed reads it from there.
 
     Args:
-        source: text of what is to be kept; see `retain.fit_curvature`. With a budget, the true
-            divergence is measured on it too; of a classifier, whose new head has nothing to be
-            measured from, the prediction is believed, and a warning says so.
+        source: text of what is to be kept; see `retain.fit_curvature`. With a budget or `kl`, the
+            true divergence is measured on it too, so it is no iterator then; of a classifier, whose
+            new head has nothing to be measured from, the prediction is believed, and a warning says
+            so.
         curvature: in place of `source`, a curvature of this base model, or its file. A `source`
             beside it that is not ``"self"`` is what a budget or `kl` is measured on; without one
             see `retain.RetentionCallback`.
@@ -58,8 +59,9 @@ class FittingCallback(RetentionCallback):
         tokenizer: for text; by default the trainer's own.
 
     Raises:
-        ConfigError: an option that there is not, of `fit` too, or a value out of range; or, when a
-            training is resumed, a curvature that is not where its first part has left it.
+        ConfigError: an option that there is not, of `fit` too, a value out of range, or an iterator
+            that would be read twice; or, when a training is resumed, a curvature that is not where
+            its first part has left it.
         ArtifactError: no such file of a curvature. What `retain.RetentionCallback` and
             `retain.fit_curvature` raise, when training begins.
     """
@@ -90,6 +92,14 @@ class FittingCallback(RetentionCallback):
             None, strength, budget=budget, confidence=confidence, parts=parts, update=update,
             filter=filter, kl=kl,
         )  # fmt: skip
+        readings = [curvature is None, budget is not None, recipe.kl.weight > 0]
+        if isinstance(source, Iterator) and sum(readings) > 1:
+            raise ConfigError(
+                "the source is to be read more than once",
+                got=f"a {type(source).__name__}, which gives its rows once",
+                allowed="a file, a folder, a data set, a list of rows, or self",
+                fix="list(rows), to fit and to measure on the same",
+            )
         if curvature is not None and isinstance(source, str) and source == "self":
             source = "auto"
         self._drive(recipe, source, tokenizer)
