@@ -21,7 +21,7 @@ from retain.errors import ConfigError, MismatchError, RetainWarning, TrainingErr
 from retain.models.lora import attach_lora
 from retain.models.sites import lora_sites
 from retain.retention.budget import Budget
-from retain.retention.displacement import anchored, largest_share, scale_back, settle
+from retain.retention.displacement import anchored, back_within, largest_share, scale_back
 from retain.retention.force import Force
 from retain.retention.measure import Reference
 from retain.retention.methods.penalty import KFAC
@@ -211,7 +211,7 @@ def test_a_divergence_that_is_not_finite_is_above_the_budget(odd: float) -> None
         return share**2 if share < 0.3 else odd
 
     with pytest.warns(RetainWarning, match="predictions on the probe were not finite"):
-        assert settle(curvature, sites, 0.01, measure) == pytest.approx(measure())
+        assert back_within(curvature, sites, 0.01, measure) == pytest.approx(measure())
     assert float(b.detach().norm()) == pytest.approx(0.1 * whole, rel=0.02)
 
     budget = Budget(0.05)
@@ -243,7 +243,7 @@ def test_settling_on_a_divergence_that_is_no_quadratic() -> None:
         now = math.sqrt(sum(float(s.b.detach().square().sum()) for s in lora_sites(model)))
         return math.exp(3 * now / size) - 1 - 0.5 * now / size
 
-    assert settle(curvature, sites, 0.3, measure) == pytest.approx(measure())
+    assert back_within(curvature, sites, 0.3, measure) == pytest.approx(measure())
     assert 0.3 * 0.98 <= measure() <= 0.3
 
 
@@ -391,7 +391,7 @@ def test_a_budget_that_what_stays_has_spent_is_refused() -> None:
     scale_back(curvature, sites, budget)
     assert stays < curvature.quadratic(model) <= budget
     with pytest.warns(RetainWarning, match="is not kept: 7 measured nats are left"):
-        assert settle(curvature, sites, 1.0, lambda: 7.0) == 7.0
+        assert back_within(curvature, sites, 1.0, lambda: 7.0) == 7.0
 
 
 @pytest.mark.parametrize("measured", [False, True])

@@ -20,7 +20,7 @@ from retain.errors import ConfigError, MismatchError, warn
 from retain.models.shards import scatter
 from retain.models.sites import LinearSite, LoraSite, Site
 
-__all__ = ["anchored", "check_way_back", "largest_share", "scale_back", "settle"]
+__all__ = ["anchored", "back_within", "check_way_back", "largest_share", "scale_back"]
 
 TRIES, SLACK = 12, 0.02
 """Measurements at the end, and how far below the budget is near enough."""
@@ -101,7 +101,7 @@ def check_way_back(curvature: Curvature, sites: Sequence[Site], nats: float) -> 
         )
 
 
-def settle(
+def back_within(
     curvature: Curvature,
     sites: Sequence[Site],
     nats: float,

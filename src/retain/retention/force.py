@@ -36,7 +36,7 @@ from retain.models.shards import own, reshard, scatter
 from retain.models.sites import LinearSite, check_held
 from retain.retention.bounds import check_confidence, check_strength, check_update
 from retain.retention.budget import Budget
-from retain.retention.displacement import check_way_back, scale_back, settle
+from retain.retention.displacement import back_within, check_way_back, scale_back
 from retain.retention.feeling import Feeling, Felt
 from retain.retention.holds import Hold, Spent, check_magnitudes, check_measured, measure_on
 from retain.retention.named import (
@@ -269,7 +269,7 @@ class Force:
             else:
                 most = share * hold.budget.nats
                 measure = partial(self._measure, hold)
-                left = settle(hold.curvature, self.sites, most, measure, rows)
+                left = back_within(hold.curvature, self.sites, most, measure, rows)
         return [left] if len(self.holds) == 1 else [self._left(hold) for hold in self.holds]
 
     def _left(self, hold: Hold) -> float:
