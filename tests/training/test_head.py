@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import retain
 from families import DEBERTA, ENCODERS, built
 from families import FAMILIES as DECODERS
-from retain import attach_lora, fit_head
+from retain import RetentionCallback, attach_lora, fit_curvature, fit_head
 from retain.data.batches import collate
 from retain.data.sources import encode
-from retain.errors import ModelError, SourceError
+from retain.errors import ModelError, RetainWarning, SourceError
 from tiny import base, exactly
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -140,3 +143,28 @@ def test_where_the_features_tell_nothing_the_head_stays_as_it_was_drawn() -> Non
 
 def test_it_is_public() -> None:
     assert retain.fit_head is fit_head
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_head_that_a_trainer_draws_anew_is_said(inside: bool, tmp_path: Path) -> None:
+    """``model_init`` makes the model anew, as each trial of a search does."""
+
+    def model_init() -> Any:
+        model = classifier("Bert")
+        if inside:
+            fit_head(model, labelled(), progress=False)
+        return attach_lora(model, rank=2, targets="all-linear")
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=1, max_steps=1, use_cpu=True,
+        report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    run = Trainer(model_init=model_init, args=arguments, train_dataset=labelled())
+    if not inside:
+        fit_head(run.model, labelled(), progress=False)
+    run.add_callback(RetentionCallback(fit_curvature(run.model, labelled(), progress=False)))
+    told = pytest.warns(RetainWarning, match="call fit_head inside of model_init")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RetainWarning)
+        with nullcontext() if inside else told:
+            run.train()

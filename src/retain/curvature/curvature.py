@@ -66,7 +66,12 @@ class Curvature(BlockOperator):
     """``quadratic(model)``: how many nats a prediction the model is predicted to have moved.
 
     See `BlockOperator` for the arguments.
+
+    Attributes:
+        fitted_head: whether it was fitted, in this process, around a head of `retain.fit_head`.
     """
+
+    fitted_head: bool = False
 
     def __repr__(self) -> str:
         i = self.info

@@ -25,9 +25,11 @@ __all__ = [
     "are_values",
     "check_labels",
     "check_single",
+    "has_fitted_head",
     "head_kind",
     "is_causal",
     "is_regression",
+    "mark_fitted",
     "predicts_per",
     "row_label",
     "several_labels",
@@ -240,6 +242,16 @@ def check_labels(model: nn.Module, labels: Iterable[object], unit: str = "row") 
                 allowed=f"whole numbers from 0 to {outputs - 1}",
                 fix="count the labels from 0, or load the model with as many as num_labels",
             )
+
+
+def mark_fitted(layer: nn.Module) -> None:
+    """Remembers of a head's layer that it was fitted; a copy of it remembers that too."""
+    vars(layer)["retain_fitted"] = True
+
+
+def has_fitted_head(model: nn.Module) -> bool:
+    """Whether a layer of the model is one that `mark_fitted` was told of."""
+    return any("retain_fitted" in vars(module) for module in model.modules())
 
 
 def check_single(model: nn.Module) -> None:

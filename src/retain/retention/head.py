@@ -27,7 +27,7 @@ from retain.data.batches import Example
 from retain.data.sources import Row
 from retain.errors import ModelError, SourceError
 from retain.models.forward import no_autocast
-from retain.models.heads import check_single
+from retain.models.heads import check_single, mark_fitted
 from retain.models.view import ModelView
 from retain.retention.probe import Probe, fit_probe
 
@@ -128,6 +128,7 @@ def fit_head(
     probe = fit_probe(features, targets, count, seed)
     if probe.tells:
         _place(layer, outputs, probe)
+        mark_fitted(layer)
     return HeadFit(len(labelled), probe.ridge, probe.loss, probe.known, probe.tells)
 
 

@@ -7,13 +7,14 @@ from torch import nn
 
 from retain.curvature.anchor import has_update
 from retain.errors import warn
+from retain.models.heads import has_fitted_head
 from retain.models.names import canonical, drawn_layers, head_of, unwrap
 from retain.models.off import start_of, taken_out
 from retain.models.sites import LinearSite, lora_sites
 from retain.retention.force import Force
 from retain.retention.named import Curvatures, by_name
 
-__all__ = ["tell_begun_from", "tell_drawn", "tell_unheld"]
+__all__ = ["tell_begun_from", "tell_drawn", "tell_head", "tell_unheld"]
 
 
 def tell_begun_from(model: nn.Module, curvature: Curvatures | None, *, told: bool) -> bool:
@@ -71,6 +72,15 @@ def tell_drawn(model: nn.Module) -> None:
             f"no checkpoint has the weights of {', '.join(layers)}: each loading draws them "
             "anew, and the adapter is saved without them, so that it will not be this model; "
             f"train them with the head: LoraConfig(modules_to_save={layers}, ...)"
+        )
+
+
+def tell_head(model: nn.Module, curvature: Curvatures | None) -> None:
+    """Says of a model that a trainer's ``model_init`` has made, where a fitted head was lost."""
+    if any(c.fitted_head for c in by_name(curvature).values()) and not has_fitted_head(model):
+        warn(
+            "the trainer's model_init has made the model anew, and its head is not the one that "
+            "fit_head fitted and the curvature is around: call fit_head inside of model_init"
         )
 
 

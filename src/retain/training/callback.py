@@ -30,6 +30,7 @@ from retain.retention.marks import release_left
 from retain.retention.named import Budgets, Curvatures, check_names
 from retain.retention.output_kl import OutputKL
 from retain.retention.recipe import Recipe
+from retain.retention.telling import tell_head
 from retain.retention.watch import Watched
 from retain.training.card import Card
 from retain.training.handling import (
@@ -47,7 +48,14 @@ from retain.training.logged import last_line, step_line
 from retain.training.probes import Sources, is_auto, is_elsewhere, kl_rows, probe_of
 from retain.training.reading import check_loader
 from retain.training.renamed import parts_of
-from retain.training.running import Running, calling_handler, resumed_from, saved_in, train_call
+from retain.training.running import (
+    Running,
+    begun_anew,
+    calling_handler,
+    resumed_from,
+    saved_in,
+    train_call,
+)
 from retain.training.zero import ZeroStep, zero_of
 from retain.types import STRENGTH, Update
 
@@ -295,6 +303,8 @@ class RetentionCallback(TrainerCallback):
             kept, tensors = recipe.progress(), recipe.kept()
         elif resuming:
             kept, tensors = kept_in(state, needed), kept_tensors(resumed_from())
+        elif begun_anew():
+            tell_head(model, recipe.curvature)
         self._call = None if call is None else weakref.ref(call)
         self._settings = settings_of(recipe)
         then = (kept or {}).get("held")

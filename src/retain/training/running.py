@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-__all__ = ["Running", "calling_handler", "resumed_from", "saved_in", "train_call"]
+__all__ = ["Running", "begun_anew", "calling_handler", "resumed_from", "saved_in", "train_call"]
 
 
 _LOOPS = ("_inner_training_loop", "train")
@@ -73,6 +73,12 @@ def calling_handler() -> CallbackHandler | None:
     """The handler of a trainer's callbacks that is calling one of them now."""
     frame = _handler_frame()
     return None if frame is None else _self_of(frame)
+
+
+def begun_anew() -> bool:
+    """Whether the trainer that is calling a callback now makes its model anew when it trains."""
+    frame = _loop_frame()
+    return frame is not None and getattr(_self_of(frame), "model_init", None) is not None
 
 
 def resumed_from() -> Path | None:

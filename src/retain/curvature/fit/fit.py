@@ -40,6 +40,7 @@ from retain.data.sources import Row
 from retain.models import processes
 from retain.models.fingerprint import signature
 from retain.models.forward import no_autocast
+from retain.models.heads import has_fitted_head
 from retain.models.off import check_on, start_of
 from retain.models.sites import Site, base_layers, bypassed, is_idle, row_scales
 from retain.models.view import ModelView
@@ -217,6 +218,7 @@ def fit_curvature(
     )
     curvature = Curvature(blocks, {}, info, run.estimator.links)
     curvature.anchor = anchor_of(curvature, sites)
+    curvature.fitted_head = has_fitted_head(model)
     if together:
         processes.share(list({id(t): t for t in curvature.tensors().values()}.values()))
     return curvature
