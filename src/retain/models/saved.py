@@ -13,7 +13,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from retain.documents import read_json
-from retain.errors import ModelError, warn
+from retain.errors import ModelError
 from retain.files import file_digest, whole_files, whole_folder
 from retain.models.cards import (
     CARD,
@@ -25,6 +25,7 @@ from retain.models.cards import (
     with_base,
     with_section,
 )
+from retain.models.drawn import as_plain, is_drawn
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -53,9 +54,6 @@ FILES = (_CONFIG, _WEIGHTS)
 
 _SERVED = (16, 32, 64, 128, 256, 320, 512)
 """What vLLM's ``--max-lora-rank`` may be from its default on."""
-
-_DRAWN = ("pissa_niter", "corda", "lora_ga")
-"""Starts in the base's weights that PEFT makes otherwise when it loads them, or not at all."""
 
 HEAD = "config.json"
 """Beside a classifier's adapter: the model's configuration, which names the classes of its head."""
@@ -118,7 +116,7 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
     """
     folder = folder.expanduser()
     config = check_adapter(folder)
-    if _is_drawn(config.get("init_lora_weights")):
+    if is_drawn(config.get("init_lora_weights")):
         raise ModelError(
             "the adapter's start in the base's weights cannot be made again",
             got=f"{folder} with init_lora_weights={config['init_lora_weights']!r}",
@@ -171,10 +169,6 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
             if not torch.equal(now[name].data, value.to(now[name].data))
         ]  # (4-bit weights that were packed anew are not there any more)
     return peft
-
-
-def _is_drawn(start: Any) -> bool:
-    return str(start).lower().startswith(_DRAWN)
 
 
 @contextmanager
@@ -254,13 +248,12 @@ def save_adapter(
     """Writes a plain PEFT adapter; an older one stays until the new one is whole on the disk.
 
     Of several adapters it is the active one, whatever its name. One that began in the base's
-    weights as PEFT cannot make it again (``pissa_niter_4``, ``corda``, ``lora_ga``, and any that
-    has grown) is written as plain LoRA of twice its rank, ``B A - B_0 A_0``, where its start was
-    seen. A classifier's comes
-    with its head, and with the configuration that names its classes. Beside it is a model card with
-    PEFT's front matter and a section of ours, which alone is written anew in a card that is there.
-    Other files in the folder stay, and so do modes. A kill just while the files of an adapter with
-    other settings take their places leaves no adapter there, rather than one of two.
+    weights as PEFT cannot make it again is written as plain LoRA (`retain.models.drawn`). A
+    classifier's comes with its head, and with the configuration that names its classes. Beside it
+    is a model card with PEFT's front matter and a section of ours, which alone is written anew in a
+    card that is there. Other files in the folder stay, and so do modes. A kill just while the files
+    of an adapter with other settings take their places leaves no adapter there, rather than one of
+    two.
 
     Args:
         model: the model with its adapter.
@@ -284,7 +277,7 @@ def save_adapter(
             for file in FILES:
                 (new / name / file).replace(new / file)
             shutil.rmtree(new / name)
-        plain = _as_plain(model, name, new / _WEIGHTS)
+        plain = as_plain(model, name, new / _WEIGHTS)
         if head:
             inner: Any = model.get_base_model()
             inner.config.architectures = [type(inner).__name__]
@@ -297,61 +290,6 @@ def save_adapter(
         text = json.dumps(written, indent=2, sort_keys=True)
         (new / _CONFIG).write_text(text, encoding="utf-8")
     return folder
-
-
-def _as_plain(model: PeftModel, name: str, weights: Path) -> dict[str, Any]:
-    """Makes plain LoRA of an adapter whose start PEFT cannot make again.
-
-    Args:
-        model: with the adapter.
-        name: of the adapter.
-        weights: the file with its own weights, which is written anew.
-
-    Returns:
-        What is other in its configuration; nothing of an adapter that may stay as it is.
-    """
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from retain.models.off import BESIDE, start_of
-
-    config: Any = model.peft_config[name]
-    init, start = str(getattr(config, "init_lora_weights", True)).lower(), start_of(model)
-    grown = init in BESIDE and (start is not None or _on_another(model))
-    if not (grown or _is_drawn(init)):
-        return {}
-    if start is None or config.use_dora:
-        why = "its start was not seen before training" if start is None else "it has use_dora"
-        warn(
-            "the adapter is saved as it is, and will not be this model when it is loaded: it began "
-            "in the base's weights, as PEFT does not make it again, and it cannot be written as "
-            f"plain LoRA, for {why}"
-        )
-        return {}
-    began = {id(p): value for p, value in start}
-    tensors = load_file(weights)
-    for own, parameter in model.named_parameters():
-        if id(parameter) in began:
-            key, value = own.replace(f".{name}.", "."), began[id(parameter)].cpu()
-            of_a = ".lora_A." in key
-            tensors[key] = torch.cat([tensors[key], value if of_a else -value], 0 if of_a else 1)
-    save_file(tensors, weights, metadata={"format": "pt"})
-    more = 2**0.5 if config.use_rslora else 2  # so that the scaling stays
-    return {
-        "r": 2 * config.r, "lora_alpha": more * config.lora_alpha, "init_lora_weights": True,
-        "rank_pattern": {key: 2 * r for key, r in (config.rank_pattern or {}).items()},
-        "alpha_pattern": {key: more * a for key, a in (config.alpha_pattern or {}).items()},
-        "corda_config": None, "lora_ga_config": None,
-    }  # fmt: skip
-
-
-def _on_another(model: PeftModel) -> bool:
-    """Whether an adapter that has grown is on weights that an earlier start has changed."""
-    left: tuple[str, str] = vars(model).get("retain_left") or ("", "")
-    known = {id(p) for p, _ in vars(model).get("retain_originals") or ()}
-    layers: list[Any] = [m for m in model.modules() if getattr(m, "lora_A", None)]
-    changed = any(id(getattr(m.get_base_layer(), "weight", None)) in known for m in layers)
-    return changed or left[0].startswith("init_lora_weights")
 
 
 def _write_card(card: Path, old: Path, base: str, facts: Mapping[str, str]) -> None:
