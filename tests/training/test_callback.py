@@ -656,6 +656,15 @@ def test_a_start_in_the_bases_weights_is_that_of_a_curvature_from_a_file(
     assert held.recipe.outputs is not None and float(held.recipe.outputs.last) > 1e-4
 
 
+def test_a_start_in_half_precision_is_not_said_to_have_learned() -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    model = get_peft_model(
+        base("llama", dtype=torch.bfloat16), config, autocast_adapter_dtype=False
+    )
+    with pytest.warns(RetainWarning, match="or, kept in half precision, cannot be told"):
+        Retention(model, fit(model), parts=["force"])
+
+
 def test_the_kl_of_an_adapter_that_has_grown_counts_from_what_it_was() -> None:
     model = tiny("llama", moved=True)
     curvature = fit(model)

@@ -328,7 +328,7 @@ def _as_made(site: LoraSite, b: Tensor, a: Tensor, kind: str) -> Pair | None:
     """B [d_out, r] and A [r, d_in] of a layer where they have the form that they are made in."""
     layer: Any = site.layer
     base: torch.dtype = layer.get_base_layer().weight.dtype
-    if a.dtype in _HALF or b.dtype in _HALF or a.shape != site.a.shape:
+    if {a.dtype, b.dtype, site.a.dtype, site.b.dtype} & set(_HALF) or a.shape != site.a.shape:
         return None
     if kind == "olora" and bool(a.tril(-1).any()):
         return None

@@ -36,8 +36,10 @@ def tell_begun_from(model: nn.Module, curvature: Curvatures | None, *, told: boo
     )
     found = learned and start_of(model) is None and _start_at(model, curvature) is None
     if found and told:
+        half = " (or, kept in half precision, cannot be told from one that had)"
         warn(
-            "the adapter had learned before its curvature was fitted: the model is held to "
+            "the adapter had learned before its curvature was fitted"
+            f"{'' if taken_out(model) is None else half}: the model is held to "
             "what it was then and not to its base, and a budget and kl count from there; a "
             "curvature that was fitted on the plain model holds to the base"
         )
