@@ -456,3 +456,26 @@ def test_a_resized_vocabulary_says_so_and_the_fix_works(tied: bool, tmp_path: Pa
     torch.testing.assert_close(answer(loaded), answer(model))
     off_is(loaded, want)
     assert measure_forgetting(loaded, TEXT).kl > 0
+
+
+@pytest.mark.parametrize("name", ["default", "model", "layers"])
+def test_an_adapter_of_any_name_is_saved_as_plain_lora(name: str, tmp_path: Path) -> None:
+    made = lora(r=4, init_lora_weights="pissa_niter_4")
+    model = get_peft_model(wide(), made, adapter_name=name)
+    assert measure_forgetting(model, TEXT).kl == 0.0
+    model = moved(model)
+    want = answer(model)
+    loaded = load_adapter(wide(), save_adapter(model, tmp_path / "adapter", "base"))
+    torch.testing.assert_close(answer(loaded), want, atol=1e-4, rtol=1e-3)
+
+
+def test_an_adapter_after_one_that_began_in_the_bases_weights_is_not_saved_silently(
+    tmp_path: Path,
+) -> None:
+    model = get_peft_model(wide(), lora(r=4, init_lora_weights="pissa"))
+    assert measure_forgetting(model, TEXT).kl == 0.0
+    model.add_adapter("other", lora(r=4))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    with pytest.warns(RetainWarning, match="will not be this model when it is loaded"):
+        save_adapter(model, tmp_path / "adapter", "base")

@@ -347,3 +347,20 @@ def test_another_adapter_that_is_made_active_meanwhile_is_refused(
                 held.step(optimizer)
         else:
             held.step(optimizer)
+
+
+def test_an_adapter_that_was_deleted_or_is_one_of_two_is_let_go_and_no_budget_measured() -> None:
+    for deleted in (False, True):
+        model = tiny("llama")
+        curvature = retain.fit_curvature(model, ROWS["llama"], batch_size=4, progress=False)
+        held = retain.Retention(model, curvature, rows=TASK, budget=1e-3)
+        assert held.why_no_filter is None
+        model.add_adapter("other", model.peft_config["default"])
+        if deleted:
+            model.set_adapter("other")
+            model.delete_adapter("default")
+        else:
+            model.base_model.set_adapter(["default", "other"])
+        with pytest.raises(ModelError, match="default alone" + deleted * ", which was deleted"):
+            held.finish()
+        held.recipe.release()

@@ -164,7 +164,8 @@ def _print_anything() -> None:
     stderr escapes such characters by itself.
     """
     out = sys.stdout
-    if isinstance(out, io.TextIOWrapper) and (out.errors == "strict" or not has_all(out)):
+    lossy = ("strict",) if has_all(out) else ("strict", "surrogateescape")  # the latter of LANG=C
+    if isinstance(out, io.TextIOWrapper) and out.errors in lossy:
         out.reconfigure(errors="replace")
 
 

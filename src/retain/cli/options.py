@@ -177,7 +177,7 @@ class Screen(Messages):
 
 def has_all(stream: TextIO) -> bool:
     """Whether a stream's encoding has all characters."""
-    return (stream.encoding or "utf-8").lower().startswith("utf")
+    return (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
 
 
 def _widths(columns: Sequence[Sequence[str]], room: int | None) -> list[int]:

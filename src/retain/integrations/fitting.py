@@ -22,6 +22,7 @@ from retain.retention.filter import Filter
 from retain.retention.output_kl import OutputKL
 from retain.retention.recipe import Recipe
 from retain.training.callback import RetentionCallback
+from retain.training.handling import no_smaller_batches
 from retain.types import STRENGTH, Update
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ class FittingCallback(RetentionCallback):
         model = unwrap(kwargs["model"])
         if self.recipe.curvature is None:
             tokenizer = self.tokenizer or kwargs.get("processing_class")
-            self.recipe.curvature = self._curvature(args, state, model, tokenizer)
+            with no_smaller_batches(args):
+                self.recipe.curvature = self._curvature(args, state, model, tokenizer)
         if not is_causal(model):
             self.source = "auto"  # a budget is of predicted nats, and a warning says so
         super().on_train_begin(args, state, control, **kwargs)

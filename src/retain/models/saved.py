@@ -25,7 +25,7 @@ from retain.models.cards import (
     with_base,
     with_section,
 )
-from retain.models.drawn import as_plain, is_drawn
+from retain.models.plain_lora import as_plain, cannot_repeat
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -116,7 +116,7 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
     """
     folder = folder.expanduser()
     config = check_adapter(folder)
-    if is_drawn(config.get("init_lora_weights")):
+    if cannot_repeat(config.get("init_lora_weights")):
         raise ModelError(
             "the adapter's start in the base's weights cannot be made again",
             got=f"{folder} with init_lora_weights={config['init_lora_weights']!r}",
@@ -248,7 +248,7 @@ def save_adapter(
     """Writes a plain PEFT adapter; an older one stays until the new one is whole on the disk.
 
     Of several adapters it is the active one, whatever its name. One that began in the base's
-    weights as PEFT cannot make it again is written as plain LoRA (`retain.models.drawn`). A
+    weights as PEFT cannot make it again is written as plain LoRA (`retain.models.plain_lora`). A
     classifier's comes with its head, and with the configuration that names its classes. Beside it
     is a model card with PEFT's front matter and a section of ours, which alone is written anew in a
     card that is there. Other files in the folder stay, and so do modes. A kill just while the files

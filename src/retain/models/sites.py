@@ -233,19 +233,21 @@ def _no_shards(name: str) -> ModelError:
 
 
 def check_active(sites: Sequence[Site]) -> None:
-    """Refuses a model whose active adapter is another than when its layers were found.
+    """Refuses a model whose active adapters are others than when its layers were found.
 
     Raises:
-        ModelError: it is.
+        ModelError: they are.
     """
     site = sites[0] if sites else None  # PEFT switches all of them
-    if isinstance(site, LoraSite) and site.adapter not in site.layer.active_adapters:
+    if isinstance(site, LoraSite) and list(site.layer.active_adapters) != [site.adapter]:
+        there = site.adapter in site.layer.lora_A
         raise ModelError(
             "another adapter is active than the one that is held",
             got=", ".join(site.layer.active_adapters) or "none",
-            allowed=site.adapter,
-            fix=f"model.set_adapter({site.adapter!r}), or finish, and begin anew with the other",
-        )
+            allowed=f"{site.adapter} alone" + ("" if there else ", which was deleted"),
+            fix=f"model.set_adapter({site.adapter!r}), and finish before another is made active"
+            if there else "begin anew with the other",
+        )  # fmt: skip
 
 
 def find_sites(model: nn.Module, *, sharded: bool = False) -> list[LoraSite] | list[LinearSite]:
@@ -289,7 +291,7 @@ def _check_apart(model: Any, sites: Sequence[LoraSite]) -> None:
     """Refuses an adapter that is merged into the base, or makes several layers of one."""
     if any(site.layer.merged for site in sites):
         raise ModelError(
-            "the adapter is merged into the base's weights, where nothing of it trains",
+            "the adapter is merged into the base's weights",
             got=f"merged layers, such as {sites[0].name}",
             allowed="an adapter beside its base",
             fix="model.unmerge_adapter()",

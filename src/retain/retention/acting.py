@@ -70,6 +70,7 @@ class Acting:
         self.texts: dict[str, str] = {}
         self.scaled_back: str | None = None
         self.sites: list[LoraSite] = []
+        self._marked: list[nn.Parameter] = []
         self._held: weakref.ref[nn.Module] | None = None
         self._shards: list[Tensor] = []  # whole copies of weights that are divided
         self._guarded = False
@@ -163,8 +164,14 @@ class Acting:
             return self.force.apply_proximal(*optimizers)
 
     def finish(self) -> None:
-        """After the last step: takes back what is above the budget."""
+        """After the last step: takes back what is above the budget.
+
+        Raises:
+            ModelError: another adapter was made active.
+        """
         if self.force is not None:
+            if self.force.budget is not None:
+                check_active(self.force.sites)
             with self._whole():
                 self.force.finish()
 
@@ -195,7 +202,7 @@ class Acting:
         self._held = None
         for hooks in self._hooks():
             hooks.detach()
-        unmark([site.a for site in self.sites], self)
+        unmark(self._marked, self)
 
     # What is told of it.
 

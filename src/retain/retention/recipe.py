@@ -268,7 +268,8 @@ class Recipe(Acting):
         if self.active != slice(None):
             self.frozen = FrozenRows(self.sites, self.active)
         if self.filter is not None or self.frozen is not None:
-            mark([site.a for site in self.sites], self)
+            self._marked = [site.a for site in self.sites]
+            mark(self._marked, self)
         scatter(_weights(self.sites))  # before anyone gathers them again
         held = self.past if self.curvature is None else self.curvature
         if "force" in self.parts and held is not None:

@@ -81,8 +81,8 @@ def tell_head(model: nn.Module, curvature: Curvatures | None) -> None:
     """Says of a model that a trainer's ``model_init`` has made, where a fitted head was lost."""
     if any(c.fitted_head for c in by_name(curvature).values()) and not has_fitted_head(model):
         warn(
-            "the trainer's model_init has made the model anew, and its head is not the one that "
-            "fit_head fitted and the curvature is around: call fit_head inside of model_init"
+            "the trainer's model_init has made the model anew, and its head may not be the one "
+            "that fit_head fitted and the curvature is around: call fit_head inside of model_init"
         )
 
 

@@ -97,7 +97,8 @@ def compact_run(config: CompactConfig, messages: Messages) -> dict[str, Any]:
     folder, run = _adapter(c.adapter.expanduser())
     out = place_for(c, folder)
     if run is not None and run.labels is not None:  # its base has another head each time
-        messages.note("a classifier's state is not used: each layer's shortest part is cut")
+        if c.curvature is None:
+            messages.note("a classifier's state is not used: each layer's shortest part is cut")
         run = None
     messages.libraries()
     from retain.curvature.merge import square

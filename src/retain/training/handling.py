@@ -140,8 +140,8 @@ def no_smaller_batches(args: TrainingArguments) -> Iterator[None]:
         raise TrainingError(
             "memory is full before the first step, and smaller batches read no less",
             got=str(error).splitlines()[0],
-            allowed="room for what the filter, a budget and a KL read before training",
-            fix="filter=Filter(tokens=2048, rows=16), or fewer source rows",
+            allowed="room for what a fit, the filter, a budget and a KL read before training",
+            fix="filter=Filter(tokens=2048, rows=16), fewer source rows, or a fit's batch_size=1",
         ) from error
 
 

@@ -15,14 +15,14 @@ from retain.errors import warn
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["as_plain", "is_drawn"]
+__all__ = ["as_plain", "cannot_repeat"]
 
-_DRAWN = ("pissa_niter", "corda", "lora_ga")
+_ONCE = ("pissa_niter", "corda", "lora_ga")
 
 
-def is_drawn(start: Any) -> bool:
+def cannot_repeat(start: Any) -> bool:
     """Whether an ``init_lora_weights`` is one that PEFT does not make again."""
-    return str(start).lower().startswith(_DRAWN)
+    return str(start).lower().startswith(_ONCE)
 
 
 def as_plain(model: PeftModel, name: str, weights: Path) -> dict[str, Any]:
@@ -44,10 +44,10 @@ def as_plain(model: PeftModel, name: str, weights: Path) -> dict[str, Any]:
     config: Any = model.peft_config[name]
     init, start = str(getattr(config, "init_lora_weights", True)).lower(), start_of(model)
     grown = init in BESIDE and (start is not None or _on_another(model))
-    if not (grown or is_drawn(init)):
+    if not (grown or cannot_repeat(init)):
         return {}
     if start is None or config.use_dora:
-        why = "its start was not seen before training" if start is None else "it has use_dora"
+        why = "its start is not known" if start is None else "it has use_dora"
         warn(
             "the adapter is saved as it is, and will not be this model when it is loaded: it began "
             "in the base's weights, as PEFT does not make it again, and it cannot be written as "
@@ -58,7 +58,8 @@ def as_plain(model: PeftModel, name: str, weights: Path) -> dict[str, Any]:
     tensors = load_file(weights)
     for own, parameter in model.named_parameters():
         if id(parameter) in began:
-            key, value = own.replace(f".{name}.", "."), began[id(parameter)].cpu()
+            key = own.removesuffix(f".{name}.weight") + ".weight"
+            value = began[id(parameter)].cpu()
             of_a = ".lora_A." in key
             tensors[key] = torch.cat([tensors[key], value if of_a else -value], 0 if of_a else 1)
     save_file(tensors, weights, metadata={"format": "pt"})
@@ -72,9 +73,8 @@ def as_plain(model: PeftModel, name: str, weights: Path) -> dict[str, Any]:
 
 
 def _on_another(model: PeftModel) -> bool:
-    """Whether an adapter that has grown is on weights that an earlier start has changed."""
-    left: tuple[str, str] = vars(model).get("retain_left") or ("", "")
+    """Whether an adapter is on weights that an earlier start has changed, as far as was seen."""
     known = {id(p) for p, _ in vars(model).get("retain_originals") or ()}
     layers: list[Any] = [m for m in model.modules() if getattr(m, "lora_A", None)]
     changed = any(id(getattr(m.get_base_layer(), "weight", None)) in known for m in layers)
-    return changed or left[0].startswith("init_lora_weights")
+    return changed or not vars(model).keys().isdisjoint(("retain_start", "retain_left"))
