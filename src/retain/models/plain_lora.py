@@ -47,7 +47,8 @@ def as_plain(model: PeftModel, name: str, weights: Path) -> dict[str, Any]:
     if not (grown or cannot_repeat(init)):
         return {}
     if start is None or config.use_dora:
-        why = "its start is not known" if start is None else "it has use_dora"
+        unseen = "the start was not seen before training, or was another adapter's"
+        why = unseen if start is None else "it has use_dora"
         warn(
             "the adapter is saved as it is, and will not be this model when it is loaded: it began "
             "in the base's weights, as PEFT does not make it again, and it cannot be written as "
