@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from retain import RetentionCallback, fit_curvature
-from retain.errors import ConfigError, RetainError, RetainWarning
+from retain.errors import ConfigError, RetainError, RetainWarning, TrainingError
 from retain.integrations import FittingCallback
 from retain.integrations.fitting import FILE
 from tiny import ROWS, tiny, weights
@@ -214,3 +214,18 @@ def test_axolotl_s_fused_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ConfigError) as refused:
         module.RetentionPlugin().add_callbacks_post_trainer(cfg, None)
     assert "set lora_mlp_kernel: false, lora_o_kernel: false" in str(refused.value)
+
+
+def test_a_fit_out_of_memory_is_no_reason_for_smaller_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(FittingCallback, "_curvature", full)
+    with pytest.raises(TrainingError, match=r"memory is full before the first step.*batch_size=1"):
+        trained(tmp_path, FittingCallback(ROWS["llama"], fit=FIT), auto_find_batch_size=True)
+    assert calls == [1]
