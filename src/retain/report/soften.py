@@ -128,9 +128,11 @@ def soften_table(found: Softening) -> Table:
     head = [head[0], *(head[i + 1] for i in kept)]
     rows = [Line(row.name, "", [row.entries[i] for i in kept]) for row in rows]
     about = (
-        "Kept: of the learning, as predicted. Scaled: the whole adapter times one number, to as "
-        "many predicted nats. Below a measured KL its 95 % interval"
+        "Kept: of the learning, as predicted. Scaled (dotted): the whole adapter times one number, "
+        "to as many predicted nats"
     )
+    if len(kept) > 3:
+        about += ". Below a measured KL its 95 % interval"
     return Table("curve", "The curve", about, head, rows)
 
 
