@@ -41,11 +41,10 @@ def difference(
     What is 0 or 1 item by item is no share for that: so are the differences of one model to itself.
     """
     gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
-    found = measured(gaps, sizes or [1] * len(gaps), seed=seed)
-    if found["n"] and sizes is None and set(ours) | set(theirs) <= {0, 1}:
+    if gaps and sizes is None and set(ours) | set(theirs) <= {0, 1}:
         pair = paired_shares([bool(v) for v in ours], [bool(v) for v in theirs])
-        found["interval"] = list(pair)
-    return found
+        return {"value": math.fsum(gaps) / len(gaps), "interval": list(pair), "n": len(gaps)}
+    return measured(gaps, sizes or [1] * len(gaps), seed=seed)
 
 
 def compared(

@@ -24,7 +24,7 @@ from retain.runs.tuned import (
     place_for,
     source_rows,
     text_rows,
-)  # fmt: skip
+)
 
 __all__ = ["SoftenConfig", "soften_run"]
 
