@@ -387,13 +387,13 @@ def test_what_stays_is_read_once(options: dict[str, Any], rows: slice, around: s
             site.b[:, rows] *= 0.7
     force = Force(model, curvature, resuming=True)
     force.only(rows)
-    force.feeling._still[id(curvature)] = still
-    value, pulls = force.feeling.of(curvature)
+    force.pulls._still[id(curvature)] = still
+    value, pulls = force.pulls.of(curvature)
     nats, whole = curvature.pulls(sites)
     assert float(value) == pytest.approx(nats, rel=1e-12)
     for (p, got), (q, want) in zip(pulls, whole, strict=True):
         assert p is q
-        torch.testing.assert_close(got, want[force.feeling.active.get(id(p), ...)], **TIGHT)
+        torch.testing.assert_close(got, want[force.pulls.active.get(id(p), ...)], **TIGHT)
 
 
 def gradients(model: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:

@@ -37,7 +37,6 @@ from retain.models.sites import LinearSite, check_held
 from retain.retention.bounds import check_confidence, check_strength, check_update
 from retain.retention.budget import Budget
 from retain.retention.displacement import back_within, check_way_back, scale_back
-from retain.retention.feeling import Feeling, Felt
 from retain.retention.holds import Hold, Spent, check_magnitudes, check_measured, measure_on
 from retain.retention.named import (
     ALONE,
@@ -48,6 +47,7 @@ from retain.retention.named import (
     check_together,
 )
 from retain.retention.optimizers import step_lengths
+from retain.retention.pulls import Felt, Pulls
 from retain.retention.watch import Watched, read
 from retain.types import STRENGTH, Update
 
@@ -155,7 +155,7 @@ class Force:
         if confidence is not None:
             check_measured(self.holds)
         self.model, self.past = model, past
-        self.feeling = Feeling(self.sites, self.holds, past)
+        self.pulls = Pulls(self.sites, self.holds, past)
 
     @property
     def curvature(self) -> Curvature:
@@ -221,7 +221,7 @@ class Force:
         Args:
             rows: of every layer.
         """
-        self.feeling.only(rows)
+        self.pulls.only(rows)
 
     @no_autocast()
     def make_room(self) -> bool:
@@ -258,7 +258,7 @@ class Force:
         Raises:
             TrainingError: the weights have left the finite numbers; they are left as they are.
         """
-        self.feeling.forget()  # whatever stays may have moved
+        self.pulls.forget()  # whatever stays may have moved
         _check_finite(self.predicted())
         for hold in self.holds:
             assert hold.budget is not None
@@ -298,11 +298,11 @@ class Force:
         Raises:
             TrainingError: the weights have left the finite numbers.
         """
-        felt = self.feeling.all(watched)
+        felt = self.pulls.all(watched)
         nats = _mean([each.nats for each in felt])
         _check_finite(nats)
         if self._spend(felt):
-            felt = self.feeling.all(balanced=False)
+            felt = self.pulls.all(balanced=False)
             nats = _mean([each.nats for each in felt])
         for hold, each in zip(self.holds, felt, strict=True):
             hold.nats = each.nats
@@ -312,7 +312,7 @@ class Force:
             for parameter, _ in pulls:
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            pairs = self.feeling.pairs(pulls)
+            pairs = self.pulls.pairs(pulls)
             if pairs:
                 grads, forces = zip(*pairs, strict=True)
                 torch._foreach_add_(grads, forces, alpha=strength)
@@ -324,25 +324,25 @@ class Force:
         for hold, each in zip(self.holds, felt, strict=True):
             yield strengths[hold.name], each.pulls
         if len(felt) > 1 and self.past is not None:
-            yield max(strengths.values()), self.feeling.of(self.past)[1]
+            yield max(strengths.values()), self.pulls.of(self.past)[1]
 
     @no_autocast()
     def apply_proximal(self, *optimizers: Optimizer) -> float:
         """Pulls the adapter back after a step of the optimisers; returns predicted nats."""
         value: Tensor | None = None
         if self.strength:
-            active = {id(own(p)): self.feeling.active.get(id(p), ...) for p in self.parameters()}
+            active = {id(own(p)): self.pulls.active.get(id(p), ...) for p in self.parameters()}
             lengths = [step_lengths(each, active) for each in optimizers]
             rates = {key: length for each in lengths for key, length in each.items()}
             held = [p for p in self.parameters() if id(own(p)) in rates]
             steps = {id(p): self.strength * rates[id(own(p))] for p in held}
             for curvature in [c for c in (self.past, self.curvature) if c is not None]:
-                anchors = self.feeling.anchors(curvature)
-                value = proximal(curvature, self.sites, steps, self.feeling.rows, anchors)
+                anchors = self.pulls.anchors(curvature)
+                value = proximal(curvature, self.sites, steps, self.pulls.rows, anchors)
         pulls: list[Pull] = []
         if value is None or self.budget is not None:
-            value, pulls = self.feeling.of(self.curvature)
-        nats, *balance = read([value, *self.feeling.balance(pulls)])
+            value, pulls = self.pulls.of(self.curvature)
+        nats, *balance = read([value, *self.pulls.balance(pulls)])
         _check_finite(nats)
         if self._spend([Felt(nats, pulls, balance)]):
             nats = self.predicted()
@@ -376,7 +376,7 @@ class Force:
         """
         if self.budget is None:
             return None
-        left = self._take_back(rows=self.feeling.rows)
+        left = self._take_back(rows=self.pulls.rows)
         if self._confidence is not None:
             found = [self._found(hold) for hold in self.holds]
             left = [nats for nats, _ in found]
@@ -421,7 +421,7 @@ class Force:
             budget.reached = reached  # where one binds, those that do not let go
             if each.nats > budget.allowed():  # of those that are left, the nats were before a move
                 now = None if moved else each.nats
-                scale_back(hold.curvature, self.sites, budget.allowed(), self.feeling.rows, now)
+                scale_back(hold.curvature, self.sites, budget.allowed(), self.pulls.rows, now)
                 moved = True
         return moved
 

@@ -29,7 +29,7 @@ class Hold:
         curvature: fitted on it.
         budget: of it; None where there is a strength.
         probe: its text, with the base's predictions; None where the prediction is believed.
-        rounded: whether its factors are read in bfloat16 (`Feeling.all`).
+        rounded: whether its factors are read in bfloat16 (`Pulls.all`).
         looks: how often they may have been looked at.
         nats: predicted at the last step.
         measured: nats that were left at the end, on the probe.

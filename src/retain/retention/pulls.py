@@ -21,7 +21,7 @@ from retain.models.sites import LinearSite, Site
 from retain.retention.holds import Hold
 from retain.retention.watch import Watched, read
 
-__all__ = ["Feeling", "Felt"]
+__all__ = ["Felt", "Pulls"]
 
 ROUNDING = 0.05
 """The relative error of a pull up to which it is read from factors in bfloat16."""
@@ -31,14 +31,14 @@ LOOK = 64
 
 
 class Felt(NamedTuple):
-    """Of one source: predicted nats, the pulls, and what balances (`Feeling.balance`)."""
+    """Of one source: predicted nats, the pulls, and what balances (`Pulls.balance`)."""
 
     nats: float
     pulls: list[Pull]
     balance: list[float]
 
 
-class Feeling:
+class Pulls:
     """Reads what holds a model.
 
     Args:
